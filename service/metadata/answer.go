@@ -1,0 +1,164 @@
+package metadata
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/cespare/xxhash/v2"
+)
+
+// Answer is what to send. Its Body is shared between requests and must not be written to.
+type Answer struct {
+	Body        []byte
+	ContentType string // Text, JSON, or what a Raw says
+	ETag        string // 16 hex digits that stand for the Body: stable over requests, restarts and nodes (H-07, H-12)
+
+	// Redirect is not empty when a directory was asked for without its slash (H-08); then the rest is empty. It is the
+	// path, cleaned and not percent-encoded, to which the server adds the Host as sent and the query.
+	Redirect string
+}
+
+func answer(body []byte, contentType string) Answer {
+	// xxhash: the body may be a token of a kilobyte, and this is on the path of every request.
+	const digits = "0123456789abcdef"
+	var tag [16]byte
+	for i, sum := len(tag)-1, xxhash.Sum64(body); i >= 0; i, sum = i-1, sum>>4 {
+		tag[i] = digits[sum&15]
+	}
+	return Answer{Body: body, ContentType: contentType, ETag: string(tag[:])}
+}
+
+// Answer says what the place holds for the caller: a value, a listing, or with recursive=true all that is below it.
+// Errors are ErrNotFound, ErrBadQuery and whatever Per and Get return, as they return it.
+func (m Match) Answer(ctx context.Context, q Query) (Answer, error) {
+	if m.at == nil {
+		return Answer{}, ErrNotFound
+	}
+	if m.dyn != nil {
+		switch mine, err := m.dyn.has(ctx, q, m.name); {
+		case err != nil:
+			return Answer{}, err
+		case !mine:
+			return Answer{}, ErrNotFound
+		}
+	}
+	slash := strings.HasSuffix(m.Path, "/")
+	switch {
+	case m.at.Get != nil && slash: // H-09
+		return Answer{}, ErrNotFound
+	case m.at.Get != nil:
+		return m.at.value(ctx, q)
+	case !slash:
+		return Answer{Redirect: m.Path + "/"}, nil
+	}
+	return m.at.directory(ctx, q)
+}
+
+func (n *node) value(ctx context.Context, q Query) (Answer, error) {
+	v, err := n.Get(ctx, q)
+	if err != nil {
+		return Answer{}, err
+	}
+	if raw, ok := v.(Raw); ok {
+		return answer(raw.Body, raw.ContentType), nil
+	}
+	f, err := parseForm(q.Values)
+	if err != nil {
+		return Answer{}, err
+	}
+	if f.json() {
+		return n.encode(v)
+	}
+	b, err := text(v)
+	if err != nil {
+		return Answer{}, fmt.Errorf("%s: %w", n.label, err)
+	}
+	return answer(b, Text), nil
+}
+
+func (n *node) directory(ctx context.Context, q Query) (Answer, error) {
+	f, err := parseForm(q.Values)
+	if err != nil {
+		return Answer{}, err
+	}
+	switch {
+	case f.recursive && !n.Open: // E-02: what is below an Open directory is not Open for that
+		all, err := n.collect(ctx, q)
+		if err != nil {
+			return Answer{}, err
+		}
+		if f.json() {
+			return n.encode(all)
+		}
+		b, err := all.flatten(nil, "")
+		if err != nil {
+			return Answer{}, err
+		}
+		return answer(b, Text), nil
+	case n.Per == nil && f.alt != altJSON:
+		return n.index, nil
+	}
+	entries := n.entries()
+	if n.Per != nil {
+		names, err := n.names(ctx, q)
+		if err != nil {
+			return Answer{}, err
+		}
+		for _, name := range names {
+			entries = append(entries, name+"/")
+		}
+	}
+	if f.alt == altJSON {
+		return n.encode(entries)
+	}
+	return answer(lines(entries), Text), nil
+}
+
+func (n *node) encode(v any) (Answer, error) {
+	b, err := encode(v)
+	if err != nil {
+		return Answer{}, fmt.Errorf("%s: %w", n.label, err)
+	}
+	return answer(b, JSON), nil
+}
+
+// encode is json.Marshal without the escapes for <, > and &, which nobody expects in a URL or an email.
+func encode(v any) ([]byte, error) {
+	if all, ok := v.([]string); ok && all == nil {
+		v = []string{} // [] and not null
+	}
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+}
+
+// text is the form of a value that a shell script reads.
+func text(v any) ([]byte, error) {
+	switch v := v.(type) {
+	case string:
+		return []byte(v), nil
+	case int64:
+		return strconv.AppendInt(nil, v, 10), nil
+	case json.Number:
+		return []byte(v), nil
+	case []string:
+		return lines(v), nil
+	}
+	return encode(v)
+}
+
+func lines(all []string) []byte {
+	var b []byte
+	for _, s := range all {
+		b = append(append(b, s...), '\n')
+	}
+	return b
+}
