@@ -1,0 +1,80 @@
+package attest
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// Conn is the kernel's view of one accepted connection. Nothing in it comes from a request.
+type Conn struct {
+	Client   netip.AddrPort // the peer
+	Server   netip.AddrPort // our end, after DNAT
+	Original netip.AddrPort // what the client dialled; equal to Server where nothing was translated
+}
+
+// Peer is the other end of one connection.
+type Peer struct {
+	Conn
+	caller atomic.Pointer[workload.Caller] // nil until attested
+}
+
+// Accept writes down who is on the other end of c, before a byte is read from it.
+func Accept(c net.Conn) *Peer { return &Peer{Conn: accepted(c)} }
+
+// accepted reads both ends of c, and asks conntrack what the client dialled (SO_ORIGINAL_DST, 1 µs: A-02).
+// Where conntrack knows nothing of the connection, it was not translated.
+func accepted(c net.Conn) Conn {
+	conn := Conn{Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}
+	conn.Original = conn.Server
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return conn
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return conn
+	}
+	// A control that fails leaves Original at Server: less is accepted as Host (H-16), nothing more.
+	_ = raw.Control(func(fd uintptr) {
+		if o, ok := originalDst(int(fd), conn.Server.Addr()); ok {
+			conn.Original = o
+		}
+	})
+	return conn
+}
+
+// originalDst reads the kernel's sockaddr through two typed calls of x/sys whose buffers are large enough for it:
+// 16 bytes of sockaddr_in in an ipv6_mreq, 28 bytes of sockaddr_in6 in an ip6_mtuinfo.
+func originalDst(fd int, server netip.Addr) (netip.AddrPort, bool) {
+	if server.Is4() {
+		m, err := unix.GetsockoptIPv6Mreq(fd, unix.IPPROTO_IP, unix.SO_ORIGINAL_DST)
+		if err != nil {
+			return netip.AddrPort{}, false
+		}
+		b := m.Multiaddr
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), binary.BigEndian.Uint16(b[2:4])), true
+	}
+	m, err := unix.GetsockoptIPv6MTUInfo(fd, unix.IPPROTO_IPV6, unix.SO_ORIGINAL_DST) // IP6T_SO_ORIGINAL_DST has the same number
+	if err != nil {
+		return netip.AddrPort{}, false
+	}
+	port := make([]byte, 2)
+	binary.NativeEndian.PutUint16(port, m.Addr.Port)
+	return netip.AddrPortFrom(netip.AddrFrom16(m.Addr.Addr), binary.BigEndian.Uint16(port)), true
+}
+
+// addrPort returns a's address, 4-in-6 written as 4, and without a zone: the index knows none.
+func addrPort(a net.Addr) netip.AddrPort {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := t.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
+}
