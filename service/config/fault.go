@@ -1,0 +1,79 @@
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Fault is one thing that is wrong: where, what, and what to do about it.
+type Fault struct {
+	File    string // "" when the value came from a flag
+	Line    int    // 0 when the fault is no line's: a key that is missing
+	Key     string // dotted, as in the file; "" for the file as a whole
+	Problem string
+	Remedy  string
+}
+
+// String returns one line: `config.yaml:12: routing.mode: "iptabels" is not one of iptables, none: …`.
+func (f Fault) String() string {
+	var parts []string
+	switch {
+	case f.File == "":
+		parts = append(parts, "--"+FlagName(f.Key))
+	case f.Line > 0:
+		parts = append(parts, f.File+":"+strconv.Itoa(f.Line))
+	default:
+		parts = append(parts, f.File)
+	}
+	if f.File != "" && f.Key != "" {
+		parts = append(parts, f.Key)
+	}
+	return strings.Join(append(parts, f.Problem, f.Remedy), ": ")
+}
+
+// Error is every fault of a configuration, by file and line; those of flags come last.
+type Error struct{ Faults []Fault }
+
+// Error returns a line for each fault.
+func (e *Error) Error() string {
+	lines := make([]string, len(e.Faults))
+	for i, f := range e.Faults {
+		lines[i] = f.String()
+	}
+	return strings.Join(lines, "\n")
+}
+
+func sortFaults(faults []Fault, file string) {
+	rank := func(f Fault) int {
+		switch f.File {
+		case file:
+			return 0
+		case "":
+			return 2
+		}
+		return 1 // files that the configuration names
+	}
+	slices.SortStableFunc(faults, func(a, b Fault) int {
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
+	})
+}
+
+// trouble is a fault that does not know where it is yet.
+type trouble struct{ problem, remedy string }
+
+func bad(remedy, format string, args ...any) *trouble {
+	return &trouble{fmt.Sprintf(format, args...), remedy}
+}
+
+// quote shows what was given, on one line and not at any length: somebody may have put the content of a file where its
+// name belongs.
+func quote(s string) string {
+	const most = 80
+	if r := []rune(s); len(r) > most {
+		s = string(r[:most]) + "…"
+	}
+	return strconv.Quote(s)
+}

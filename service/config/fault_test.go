@@ -1,0 +1,161 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"testing"
+)
+
+func TestFaults(t *testing.T) {
+	withProvider := func(p string) string { return "workloadIdentityProvider: " + p + "\nprojectID: my-project\n" }
+	const pools = "/locations/global/workloadIdentityPools/"
+	for _, tt := range []struct {
+		name, text string
+		flags      map[string]string
+		want       string // the lines of the error, /etc/ left out; a line may be cut after its problem
+	}{
+		{"missing keys", "", nil, `config.yaml: projectID: is not set
+config.yaml: workloadIdentityProvider: is not set`},
+		{"only comments", "# nothing\n---\n", nil, `config.yaml: projectID: is not set
+config.yaml: workloadIdentityProvider: is not set`},
+		{"unknown key", minimal + "kubeConfig: x", nil, `config.yaml:3: kubeConfig: there is no such key: did you mean kubeconfig?`},
+		{"unknown key, nothing near", minimal + "turbo: true", nil, "config.yaml:3: turbo: there is no such key: remove it; `gke-metadata-emulator config show` prints every key"},
+		{"group forgotten", minimal + "interceptHostPods: on", nil, `config.yaml:3: interceptHostPods: there is no such key: did you mean routing.interceptHostPods?`},
+		{"the flag's name", minimal + "host-check: true", nil, `config.yaml:3: host-check: there is no such key: did you mean hostCheck?`},
+		{"unknown group", minimal + "limit: {keysPerPod: 1}", nil, `config.yaml:3: limit: there is no such key: did you mean limits?`},
+		{"dotted key", minimal + "log.level: debug", nil, `config.yaml:3: log.level: there is no such key: write log: and level: below it`},
+		{"duplicate key", minimal + "projectID: other-project", nil, `config.yaml:3: projectID: was set in line 2 already: keep one of them`},
+		{"text for a boolean", minimal + "hostCheck: yes", nil, `config.yaml:3: hostCheck: "yes" is not a boolean: write true or false`},
+		{"quoted number", minimal + "limits: {keysPerPod: '4'}", nil, `config.yaml:3: limits.keysPerPod: "4" is not a number: write a number such as 64, without quotes`},
+		{"number out of range", minimal + "limits: {keysPerPod: 0}", nil, `config.yaml:3: limits.keysPerPod: "0" is not a whole number from 1 to 1000000`},
+		{"hexadecimal number", minimal + "limits: {keysPerPod: 0x10}", nil, `config.yaml:3: limits.keysPerPod: "0x10" is not a whole number`},
+		{"choice", minimal + "routing: {mode: iptabels}", nil, `config.yaml:3: routing.mode: "iptabels" is not one of iptables, none: did you mean iptables?`},
+		{"list for a text", minimal + "nodeName: [a]", nil, `config.yaml:3: nodeName: here is a list where one value belongs`},
+		{"text for a list", minimal + "routing:\n  spare: docker0", nil, `config.yaml:4: routing.spare: is a list, and here is the text "docker0": write spare: [ONE, TWO]`},
+		{"text for a map", minimal + "extraMetadata: x", nil, `config.yaml:3: extraMetadata: is a map`},
+		{"text for a group", minimal + "routing: iptables", nil, `config.yaml:3: routing: is a group of keys, and here is the text "iptables"`},
+		{"text for everything", "hello", nil, `config.yaml:1: this is not a configuration`},
+		{"alias", minimal + "nodeName: &a x\nkubeconfig: *a", nil, `config.yaml:4: kubeconfig: here is an alias where one value belongs`},
+		{"merge key", minimal + "<<: {nodeName: x}", nil, `config.yaml:3: here is something tagged "!!merge" where the name of a setting belongs`},
+		{"binary", minimal + "nodeName: !!binary aGk=", nil, `config.yaml:3: nodeName: here is something tagged "!!binary"`},
+		{"two documents", minimal + "---\nnodeName: x", nil, `config.yaml:3: a second document begins here`},
+		{"not YAML", minimal + "listen: [::1]:80", nil, `config.yaml:3: this is not YAML: `},
+		{"tab", minimal + "log:\n\tlevel: info", nil, `config.yaml:4: this is not YAML: `},
+
+		{"G-03 project ID for number", withProvider("projects/my-project" + pools + "pool/providers/prov"), nil,
+			`config.yaml:1: workloadIdentityProvider: "my-project" is not a project's number: gcloud projects describe my-project --format='value(projectNumber)'`},
+		{"G-03 placeholder", withProvider("projects/NUMBER" + pools + "pool/providers/prov"), nil,
+			`config.yaml:1: workloadIdentityProvider: "NUMBER" is not a project's number: gcloud projects describe PROJECT`},
+		{"G-03 pool only", withProvider("projects/1" + pools + "pool"), nil, `config.yaml:1: workloadIdentityProvider: "projects/1/locations/global/workloadIdentityPools/pool" names a pool and not its provider`},
+		{"G-03 short pool", withProvider("projects/1" + pools + "abc/providers/prov"), nil, `config.yaml:1: workloadIdentityProvider: "abc" is not the id of a pool`},
+		{"G-03 capitals", withProvider("projects/1" + pools + "pool/providers/Prov"), nil, `config.yaml:1: workloadIdentityProvider: "Prov" is not the id of a pool or provider`},
+		{"G-03 workforce", withProvider("//iam.googleapis.com/locations/global/workforcePools/p/providers/q"), nil, `config.yaml:1: workloadIdentityProvider: "//iam.googleapis.com/locations/global/workforcePools/p/providers/q" is not a workload identity pool's`},
+		{"G-03 region", withProvider("projects/1/locations/europe-west4/workloadIdentityPools/pool/providers/prov"), nil, `config.yaml:1: workloadIdentityProvider: "projects/1/locations/europe-west4/workloadIdentityPools/pool/providers/prov" is not a workload identity pool's`},
+		{"G-03 something else", withProvider("my-provider"), nil, `config.yaml:1: workloadIdentityProvider: "my-provider" is not a workload identity provider`},
+		{"G-03 slash at the end", withProvider("projects/1" + pools + "pool/providers/prov/"), nil, `config.yaml:1: workloadIdentityProvider: `},
+		{"G-03 identitynamespace without issuer", withProvider("identitynamespace:my-project.svc.id.goog"), nil, `config.yaml:1: workloadIdentityProvider: "identitynamespace:my-project.svc.id.goog" is not identitynamespace:POOL:ISSUER`},
+		{"G-03 identitynamespace over http", withProvider("identitynamespace:my-project.svc.id.goog:http://x"), nil, `config.yaml:1: workloadIdentityProvider: `},
+		{"E-07 identitynamespace without a number", withProvider("identitynamespace:my-project.svc.id.goog:https://x"), nil, `config.yaml: numericProjectID: is not set: write the number`},
+
+		{"number for project", minimal[:strings.Index(minimal, "projectID")] + "projectID: 123", nil, `config.yaml:2: projectID: "123" is a project's number and not its ID: gcloud projects describe 123 --format='value(projectId)'`},
+		{"E-07 project for number", minimal + "numericProjectID: my-project", nil, `config.yaml:3: numericProjectID: "my-project" is a project's ID and not its number: gcloud projects describe my-project --format='value(projectNumber)'`},
+		{"E-10 id too large", minimal + "instance: {id: 9223372036854775808}", nil, `config.yaml:3: instance.id: "9223372036854775808" is not an instance id`},
+		{"E-10 id zero", minimal + "instance: {id: 0}", nil, `config.yaml:3: instance.id: "0" is not an instance id`},
+		{"E-11 zone with its project", minimal + "instance: {zone: projects/1/zones/europe-west4-a}", nil, `config.yaml:3: instance.zone: "projects/1/zones/europe-west4-a" is more than the zone`},
+		{"E-16 half a cluster", minimal + "cluster:\n  name: c\n  location: l", nil, `config.yaml:4: cluster.name: is set without cluster.uid: set all of name, location and uid, or none`},
+		{"E-24 default", minimal + "emailForUnlinked: default", nil, `config.yaml:3: emailForUnlinked: "default" is a name that every ServiceAccount has already`},
+		{"E-24 header injection", minimal + `emailForUnlinked: "a\r\nb"`, nil, `config.yaml:3: emailForUnlinked: "a\r\nb" is not an email or the name of a pool`},
+		{"G-17 audience with a space", minimal + "tokenAudience: a b", nil, `config.yaml:3: tokenAudience: "a b" is not an audience`},
+		{"node name with capitals", minimal + "nodeName: Node-1", nil, `config.yaml:3: nodeName: "Node-1" has capitals`},
+		{"content for a path", minimal + `google: {caFile: "-----BEGIN CERTIFICATE-----\nMII"}`, nil, `config.yaml:3: google.caFile: this is not the path of a file`},
+		{"CA file absent", minimal + "google: {caFile: ca.pem}", nil, `config.yaml:3: google.caFile: "/etc/ca.pem": file does not exist`},
+		{"CA file without a certificate", minimal + "google: {caFile: config.yaml}", nil, `config.yaml:3: google.caFile: "/etc/config.yaml" holds no certificate`},
+
+		{"G-08 http", minimal + "google: {stsURL: 'http://127.0.0.1:1/v1/token'}", nil, `config.yaml:3: google.stsURL: "http://127.0.0.1:1/v1/token" would send tokens in clear`},
+		{"G-08 password is not shown", minimal + "google: {stsURL: 'https://me:secret@x/v1/token'}", nil, `config.yaml:3: google.stsURL: the URL holds a user's name or password: write https://HOST/PATH`},
+		{"G-08 no host", minimal + "google: {stsURL: 'https:///v1/token'}", nil, `config.yaml:3: google.stsURL: "https:///v1/token" is not an https URL`},
+		{"G-08 query", minimal + "google: {stsURL: 'https://x/v1/token?a'}", nil, `config.yaml:3: google.stsURL: "https://x/v1/token?a" is not the URL of a service`},
+		{"G-08 dots", minimal + "google: {stsURL: 'https://x/../token'}", nil, `config.yaml:3: google.stsURL: "https://x/../token" has a path that can be read in two ways`},
+		{"G-08 port", minimal + "google: {stsURL: 'https://x:99999/'}", nil, `config.yaml:3: google.stsURL: "https://x:99999/" has no port`},
+		{"G-11 path", minimal + "google: {iamCredentialsURL: 'https://x/v1/projects'}", nil, `config.yaml:3: google.iamCredentialsURL: "https://x/v1/projects" has a path`},
+		{"lifetime without a unit", minimal + "google: {tokenLifetime: 3600}", nil, `config.yaml:3: google.tokenLifetime: "3600" is not a duration: write a number with a unit`},
+		{"lifetime too short", minimal + "google: {tokenLifetime: 5m}", nil, `config.yaml:3: google.tokenLifetime: "5m" is not a lifetime that Google gives`},
+
+		{"R-04 loopback", minimal + "listen: 127.0.0.1:988", nil, `config.yaml:3: listen: packets from pods reach 127.0.0.0/8 only where route_localnet`},
+		{"R-04 no address", minimal + "listen: 0.0.0.0:988", nil, `config.yaml:3: listen: routing.mode iptables sends packets on to one address`},
+		{"H-24 IPv6", minimal + "listen: '[fd20:ce::254]:988'", nil, `config.yaml:3: listen: routing.mode iptables sends packets for 169.254.169.254 on, and those are IPv4`},
+		{"R-32 guarded", minimal + "listen: 169.254.169.254:8080", nil, `config.yaml:3: listen: 169.254.169.254 is guarded`},
+		{"a name for an address", minimal + "listen: localhost:988", nil, `config.yaml:3: listen: "localhost:988" is not an address and a port`},
+		{"no port", minimal + "listen: 169.254.169.252:0", nil, `config.yaml:3: listen: has no port`},
+		{"the same twice", minimal + "routing: {mode: none}\nlisten: 0.0.0.0:16322", nil, `config.yaml: healthListen: is the listen address too`},
+		{"R-32 guard without a port", minimal + "routing:\n  guard:\n  - 169.254.169.254:80\n  - 168.63.129.16:0", nil, `config.yaml:6: routing.guard: "168.63.129.16:0" names no single server`},
+		{"an interface that is more", minimal + `routing: {spare: ["eth0 -j ACCEPT"]}`, nil, `config.yaml:3: routing.spare: "eth0 -j ACCEPT" is not the name of an interface`},
+
+		{"a pattern to spare", minimal + "routing: {spare: [br+]}", nil, `config.yaml:3: routing.spare: "br+" is not the name of an interface`},
+		{"a pattern in the middle", minimal + "routing: {uplinks: [e+h, +]}", nil, `config.yaml:3: routing.uplinks: "e+h" is not the name of an interface
+config.yaml:3: routing.uplinks: "+" is not the name of an interface`},
+		{"U-17 identity", minimal + "extraMetadata: {instance/service-accounts/default/email: x}", nil, `config.yaml:3: extraMetadata: "instance/service-accounts/default/email" would be somebody's identity`},
+		{"U-17 dots", minimal + "extraMetadata:\n  instance/../project/x: 1", nil, `config.yaml:4: extraMetadata: "instance/../project/x" is not a path`},
+		{"U-17 own key", minimal + "extraMetadata:\n  instance/name: 1", nil, `config.yaml:4: extraMetadata: "instance/name" has a setting of its own: set instance.name instead`},
+		{"U-17 value and directory", minimal + "extraMetadata:\n  instance/a: 1\n  instance/a/b: 1", nil, `config.yaml:5: extraMetadata: "instance/a/b" makes a directory of "instance/a"`},
+		{"U-17 twice", minimal + "extraMetadata:\n  instance/a: 1\n  /instance/a: 1", nil, `config.yaml:5: extraMetadata: "instance/a" is given twice`},
+		{"G-18 nobody to impersonate", minimal + "impersonateUnlinked: true", nil, `config.yaml:3: impersonateUnlinked: there is no account to impersonate`},
+
+		{"flag", minimal, map[string]string{"routing.mode": "iptabels"}, `--routing-mode: "iptabels" is not one of iptables, none: did you mean iptables?`},
+		{"flag that is none", minimal, map[string]string{"routing.mod": "x"}, `--routing-mod: there is no such key: did you mean routing.mode?`},
+		{"flag in conflict", minimal, map[string]string{"cluster.uid": "x"}, `--cluster-uid: is set without cluster.name and cluster.location`},
+		{"no map in a flag", minimal, map[string]string{"extraMetadata": "=1"}, `--extra-metadata: "" is not a path`},
+		{"by file, line and flag", "log: {level: warn}\n" + minimal + "prefetch: some\nnodeName: _", map[string]string{"hostCheck": "1"},
+			`config.yaml:1: log.level: "warn" is not one of debug, info, warning, error: did you mean warning?
+config.yaml:4: prefetch: "some" is not one of linked, all, none
+config.yaml:5: nodeName: "_" is not a DNS name
+--host-check: "1" is neither true nor false: write true or false`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := load(tt.text, tt.flags, nil)
+			var faults *Error
+			if !errors.As(err, &faults) {
+				t.Fatalf("got %v, want %s", err, tt.want)
+			}
+			want := strings.Split(tt.want, "\n")
+			if len(faults.Faults) != len(want) {
+				t.Fatalf("got\n%v\nwant\n%s", err, tt.want)
+			}
+			for i, f := range faults.Faults {
+				if got := strings.TrimPrefix(f.String(), "/etc/"); !strings.HasPrefix(got, want[i]) || f.Remedy == "" {
+					t.Errorf("got  %s\nwant %s", got, want[i])
+				}
+			}
+			if strings.Contains(err.Error(), "secret") {
+				t.Errorf("a password is shown: %v", err)
+			}
+		})
+	}
+}
+
+// A person who got much wrong reads all of it at once.
+func TestEveryFaultAtOnce(t *testing.T) {
+	_, err := Load("testdata/broken.yaml", map[string]string{"log.level": "loud", "google.tokenLifetime": "1d"})
+	if err == nil {
+		t.Fatal("testdata/broken.yaml is not broken")
+	}
+	golden(t, "testdata/broken.txt", err.Error()+"\n")
+}
+
+// golden compares text with a file that a person can read. UPDATE_GOLDEN=1 writes it anew, for that person to look at.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := os.WriteFile(name, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("%s differs (UPDATE_GOLDEN=1 writes it anew); got\n%s", name, got)
+	}
+}

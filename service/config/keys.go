@@ -1,0 +1,216 @@
+package config
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// Key is one setting. The table of them is all that is known about the shape of a configuration.
+type Key struct {
+	Path    string   // dotted: routing.mode
+	Default string   // as the flag would be given it; "" where there is none, or where Usage says what it is
+	Values  []string // of a choice; nil otherwise
+	Usage   string   // one line, without a full stop
+
+	field func(*raw) any                  // where it is kept; what it points to is the setting's type
+	check func(string) (string, *trouble) // the grammar of a text, of each item of a list, of each path of a map; returns the normal form
+}
+
+// raw is a configuration whose settings were looked at one by one, but not together yet.
+type raw struct {
+	Config
+	provider            string // projects/… or identitynamespace:…
+	impersonateUnlinked bool
+}
+
+var keys = []Key{
+	{Path: "workloadIdentityProvider", check: provider,
+		Usage: "projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER, or identitynamespace:POOL:ISSUER",
+		field: func(r *raw) any { return &r.provider }},
+	{Path: "credentialConfigFile", check: filePath,
+		Usage: "the JSON file of `gcloud iam workload-identity-pools create-cred-config`, instead of workloadIdentityProvider",
+		field: func(r *raw) any { return &r.CredentialConfigFile }},
+	{Path: "projectID", check: projectID,
+		Usage: "the ID of the Google Cloud project that pods are told they are in",
+		field: func(r *raw) any { return &r.Project.ID }},
+	{Path: "numericProjectID", check: projectNumber,
+		Usage: "its number; default: the number in workloadIdentityProvider",
+		field: func(r *raw) any { return &r.Project.Number }},
+	{Path: "kubeconfig", check: filePath,
+		Usage: "how to reach the API server; default: the first of kubelet's usual places that exists",
+		field: func(r *raw) any { return &r.Kubeconfig }},
+	{Path: "nodeName", check: nodeName,
+		Usage: "this node's name in Kubernetes; default: what the kubeconfig's credential says, else the host name",
+		field: func(r *raw) any { return &r.NodeName }},
+	{Path: "tokenAudience", check: audience,
+		Usage: "audience of the ServiceAccounts' tokens, as in the RBAC manifest; default: //iam.googleapis.com/<workloadIdentityProvider>",
+		field: func(r *raw) any { return &r.TokenAudience }},
+	{Path: "listen", Default: "169.254.169.252:988",
+		Usage: "address and port that pods' requests are sent on to",
+		field: func(r *raw) any { return &r.Listen }},
+	{Path: "healthListen", Default: "127.0.0.1:16322",
+		Usage: "address and port of /healthz, /readyz and /metrics",
+		field: func(r *raw) any { return &r.HealthListen }},
+
+	{Path: "routing.mode", Default: "iptables", Values: []string{"iptables", "none"},
+		Usage: "how pods' requests are brought to the listen address",
+		field: func(r *raw) any { return &r.Routing.Mode }},
+	{Path: "routing.uplinks", check: interfacePattern,
+		Usage: "interfaces that lead off the node, where a + at the end stands for any ending; default: found out",
+		field: func(r *raw) any { return &r.Routing.Uplinks }},
+	{Path: "routing.spare", check: interfaceName,
+		Usage: "interfaces whose requests are left alone, such as docker0 or virbr0",
+		field: func(r *raw) any { return &r.Routing.Spare }},
+	{Path: "routing.interceptHostPods", Default: "auto", Values: []string{"auto", "on", "off"},
+		Usage: "serve pods on the host network too",
+		field: func(r *raw) any { return &r.Routing.InterceptHostPods }},
+	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:ec2::254]:80",
+		Usage: "the cloud's own metadata servers, which no pod may reach",
+		field: func(r *raw) any { return &r.Routing.Guard }},
+
+	{Path: "google.universeDomain", Default: "googleapis.com", check: domain,
+		Usage: "the domain of Google's services",
+		field: func(r *raw) any { return &r.Google.UniverseDomain }},
+	{Path: "google.stsURL", check: stsURL,
+		Usage: "URL of the token exchange; default: https://sts.<universeDomain>/v1/token",
+		field: func(r *raw) any { return &r.Google.STSURL }},
+	{Path: "google.iamCredentialsURL", check: iamCredentialsURL,
+		Usage: "URL of the IAM Credentials service; default: https://iamcredentials.<universeDomain>",
+		field: func(r *raw) any { return &r.Google.IAMCredentialsURL }},
+	{Path: "google.caFile", check: filePath,
+		Usage: "PEM file of the authorities that vouch for these two; default: the system's",
+		field: func(r *raw) any { return &r.Google.CAFile }},
+	{Path: "google.tokenLifetime", Default: "1h", check: tokenLifetime,
+		Usage: "lifetime of the access tokens of Google service accounts, 10m to 12h",
+		field: func(r *raw) any { return &r.Google.TokenLifetime }},
+
+	{Path: "instance.hostname", check: domain,
+		Usage: "what instance/hostname answers; default: the node's host name",
+		field: func(r *raw) any { return &r.Instance.Hostname }},
+	{Path: "instance.id", check: instanceID,
+		Usage: "what instance/id answers, a positive number; default: derived from the machine id",
+		field: func(r *raw) any { return &r.Instance.ID }},
+	{Path: "instance.zone", check: zone,
+		Usage: "the zone, such as europe-west4-a; instance/zone answers projects/<numericProjectID>/zones/<zone>",
+		field: func(r *raw) any { return &r.Instance.Zone }},
+	{Path: "instance.name", check: domain,
+		Usage: "what instance/name answers; default: 404, as on GKE",
+		field: func(r *raw) any { return &r.Instance.Name }},
+
+	{Path: "cluster.name", check: label,
+		Usage: "what instance/attributes/cluster-name answers; programs then believe that this is GKE",
+		field: func(r *raw) any { return &r.Cluster.Name }},
+	{Path: "cluster.location", check: label,
+		Usage: "what instance/attributes/cluster-location answers",
+		field: func(r *raw) any { return &r.Cluster.Location }},
+	{Path: "cluster.uid", check: label,
+		Usage: "what instance/attributes/cluster-uid answers",
+		field: func(r *raw) any { return &r.Cluster.UID }},
+
+	{Path: "extraMetadata", check: metadataPath,
+		Usage: "further paths below /computeMetadata/v1/ and their values, such as instance/machine-type=n2-standard-4",
+		field: func(r *raw) any { return &r.ExtraMetadata }},
+	{Path: "emailForUnlinked", check: unlinkedEmail,
+		Usage: "the email of ServiceAccounts that are not linked to Google; default: the pool's id",
+		field: func(r *raw) any { return &r.EmailForUnlinked }},
+	{Path: "impersonateUnlinked", Default: "false",
+		Usage: "make every pod that is not linked the service account that credentialConfigFile impersonates",
+		field: func(r *raw) any { return &r.impersonateUnlinked }},
+	{Path: "prefetch", Default: "linked", Values: []string{"linked", "all", "none"},
+		Usage: "whose tokens are fetched before anybody asks",
+		field: func(r *raw) any { return &r.Prefetch }},
+
+	{Path: "limits.connectionsPerPod", Default: "256",
+		Usage: "connections that one pod may hold open",
+		field: func(r *raw) any { return &r.Limits.ConnectionsPerPod }},
+	{Path: "limits.mintsPerPod", Default: "16",
+		Usage: "tokens that may be in the making for one pod",
+		field: func(r *raw) any { return &r.Limits.MintsPerPod }},
+	{Path: "limits.keysPerPod", Default: "64",
+		Usage: "distinct sets of scopes and audiences of one pod",
+		field: func(r *raw) any { return &r.Limits.KeysPerPod }},
+
+	{Path: "hostCheck", Default: "true",
+		Usage: "refuse requests for other host names, the guard against DNS rebinding",
+		field: func(r *raw) any { return &r.HostCheck }},
+	{Path: "log.level", Default: "info", Values: []string{"debug", "info", "warning", "error"},
+		Usage: "how much is logged; debug has a line for each request",
+		field: func(r *raw) any { return &r.Log.Level }},
+	{Path: "log.format", Default: "auto", Values: []string{"auto", "journal", "text", "json"},
+		Usage: "form of the log; auto is journal under systemd, text on a terminal and json otherwise",
+		field: func(r *raw) any { return &r.Log.Format }},
+}
+
+// Keys returns the table in the order of the reference configuration.
+func Keys() []Key { return slices.Clone(keys) }
+
+// Flag returns the name of the setting's flag, without dashes.
+func (k Key) Flag() string { return FlagName(k.Path) }
+
+// Type says what the setting takes: text, choice, boolean, number, duration, address, list, addresses or map.
+func (k Key) Type() string {
+	switch k.field(new(raw)).(type) {
+	case *bool:
+		return "boolean"
+	case *int:
+		return "number"
+	case *time.Duration:
+		return "duration"
+	case *netip.AddrPort:
+		return "address"
+	case *[]string:
+		return "list"
+	case *[]netip.AddrPort:
+		return "addresses"
+	case *map[string]string:
+		return "map"
+	}
+	if k.Values != nil {
+		return "choice"
+	}
+	return "text"
+}
+
+// FlagName returns a dotted key in kebab case: google.iamCredentialsURL is google-iam-credentials-url.
+func FlagName(path string) string {
+	var b strings.Builder
+	r := []rune(path)
+	for i, c := range r {
+		if c == '.' {
+			b.WriteByte('-')
+			continue
+		}
+		if unicode.IsUpper(c) && i > 0 && r[i-1] != '.' {
+			afterLower := !unicode.IsUpper(r[i-1])
+			beforeLower := i+1 < len(r) && unicode.IsLower(r[i+1])
+			if afterLower || beforeLower {
+				b.WriteByte('-')
+			}
+		}
+		b.WriteRune(unicode.ToLower(c))
+	}
+	return b.String()
+}
+
+// Default returns what holds where nothing is configured. It is not valid: no provider and no project have a default.
+func Default() Config {
+	r := defaults()
+	r.resolveURLs()
+	return r.Config
+}
+
+func defaults() raw {
+	var r raw
+	for _, k := range keys {
+		if k.Default == "" {
+			continue
+		}
+		k.set(&r, k.split(k.Default), func(_ int, t *trouble) {
+			panic("config: the default of " + k.Path + ": " + t.problem) // the table is wrong, and every test says so
+		})
+	}
+	return r
+}

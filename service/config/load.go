@@ -1,0 +1,142 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// mostBytes bounds every file that is read: a configuration has a few kilobytes.
+const mostBytes = 1 << 20
+
+// Load reads a configuration file and lays flags (dotted key → text, as on the command line) over it. The error is
+// always an *Error and holds every fault. A file that does not exist is one, unless flags say all that has to be said.
+// An empty value means the default; a relative path in the file starts where the file is, one in a flag at the working directory.
+func Load(file string, flags map[string]string) (Config, error) {
+	l := &loader{read: readFile, file: file}
+	return l.load(flags)
+}
+
+type loader struct {
+	read func(name string) ([]byte, error)
+	file string
+
+	raw
+	given      map[string]value
+	faults     []Fault
+	broken     map[string]bool // keys that have a fault: what depends on them is not looked at
+	noFile     bool            // there is no file
+	unread     bool            // what the file says is not known
+	incomplete bool            // something that has to be set is not
+}
+
+// value is a setting that somebody gave.
+type value struct {
+	flag  bool
+	line  int
+	items []item
+}
+
+func (l *loader) load(flags map[string]string) (Config, error) {
+	l.given, l.broken = map[string]value{}, map[string]bool{}
+	if l.file != "" {
+		data, err := l.read(l.file)
+		switch {
+		case err == nil:
+			l.readYAML(data)
+		case errors.Is(err, fs.ErrNotExist):
+			l.noFile, l.unread = true, true
+		default:
+			l.unread = true
+			l.complain("", 0, bad("make it a file that this user can read", "%s", reason(err)))
+		}
+	}
+	l.readFlags(flags)
+
+	l.raw = defaults()
+	for _, k := range keys {
+		if v, ok := l.given[k.Path]; ok {
+			k.clear(&l.raw)
+			k.set(&l.raw, v.items, func(line int, t *trouble) { l.complain(k.Path, line, t) })
+		}
+	}
+	l.resolve()
+
+	if l.noFile && l.incomplete {
+		l.faults = append(l.faults, Fault{File: l.file, Problem: "there is no such file",
+			Remedy: "create it with at least workloadIdentityProvider and projectID, or give them as flags"})
+	}
+	if len(l.faults) > 0 {
+		sortFaults(l.faults, l.file)
+		return Config{}, &Error{l.faults}
+	}
+	return l.Config, nil
+}
+
+func (l *loader) readFlags(flags map[string]string) {
+	for _, path := range slices.Sorted(maps.Keys(flags)) {
+		k := slices.IndexFunc(keys, func(k Key) bool { return k.Path == path })
+		if k < 0 {
+			l.faults = append(l.faults, Fault{Key: path, Problem: "there is no such key", Remedy: didYouMean(path)})
+			continue
+		}
+		delete(l.given, path)
+		if text := flags[path]; text != "" {
+			l.given[path] = value{flag: true, items: keys[k].split(text)}
+		}
+	}
+}
+
+// complain notes a fault of a key at the place that gave it; without a line, at the line of the key.
+func (l *loader) complain(key string, line int, t *trouble) {
+	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy}
+	if v, ok := l.given[key]; ok && v.flag {
+		f.File, f.Line = "", 0
+	} else if ok && line == 0 {
+		f.Line = v.line
+	}
+	l.broken[key] = true
+	l.faults = append(l.faults, f)
+}
+
+func readFile(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, mostBytes+1))
+	if err == nil && len(data) > mostBytes {
+		err = fmt.Errorf("it has more than %d bytes", mostBytes)
+	}
+	return data, err
+}
+
+// reason leaves out the operation and the path: the fault names the file.
+func reason(err error) string {
+	if p := (*fs.PathError)(nil); errors.As(err, &p) {
+		return p.Err.Error()
+	}
+	return err.Error()
+}
+
+// absolute says where a file is that a setting names.
+func (l *loader) absolute(key string, name *string) {
+	if *name == "" || filepath.IsAbs(*name) {
+		return
+	}
+	if v := l.given[key]; !v.flag {
+		*name = filepath.Join(filepath.Dir(l.file), *name)
+	}
+	abs, err := filepath.Abs(*name)
+	if err != nil {
+		l.complain(key, 0, bad("write an absolute path", "%s", err))
+		return
+	}
+	*name = abs
+}

@@ -1,0 +1,202 @@
+package config
+
+import (
+	"crypto/x509"
+	"fmt"
+	"maps"
+	"net/netip"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// resolve looks at the settings together: what is missing, what contradicts what, what follows from what.
+func (l *loader) resolve() {
+	l.absolute("credentialConfigFile", &l.CredentialConfigFile)
+	l.absolute("kubeconfig", &l.Kubeconfig)
+	l.absolute("google.caFile", &l.Google.CAFile)
+
+	l.resolveCredential()
+	l.resolveIdentity()
+	l.resolveURLs()
+	l.checkCA()
+	l.checkListen()
+	l.checkCluster()
+	l.checkExtraMetadata()
+	l.warn()
+}
+
+func (l *loader) resolveIdentity() {
+	l.require("projectID", l.Project.ID, "write the ID of the project whose resources the pods use")
+	if l.broken["workloadIdentityProvider"] || l.broken["credentialConfigFile"] {
+		return
+	}
+	if !l.require("workloadIdentityProvider", l.provider, "write "+providerForm+", or set credentialConfigFile") {
+		return
+	}
+	var number string
+	l.WorkloadIdentity, number = identity(l.provider)
+	if l.Project.Number == "" && number != "" {
+		l.Project.Number = number
+	}
+	l.require("numericProjectID", l.Project.Number, "write the number of projectID: an identitynamespace does not hold it")
+	if l.TokenAudience == "" {
+		l.TokenAudience = l.WorkloadIdentity.Audience
+		if l.WorkloadIdentity.PoolName == "" { // fleets and GKE give their tokens the pool's name
+			l.TokenAudience = l.WorkloadIdentity.Pool
+		}
+	}
+	if l.EmailForUnlinked == "" {
+		l.EmailForUnlinked = l.WorkloadIdentity.Pool
+	}
+}
+
+// require reports whether a setting has a value or a fault of its own already.
+func (l *loader) require(key, text, remedy string) bool {
+	if text != "" || l.broken[key] {
+		return text != ""
+	}
+	l.incomplete = true
+	if !l.unread { // else one fault says it all
+		l.complain(key, 0, bad(remedy, "is not set"))
+	}
+	return false
+}
+
+// resolveURLs fills in where Google is in this universe (G-09).
+func (r *raw) resolveURLs() {
+	if r.Google.STSURL == "" {
+		r.Google.STSURL = "https://sts." + r.Google.UniverseDomain + "/v1/token"
+	}
+	if r.Google.IAMCredentialsURL == "" {
+		r.Google.IAMCredentialsURL = "https://iamcredentials." + r.Google.UniverseDomain
+	}
+}
+
+func (l *loader) checkCA() {
+	const key = "google.caFile"
+	if l.Google.CAFile == "" || l.broken[key] {
+		return
+	}
+	pem, err := l.read(l.Google.CAFile)
+	if err != nil {
+		l.complain(key, 0, bad("name a file that this user can read", "%s: %s", quote(l.Google.CAFile), reason(err)))
+	} else if !x509.NewCertPool().AppendCertsFromPEM(pem) {
+		l.complain(key, 0, bad("name a file of certificates in PEM", "%s holds no certificate", quote(l.Google.CAFile)))
+	}
+}
+
+func (l *loader) checkListen() {
+	for _, s := range []struct {
+		key string
+		at  netip.AddrPort
+	}{{"listen", l.Listen}, {"healthListen", l.HealthListen}} {
+		if s.at.Port() == 0 && !s.at.Addr().IsLoopback() && !l.broken[s.key] {
+			l.complain(s.key, 0, bad("write a port from 1 to 65535; 0 stands for any free one, on loopback only", "has no port"))
+		}
+	}
+	if l.broken["listen"] || l.broken["healthListen"] || l.broken["routing.mode"] {
+		return
+	}
+	a := l.Listen.Addr()
+	if l.Listen.Port() != 0 && l.Listen.Port() == l.HealthListen.Port() &&
+		(a == l.HealthListen.Addr() || a.IsUnspecified() || l.HealthListen.Addr().IsUnspecified()) {
+		l.complain("healthListen", 0, bad("write another port", "is the listen address too"))
+	}
+	if l.Routing.Mode == "none" {
+		return
+	}
+	const remedy = "write an address that nobody else uses, such as 169.254.169.252:988, or set routing.mode to none"
+	switch { // the target of a DNAT rule
+	case !a.Is4():
+		l.complain("listen", 0, bad(remedy, "routing.mode %s sends packets for 169.254.169.254 on, and those are IPv4", l.Routing.Mode))
+	case a.IsUnspecified():
+		l.complain("listen", 0, bad(remedy, "routing.mode %s sends packets on to one address, and %s is none", l.Routing.Mode, a))
+	case a.IsLoopback():
+		l.complain("listen", 0, bad(remedy, "packets from pods reach 127.0.0.0/8 only where route_localnet opens it to neighbours as well"))
+	case slices.ContainsFunc(l.Routing.Guard, func(g netip.AddrPort) bool { return g.Addr() == a }):
+		l.complain("listen", 0, bad(remedy, "%s is guarded: it is the cloud's own metadata server", a))
+	}
+}
+
+// checkCluster holds E-16: half of a cluster makes programs believe in GKE and then fail.
+func (l *loader) checkCluster() {
+	fields := []struct{ key, text string }{
+		{"cluster.name", l.Cluster.Name}, {"cluster.location", l.Cluster.Location}, {"cluster.uid", l.Cluster.UID},
+	}
+	var set, missing []string
+	for _, f := range fields {
+		if l.broken[f.key] {
+			return
+		}
+		if f.text != "" {
+			set = append(set, f.key)
+		} else {
+			missing = append(missing, f.key)
+		}
+	}
+	if len(set) > 0 && len(missing) > 0 {
+		l.complain(set[0], 0, bad("set all of name, location and uid, or none; uid: kubectl get namespace kube-system -o jsonpath='{.metadata.uid}'",
+			"is set without %s", strings.Join(missing, " and ")))
+	}
+}
+
+func (l *loader) checkExtraMetadata() {
+	const key = "extraMetadata"
+	line := map[string]int{}
+	for _, it := range l.given[key].items {
+		if p, t := metadataPath(it.name); t == nil {
+			line[p] = it.line
+		}
+	}
+	for _, p := range slices.Sorted(maps.Keys(l.ExtraMetadata)) {
+		for dir := path.Dir(p); dir != "."; dir = path.Dir(dir) {
+			_, value := l.ExtraMetadata[dir]
+			if _, own := ownPaths[dir]; value || own {
+				l.complain(key, line[p], bad("remove one of the two", "%s makes a directory of %s, which is a value", quote(p), quote(dir)))
+			}
+		}
+	}
+}
+
+// warn notes what is allowed and still seldom meant.
+func (l *loader) warn() {
+	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
+	low, high := l.ephemeral()
+	if p := l.Listen.Port(); p >= low && p <= high {
+		say("listen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
+	}
+	if p := l.HealthListen.Port(); p >= low && p <= high {
+		say("healthListen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
+	}
+	if l.Listen.Addr().IsUnspecified() && l.Listen.Port() == 988 {
+		say("listen: port 988 on every address is what Lustre's client listens on as well: name one address")
+	}
+	if !l.HealthListen.Addr().IsLoopback() {
+		say("healthListen: %s is not loopback: whoever reaches it reads the metrics", l.HealthListen)
+	}
+	if mds := netip.MustParseAddrPort("169.254.169.254:80"); !slices.Contains(l.Routing.Guard, mds) {
+		say("routing.guard: without %s in it pods may reach the cloud's own credentials", mds)
+	}
+	if l.ImpersonateUnlinked != "" {
+		say("impersonateUnlinked: every pod of this node that is not linked becomes %s", l.ImpersonateUnlinked)
+	}
+	if !l.HostCheck {
+		say("hostCheck: off, so a web page that rebinds its name to 169.254.169.254 can ask for tokens")
+	}
+}
+
+// ephemeral returns the ports that the kernel gives to connections.
+func (l *loader) ephemeral() (low, high uint16) {
+	low, high = 32768, 60999 // the kernel's default
+	data, err := l.read("/proc/sys/net/ipv4/ip_local_port_range")
+	if f := strings.Fields(string(data)); err == nil && len(f) == 2 {
+		a, errA := strconv.ParseUint(f[0], 10, 16)
+		b, errB := strconv.ParseUint(f[1], 10, 16)
+		if errA == nil && errB == nil {
+			low, high = uint16(a), uint16(b)
+		}
+	}
+	return low, high
+}

@@ -1,0 +1,82 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+const everything = `
+workloadIdentityProvider: //iam.googleapis.com/` + testProvider + `
+credentialConfigFile: /credential.json
+projectID: my-project
+numericProjectID: 42
+kubeconfig: /etc/node.conf
+nodeName: node-1
+tokenAudience: "https://example.com/a#b"
+listen: 10.1.2.3:80
+healthListen: "[::1]:9000"
+routing: {mode: iptables, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, guard: ["169.254.169.254:80"]}
+google: {caFile: /ca.pem}
+instance: {hostname: node-1.example.com, id: 17, zone: europe-west4-a, name: node-1}
+cluster: {name: "123", location: europe-west4, uid: "true"}
+extraMetadata: {instance/a: "two\nlines: \"x\"", instance/b: "null", instance/c: "", instance/d: " - x # y"}
+emailForUnlinked: pool.example.com
+impersonateUnlinked: true
+prefetch: all
+limits: {connectionsPerPod: 1, mintsPerPod: 2, keysPerPod: 3}
+hostCheck: false
+log: {level: debug, format: json}
+`
+
+func TestShow(t *testing.T) {
+	ca, err := os.ReadFile("testdata/ca.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := files{"/credential.json": credentialText, "/ca.pem": string(ca)}
+	c := mustLoad(t, everything, nil, disk)
+	golden(t, "testdata/everything.yaml", c.YAML())
+	again := mustLoad(t, c.YAML(), nil, disk)
+	if !reflect.DeepEqual(c, again) {
+		t.Errorf("what is shown is another configuration:\n%+v\n%+v", c, again)
+	}
+	for _, k := range Keys() { // so that a key that is added to the table is added to this test
+		var had, has raw
+		has.Config, has.provider, has.impersonateUnlinked = c, "set", true
+		had = defaults()
+		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "google.universeDomain" {
+			t.Errorf("%s has its default in this test", k.Path)
+		}
+	}
+}
+
+func TestShowMinimal(t *testing.T) {
+	for _, text := range []string{minimal, "projectID: my-project\nnumericProjectID: 5\nworkloadIdentityProvider: identitynamespace:my-project.svc.id.goog:https://x/y"} {
+		c := mustLoad(t, text, nil, nil)
+		if again := mustLoad(t, c.YAML(), nil, nil); !reflect.DeepEqual(c, again) {
+			t.Errorf("what is shown is another configuration:\n%+v\n%+v", c, again)
+		}
+	}
+}
+
+func TestReference(t *testing.T) {
+	golden(t, "testdata/reference.yaml", Reference())
+
+	_, err := load(Reference(), nil, nil)
+	var faults *Error
+	if !errors.As(err, &faults) || len(faults.Faults) != 2 || strings.Count(err.Error(), "is not set") != 2 {
+		t.Errorf("the reference lacks more than the provider and the project: %v", err)
+	}
+	flags := map[string]string{"workloadIdentityProvider": testProvider, "projectID": "my-project"}
+	if got, want := mustLoad(t, Reference(), flags, nil), mustLoad(t, minimal, nil, nil); !reflect.DeepEqual(got, want) {
+		t.Errorf("the reference is not the defaults:\n%+v\n%+v", got, want)
+	}
+	for _, k := range Keys() {
+		if !strings.Contains(Reference(), k.Usage) {
+			t.Errorf("the reference does not say what %s is", k.Path)
+		}
+	}
+}
