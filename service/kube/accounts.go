@@ -1,0 +1,370 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+const (
+	refreshEvery  = 10 * time.Minute // ±20 %; 5,000 nodes with 30 ServiceAccounts each make 250 reads a second of the API server's memory
+	readsAtOnce   = 16
+	retryRead     = time.Second // a read that failed is not repeated sooner
+	retryReadMax  = 5 * time.Minute
+	watchAgain    = time.Hour // after the API server refused to let us watch ServiceAccounts
+	watchLifetime = 5 * time.Minute
+)
+
+// account is what is known of one ServiceAccount that live pods use.
+type account struct {
+	value   workload.Account
+	err     error // *AnnotationError or ErrNotFound: also something that the API server said
+	version string
+	read    time.Time // zero: never
+
+	failure  error // of the last attempt, when it failed
+	failedAt time.Time
+}
+
+type accounts struct {
+	mu      *sync.Mutex
+	known   map[workload.ServiceAccount]*account
+	changed chan struct{}
+	flights *singleflight.Group
+	slots   chan struct{}
+
+	probe         *sync.Mutex // held by the one who finds out whether we may watch
+	mayWatch      *atomic.Bool
+	watchDeniedAt *atomic.Int64
+}
+
+func newAccounts() accounts {
+	return accounts{
+		mu: new(sync.Mutex), known: map[workload.ServiceAccount]*account{}, changed: make(chan struct{}),
+		flights: new(singleflight.Group), slots: make(chan struct{}, readsAtOnce),
+		probe: new(sync.Mutex), mayWatch: new(atomic.Bool), watchDeniedAt: new(atomic.Int64),
+	}
+}
+
+// Account returns what the ServiceAccount's annotations say. With maxAge < 0 any age will do, and the answer is at once when something is known;
+// else it is read again when what is known is older, and a failed read is the error: an annotation that was taken away must not be honoured
+// because the API server could not be asked. Concurrent reads coalesce. Errors: *AnnotationError, ErrNotFound, ErrNoPod, *ForbiddenError, *AwayError, ErrNotConfigured.
+func (c *Cluster) Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error) {
+	c.accounts.mu.Lock()
+	if a := c.accounts.known[sa]; a != nil {
+		known := !a.read.IsZero() && (maxAge < 0 || time.Since(a.read) <= maxAge)
+		value, err := a.value, a.err
+		if !known && a.failure != nil && time.Since(a.failedAt) < retryRead {
+			known, value, err = true, workload.Account{}, a.failure
+		}
+		if known {
+			c.accounts.mu.Unlock()
+			return value, err
+		}
+	}
+	c.accounts.mu.Unlock()
+	a, err := c.readAccount(ctx, sa, true)
+	if err != nil {
+		return workload.Account{}, err
+	}
+	return a.value, a.err
+}
+
+// Changes is closed when the annotations of an account change, or are first known.
+func (c *Cluster) Changes() <-chan struct{} {
+	c.accounts.mu.Lock()
+	defer c.accounts.mu.Unlock()
+	return c.accounts.changed
+}
+
+// readAccount reads a ServiceAccount that live pods use. A fresh read is a consistent one; the other kind comes from the API server's memory
+// and costs it nothing to speak of. The read goes on when the asker leaves.
+func (c *Cluster) readAccount(ctx context.Context, sa workload.ServiceAccount, fresh bool) (account, error) {
+	x := c.pods.current.Load()
+	if !x.synced {
+		return account{}, fmt.Errorf("ServiceAccount %s: %w", sa, c.problem())
+	}
+	if len(x.byAccount[sa]) == 0 {
+		return account{}, fmt.Errorf("%w %s", ErrNoPod, sa)
+	}
+	flight := c.accounts.flights.DoChan(sa.String()+" "+strconv.FormatBool(fresh), func() (any, error) {
+		select {
+		case c.accounts.slots <- struct{}{}:
+			defer func() { <-c.accounts.slots }()
+		case <-c.life.Done():
+			return account{}, c.life.Err()
+		}
+		return c.getAccount(c.life, sa, fresh)
+	})
+	select {
+	case <-ctx.Done():
+		return account{}, ctx.Err()
+	case r := <-flight:
+		return r.Val.(account), r.Err
+	}
+}
+
+func (c *Cluster) getAccount(ctx context.Context, sa workload.ServiceAccount, fresh bool) (account, error) {
+	k, err := c.reach()
+	if err != nil {
+		return account{}, fmt.Errorf("ServiceAccount %s: %w", sa, err)
+	}
+	obj, err := c.get(ctx, k, sa, fresh)
+	// The Node authorizer learns of a new pod by a watch of its own, which may be behind ours.
+	var refused *refusedPod
+	for wait := 50 * time.Millisecond; errors.As(err, &refused) && refused.reason == unrelated && wait < retryRead; wait *= 2 {
+		if !sleep(ctx, wait) {
+			break
+		}
+		obj, err = c.get(ctx, k, sa, fresh)
+	}
+	switch {
+	case err == nil:
+		return c.learn(sa, obj, fresh), nil
+	case apierrors.IsNotFound(err) && !fresh:
+		return c.getAccount(ctx, sa, true) // the API server's memory may be behind
+	case apierrors.IsNotFound(err):
+		return c.learn(sa, nil, true), nil
+	case ctx.Err() != nil:
+		return account{}, ctx.Err()
+	}
+	err = fmt.Errorf("ServiceAccount %s: %w", sa, err)
+	c.accounts.mu.Lock()
+	defer c.accounts.mu.Unlock()
+	if a := c.entry(sa); a != nil {
+		a.failure, a.failedAt = err, time.Now()
+	}
+	return account{}, err
+}
+
+func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount, fresh bool) (*corev1.ServiceAccount, error) {
+	cctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var o metav1.GetOptions
+	if !fresh {
+		o.ResourceVersion = "0"
+	}
+	obj := new(corev1.ServiceAccount)
+	err := k.core.Get().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).VersionedParams(&o, c.codec).Do(cctx).Into(obj)
+	return obj, c.judge(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace}, err)
+}
+
+// learn takes what the API server says of a ServiceAccount; nil is that it does not exist.
+func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, fresh bool) account {
+	now := account{read: time.Now()}
+	if obj == nil {
+		now.err = fmt.Errorf("%w: %s", ErrNotFound, sa)
+	} else {
+		now.version = obj.ResourceVersion
+		now.value, now.err = ParseAccount(sa, obj.Annotations)
+	}
+	c.accounts.mu.Lock()
+	defer c.accounts.mu.Unlock()
+	a := c.entry(sa)
+	if a == nil {
+		return now // its last pod went away while we read
+	}
+	if !fresh && older(now.version, a.version) {
+		return *a // the API server's memory was behind what we know
+	}
+	if a.read.IsZero() || a.value != now.value || text(a.err) != text(now.err) {
+		if now.err != nil {
+			c.log.WithError(now.err).Warn("ServiceAccount cannot be used")
+		}
+		close(c.accounts.changed)
+		c.accounts.changed = make(chan struct{})
+	}
+	*a = now
+	return now
+}
+
+// entry returns the place to remember sa, or nil when no live pod uses it (K-04). The index is looked at under the accounts' lock: whoever
+// drops unused entries does so later.
+func (c *Cluster) entry(sa workload.ServiceAccount) *account {
+	if len(c.pods.current.Load().byAccount[sa]) == 0 {
+		return nil
+	}
+	a := c.accounts.known[sa]
+	if a == nil {
+		a = new(account)
+		c.accounts.known[sa] = a
+	}
+	return a
+}
+
+// forget drops everything: it was another cluster's.
+func (a *accounts) forget() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	clear(a.known)
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// older compares two resource versions; those that are no numbers cannot be compared.
+func older(a, b string) bool {
+	x, errX := strconv.ParseUint(a, 10, 64)
+	y, errY := strconv.ParseUint(b, 10, 64)
+	return errX == nil && errY == nil && x < y
+}
+
+// keepAccounts runs one keeper for every ServiceAccount that live pods use, and forgets the others.
+func (c *Cluster) keepAccounts(ctx context.Context) {
+	keepers := map[workload.ServiceAccount]context.CancelFunc{}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer func() {
+		for stop := range maps.Values(keepers) {
+			stop()
+		}
+	}()
+	for {
+		x := c.pods.current.Load()
+		for sa, stop := range keepers {
+			if len(x.byAccount[sa]) == 0 {
+				stop()
+				delete(keepers, sa)
+			}
+		}
+		c.accounts.mu.Lock()
+		maps.DeleteFunc(c.accounts.known, func(sa workload.ServiceAccount, _ *account) bool { return len(x.byAccount[sa]) == 0 })
+		c.accounts.mu.Unlock()
+		for _, sa := range x.accounts {
+			if keepers[sa] == nil {
+				kctx, stop := context.WithCancel(ctx)
+				keepers[sa] = stop
+				wg.Go(func() { c.keepAccount(kctx, sa) })
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-x.changed:
+		}
+	}
+}
+
+// keepAccount keeps one ServiceAccount fresh: read when its first pod appears, then watched where that is granted, else read every ten minutes.
+func (c *Cluster) keepAccount(ctx context.Context, sa workload.ServiceAccount) {
+	delay := retryRead / 2
+	for fresh := true; ; fresh = false {
+		_, err := c.readAccount(ctx, sa, fresh)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			// Also the Node authorizer that has not seen the pod yet.
+			if !sleep(ctx, around(delay)) {
+				return
+			}
+			delay = min(2*delay, retryReadMax)
+			continue
+		}
+		delay = retryRead / 2
+		pause := c.refresh
+		if c.watchAccount(ctx, sa) {
+			pause = 2 * retryRead // it was watched; the watch ended, as they do every few minutes
+		}
+		if !sleep(ctx, around(pause)) {
+			return
+		}
+	}
+}
+
+// around spreads what would otherwise happen at once, ±20 %.
+func around(d time.Duration) time.Duration {
+	return d*8/10 + time.Duration(rand.Int64N(int64(d)*4/10+1))
+}
+
+// watchAccount watches one ServiceAccount by name, as kubelet does with Secrets, and reports whether it could. One refusal
+// is enough to know: 100 ServiceAccounts do not ask 100 times.
+func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) bool {
+	denied := func() bool { return time.Since(time.Unix(0, c.accounts.watchDeniedAt.Load())) < watchAgain }
+	if denied() {
+		return false
+	}
+	asks := !c.accounts.mayWatch.Load()
+	if asks {
+		c.accounts.probe.Lock()
+		if denied() {
+			c.accounts.probe.Unlock()
+			return false
+		}
+	}
+	w, err := c.openAccountWatch(ctx, sa)
+	if err == nil {
+		c.accounts.mayWatch.Store(true)
+	}
+	if apierrors.IsForbidden(err) {
+		c.accounts.mayWatch.Store(false)
+		c.accounts.watchDeniedAt.Store(time.Now().UnixNano())
+		c.log.Debug("ServiceAccounts cannot be watched; they are read every ten minutes and before each mint")
+	}
+	if asks {
+		c.accounts.probe.Unlock()
+	}
+	if err != nil {
+		return !apierrors.IsForbidden(err)
+	}
+	defer w.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return true
+		case e, open := <-w.ResultChan():
+			if !open || e.Type == watch.Error {
+				return true
+			}
+			obj, is := e.Object.(*corev1.ServiceAccount)
+			if !is || obj.Namespace != sa.Namespace || obj.Name != sa.Name {
+				continue
+			}
+			switch e.Type {
+			case watch.Added, watch.Modified:
+				c.learn(sa, obj, false)
+			case watch.Deleted:
+				c.learn(sa, nil, true)
+			}
+		}
+	}
+}
+
+func (c *Cluster) openAccountWatch(ctx context.Context, sa workload.ServiceAccount) (watch.Interface, error) {
+	k, err := c.reach()
+	if err != nil {
+		return nil, err
+	}
+	seconds := int64(around(2 * watchLifetime).Seconds())
+	w, err := c.watch(ctx, k, sa.Namespace, "serviceaccounts", metav1.ListOptions{
+		// From version 0, so that it begins with the present state: the object's own version may be months old, and gone (410).
+		FieldSelector: "metadata.name=" + sa.Name, ResourceVersion: "0", AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
+	code := "200"
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		code = fmt.Sprint(status.Status().Code)
+	} else if err != nil {
+		code = "error"
+	}
+	// Not judged: that it is refused is the ordinary case (N-03), not a missing grant.
+	c.count(call{verb: "watch", resource: "serviceaccounts"}, code)
+	return w, err
+}

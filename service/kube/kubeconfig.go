@@ -1,0 +1,175 @@
+package kube
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+)
+
+// Places are where kubelets keep their kubeconfig, most common first. On nodes that match two, the first one wins.
+func Places() []string {
+	return []string{
+		"/etc/kubernetes/kubelet.conf",                          // kubeadm, kubespray, Cluster API
+		"/var/lib/rancher/k3s/agent/kubelet.kubeconfig",         // k3s
+		"/var/lib/rancher/rke2/agent/kubelet.kubeconfig",        // RKE2
+		"/var/lib/kubelet/kubeconfig",                           // EKS (exec plugin), AKS, kOps, OpenShift
+		"/var/lib/kubelet/kubeconfig-real",                      // Gardener
+		"/var/lib/k0s/kubelet.conf",                             // k0s
+		"/var/snap/microk8s/current/credentials/kubelet.config", // MicroK8s
+		"/etc/kubernetes/kubeconfig-kubelet",                    // Talos
+		"/etc/kubernetes/kubelet/kubeconfig",                    // Bottlerocket
+	}
+}
+
+// credential is what a kubeconfig and all the files that it names held when they were read. Client-go would read
+// rotated certificates every five minutes only; we read all of it every few seconds and make a new client when a byte changed,
+// so the configuration here holds contents and no file names.
+type credential struct {
+	path   string
+	server string
+	user   string // CN of the client certificate; "" when there is none
+	config *rest.Config
+	digest [sha256.Size]byte
+}
+
+// find reads the configured kubeconfig, or the first of the usual places that exists.
+func (c *Cluster) find() (*credential, error) {
+	if c.kubeconfig != "" {
+		return read(c.kubeconfig)
+	}
+	for _, p := range c.places {
+		cred, err := read(p)
+		if errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errReferenced) {
+			continue
+		}
+		return cred, err
+	}
+	return nil, fmt.Errorf("%w: set kubeconfig; looked at %s", ErrNotConfigured, strings.Join(c.places, ", "))
+}
+
+var errReferenced = errors.New("named in the kubeconfig")
+
+func read(path string) (*credential, error) {
+	wrong := func(err error) (*credential, error) {
+		if errors.Is(err, fs.ErrPermission) {
+			err = fmt.Errorf("%w (the service's group needs to read it)", err)
+		}
+		return nil, fmt.Errorf("%w: %s: %w", ErrNotConfigured, path, err)
+	}
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return wrong(err)
+	}
+	sum := sha256.New()
+	sum.Write(raw)
+	k, err := clientcmd.Load(raw)
+	if err != nil {
+		// Not the parser's own words: they may quote the file, and the file may hold keys.
+		return wrong(errors.New("not a kubeconfig (YAML or JSON of kind Config)"))
+	}
+	for _, a := range k.AuthInfos {
+		a.LocationOfOrigin = path
+	}
+	for _, a := range k.Clusters {
+		a.LocationOfOrigin = path
+	}
+	if err := clientcmd.ResolveLocalPaths(k); err != nil {
+		return wrong(err)
+	}
+	if err := inline(k, func(name string) ([]byte, error) {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			return nil, fmt.Errorf("%w, %w", err, errReferenced)
+		}
+		sum.Write([]byte(name))
+		sum.Write(b)
+		return b, nil
+	}); err != nil {
+		return wrong(err)
+	}
+	cfg, err := clientcmd.NewDefaultClientConfig(*k, &clientcmd.ConfigOverrides{}).ClientConfig()
+	if err != nil {
+		return wrong(err)
+	}
+	cred := &credential{path: path, server: cfg.Host, config: cfg}
+	sum.Sum(cred.digest[:0])
+	if len(cfg.CertData) > 0 {
+		cred.user = commonName(cfg.CertData)
+	}
+	return cred, nil
+}
+
+// inline replaces the names of the files that the current context needs by what they hold.
+func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
+	ctx := k.Contexts[k.CurrentContext]
+	if ctx == nil {
+		return fmt.Errorf("current-context %q does not exist", k.CurrentContext)
+	}
+	take := func(name *string, data *[]byte) error {
+		if *name == "" {
+			return nil
+		}
+		if len(*data) == 0 {
+			b, err := load(*name)
+			if err != nil {
+				return err
+			}
+			if len(bytes.TrimSpace(b)) == 0 {
+				return fmt.Errorf("%s is empty, %w", *name, errReferenced)
+			}
+			*data = b
+		}
+		*name = ""
+		return nil
+	}
+	if cl := k.Clusters[ctx.Cluster]; cl != nil {
+		if err := take(&cl.CertificateAuthority, &cl.CertificateAuthorityData); err != nil {
+			return err
+		}
+	}
+	a := k.AuthInfos[ctx.AuthInfo]
+	if a == nil {
+		return nil
+	}
+	if a.TokenFile != "" {
+		b, err := load(a.TokenFile)
+		if err != nil {
+			return err
+		}
+		a.Token, a.TokenFile = strings.TrimSpace(string(b)), ""
+	}
+	if err := take(&a.ClientCertificate, &a.ClientCertificateData); err != nil {
+		return err
+	}
+	return take(&a.ClientKey, &a.ClientKeyData)
+}
+
+// commonName returns the CN of the first certificate, the client's own.
+func commonName(chain []byte) string {
+	for b, rest := pem.Decode(chain); b != nil; b, rest = pem.Decode(rest) {
+		if b.Type != "CERTIFICATE" {
+			continue // kubelet keeps certificate and key in one file
+		}
+		cert, err := x509.ParseCertificate(b.Bytes)
+		if err != nil {
+			return ""
+		}
+		// Only an identity of a node says anything about names; but the groups must say so too.
+		if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization, "system:nodes") {
+			return ""
+		}
+		return cert.Subject.CommonName
+	}
+	return ""
+}

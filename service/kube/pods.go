@@ -1,0 +1,344 @@
+package kube
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/utils/clock"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// pod is what we keep of a live pod: a few hundred bytes where the API's object has kilobytes.
+type pod struct {
+	caller               workload.Caller
+	addrs                []netip.Addr // none for a pod on the host network: its address is the node's (N-14)
+	hostNetwork          bool
+	running, terminating bool
+}
+
+func (p *pod) equal(q *pod) bool {
+	return p.caller == q.caller && slices.Equal(p.addrs, q.addrs) && p.hostNetwork == q.hostNetwork && p.running == q.running && p.terminating == q.terminating
+}
+
+// index is one generation of what is known of this node's pods. It never changes, so readers need no lock.
+type index struct {
+	synced    bool
+	pods      []*pod // sorted by namespace and name
+	byAddress map[netip.Addr][]workload.Caller
+	byAccount map[workload.ServiceAccount][]*pod
+	accounts  []workload.ServiceAccount // sorted
+	changed   chan struct{}             // closed when the next generation is there
+}
+
+// pods is the store that the reflector fills. Its methods are the reflector's, which is one goroutine at a time;
+// the mutex is for reset and touch.
+type pods struct {
+	log     func(format string, args ...any) // debug
+	mu      sync.Mutex
+	live    map[types.NamespacedName]*pod
+	synced  bool
+	current atomic.Pointer[index]
+
+	watching atomic.Bool  // a watch is open: what we know is what the API server says
+	touched  atomic.Int64 // Unix nanoseconds of the last word from the API server about pods
+}
+
+func newPods(debugf func(string, ...any)) *pods {
+	p := &pods{log: debugf, live: map[types.NamespacedName]*pod{}}
+	p.current.Store(p.build())
+	return p
+}
+
+// publish makes what is known visible, and wakes who waits for it.
+func (p *pods) publish() {
+	old := p.current.Swap(p.build())
+	close(old.changed)
+}
+
+func (p *pods) build() *index {
+	x := &index{
+		synced:    p.synced,
+		pods:      make([]*pod, 0, len(p.live)),
+		byAddress: make(map[netip.Addr][]workload.Caller, len(p.live)),
+		byAccount: make(map[workload.ServiceAccount][]*pod),
+		changed:   make(chan struct{}),
+	}
+	for _, q := range p.live {
+		x.pods = append(x.pods, q)
+	}
+	slices.SortFunc(x.pods, func(a, b *pod) int { return strings.Compare(a.caller.String(), b.caller.String()) })
+	for _, q := range x.pods {
+		for _, a := range q.addrs {
+			x.byAddress[a] = append(x.byAddress[a], q.caller)
+		}
+		sa := q.caller.ServiceAccount
+		if x.byAccount[sa] == nil {
+			x.accounts = append(x.accounts, sa)
+		}
+		x.byAccount[sa] = append(x.byAccount[sa], q)
+	}
+	slices.SortFunc(x.accounts, func(a, b workload.ServiceAccount) int { return strings.Compare(a.String(), b.String()) })
+	return x
+}
+
+// set takes one object's newest state and reports whether it matters.
+func (p *pods) set(o *corev1.Pod) bool {
+	key := types.NamespacedName{Namespace: o.Namespace, Name: o.Name}
+	old, had := p.live[key]
+	if !live(o) {
+		delete(p.live, key)
+		return had
+	}
+	q := convert(o)
+	if had && old.equal(q) {
+		return false
+	}
+	p.live[key] = q
+	return true
+}
+
+// live: a pod that ended keeps its status.podIP while its address is used again (N-12), so the phase decides. A terminating
+// pod keeps its identity for as long as any of its containers may run (U-06).
+func live(o *corev1.Pod) bool {
+	if o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed {
+		return false
+	}
+	if o.DeletionTimestamp == nil {
+		return true
+	}
+	seen := false
+	for _, cs := range [][]corev1.ContainerStatus{o.Status.InitContainerStatuses, o.Status.ContainerStatuses, o.Status.EphemeralContainerStatuses} {
+		for i := range cs {
+			if cs[i].State.Terminated == nil {
+				return true
+			}
+			seen = true
+		}
+	}
+	return !seen // nothing said about any container: it may be starting
+}
+
+func convert(o *corev1.Pod) *pod {
+	p := &pod{
+		caller: workload.Caller{PodUID: string(o.UID), PodName: o.Name,
+			ServiceAccount: workload.ServiceAccount{Namespace: o.Namespace, Name: o.Spec.ServiceAccountName}},
+		hostNetwork: o.Spec.HostNetwork,
+		running:     o.Status.Phase == corev1.PodRunning,
+		terminating: o.DeletionTimestamp != nil,
+	}
+	if p.hostNetwork {
+		return p
+	}
+	add := func(s string) {
+		a, err := netip.ParseAddr(s)
+		if err != nil || a.Zone() != "" {
+			return // the API server validates them; not an address is no address
+		}
+		if a = a.Unmap(); !slices.Contains(p.addrs, a) {
+			p.addrs = append(p.addrs, a)
+		}
+	}
+	for _, ip := range o.Status.PodIPs {
+		add(ip.IP)
+	}
+	if o.Status.PodIP != "" {
+		add(o.Status.PodIP)
+	}
+	return p
+}
+
+// strip drops on arrival what we never look at: specs, environment variables, managed fields.
+func strip(o any) (any, error) {
+	p, is := o.(*corev1.Pod)
+	if !is {
+		return o, nil
+	}
+	states := func(in []corev1.ContainerStatus) []corev1.ContainerStatus {
+		out := make([]corev1.ContainerStatus, len(in))
+		for i := range in {
+			out[i].State = in[i].State
+		}
+		return out
+	}
+	s := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, ResourceVersion: p.ResourceVersion, DeletionTimestamp: p.DeletionTimestamp},
+		Spec:       corev1.PodSpec{ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork},
+		Status: corev1.PodStatus{Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: p.Status.PodIPs,
+			InitContainerStatuses:      states(p.Status.InitContainerStatuses),
+			ContainerStatuses:          states(p.Status.ContainerStatuses),
+			EphemeralContainerStatuses: states(p.Status.EphemeralContainerStatuses)},
+	}
+	return s, nil
+}
+
+// reset forgets everything: it was another node's, or another cluster's.
+func (p *pods) reset() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.live, p.synced = map[types.NamespacedName]*pod{}, false
+	p.publish()
+}
+
+// What follows is cache.TransformingStore and cache.ReflectorBookmarkStore.
+
+func (p *pods) Transformer() cache.TransformFunc { return strip }
+
+func (p *pods) Add(o any) error { return p.Update(o) }
+
+func (p *pods) Update(o any) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.touched.Store(time.Now().UnixNano())
+	if v, is := o.(*corev1.Pod); is && p.set(v) {
+		p.log("pod %s/%s %s: phase %s, addresses %v", v.Namespace, v.Name, v.UID, v.Status.Phase, v.Status.PodIPs)
+		p.publish()
+	}
+	return nil
+}
+
+func (p *pods) Delete(o any) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.touched.Store(time.Now().UnixNano())
+	if v, is := o.(*corev1.Pod); is {
+		key := types.NamespacedName{Namespace: v.Namespace, Name: v.Name}
+		if _, had := p.live[key]; had {
+			p.log("pod %s/%s %s is gone", v.Namespace, v.Name, v.UID)
+			delete(p.live, key)
+			p.publish()
+		}
+	}
+	return nil
+}
+
+// Replace is always a new generation: who was told that nothing can be believed waits for it.
+func (p *pods) Replace(os []any, _ string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.touched.Store(time.Now().UnixNano())
+	p.live = make(map[types.NamespacedName]*pod, len(os))
+	for _, o := range os {
+		if v, is := o.(*corev1.Pod); is {
+			p.set(v)
+		}
+	}
+	p.synced = true
+	p.log("%d live pods", len(p.live))
+	p.publish()
+	return nil
+}
+
+func (p *pods) Resync() error { return nil }
+
+func (p *pods) Bookmark(string) error {
+	p.touched.Store(time.Now().UnixNano())
+	return nil
+}
+
+// opened and closed follow the watch: while it is open, silence is no news; HTTP/2's own pings end a dead one within 45 s.
+func (p *pods) opened() {
+	now := time.Now()
+	stale := now.Sub(time.Unix(0, p.touched.Swap(now.UnixNano()))) > tooOld
+	p.watching.Store(true)
+	if stale {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.publish()
+	}
+}
+
+func (p *pods) closed() {
+	if p.watching.Swap(false) {
+		p.touched.Store(time.Now().UnixNano())
+	}
+}
+
+// tooOld is how long the index may be believed without contact: longer than a restart of the API server takes, short enough that
+// an address has hardly a new owner whom we have not heard of.
+const tooOld = 2 * time.Minute
+
+// outOfTouch returns since when the API server said nothing about pods; false while it can be believed.
+func (p *pods) outOfTouch() (time.Time, bool) {
+	if p.watching.Load() {
+		return time.Time{}, false
+	}
+	t := time.Unix(0, p.touched.Load())
+	return t, time.Since(t) > tooOld
+}
+
+// openWatch tells the store when the watch ends. The reflector stops every watch that it is done with.
+type openWatch struct {
+	watch.Interface
+	end func()
+}
+
+func (w *openWatch) Stop() {
+	w.Interface.Stop()
+	w.end()
+}
+
+// follow keeps the store in step with the API server until ctx is done.
+func (c *Cluster) follow(ctx context.Context, k *client, node string) {
+	selector := "spec.nodeName=" + node
+	lw := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			o.FieldSelector = selector
+			l, err := c.listPods(ctx, k, o)
+			// The reflector's own reading of the error (410 Gone and the like) needs the original.
+			return l, c.podsAnswer(ctx, call{verb: "list", resource: "pods"}, err)
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			o.FieldSelector = selector
+			w, err := c.watch(ctx, k, "", "pods", o)
+			if err := c.podsAnswer(ctx, call{verb: "watch", resource: "pods"}, err); err != nil {
+				return nil, err
+			}
+			c.pods.opened()
+			return &openWatch{w, c.pods.closed}, nil
+		},
+	}
+	backoff := c.backoff
+	cache.NewReflectorWithOptions(lw, &corev1.Pod{}, c.pods, cache.ReflectorOptions{Name: "pods", Backoff: &backoff, Clock: untilDone{ctx: ctx}}).RunWithContext(ctx)
+	c.pods.closed()
+}
+
+// untilDone is a clock whose waits end with ctx: some of the reflector's do not look at its context, and would hold up a stop
+// or a new credential for half a minute.
+type untilDone struct {
+	clock.RealClock
+	ctx context.Context
+}
+
+func (u untilDone) After(d time.Duration) <-chan time.Time {
+	c := make(chan time.Time, 2)
+	t := time.AfterFunc(d, func() { c <- time.Now() })
+	context.AfterFunc(u.ctx, func() { t.Stop(); c <- time.Now() })
+	return c
+}
+
+// podsAnswer remembers why pods cannot be seen, and returns the error as the reflector needs it.
+func (c *Cluster) podsAnswer(ctx context.Context, k call, err error) error {
+	if judged := c.judge(ctx, k, err); judged == nil || ctx.Err() == nil {
+		c.setProblem(judged)
+	}
+	return err
+}
+
+// relist is the pace at which a lost watch is sought again: no storm when an API server comes back to 5,000 nodes,
+// and never more than half a minute late.
+func relist() wait.Backoff {
+	return wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 0.5, Cap: 20 * time.Second, Steps: 10}
+}
