@@ -41,23 +41,19 @@ type account struct {
 }
 
 type accounts struct {
-	mu      *sync.Mutex
+	mu      sync.Mutex
 	known   map[workload.ServiceAccount]*account
 	changed chan struct{}
-	flights *singleflight.Group
+	flights singleflight.Group
 	slots   chan struct{}
 
-	probe         *sync.Mutex // held by the one who finds out whether we may watch
-	mayWatch      *atomic.Bool
-	watchDeniedAt *atomic.Int64
+	probe         sync.Mutex // held by the one who finds out whether we may watch
+	mayWatch      atomic.Bool
+	watchDeniedAt atomic.Int64
 }
 
-func newAccounts() accounts {
-	return accounts{
-		mu: new(sync.Mutex), known: map[workload.ServiceAccount]*account{}, changed: make(chan struct{}),
-		flights: new(singleflight.Group), slots: make(chan struct{}, readsAtOnce),
-		probe: new(sync.Mutex), mayWatch: new(atomic.Bool), watchDeniedAt: new(atomic.Int64),
-	}
+func newAccounts() *accounts {
+	return &accounts{known: map[workload.ServiceAccount]*account{}, changed: make(chan struct{}), slots: make(chan struct{}, readsAtOnce)}
 }
 
 // Account returns what the ServiceAccount's annotations say. With maxAge < 0 any age will do, and the answer is at once when something is known;

@@ -47,7 +47,7 @@ type Cluster struct {
 
 	client   atomic.Pointer[client]
 	pods     *pods
-	accounts accounts
+	accounts *accounts
 
 	mu sync.Mutex
 	state
