@@ -1,0 +1,229 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// addressLabel marks the address that Install puts on lo (ip address prints it in place of the interface), so that Remove takes
+// away that one and no other.
+const addressLabel = "lo:gme"
+
+// addressText is the address as ip(8) adds it, without "ip address add". The kernel adds the local route by itself.
+func addressText(a netip.Addr) string {
+	return netip.PrefixFrom(a, 32).String() + " dev lo scope host label " + addressLabel
+}
+
+// localAddress is what stands of an address on this node.
+type localAddress struct {
+	local bool         // the node takes packets to it as its own, whoever made that so
+	ours  []*net.IPNet // addresses on lo with our label, this or another
+}
+
+// wantsAddress says whether the address is ours to put on lo: one that needs no network, and that nothing else of the node has.
+// Any other address that is not local lives elsewhere: in another namespace, a container or a machine of the node.
+func (l localAddress) wants(a netip.Addr) bool { return a.IsLinkLocalUnicast() && !l.local }
+
+func readAddress(a netip.Addr) (l localAddress, err error) {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return l, fmt.Errorf("find lo: %w", err)
+	}
+	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(lo, netlink.FAMILY_V4) })
+	if err != nil {
+		return l, fmt.Errorf("list the addresses of lo: %w", err)
+	}
+	for _, o := range addrs {
+		if o.Label == addressLabel {
+			l.ours = append(l.ours, o.IPNet)
+		}
+	}
+	if a.IsValid() {
+		l.local, err = isLocal(a)
+	}
+	return l, err
+}
+
+// isLocal asks the kernel's routing, which knows addresses and local routes (ip route add local …) alike.
+func isLocal(a netip.Addr) (bool, error) {
+	routes, err := netlink.RouteGet(a.AsSlice())
+	switch {
+	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES), errors.Is(err, unix.EINVAL):
+		return false, nil // no route, or one that refuses
+	case err != nil:
+		return false, fmt.Errorf("ip route get %s: %w", a, err)
+	}
+	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
+}
+
+// installAddress puts the address on lo where it is wanted, and takes away one that an earlier Plan wanted.
+func installAddress(a netip.Addr) error {
+	l, err := readAddress(a)
+	if err != nil {
+		return err
+	}
+	if l.wants(a) {
+		lo, err := netlink.LinkByName("lo")
+		if err == nil {
+			err = netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(a), Scope: int(netlink.SCOPE_HOST), Label: addressLabel})
+		}
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("ip address add %s: %w", addressText(a), permission(err))
+		}
+	}
+	return removeAddress(a)
+}
+
+// removeAddress takes away every address with our label but keep; none is kept when keep is the zero Addr.
+func removeAddress(keep netip.Addr) error {
+	l, err := readAddress(netip.Addr{})
+	if err != nil || len(l.ours) == 0 {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	var errs []error
+	for _, n := range l.ours {
+		if ip, ok := netip.AddrFromSlice(n.IP); ok && ip.Unmap() == keep {
+			continue
+		}
+		if err := netlink.AddrDel(lo, &netlink.Addr{IPNet: n, Label: addressLabel}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			errs = append(errs, fmt.Errorf("ip address del %s dev lo: %w", n, permission(err)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func checkAddress(p Plan) []error {
+	l, err := readAddress(p.Listen.Addr())
+	switch {
+	case err != nil:
+		return []error{err}
+	case l.wants(p.Listen.Addr()):
+		return []error{missing("ip address: %s", addressText(p.Listen.Addr()))}
+	}
+	return nil
+}
+
+// The route of a node without one to the metadata server: connect() would fail before nat OUTPUT sees a packet. Only what
+// this host sends needs it, so it is there only where pods on the host network are redirected, and only as long as table main has no
+// other route: it would take the real server away from the node's daemons. The source is given, since a node without any IPv4
+// address of its own has none to choose; an emulator elsewhere answers to the node's own address.
+func metadataRoute(listen netip.Addr, listenIsLocal bool) *netlink.Route {
+	r := &netlink.Route{Dst: hostNet(metadataServer.Addr()), Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN, Protocol: unix.RTPROT_KERNEL}
+	if listenIsLocal {
+		r.Src = listen.AsSlice()
+	}
+	return r
+}
+
+// routeText is the route as ip(8) adds it, without "ip route add".
+func routeText(r *netlink.Route) string {
+	text := r.Dst.String() + " dev lo scope link protocol kernel"
+	if r.Src != nil {
+		text += " src " + r.Src.String()
+	}
+	return text
+}
+
+// readRoute returns our route, nil if there is none, and whether table main has another one for the metadata server.
+func readRoute() (ours *netlink.Route, other bool, err error) {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return nil, false, fmt.Errorf("find lo: %w", err)
+	}
+	routes, err := retryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, false, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		switch {
+		case r.LinkIndex == lo.Attrs().Index && r.Protocol == unix.RTPROT_KERNEL && r.Scope == netlink.SCOPE_LINK &&
+			r.Dst != nil && r.Dst.String() == hostNet(metadataServer.Addr()).String():
+			ours = &r
+		case r.Type == unix.RTN_UNICAST && (r.Dst == nil || r.Dst.Contains(metadataServer.Addr().AsSlice())):
+			other = true
+		}
+	}
+	return ours, other, nil
+}
+
+// installRoute adds our route, or takes it away where it is not wanted.
+func installRoute(p Plan, s surroundings) error {
+	ours, other, err := readRoute()
+	if err != nil {
+		return err
+	}
+	if !interceptsHost(p, s) || other {
+		return deleteRoute(ours)
+	}
+	local, err := isLocal(p.Listen.Addr())
+	if err != nil {
+		return err
+	}
+	want := metadataRoute(p.Listen.Addr(), local)
+	if ours != nil && ours.Src.Equal(want.Src) {
+		return nil
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		want.LinkIndex = lo.Attrs().Index
+		err = netlink.RouteReplace(want)
+	}
+	if err != nil {
+		return fmt.Errorf("ip route add %s: %w", routeText(want), permission(err))
+	}
+	return nil
+}
+
+func removeRoute() error {
+	ours, _, err := readRoute()
+	if err != nil {
+		return err
+	}
+	return deleteRoute(ours)
+}
+
+func deleteRoute(r *netlink.Route) error {
+	if r == nil {
+		return nil
+	}
+	if err := netlink.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("ip route del %s: %w", routeText(r), permission(err))
+	}
+	return nil
+}
+
+func checkRoute(p Plan, s surroundings) []error {
+	ours, other, err := readRoute()
+	switch {
+	case err != nil:
+		return []error{err}
+	case interceptsHost(p, s) && !other && ours == nil:
+		local, err := isLocal(p.Listen.Addr())
+		if err != nil {
+			return []error{err}
+		}
+		return []error{missing("ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
+	case ours != nil && (other || !interceptsHost(p, s)):
+		return []error{missing("ip route: %s should not be there any more", routeText(ours))}
+	}
+	return nil
+}
+
+func hostNet(a netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+func haveIPv6() bool {
+	_, err := os.Stat("/proc/thread-self/net/if_inet6")
+	return err == nil
+}

@@ -1,0 +1,288 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// TestMain lets the test program stand for other programs: one that asks, one that listens, one that installs.
+func TestMain(m *testing.M) {
+	role, arg := os.Getenv("ROUTING_TEST_ROLE"), os.Getenv("ROUTING_TEST_ARG")
+	switch role {
+	case "":
+		os.Exit(m.Run())
+	case "ask":
+		c, err := net.DialTimeout("tcp", arg, long)
+		if err == nil {
+			var who string
+			if who, err = talk(c, long); err == nil {
+				fmt.Print(who)
+			}
+		}
+		end(err)
+	case "listen":
+		_, err := net.Listen("tcp", arg)
+		fmt.Println("listening", err)
+		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
+		end(err)
+	case "install":
+		r, err := New(Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
+			RunDir: filepath.Dir(arg), Binary: filepath.Base(arg)})
+		if err == nil {
+			err = r.Install(context.Background())
+		}
+		end(err)
+	}
+}
+
+func end(err error) {
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// play is the command that makes this program play a role on the node, after the words of prefix.
+func (b *bed) play(role, arg, program string, prefix ...string) *exec.Cmd {
+	b.t.Helper()
+	args := append(prefix, program)
+	cmd := b.Command(context.Background(), args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE="+role, "ROUTING_TEST_ARG="+arg)
+	return cmd
+}
+
+// self is this program's file.
+func (b *bed) self() string {
+	b.t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return exe
+}
+
+// bed is a node with a pod, a neighbour on the LAN, an emulator at the default listen address and a fake cloud that must never be
+// asked.
+type bed struct {
+	*netnstest.Node
+	t         testing.TB
+	pod       *netnstest.NS
+	neighbour *netnstest.NS
+	plan      Plan
+}
+
+const (
+	emulator = "emulator"
+	cloud    = "cloud"
+)
+
+// onBothBackends runs the test on a node of its own for each backend.
+func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
+	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
+		t.Run(binary, func(t *testing.T) { f(t, newBed(t, binary)) })
+	}
+}
+
+func newBed(t testing.TB, binary string) *bed {
+	t.Helper()
+	netnstest.Needs(t, binary, binary+"-restore", "ip", "nsenter")
+	b := &bed{Node: netnstest.Start(t, "routing"), t: t}
+	var err error
+	if b.pod, err = b.AddPod("pod"); err != nil {
+		t.Fatal(err)
+	}
+	if b.neighbour, err = b.AddNeighbour("neighbour"); err != nil {
+		t.Fatal(err)
+	}
+	b.plan = Plan{
+		Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
+		InterceptHostPods: "auto", RunDir: t.TempDir(), Binary: binary,
+	}
+	b.serve(b.NS, b.plan.Listen.String(), emulator)
+	for _, at := range []string{"169.254.169.254:80", "[fd00:ec2::254]:80", "169.254.169.254:53", "169.254.169.254:443"} {
+		b.serve(b.Cloud, at, cloud)
+	}
+	return b
+}
+
+// serve answers every line that a client sends with who it is.
+func (b *bed) serve(ns *netnstest.NS, at, who string) {
+	b.t.Helper()
+	l, err := ns.Listen("tcp", at)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				buf := make([]byte, 64)
+				for {
+					if _, err := c.Read(buf); err != nil {
+						return
+					}
+					if _, err := io.WriteString(c, who); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+}
+
+// How long a client waits for an answer that should come, and for one that should not.
+const long, short = 10 * time.Second, 300 * time.Millisecond
+
+// ask connects, sends a line and returns who answered, or the error.
+func ask(ns *netnstest.NS, at string, wait time.Duration) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), wait)
+	defer cancel()
+	c, err := ns.Dial(ctx, "tcp", at)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	return talk(c, wait)
+}
+
+func talk(c net.Conn, wait time.Duration) (string, error) {
+	if err := c.SetDeadline(time.Now().Add(wait)); err != nil {
+		return "", err
+	}
+	if _, err := io.WriteString(c, "who?"); err != nil {
+		return "", err
+	}
+	buf := make([]byte, 64)
+	n, err := c.Read(buf)
+	return string(buf[:n]), err
+}
+
+// answers fails unless who answers ns at the address; "" stands for nobody.
+func (b *bed) answers(ns *netnstest.NS, at, who string) {
+	b.t.Helper()
+	wait := long
+	if who == "" {
+		wait = short
+	}
+	got, err := ask(ns, at, wait)
+	if got != who {
+		b.t.Errorf("%s asked %s: %q answered (%v), want %q", ns.Name, at, got, err, who)
+	}
+}
+
+func (b *bed) router(p Plan) Router {
+	b.t.Helper()
+	r, err := New(p)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return r
+}
+
+func (b *bed) install(p Plan) {
+	b.t.Helper()
+	if err := b.Do(func() error { return b.router(p).Install(context.Background()) }); err != nil {
+		b.t.Fatalf("install: %v", err)
+	}
+}
+
+func (b *bed) check(p Plan) error {
+	b.t.Helper()
+	return b.Do(func() error { return b.router(p).Check(context.Background()) })
+}
+
+// green fails unless Check finds nothing.
+func (b *bed) green(p Plan) {
+	b.t.Helper()
+	if err := b.check(p); err != nil {
+		b.t.Errorf("check: %v", err)
+	}
+}
+
+func (b *bed) remove(p Plan) {
+	b.t.Helper()
+	if err := b.Do(func() error { return b.router(p).Remove(context.Background()) }); err != nil {
+		b.t.Fatalf("remove: %v", err)
+	}
+}
+
+// sh runs shell commands on the node, with iptables and ip6tables being the bed's backend.
+func (b *bed) sh(script string) string {
+	b.t.Helper()
+	six := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
+	script = fmt.Sprintf("set -e; iptables() { %s \"$@\"; }; ip6tables() { %s \"$@\"; }; %s", b.plan.Binary, six, script)
+	out, err := b.Command(context.Background(), "sh", "-c", script).CombinedOutput()
+	if err != nil {
+		b.t.Fatalf("%s: %v: %s", script, err, out)
+	}
+	return string(out)
+}
+
+func (b *bed) ruleset() string {
+	b.t.Helper()
+	s, err := b.Ruleset()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return s
+}
+
+// same fails and shows the lines that differ.
+func (b *bed) same(what, got, want string) {
+	b.t.Helper()
+	if got == want {
+		return
+	}
+	g, w := lines(got), lines(want)
+	for _, line := range only(g, w) {
+		b.t.Errorf("%s: too much: %s", what, line)
+	}
+	for _, line := range only(w, g) {
+		b.t.Errorf("%s: lost: %s", what, line)
+	}
+	b.t.Errorf("%s: not as before", what)
+}
+
+func lines(s string) []string { return strings.Split(s, "\n") }
+
+func only(a, b []string) (found []string) {
+	count := map[string]int{}
+	for _, l := range b {
+		count[l]++
+	}
+	for _, l := range a {
+		if count[l]--; count[l] < 0 {
+			found = append(found, l)
+		}
+	}
+	return found
+}
+
+// faults are the lines of what Check returned, each of which must be a fault and not a failure to look.
+func faults(t testing.TB, err error) []string {
+	t.Helper()
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, ErrMissing) {
+		t.Errorf("not a fault: %v", err)
+	}
+	return strings.Split(err.Error(), "\n")
+}

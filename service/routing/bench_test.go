@@ -1,0 +1,75 @@
+package routing
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// serviceRules is a ruleset of kube-proxy's shape with n rules in table nat.
+func serviceRules(n int) string {
+	var chains, rules strings.Builder
+	chains.WriteString("*nat\n:KUBE-SERVICES - [0:0]\n")
+	rules.WriteString("-A PREROUTING -j KUBE-SERVICES\n-A OUTPUT -j KUBE-SERVICES\n")
+	for i := range n / 4 {
+		fmt.Fprintf(&chains, ":KUBE-SVC-%08d - [0:0]\n:KUBE-SEP-%08d - [0:0]\n", i, i)
+		ip := fmt.Sprintf("10.%d.%d.%d", 96+i>>16, i>>8&255, i&255)
+		fmt.Fprintf(&rules, "-A KUBE-SERVICES -d %s/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%08d\n-A KUBE-SVC-%08d -j KUBE-SEP-%08d\n"+
+			"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT --to-destination 10.200.0.1:80\n", ip, i, i, i, i, i)
+	}
+	return chains.String() + rules.String() + "COMMIT\n"
+}
+
+// BenchmarkRouter is install, repeated install, check and remove beside other people's rules.
+func BenchmarkRouter(b *testing.B) {
+	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
+		for _, n := range []int{0, 10000} {
+			bed := newBed(b, binary)
+			if n > 0 {
+				cmd := bed.Command(context.Background(), binary+"-restore", "--noflush")
+				cmd.Stdin = strings.NewReader(serviceRules(n))
+				if out, err := cmd.CombinedOutput(); err != nil {
+					b.Fatalf("%v: %s", err, out)
+				}
+			}
+			r := bed.router(bed.plan)
+			step := func(b *testing.B, f func(context.Context) error) {
+				if err := bed.Do(func() error { return f(context.Background()) }); err != nil {
+					b.Fatal(err)
+				}
+			}
+			name := fmt.Sprintf("%s/%d", binary, n)
+			b.Run(name+"/install", func(b *testing.B) {
+				for b.Loop() {
+					b.StopTimer()
+					step(b, r.Remove)
+					b.StartTimer()
+					step(b, r.Install)
+				}
+			})
+			step(b, r.Install)
+			b.Run(name+"/reinstall", func(b *testing.B) {
+				for b.Loop() {
+					step(b, r.Install)
+				}
+			})
+			b.Run(name+"/check", func(b *testing.B) {
+				for b.Loop() {
+					step(b, r.Check)
+				}
+			})
+			b.Run(name+"/remove", func(b *testing.B) {
+				for b.Loop() {
+					b.StopTimer()
+					step(b, r.Install)
+					b.StartTimer()
+					step(b, r.Remove)
+				}
+			})
+			if err := bed.Close(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+}

@@ -1,0 +1,51 @@
+package routing
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Connections to the real server from before the rules. FORWARD resets them on the ports that the guard leaves alone; what
+// the guard names is refused while it is routed and never gets to FORWARD, and a TCP socket that is established takes that refusal for
+// a passing disturbance and waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of a
+// connection and redirects it, and the emulator's kernel resets what it does not know.
+//
+// Closed in any case; not reset but left hanging are IPv6 connections (nothing redirects them), those on which the server speaks
+// first, and all where nf_conntrack_tcp_loose is 0.
+
+// forgetEstablished deletes the conntrack entries of connections to the metadata server that were not redirected. Those
+// of this host itself are left alone unless pods on the host network are redirected too.
+func forgetEstablished(p Plan, s surroundings) error {
+	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	f := notRedirected{}
+	if !interceptsHost(p, s) {
+		f.host = map[netip.Addr]bool{}
+		for _, a := range addrs {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok {
+				f.host[ip.Unmap()] = true
+			}
+		}
+	}
+	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
+		return fmt.Errorf("forget connections to %s: %w", metadataServer, err)
+	}
+	return nil
+}
+
+// notRedirected picks connections to the real metadata server.
+type notRedirected struct{ host map[netip.Addr]bool }
+
+func (f notRedirected) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
+	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != metadataServer || flow.Forward.Protocol != unix.IPPROTO_TCP {
+		return false
+	}
+	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
+	return flow.Reverse.SrcIP.Equal(flow.Forward.DstIP) && !f.host[from.Unmap()]
+}

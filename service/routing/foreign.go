@@ -1,0 +1,94 @@
+package routing
+
+import (
+	"bufio"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// foreignListener returns an error when another program listens where the emulator wants to: GKE's own metadata server, or
+// whatever has 0.0.0.0:988 (Lustre's port: R-19). systemd listens in the emulator's name, and the emulator itself may.
+func foreignListener(l netip.AddrPort) error {
+	inode, at := listener(l)
+	if inode == "" {
+		return nil
+	}
+	pid, exe := owner(inode)
+	self, err := os.Readlink("/proc/self/exe")
+	switch {
+	case pid == "1", err == nil && strings.TrimSuffix(exe, " (deleted)") == strings.TrimSuffix(self, " (deleted)"):
+		return nil // an upgrade may have replaced the file of a program that still runs
+	case pid == "":
+		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, at)
+	}
+	return fmt.Errorf("%s %w: %s (process %s) listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
+		l, ErrForeign, filepath.Base(exe), pid, at)
+}
+
+// listener finds the socket that gets connections to l in this network namespace, by its inode.
+func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
+	for _, table := range []string{"tcp", "tcp6"} {
+		f, err := os.Open("/proc/thread-self/net/" + table)
+		if err != nil {
+			continue
+		}
+		defer f.Close()
+		lines := bufio.NewScanner(f)
+		lines.Scan() // the heading
+		for lines.Scan() {
+			fields := strings.Fields(lines.Text())
+			if len(fields) < 10 || fields[3] != "0A" {
+				break // listeners come first
+			}
+			a, err := parseProc(fields[1])
+			if err == nil && a.Port() == l.Port() && (a.Addr() == l.Addr() || a.Addr().IsUnspecified()) {
+				return fields[9], a
+			}
+		}
+	}
+	return "", netip.AddrPort{}
+}
+
+// parseProc reads an address of /proc/net/tcp: 32-bit words in the machine's order, in hexadecimal.
+func parseProc(text string) (netip.AddrPort, error) {
+	host, port, ok := strings.Cut(text, ":")
+	a, err := hex.DecodeString(host)
+	p, err2 := hex.DecodeString(port)
+	if !ok || err != nil || err2 != nil || len(p) != 2 || len(a)%4 != 0 {
+		return netip.AddrPort{}, fmt.Errorf("socket address %q", text)
+	}
+	for i := 0; i < len(a); i += 4 {
+		binary.BigEndian.PutUint32(a[i:], binary.NativeEndian.Uint32(a[i:]))
+	}
+	addr, ok := netip.AddrFromSlice(a)
+	if !ok {
+		return netip.AddrPort{}, errors.New("socket address " + text)
+	}
+	return netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(p)), nil
+}
+
+// owner finds a process that holds the socket, systemd before others. It is asked only when somebody listens.
+func owner(inode string) (pid, exe string) {
+	want := "socket:[" + inode + "]"
+	descriptors, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, d := range descriptors {
+		if link, err := os.Readlink(d); err != nil || link != want {
+			continue
+		}
+		p := strings.Split(d, "/")[2]
+		if p == "1" {
+			return p, "systemd"
+		}
+		if pid == "" {
+			pid = p
+			exe, _ = os.Readlink("/proc/" + p + "/exe")
+		}
+	}
+	return pid, exe
+}

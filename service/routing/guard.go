@@ -1,0 +1,282 @@
+package routing
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// The guard that does not depend on netfilter. ip rule prints, for every guarded address:
+//
+//	97: from all to 169.254.169.254 iif lo lookup main proto kernel
+//	98: from all to 169.254.169.254 ipproto tcp dport 80 prohibit proto kernel
+//
+// Redirected packets have another destination by the time they are routed, so these rules see only what would leak. DNS at
+// 169.254.169.254:53 passes. "not iif lo … prohibit" would negate the whole selector and cut pods off.
+//
+// R-10b: iif lo is all that this host sends, its own daemons and pods on the host network alike. Those pods reach the real
+// server when only these rules are left; for them the promise holds while the netfilter rules stand.
+//
+// proto kernel keeps networkd ≥ 248 from deleting the rules, and with the preference and the shape shows whose they are.
+const (
+	prefExempt   = 97
+	prefProhibit = 98
+)
+
+// policyRule is one rule of the guard: an exemption when iif is set, else a prohibition.
+type policyRule struct {
+	to   netip.Addr
+	iif  string
+	port uint16
+}
+
+func (r policyRule) pref() uint32 {
+	if r.iif != "" {
+		return prefExempt
+	}
+	return prefProhibit
+}
+
+// String returns the rule as ip(8) adds it, without "ip rule add".
+func (r policyRule) String() string {
+	to := netip.PrefixFrom(r.to, r.to.BitLen())
+	if r.iif != "" {
+		return fmt.Sprintf("pref %d iif %s to %s lookup main protocol kernel", prefExempt, r.iif, to)
+	}
+	return fmt.Sprintf("pref %d to %s ipproto tcp dport %d prohibit protocol kernel", prefProhibit, to, r.port)
+}
+
+// guardRules are the Plan's, exemptions first: nobody is cut off for the moment in between.
+func guardRules(p Plan) (rules []policyRule) {
+	for _, g := range p.Guard {
+		for _, name := range append([]string{"lo"}, p.Spare...) {
+			if r := (policyRule{to: g.Addr(), iif: name}); !slices.Contains(rules, r) {
+				rules = append(rules, r)
+			}
+		}
+	}
+	for _, g := range p.Guard {
+		rules = append(rules, policyRule{to: g.Addr(), port: g.Port()})
+	}
+	return rules
+}
+
+// installGuard adds what is missing and then deletes what an earlier Plan wanted.
+func installGuard(p Plan) error {
+	if err := addGuard(p); err != nil {
+		return err
+	}
+	have, err := standingGuard()
+	if err != nil {
+		return err
+	}
+	return deleteGuard(have, guardRules(p))
+}
+
+// addGuard adds what is missing.
+func addGuard(p Plan) error {
+	have, err := standingGuard()
+	if err != nil {
+		return err
+	}
+	for _, r := range guardRules(p) {
+		if slices.Contains(have, r) {
+			continue
+		}
+		if err := r.change(unix.RTM_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_EXCL); err != nil && !errors.Is(err, unix.EEXIST) {
+			if r.to.Is6() && noIPv6(err) {
+				continue // nothing can leak where there is no IPv6
+			}
+			return fmt.Errorf("ip rule add %s: %w", r, permission(err))
+		}
+	}
+	return nil
+}
+
+// removeGuard deletes all rules of the guard, whoever's Plan they were.
+func removeGuard() error {
+	have, err := standingGuard()
+	if err != nil {
+		return err
+	}
+	return deleteGuard(have, nil)
+}
+
+// deleteGuard deletes those that are not wanted, prohibitions first.
+func deleteGuard(have, want []policyRule) error {
+	var errs []error
+	for _, pref := range []uint32{prefProhibit, prefExempt} {
+		for _, r := range have {
+			if r.pref() != pref || slices.Contains(want, r) {
+				continue
+			}
+			if err := r.change(unix.RTM_DELRULE, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("ip rule del %s: %w", r, permission(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkGuard names the rules that are not there.
+func checkGuard(p Plan) []error {
+	have, err := standingGuard()
+	if err != nil {
+		return []error{err}
+	}
+	var errs []error
+	for _, r := range guardRules(p) {
+		if r.to.Is6() && !haveIPv6() {
+			continue
+		}
+		if !slices.Contains(have, r) {
+			errs = append(errs, missing("ip rule: %s", r))
+		}
+	}
+	return errs
+}
+
+// change sends one rule to the kernel. The messages are made here since netlink v1.3.1 neither tells a listed rule's action nor
+// writes ipproto as the single byte that it is; and its attribute parser panics on a message that was cut short.
+func (r policyRule) change(command, flags int) error {
+	req := nl.NewNetlinkRequest(command, flags|unix.NLM_F_ACK)
+	msg := &nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET, Dst_len: uint8(r.to.BitLen())}}
+	if r.to.Is6() {
+		msg.Family = unix.AF_INET6
+	}
+	attrs := []*nl.RtAttr{
+		nl.NewRtAttr(nl.FRA_DST, r.to.AsSlice()),
+		nl.NewRtAttr(nl.FRA_PRIORITY, nl.Uint32Attr(r.pref())),
+		nl.NewRtAttr(nl.FRA_PROTOCOL, nl.Uint8Attr(unix.RTPROT_KERNEL)),
+	}
+	if r.iif != "" {
+		msg.Table, msg.Type = unix.RT_TABLE_MAIN, nl.FR_ACT_TO_TBL
+		attrs = append(attrs, nl.NewRtAttr(nl.FRA_IIFNAME, nl.ZeroTerminated(r.iif)))
+	} else {
+		msg.Type = nl.FR_ACT_PROHIBIT
+		ports := binary.NativeEndian.AppendUint16(nil, r.port)
+		attrs = append(attrs,
+			nl.NewRtAttr(nl.FRA_IP_PROTO, nl.Uint8Attr(unix.IPPROTO_TCP)),
+			nl.NewRtAttr(nl.FRA_DPORT_RANGE, binary.NativeEndian.AppendUint16(ports, r.port)))
+	}
+	req.AddData(msg)
+	for _, a := range attrs {
+		req.AddData(a)
+	}
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// standingGuard lists the rules of the guard's shape in both families.
+func standingGuard() (rules []policyRule, err error) {
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		messages, err := retryDump(func() ([][]byte, error) {
+			req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
+			req.AddData(nl.NewIfInfomsg(family))
+			return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
+		})
+		if err != nil {
+			if family == unix.AF_INET6 && noIPv6(err) {
+				break
+			}
+			return nil, fmt.Errorf("list ip rules: %w", err)
+		}
+		for _, m := range messages {
+			if r, ours := parseRule(m); ours {
+				rules = append(rules, r)
+			}
+		}
+	}
+	return rules, nil
+}
+
+// parseRule reads one message of the kernel and says whether it is a rule as change makes them, and nothing more.
+func parseRule(message []byte) (r policyRule, ours bool) {
+	if len(message) < unix.SizeofRtMsg {
+		return r, false
+	}
+	msg := nl.DeserializeRtMsg(message)
+	if msg.Src_len != 0 || msg.Tos != 0 || msg.Flags&netlink.FibRuleInvert != 0 {
+		return r, false
+	}
+	var pref, table uint32
+	var protocol, ipproto uint8
+	for rest := message[unix.SizeofRtMsg:]; len(rest) > 0; {
+		if len(rest) < unix.SizeofRtAttr {
+			return r, false
+		}
+		size, kind := int(binary.NativeEndian.Uint16(rest)), binary.NativeEndian.Uint16(rest[2:])
+		if size < unix.SizeofRtAttr || size > len(rest) {
+			return r, false
+		}
+		v := rest[unix.SizeofRtAttr:size]
+		rest = rest[min((size+3)&^3, len(rest)):]
+		switch kind {
+		case nl.FRA_DST:
+			to, ok := netip.AddrFromSlice(v)
+			if !ok || int(msg.Dst_len) != to.BitLen() {
+				return r, false
+			}
+			r.to = to
+		case nl.FRA_PRIORITY:
+			pref = number(v)
+		case nl.FRA_TABLE:
+			table = number(v)
+		case nl.FRA_PROTOCOL:
+			protocol = uint8(number(v))
+		case nl.FRA_IP_PROTO:
+			ipproto = uint8(number(v))
+		case nl.FRA_IIFNAME:
+			r.iif = unix.ByteSliceToString(v)
+		case nl.FRA_DPORT_RANGE:
+			if len(v) != 4 || binary.NativeEndian.Uint16(v) != binary.NativeEndian.Uint16(v[2:]) {
+				return r, false
+			}
+			r.port = binary.NativeEndian.Uint16(v)
+		case fraDportMask:
+			if len(v) != 2 || binary.NativeEndian.Uint16(v) != 1<<16-1 {
+				return r, false
+			}
+		case nl.FRA_SUPPRESS_PREFIXLEN, nl.FRA_SUPPRESS_IFGROUP:
+			if number(v) != 1<<32-1 {
+				return r, false
+			}
+		default: // a selector or an action that ours do not have
+			return r, false
+		}
+	}
+	if protocol != unix.RTPROT_KERNEL || !r.to.IsValid() {
+		return r, false
+	}
+	switch pref {
+	case prefExempt:
+		return r, msg.Type == nl.FR_ACT_TO_TBL && table == unix.RT_TABLE_MAIN && r.iif != "" && r.port == 0 && ipproto == 0
+	case prefProhibit:
+		return r, msg.Type == nl.FR_ACT_PROHIBIT && r.iif == "" && r.port != 0 && ipproto == unix.IPPROTO_TCP
+	}
+	return r, false
+}
+
+// fraDportMask is FRA_DPORT_MASK of linux/fib_rules.h, which kernels from 6.15 on tell for every port.
+const fraDportMask = 29
+
+// number reads an attribute of one or four bytes; 0 is what none of ours has.
+func number(v []byte) uint32 {
+	switch len(v) {
+	case 1:
+		return uint32(v[0])
+	case 4:
+		return binary.NativeEndian.Uint32(v)
+	}
+	return 0
+}
+
+func noIPv6(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+}

@@ -1,0 +1,325 @@
+package netnstest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Addresses are the same on every node: each lives in namespaces of its own.
+//
+//	pod 10.244.0.2 … ─ cni0 10.244.0.1 ┐                               ┌ cloud 198.51.100.1, and on lo 169.254.169.254, fd00:ec2::254
+//	                   cni0 fd00:244::1 ├ node eth0 198.51.100.10 ─ lan0 ┤
+//	routed pod 10.245.0.3 … ─ veth      ┘           fd00:51::10         └ neighbour 198.51.100.20 …
+var (
+	// Metadata is the real metadata server's address; the cloud namespace has it.
+	Metadata = netip.MustParseAddr("169.254.169.254")
+	// MetadataSix is AWS's metadata server over IPv6; the cloud namespace has it too.
+	MetadataSix = netip.MustParseAddr("fd00:ec2::254")
+
+	cloudAddr, cloudSix   = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("fd00:51::1")
+	nodeAddr, nodeSix     = netip.MustParseAddr("198.51.100.10"), netip.MustParseAddr("fd00:51::10")
+	bridgeAddr, bridgeSix = netip.MustParseAddr("10.244.0.1"), netip.MustParseAddr("fd00:244::1")
+	podNet, podNetSix     = netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/64") // on the bridge
+	routedNet, routedSix  = netip.MustParsePrefix("10.245.0.0/16"), netip.MustParsePrefix("fd00:245::/64") // on veths of their own
+	routedGateway         = netip.MustParseAddr("169.254.1.1")                                             // as Calico's
+)
+
+// Node is a node's namespace with what surrounds it. Its own NS is the node's: Do, Dial, Listen and Command act as a process of
+// the node would. The uplink is eth0, the pods' bridge cni0.
+type Node struct {
+	*NS
+	Cloud *NS // behind the uplink, the node's default gateway; Addr is its LAN address
+
+	mu         sync.Mutex
+	prefix     string
+	pods       int
+	neighbours int
+	all        []*NS
+}
+
+// New makes a node with its uplink and its cloud. name ends up in the names of the namespaces.
+func New(name string) (*Node, error) {
+	n := &Node{prefix: fmt.Sprintf("gme-%d-%d-%s", os.Getpid(), sequence.Add(1), name)}
+	if err := n.make(); err != nil {
+		return nil, errors.Join(fmt.Errorf("make node %s: %w", name, err), n.Close())
+	}
+	return n, nil
+}
+
+func (n *Node) make() (err error) {
+	if n.NS, err = n.namespace(""); err != nil {
+		return err
+	}
+	n.NS.Addr, n.NS.Six = nodeAddr, nodeSix
+	if n.Cloud, err = n.namespace("-cloud"); err != nil {
+		return err
+	}
+	n.Cloud.Addr, n.Cloud.Six = cloudAddr, cloudSix
+	if err := n.Cloud.Do(func() error {
+		return run(
+			bridge("lan0"),
+			address("lan0", netip.PrefixFrom(cloudAddr, 24)), address("lan0", netip.PrefixFrom(cloudSix, 64)), address("lan0", linkLocal(cloudSix)),
+			address("lo", netip.PrefixFrom(Metadata, 32)), address("lo", netip.PrefixFrom(MetadataSix, 128)),
+			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
+		)
+	}); err != nil {
+		return err
+	}
+	if err := n.plug(n.NS, "node"); err != nil {
+		return err
+	}
+	if err := n.NS.Do(func() error {
+		return run(
+			bridge("cni0"),
+			address("cni0", netip.PrefixFrom(bridgeAddr, 16)), address("cni0", netip.PrefixFrom(bridgeSix, 64)), address("cni0", linkLocal(bridgeSix)),
+			route(netip.MustParsePrefix("0.0.0.0/0"), cloudAddr, "eth0"), route(netip.MustParsePrefix("::/0"), cloudSix, "eth0"),
+			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
+		)
+	}); err != nil {
+		return err
+	}
+	// The cloud knows the way back to the pods, so that nothing needs masquerading and the node's ruleset starts empty.
+	return n.Cloud.Do(func() error {
+		return run(route(podNet, nodeAddr, "lan0"), route(routedNet, nodeAddr, "lan0"),
+			route(podNetSix, nodeSix, "lan0"), route(routedSix, nodeSix, "lan0"))
+	})
+}
+
+// namespace makes one more namespace that Close removes.
+func (n *Node) namespace(suffix string) (*NS, error) {
+	ns, err := newNS(n.prefix + suffix)
+	if err != nil {
+		return nil, err
+	}
+	n.all = append(n.all, ns)
+	return ns, nil
+}
+
+// plug connects ns to the LAN by its eth0.
+func (n *Node) plug(ns *NS, port string) error {
+	if err := n.Cloud.veth(port, ns, "eth0", "lan0"); err != nil {
+		return err
+	}
+	return ns.Do(func() error {
+		return run(address("eth0", netip.PrefixFrom(ns.Addr, 24)), address("eth0", netip.PrefixFrom(ns.Six, 64)), address("eth0", linkLocal(ns.Six)))
+	})
+}
+
+// AddPod attaches a pod to the bridge cni0.
+func (n *Node) AddPod(name string) (*NS, error) { return n.addPod(name, "cni0") }
+
+// AddRoutedPod attaches a pod as Calico and the cloud CNIs do: a veth whose node side has no IPv4 address, a /32 route to the
+// pod and proxy ARP for its gateway (K-08).
+func (n *Node) AddRoutedPod(name string) (*NS, error) { return n.addPod(name, "") }
+
+func (n *Node) addPod(name, master string) (_ *NS, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	pod, err := n.namespace("-" + name)
+	if err != nil {
+		return nil, fmt.Errorf("add pod %s: %w", name, err)
+	}
+	n.pods++
+	i := n.pods + 1 // the bridge is 1
+	pod.Addr = netip.AddrFrom4([4]byte{10, 244, byte(i >> 8), byte(i)})
+	six := podNetSix.Addr().As16()
+	if master == "" {
+		pod.Addr = netip.AddrFrom4([4]byte{10, 245, byte(i >> 8), byte(i)})
+		six = routedSix.Addr().As16()
+	}
+	six[14], six[15] = byte(i>>8), byte(i)
+	pod.Six = netip.AddrFrom16(six)
+	host := fmt.Sprintf("veth%d", n.pods)
+	if err := n.NS.veth(host, pod, "eth0", master); err != nil {
+		return nil, fmt.Errorf("add pod %s: %w", name, err)
+	}
+	if master != "" {
+		err = pod.Do(func() error {
+			return run(
+				address("eth0", netip.PrefixFrom(pod.Addr, 16)), address("eth0", netip.PrefixFrom(pod.Six, 64)), address("eth0", linkLocal(pod.Six)),
+				route(netip.MustParsePrefix("0.0.0.0/0"), bridgeAddr, "eth0"), route(netip.MustParsePrefix("::/0"), bridgeSix, "eth0"))
+		})
+	} else {
+		err = errors.Join(
+			n.NS.Do(func() error {
+				return run(sysctl("ipv4/conf/"+host+"/proxy_arp", "1"), sysctl("ipv4/neigh/"+host+"/proxy_delay", "0"),
+					route(netip.PrefixFrom(pod.Addr, 32), netip.Addr{}, host), route(netip.PrefixFrom(pod.Six, 128), netip.Addr{}, host),
+					address(host, linkLocal(bridgeSix)))
+			}),
+			pod.Do(func() error {
+				return run(address("eth0", netip.PrefixFrom(pod.Addr, 32)), address("eth0", netip.PrefixFrom(pod.Six, 128)), address("eth0", linkLocal(pod.Six)),
+					route(netip.PrefixFrom(routedGateway, 32), netip.Addr{}, "eth0"), route(netip.MustParsePrefix("0.0.0.0/0"), routedGateway, "eth0"),
+					route(netip.MustParsePrefix("::/0"), linkLocal(bridgeSix).Addr(), "eth0"))
+			}))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("add pod %s: %w", name, err)
+	}
+	return pod, nil
+}
+
+// AddNeighbour puts another host on the node's LAN. Its default route is the cloud; a test gives it others.
+func (n *Node) AddNeighbour(name string) (*NS, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	ns, err := n.namespace("-" + name)
+	if err != nil {
+		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
+	}
+	i := byte(20 + n.neighbours)
+	n.neighbours++
+	ns.Addr = netip.AddrFrom4([4]byte{198, 51, 100, i})
+	six := cloudSix.As16()
+	six[15] = i
+	ns.Six = netip.AddrFrom16(six)
+	if err := n.plug(ns, fmt.Sprintf("nb%d", n.neighbours)); err != nil {
+		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
+	}
+	if err := ns.Do(func() error {
+		return run(route(netip.MustParsePrefix("0.0.0.0/0"), cloudAddr, "eth0"), route(netip.MustParsePrefix("::/0"), cloudSix, "eth0"))
+	}); err != nil {
+		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
+	}
+	return ns, nil
+}
+
+// Close removes every namespace of the node, and with them links, routes and rules. It can be called again.
+func (n *Node) Close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var errs []error
+	for _, ns := range n.all {
+		errs = append(errs, ns.Close())
+	}
+	n.all = nil
+	return errors.Join(errs...)
+}
+
+// linkLocal is the link-local address that goes with a global one; a router needs one on every link to find its neighbours.
+func linkLocal(a netip.Addr) netip.Prefix {
+	b := a.As16()
+	copy(b[:8], []byte{0xfe, 0x80, 0, 0, 0, 0, 0, 0})
+	return netip.PrefixFrom(netip.AddrFrom16(b), 64)
+}
+
+// run does the steps in order up to the first that fails.
+func run(steps ...func() error) error {
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loopback brings lo up. Links of the namespace make themselves no link-local addresses and wait for no duplicates:
+// both happen some time later, and Ruleset wants to be the same text twice.
+func loopback() error {
+	return run(sysctl("ipv6/conf/default/accept_dad", "0"), sysctl("ipv6/conf/default/addr_gen_mode", "1"), up("lo"))
+}
+
+func up(link string) func() error {
+	return func() error {
+		l, err := netlink.LinkByName(link)
+		if err == nil {
+			err = netlink.LinkSetUp(l)
+		}
+		if err != nil {
+			return fmt.Errorf("ip link set %s up: %w", link, err)
+		}
+		return nil
+	}
+}
+
+func bridge(name string) func() error {
+	return func() error {
+		la := netlink.NewLinkAttrs()
+		la.Name = name
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: la}); err != nil {
+			return fmt.Errorf("ip link add %s type bridge: %w", name, err)
+		}
+		return up(name)()
+	}
+}
+
+// veth makes a pair: name in ns (a port of master unless that is ""), peerName in peer. Both are up.
+func (ns *NS) veth(name string, peer *NS, peerName, master string) error {
+	there, err := os.Open(peer.Path())
+	if err != nil {
+		return err
+	}
+	defer there.Close()
+	if err := ns.Do(func() error {
+		la := netlink.NewLinkAttrs()
+		la.Name = name
+		link := &netlink.Veth{LinkAttrs: la, PeerName: peerName, PeerNamespace: netlink.NsFd(there.Fd())}
+		if err := netlink.LinkAdd(link); err != nil {
+			return fmt.Errorf("ip link add %s type veth: %w", name, err)
+		}
+		if master != "" {
+			m, err := netlink.LinkByName(master)
+			if err == nil {
+				err = netlink.LinkSetMaster(link, m)
+			}
+			if err != nil {
+				return fmt.Errorf("ip link set %s master %s: %w", name, master, err)
+			}
+		}
+		return up(name)()
+	}); err != nil {
+		return err
+	}
+	return peer.Do(up(peerName))
+}
+
+func address(link string, p netip.Prefix) func() error {
+	return func() error {
+		l, err := netlink.LinkByName(link)
+		if err == nil {
+			a := &netlink.Addr{IPNet: ipNet(p)}
+			if p.Addr().Is6() {
+				a.Flags = unix.IFA_F_NODAD
+			}
+			err = netlink.AddrAdd(l, a)
+		}
+		if err != nil {
+			return fmt.Errorf("ip address add %s dev %s: %w", p, link, err)
+		}
+		return nil
+	}
+}
+
+func route(to netip.Prefix, via netip.Addr, link string) func() error {
+	return func() error {
+		l, err := netlink.LinkByName(link)
+		if err == nil {
+			r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(to)}
+			if via.IsValid() {
+				r.Gw = via.AsSlice()
+			} else {
+				r.Scope = netlink.SCOPE_LINK
+			}
+			err = netlink.RouteAdd(r)
+		}
+		if err != nil {
+			return fmt.Errorf("ip route add %s via %s dev %s: %w", to, via, link, err)
+		}
+		return nil
+	}
+}
+
+// sysctl writes below /proc/sys/net, which shows the calling thread's namespace.
+func sysctl(key, value string) func() error {
+	return func() error { return os.WriteFile("/proc/sys/net/"+key, []byte(value), 0) }
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}

@@ -1,0 +1,54 @@
+package netnstest
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+)
+
+// TB is what Start needs of a *testing.T or *testing.B.
+type TB interface {
+	Helper()
+	Cleanup(func())
+	Skip(args ...any)
+	Fatal(args ...any)
+	Errorf(format string, args ...any)
+}
+
+// Start is New for a test: the node is closed with it. Where nodes cannot be made the test is skipped with the reason, and fails
+// with the same reason under CI=true.
+func Start(tb TB, name string) *Node {
+	tb.Helper()
+	n, err := New(name)
+	switch {
+	case errors.Is(err, ErrNeedsRoot):
+		Lacks(tb, err)
+	case err != nil:
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := n.Close(); err != nil {
+			tb.Errorf("close node %s: %v", name, err)
+		}
+	})
+	return n
+}
+
+// Needs skips the test, or fails it under CI=true, unless the machine has the commands.
+func Needs(tb TB, commands ...string) {
+	tb.Helper()
+	for _, c := range commands {
+		if _, err := exec.LookPath(c); err != nil {
+			Lacks(tb, err)
+		}
+	}
+}
+
+// Lacks skips the test for want of what reason says, and fails it under CI=true: there a skip would lie.
+func Lacks(tb TB, reason error) {
+	tb.Helper()
+	if os.Getenv("CI") == "true" {
+		tb.Fatal(reason)
+	}
+	tb.Skip(reason)
+}

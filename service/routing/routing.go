@@ -1,0 +1,148 @@
+// Package routing answers: how does what a pod sends to 169.254.169.254:80 arrive at the emulator, and nowhere else?
+//
+// A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is missing (Check) and takes it
+// away without a trace (Remove). Install converges from any earlier state and can be repeated while the emulator serves; Check
+// changes nothing; Remove needs no memory of an Install. Mode iptables owns chains named GME-*, policy rules at preferences 97
+// and 98 that are marked proto kernel, an address labelled lo:gme, and nothing else.
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/sirupsen/logrus"
+)
+
+// ModeIPTables is DNAT by iptables, whichever backend the node uses.
+const ModeIPTables = "iptables"
+
+// DefaultRunDir is where the desired state and the lock lie.
+const DefaultRunDir = "/run/gke-metadata-emulator"
+
+var (
+	// ErrMissing is wrapped by what Check returns when something that the Plan wants is not in the kernel, or not as it should be.
+	// An error of Check that does not wrap it says that the kernel could not be read.
+	ErrMissing = errors.New("missing")
+	// ErrForeign is wrapped when the address, the port, the chains or the redirection belong to somebody else, as on GKE itself.
+	ErrForeign = errors.New("belongs to somebody else")
+	// ErrPermission is wrapped when the kernel does not let this process change the rules.
+	ErrPermission = errors.New("needs root with CAP_NET_ADMIN (on AKS with eBPF host routing a security module denies it even then: use another routing mode)")
+)
+
+// Router puts one Plan into the kernel of the network namespace in which it is called.
+type Router interface {
+	// Install makes what the Plan wants stand, closed things before open ones, writes the desired state and reads back (R-24, R-25).
+	Install(ctx context.Context) error
+	// Check returns nil when all stands, else one error that names everything that does not (errors.Join).
+	Check(ctx context.Context) error
+	// Remove takes away everything that any Install of this mode can have put there, and writes the desired state.
+	Remove(ctx context.Context) error
+}
+
+// Plan is what the configuration says about routing. It is plain data.
+type Plan struct {
+	Mode              string
+	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
+	Uplinks           []string         // interfaces that are not the pods'; none: found out (R-05). A trailing + stands for any ending
+	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0
+	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto is off
+	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
+	Closed            bool             // the guard alone: the configuration is broken (R-23). What stands besides is left as it is
+	RunDir            string           // "" is DefaultRunDir
+	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
+	Log               logrus.FieldLogger
+}
+
+// metadataServer is where clients send their requests.
+var metadataServer = netip.AddrPortFrom(netip.AddrFrom4([4]byte{169, 254, 169, 254}), 80)
+
+// DefaultGuard is the closed guard of a node whose configuration cannot be read (R-32).
+func DefaultGuard() []netip.AddrPort {
+	return []netip.AddrPort{metadataServer, netip.MustParseAddrPort("[fd00:ec2::254]:80")}
+}
+
+// New returns the Router for the Plan. It refuses a Plan that cannot be carried out, naming all that is wrong with it.
+func New(p Plan) (Router, error) {
+	p, err := p.checked()
+	if err != nil {
+		return nil, err
+	}
+	return &iptablesRouter{plan: p, hostCgroups: hostCgroups()}, nil
+}
+
+// checked returns the Plan with its defaults filled in.
+func (p Plan) checked() (Plan, error) {
+	if p.RunDir == "" {
+		p.RunDir = DefaultRunDir
+	}
+	if p.Log == nil {
+		quiet := logrus.New()
+		quiet.SetLevel(logrus.PanicLevel)
+		p.Log = quiet
+	}
+	p.Guard = slices.Clone(p.Guard)
+	if p.Closed {
+		p.Mode = ModeIPTables
+		if len(p.Guard) == 0 {
+			p.Guard = DefaultGuard()
+		}
+	}
+	slices.SortFunc(p.Guard, netip.AddrPort.Compare)
+	p.Guard = slices.Compact(p.Guard)
+	var errs []error
+	for _, g := range p.Guard {
+		if !g.IsValid() || g.Port() == 0 || g.Addr().IsUnspecified() || g.Addr().Is4In6() || g.Addr().Zone() != "" {
+			errs = append(errs, fmt.Errorf("guard %s: an IP address and a port are needed, such as 169.254.169.254:80 or [fd00:ec2::254]:80", g))
+		}
+	}
+	if p.Closed {
+		return p, errors.Join(errs...)
+	}
+	if p.Mode != ModeIPTables {
+		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, ModeIPTables)
+	}
+	errs = append(errs, checkListen(p.Listen))
+	switch p.InterceptHostPods {
+	case "", "auto", "on", "off":
+	default:
+		errs = append(errs, fmt.Errorf("interceptHostPods %q: use auto, on or off", p.InterceptHostPods))
+	}
+	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
+		if !interfaceName.MatchString(name) {
+			errs = append(errs, fmt.Errorf("%q is no name of a network interface", name))
+		}
+	}
+	for _, name := range p.Spare {
+		if strings.HasSuffix(name, "+") {
+			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
+		}
+	}
+	return p, errors.Join(errs...)
+}
+
+// interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
+var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
+
+func checkListen(l netip.AddrPort) error {
+	const remedy = "; the usual choice is 169.254.169.252:988"
+	a := l.Addr()
+	switch {
+	case !l.IsValid() || l.Port() == 0:
+		return fmt.Errorf("listen %s: an address and a port are needed%s", l, remedy)
+	case !a.Is4():
+		return fmt.Errorf("listen %s: mode %s redirects to an IPv4 address%s", l, ModeIPTables, remedy)
+	case a.IsUnspecified():
+		return fmt.Errorf("listen %s: rules cannot redirect to every address, nor guard every address of the node%s", l, remedy)
+	case a.IsLoopback():
+		// R-04: route_localnet=1 opens 127/8 to neighbours (CVE-2020-8558).
+		return fmt.Errorf("listen %s: packets of pods cannot be redirected to 127.0.0.0/8 safely%s", l, remedy)
+	case a.IsMulticast() || a == metadataServer.Addr():
+		return fmt.Errorf("listen %s: packets cannot be redirected there%s", l, remedy)
+	}
+	return nil
+}

@@ -1,0 +1,212 @@
+package routing
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// comment marks the jumps from the base chains into ours: whose they are can be seen without memory.
+const comment = "gke-metadata-emulator"
+
+// chain is one chain of ours, what jumps to it, and what is in it.
+//
+// With listen 169.254.169.252:988, one uplink eth0, docker0 spared and the host intercepted, iptables -S prints (the listen
+// address stands for whatever is configured; guards name its port too, so that nothing else on that address is touched):
+//
+//	*filter
+//	-A GME-FWD -i docker0 -j RETURN
+//	-A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT
+//	-A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+//	-A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset
+//	-A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst 169.254.169.254 -j ACCEPT
+//	-A GME-IN -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+//	*raw
+//	-A GME-RAW -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+//	*nat
+//	-A GME-OUT -m cgroup --path system.slice -j RETURN
+//	-A GME-OUT -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988
+//	-A GME-PRE -i lo -j RETURN
+//	-A GME-PRE -i docker0 -j RETURN
+//	-A GME-PRE -i eth0 -j RETURN
+//	-A GME-PRE -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988
+type chain struct {
+	table, base, name string
+	rules             []string // as iptables -S prints them, without -A and the chain
+	absent            bool     // this Plan has no such chain
+}
+
+// jump is what stands at position 1 of the base chain.
+func (c chain) jump() string { return "-m comment --comment " + comment + " -j " + c.name }
+
+// ownChains are all chains that any Plan can have made, in the order in which they are put up: closed before open. Removing goes
+// the other way round.
+func ownChains(six bool) []chain {
+	forward := chain{table: "filter", base: "FORWARD", name: "GME-FWD", absent: true}
+	if six {
+		return []chain{forward} // the emulator serves IPv4; only the guard has both families
+	}
+	return []chain{
+		forward,
+		{table: "filter", base: "INPUT", name: "GME-IN", absent: true},
+		{table: "raw", base: "PREROUTING", name: "GME-RAW", absent: true},
+		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
+		{table: "nat", base: "PREROUTING", name: "GME-PRE", absent: true},
+	}
+}
+
+// chainsFor is the Plan as chains of one family.
+func chainsFor(p Plan, s surroundings, six bool) []chain {
+	chains := ownChains(six)
+	for i := range chains {
+		c := &chains[i]
+		switch c.name {
+		case "GME-FWD":
+			c.rules = forwardRules(p, six)
+		case "GME-IN":
+			// only what was redirected, never what was sent here directly.
+			c.rules = []string{
+				to(p.Listen) + " -m conntrack --ctorigdst " + metadataServer.Addr().String() + " -j ACCEPT",
+				notLocal(p.Listen) + " -j DROP",
+			}
+		case "GME-RAW":
+			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
+			c.rules = []string{notLocal(p.Listen) + " -j DROP"}
+		case "GME-OUT":
+			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
+			// (no cgroup v2: R-22) there is no such chain.
+			if interceptsHost(p, s) {
+				for _, slice := range s.slices {
+					c.rules = append(c.rules, "-m cgroup --path "+slice+" -j RETURN")
+				}
+				c.rules = append(c.rules, redirect(p.Listen))
+			}
+		case "GME-PRE":
+			for _, name := range spared(p, s) {
+				c.rules = append(c.rules, "-i "+name+" -j RETURN")
+			}
+			c.rules = append(c.rules, redirect(p.Listen))
+		}
+		c.absent = len(c.rules) == 0
+	}
+	return chains
+}
+
+// forwardRules let redirected packets through to an emulator that lives in another namespace, container or machine of the node,
+// and back; and reset what still talks to a real metadata server (R-08: connections that were opened before).
+func forwardRules(p Plan, six bool) (rules []string) {
+	for _, name := range p.Spare {
+		rules = append(rules, "-i "+name+" -j RETURN")
+	}
+	ports := map[netip.Addr][]uint16{}
+	if !six {
+		l := netip.PrefixFrom(p.Listen.Addr(), 32)
+		rules = append(rules,
+			to(p.Listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
+			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", l, p.Listen.Port()))
+		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
+		ports[metadataServer.Addr()] = []uint16{80, 443, 8080}
+	}
+	var order []netip.Addr
+	for _, g := range append([]netip.AddrPort{metadataServer}, p.Guard...) {
+		if g.Addr().Is6() != six {
+			continue
+		}
+		if !slices.Contains(order, g.Addr()) {
+			order = append(order, g.Addr())
+		}
+		if !slices.Contains(ports[g.Addr()], g.Port()) {
+			ports[g.Addr()] = append(ports[g.Addr()], g.Port())
+		}
+	}
+	if len(order) == 0 {
+		return nil // nothing to guard in this family
+	}
+	for _, a := range order {
+		slices.Sort(ports[a])
+		for some := range slices.Chunk(ports[a], 15) { // multiport's limit
+			rules = append(rules, fmt.Sprintf("-d %s -p tcp -m multiport --dports %s -j REJECT --reject-with tcp-reset",
+				netip.PrefixFrom(a, a.BitLen()), join(some)))
+		}
+	}
+	return rules
+}
+
+func to(l netip.AddrPort) string {
+	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", netip.PrefixFrom(l.Addr(), 32), l.Port())
+}
+
+func notLocal(l netip.AddrPort) string {
+	return fmt.Sprintf("-d %s ! -i lo -p tcp -m tcp --dport %d", netip.PrefixFrom(l.Addr(), 32), l.Port())
+}
+
+func redirect(l netip.AddrPort) string {
+	return to(metadataServer) + " -j DNAT --to-destination " + l.String()
+}
+
+// spared are the interfaces from which no pod of this node speaks.
+func spared(p Plan, s surroundings) []string {
+	names := []string{"lo"}
+	for _, name := range slices.Concat(p.Spare, s.uplinks) {
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+func join(ports []uint16) string {
+	texts := make([]string, len(ports))
+	for i, p := range ports {
+		texts[i] = strconv.Itoa(int(p))
+	}
+	return strings.Join(texts, ",")
+}
+
+// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, jumps that stand elsewhere
+// than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees the rules of before
+// or of after, and 0 of 9762 requests were lost. jumps are what stands now, by chain name.
+func restoreText(chains []chain, jumps map[string][]jumpAt) string {
+	var b strings.Builder
+	for start := 0; start < len(chains); {
+		end := start
+		for end < len(chains) && chains[end].table == chains[start].table {
+			end++
+		}
+		var body strings.Builder
+		for _, c := range chains[start:end] {
+			// A chain that was not there is made and taken away again: cheaper than to ask first.
+			fmt.Fprintf(&body, ":%s - [0:0]\n", c.name)
+		}
+		for _, c := range chains[start:end] {
+			for _, r := range c.rules {
+				fmt.Fprintf(&body, "-A %s %s\n", c.name, r)
+			}
+		}
+		for _, c := range chains[start:end] {
+			at := jumps[c.name]
+			if len(at) == 1 && at[0].position == 1 && !c.absent {
+				continue
+			}
+			for _, j := range at {
+				fmt.Fprintf(&body, "-D %s %s\n", c.base, j.rule)
+			}
+			if c.absent {
+				fmt.Fprintf(&body, "-X %s\n", c.name)
+			} else {
+				fmt.Fprintf(&body, "-I %s 1 %s\n", c.base, c.jump())
+			}
+		}
+		fmt.Fprintf(&b, "*%s\n%sCOMMIT\n", chains[start].table, body.String())
+		start = end
+	}
+	return b.String()
+}
+
+// jumpAt is a jump of ours in a base chain.
+type jumpAt struct {
+	position int    // from 1
+	rule     string // without -A and the base chain
+}

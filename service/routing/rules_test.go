@@ -1,0 +1,214 @@
+package routing
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// TestShownText compares plans with the text that goes to iptables-restore and ip.
+func TestShownText(t *testing.T) {
+	at := netip.MustParseAddrPort
+	plain := Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Guard: DefaultGuard()}
+	for name, c := range map[string]struct {
+		plan Plan
+		on   surroundings
+	}{
+		"default": {plain, surroundings{uplinks: []string{"eth0"}}},
+		"host-pods": {
+			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
+			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}},
+		},
+		"host-pods-without-cgroup-v2": { // R-22
+			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"}, surroundings{uplinks: []string{"eth0"}},
+		},
+		"node-address-spare-and-guards": {
+			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
+				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
+			surroundings{uplinks: []string{"eth0"}},
+		},
+		"closed": {Plan{Closed: true}, surroundings{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, err := c.plan.checked()
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := text(p, c.on, "iptables")
+			file := filepath.Join("testdata", "show", name+".sh")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("got\n%s\nwant\n%s", got, want)
+			}
+		})
+	}
+}
+
+func TestRestoreTextMovesJumps(t *testing.T) {
+	chains := []chain{
+		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
+		{table: "nat", base: "PREROUTING", name: "GME-PRE", rules: []string{"-i lo -j RETURN"}},
+	}
+	jump := func(position int) jumpAt { return jumpAt{position, chains[1].jump()} }
+	for _, c := range []struct {
+		name  string
+		jumps map[string][]jumpAt
+		want  string
+	}{
+		{"none", nil, "-X GME-OUT\n-I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE\n"},
+		{"in place", map[string][]jumpAt{"GME-PRE": {jump(1)}}, "-X GME-OUT\n"},
+		{"displaced", map[string][]jumpAt{"GME-PRE": {jump(3)}}, "-X GME-OUT\n-D PREROUTING " + chains[1].jump() + "\n-I PREROUTING 1 " + chains[1].jump() + "\n"},
+		{"doubled", map[string][]jumpAt{"GME-PRE": {jump(1), jump(2)}},
+			"-X GME-OUT\n" + strings.Repeat("-D PREROUTING "+chains[1].jump()+"\n", 2) + "-I PREROUTING 1 " + chains[1].jump() + "\n"},
+		{"no longer wanted", map[string][]jumpAt{"GME-OUT": {{1, chains[0].jump()}}, "GME-PRE": {jump(1)}}, "-D OUTPUT " + chains[0].jump() + "\n-X GME-OUT\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			want := "*nat\n:GME-OUT - [0:0]\n:GME-PRE - [0:0]\n-A GME-PRE -i lo -j RETURN\n" + c.want + "COMMIT\n"
+			if got := restoreText(chains, c.jumps); got != want {
+				t.Errorf("got\n%swant\n%s", got, want)
+			}
+		})
+	}
+}
+
+// TestUplinks is R-05.
+func TestUplinks(t *testing.T) {
+	lo := device{name: "lo", index: 1}
+	pod := device{name: "veth1", index: 9, kind: "veth"}
+	for _, c := range []struct {
+		name    string
+		devices []device
+		want    []string
+		remark  string
+	}{
+		{"a cloud machine", []device{lo, {name: "ens5", index: 2, defaultRoute: true}, pod}, []string{"ens5"}, ""},
+		{"hardware without a route", []device{lo, {name: "eth0", index: 2, defaultRoute: true}, {name: "eth1", index: 3}}, []string{"eth0", "eth1"}, ""},
+		{"bond and vlan", []device{{name: "eth0", index: 2, master: 4}, {name: "bond0", index: 4, kind: "bond"}, {name: "bond0.7", index: 5, kind: "vlan"}},
+			[]string{"bond0", "bond0.7", "eth0"}, ""},
+		{"a node in a container", []device{lo, {name: "eth0", index: 2, kind: "veth", defaultRoute: true}, pod}, []string{"eth0"}, ""},
+		{"the pods' bridge", []device{{name: "cni0", index: 4, kind: "bridge"}, {name: "veth7", index: 5, master: 4, kind: "veth"}}, nil, ""},
+		{"a bridge to the LAN", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"}}, []string{"br0", "eth0"}, ""},
+		{"a bridge to the LAN with pods", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge", defaultRoute: true},
+			{name: "veth7", index: 5, master: 4, kind: "veth"}}, []string{"eth0"}, "bridge br0 has the physical port eth0 and pods or machines at veth7"},
+		{"a bridge with the default route", []device{{name: "br0", index: 4, kind: "bridge", defaultRoute: true}}, []string{"br0"}, ""},
+		{"the node's address elsewhere", []device{{name: "dummy0", index: 4, kind: "dummy", nodeAddress: true}, {name: "nodelocaldns", index: 5, kind: "dummy"}}, []string{"dummy0"}, ""},
+		{"overlays", []device{{name: "flannel.1", index: 4, kind: "vxlan"}, {name: "tunl0", index: 5, kind: "ipip"}, {name: "wg0", index: 6, kind: "wireguard"}},
+			[]string{"flannel.1", "tunl0", "wg0"}, ""},
+		{"a bridge to the LAN with machines", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"},
+			{name: "vnet0", index: 5, master: 4, kind: "tuntap"}}, []string{"eth0"}, "machines at vnet0"},
+		{"a name like a pattern", []device{{name: "eth+", index: 4}, {name: `a"b`, index: 5}}, nil, "no rule can say"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, remarks := uplinks(c.devices)
+			if !slices.Equal(got, c.want) {
+				t.Errorf("%q, want %q", got, c.want)
+			}
+			if all := strings.Join(remarks, "\n"); (c.remark == "") != (all == "") || !strings.Contains(all, c.remark) {
+				t.Errorf("remarks %q, want %q", all, c.remark)
+			}
+		})
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	good := Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988")}
+	if _, err := New(good); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Plan{Closed: true}); err != nil {
+		t.Fatal(err)
+	}
+	listen := func(s string) func(*Plan) { return func(p *Plan) { p.Listen = netip.MustParseAddrPort(s) } }
+	for _, c := range []struct {
+		name   string
+		change func(*Plan)
+		want   string
+	}{
+		{"another mode", func(p *Plan) { p.Mode = "ebpf" }, `routing mode "ebpf" is not supported`},
+		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
+		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},
+		{"no port", listen("169.254.169.252:0"), "an address and a port are needed"},
+		{"every address", listen("0.0.0.0:988"), "cannot redirect to every address"},
+		{"loopback, R-04", listen("127.0.0.1:988"), "127.0.0.0/8"},
+		{"IPv6", listen("[fd20:ce::254]:80"), "IPv4"},
+		{"the real server's", listen("169.254.169.254:80"), "cannot be redirected there"},
+		{"multicast", listen("224.0.0.1:80"), "cannot be redirected there"},
+		{"host pods", func(p *Plan) { p.InterceptHostPods = "yes" }, `interceptHostPods "yes"`},
+		{"a blank in an uplink", func(p *Plan) { p.Uplinks = []string{"eth0 -j ACCEPT"} }, "no name of a network interface"},
+		{"an uplink too long", func(p *Plan) { p.Uplinks = []string{"abcdefghijklmnop"} }, "no name of a network interface"},
+		{"a line in a spare", func(p *Plan) { p.Spare = []string{"a\nb"} }, "no name of a network interface"},
+		{"a pattern in spare", func(p *Plan) { p.Spare = []string{"br-+"} }, "one by one"},
+		{"guard without port", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("1.2.3.4:0")} }, "guard 1.2.3.4:0"},
+		{"guard in disguise", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("[::ffff:1.2.3.4]:80")} }, "guard"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := good
+			c.change(&p)
+			if _, err := New(p); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+		})
+	}
+	both := good
+	both.InterceptHostPods, both.Uplinks = "x", []string{"/"}
+	if _, err := New(both); err == nil || strings.Count(err.Error(), "\n") != 1 {
+		t.Errorf("%v, want both faults", err)
+	}
+}
+
+func TestJumps(t *testing.T) {
+	base := []string{
+		"-j KUBE-SERVICES",
+		"-m comment --comment gke-metadata-emulator -j GME-PRE",
+		"-m comment --comment gke-metadata-emulator -j GME-PREX",
+		"-d 192.0.2.1/32 -m comment --comment gke-metadata-emulator -j GME-PRE",
+	}
+	ours, foreign := jumps(base, "GME-PRE")
+	if want := []jumpAt{{2, base[1]}, {4, base[3]}}; !slices.Equal(ours, want) || foreign != "" {
+		t.Errorf("%v, %q", ours, foreign)
+	}
+	for _, rule := range []string{"-j GME-PRE", "-g GME-PRE", "-m comment --comment mine -j GME-PRE"} {
+		if ours, foreign := jumps([]string{rule}, "GME-PRE"); len(ours) != 0 || foreign != rule {
+			t.Errorf("%q: %v, %q", rule, ours, foreign)
+		}
+	}
+}
+
+// FuzzParseRule: no message of the kernel's makes the parser panic, and only exact ones are taken for ours.
+func FuzzParseRule(f *testing.F) {
+	f.Add([]byte{2, 32, 0, 0, 254, 0, 0, 1, 0, 0, 0, 0, 8, 0, 1, 0, 169, 254, 169, 254})
+	f.Add(make([]byte, 12))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		if r, ours := parseRule(message); ours {
+			if !r.to.IsValid() || (r.iif == "") == (r.port == 0) {
+				t.Errorf("%+v was taken for ours", r)
+			}
+		}
+	})
+}
+
+// FuzzParseProc: likewise for the lines of /proc/net/tcp.
+func FuzzParseProc(f *testing.F) {
+	for _, s := range []string{"FCA9FEA9:03DC", "00000000000000000000000000000000:03DC", "0100007F:", ":", "zz:0001"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if a, err := parseProc(s); err == nil && !a.IsValid() {
+			t.Errorf("%q: invalid %v without an error", s, a)
+		}
+	})
+}

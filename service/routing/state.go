@@ -1,0 +1,150 @@
+package routing
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What the last Install or Remove wanted.
+const (
+	Installed = "installed"
+	Removed   = "removed"
+)
+
+// State is the file routing.json in the run directory. Whoever repairs rules obeys Desired (R-24); whoever may not read the
+// rules shows Standing (R-25).
+type State struct {
+	Desired  string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
+	Closed   bool             `json:"closed,omitempty"`
+	Mode     string           `json:"mode,omitempty"`
+	Command  string           `json:"command,omitempty"` // the iptables command that was used
+	Listen   string           `json:"listen,omitempty"`  // address:port
+	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
+	Spare    []string         `json:"spare,omitempty"`
+	HostPods string           `json:"interceptHostPods,omitempty"`
+	Guard    []netip.AddrPort `json:"guard,omitempty"`
+	Since    time.Time        `json:"since"`              // of Desired
+	Installs int              `json:"installs,omitempty"` // since the node booted, for metrics
+	Repairs  int              `json:"repairs,omitempty"`  // those of them that found a jump of an earlier one gone, for metrics
+	Standing Standing         `json:"standing"`
+}
+
+// Standing is what was read back from the kernel.
+type Standing struct {
+	Time   time.Time `json:"time"`
+	Good   bool      `json:"good"`             // all that is desired stands, or after a removal: nothing of ours does
+	Faults []string  `json:"faults,omitempty"` // what Check named, one a line
+}
+
+func statePath(runDir string) string {
+	if runDir == "" {
+		runDir = DefaultRunDir
+	}
+	return filepath.Join(runDir, "routing.json")
+}
+
+// ReadState reads what the last Install or Remove left in the run directory. Without one it returns the zero State.
+func ReadState(runDir string) (State, error) {
+	var s State
+	b, err := os.ReadFile(statePath(runDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &s)
+	}
+	if err != nil {
+		return State{}, fmt.Errorf("read routing state %s: %w", statePath(runDir), err)
+	}
+	return s, nil
+}
+
+// writeState replaces the file at once, so that a reader sees the old or the new one. The directory may belong to the
+// unprivileged service: no link that leads out of it is followed.
+func writeState(runDir string, s State) error {
+	b, err := json.MarshalIndent(s, "", "\t")
+	if err != nil {
+		return err
+	}
+	write := func() error {
+		dir, err := os.OpenRoot(runDir)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		const name, temp = "routing.json", "routing.json.new" // under the lock there is one writer
+		if err := dir.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		f, err := dir.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(append(b, '\n'))
+		if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil { // whatever the umask
+			return err
+		}
+		return dir.Rename(temp, name)
+	}
+	if err := write(); err != nil {
+		return fmt.Errorf("write routing state: %w", err)
+	}
+	return nil
+}
+
+// lock waits until no other Install or Remove runs on this node, at most as long as ctx lives, and returns what ends the lock.
+// Readers (how is LOCK_SH) need no lock where nobody ever installed.
+func lock(ctx context.Context, runDir string, how int) (unlock func(), err error) {
+	path := filepath.Join(runDir, "routing.lock")
+	flags := os.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW
+	if how == unix.LOCK_EX {
+		if err := os.MkdirAll(runDir, 0o755); err != nil {
+			return nil, fmt.Errorf("make the run directory: %w", err)
+		}
+		flags = os.O_RDWR | os.O_CREATE | unix.O_CLOEXEC | unix.O_NOFOLLOW
+	}
+	f, err := os.OpenFile(path, flags, 0o644)
+	if how == unix.LOCK_SH && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the routing lock: %w", err)
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { _ = f.Close() }, nil
+		case errors.Is(err, unix.EINTR):
+			continue
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		if err := pause(ctx, 10*time.Millisecond); err != nil {
+			_ = f.Close()
+			return nil, fmt.Errorf("another routing command holds %s: %w", path, err)
+		}
+	}
+}
+
+// pause waits for d, or for the end of ctx with its cause.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
