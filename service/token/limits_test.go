@@ -1,0 +1,167 @@
+package token
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// limited asks for the pod, and wants it to be over the limit.
+func limited(t *testing.T, c *Cache, podUID string, r Request, limit string, value int) {
+	t.Helper()
+	_, err := c.Ask(t.Context(), podUID, r)
+	var over *LimitError
+	if !errors.As(err, &over) || *over != (LimitError{limit, value}) {
+		t.Errorf("error %v, want one of limits.%s", err, limit)
+	} else if !strings.Contains(err.Error(), fmt.Sprintf("limits.%s (%d)", limit, value)) {
+		t.Errorf("%q does not name the limit", err)
+	}
+}
+
+func ask(t *testing.T, c *Cache, podUID string, r Request) {
+	t.Helper()
+	if _, err := c.Ask(t.Context(), podUID, r); err != nil {
+		t.Errorf("%s asks: %v", podUID, err)
+	}
+}
+
+func audience(i int) Request { return IDToken(ana, gana, fmt.Sprintf("https://service%d", i)) }
+
+func TestMintsPerPod(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour}
+	inBubble(t, CacheOptions{Source: s, MintsPerPod: 2}, func(t *testing.T, c *Cache) {
+		ask(t, c, "pod", request)
+		s.become(func(s *fakeSource) { s.takes = 10 * time.Second })
+		var g sync.WaitGroup
+		for i := range 2 {
+			g.Go(func() { ask(t, c, "pod", audience(i)) })
+		}
+		later(time.Second)
+		limited(t, c, "pod", audience(2), "mintsPerPod", 2)
+		ask(t, c, "pod", request)                          // what is cached costs nothing,
+		g.Go(func() { ask(t, c, "pod", audience(1)) })     // nor does what is under way anyhow;
+		g.Go(func() { ask(t, c, "another", audience(2)) }) // another pod has limits of its own,
+		g.Go(func() { ask(t, c, "", audience(3)) })        // and nobody has none
+		g.Wait()
+		ask(t, c, "pod", audience(4))
+		if n := s.count(); n != 6 {
+			t.Errorf("%d mints, want 6", n)
+		}
+	})
+}
+
+func TestOverALimitTheOldTokenServes(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour}
+	withoutRun(t, CacheOptions{Source: s, MintsPerPod: 1}, func(t *testing.T, c *Cache) {
+		ask(t, c, "pod", request)
+		later(55 * time.Minute)
+		s.become(func(s *fakeSource) { s.hangs = true })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, _ = c.Ask(ctx, "pod", audience(1))
+		ask(t, c, "pod", request)
+	})
+}
+
+func TestKeysPerPod(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour}
+	inBubble(t, CacheOptions{Source: s, KeysPerPod: 3}, func(t *testing.T, c *Cache) {
+		for i := range 3 {
+			ask(t, c, "pod", audience(i))
+		}
+		limited(t, c, "pod", audience(3), "keysPerPod", 3)
+		for i := range 3 {
+			ask(t, c, "pod", audience(i))
+		}
+		ask(t, c, "another", audience(3))
+		ask(t, c, "pod", audience(3)) // which another pays for
+		if n := s.count(); n != 4 {
+			t.Errorf("%d mints, want 4", n)
+		}
+		later(idLife + time.Second) // the entries are gone, and the keys are free
+		for i := range 3 {
+			ask(t, c, "pod", audience(10+i))
+		}
+		limited(t, c, "pod", audience(13), "keysPerPod", 3)
+	})
+}
+
+// A pod that makes up scopes which Google refuses holds keys for as long as the refusals are shown.
+func TestKeysOfRefusals(t *testing.T) {
+	s := &fakeSource{err: google("IAM", 400, "INVALID_ARGUMENT")}
+	inBubble(t, CacheOptions{Source: s, KeysPerPod: 2}, func(t *testing.T, c *Cache) {
+		for i := range 2 {
+			_, _ = c.Ask(t.Context(), "pod", audience(i))
+		}
+		limited(t, c, "pod", audience(2), "keysPerPod", 2)
+		later(showRefusal + time.Second)
+		if n := len(c.Status()); n != 0 || len(c.pods) != 0 {
+			t.Errorf("%d entries and %d books are left", n, len(c.pods))
+		}
+	})
+}
+
+func TestK04OnlyWhatLivePodsUseIsHeld(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour}
+	bob := workload.ServiceAccount{Namespace: "team", Name: "bob"}
+	inBubble(t, CacheOptions{Source: s, KeysPerPod: 10}, func(t *testing.T, c *Cache) {
+		c.Use([]workload.ServiceAccount{ana, bob})
+		c.Prefetch(request)
+		ask(t, c, "pod", AccessToken(bob, gana, nil))
+		ask(t, c, "pod", IDToken(bob, gana, "x"))
+		must(t, c, federatedToken(bob, cloudPlatform))
+		c.Use([]workload.ServiceAccount{ana})
+		if status := c.Status(); len(status) != 1 || status[0].ServiceAccount != ana.String() {
+			t.Errorf("held: %+v", status)
+		}
+		if len(c.pods) != 0 {
+			t.Errorf("%d books are left", len(c.pods))
+		}
+
+		// A pod that goes while its mint is under way still gets its token, and nothing is held.
+		s.become(func(s *fakeSource) { s.takes = time.Second })
+		var g sync.WaitGroup
+		g.Go(func() { ask(t, c, "pod", AccessToken(bob, gana, nil)) })
+		later(500 * time.Millisecond)
+		c.Use([]workload.ServiceAccount{ana})
+		g.Wait()
+		if n := len(c.Status()); n != 1 || len(c.pods) != 0 {
+			t.Errorf("%d entries and %d books are left", n, len(c.pods))
+		}
+
+		// Who asks before Use has heard of its ServiceAccount gets a token, which is held for a minute in case it does.
+		ask(t, c, "pod", AccessToken(bob, gana, nil))
+		later(outliveUse - 2*time.Second) // of which the mint took one
+		if !held(c, AccessToken(bob, gana, nil)) {
+			t.Error("gone too early")
+		}
+		later(2 * time.Second)
+		if held(c, AccessToken(bob, gana, nil)) {
+			t.Error("held for a ServiceAccount that no live pod uses")
+		}
+		c.Use(nil)
+		later(time.Second)
+		if n := len(c.Status()); n != 0 {
+			t.Errorf("%d entries are left of a node without pods", n)
+		}
+	})
+}
+
+// A pod that holds all the keys it may still gets newer tokens for them.
+func TestAKeyIsPaidForOnce(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour}
+	withoutRun(t, CacheOptions{Source: s, KeysPerPod: 1}, func(t *testing.T, c *Cache) {
+		ask(t, c, "pod", request)
+		later(2 * time.Hour)
+		ask(t, c, "pod", request)
+		if n := s.count(); n != 2 {
+			t.Errorf("%d mints, want 2", n)
+		}
+	})
+}

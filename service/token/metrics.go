@@ -1,0 +1,93 @@
+package token
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// register returns c, or the collector that stands there already: after a reload a new Google and a new Cache count on.
+func register[C prometheus.Collector](r prometheus.Registerer, c C) C {
+	if r == nil {
+		r = prometheus.NewRegistry()
+	}
+	err := r.Register(c)
+	var already prometheus.AlreadyRegisteredError
+	if errors.As(err, &already) {
+		if old, ok := already.ExistingCollector.(C); ok {
+			return old
+		}
+	}
+	return c
+}
+
+// The steps of a mint, as labels.
+const (
+	stepTokenRequest = "token_request"
+	stepSTS          = "sts"
+	stepIAM          = "iam"
+)
+
+type mintMetrics struct {
+	duration *prometheus.HistogramVec
+	outcome  *prometheus.CounterVec
+}
+
+func newMintMetrics(r prometheus.Registerer) mintMetrics {
+	return mintMetrics{
+		duration: register(r, prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "gke_metadata_emulator_mint_duration_seconds",
+			Help:    "How long a step of a mint took, its retries included.",
+			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25},
+		}, []string{"step"})),
+		outcome: register(r, prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gke_metadata_emulator_mints_total",
+			Help: "Steps of mints by outcome: ok, refused (a terminal answer), unavailable (to be asked again), abandoned.",
+		}, []string{"step", "outcome"})),
+	}
+}
+
+func (m mintMetrics) observe(step string, since time.Time, err error) {
+	m.duration.WithLabelValues(step).Observe(time.Since(since).Seconds())
+	outcome := "ok"
+	var refusal *GoogleError
+	switch {
+	case err == nil:
+	case errors.Is(err, context.Canceled):
+		outcome = "abandoned"
+	case errors.Is(err, ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
+		outcome = "unavailable"
+	case errors.As(err, &refusal):
+		outcome = "refused"
+	case step == stepTokenRequest:
+		outcome = "refused"
+	}
+	m.outcome.WithLabelValues(step, outcome).Inc()
+}
+
+type cacheMetrics struct {
+	hit, miss, coalesced, stale, negative, limited prometheus.Counter
+	entries                                        prometheus.Gauge
+}
+
+func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
+	requests := register(r, prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "gke_metadata_emulator_token_cache_requests_total",
+		Help: "Requests of pods for tokens by result: hit, miss (a mint was started), coalesced (one was under way), " +
+			"stale (the old token, a newer could not be had), negative (a refusal that is remembered), limited.",
+	}, []string{"result"}))
+	return cacheMetrics{
+		hit:       requests.WithLabelValues("hit"),
+		miss:      requests.WithLabelValues("miss"),
+		coalesced: requests.WithLabelValues("coalesced"),
+		stale:     requests.WithLabelValues("stale"),
+		negative:  requests.WithLabelValues("negative"),
+		limited:   requests.WithLabelValues("limited"),
+		entries: register(r, prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_token_cache_entries",
+			Help: "Tokens and remembered refusals held.",
+		})),
+	}
+}
