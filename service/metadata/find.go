@@ -58,6 +58,9 @@ func (n *node) split(rest string) (name string, to *node) {
 // clean returns the rooted, shortest form of a path. It keeps a slash at the end, and "." and ".." there count as one,
 // since they name directories (RFC 3986, 5.2.4). A path that is clean already costs no allocation.
 func clean(p string) string {
+	if p != "" && p[0] == '/' && !strings.Contains(p, "//") && !strings.Contains(p, "/.") {
+		return p
+	}
 	if !strings.HasPrefix(p, "/") {
 		p = "/" + p
 	}

@@ -1,0 +1,312 @@
+package service
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube/kubetest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
+)
+
+const (
+	provider = poolName + "/providers/my-cluster"
+	audience = "//iam.googleapis.com/" + provider
+	node     = "node1"
+)
+
+// bed is the whole service on loopback, with the stand-ins for Kubernetes and Google. Its pods ask from 127.0.0.2 and up.
+type bed struct {
+	kube   *kubetest.Server
+	google *googletest.Server
+	dir    string
+	log    *syncBuffer
+
+	*Service
+	reload chan os.Signal
+	stop   context.CancelFunc
+	ended  chan struct{} // closed when err is what run returned
+	err    error
+}
+
+// newBed starts it, with more lines of configuration if there are any. It ends with the test, which then looks for
+// secrets in all that was logged.
+func newBed(t testing.TB, more ...string) *bed {
+	t.Helper()
+	b := newWorld(t)
+	b.configure(t, more...)
+	b.start(t)
+	return b
+}
+
+// newWorld is what surrounds the service.
+func newWorld(t testing.TB) *bed {
+	t.Helper()
+	b := &bed{dir: t.TempDir(), log: new(syncBuffer), reload: make(chan os.Signal)}
+	var err error
+	if b.kube, err = kubetest.New(kubetest.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.kube.Close)
+	b.kube.GrantAudience(audience)
+	for address, sa := range map[string]struct {
+		name        string
+		annotations map[string]string
+	}{
+		linked:    {"reader", map[string]string{"iam.gke.io/gcp-service-account": gsa}},
+		unlinked:  {"plain", nil},
+		principal: {"principal", map[string]string{"iam.gke.io/return-principal-id-as-email": "true"}},
+		hostile:   {"hostile", map[string]string{"iam.gke.io/gcp-service-account": "../../x:signBlob?"}},
+		denied:    {"denied", map[string]string{"iam.gke.io/gcp-service-account": "denied@my-project.iam.gserviceaccount.com"}},
+		missing:   {"missing", map[string]string{"iam.gke.io/gcp-service-account": "missing@my-project.iam.gserviceaccount.com"}},
+	} {
+		b.addPod(sa.name, address, sa.annotations)
+	}
+	if b.google, err = googletest.New(googletest.Options{Providers: map[string]googletest.Provider{
+		audience: {Issuer: b.kube.Issuer(), JWKS: b.kube.JWKS},
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.google.Close)
+	b.google.Allow("system:serviceaccount:default:reader", gsa)
+	b.google.Account("denied@my-project.iam.gserviceaccount.com")
+	if err := b.google.WriteCA(filepath.Join(b.dir, "ca.pem")); err != nil {
+		t.Fatal(err)
+	}
+	kubeconfig, err := b.kube.Kubeconfig(node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, "kubeconfig", string(kubeconfig))
+	return b
+}
+
+// addPod runs a pod of this node with a ServiceAccount of its own.
+func (b *bed) addPod(name, address string, annotations map[string]string) {
+	b.kube.SetServiceAccount("default", name, annotations)
+	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: node, Addresses: []string{address}})
+}
+
+func (b *bed) write(t testing.TB, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(b.dir, name), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (b *bed) configure(t testing.TB, more ...string) {
+	t.Helper()
+	b.write(t, "config.yaml", fmt.Sprintf(`workloadIdentityProvider: %s
+projectID: my-project
+kubeconfig: kubeconfig
+listen: 127.0.0.1:1
+routing: {mode: none}
+healthListen: 127.0.0.1:0
+google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}
+instance: {hostname: node1.example.com, id: "4503599627370497", zone: europe-west4-a}
+cluster: {name: my-cluster, location: europe-west4, uid: 5f3a}
+extraMetadata: {instance/machine-type: projects/1/machineTypes/n2-standard-4}
+%s
+`, provider, b.google.STSURL(), b.google.URL(), strings.Join(more, "\n")))
+}
+
+func (b *bed) read() (config.Config, error) {
+	return config.Load(filepath.Join(b.dir, "config.yaml"), nil)
+}
+
+// start runs the service on a listener of its own, as if systemd had handed it over.
+func (b *bed) start(t testing.TB) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Service = newService(Options{Load: b.read, File: filepath.Join(b.dir, "config.yaml"), Reload: b.reload, RunDir: b.dir, Version: "test", Stderr: b.log})
+	ctx, stop := context.WithCancel(context.Background())
+	b.stop, b.ended = stop, make(chan struct{})
+	first, err := b.Service.load(nil)
+	if err != nil {
+		first = brokenSite(err)
+	}
+	go func() {
+		defer close(b.ended)
+		b.err = b.run(ctx, l, first)
+	}()
+	t.Cleanup(func() {
+		b.end(t)
+		for _, secret := range append(b.google.Secrets(), b.kube.IssuedTokens()...) {
+			if strings.Contains(b.log.String(), secret) {
+				t.Error("a secret is in the log")
+			}
+		}
+		if t.Failed() {
+			t.Logf("the service said:\n%s", b.log)
+		}
+	})
+	select {
+	case <-b.Service.ready:
+	case <-b.ended:
+		t.Fatal(b.err)
+	case <-time.After(10 * time.Second):
+		t.Fatal("no READY")
+	}
+}
+
+// end stops the service and waits for it.
+func (b *bed) end(t testing.TB) {
+	t.Helper()
+	b.stop()
+	select {
+	case <-b.ended:
+		if b.err != nil {
+			t.Errorf("run: %v", b.err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the service does not end")
+	}
+}
+
+// ready waits until pods are served.
+func (b *bed) ready(t testing.TB) {
+	t.Helper()
+	var err error
+	defer func() {
+		if err != nil {
+			t.Log(err)
+		}
+	}()
+	b.eventually(t, "pods are served", func() bool { err = b.readiness(t.Context()); return err == nil })
+}
+
+// eventually polls until what is said is so.
+func (b *bed) eventually(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(10 * time.Second); !is(); {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("still not: %s", what)
+		}
+	}
+}
+
+type response struct {
+	*http.Response
+	body string
+}
+
+// ask sends a request from the pod at the address, on a connection of its own, byte for byte as it stands here. Header
+// lines replace those that clients send; "-" alone leaves out Metadata-Flavor.
+func (b *bed) ask(t testing.TB, from, method, path, header string) response {
+	t.Helper()
+	lines := []string{method + " " + path + " HTTP/1.1"}
+	if !strings.Contains(header, "Host:") {
+		lines = append(lines, "Host: 169.254.169.254")
+	}
+	if !strings.HasPrefix(header, "-") {
+		lines = append(lines, "Metadata-Flavor: Google")
+	}
+	if h := strings.TrimPrefix(strings.TrimPrefix(header, "-"), "\n"); h != "" {
+		lines = append(lines, h)
+	}
+	c := b.dial(t, from)
+	defer c.Close()
+	if _, err := io.WriteString(c, strings.Join(lines, "\r\n")+"\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	return readResponse(t, bufio.NewReader(c), method)
+}
+
+func readResponse(t testing.TB, r *bufio.Reader, method string) response {
+	t.Helper()
+	res, err := http.ReadResponse(r, &http.Request{Method: method})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response{res, string(body)}
+}
+
+// raw sends bytes and returns all that comes back until the end of the connection.
+func (b *bed) raw(t testing.TB, from, text string) string {
+	t.Helper()
+	c := b.dial(t, from)
+	defer c.Close()
+	if _, err := io.WriteString(c, text); err != nil {
+		t.Fatal(err)
+	}
+	all, err := io.ReadAll(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(all)
+}
+
+func (b *bed) dial(t testing.TB, from string) net.Conn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	c, err := d.DialContext(t.Context(), "tcp", b.listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// syncBuffer is a bytes.Buffer for what is written while it is read.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// replace changes a file of the bed's.
+func (b *bed) replace(t testing.TB, name, old, text string) {
+	t.Helper()
+	was, err := os.ReadFile(filepath.Join(b.dir, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(was), old) {
+		t.Fatalf("%s holds no %q", name, old)
+	}
+	b.write(t, name, strings.Replace(string(was), old, text, 1))
+}
+
+// take returns what was written since the last time.
+func (s *syncBuffer) take() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.b.Reset()
+	return s.b.String()
+}

@@ -1,0 +1,49 @@
+// Package service is the emulator: what GKE's metadata server does for GKE's pods, done for the pods of any node.
+//
+// Two stories tell it all.
+//
+// # A request
+//
+// A pod's client library sends GET /computeMetadata/v1/instance/service-accounts/default/token to 169.254.169.254:80.
+//
+//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo.
+//  2. accept (connections.go): before a byte is read, both ends of the socket are written down as the kernel sees them,
+//     before and after DNAT ([attest.Peer]). Nothing that the request says of its sender is believed, ever.
+//  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered
+//     without knowing who asks, and waits for nothing: clients probe it and remember the answer for life.
+//  4. rules (guard.go): a table of what is refused for its header alone: proxies, foreign hosts, a missing flavor.
+//  5. who is it: package attest finds the one live pod of this node behind the connection, in what package kube watches.
+//     A pod that is not known yet is waited for, 2 s at most. Two pods with one address are a refusal, not a guess.
+//  6. what may it see: package metadata evaluates the place for this caller. An account that is not the caller's does
+//     not exist for it.
+//  7. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its annotations say. The cache
+//     has it, or asks package token's Google: a ServiceAccount token from Kubernetes (TokenRequest, bound to the pod), a
+//     federated token for it from Google's STS, and the linked Google service account's token for that from IAM. One
+//     mint is in flight for one request; it outlives the first asker; it is done again before the token gets old.
+//  8. the evidence again: had the address another owner meanwhile, the answer is thrown away.
+//  9. write (server.go): one function turns an answer, or an error by way of one table (refusal.go), into bytes. One
+//     audit line tells of each token that was handed out, one metric of each request.
+//
+// # A life on a node
+//
+//  1. ExecStartPre runs `routing install`: the rules stand before anything is served. Where there is no configuration,
+//     or a broken one, only the guard stands: no pod reaches the cloud's own metadata server.
+//  2. serve takes the listener from systemd, or binds it. A configuration that is missing or broken is a state and not
+//     an end: pods get 503 with the reason until the file is mended.
+//  3. READY=1 when a real GET through our own listener was answered. Neither the API server nor Google is waited for:
+//     on a first boot kubelet has no credentials yet, and starts after us. They are picked up when they appear.
+//  4. The pods' ServiceAccounts are known as the pods are, and their tokens are fetched ahead (site.go).
+//  5. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
+//     configuration that does not load changes nothing.
+//  6. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
+//     listener left (run.go). The rules stay for the next one.
+//  7. ExecStopPost runs `routing remove` when the unit is stopped for good.
+//
+// # Who may import whom
+//
+//	cmd → service → {attest, kube, token, metadata, routing, config} → workload
+//
+// The six in the middle never import each other: each says in an interface of one to three methods what it needs, and
+// this package hands it in. Kubernetes' libraries are known to kube alone, iptables and processes to routing, netlink to
+// routing and attest, systemd to this package, flags to cmd. imports_test.go holds all of this, with the reasons.
+package service

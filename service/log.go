@@ -1,0 +1,136 @@
+package service
+
+import (
+	"fmt"
+	"io"
+	stdlog "log"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/journal"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+)
+
+// configureLog sets level and format. The format auto is the journal's own protocol where stderr is the journal, text
+// on a terminal, and JSON for whoever else reads it.
+func configureLog(log *logrus.Logger, c config.Log, stderr io.Writer) {
+	log.SetOutput(stderr)
+	log.ReplaceHooks(make(logrus.LevelHooks))
+	if level, err := logrus.ParseLevel(c.Level); err == nil { // config has checked it
+		log.SetLevel(level)
+	}
+	switch format(c.Format, stderr) {
+	case "journal":
+		log.SetOutput(io.Discard)
+		log.SetFormatter(discard{})
+		log.AddHook(journalHook{})
+	case "text":
+		log.SetFormatter(&logrus.TextFormatter{DisableTimestamp: os.Getenv("INVOCATION_ID") != "", FullTimestamp: true})
+	default:
+		log.SetFormatter(&logrus.JSONFormatter{TimestampFormat: time.RFC3339Nano})
+	}
+}
+
+func format(configured string, stderr io.Writer) string {
+	if configured != "" && configured != "auto" {
+		return configured
+	}
+	if ok, err := journal.StderrIsJournalStream(); ok && err == nil {
+		return "journal"
+	}
+	if f, ok := stderr.(*os.File); ok {
+		if _, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil {
+			return "text"
+		}
+	}
+	return "json"
+}
+
+// discard saves formatting what the journal gets by its own protocol.
+type discard struct{}
+
+func (discard) Format(*logrus.Entry) ([]byte, error) { return nil, nil }
+
+// journalHook sends entries to the journal with their fields, so that `journalctl POD=ns/name` finds them.
+type journalHook struct{}
+
+func (journalHook) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (journalHook) Fire(e *logrus.Entry) error {
+	fields := make(map[string]string, len(e.Data))
+	var told strings.Builder // the fields once more, for those who read only the message
+	told.WriteString(e.Message)
+	for _, k := range slices.Sorted(maps.Keys(e.Data)) {
+		v := fmt.Sprint(e.Data[k])
+		fields[journalName(k)] = v
+		fmt.Fprintf(&told, " %s=%q", k, v)
+	}
+	return journal.Send(told.String(), priorities[e.Level], fields)
+}
+
+var priorities = map[logrus.Level]journal.Priority{
+	logrus.TraceLevel: journal.PriDebug, logrus.DebugLevel: journal.PriDebug, logrus.InfoLevel: journal.PriInfo,
+	logrus.WarnLevel: journal.PriWarning, logrus.ErrorLevel: journal.PriErr, logrus.FatalLevel: journal.PriCrit, logrus.PanicLevel: journal.PriEmerg,
+}
+
+// journalName makes a field name of the journal's grammar: A-Z, 0-9 and _, not led by _.
+func journalName(k string) string {
+	return strings.TrimLeft(strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z':
+			return r - 'a' + 'A'
+		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+			return r
+		}
+		return '_'
+	}, k), "_")
+}
+
+// refusalLog bounds what one asker can write into the log: 5 lines, then one in 10 s.
+type refusalLog struct {
+	mu     sync.Mutex
+	askers map[string]*refusalRate
+}
+
+type refusalRate struct {
+	*rate.Limiter
+	suppressed int
+}
+
+// maxAskers bounds the books. When they are full they start anew: a few lines more are logged, and nothing is lost.
+const maxAskers = 1024
+
+// allow reports whether a refusal of the asker is to be logged, and how many were not since the last that was.
+func (l *refusalLog) allow(asker string) (suppressed int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	r := l.askers[asker]
+	if r == nil {
+		if l.askers == nil || len(l.askers) >= maxAskers {
+			l.askers = map[string]*refusalRate{}
+		}
+		r = &refusalRate{Limiter: rate.NewLimiter(rate.Every(10*time.Second), 5)}
+		l.askers[asker] = r
+	}
+	if !r.Allow() {
+		r.suppressed++
+		return 0, false
+	}
+	suppressed, r.suppressed = r.suppressed, 0
+	return suppressed, true
+}
+
+// quietLog takes what net/http has to say of clients that break off: of interest only to those who debug one.
+func quietLog(l *logrus.Logger) *stdlog.Logger {
+	return stdlog.New(l.WriterLevel(logrus.DebugLevel), "", 0)
+}
+
+func debugging(l *logrus.Logger) bool { return l.IsLevelEnabled(logrus.DebugLevel) }

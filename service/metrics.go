@@ -1,0 +1,108 @@
+package service
+
+import (
+	"runtime"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+)
+
+// metrics are what the server itself counts; kube and token register their own. Labels are bounded: the tree's name of
+// a place, never the path, and never an address.
+type metrics struct {
+	registry *prometheus.Registry
+	requests *prometheus.CounterVec
+	latency  *prometheus.HistogramVec
+	reloads  *prometheus.CounterVec
+	series   sync.Map // outcome → series
+}
+
+func newMetrics(version, runDir string, connections func() int) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gke_metadata_emulator_requests_total",
+			Help: "Requests of pods, by the place in the metadata tree and the status; 499: the asker left first.",
+		}, []string{"node", "code"}),
+		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "gke_metadata_emulator_request_duration_seconds",
+			Help:    "Time from a request's header to its answer, the hold of unknown pods and long polls included.",
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}, []string{"node"}),
+		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gke_metadata_emulator_config_reloads_total",
+			Help: "Configurations read anew, by outcome (ok, error).",
+		}, []string{"outcome"}),
+	}
+	m.registry.MustRegister(m.requests, m.latency, m.reloads,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_connections",
+			Help: "Open connections of pods.",
+		}, func() float64 { return float64(connections()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name:        "gke_metadata_emulator_build_info",
+			Help:        "1, labelled with what was built.",
+			ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
+		}, func() float64 { return 1 }),
+		ruleState{runDir})
+	return m
+}
+
+// ruleState tells what the routing commands read back last, out of the file that they leave: a process without capabilities
+// cannot read the rules itself.
+type ruleState struct{ runDir string }
+
+var (
+	rulesGood     = prometheus.NewDesc("gke_metadata_emulator_routing_good", "1 if all that was desired stood when the rules were read back, else 0.", nil, nil)
+	rulesReadBack = prometheus.NewDesc("gke_metadata_emulator_routing_read_back_timestamp_seconds", "When the rules were read back.", nil, nil)
+	rulesInstalls = prometheus.NewDesc("gke_metadata_emulator_routing_installs_total", "Installations of the rules since the node booted.", nil, nil)
+	rulesRepairs  = prometheus.NewDesc("gke_metadata_emulator_routing_repairs_total", "Installations that found rules of an earlier one gone.", nil, nil)
+)
+
+func (ruleState) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{rulesGood, rulesReadBack, rulesInstalls, rulesRepairs} {
+		c <- d
+	}
+}
+
+func (r ruleState) Collect(c chan<- prometheus.Metric) {
+	s, err := routing.ReadState(r.runDir)
+	if err != nil || s.Desired == "" {
+		return // nothing is known of rules
+	}
+	good := 0.0
+	if s.Standing.Good {
+		good = 1
+	}
+	c <- prometheus.MustNewConstMetric(rulesGood, prometheus.GaugeValue, good)
+	c <- prometheus.MustNewConstMetric(rulesReadBack, prometheus.GaugeValue, float64(s.Standing.Time.Unix()))
+	c <- prometheus.MustNewConstMetric(rulesInstalls, prometheus.CounterValue, float64(s.Installs))
+	c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(s.Repairs))
+}
+
+func (m *metrics) served(node string, status int, took time.Duration) {
+	k := outcome{node, status}
+	v, ok := m.series.Load(k)
+	if !ok {
+		v, _ = m.series.LoadOrStore(k, series{m.requests.WithLabelValues(node, strconv.Itoa(status)), m.latency.WithLabelValues(node)})
+	}
+	v.(series).Inc()
+	v.(series).Observe(took.Seconds())
+}
+
+// series are found by outcome: to have the vectors hash labels costs more than to count.
+type series struct {
+	prometheus.Counter
+	prometheus.Observer
+}
+
+type outcome struct {
+	node   string
+	status int
+}

@@ -1,0 +1,206 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+)
+
+// Options are what Run needs to know that is not in the configuration.
+type Options struct {
+	Load    func() (config.Config, error) // reads file and flags; asked again at each reload
+	File    string                        // what Load reads: while it is missing or broken, a change of it is a reload
+	Reload  <-chan os.Signal              // SIGHUP
+	RunDir  string                        // where the status socket is made and the state of the rules is read
+	Version string
+	Stderr  io.Writer // nil: os.Stderr
+}
+
+// Service is a running emulator.
+type Service struct {
+	options  Options
+	log      *logrus.Logger
+	server   *server
+	listener net.Listener
+	probe    *probe
+	started  time.Time
+	ready    chan struct{} // closed at READY=1
+}
+
+// Run serves until ctx is done, and returns when nothing is left running. A configuration that cannot be loaded is an
+// error (what Load returned) when started by hand; with a listener of systemd's it is a state: READY, and 503 with the
+// reason.
+func Run(ctx context.Context, o Options) error {
+	s := newService(o)
+	l, err := inherited()
+	if err != nil {
+		return err
+	}
+	first, err := s.load(nil)
+	switch {
+	case err == nil && l == nil:
+		l, err = listen(ctx, first.config.Listen)
+	case err != nil && l != nil:
+		first, err = brokenSite(err), nil
+	}
+	if err != nil {
+		if first != nil {
+			first.stop()
+		}
+		return err
+	}
+	return s.run(ctx, l, first)
+}
+
+func newService(o Options) *Service {
+	s := &Service{options: o, log: logrus.New(), started: time.Now(), ready: make(chan struct{})}
+	if s.options.Stderr == nil {
+		s.options.Stderr = os.Stderr
+	}
+	configureLog(s.log, config.Default().Log, s.options.Stderr)
+	kube.RouteKlog(s.log)
+	return s
+}
+
+// load makes a site of what the configuration says now, with what it can take over from old.
+func (s *Service) load(old *site) (*site, error) {
+	c, err := s.options.Load()
+	if err != nil {
+		return nil, err
+	}
+	configureLog(s.log, c.Log, s.options.Stderr)
+	return newSite(c, old, s.options.Version, s.log)
+}
+
+// run serves on l, first by what first says.
+func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
+	s.listener, s.probe = l, newProbe(l)
+	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log)}
+	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod })
+	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
+	s.server.site.Store(first)
+	s.describe(first)
+	defer func() { s.site().stop() }()
+
+	web := &http.Server{
+		Handler:           s.server,
+		ConnContext:       s.server.connections.accept,
+		ConnState:         s.server.connections.state,
+		ReadHeaderTimeout: 5 * time.Second, // H-17
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          quietLog(s.log),
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := web.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serving %s: %w", s.listener.Addr(), err)
+		}
+		return nil
+	})
+	g.Go(func() error { return s.tellSystemd(gctx) })
+	g.Go(func() error { return s.server.audit.run(gctx) })
+	g.Go(func() error { return s.reloadLoop(gctx) })
+	g.Go(func() error { return s.serveStatus(gctx, filepath.Join(s.options.RunDir, "status.sock")) })
+	g.Go(func() error { return s.serveHealth(gctx, first.config.HealthListen) })
+	g.Go(func() error {
+		<-gctx.Done()
+		s.drain(web)
+		return nil
+	})
+	return g.Wait()
+}
+
+func (s *Service) site() *site { return s.server.site.Load() }
+
+// drain ends without losing a request: answers say Connection: close for a while and long polls are released,
+// mints in flight come to their end, and only then is the listener left, which systemd goes on holding.
+func (s *Service) drain(web *http.Server) {
+	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
+	s.log.Info("stopping")
+	close(s.server.draining)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all
+	s.site().drain(ctx)
+	if err := web.Shutdown(ctx); err != nil {
+		_ = web.Close()
+	}
+}
+
+// reloadLoop reads the configuration anew on SIGHUP, and each second while there is none: a change of any of its files
+// ends that state.
+func (s *Service) reloadLoop(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.options.Reload:
+			s.reload(ctx, true)
+		case <-tick.C:
+			if s.site().broken != nil {
+				s.reload(ctx, false)
+			}
+		}
+	}
+}
+
+// reload puts what the configuration says now in place of what it said. One that does not load changes nothing, unless
+// there was none: then the reason is told anew, if it is another one or somebody asked.
+func (s *Service) reload(ctx context.Context, asked bool) {
+	old := s.site()
+	next, err := s.load(old)
+	switch {
+	case err != nil && old.broken == nil:
+		s.server.metrics.reloads.WithLabelValues("error").Inc()
+		s.log.WithError(err).Error("the configuration could not be read anew: the one before stays in force")
+		notify(s.log, "STATUS=the last reload failed, the configuration before stays in force: "+firstLine(err))
+		return
+	case err != nil:
+		if next = brokenSite(err); !asked && next.broken.Error() == old.broken.Error() {
+			return
+		}
+		s.server.metrics.reloads.WithLabelValues("error").Inc()
+	default:
+		s.server.metrics.reloads.WithLabelValues("ok").Inc()
+		if next.backend != old.backend {
+			next.settle(ctx) // until then the old one serves the pods that it knows
+		}
+	}
+	s.server.site.Store(next)
+	close(old.replaced)
+	s.describe(next)
+	notify(s.log, "STATUS="+s.summary())
+	if old.backend != next.backend {
+		go old.stop()
+	}
+}
+
+// describe logs what the configuration came to.
+func (s *Service) describe(now *site) {
+	if now.broken != nil {
+		s.log.Error(now.broken.Error() + "; pods are answered 503 with the reason until " + s.options.File + " is mended")
+		return
+	}
+	for _, w := range now.config.Warnings {
+		s.log.Warn(w)
+	}
+	if got, want := addrPortOf(s.listener), now.config.Listen; got != want {
+		s.log.Errorf("listen is %s in the configuration, and the listener is at %s: restart gke-metadata-emulator.socket for it to follow, or change listen back", want, got)
+	}
+}

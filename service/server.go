@@ -1,0 +1,221 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// server answers pods. It is the only place that sees a ResponseWriter.
+type server struct {
+	site        atomic.Pointer[site] // what the configuration in force leads to; never nil once serving
+	connections *connections
+	draining    chan struct{} // closed when the service stops: connections end after their answer, long polls at once
+	metrics     *metrics
+	log         *logrus.Logger
+	audit       *audit
+	refused     refusalLog // refusals that are logged, for each pod
+}
+
+// request is one request on its way through the server.
+type request struct {
+	*http.Request
+	peer      *attest.Peer
+	place     metadata.Match
+	open      bool // may be answered without knowing who asks
+	hostCheck bool
+	caller    workload.Caller // once attested
+	handed    handed          // the token in the answer, if it holds one
+	started   time.Time
+}
+
+// handed is the token in an answer.
+type handed struct {
+	request token.Request
+	expires time.Time
+}
+
+type requestKey struct{}
+
+// handedOut notes on the request that its answer holds t.
+func handedOut(ctx context.Context, r token.Request, t token.Token) {
+	if req, ok := ctx.Value(requestKey{}).(*request); ok {
+		req.handed = handed{r, t.Expires}
+	}
+}
+
+// ServeHTTP is the story of a request; doc.go tells it in words.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	req := &request{Request: r, peer: peerOf(r.Context()), started: time.Now()}
+	a, err := s.answer(req)
+	status := statusGone
+	if err == nil || r.Context().Err() == nil {
+		status = s.write(w, req, a, err)
+	}
+	s.tell(req, status, err)
+}
+
+// statusGone is what the log and the metrics say of an asker that left before the answer was there.
+const statusGone = 499
+
+// answer finds what the request gets: an Answer, or an error that refusalOf knows.
+func (s *server) answer(req *request) (metadata.Answer, error) {
+	site := s.site.Load()
+	req.place = site.tree.Find(req.URL.Path)
+	req.open, req.hostCheck = req.place.Open, site.config.HostCheck
+	for _, rule := range rules {
+		if rule.refuses(req) {
+			return metadata.Answer{}, rule.refusal
+		}
+	}
+	if err := s.connections.check(req.peer); err != nil {
+		return metadata.Answer{}, err
+	}
+	var q metadata.Query
+	if req.URL.RawQuery != "" {
+		q.Values = metadata.ParseQuery(req.URL.RawQuery)
+	}
+	if req.open {
+		return req.place.Answer(req.Context(), q)
+	}
+	if site.broken != nil {
+		return metadata.Answer{}, site.broken
+	}
+	return s.answerCaller(context.WithValue(req.Context(), requestKey{}, req), req, q)
+}
+
+// answerCaller finds out who asks, answers, and looks at the evidence again before the answer may be written. A request
+// that wants to be told of a change is answered when there was one (H-12): a waiter costs its goroutine and its
+// connection, of which a pod has limits.connectionsPerPod.
+func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Query) (metadata.Answer, error) {
+	var wait metadata.Wait
+	var timeout <-chan time.Time
+	if q.Values != nil {
+		var err error
+		if wait, err = metadata.ParseWait(q.Values); err != nil {
+			return metadata.Answer{}, err
+		}
+		if wait.Timeout > 0 {
+			t := time.NewTimer(wait.Timeout)
+			defer t.Stop()
+			timeout = t.C
+		}
+	}
+	for first := true; ; first = false {
+		site, place := s.site.Load(), req.place
+		if !first { // another configuration may have another tree
+			place = site.tree.Find(req.URL.Path)
+		}
+		if site.broken != nil {
+			return metadata.Answer{}, site.broken
+		}
+		changed := site.cluster.Changes() // before the look, so that no change falls between the two
+		var err error
+		if req.caller, err = site.attestor.Attest(ctx, req.peer); err != nil {
+			return metadata.Answer{}, err
+		}
+		q.Caller = req.caller
+		a, err := place.Answer(ctx, q)
+		if err == nil {
+			err = site.attestor.Check(req.peer)
+		}
+		if err != nil || wait.Over(a.ETag) {
+			return a, err
+		}
+		select {
+		case <-changed:
+		case <-site.replaced:
+		case <-timeout:
+			return a, nil
+		case <-s.draining:
+			return a, nil
+		case <-ctx.Done():
+			return metadata.Answer{}, ctx.Err()
+		}
+	}
+}
+
+// Headers that every response has. The keys are canonical, and the values are shared: nobody writes to them.
+var (
+	flavor       = []string{"Google"}              // H-04
+	serverName   = []string{"GKE Metadata Server"} // H-05
+	noXSS        = []string{"0"}                   // H-07
+	sameOrigin   = []string{"SAMEORIGIN"}
+	contentTypes = map[string][]string{metadata.Text: {metadata.Text}, metadata.JSON: {metadata.JSON}}
+	retryAfter   = []string{"1"}
+	closing      = []string{"close"}
+)
+
+// write turns an answer or an error into bytes and returns the status. Nothing else in the service does.
+func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, err error) int {
+	h, status := w.Header(), http.StatusOK
+	h["Metadata-Flavor"], h["Server"], h["X-Xss-Protection"], h["X-Frame-Options"] = flavor, serverName, noXSS, sameOrigin
+	switch {
+	case err != nil:
+		r := refusalOf(err)
+		status, a = r.Status, metadata.Answer{Body: []byte(r.Reason + "\n"), ContentType: metadata.Text}
+		if r.Retry {
+			h["Retry-After"] = retryAfter
+		}
+		if r.Allow != "" {
+			h["Allow"] = []string{r.Allow}
+		}
+		if r.Close {
+			h["Connection"] = closing
+		}
+	case a.Redirect != "": // H-08
+		status = http.StatusMovedPermanently
+		h["Location"] = []string{location(req, a.Redirect)}
+		a.ContentType = metadata.Text
+	default:
+		h["Etag"] = []string{a.ETag}
+	}
+	h["Content-Type"] = contentTypes[a.ContentType]
+	h["Content-Length"] = []string{strconv.Itoa(len(a.Body))}
+	select {
+	case <-s.draining:
+		h["Connection"] = closing
+	default:
+	}
+	w.WriteHeader(status)
+	if req.Method != http.MethodHead {
+		_, _ = w.Write(a.Body) // a client that left is no news
+	}
+	return status
+}
+
+// location is absolute, on the Host as sent and with the query as sent: never our own port (H-08).
+func location(req *request, path string) string {
+	host := req.Host
+	if host == "" { // HTTP/1.0
+		host = req.peer.Original.Addr().String()
+	}
+	return (&url.URL{Scheme: "http", Host: host, Path: path, RawQuery: req.URL.RawQuery}).String()
+}
+
+// tell writes the one log line and the one metric of a request: the audit line of a token that was handed out; a refusal,
+// at a bounded rate for each asker; all else where somebody debugs.
+func (s *server) tell(req *request, status int, err error) {
+	s.metrics.served(req.place.Node, status, time.Since(req.started))
+	switch {
+	case err == nil && !req.handed.expires.IsZero():
+		s.audit.handedOut(req.caller, req.handed.request, req.handed.expires)
+	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
+		if suppressed, ok := s.refused.allow(asker(req)); ok {
+			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Warn("refused: " + refusalOf(err).Reason)
+		}
+	case debugging(s.log):
+		s.log.WithFields(s.fields(req, status)).Debug("served")
+	}
+}

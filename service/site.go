@@ -1,0 +1,245 @@
+package service
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// site is all that follows from one configuration. It is immutable; a reload puts another one in its place.
+type site struct {
+	config config.Config
+	tree   *metadata.Tree
+	broken error // why there is no configuration: then only `/` is served, and this reason (R-23)
+	*backend
+	replaced chan struct{} // closed when another site took over
+}
+
+// backend is the costly part of a site: watches, caches and connections. A reload that does not concern it keeps it.
+type backend struct {
+	needs    needs
+	cluster  *kube.Cluster
+	cache    *token.Cache
+	attestor *attest.Attestor
+	accounts accountReader
+	registry *prometheus.Registry
+	end      func() // and waits until it did
+}
+
+// stop ends what runs for the backend; a site that is broken has none.
+func (b *backend) stop() {
+	if b != nil {
+		b.end()
+	}
+}
+
+// drain waits for mints in flight.
+func (b *backend) drain(ctx context.Context) {
+	if b != nil {
+		b.cache.Drain(ctx)
+	}
+}
+
+// needs is what of the configuration a backend depends on. It is comparable.
+type needs struct {
+	kubeconfig, nodeName, audience, unlinked, prefetch string
+	identity                                           config.WorkloadIdentity
+	google                                             config.Google
+	ca                                                 [sha256.Size]byte // of what google.caFile holds
+	limits                                             config.Limits
+}
+
+func needsOf(c config.Config) (needs, error) {
+	n := needs{kubeconfig: c.Kubeconfig, nodeName: c.NodeName, audience: c.TokenAudience, unlinked: c.ImpersonateUnlinked,
+		prefetch: c.Prefetch, identity: c.WorkloadIdentity, google: c.Google, limits: c.Limits}
+	if c.Google.CAFile != "" {
+		pem, err := os.ReadFile(c.Google.CAFile)
+		if err != nil {
+			return needs{}, fmt.Errorf("google.caFile: %w", err)
+		}
+		n.ca = sha256.Sum256(pem)
+	}
+	return n, nil
+}
+
+// brokenSite says why there is no other.
+func brokenSite(reason error) *site {
+	tree, err := metadata.New(unconfigured())
+	if err != nil {
+		panic(err) // a constant
+	}
+	return &site{tree: tree, replaced: make(chan struct{}), config: config.Default(),
+		broken: brokenReason(reason)}
+}
+
+func brokenReason(err error) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Reason: "gke-metadata-emulator is not configured: " + err.Error()}
+}
+
+// settle waits until the site knows its pods, but not for long: the API server may be away.
+func (s *site) settle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	for {
+		_, changed, err := s.cluster.At(netip.Addr{})
+		if err == nil {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// newSite makes what c leads to. It takes over the backend of old where c asks for the same one.
+func newSite(c config.Config, old *site, version string, log logrus.FieldLogger) (*site, error) {
+	c = resolve(c)
+	n, err := needsOf(c)
+	if err != nil {
+		return nil, err
+	}
+	s := &site{config: c, replaced: make(chan struct{})}
+	if old != nil && old.backend != nil && old.needs == n {
+		s.backend = old.backend
+	} else if s.backend, err = newBackend(n, version, log); err != nil {
+		return nil, err
+	}
+	root, err := tree(c, accounts{account: s.accounts, tokens: s.cache, unlinkedEmail: c.EmailForUnlinked, poolName: c.WorkloadIdentity.PoolName})
+	if err == nil {
+		s.tree, err = metadata.New(root)
+	}
+	if err != nil {
+		if old == nil || s.backend != old.backend {
+			s.stop()
+		}
+		return nil, err
+	}
+	return s, nil
+}
+
+// resolve finds out what the configuration leaves to be found out about the node.
+func resolve(c config.Config) config.Config {
+	if c.Instance.Hostname == "" {
+		c.Instance.Hostname, _ = os.Hostname() // without one, there is none to serve
+	}
+	if c.Instance.ID == "" {
+		seed, err := os.ReadFile("/etc/machine-id")
+		if err != nil || len(strings.TrimSpace(string(seed))) == 0 {
+			seed = []byte(c.Instance.Hostname)
+		}
+		c.Instance.ID = instanceID(strings.TrimSpace(string(seed)))
+	}
+	return c
+}
+
+// instanceID derives a positive int64 that stays the same for the machine's life, without giving the machine id away,
+// which is confidential by machine-id(5) (E-10).
+func instanceID(seed string) string {
+	sum := sha256.Sum256([]byte("gke-metadata-emulator instance id " + seed))
+	return strconv.FormatUint(max(1, binary.BigEndian.Uint64(sum[:])>>1), 10)
+}
+
+func newBackend(n needs, version string, log logrus.FieldLogger) (*backend, error) {
+	b := &backend{needs: n, registry: prometheus.NewRegistry()}
+	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + version, Log: log, Registerer: b.registry})
+	b.accounts = accountReader{b.cluster, n.unlinked}
+	google, err := token.NewGoogle(token.GoogleOptions{
+		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL, IAMCredentialsURL: n.google.IAMCredentialsURL,
+		Lifetime: n.google.TokenLifetime, QuotaProject: n.google.QuotaProject, CAFile: n.google.CAFile,
+		Kubernetes: b.accounts, Log: log, Registerer: b.registry,
+	})
+	if err != nil {
+		return nil, err
+	}
+	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.limits.MintsPerPod, KeysPerPod: n.limits.KeysPerPod,
+		Terminal: as[*kube.AnnotationError], Registerer: b.registry})
+	google.Federated = b.cache // one exchange a ServiceAccount (G-07)
+	b.attestor = attest.New(b.cluster)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return b.cluster.Run(ctx) })
+	g.Go(func() error { return b.cache.Run(ctx) })
+	g.Go(func() error { return b.prefetch(ctx) })
+	b.end = func() {
+		cancel()
+		if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+			log.WithError(err).Error("stopping the backend")
+		}
+	}
+	return b, nil
+}
+
+// accountReader reads ServiceAccounts' annotations, and takes those that are not linked for the operator's account
+// where the operator wants that (G-18).
+type accountReader struct {
+	*kube.Cluster
+	unlinked string
+}
+
+func (r accountReader) Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error) {
+	a, err := r.Cluster.Account(ctx, sa, maxAge)
+	if err == nil && !a.Linked() {
+		a.GoogleEmail = r.unlinked
+	}
+	return a, err
+}
+
+// prefetch keeps the cache to the ServiceAccounts that this node's pods use (K-04), and has the token that their clients
+// will ask for first fetched before they do (H-21).
+func (b *backend) prefetch(ctx context.Context) error {
+	var reading sync.Map // ServiceAccounts whose annotations are waited for
+	var g errgroup.Group
+	defer func() { _ = g.Wait() }()
+	for {
+		sas, moved := b.cluster.ServiceAccounts()
+		annotated := b.cluster.Changes()
+		if sas != nil { // nil is "not known yet", and no word to forget by
+			b.cache.Use(sas)
+		}
+		for _, sa := range sas {
+			if b.needs.prefetch == "none" {
+				break
+			}
+			if _, busy := reading.LoadOrStore(sa, true); busy {
+				continue
+			}
+			g.Go(func() error {
+				defer reading.Delete(sa)
+				a, err := b.accounts.Account(ctx, sa, anyAge)
+				if err == nil && (a.Linked() || b.needs.prefetch == "all") {
+					b.cache.Prefetch(token.AccessToken(sa, a, nil))
+				}
+				return nil // kube has logged it, and says in status what is wrong
+			})
+		}
+		select {
+		case <-moved:
+		case <-annotated:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}

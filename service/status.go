@@ -1,0 +1,176 @@
+package service
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+)
+
+// Status is what `status` shows: never a token, only how old it is.
+type Status struct {
+	Version     string              `json:"version"`
+	Started     time.Time           `json:"started"`
+	State       string              `json:"state"`            // serving | not configured | stopping
+	Reason      string              `json:"reason,omitempty"` // why it is not serving
+	Listen      string              `json:"listen"`
+	Connections int                 `json:"connections"`
+	Evidence    string              `json:"evidence"` // what attestation goes by
+	Routing     *routing.State      `json:"routing,omitempty"`
+	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
+	Cluster     *kube.Status        `json:"cluster,omitempty"`
+	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
+}
+
+// Status tells the state of the service now.
+func (s *Service) Status() Status {
+	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
+		Connections: s.server.connections.open(), Evidence: "source-ip"}
+	if state, err := routing.ReadState(s.options.RunDir); err != nil {
+		st.RoutingErr = err.Error()
+	} else {
+		st.Routing = &state
+	}
+	site := s.site()
+	if site.broken != nil {
+		st.State, st.Reason = "not configured", site.broken.Error()
+	} else {
+		c := site.cluster.Status()
+		st.Cluster, st.Tokens = &c, site.cache.Status()
+	}
+	select {
+	case <-s.server.draining:
+		st.State = "stopping"
+	default:
+	}
+	return st
+}
+
+// summary is the STATUS= line of `systemctl status`.
+func (s *Service) summary() string {
+	st := s.Status()
+	if st.State != "serving" {
+		return firstLine(errors.New(st.State + ": " + st.Reason))
+	}
+	if !st.Cluster.Synced {
+		return firstLine(errors.New("serving; pods are not known yet: " + st.Cluster.Problem))
+	}
+	return fmt.Sprintf("serving %d pods with %d tokens cached", len(st.Cluster.Pods), len(st.Tokens))
+}
+
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
+
+// serveStatus answers `gke-metadata-emulator status` over a Unix socket that the service's group may use.
+func (s *Service) serveStatus(ctx context.Context, path string) error {
+	l, err := listenUnix(ctx, path)
+	if err != nil {
+		s.log.WithError(err).Error("no status socket, so there is no `status`")
+		return nil // pods are served all the same
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		_ = e.Encode(s.Status()) // a client that left is no news
+	})
+	return s.serveInternal(ctx, l, mux)
+}
+
+// listenUnix makes the socket in the place of one that an earlier process left behind.
+func listenUnix(ctx context.Context, path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return l, os.Chmod(path, 0o660)
+}
+
+// serveHealth answers probes and Prometheus on healthListen, which pods do not reach unless the operator says so.
+func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.String())
+	if err != nil {
+		s.log.WithError(err).Errorf("healthListen %s cannot be bound, so there are no /healthz, /readyz and /metrics", a)
+		return nil // pods are served all the same
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(s.gather(), promhttp.HandlerOpts{ErrorLog: s.log}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.probe.ask(r.Context())) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { health(w, s.readiness(r.Context())) })
+	return s.serveInternal(ctx, l, mux)
+}
+
+// gather collects the server's metrics and those of the backend that is in force.
+func (s *Service) gather() prometheus.Gatherer {
+	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		g := prometheus.Gatherers{s.server.metrics.registry}
+		if b := s.site().backend; b != nil {
+			g = append(g, b.registry)
+		}
+		return g.Gather()
+	})
+}
+
+// readiness is stricter than READY=1: a pod that asks now gets its token, as far as this node can tell.
+func (s *Service) readiness(ctx context.Context) error {
+	site := s.site()
+	if site.broken != nil {
+		return site.broken
+	}
+	if _, _, err := site.cluster.At(netip.Addr{}); err != nil {
+		return err
+	}
+	return s.probe.ask(ctx)
+}
+
+func health(w http.ResponseWriter, err error) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	if err != nil {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		_, _ = fmt.Fprintln(w, err)
+		return
+	}
+	_, _ = fmt.Fprintln(w, "ok")
+}
+
+func (s *Service) serveInternal(ctx context.Context, l net.Listener, h http.Handler) error {
+	web := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: quietLog(s.log)}
+	var g errgroup.Group
+	g.Go(func() error {
+		<-ctx.Done()
+		return web.Close()
+	})
+	g.Go(func() error {
+		if err := web.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serving %s: %w", l.Addr(), err)
+		}
+		return nil
+	})
+	return g.Wait()
+}

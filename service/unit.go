@@ -1,0 +1,43 @@
+package service
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/coreos/go-systemd/v22/dbus"
+)
+
+// unit is what the packages call us.
+const unit = "gke-metadata-emulator.service"
+
+// systemd is what of its D-Bus API tells a stop from a restart.
+type systemd interface {
+	ListJobsContext(ctx context.Context) ([]dbus.JobStatus, error)
+	SystemStateContext(ctx context.Context) (*dbus.Property, error)
+}
+
+// StoppedForGood reports whether our unit is being stopped by somebody who wants it stopped: not restarted, not after a
+// crash, and not since the machine goes down, when pods still run and must not reach the cloud's own metadata server
+// . An error means that systemd could not be asked: then it must count as no.
+func StoppedForGood(ctx context.Context) (bool, error) {
+	c, err := dbus.NewSystemConnectionContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("asking systemd why we stop: %w", err)
+	}
+	defer c.Close()
+	return stoppedForGood(ctx, c)
+}
+
+func stoppedForGood(ctx context.Context, s systemd) (bool, error) {
+	jobs, err := s.ListJobsContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("asking systemd for its jobs: %w", err)
+	}
+	state, err := s.SystemStateContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("asking systemd for its state: %w", err)
+	}
+	stop := slices.ContainsFunc(jobs, func(j dbus.JobStatus) bool { return j.Unit == unit && j.JobType == "stop" })
+	return stop && state.Value.Value() != "stopping", nil
+}

@@ -1,0 +1,49 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"github.com/coreos/go-systemd/v22/dbus"
+	godbus "github.com/godbus/dbus/v5"
+)
+
+// manager is a systemd that says what a test lets it say.
+type manager struct {
+	jobs  []dbus.JobStatus
+	state string
+	err   error
+}
+
+func (m manager) ListJobsContext(context.Context) ([]dbus.JobStatus, error) { return m.jobs, m.err }
+
+func (m manager) SystemStateContext(context.Context) (*dbus.Property, error) {
+	return &dbus.Property{Name: "SystemState", Value: godbus.MakeVariant(m.state)}, m.err
+}
+
+func TestStoppedForGood(t *testing.T) {
+	job := func(unit, kind string) []dbus.JobStatus {
+		return []dbus.JobStatus{{Unit: "other.service", JobType: "stop"}, {Unit: unit, JobType: kind}}
+	}
+	for name, tt := range map[string]struct {
+		manager manager
+		want    bool
+	}{
+		"R-02: stop":                    {manager{jobs: job(unit, "stop"), state: "running"}, true},
+		"R-02: stop of a degraded node": {manager{jobs: job(unit, "stop"), state: "degraded"}, true},
+		"R-02: restart":                 {manager{jobs: job(unit, "restart"), state: "running"}, false},
+		"R-02: start after a crash":     {manager{jobs: job(unit, "start"), state: "running"}, false},
+		"R-02: crash, no job":           {manager{state: "running"}, false},
+		"R-01: poweroff":                {manager{jobs: job(unit, "stop"), state: "stopping"}, false},
+		"another unit's stop":           {manager{jobs: job("kubelet.service", "stop"), state: "running"}, false},
+		"R-01: no answer":               {manager{err: errors.New("no bus")}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := stoppedForGood(t.Context(), tt.manager)
+			if got != tt.want || !errors.Is(err, tt.manager.err) {
+				t.Errorf("= %v, %v; want %v, %v", got, err, tt.want, tt.manager.err)
+			}
+		})
+	}
+}
