@@ -1,0 +1,31 @@
+// Command demo shows the emulator at work: a node, two pods and a stranger in network namespaces of their own, the real
+// binary with its real rules, and stand-ins for the Kubernetes API, for Google and for a cloud's own metadata server that
+// verify every signature and field. Everything is gone afterwards, and it says whether the node's rules are as before.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	emulator := flag.String("emulator", "bin/gke-metadata-emulator", "the binary to show")
+	keep := flag.Bool("keep", false, "leave everything standing until Ctrl-C, and say how to ask by hand")
+	flag.Parse()
+	if flag.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "demo: unknown argument %q\n", flag.Arg(0))
+		flag.Usage()
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Stdout, *emulator, *keep); err != nil && !errors.Is(err, context.Canceled) {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,52 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func configCommand() *cobra.Command {
+	return group("config", "Check or show the configuration", configCheckCommand(), configShowCommand())
+}
+
+func configCheckCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Say everything that is wrong with the configuration",
+		Long: `Say everything that is wrong with the configuration, with file, line and remedy, and exit with 78;
+or say ok. Warnings, on standard error, are about what is allowed and seldom meant.`,
+		Args: arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		c, err := load()
+		if err != nil {
+			return err
+		}
+		for _, w := range c.Warnings {
+			fmt.Fprintf(cmd.ErrOrStderr(), "%s: warning: %s\n", program, w)
+		}
+		fmt.Fprintln(cmd.OutOrStdout(), "ok")
+		return nil
+	}
+	return cmd
+}
+
+func configShowCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "show",
+		Short: "Print the configuration with defaults and flags in it, as YAML",
+		Args:  arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		c, err := load()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(cmd.OutOrStdout(), c.YAML())
+		return nil
+	}
+	return cmd
+}

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spf13/cobra"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+)
+
+func routingCommand() *cobra.Command {
+	return group("routing", "Bring pods' requests to the service, or check, remove and show what does",
+		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand())
+}
+
+func routingInstallCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "install",
+		Short: "Put up the rules, whatever stands already",
+		Long: `Put up the rules, whatever stands already, and read them back.
+Where the configuration is missing or broken, only the guard goes up, so that no pod reaches the cloud's own metadata
+server: that is said on standard error and is no failure.`,
+		Args: arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		p := plan(cmd, load, "only the guard goes up")
+		if p.Mode == modeNone && !p.Closed {
+			return withRouter(cmd, anyMode(p), routing.Router.Remove) // of the mode before
+		}
+		return withRouter(cmd, p, routing.Router.Install)
+	}
+	return cmd
+}
+
+func routingCheckCommand() *cobra.Command {
+	var wait time.Duration
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Say what of the rules is missing, and change nothing",
+		Long: `Say what of the rules is missing, one a line, and exit with 1; say nothing when all stands. Nothing is changed.
+Where the configuration is missing or broken, the guard is what has to stand.`,
+		Args: arguments,
+	}
+	cmd.Flags().DurationVar(&wait, "wait", 0, "ask again until all stands, for this long at most (30s in front of kubelet)")
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		p := plan(cmd, load, "only the guard is checked")
+		if p.Mode == modeNone && !p.Closed {
+			return nil
+		}
+		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
+			err := untilNil(ctx, wait, r.Check)
+			if errors.Is(err, routing.ErrMissing) {
+				return fmt.Errorf("this does not stand as it should:\n%w", err)
+			}
+			return err
+		})
+	}
+	return cmd
+}
+
+// untilNil asks until the answer is nil, will not change or wait is over, and returns the last answer.
+func untilNil(ctx context.Context, wait time.Duration, ask func(context.Context) error) error {
+	over := time.After(wait)
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ask(ctx)
+		if err == nil || wait <= 0 || errors.Is(err, routing.ErrPermission) {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-over:
+			return err
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func routingRemoveCommand() *cobra.Command {
+	var onStop bool
+	cmd := &cobra.Command{
+		Use:   "remove",
+		Short: "Take the rules away without a trace",
+		Long: `Take the rules away without a trace, whoever put them up and whatever the configuration says.
+From then on pods reach the cloud's own metadata server again.`,
+		Args: arguments,
+	}
+	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good: not to restart it, not after a crash, not at poweroff")
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if onStop {
+			stopped, err := service.StoppedForGood(cmd.Context())
+			if err != nil {
+				say(cmd, "%v: the rules stay", err) // closed, never open (R-01)
+			}
+			if !stopped {
+				return nil
+			}
+		}
+		return withRouter(cmd, anyMode(plan(cmd, load, "removing all the same")), routing.Router.Remove)
+	}
+	return cmd
+}
+
+func routingShowCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "show",
+		Short: "Print what install does on this node, as shell commands",
+		Args:  arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		p := plan(cmd, load, "only the guard would go up")
+		if p.Mode == modeNone && !p.Closed {
+			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
+			return nil
+		}
+		text, err := routing.Show(cmd.Context(), p)
+		if err != nil {
+			return fmt.Errorf("routing: %w", err)
+		}
+		fmt.Fprint(cmd.OutOrStdout(), text)
+		return nil
+	}
+	return cmd
+}
+
+const modeNone = "none" // nothing is routed, so there is no Router for it
+
+// anyMode is a Plan to remove by: removing knows no mode but that of the rules.
+func anyMode(p routing.Plan) routing.Plan {
+	p.Mode = routing.ModeIPTables
+	return p
+}
+
+// plan is what the configuration says about routing; without one it is the closed guard (R-23), and consequence is said.
+func plan(cmd *cobra.Command, load func() (config.Config, error), consequence string) routing.Plan {
+	c, err := load()
+	if err != nil {
+		say(cmd, "%s: %s", consequence, explain(err))
+		c = config.Default()
+	}
+	log := logrus.New()
+	log.SetOutput(cmd.ErrOrStderr())
+	log.SetFormatter(&logrus.TextFormatter{DisableTimestamp: true})
+	if level, err := logrus.ParseLevel(c.Log.Level); err == nil {
+		log.SetLevel(level)
+	}
+	return routing.Plan{
+		Mode: c.Routing.Mode, Listen: c.Listen, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
+		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Closed: err != nil, RunDir: runDir(), Log: log,
+	}
+}
+
+func withRouter(cmd *cobra.Command, p routing.Plan, do func(routing.Router, context.Context) error) error {
+	r, err := routing.New(p)
+	if err != nil {
+		return fmt.Errorf("routing: %w", err)
+	}
+	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	return do(r, ctx)
+}
+
+func say(cmd *cobra.Command, format string, args ...any) {
+	fmt.Fprintf(cmd.ErrOrStderr(), program+": "+format+"\n", args...)
+}

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
+)
+
+func serveCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Answer pods' requests until SIGTERM",
+		Long: `Answer pods' requests until SIGTERM; SIGHUP reads the configuration anew.
+With a listener handed over by systemd a missing or broken configuration is a state and not an end:
+pods are answered 503 with the reason until it is mended.`,
+		Args: arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+		defer stop()
+		reload := make(chan os.Signal, 1)
+		signal.Notify(reload, syscall.SIGHUP)
+		defer signal.Stop(reload)
+		return service.Run(ctx, service.Options{
+			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), Version: buildVersion(),
+		})
+	}
+	return cmd
+}

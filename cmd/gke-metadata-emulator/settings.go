@@ -1,0 +1,77 @@
+package main
+
+import (
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+)
+
+// settings gives a command a flag for every key of the configuration. What it returns reads file and flags, each time anew.
+func settings(cmd *cobra.Command) (load func() (config.Config, error)) {
+	flags := cmd.Flags()
+	flags.SortFlags = false // the order of the reference configuration
+	values := map[string]*setting{}
+	for _, k := range config.Keys() {
+		v := &setting{key: k}
+		values[k.Path] = v
+		f := flags.VarPF(v, k.Flag(), "", usage(k))
+		if k.Type() == "boolean" {
+			f.NoOptDefVal = "true"
+		}
+		if k.Values != nil {
+			_ = cmd.RegisterFlagCompletionFunc(k.Flag(), cobra.FixedCompletions(k.Values, cobra.ShellCompDirectiveNoFileComp)) // fails for an unknown flag only
+		}
+	}
+	return func() (config.Config, error) {
+		given := map[string]string{}
+		for path, v := range values {
+			if v.given {
+				given[path] = v.text
+			}
+		}
+		return config.Load(configFile(cmd), given)
+	}
+}
+
+func configFile(cmd *cobra.Command) string { return cmd.Flag("config").Value.String() }
+
+// usage is a key's line in --help, with its default: pflag leaves out the ones that it takes for zero.
+func usage(k config.Key) string {
+	text := strings.ReplaceAll(k.Usage, "`", "'") // pflag would take it for the name of the value
+	if k.Values != nil {
+		text += ": " + strings.Join(k.Values, ", ")
+	}
+	if k.Default != "" {
+		text += " (default " + k.Default + ")"
+	}
+	return text
+}
+
+// setting is a flag's text. config judges it, so that file and flags have one grammar and all their faults come at once.
+type setting struct {
+	key   config.Key
+	text  string
+	given bool
+}
+
+func (s *setting) String() string { return s.text }
+
+func (s *setting) Set(text string) error {
+	s.text, s.given = text, true
+	return nil
+}
+
+func (s *setting) Type() string {
+	switch t := s.key.Type(); t {
+	case "boolean":
+		return "bool" // pflag's word for a flag that needs no value
+	case "list", "addresses":
+		return "a,b"
+	case "map":
+		return "path=value,..."
+	default:
+		return t
+	}
+}
