@@ -1,0 +1,41 @@
+# Everything that a clone needs is here: `make demo` shows the product at work, `make test` says whether it works.
+# Targets that need Debian or Ubuntu packages install the missing ones (deps), and say which; elsewhere they say what is lacking.
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+
+.PHONY: all build deps demo test lint bench fuzz clean
+
+all: build
+
+build: bin/gke-metadata-emulator ## the binary
+
+.PHONY: bin/gke-metadata-emulator bin/demo
+bin/gke-metadata-emulator:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/gke-metadata-emulator
+
+bin/demo:
+	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/demo
+
+deps: ## what demo, test and lint need of the machine
+	@.ci/deps
+
+demo: deps build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
+	$(SUDO) bin/demo --emulator bin/gke-metadata-emulator $(DEMO)
+
+test: deps ## unit, script, fuzz corpus, namespaces on both iptables backends; with the race detector
+	$(SUDO) env "PATH=$$PATH" CI="$(CI)" GOFLAGS="$(GOFLAGS)" GOCACHE="$$($(GO) env GOCACHE)" GOMODCACHE="$$($(GO) env GOMODCACHE)" \
+		$(GO) test -race -timeout 20m ./...
+
+lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
+	@.ci/lint
+
+bench: ## cached tokens against a bare net/http server, and the benchmarks of every package
+	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./service/... 
+
+fuzz: ## each fuzz target for FUZZTIME
+	@.ci/fuzz $(or $(FUZZTIME),30s)
+
+clean:
+	rm -rf bin
