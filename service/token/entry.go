@@ -13,6 +13,7 @@ const (
 	keepRefusal     = 5 * time.Second  // a terminal refusal is the answer for that long,
 	keepUnavailable = time.Second      // trouble that passes for that long
 	longestBackoff  = 40 * time.Second // between attempts in the background; a minute with its jitter
+	longestRefused  = 7 * time.Minute  // the same after a refusal: 50,000 tokens of a fleet stay below STS's 6,000 a minute (G-07)
 	longestAsked    = time.Minute      // of what Google's Retry-After asks for
 
 	showRefusal       = time.Minute // what is left of an entry that has no token is shown by Status for that long
@@ -87,14 +88,14 @@ func refreshAt(r Request, t Token) time.Time {
 	return t.Expires.Add(-ahead - jitter(ahead/5))
 }
 
-// backoff is the wait after that many failures, the shortest given: doubled each time, with up to a half more of it, so
+// backoff is the wait after that many failures: the shortest, doubled each time up to the longest, and up to a half more, so
 // that after an outage not everybody comes at once.
-func backoff(shortest time.Duration, failures int) time.Duration {
+func backoff(shortest, longest time.Duration, failures int) time.Duration {
 	d := shortest
-	for i := 1; i < failures && d < longestBackoff; i++ {
+	for i := 1; i < failures && d < longest; i++ {
 		d *= 2
 	}
-	d = max(shortest, min(d, longestBackoff))
+	d = max(shortest, min(d, longest))
 	return d + jitter(d/2)
 }
 
@@ -131,13 +132,13 @@ func (e *entry) refuse(err error, now time.Time) {
 
 // fail notes trouble that passes. Who wants the token without there being an old one may try again soon; all others wait
 // longer each time.
-func (e *entry) fail(err error, least time.Duration, now time.Time) {
+func (e *entry) fail(err error, least, longest time.Duration, now time.Time) {
 	e.failures++
 	e.err, e.errAt, e.errUntil = err, now, now.Add(least)
 	if now.Before(e.usableUntil) {
 		least = max(least, leastApart)
 	}
-	wait := backoff(least, e.failures)
+	wait := backoff(least, longest, e.failures)
 	e.retryAt = now.Add(wait)
 	if e.due = (time.Time{}); e.prefetched || e.lifetime > 0 && e.refreshable() {
 		e.due = now.Add(wait)

@@ -126,7 +126,7 @@ func (c *Cache) land(e *entry, f *flight) {
 func (c *Cache) note(e *entry, f *flight, now time.Time) {
 	switch {
 	case f.err == nil && now.Before(e.usableUntil) && !f.token.Expires.After(e.token.Expires):
-		e.fail(errNoNewer, leastApart, now) // STS was away, and its old token came (T-08)
+		e.fail(errNoNewer, leastApart, longestBackoff, now) // STS was away, and its old token came (T-08)
 	case f.err == nil:
 		e.take(f.token, now)
 		e.superseded = time.Time{}
@@ -143,20 +143,22 @@ func (c *Cache) note(e *entry, f *flight, now time.Time) {
 	case c.terminal(f.err):
 		e.refuse(f.err, now)
 	default:
-		e.fail(f.err, leastWait(f.err), now)
+		least, longest := waits(f.err)
+		e.fail(f.err, least, longest, now)
 	}
 }
 
-// leastWait is how long not to ask again after err: as long as Google says, within reason, and a moment for a refusal.
-func leastWait(err error) time.Duration {
+// waits is how long not to ask again after err, at least and at most: as Google says, within reason; a moment after a
+// refusal, and then longer and longer.
+func waits(err error) (least, longest time.Duration) {
 	var refusal *GoogleError
 	switch {
 	case !errors.As(err, &refusal):
-		return keepUnavailable
+		return keepUnavailable, longestBackoff
 	case refusal.Temporary():
-		return max(keepUnavailable, min(refusal.RetryAfter, longestAsked))
+		return max(keepUnavailable, min(refusal.RetryAfter, longestAsked)), longestBackoff
 	}
-	return keepRefusal
+	return keepRefusal, longestRefused
 }
 
 // terminal reports whether asking again would bring the same refusal, so that an old token is not served any more.
