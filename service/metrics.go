@@ -19,12 +19,15 @@ type metrics struct {
 	requests *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
 	reloads  *prometheus.CounterVec
-	series   sync.Map // outcome → series
+
+	mu     sync.RWMutex
+	series map[outcome]series
 }
 
 func newMetrics(version, runDir string, connections func() int) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
+		series:   map[outcome]series{},
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_requests_total",
 			Help: "Requests of pods, by the place in the metadata tree and the status; 499: the asker left first.",
@@ -88,12 +91,17 @@ func (r ruleState) Collect(c chan<- prometheus.Metric) {
 
 func (m *metrics) served(node string, status int, took time.Duration) {
 	k := outcome{node, status}
-	v, ok := m.series.Load(k)
+	m.mu.RLock()
+	s, ok := m.series[k]
+	m.mu.RUnlock()
 	if !ok {
-		v, _ = m.series.LoadOrStore(k, series{m.requests.WithLabelValues(node, strconv.Itoa(status)), m.latency.WithLabelValues(node)})
+		s = series{m.requests.WithLabelValues(node, strconv.Itoa(status)), m.latency.WithLabelValues(node)}
+		m.mu.Lock()
+		m.series[k] = s
+		m.mu.Unlock()
 	}
-	v.(series).Inc()
-	v.(series).Observe(took.Seconds())
+	s.Inc()
+	s.Observe(took.Seconds())
 }
 
 // series are found by outcome: to have the vectors hash labels costs more than to count.

@@ -46,11 +46,9 @@ type handed struct {
 	expires time.Time
 }
 
-type requestKey struct{}
-
-// handedOut notes on the request that its answer holds t.
-func handedOut(ctx context.Context, r token.Request, t token.Token) {
-	if req, ok := ctx.Value(requestKey{}).(*request); ok {
+// noteHandedOut notes on the request that its answer holds t.
+func noteHandedOut(q metadata.Query, r token.Request, t token.Token) {
+	if req, ok := q.For.(*request); ok {
 		req.handed = handed{r, t.Expires}
 	}
 }
@@ -92,7 +90,8 @@ func (s *server) answer(req *request) (metadata.Answer, error) {
 	if site.broken != nil {
 		return metadata.Answer{}, site.broken
 	}
-	return s.answerCaller(context.WithValue(req.Context(), requestKey{}, req), req, q)
+	q.For = req
+	return s.answerCaller(req.Context(), req, q)
 }
 
 // answerCaller finds out who asks, answers, and looks at the evidence again before the answer may be written. A request
@@ -159,7 +158,7 @@ var (
 
 // write turns an answer or an error into bytes and returns the status. Nothing else in the service does.
 func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, err error) int {
-	h, status := w.Header(), http.StatusOK
+	h, status, values := w.Header(), http.StatusOK, make([]string, 2)
 	h["Metadata-Flavor"], h["Server"], h["X-Xss-Protection"], h["X-Frame-Options"] = flavor, serverName, noXSS, sameOrigin
 	switch {
 	case err != nil:
@@ -179,10 +178,11 @@ func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, e
 		h["Location"] = []string{location(req, a.Redirect)}
 		a.ContentType = metadata.Text
 	default:
-		h["Etag"] = []string{a.ETag}
+		values[0] = a.ETag
+		h["Etag"] = values[0:1:1]
 	}
-	h["Content-Type"] = contentTypes[a.ContentType]
-	h["Content-Length"] = []string{strconv.Itoa(len(a.Body))}
+	values[1] = strconv.Itoa(len(a.Body))
+	h["Content-Type"], h["Content-Length"] = contentTypes[a.ContentType], values[1:2:2]
 	select {
 	case <-s.draining:
 		h["Connection"] = closing

@@ -25,6 +25,14 @@ type Match struct {
 // names is the caller's is for Answer to say.
 func (t *Tree) Find(p string) Match {
 	p = clean(p)
+	if m, ok := t.usual[p]; ok {
+		return m
+	}
+	return t.walk(p)
+}
+
+// walk is Find for a clean path, by the tree itself.
+func (t *Tree) walk(p string) Match {
 	m := Match{Path: p, Node: Unknown}
 	n, rest := t.root, strings.Trim(p, "/")
 	for rest != "" && n != nil {

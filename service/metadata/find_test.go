@@ -2,6 +2,7 @@ package metadata
 
 import (
 	"context"
+	"errors"
 	"testing"
 )
 
@@ -83,5 +84,31 @@ func TestTokenAllocates(t *testing.T) {
 		if n > 1 {
 			t.Errorf("%s: %v allocations", path, n)
 		}
+	}
+}
+
+// H-21: what everybody has is there while nobody can say what else the caller has.
+func TestNameOfEveryCaller(t *testing.T) {
+	away := errors.New("the API server is away")
+	tree, err := New(Node{Kids: []Node{{Name: "accounts", Each: "default",
+		Per:  func(context.Context, Query) ([]string, error) { return nil, away },
+		Kids: []Node{{Name: "scopes", Get: Value("all")}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]error{
+		"/accounts/default/scopes":    nil,
+		"//accounts/default/./scopes": nil,
+		"/accounts/default/":          nil,
+		"/accounts/a@b/scopes":        away,
+		"/accounts/":                  away,
+	} {
+		if _, err := tree.Find(path).Answer(t.Context(), Query{}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+		}
+	}
+	if _, err := New(Node{Kids: []Node{{Name: "a", Each: "default", Kids: []Node{{Name: "b", Get: Value("")}}}}}); err == nil {
+		t.Error("Each without Per is accepted")
 	}
 }

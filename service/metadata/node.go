@@ -27,6 +27,7 @@ const (
 type Query struct {
 	Caller workload.Caller
 	Values url.Values
+	For    any // what the server wants its leaves to find again; nothing here looks at it
 }
 
 // Get is a leaf. It returns one of
@@ -60,6 +61,7 @@ type Node struct {
 	Name string // one path segment; "" for the root
 	Kids []Node
 	Per  func(context.Context, Query) ([]string, error)
+	Each string // with Per: a name that every caller has ("default"), so that Per need not be asked for it; or ""
 	Get  Get
 
 	Open     bool // may be answered without knowing who asks (E-02): recursive= does not reach through it, and its Query has no Caller

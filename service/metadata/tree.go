@@ -13,7 +13,10 @@ import (
 const base = "computeMetadata/v1/"
 
 // Tree is a Node after it was checked and indexed. It is immutable and may be used by any number of goroutines.
-type Tree struct{ root *node }
+type Tree struct {
+	root  *node
+	usual map[string]Match // by the paths that clients write: clean, and with a name that every caller has
+}
 
 // node is a Node in the form that requests need: nothing is built, sorted or hashed again for them.
 type node struct {
@@ -36,7 +39,36 @@ func New(root Node) (*Tree, error) {
 	if err != nil {
 		return nil, fmt.Errorf("metadata: %w", err)
 	}
-	return &Tree{n}, nil
+	t := &Tree{n, map[string]Match{}}
+	t.index(n, "/")
+	return t, nil
+}
+
+// index notes what the paths of n and of all below it lead to. at ends in a slash where n is a directory.
+func (t *Tree) index(n *node, at string) {
+	t.usual[at] = t.walk(at)
+	if n.Get != nil {
+		return
+	}
+	if at != "/" {
+		t.usual[strings.TrimSuffix(at, "/")] = t.walk(strings.TrimSuffix(at, "/"))
+	}
+	for _, k := range n.kids {
+		if k.Get == nil {
+			t.index(k, at+k.Name+"/")
+		} else {
+			t.index(k, at+k.Name)
+		}
+	}
+	if n.Each != "" {
+		t.index(n.each, at+n.Each+"/")
+		for p, m := range t.usual {
+			if m.dyn == n { // nobody has to be asked whether it is the caller's
+				m.dyn = nil
+				t.usual[p] = m
+			}
+		}
+	}
 }
 
 // compile makes a node of what lies at path, which ends in a slash where it is a directory's.
@@ -57,6 +89,8 @@ func compile(from Node, path string, verbatim bool) (*node, error) {
 		return n, nil
 	case from.Secret:
 		return nil, fmt.Errorf("%s is a directory, and only values can be Secret: mark those below it", n.label)
+	case from.Each != "" && from.Per == nil:
+		return nil, fmt.Errorf("%s has a name that every caller has, and no Per", n.label)
 	case from.Per != nil && from.Open:
 		return nil, fmt.Errorf("%s is Open, but Per needs to know the caller", n.label)
 	case from.Per != nil:
