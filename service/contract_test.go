@@ -3,7 +3,10 @@ package service
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -243,5 +246,94 @@ func TestHTTP10(t *testing.T) {
 	raw = b.raw(t, linked, "GET "+v1+"project/project-id HTTP/1.0\r\nMetadata-Flavor: Google\r\n\r\n")
 	if !strings.HasSuffix(raw, "\r\n\r\nmy-project") {
 		t.Errorf("got %q", raw)
+	}
+}
+
+// What is not configured is not there (E-16), and what GKE leaves out can be switched on (E-12).
+func TestOtherConfigurations(t *testing.T) {
+	b := newWorld(t)
+	b.configure(t)
+	b.replace(t, "config.yaml", "cluster: {name: my-cluster, location: europe-west4, uid: 5f3a}\n", "")
+	b.replace(t, "config.yaml", "zone: europe-west4-a", "name: vm-1")
+	b.replace(t, "config.yaml", `id: "4503599627370497", `, "")
+	b.replace(t, "config.yaml", "caFile: ca.pem", "caFile: ca.pem, universeDomain: example-universe.goog")
+	b.start(t)
+	b.ready(t)
+	for path, want := range map[string]string{
+		"instance/attributes/":             "200 ",
+		"instance/attributes/cluster-name": "404 Not Found\n",
+		"instance/zone":                    "404 Not Found\n",
+		"instance/name":                    "200 vm-1",
+		"instance/":                        "200 attributes/\nhostname\nid\nmachine-type\nname\nservice-accounts/\n",
+		"universe/universe-domain":         "200 example-universe.goog", // E-30
+	} {
+		res := b.ask(t, linked, "GET", v1+path, "")
+		if got := fmt.Sprint(res.StatusCode, " ", res.body); got != want {
+			t.Errorf("%s: %q, want %q", path, got, want)
+		}
+	}
+	// E-10: stable, positive, and the same after a restart.
+	id := b.ask(t, linked, "GET", v1+"instance/id", "").body
+	if n, err := strconv.ParseInt(id, 10, 64); err != nil || n <= 0 {
+		t.Errorf("instance/id: %q", id)
+	}
+	b.end(t)
+	b.start(t)
+	b.ready(t)
+	if again := b.ask(t, linked, "GET", v1+"instance/id", "").body; again != id {
+		t.Errorf("instance/id was %s, and is %s after a restart", id, again)
+	}
+}
+
+// G-18: the file that gcloud writes instead of the provider; its impersonation is for unlinked ServiceAccounts, where the
+// operator says so, and the annotation wins.
+func TestCredentialConfigFile(t *testing.T) {
+	b := newWorld(t)
+	const everybody = "everybody@my-project.iam.gserviceaccount.com"
+	b.google.Allow("system:serviceaccount:default:plain", everybody)
+	b.write(t, "credential.json", `{"type":"external_account","audience":"`+audience+`",
+		"subject_token_type":"urn:ietf:params:oauth:token-type:jwt","token_url":"`+b.google.STSURL()+`",
+		"service_account_impersonation_url":"`+b.google.URL()+`/v1/projects/-/serviceAccounts/`+everybody+`:generateAccessToken",
+		"credential_source":{"file":"/var/run/secrets/token"}}`)
+	b.configure(t)
+	b.replace(t, "config.yaml", "workloadIdentityProvider: "+provider, "credentialConfigFile: credential.json")
+	b.replace(t, "config.yaml", "stsURL: "+b.google.STSURL()+", ", "")
+	b.start(t)
+	b.ready(t)
+	if got := b.ask(t, unlinked, "GET", accts+"default/email", "").body; got != "my-pool" {
+		t.Errorf("without impersonateUnlinked: %s", got)
+	}
+	good, err := os.ReadFile(filepath.Join(b.dir, "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, "config.yaml", string(good)+"impersonateUnlinked: true\n")
+	b.hangUp()
+	b.eventually(t, "it is in force", func() bool { return b.ask(t, unlinked, "GET", accts+"default/email", "").body == everybody })
+	for from, want := range map[string]string{unlinked: everybody, linked: gsa} {
+		issued, _ := b.google.Lookup(tokenIn(t, b.ask(t, from, "GET", accts+"default/token", "").body))
+		if issued.Email != want {
+			t.Errorf("%s got the token of %s, want %s", from, issued.Email, want)
+		}
+	}
+}
+
+// G-15: the annotation's quota project goes along, and is part of what a token is asked for with.
+func TestQuotaProject(t *testing.T) {
+	b := newWorld(t)
+	b.google.Allow("system:serviceaccount:default:billed", gsa)
+	b.addPod("billed", "127.0.0.8", map[string]string{"iam.gke.io/gcp-service-account": gsa, "iam.gke.io/credential-quota-project": "other-project"})
+	b.configure(t)
+	b.start(t)
+	b.ready(t)
+	issued, _ := b.google.Lookup(tokenIn(t, b.ask(t, "127.0.0.8", "GET", accts+"default/token", "").body))
+	if issued.QuotaProject != "other-project" {
+		t.Errorf("x-goog-user-project: %q", issued.QuotaProject)
+	}
+	// T-03, G-07: scopes in any order and form are one token.
+	first := b.ask(t, "127.0.0.8", "GET", accts+"default/token?scopes=https://www.googleapis.com/auth/b,https://www.googleapis.com/auth/a", "").body
+	second := b.ask(t, "127.0.0.8", "GET", accts+"default/token?scopes=https%3A%2F%2Fwww.googleapis.com%2Fauth%2Fa&scopes=+https://www.googleapis.com/auth/b", "").body
+	if tokenIn(t, first) != tokenIn(t, second) {
+		t.Error("the same scopes in another form are another token")
 	}
 }
