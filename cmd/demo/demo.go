@@ -98,7 +98,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	d.quote(status.String())
 
 	if keep {
-		d.keep(w)
+		d.keep(w, binary)
 		<-ctx.Done()
 		ctx = context.WithoutCancel(ctx)
 	}
@@ -207,10 +207,10 @@ func (d *demo) stranger(ctx context.Context, w *world) error {
 	return nil
 }
 
-func (d *demo) keep(w *world) {
+func (d *demo) keep(w *world, binary string) {
 	d.say("Left standing. In another terminal, as root:")
 	for _, pod := range []*netnstest.NS{w.reader, w.writer, w.stranger} {
 		_, _ = fmt.Fprintf(d.out, "   ip netns exec %s curl -H 'Metadata-Flavor: Google' http://169.254.169.254%s\n", pod.Name, tokenPath)
 	}
-	_, _ = fmt.Fprintf(d.out, "   RUNTIME_DIRECTORY=%s %s status\n   ip netns exec %s iptables-save\nCtrl-C ends it.\n", w.dir, "bin/gke-metadata-emulator", w.node.Name)
+	_, _ = fmt.Fprintf(d.out, "   RUNTIME_DIRECTORY=%s %s status\n   ip netns exec %s iptables-save\nCtrl-C ends it.\n", w.dir, binary, w.node.Name)
 }
