@@ -95,9 +95,9 @@ func (a *audit) line(h handout, c workload.Caller, expires time.Time) *logrus.En
 		f["google_service_account"] = h.request.Account.GoogleEmail
 	}
 	if h.request.Audience != "" {
-		f["audience"] = h.request.Audience
+		f["audience"] = bounded(h.request.Audience)
 	} else {
-		f["scopes"] = h.request.Scopes
+		f["scopes"] = bounded(h.request.Scopes)
 	}
 	return a.log.WithFields(f)
 }

@@ -337,3 +337,30 @@ func TestQuotaProject(t *testing.T) {
 		t.Error("the same scopes in another form are another token")
 	}
 }
+
+// H-04: what net/http refuses by itself has our header too. A body that does not come is not waited for.
+func TestRefusedByNetHTTP(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	host := "Host: metadata\r\nMetadata-Flavor: Google\r\n"
+	for name, tt := range map[string]struct{ send, status string }{
+		"no HTTP":                   {"hello\r\n\r\n", "400"},
+		"no Host":                   {"GET / HTTP/1.1\r\n\r\n", "400"},
+		"bad header name":           {"GET / HTTP/1.1\r\n" + host + "a b: c\r\n\r\n", "400"},
+		"headers too long":          {"GET / HTTP/1.1\r\n" + host + "X: " + strings.Repeat("x", 40000) + "\r\n\r\n", "431"},
+		"unknown Expect":            {"GET / HTTP/1.1\r\n" + host + "Expect: cake\r\n\r\n", "417"},
+		"transfer encoding":         {"GET / HTTP/1.1\r\n" + host + "Transfer-Encoding: gzip\r\n\r\n", "501"},
+		"HTTP/2":                    {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "405"},
+		"OPTIONS *":                 {"OPTIONS * HTTP/1.1\r\n" + host + "Connection: close\r\n\r\n", "405"},
+		"a body that does not come": {"GET " + v1 + "project/project-id HTTP/1.1\r\n" + host + "Content-Length: 10\r\n\r\n", "200"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := b.raw(t, linked, tt.send)
+			head, _, _ := strings.Cut(got, "\r\n\r\n")
+			if !strings.HasPrefix(head, "HTTP/1.1 "+tt.status+" ") || strings.Count(head, "Metadata-Flavor: Google\r\n") != 1 ||
+				!strings.Contains(head+"\r\n", "Content-Type: application/text\r\n") || strings.Contains(head, "charset") {
+				t.Errorf("got %q, want %s with our headers", got, tt.status)
+			}
+		})
+	}
+}

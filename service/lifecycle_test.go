@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -476,5 +477,73 @@ func TestNoSecrets(t *testing.T) {
 		if !strings.Contains(b.log.String(), line) {
 			t.Errorf("the audit trail has no %q", line)
 		}
+	}
+}
+
+// A request that is held, and a mint in flight, when a reload brings another backend.
+func TestReloadLosesNothing(t *testing.T) {
+	b := newBed(t, "prefetch: none")
+	b.ready(t)
+	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Second})
+	minted, held := make(chan response, 1), make(chan response, 1)
+	go func() { minted <- b.ask(t, linked, "GET", accts+"default/token", "") }()
+	b.eventually(t, "it is being minted", func() bool { return b.google.Calls(googletest.Exchange) > 0 })
+	const latecomer = "127.0.0.42"
+	// 127.0.0.42 is the node's own, and so refused at once; a pod that has the address twice is held like one that is not known.
+	b.addPod("one", latecomer, nil)
+	b.addPod("two", latecomer, nil)
+	b.eventually(t, "two pods have the address", func() bool {
+		callers, _, _ := b.site().cluster.At(netip.MustParseAddr(latecomer))
+		return len(callers) == 2
+	})
+	go func() { held <- b.ask(t, latecomer, "GET", accts+"default/email", "") }()
+	before := b.site().backend
+	b.replace(t, "config.yaml", "prefetch: none", "prefetch: none\nlimits: {keysPerPod: 32}")
+	b.hangUp()
+	b.eventually(t, "another backend serves", func() bool { return b.site().backend != before })
+	b.kube.DeletePod("default", "two")
+	if res := receive(t, held); res.StatusCode != 200 {
+		t.Errorf("held: %d %s", res.StatusCode, res.body)
+	}
+	if res := receive(t, minted); res.StatusCode != 200 {
+		t.Errorf("in flight: %d %s", res.StatusCode, res.body)
+	}
+}
+
+// A listen address that a reload changes is followed, or the reload is refused; what the rules lead to decides readiness.
+func TestListenChanges(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.replace(t, "config.yaml", "listen: 127.0.0.1:1\n", "listen: "+other.Addr().String()+"\n")
+	b.hangUp()
+	b.eventually(t, "the reload is refused", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
+	b.write(t, "routing.json", `{"desired":"installed","mode":"iptables","listen":"`+other.Addr().String()+`"}`)
+	if err := b.readiness(t.Context()); err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
+		t.Errorf("the rules lead elsewhere, and readiness is %v", err)
+	}
+	other.Close()
+	b.hangUp()
+	b.eventually(t, "the new address is served", func() bool { return b.readiness(t.Context()) == nil })
+	b.listener = other // where ask asks
+	if res := b.ask(t, linked, "GET", accts+"default/email", ""); res.body != gsa {
+		t.Errorf("%d %s", res.StatusCode, res.body)
+	}
+}
+
+// Whoever fills up the limit of the address that the watchdog's probe comes from does not silence it.
+func TestProbeIsOutOfReach(t *testing.T) {
+	b := newBed(t, "limits: {connectionsPerPod: 2}")
+	b.ready(t)
+	for range 4 {
+		c := b.dial(t, "127.0.0.1")
+		defer c.Close()
+	}
+	b.eventually(t, "they are accepted", func() bool { return b.server.connections.open() >= 4 })
+	if err := b.probe.ask(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

@@ -1,11 +1,17 @@
 package service
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,6 +59,14 @@ func listen(ctx context.Context, a netip.AddrPort) (net.Listener, error) {
 type probe struct {
 	client http.Client
 	url    string
+	from   atomic.Pointer[netip.AddrPort] // its connection's own end
+}
+
+// is reports whether a connection comes from the probe. It counts for no limit: else whoever can open connections from a
+// loopback address could have the watchdog take us for dead.
+func (p *probe) is(client netip.AddrPort) bool {
+	from := p.from.Load()
+	return from != nil && *from == client
 }
 
 func newProbe(l net.Listener) *probe {
@@ -67,11 +81,40 @@ func newProbe(l net.Listener) *probe {
 	}
 	// From a loopback address the kernel sends only to addresses of this node: where `routing install` did not bring
 	// ours yet, the probe fails here, and does not ask the network for it.
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: loopback}, Timeout: 5 * time.Second}
-	return &probe{url: "http://" + target.String() + "/", client: http.Client{
-		Timeout:   5 * time.Second,
-		Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true},
+	p := &probe{url: "http://" + target.String() + "/"}
+	dialer := net.Dialer{Timeout: 5 * time.Second, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
+		return p.bind(c, loopback)
 	}}
+	p.client = http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}}
+	return p
+}
+
+// bind gives the socket its own end before it connects, so that the server can know it when it accepts.
+func (p *probe) bind(c syscall.RawConn, loopback net.IP) error {
+	var err error
+	if e := c.Control(func(fd uintptr) {
+		var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte(loopback.To16()[12:])}
+		if loopback.To4() == nil {
+			sa = &unix.SockaddrInet6{Addr: [16]byte(loopback)}
+		}
+		if err = unix.Bind(int(fd), sa); err != nil {
+			return
+		}
+		if sa, err = unix.Getsockname(int(fd)); err != nil {
+			return
+		}
+		var from netip.AddrPort
+		switch sa := sa.(type) {
+		case *unix.SockaddrInet4:
+			from = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+		case *unix.SockaddrInet6:
+			from = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
+		}
+		p.from.Store(&from)
+	}); e != nil {
+		return e
+	}
+	return err
 }
 
 func (p *probe) ask(ctx context.Context) error {
@@ -80,6 +123,9 @@ func (p *probe) ask(ctx context.Context) error {
 		return err
 	}
 	res, err := p.client.Do(req)
+	if errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("%s is not an address of this node: `gke-metadata-emulator routing install` brings it", strings.TrimSuffix(strings.TrimPrefix(p.url, "http://"), "/"))
+	}
 	if err != nil {
 		return err
 	}
@@ -96,4 +142,58 @@ func addrPortOf(l net.Listener) netip.AddrPort {
 		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 	}
 	return netip.AddrPort{}
+}
+
+// listening is where we listen.
+type listening struct {
+	mu     sync.Mutex
+	addrs  []netip.AddrPort
+	health netip.AddrPort
+}
+
+func (l *listening) add(a netip.AddrPort) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.addrs = append(l.addrs, a)
+}
+
+// on reports whether connections to a reach us.
+func (l *listening) on(a netip.AddrPort) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.ContainsFunc(l.addrs, func(b netip.AddrPort) bool {
+		return a == b || a.Port() == b.Port() && b.Addr().IsUnspecified()
+	})
+}
+
+// flavoured is a listener for net/http, which writes some refusals itself: of what is no HTTP, of headers that are too
+// long. They get our header too, since Node's client takes no answer without it for one (H-04).
+type flavoured struct{ net.Listener }
+
+func (f flavoured) Accept() (net.Conn, error) {
+	c, err := f.Listener.Accept()
+	if tcp, ok := c.(*net.TCPConn); ok && err == nil {
+		return flavouredConn{tcp}, nil
+	}
+	return c, err
+}
+
+type flavouredConn struct{ *net.TCPConn }
+
+var (
+	refusalPrefix  = []byte("HTTP/1.1 ")
+	flavourHeaders = []byte("Metadata-Flavor: Google\r\nServer: GKE Metadata Server\r\nX-XSS-Protection: 0\r\nX-Frame-Options: SAMEORIGIN\r\nContent-Type: application/text\r\n")
+)
+
+// Write recognises net/http's own refusals: a 4xx or 5xx that names its type with a charset, which ours never do (H-05).
+func (c flavouredConn) Write(b []byte) (int, error) {
+	if len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
+		return c.TCPConn.Write(b)
+	}
+	line, rest, _ := bytes.Cut(b, []byte("\r\n"))
+	rest = bytes.Replace(rest, []byte("Content-Type: text/plain; charset=utf-8\r\n"), nil, 1)
+	if _, err := c.TCPConn.Write(slices.Concat(line, []byte("\r\n"), flavourHeaders, rest)); err != nil {
+		return 0, err
+	}
+	return len(b), nil
 }

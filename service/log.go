@@ -1,6 +1,7 @@
 package service
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	stdlog "log"
@@ -128,9 +129,29 @@ func (l *refusalLog) allow(asker string) (suppressed int, ok bool) {
 	return suppressed, true
 }
 
-// quietLog takes what net/http has to say of clients that break off: of interest only to those who debug one.
-func quietLog(l *logrus.Logger) *stdlog.Logger {
-	return stdlog.New(l.WriterLevel(logrus.DebugLevel), "", 0)
+// quietLog takes what net/http has to say of clients that break off, which is of interest only to those who debug one;
+// but a panic of ours is an error.
+func quietLog(l *logrus.Logger) *stdlog.Logger { return stdlog.New(httpLog{l}, "", 0) }
+
+type httpLog struct{ *logrus.Logger }
+
+func (l httpLog) Write(b []byte) (int, error) {
+	if bytes.Contains(b, []byte("panic")) {
+		l.Error(string(b))
+	} else if debugging(l.Logger) {
+		l.Debug(string(b))
+	}
+	return len(b), nil
+}
+
+const mostOfAPod = 256 // bytes
+
+// bounded is a text of a pod's as the log takes it.
+func bounded(s string) string {
+	if len(s) > mostOfAPod {
+		return strings.ToValidUTF8(s[:mostOfAPod], "") + "…"
+	}
+	return s
 }
 
 func debugging(l *logrus.Logger) bool { return l.IsLevelEnabled(logrus.DebugLevel) }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -31,13 +32,15 @@ type Options struct {
 
 // Service is a running emulator.
 type Service struct {
-	options  Options
-	log      *logrus.Logger
-	server   *server
-	listener net.Listener
-	probe    *probe
-	started  time.Time
-	ready    chan struct{} // closed at READY=1
+	options   Options
+	log       *logrus.Logger
+	server    *server
+	listener  net.Listener // the first
+	listening listening
+	serve     func(net.Listener)
+	probe     *probe
+	started   time.Time
+	ready     chan struct{} // closed at READY=1
 }
 
 // Run serves until ctx is done, and returns when nothing is left running. A configuration that cannot be loaded is an
@@ -89,7 +92,7 @@ func (s *Service) load(old *site) (*site, error) {
 func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	s.listener, s.probe = l, newProbe(l)
 	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log)}
-	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod })
+	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is)
 	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
 	s.server.site.Store(first)
 	s.describe(first)
@@ -103,14 +106,24 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          quietLog(s.log),
+
+		DisableGeneralOptionsHandler: true, // OPTIONS * is refused as all else is, with our header (H-04)
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		if err := web.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
-			return fmt.Errorf("serving %s: %w", s.listener.Addr(), err)
-		}
-		return nil
-	})
+	s.listening.health = first.config.HealthListen
+	s.serve = func(l net.Listener) {
+		s.listening.add(addrPortOf(l))
+		g.Go(func() error {
+			if err := web.Serve(flavoured{l}); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("serving %s: %w", l.Addr(), err)
+			}
+			return nil
+		})
+	}
+	s.serve(l)
+	if want := first.config.Listen; first.broken == nil && want.Port() != 0 && !s.listening.on(want) {
+		s.log.Errorf("listen is %s in the configuration, and the listener that systemd handed over is at %s: restart gke-metadata-emulator.socket for it to follow, or change listen back", want, l.Addr())
+	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
@@ -165,6 +178,11 @@ func (s *Service) reloadLoop(ctx context.Context) error {
 func (s *Service) reload(ctx context.Context, asked bool) {
 	old := s.site()
 	next, err := s.load(old)
+	if err == nil {
+		if err = s.listenAlso(ctx, next.config.Listen); err != nil && next.backend != old.backend {
+			next.stop()
+		}
+	}
 	switch {
 	case err != nil && old.broken == nil:
 		s.server.metrics.reloads.WithLabelValues("error").Inc()
@@ -178,16 +196,16 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 		s.server.metrics.reloads.WithLabelValues("error").Inc()
 	default:
 		s.server.metrics.reloads.WithLabelValues("ok").Inc()
-		if next.backend != old.backend {
+		if next.backend != old.backend && next.backend != nil {
 			next.settle(ctx) // until then the old one serves the pods that it knows
 		}
 	}
 	s.server.site.Store(next)
-	close(old.replaced)
+	close(old.superseded)
 	s.describe(next)
 	notify(s.log, "STATUS="+s.summary())
 	if old.backend != next.backend {
-		go old.stop()
+		go old.retire()
 	}
 }
 
@@ -200,7 +218,22 @@ func (s *Service) describe(now *site) {
 	for _, w := range now.config.Warnings {
 		s.log.Warn(w)
 	}
-	if got, want := addrPortOf(s.listener), now.config.Listen; got != want {
-		s.log.Errorf("listen is %s in the configuration, and the listener is at %s: restart gke-metadata-emulator.socket for it to follow, or change listen back", want, got)
+	if s.listening.health.IsValid() && s.listening.health != now.config.HealthListen {
+		s.log.Warnf("healthListen is %s now, which a restart brings: until then it is %s", now.config.HealthListen, s.listening.health)
 	}
+}
+
+// listenAlso follows a listen address that a reload changed: the rules send pods there from now on, and connections to
+// the old one go on. Where systemd holds the listener, or the port needs a right that this process has not, that fails,
+// and the reload with it.
+func (s *Service) listenAlso(ctx context.Context, a netip.AddrPort) error {
+	if a.Port() == 0 || s.listening.on(a) {
+		return nil
+	}
+	l, err := listen(ctx, a)
+	if err != nil {
+		return fmt.Errorf("%w; the listener stays at %s: restart gke-metadata-emulator.socket and the service for it to follow, or change listen back", err, s.listener.Addr())
+	}
+	s.serve(l)
+	return nil
 }

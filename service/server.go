@@ -121,7 +121,9 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		}
 		changed := site.cluster.Changes() // before the look, so that no change falls between the two
 		var err error
-		if req.caller, err = site.attestor.Attest(ctx, req.peer); err != nil {
+		if req.caller, err = site.attestor.Attest(ctx, req.peer); errors.Is(err, attest.ErrReplaced) {
+			continue // its backend is no more: the next one knows
+		} else if err != nil {
 			return metadata.Answer{}, err
 		}
 		q.Caller = req.caller
@@ -134,7 +136,7 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		}
 		select {
 		case <-changed:
-		case <-site.replaced:
+		case <-site.superseded:
 		case <-timeout:
 			return a, nil
 		case <-s.draining:
@@ -187,6 +189,10 @@ func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, e
 	case <-s.draining:
 		h["Connection"] = closing
 	default:
+	}
+	if req.ContentLength != 0 { // net/http would read a body that nobody wants before it answers, for as long as it takes to come
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now())
+		h["Connection"] = closing
 	}
 	w.WriteHeader(status)
 	if req.Method != http.MethodHead {

@@ -32,7 +32,7 @@ type site struct {
 	tree   *metadata.Tree
 	broken error // why there is no configuration: then only `/` is served, and this reason (R-23)
 	*backend
-	replaced chan struct{} // closed when another site took over
+	superseded chan struct{} // closed when another site took over
 }
 
 // backend is the costly part of a site: watches, caches and connections. A reload that does not concern it keeps it.
@@ -41,9 +41,22 @@ type backend struct {
 	cluster  *kube.Cluster
 	cache    *token.Cache
 	attestor *attest.Attestor
+	replaced chan struct{} // closed when another backend took over
 	accounts accountReader
 	registry *prometheus.Registry
 	end      func() // and waits until it did
+}
+
+// retire is stop for a backend whose successor serves: those whom it holds move on, and mints come to their end.
+func (b *backend) retire() {
+	if b == nil {
+		return
+	}
+	close(b.replaced)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	b.cache.Drain(ctx)
+	b.end()
 }
 
 // stop ends what runs for the backend; a site that is broken has none.
@@ -88,7 +101,7 @@ func brokenSite(reason error) *site {
 	if err != nil {
 		panic(err) // a constant
 	}
-	return &site{tree: tree, replaced: make(chan struct{}), config: config.Default(),
+	return &site{tree: tree, superseded: make(chan struct{}), config: config.Default(),
 		broken: brokenReason(reason)}
 }
 
@@ -120,7 +133,7 @@ func newSite(c config.Config, old *site, version string, log logrus.FieldLogger)
 	if err != nil {
 		return nil, err
 	}
-	s := &site{config: c, replaced: make(chan struct{})}
+	s := &site{config: c, superseded: make(chan struct{})}
 	if old != nil && old.backend != nil && old.needs == n {
 		s.backend = old.backend
 	} else if s.backend, err = newBackend(n, version, log); err != nil {
@@ -162,7 +175,7 @@ func instanceID(seed string) string {
 }
 
 func newBackend(n needs, version string, log logrus.FieldLogger) (*backend, error) {
-	b := &backend{needs: n, registry: prometheus.NewRegistry()}
+	b := &backend{needs: n, registry: prometheus.NewRegistry(), replaced: make(chan struct{})}
 	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + version, Log: log, Registerer: b.registry})
 	b.accounts = accountReader{b.cluster, n.unlinked}
 	google, err := token.NewGoogle(token.GoogleOptions{
@@ -176,7 +189,7 @@ func newBackend(n needs, version string, log logrus.FieldLogger) (*backend, erro
 	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.limits.MintsPerPod, KeysPerPod: n.limits.KeysPerPod,
 		Terminal: as[*kube.AnnotationError], Registerer: b.registry})
 	google.Federated = b.cache // one exchange a ServiceAccount (G-07)
-	b.attestor = attest.New(b.cluster)
+	b.attestor = attest.New(b.cluster, b.replaced)
 
 	ctx, cancel := context.WithCancel(context.Background())
 	g, ctx := errgroup.WithContext(ctx)

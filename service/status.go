@@ -146,6 +146,11 @@ func (s *Service) readiness(ctx context.Context) error {
 	if _, _, err := site.cluster.At(netip.Addr{}); err != nil {
 		return err
 	}
+	if r, err := routing.ReadState(s.options.RunDir); err == nil && r.Desired == routing.Installed && !r.Closed {
+		if a, err := netip.ParseAddrPort(r.Listen); err == nil && !s.listening.on(a) {
+			return fmt.Errorf("the rules send pods to %s, and we listen on %s: restart gke-metadata-emulator", a, s.listener.Addr())
+		}
+	}
 	return s.probe.ask(ctx)
 }
 

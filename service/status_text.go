@@ -38,14 +38,14 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 				as, what := t.GoogleServiceAccount, t.Scopes
 				switch {
 				case t.Federated:
-					as = "itself, to impersonate with"
+					as = "itself (federated)"
 				case as == "":
 					as = "itself"
 				}
 				if t.Audience != "" {
 					what = "audience " + t.Audience
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as, strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), age(now, t.Minted), age(t.Expires, now), t.LastError)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as, strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), age(now, t.Minted), age(t.Expires, now), bounded(t.LastError))
 			}
 		})
 		for _, g := range c.MissingGrants {

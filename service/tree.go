@@ -58,10 +58,23 @@ func tree(c config.Config, identity accounts) (metadata.Node, error) {
 	for _, path := range slices.Sorted(maps.Keys(c.ExtraMetadata)) { // U-17
 		var err error
 		if root, err = metadata.Graft(root, "computeMetadata/v1/"+path, metadata.Value(c.ExtraMetadata[path])); err != nil {
-			return metadata.Node{}, fmt.Errorf("extraMetadata: %w", err)
+			return metadata.Node{}, err
 		}
 	}
 	return root, nil
+}
+
+// Validate finds what only the tree can tell of a configuration that loads: extraMetadata that is in the way of what GKE
+// serves. The error is a *config.Error; file is what the fault is said to be in.
+func Validate(c config.Config, file string) error {
+	root, err := tree(c, accounts{})
+	if err == nil {
+		_, err = metadata.New(root)
+	}
+	if err != nil {
+		return &config.Error{Faults: []config.Fault{{File: file, Key: "extraMetadata", Problem: err.Error(), Remedy: "remove it, or write another path"}}}
+	}
+	return nil
 }
 
 // unconfigured is the tree while there is no configuration: / is answered, so that clients which probe once and

@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -24,7 +23,11 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Stdout, *emulator, *keep); err != nil && !errors.Is(err, context.Canceled) {
+	err := run(ctx, os.Stdout, *emulator, *keep)
+	if ctx.Err() != nil && !*keep {
+		os.Exit(130) // interrupted: whatever failed then failed for that
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}

@@ -98,7 +98,10 @@ func missingCommand(cmd *cobra.Command) error {
 			names = append(names, c.Name())
 		}
 	}
-	return &usageError{fmt.Sprintf("%s needs a command: %s", cmd.CommandPath(), strings.Join(names, ", "))}
+	if !cmd.HasParent() {
+		return &usageError{"a command is needed: " + strings.Join(names, ", ")}
+	}
+	return &usageError{fmt.Sprintf("%s needs one of its own commands: %s", cmd.Name(), strings.Join(names, ", "))}
 }
 
 // group is a command that only holds others.

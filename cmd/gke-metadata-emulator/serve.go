@@ -23,6 +23,7 @@ pods are answered 503 with the reason until it is mended.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 		defer stop()
+		signal.Ignore(syscall.SIGPIPE) // whoever reads our log may go away; pods stay
 		reload := make(chan os.Signal, 1)
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)

@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
@@ -31,7 +32,11 @@ func settings(cmd *cobra.Command) (load func() (config.Config, error)) {
 				given[path] = v.text
 			}
 		}
-		return config.Load(configFile(cmd), given)
+		c, err := config.Load(configFile(cmd), given)
+		if err != nil {
+			return c, err
+		}
+		return c, service.Validate(c, configFile(cmd))
 	}
 }
 

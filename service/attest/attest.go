@@ -24,6 +24,8 @@ var (
 	ErrAmbiguous = errors.New("more than one live pod of this node has the address")
 	// ErrNotPod says that the client is known not to be a pod with an address of its own.
 	ErrNotPod = errors.New("not a pod")
+	// ErrReplaced says that the attestor that was asked is out of use: another one is to be asked.
+	ErrReplaced = errors.New("the configuration changed meanwhile")
 	// ErrChanged says that the evidence no longer names the pod that it named when the connection was attested.
 	ErrChanged = errors.New("the address changed hands while the connection was open; connect again")
 )
@@ -42,15 +44,18 @@ type Pods interface {
 // Attestor finds the pods behind connections.
 type Attestor struct {
 	pods     Pods
+	replaced <-chan struct{}
 	ownAddrs func() ([]net.Addr, error)
 }
 
-// New returns an Attestor that believes what pods says.
-func New(pods Pods) *Attestor { return &Attestor{pods: pods, ownAddrs: net.InterfaceAddrs} }
+// New returns an Attestor that believes what pods says. When replaced is closed, those whom it holds get ErrReplaced.
+func New(pods Pods, replaced <-chan struct{}) *Attestor {
+	return &Attestor{pods: pods, replaced: replaced, ownAddrs: net.InterfaceAddrs}
+}
 
 // Attest returns the pod behind p, and waits up to [Hold] for one that is not known yet. The first answer binds the
 // connection: whoever has the address later gets ErrChanged on it, never the first one's identity nor its own.
-// Errors: ErrUnknown, ErrAmbiguous, ErrNotPod, ErrChanged, the index's own, and ctx's.
+// Errors: ErrUnknown, ErrAmbiguous, ErrNotPod, ErrChanged, ErrReplaced, the index's own, and ctx's.
 func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error) {
 	if known := p.caller.Load(); known != nil {
 		return *known, a.Check(p)
@@ -98,6 +103,8 @@ func (a *Attestor) find(ctx context.Context, client netip.Addr) (workload.Caller
 		}
 		select {
 		case <-changed:
+		case <-a.replaced:
+			return workload.Caller{}, ErrReplaced
 		case <-ctx.Done():
 			return workload.Caller{}, ctx.Err()
 		case <-timeout:

@@ -48,7 +48,7 @@ func peer(client string) *Peer {
 }
 
 func attestor(x *index) *Attestor {
-	a := New(x)
+	a := New(x, nil)
 	a.ownAddrs = func() ([]net.Addr, error) {
 		return []net.Addr{&net.IPNet{IP: net.ParseIP("192.0.2.10"), Mask: net.CIDRMask(24, 32)}}, nil
 	}
@@ -154,9 +154,9 @@ func TestAskerLeaves(t *testing.T) {
 }
 
 func TestAccept(t *testing.T) {
-	for _, network := range []string{"tcp4", "tcp6"} {
+	for network, address := range map[string]string{"tcp4": "127.0.0.1:0", "tcp6": "[::1]:0"} {
 		t.Run(network, func(t *testing.T) {
-			l, err := net.Listen(network, "localhost:0")
+			l, err := net.Listen(network, address)
 			if err != nil {
 				t.Fatalf("this test needs a %s loopback: %v", network, err)
 			}
@@ -199,5 +199,15 @@ func BenchmarkAttestKnown(b *testing.B) {
 		if _, err := a.Attest(b.Context(), p); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// Whoever is held when the configuration changes asks the next attestor, and is not refused by the old one.
+func TestReplaced(t *testing.T) {
+	replaced := make(chan struct{})
+	a := New(newIndex(), replaced)
+	close(replaced)
+	if _, err := a.Attest(t.Context(), peer("10.1.0.1:1")); !errors.Is(err, ErrReplaced) {
+		t.Errorf("Attest = %v, want ErrReplaced", err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -32,11 +33,11 @@ func Accept(c net.Conn) *Peer { return &Peer{Conn: accepted(c)} }
 func accepted(c net.Conn) Conn {
 	conn := Conn{Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}
 	conn.Original = conn.Server
-	tcp, ok := c.(*net.TCPConn)
+	socket, ok := c.(syscall.Conn)
 	if !ok {
 		return conn
 	}
-	raw, err := tcp.SyscallConn()
+	raw, err := socket.SyscallConn()
 	if err != nil {
 		return conn
 	}

@@ -163,6 +163,9 @@ func (l *loader) checkExtraMetadata() {
 // warn notes what is allowed and still seldom meant.
 func (l *loader) warn() {
 	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
+	if l.Routing.InterceptHostPods == "on" {
+		say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since by address they cannot be told apart")
+	}
 	low, high := l.ephemeral()
 	if p := l.Listen.Port(); p >= low && p <= high {
 		say("listen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)

@@ -26,7 +26,7 @@ func missing(format string, args ...any) error {
 func (r *iptablesRouter) Install(ctx context.Context) error {
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
-		return err
+		return errors.Join(err, addGuard(r.plan)) // closed, whatever else is not to be had
 	}
 	defer unlock()
 	before, state := r.state(Installed)

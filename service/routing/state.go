@@ -112,7 +112,7 @@ func lock(ctx context.Context, runDir string, how int) (unlock func(), err error
 		}
 		flags = os.O_RDWR | os.O_CREATE | unix.O_CLOEXEC | unix.O_NOFOLLOW
 	}
-	f, err := os.OpenFile(path, flags, 0o644)
+	f, err := os.OpenFile(path, flags, 0o600) // who could read it could hold it
 	if how == unix.LOCK_SH && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)) {
 		return func() {}, nil
 	}

@@ -136,6 +136,8 @@ func permission(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), strings.Contains(text, "Permission denied"), strings.Contains(text, "Operation not permitted"):
 		return fmt.Errorf("%w: %w", ErrPermission, err)
+	case strings.Contains(text, "Read-only file system"): // /run/xtables.lock, under ProtectSystem=strict
+		return fmt.Errorf("%w: the file system is read-only here (a unit runs this by ExecStartPre=+): %w", errRefused, err)
 	case exitStatus(err) == 4 && (strings.Contains(text, "Invalid argument") || strings.Contains(text, "No such file")):
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
