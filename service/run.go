@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,12 +23,13 @@ import (
 
 // Options are what Run needs to know that is not in the configuration.
 type Options struct {
-	Load    func() (config.Config, error) // reads file and flags; asked again at each reload
-	File    string                        // what Load reads: while it is missing or broken, a change of it is a reload
-	Reload  <-chan os.Signal              // SIGHUP
-	RunDir  string                        // where the status socket is made and the state of the rules is read
-	Version string
-	Stderr  io.Writer // nil: os.Stderr
+	Load         func() (config.Config, error) // reads file and flags; asked again at each reload
+	File         string                        // what Load reads: while it is missing or broken, a change of it is a reload
+	Reload       <-chan os.Signal              // SIGHUP
+	RunDir       string                        // where the state of the rules is read
+	StatusSocket string                        // where `status` asks; "": status.sock in RunDir
+	Version      string
+	Stderr       io.Writer // nil: os.Stderr
 }
 
 // Service is a running emulator.
@@ -127,7 +129,9 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
-	g.Go(func() error { return s.serveStatus(gctx, filepath.Join(s.options.RunDir, "status.sock")) })
+	g.Go(func() error {
+		return s.serveStatus(gctx, cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")))
+	})
 	g.Go(func() error { return s.serveHealth(gctx, first.config.HealthListen) })
 	g.Go(func() error {
 		<-gctx.Done()

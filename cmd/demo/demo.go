@@ -212,5 +212,5 @@ func (d *demo) keep(w *world, binary string) {
 	for _, pod := range []*netnstest.NS{w.reader, w.writer, w.stranger} {
 		_, _ = fmt.Fprintf(d.out, "   ip netns exec %s curl -H 'Metadata-Flavor: Google' http://169.254.169.254%s\n", pod.Name, tokenPath)
 	}
-	_, _ = fmt.Fprintf(d.out, "   RUNTIME_DIRECTORY=%s %s status\n   ip netns exec %s iptables-save\nCtrl-C ends it.\n", w.dir, binary, w.node.Name)
+	_, _ = fmt.Fprintf(d.out, "   GKE_METADATA_EMULATOR_RUN=%s %s status\n   ip netns exec %s iptables-save\nCtrl-C ends it.\n", w.dir, binary, w.node.Name)
 }

@@ -30,7 +30,7 @@ type emulator struct {
 // in returns a command of the binary inside the node, with what systemd would give it.
 func (e *emulator) in(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := e.world.node.Command(ctx, e.binary, append(args, "--config", filepath.Join(e.world.dir, "config.yaml"))...)
-	cmd.Env = append(os.Environ(), "RUNTIME_DIRECTORY="+e.world.dir)
+	cmd.Env = append(os.Environ(), "GKE_METADATA_EMULATOR_RUN="+e.world.dir)
 	return cmd
 }
 

@@ -84,8 +84,8 @@ func params(dir string) testscript.Params {
 		RequireUniqueNames:  true,
 		UpdateScripts:       os.Getenv("UPDATE_GOLDEN") != "",
 		Setup: func(e *testscript.Env) error {
-			e.Setenv("RUNTIME_DIRECTORY", e.WorkDir+"/run") // never the machine's own service
-			e.Setenv("GORACE", "atexit_sleep_ms=0")         // else the race detector makes each command a second longer
+			e.Setenv("GKE_METADATA_EMULATOR_RUN", e.WorkDir+"/run") // never the machine's own service
+			e.Setenv("GORACE", "atexit_sleep_ms=0")                 // else the race detector makes each command a second longer
 			e.Setenv("PROVIDER", testProvider)
 			taken, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"os/signal"
 	"syscall"
 	"time"
@@ -97,21 +99,36 @@ func routingRemoveCommand() *cobra.Command {
 From then on pods reach the cloud's own metadata server again.`,
 		Args: arguments,
 	}
-	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good: not to restart it, not after a crash, not at poweroff")
+	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good, and routing.onStop is not keep: not to restart it, not after a crash, not at poweroff")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if onStop {
-			stopped, err := service.StoppedForGood(cmd.Context())
-			if err != nil {
-				say(cmd, "%v: the rules stay", err) // closed, never open (R-01)
-			}
-			if !stopped {
-				return nil
-			}
+		if onStop && rulesStay(cmd, load) {
+			return nil
 		}
 		return withRouter(cmd, anyMode(plan(cmd, load, "removing all the same")), routing.Router.Remove)
 	}
 	return cmd
+}
+
+// rulesStay reports whether the end of the service is not the end of the rules. What cannot be found out counts as yes:
+// closed, never open (R-01).
+func rulesStay(cmd *cobra.Command, load func() (config.Config, error)) bool {
+	stopped, err := service.StoppedForGood(cmd.Context())
+	if err != nil {
+		say(cmd, "%v: the rules stay", err)
+	}
+	if !stopped {
+		return true
+	}
+	c, err := load()
+	if err == nil {
+		return c.Routing.OnStop == "keep"
+	}
+	if _, absent := os.Stat(configFile(cmd)); errors.Is(absent, fs.ErrNotExist) {
+		return false // nobody asked for them to stay
+	}
+	say(cmd, "the configuration is broken, so whether routing.onStop is keep is not known: the rules stay; `%s routing remove` removes them", program)
+	return true
 }
 
 func routingShowCommand() *cobra.Command {

@@ -38,7 +38,7 @@ func TestServeWithSystemdsListener(t *testing.T) {
 	defer notify.Close()
 	config := filepath.Join(dir, "config.yaml")
 	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, program, "serve", "--config", config)
-	cmd.Env = append(os.Environ(), "LISTEN_FDS=1", "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "WATCHDOG_USEC=300000", "RUNTIME_DIRECTORY="+dir)
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=1", "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "WATCHDOG_USEC=300000", "GKE_METADATA_EMULATOR_RUN="+dir)
 	cmd.ExtraFiles = []*os.File{file}
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log

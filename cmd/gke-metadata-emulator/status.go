@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -20,13 +19,17 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 )
 
-// runDir is the directory that systemd makes for the service (RuntimeDirectory=), or where that would be.
+// runDir is root's: the state of the rules and the lock lie there, and outlive the service. It is not what systemd says in
+// $RUNTIME_DIRECTORY, which belongs to the service's unprivileged user and is told to the unit's privileged steps too.
 func runDir() string {
-	if dir, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); dir != "" {
+	if dir := os.Getenv("GKE_METADATA_EMULATOR_RUN"); dir != "" { // the tests' and the demo's
 		return dir
 	}
 	return "/run/" + program
 }
+
+// statusSocket is in the unit's RuntimeDirectory=, the one place that the service's user may write to.
+func statusSocket() string { return filepath.Join(runDir(), "serve", "status.sock") }
 
 func statusCommand() *cobra.Command {
 	var socket, output string
@@ -39,7 +42,7 @@ func statusCommand() *cobra.Command {
 				return &usageError{fmt.Sprintf("--output is text or json, not %q", output)}
 			}
 			if socket == "" {
-				socket = filepath.Join(runDir(), "status.sock")
+				socket = statusSocket()
 			}
 			text, err := fetchStatus(cmd.Context(), socket)
 			if err != nil {
@@ -57,7 +60,7 @@ func statusCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&output, "output", "text", "text for a person, json for a program")
-	cmd.Flags().StringVar(&socket, "socket", "", "the service's socket (default $RUNTIME_DIRECTORY/status.sock, else /run/"+program+"/status.sock)")
+	cmd.Flags().StringVar(&socket, "socket", "", "the service's socket (default /run/"+program+"/serve/status.sock)")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

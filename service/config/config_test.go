@@ -57,7 +57,7 @@ func TestMinimal(t *testing.T) {
 		TokenAudience: "//iam.googleapis.com/" + testProvider, // G-17
 		Listen:        netip.MustParseAddrPort("169.254.169.252:988"),
 		HealthListen:  netip.MustParseAddrPort("127.0.0.1:16322"),
-		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto",
+		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto", OnStop: "remove",
 			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("[fd00:ec2::254]:80")}},
 		Google: Google{UniverseDomain: "googleapis.com", STSURL: "https://sts.googleapis.com/v1/token",
 			IAMCredentialsURL: "https://iamcredentials.googleapis.com", TokenLifetime: time.Hour},

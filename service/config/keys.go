@@ -70,6 +70,9 @@ var keys = []Key{
 	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:ec2::254]:80",
 		Usage: "the cloud's own metadata servers, which no pod may reach",
 		field: func(r *raw) any { return &r.Routing.Guard }},
+	{Path: "routing.onStop", Default: "remove", Values: []string{"remove", "keep"},
+		Usage: "what becomes of all this when the service is stopped for good; keep: nobody answers pods until it is started again",
+		field: func(r *raw) any { return &r.Routing.OnStop }},
 
 	{Path: "google.universeDomain", Default: "googleapis.com", check: domain,
 		Usage: "the domain of Google's services",
