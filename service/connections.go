@@ -18,11 +18,12 @@ type connections struct {
 
 	mu    sync.Mutex
 	peers map[net.Conn]*attest.Peer
+	idle  map[net.Conn]bool // kept alive, between two requests
 	count map[netip.Addr]int
 }
 
 func newConnections(limit func() int, ours func(netip.AddrPort) bool) *connections {
-	return &connections{limit: limit, ours: ours, peers: map[net.Conn]*attest.Peer{}, count: map[netip.Addr]int{}}
+	return &connections{limit: limit, ours: ours, peers: map[net.Conn]*attest.Peer{}, idle: map[net.Conn]bool{}, count: map[netip.Addr]int{}}
 }
 
 type peerKey struct{}
@@ -45,13 +46,23 @@ func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
-// state is told by net/http of each connection that ends.
+// state is told by net/http what becomes of each connection.
 func (x *connections) state(c net.Conn, state http.ConnState) {
-	if state != http.StateClosed && state != http.StateHijacked {
-		return
-	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	switch state {
+	case http.StateIdle:
+		if x.peers[c] != nil {
+			x.idle[c] = true
+		}
+		return
+	case http.StateActive:
+		delete(x.idle, c)
+		return
+	case http.StateNew:
+		return
+	}
+	delete(x.idle, c)
 	p, ok := x.peers[c]
 	if !ok {
 		return
@@ -85,6 +96,13 @@ func (x *connections) open() int {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return len(x.peers)
+}
+
+// busy returns the number of those that wait for an answer, or have not asked yet.
+func (x *connections) busy() int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.peers) - len(x.idle)
 }
 
 func peerOf(ctx context.Context) *attest.Peer {

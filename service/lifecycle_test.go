@@ -239,6 +239,32 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// a connection that was accepted, and asks only after the listener was left, is answered too.
+func TestDrainAnswersWhatItAccepted(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	b.ask(t, linked, "GET", accts+"default/token", "")
+	c := b.dial(t, linked)
+	defer c.Close()
+	b.eventually(t, "it is accepted", func() bool { return b.server.connections.busy() == 1 })
+	ended := make(chan struct{})
+	go func() { defer close(ended); b.end(t) }()
+	b.eventually(t, "the listener is left", func() bool {
+		c, err := net.Dial("tcp", b.listener.Addr().String())
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	})
+	if _, err := io.WriteString(c, benchRequest); err != nil {
+		t.Fatal(err)
+	}
+	if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 200 || !res.Close {
+		t.Errorf("%+v, %v", res, err)
+	}
+	<-ended
+}
+
 // A mint in flight when the service stops comes to its end, and its asker gets the token.
 func TestDrainWaitsForMints(t *testing.T) {
 	b := newBed(t, "prefetch: none")

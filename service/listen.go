@@ -149,12 +149,34 @@ type listening struct {
 	mu     sync.Mutex
 	addrs  []netip.AddrPort
 	health netip.AddrPort
+	all    []net.Listener
+	serve  sync.WaitGroup // who accepts
+	over   bool
 }
 
-func (l *listening) add(a netip.AddrPort) {
+// add is called for each listener before it is served; done when nothing is accepted from it any more. Once all were
+// left there is no other.
+func (l *listening) add(x net.Listener) (done func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.addrs = append(l.addrs, a)
+	if l.over {
+		_ = x.Close()
+		return nil, false
+	}
+	l.addrs, l.all = append(l.addrs, addrPortOf(x)), append(l.all, x)
+	l.serve.Add(1)
+	return l.serve.Done, true
+}
+
+// leave closes our descriptors of all listeners and returns when nothing is accepted any more.
+func (l *listening) leave() {
+	l.mu.Lock()
+	l.over = true
+	for _, x := range l.all {
+		_ = x.Close()
+	}
+	l.mu.Unlock()
+	l.serve.Wait()
 }
 
 // on reports whether connections to a reach us.

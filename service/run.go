@@ -3,7 +3,6 @@ package service
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -114,9 +113,13 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	g, gctx := errgroup.WithContext(ctx)
 	s.listening.health = first.config.HealthListen
 	s.serve = func(l net.Listener) {
-		s.listening.add(addrPortOf(l))
+		left, ok := s.listening.add(l)
+		if !ok {
+			return
+		}
 		g.Go(func() error {
-			if err := web.Serve(flavoured{l}); !errors.Is(err, http.ErrServerClosed) {
+			defer left()
+			if err := web.Serve(flavoured{l}); gctx.Err() == nil {
 				return fmt.Errorf("serving %s: %w", l.Addr(), err)
 			}
 			return nil
@@ -144,7 +147,8 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 func (s *Service) site() *site { return s.server.site.Load() }
 
 // drain ends without losing a request: answers say Connection: close for a while and long polls are released,
-// mints in flight come to their end, and only then is the listener left, which systemd goes on holding.
+// mints in flight come to their end, and only then is the listener left, which systemd goes on holding. What was accepted is
+// answered before net/http is told: it throws away the requests that it reads from then on.
 func (s *Service) drain(web *http.Server) {
 	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
 	s.log.Info("stopping")
@@ -153,6 +157,10 @@ func (s *Service) drain(web *http.Server) {
 	defer cancel()
 	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all
 	s.site().drain(ctx)
+	s.listening.leave()
+	for end := time.Now().Add(time.Second); s.server.connections.busy() > 0 && time.Now().Before(end); {
+		sleep(ctx, 2*time.Millisecond)
+	}
 	if err := web.Shutdown(ctx); err != nil {
 		_ = web.Close()
 	}
