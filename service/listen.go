@@ -136,6 +136,18 @@ func (p *probe) ask(ctx context.Context) error {
 	return nil
 }
 
+// addressHere reports whether a listener at the address can be reached on this node.
+func addressHere(a netip.Addr) bool {
+	if a.IsUnspecified() {
+		return true
+	}
+	all, err := net.InterfaceAddrs()
+	return err != nil || slices.ContainsFunc(all, func(i net.Addr) bool {
+		p, err := netip.ParsePrefix(i.String())
+		return err == nil && (p.Addr() == a || a.IsLoopback() && p.Masked().Contains(a))
+	})
+}
+
 func addrPortOf(l net.Listener) netip.AddrPort {
 	if a, ok := l.Addr().(*net.TCPAddr); ok {
 		ap := a.AddrPort()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
 )
@@ -21,7 +22,12 @@ type systemd interface {
 // crash, and not since the machine goes down, when pods still run and must not reach the cloud's own metadata server
 // . An error means that systemd could not be asked: then it must count as no.
 func StoppedForGood(ctx context.Context) (bool, error) {
-	c, err := dbus.NewSystemConnectionContext(ctx)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // TimeoutStopSec= of the unit is 10 s
+	defer cancel()
+	c, err := dbus.NewSystemdConnectionContext(ctx) // its private socket: also where D-Bus is not up yet, or down already
+	if err != nil {
+		c, err = dbus.NewSystemConnectionContext(ctx)
+	}
 	if err != nil {
 		return false, fmt.Errorf("asking systemd why we stop: %w", err)
 	}
