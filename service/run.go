@@ -22,13 +22,14 @@ import (
 
 // Options are what Run needs to know that is not in the configuration.
 type Options struct {
-	Load         func() (config.Config, error) // reads file and flags; asked again at each reload
-	File         string                        // what Load reads: while it is missing or broken, a change of it is a reload
-	Reload       <-chan os.Signal              // SIGHUP
-	RunDir       string                        // where the state of the rules is read
-	StatusSocket string                        // where `status` asks; "": status.sock in RunDir
-	Version      string
-	Stderr       io.Writer // nil: os.Stderr
+	Load           func() (config.Config, error) // reads file and flags; asked again at each reload
+	File           string                        // what Load reads: while it is missing or broken, a change of it is a reload
+	Reload         <-chan os.Signal              // SIGHUP
+	RunDir         string                        // where the state of the rules is read
+	CredentialCopy string                        // where root puts a copy of a kubeconfig that this user may not read (R-27); "": nowhere
+	StatusSocket   string                        // where `status` asks; "": status.sock in RunDir
+	Version        string
+	Stderr         io.Writer // nil: os.Stderr
 }
 
 // Service is a running emulator.
@@ -86,7 +87,7 @@ func (s *Service) load(old *site) (*site, error) {
 		return nil, err
 	}
 	configureLog(s.log, c.Log, s.options.Stderr)
-	return newSite(c, old, s.options.Version, s.log)
+	return newSite(c, old, s.options, s.log)
 }
 
 // run serves on l, first by what first says.

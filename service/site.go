@@ -127,7 +127,7 @@ func (s *site) settle(ctx context.Context) {
 }
 
 // newSite makes what c leads to. It takes over the backend of old where c asks for the same one.
-func newSite(c config.Config, old *site, version string, log logrus.FieldLogger) (*site, error) {
+func newSite(c config.Config, old *site, o Options, log logrus.FieldLogger) (*site, error) {
 	c = resolve(c)
 	n, err := needsOf(c)
 	if err != nil {
@@ -136,7 +136,7 @@ func newSite(c config.Config, old *site, version string, log logrus.FieldLogger)
 	s := &site{config: c, superseded: make(chan struct{})}
 	if old != nil && old.backend != nil && old.needs == n {
 		s.backend = old.backend
-	} else if s.backend, err = newBackend(n, version, log); err != nil {
+	} else if s.backend, err = newBackend(n, o, log); err != nil {
 		return nil, err
 	}
 	root, err := tree(c, accounts{account: s.accounts, tokens: s.cache, unlinkedEmail: c.EmailForUnlinked, poolName: c.WorkloadIdentity.PoolName})
@@ -174,9 +174,9 @@ func instanceID(seed string) string {
 	return strconv.FormatUint(max(1, binary.BigEndian.Uint64(sum[:])>>1), 10)
 }
 
-func newBackend(n needs, version string, log logrus.FieldLogger) (*backend, error) {
+func newBackend(n needs, o Options, log logrus.FieldLogger) (*backend, error) {
 	b := &backend{needs: n, registry: prometheus.NewRegistry(), replaced: make(chan struct{})}
-	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + version, Log: log, Registerer: b.registry})
+	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + o.Version, Copied: o.CredentialCopy, Log: log, Registerer: b.registry})
 	b.accounts = accountReader{b.cluster, n.unlinked}
 	google, err := token.NewGoogle(token.GoogleOptions{
 		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL, IAMCredentialsURL: n.google.IAMCredentialsURL,

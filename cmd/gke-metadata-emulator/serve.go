@@ -28,7 +28,7 @@ pods are answered 503 with the reason until it is mended.`,
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
 		return service.Run(ctx, service.Options{
-			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), StatusSocket: statusSocket(), Version: buildVersion(),
+			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
 		})
 	}
 	return cmd

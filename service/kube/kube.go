@@ -24,6 +24,7 @@ import (
 type Options struct {
 	Kubeconfig string        // "" = the first of Places that exists
 	Places     []string      // nil = Places()
+	Copied     string        // where root puts a Copy of what this user may not read; "" = nowhere
 	NodeName   string        // "" = the credential's, else the host's
 	Audience   string        // of tokens; also the literal in the RBAC rule (G-17)
 	UserAgent  string        // "" = gke-metadata-emulator
@@ -35,6 +36,7 @@ type Options struct {
 // Cluster is what this node knows of its cluster. Its methods may be called from many goroutines, before and during Run.
 type Cluster struct {
 	kubeconfig, nodeName, audience, userAgent string
+	copied                                    string
 	places                                    []string
 	poll, refresh                             time.Duration
 	backoff                                   wait.Backoff
@@ -83,7 +85,7 @@ func New(o Options) *Cluster {
 		o.Log = quiet()
 	}
 	c := &Cluster{
-		kubeconfig: o.Kubeconfig, nodeName: o.NodeName, audience: o.Audience, userAgent: o.UserAgent, places: o.Places,
+		kubeconfig: o.Kubeconfig, copied: o.Copied, nodeName: o.NodeName, audience: o.Audience, userAgent: o.UserAgent, places: o.Places,
 		poll: o.Poll, refresh: refreshEvery, backoff: relist(),
 		log: o.Log, codec: newCodec(), kick: make(chan struct{}, 1),
 		state: state{since: time.Now(), grants: map[string]*Grant{}},

@@ -43,29 +43,58 @@ type credential struct {
 	digest [sha256.Size]byte
 }
 
-// find reads the configured kubeconfig, or the first of the usual places that exists.
+// find reads the configured kubeconfig, or the first of the usual places that exists; of what this user may not read,
+// root's copy.
 func (c *Cluster) find() (*credential, error) {
-	if c.kubeconfig != "" {
-		return read(c.kubeconfig)
+	k, err := locate(c.kubeconfig, c.places)
+	if errors.Is(err, fs.ErrPermission) && c.copied != "" {
+		if k, err = loadCopy(c.copied, c.kubeconfig, err); err != nil {
+			return nil, err
+		}
 	}
-	for _, p := range c.places {
-		cred, err := read(p)
+	if err != nil {
+		return nil, err
+	}
+	return k.credential()
+}
+
+// locate loads the kubeconfig that is asked for, or with "" the first of the places that exists.
+func locate(kubeconfig string, places []string) (*contents, error) {
+	if kubeconfig != "" {
+		return load(kubeconfig)
+	}
+	for _, p := range places {
+		k, err := load(p)
 		if errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errReferenced) {
 			continue
 		}
-		return cred, err
+		return k, err
 	}
-	return nil, fmt.Errorf("%w: set kubeconfig; looked at %s", ErrNotConfigured, strings.Join(c.places, ", "))
+	return nil, fmt.Errorf("%w: set kubeconfig; looked at %s", errNowhere, strings.Join(places, ", "))
 }
+
+// errNowhere says that none of the places exists.
+var errNowhere = fmt.Errorf("%w", ErrNotConfigured)
 
 var errReferenced = errors.New("named in the kubeconfig")
 
-func read(path string) (*credential, error) {
-	wrong := func(err error) (*credential, error) {
+// contents is a kubeconfig that names no files any more.
+type contents struct {
+	path   string
+	config *clientcmdapi.Config
+	digest [sha256.Size]byte // of all the files
+}
+
+func unusable(path string, err error) error {
+	return fmt.Errorf("%w: %s: %w", ErrNotConfigured, path, err)
+}
+
+func load(path string) (*contents, error) {
+	wrong := func(err error) (*contents, error) {
 		if errors.Is(err, fs.ErrPermission) {
-			err = fmt.Errorf("%w (the service's group needs to read it)", err)
+			err = fmt.Errorf("%w (gke-metadata-emulator-credential.service copies it for the service's user: is it enabled?)", err)
 		}
-		return nil, fmt.Errorf("%w: %s: %w", ErrNotConfigured, path, err)
+		return nil, unusable(path, err)
 	}
 	raw, err := os.ReadFile(path)
 	if err != nil {
@@ -98,12 +127,17 @@ func read(path string) (*credential, error) {
 	}); err != nil {
 		return wrong(err)
 	}
-	cfg, err := clientcmd.NewDefaultClientConfig(*k, &clientcmd.ConfigOverrides{}).ClientConfig()
+	c := &contents{path: path, config: k}
+	sum.Sum(c.digest[:0])
+	return c, nil
+}
+
+func (k *contents) credential() (*credential, error) {
+	cfg, err := clientcmd.NewDefaultClientConfig(*k.config, &clientcmd.ConfigOverrides{}).ClientConfig()
 	if err != nil {
-		return wrong(err)
+		return nil, unusable(k.path, err)
 	}
-	cred := &credential{path: path, server: cfg.Host, config: cfg}
-	sum.Sum(cred.digest[:0])
+	cred := &credential{path: k.path, server: cfg.Host, config: cfg, digest: k.digest}
 	if len(cfg.CertData) > 0 {
 		cred.user = commonName(cfg.CertData)
 	}

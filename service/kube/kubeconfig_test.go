@@ -109,7 +109,10 @@ func TestUnusableKubeconfigs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			write(t, at(name), []byte(c.text))
-			_, err := read(at(name))
+			k, err := load(at(name))
+			if err == nil {
+				_, err = k.credential()
+			}
 			if !errors.Is(err, ErrNotConfigured) || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), at(name)) {
 				t.Errorf("got %v", err)
 			}
