@@ -5,9 +5,10 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # Tests are built by whoever types make and run by root; what they build themselves goes into a cache of root's own.
 AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-metadata-emulator-test-cache")
+UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: all build deps demo test lint bench fuzz clean
+.PHONY: all build install deps demo test test-booted lint bench fuzz clean
 
 all: build
 
@@ -20,6 +21,15 @@ bin/gke-metadata-emulator:
 bin/demo:
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/demo
 
+install: build ## the files of the packages, below DESTDIR; enables and starts nothing
+	install -D -m 755 bin/gke-metadata-emulator $(DESTDIR)/usr/bin/gke-metadata-emulator
+	for unit in gke-metadata-emulator.socket $(UNITS); do install -D -m 644 systemd/$$unit $(DESTDIR)/usr/lib/systemd/system/$$unit || exit; done
+	install -D -m 644 systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/gke-metadata-emulator.conf
+	install -D -m 644 systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/gke-metadata-emulator.conf
+	install -D -m 644 systemd/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/gke-metadata-emulator.conf
+	install -D -m 644 systemd/preset $(DESTDIR)/usr/lib/systemd/system-preset/90-gke-metadata-emulator.preset
+	install -d -m 755 $(DESTDIR)/etc/gke-metadata-emulator
+
 deps: ## what demo, test and lint need of the machine
 	@.ci/deps
 
@@ -28,6 +38,9 @@ demo: deps build bin/demo ## two pods, a node, real rules, real exchanges; DEMO=
 
 test: deps ## unit, script, fuzz corpus, namespaces on both iptables backends; with the race detector
 	$(GO) test -race -timeout 20m $(AS_ROOT) ./...
+
+test-booted: build bin/demo ## the units in a machine with systemd that is booted for it; BED_ROOTFS=DIR is its root, made where there is none
+	$(SUDO) packaging/bed/run
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
 	@.ci/lint

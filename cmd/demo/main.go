@@ -15,6 +15,7 @@ import (
 func main() {
 	emulator := flag.String("emulator", "bin/gke-metadata-emulator", "the binary to show")
 	keep := flag.Bool("keep", false, "leave everything standing until Ctrl-C, and say how to ask by hand")
+	world := flag.String("world", "", "make only what surrounds the emulator, around a machine that was booted to be the node, and take orders at this directory's control.sock")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "demo: unknown argument %q\n", flag.Arg(0))
@@ -23,8 +24,12 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := run(ctx, os.Stdout, *emulator, *keep)
-	if ctx.Err() != nil && !*keep {
+	task := func() error { return run(ctx, os.Stdout, *emulator, *keep) }
+	if *world != "" {
+		task = func() error { return surround(ctx, *world) }
+	}
+	err := task()
+	if ctx.Err() != nil && !*keep && *world == "" {
 		os.Exit(130) // interrupted: whatever failed then failed for that
 	}
 	if err != nil {

@@ -42,8 +42,10 @@ type world struct {
 	cloud      *http.Server
 	cloudAsked atomic.Int32
 	dir        string // configuration, kubeconfig, status socket
+	temporary  string // dir, where it is to go in the end
 }
 
+// newWorld makes one that is gone after close.
 func newWorld(ctx context.Context) (_ *world, err error) {
 	w := &world{}
 	defer func() {
@@ -54,35 +56,49 @@ func newWorld(ctx context.Context) (_ *world, err error) {
 	if w.node, err = netnstest.New("demo"); err != nil {
 		return nil, err
 	}
+	if w.dir, err = os.MkdirTemp("", "gke-metadata-emulator-demo"); err != nil {
+		return nil, err
+	}
+	w.temporary = w.dir
+	if err := w.populate(ctx); err != nil {
+		return nil, err
+	}
+	kubeconfig, err := w.kube.Kubeconfig(nodeName)
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(w.dir, "kubeconfig")
+	if err := os.WriteFile(path, kubeconfig, 0o600); err != nil {
+		return nil, err
+	}
+	return w, w.configure(path)
+}
+
+// populate puts pods, a neighbour and the stand-ins around the node.
+func (w *world) populate(ctx context.Context) (err error) {
 	for _, p := range []struct {
 		name string
 		ns   **netnstest.NS
 	}{{"reader", &w.reader}, {"writer", &w.writer}, {"stranger", &w.stranger}} {
 		if *p.ns, err = w.node.AddPod(p.name); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	if w.neighbour, err = w.node.AddNeighbour("neighbour"); err != nil {
-		return nil, err
+		return err
 	}
 	for _, to := range []string{"169.254.169.254/32", "169.254.169.252/32"} { // R-05
 		if out, err := w.neighbour.Command(ctx, "ip", "route", "add", to, "via", w.node.Addr.String()).CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("ip route add %s: %w: %s", to, err, out)
+			return fmt.Errorf("ip route add %s: %w: %s", to, err, out)
 		}
 	}
-	if w.dir, err = os.MkdirTemp("", "gke-metadata-emulator-demo"); err != nil {
-		return nil, err
-	}
 	if err := w.startCloud(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := w.startKubernetes(); err != nil {
-		return nil, err
+		return err
 	}
-	if err := w.startGoogle(); err != nil {
-		return nil, err
-	}
-	return w, w.configure()
+	return w.startGoogle()
 }
 
 // startCloud serves what many a cloud has at 169.254.169.254: the node's own credentials, for whoever asks.
@@ -134,20 +150,13 @@ func (w *world) startGoogle() error {
 }
 
 // configure writes what an operator would write.
-func (w *world) configure() error {
-	kubeconfig, err := w.kube.Kubeconfig(nodeName)
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(w.dir, "kubeconfig"), kubeconfig, 0o600); err != nil {
-		return err
-	}
+func (w *world) configure(kubeconfig string) error {
 	return os.WriteFile(filepath.Join(w.dir, "config.yaml"), fmt.Appendf(nil, `workloadIdentityProvider: %s
 projectID: my-project
-kubeconfig: %s/kubeconfig
+kubeconfig: %q
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: %s/google-ca.pem}
 log: {format: text}
-`, provider, w.dir, w.google.STSURL(), w.google.URL(), w.dir), 0o600)
+`, provider, kubeconfig, w.google.STSURL(), w.google.URL(), w.dir), 0o644)
 }
 
 func (w *world) close() error {
@@ -164,8 +173,8 @@ func (w *world) close() error {
 	if w.node != nil {
 		err = w.node.Close()
 	}
-	if w.dir != "" {
-		err = errors.Join(err, os.RemoveAll(w.dir))
+	if w.temporary != "" {
+		err = errors.Join(err, os.RemoveAll(w.temporary))
 	}
 	return err
 }

@@ -76,6 +76,36 @@ func newNS(name string) (*NS, error) {
 	return ns, nil
 }
 
+// thisNS gives the namespace of this process a name.
+func thisNS(name string) (*NS, error) {
+	if os.Geteuid() != 0 {
+		return nil, ErrNeedsRoot
+	}
+	links, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range links {
+		if l.Flags&net.FlagLoopback == 0 {
+			return nil, fmt.Errorf("this network namespace has %s: only one that has nothing but lo may be made a node", l.Name)
+		}
+	}
+	ns := &NS{Name: name}
+	if err := os.MkdirAll(Dir, 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(ns.Path(), nil, 0o444); err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("/proc/self/ns/net", ns.Path(), "", unix.MS_BIND, ""); err != nil {
+		return nil, errors.Join(fmt.Errorf("name this network namespace %s: %w", name, err), os.Remove(ns.Path()))
+	}
+	if err := ns.Do(loopback); err != nil {
+		return nil, errors.Join(err, ns.Close())
+	}
+	return ns, nil
+}
+
 // Path is the file that stands for the namespace, for setns(2) and nsenter(1).
 func (ns *NS) Path() string { return filepath.Join(Dir, ns.Name) }
 

@@ -162,3 +162,17 @@ func TestRulesetSeesTraces(t *testing.T) {
 		})
 	}
 }
+
+// A machine that is connected to anything is nobody's to make a node of.
+func TestNewHereRefuses(t *testing.T) {
+	node := Start(t, "here")
+	if err := node.Do(func() error {
+		_, err := NewHere("here")
+		if err == nil || !strings.Contains(err.Error(), "only one that has nothing but lo") {
+			t.Errorf("got %v", err)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}

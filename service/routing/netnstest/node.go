@@ -45,18 +45,25 @@ type Node struct {
 }
 
 // New makes a node with its uplink and its cloud. name ends up in the names of the namespaces.
-func New(name string) (*Node, error) {
+func New(name string) (*Node, error) { return newNode(name, newNS) }
+
+// NewHere makes the node out of the network namespace of this process, for a machine that was booted to be one. It refuses
+// a namespace that is connected to anything.
+func NewHere(name string) (*Node, error) { return newNode(name, thisNS) }
+
+func newNode(name string, node func(name string) (*NS, error)) (*Node, error) {
 	n := &Node{prefix: fmt.Sprintf("gme-%d-%d-%s", os.Getpid(), sequence.Add(1), name)}
-	if err := n.make(); err != nil {
+	if err := n.make(node); err != nil {
 		return nil, errors.Join(fmt.Errorf("make node %s: %w", name, err), n.Close())
 	}
 	return n, nil
 }
 
-func (n *Node) make() (err error) {
-	if n.NS, err = n.namespace(""); err != nil {
+func (n *Node) make(node func(name string) (*NS, error)) (err error) {
+	if n.NS, err = node(n.prefix); err != nil {
 		return err
 	}
+	n.all = append(n.all, n.NS)
 	n.NS.Addr, n.NS.Six = nodeAddr, nodeSix
 	if n.Cloud, err = n.namespace("-cloud"); err != nil {
 		return err
