@@ -24,6 +24,7 @@ bin/demo:
 install: build ## the files of the packages, below DESTDIR; enables and starts nothing
 	install -D -m 755 bin/gke-metadata-emulator $(DESTDIR)/usr/bin/gke-metadata-emulator
 	for unit in gke-metadata-emulator.socket $(UNITS); do install -D -m 644 systemd/$$unit $(DESTDIR)/usr/lib/systemd/system/$$unit || exit; done
+	install -D -m 755 systemd/generator $(DESTDIR)/usr/lib/systemd/system-generators/gke-metadata-emulator
 	install -D -m 644 systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/gke-metadata-emulator.conf
 	install -D -m 644 systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/gke-metadata-emulator.conf
 	install -D -m 644 systemd/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/gke-metadata-emulator.conf

@@ -30,14 +30,18 @@
 //     or a broken one, only the guard stands: no pod reaches the cloud's own metadata server.
 //  2. serve takes the listener from systemd, or binds it. A configuration that is missing or broken is a state and not
 //     an end: pods get 503 with the reason until the file is mended.
-//  3. READY=1 when a real GET through our own listener was answered. Neither the API server nor Google is waited for:
+//  3. READY=1 when a real GET through our own listener was answered; where the closed guard stands alone there is no
+//     address to ask at, and that is ready too. Neither the API server nor Google is waited for:
 //     on a first boot kubelet has no credentials yet, and starts after us. They are picked up when they appear.
 //  4. The pods' ServiceAccounts are known as the pods are, and their tokens are fetched ahead (site.go).
 //  5. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
 //     configuration that does not load changes nothing.
 //  6. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
-//     listener left (run.go). The rules stay for the next one.
-//  7. ExecStopPost runs `routing remove` when the unit is stopped for good.
+//     listener left, and whoever was accepted is answered (run.go). The rules stay for the next one.
+//  7. ExecStopPost runs `routing remove` when the unit is stopped for good, unless routing.onStop is keep.
+//
+// The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, and a copy
+// of kubelet's credential (credential.go).
 //
 // # Who may import whom
 //

@@ -128,7 +128,7 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	}
 	s.serve(l)
 	if want := first.config.Listen; first.broken == nil && want.Port() != 0 && !s.listening.on(want) {
-		s.log.Errorf("listen is %s in the configuration, and the listener that systemd handed over is at %s: restart gke-metadata-emulator.socket for it to follow, or change listen back", want, l.Addr())
+		s.log.Errorf("listen is %s in the configuration, and the listener that systemd handed over is at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back", want, l.Addr()) // R-14
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
@@ -245,7 +245,7 @@ func (s *Service) listenAlso(ctx context.Context, a netip.AddrPort) error {
 	}
 	l, err := listen(ctx, a)
 	if err != nil {
-		return fmt.Errorf("%w; the listener stays at %s: restart gke-metadata-emulator.socket and the service for it to follow, or change listen back", err, s.listener.Addr())
+		return fmt.Errorf("%w; the listener stays at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back", err, s.listener.Addr())
 	}
 	s.serve(l)
 	return nil
