@@ -33,11 +33,13 @@
 //  3. READY=1 when a real GET through our own listener was answered. Neither the API server nor Google is waited for:
 //     on a first boot kubelet has no credentials yet, and starts after us. They are picked up when they appear.
 //  4. The pods' ServiceAccounts are known as the pods are, and their tokens are fetched ahead (site.go).
-//  5. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
+//  5. A second after tokens came at the latest, systemd holds them for the next process, in a sealed memfd (fdstore.go):
+//     after a restart or a SIGKILL no token is minted again that is still good.
+//  6. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
 //     configuration that does not load changes nothing.
-//  6. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
+//  7. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
 //     listener left (run.go). The rules stay for the next one.
-//  7. ExecStopPost runs `routing remove` when the unit is stopped for good.
+//  8. ExecStopPost runs `routing remove` when the unit is stopped for good.
 //
 // # Who may import whom
 //

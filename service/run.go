@@ -39,6 +39,7 @@ type Service struct {
 	listening listening
 	serve     func(net.Listener)
 	probe     *probe
+	fdstore   *fdstore
 	started   time.Time
 	ready     chan struct{} // closed at READY=1
 }
@@ -48,10 +49,11 @@ type Service struct {
 // reason.
 func Run(ctx context.Context, o Options) error {
 	s := newService(o)
-	l, err := inherited()
+	l, left, err := inherited()
 	if err != nil {
 		return err
 	}
+	s.fdstore.inherit(left)
 	first, err := s.load(nil)
 	switch {
 	case err == nil && l == nil:
@@ -74,6 +76,7 @@ func newService(o Options) *Service {
 		s.options.Stderr = os.Stderr
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
+	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
 	kube.RouteKlog(s.log)
 	return s
 }
@@ -85,7 +88,7 @@ func (s *Service) load(old *site) (*site, error) {
 		return nil, err
 	}
 	configureLog(s.log, c.Log, s.options.Stderr)
-	return newSite(c, old, s.options.Version, s.log)
+	return newSite(c, old, s.fdstore, s.options.Version, s.log)
 }
 
 // run serves on l, first by what first says.
@@ -126,6 +129,7 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
+	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
 	g.Go(func() error { return s.serveStatus(gctx, filepath.Join(s.options.RunDir, "status.sock")) })
 	g.Go(func() error { return s.serveHealth(gctx, first.config.HealthListen) })
@@ -142,6 +146,7 @@ func (s *Service) site() *site { return s.server.site.Load() }
 // drain ends without losing a request: answers say Connection: close for a while and long polls are released,
 // mints in flight come to their end, and only then is the listener left, which systemd goes on holding.
 func (s *Service) drain(web *http.Server) {
+	_ = s.leaveTokens(s.site()) // tried again below
 	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
 	s.log.Info("stopping")
 	close(s.server.draining)
@@ -149,6 +154,9 @@ func (s *Service) drain(web *http.Server) {
 	defer cancel()
 	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all
 	s.site().drain(ctx)
+	if err := s.leaveTokens(s.site()); err != nil {
+		s.log.WithError(err).Warn("the next process does not get the latest tokens")
+	}
 	if err := web.Shutdown(ctx); err != nil {
 		_ = web.Close()
 	}
