@@ -41,6 +41,10 @@
 //     listener left (run.go). The rules stay for the next one.
 //  8. ExecStopPost runs `routing remove` when the unit is stopped for good.
 //
+// Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to rules, policy rules, addresses,
+// links and routes, and it puts back what others flushed. It keeps what was installed last and lets be what was removed; what it
+// finds, and how often it had to repair, lies in a file that the service shows.
+//
 // # Who may import whom
 //
 //	cmd → service → {attest, kube, token, metadata, routing, config} → workload
