@@ -32,6 +32,7 @@ type bed struct {
 	google *googletest.Server
 	dir    string
 	log    *syncBuffer
+	left   []*os.File // what the process before left in systemd's hands
 
 	*Service
 	reload chan os.Signal
@@ -133,6 +134,7 @@ func (b *bed) start(t testing.TB) {
 		t.Fatal(err)
 	}
 	b.Service = newService(Options{Load: b.read, File: filepath.Join(b.dir, "config.yaml"), Reload: b.reload, RunDir: b.dir, Version: "test", Stderr: b.log})
+	b.fdstore.inherit(b.left)
 	ctx, stop := context.WithCancel(context.Background())
 	b.stop, b.ended = stop, make(chan struct{})
 	first, err := b.Service.load(nil)

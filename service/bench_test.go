@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -44,9 +46,18 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, bare())
 	default:
 		go answerMallocs()
-		fmt.Fprintln(os.Stderr, Run(context.Background(), Options{
+		if os.Getenv("LISTEN_FDS") != "" {
+			_ = os.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid())) // systemd does it between fork and exec
+		}
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer stop()
+		err := Run(ctx, Options{
 			Load: func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server), Version: "bench",
-		}))
+		})
+		if err == nil {
+			return
+		}
+		fmt.Fprintln(os.Stderr, err)
 	}
 	os.Exit(1)
 }
@@ -343,8 +354,13 @@ func BenchmarkHundredPods(b *testing.B) {
 		}
 		began := time.Now()
 		p := spawn(b, addr, benchServer+"="+filepath.Join(w.dir, "config.yaml"), "NOTIFY_SOCKET="+filepath.Join(w.dir, "notify"))
-		if _, err := socket.Read(make([]byte, 1024)); err != nil {
-			b.Fatal(err)
+		for said := ""; !strings.HasPrefix(said, "READY=1"); {
+			m := make([]byte, 1024)
+			n, err := socket.Read(m)
+			if err != nil {
+				b.Fatal(err)
+			}
+			said = string(m[:n])
 		}
 		ready = append(ready, time.Since(began).Seconds()*1000)
 		cached := func() (n int) {

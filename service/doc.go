@@ -34,14 +34,20 @@
 //     address to ask at, and that is ready too. Neither the API server nor Google is waited for:
 //     on a first boot kubelet has no credentials yet, and starts after us. They are picked up when they appear.
 //  4. The pods' ServiceAccounts are known as the pods are, and their tokens are fetched ahead (site.go).
-//  5. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
+//  5. A second after tokens came at the latest, systemd holds them for the next process, in a sealed memfd (fdstore.go):
+//     after a restart or a SIGKILL no token is minted again that is still good.
+//  6. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
 //     configuration that does not load changes nothing.
-//  6. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
+//  7. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
 //     listener left, and whoever was accepted is answered (run.go). The rules stay for the next one.
-//  7. ExecStopPost runs `routing remove` when the unit is stopped for good, unless routing.onStop is keep.
+//  8. ExecStopPost runs `routing remove` when the unit is stopped for good, unless routing.onStop is keep.
 //
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, and a copy
 // of kubelet's credential (credential.go).
+//
+// Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to rules, policy rules, addresses,
+// links and routes, and it puts back what others flushed. It keeps what was installed last and lets be what was removed; what it
+// finds, and how often it had to repair, lies in a file that the service shows.
 //
 // # Who may import whom
 //

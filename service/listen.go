@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -19,23 +20,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inherited returns the listener that systemd handed over, nil where it handed none.
-func inherited() (net.Listener, error) {
-	all, err := activation.Listeners()
-	if err != nil {
-		return nil, fmt.Errorf("taking over the listener from systemd: %w", err)
-	}
+// inherited returns what systemd handed over: the listener, nil where there is none, and the descriptors that are none.
+func inherited() (net.Listener, []*os.File, error) {
 	var one net.Listener
-	for _, l := range all {
-		switch {
-		case l == nil: // a descriptor that is no listener
-		case l.Addr().Network() != "tcp" || one != nil:
-			return nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP", l.Addr().Network(), l.Addr())
-		default:
-			one = l
+	var others []*os.File
+	for _, f := range activation.Files(true) {
+		l, err := net.FileListener(f)
+		if err != nil {
+			others = append(others, f)
+			continue
 		}
+		_ = f.Close() // l has a duplicate
+		if l.Addr().Network() != "tcp" || one != nil {
+			return nil, nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP", l.Addr().Network(), l.Addr())
+		}
+		one = l
 	}
-	return one, nil
+	return one, others, nil
 }
 
 // listen binds the address, also before it is there: the listener then waits for `routing install` to bring it, as the

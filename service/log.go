@@ -71,7 +71,9 @@ func (journalHook) Fire(e *logrus.Entry) error {
 	told.WriteString(e.Message)
 	for _, k := range slices.Sorted(maps.Keys(e.Data)) {
 		v := fmt.Sprint(e.Data[k])
-		fields[journalName(k)] = v
+		if fields[journalName(k)] = v; k == "MESSAGE_ID" {
+			continue // for those who search, not for those who read
+		}
 		fmt.Fprintf(&told, " %s=%q", k, v)
 	}
 	return journal.Send(told.String(), priorities[e.Level], fields)

@@ -65,7 +65,7 @@ var (
 	rulesGood     = prometheus.NewDesc("gke_metadata_emulator_routing_good", "1 if all that was desired stood when the rules were read back, else 0.", nil, nil)
 	rulesReadBack = prometheus.NewDesc("gke_metadata_emulator_routing_read_back_timestamp_seconds", "When the rules were read back.", nil, nil)
 	rulesInstalls = prometheus.NewDesc("gke_metadata_emulator_routing_installs_total", "Installations of the rules since the node booted.", nil, nil)
-	rulesRepairs  = prometheus.NewDesc("gke_metadata_emulator_routing_repairs_total", "Installations that found rules of an earlier one gone.", nil, nil)
+	rulesRepairs  = prometheus.NewDesc("gke_metadata_emulator_routing_repairs_total", "Rules that were found gone and put back, by the layer they are of and what had somebody look.", []string{"layer", "cause"}, nil)
 )
 
 func (ruleState) Describe(c chan<- *prometheus.Desc) {
@@ -86,7 +86,11 @@ func (r ruleState) Collect(c chan<- prometheus.Metric) {
 	c <- prometheus.MustNewConstMetric(rulesGood, prometheus.GaugeValue, good)
 	c <- prometheus.MustNewConstMetric(rulesReadBack, prometheus.GaugeValue, float64(s.Standing.Time.Unix()))
 	c <- prometheus.MustNewConstMetric(rulesInstalls, prometheus.CounterValue, float64(s.Installs))
-	c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(s.Repairs))
+	for layer, causes := range s.Repairs {
+		for cause, times := range causes {
+			c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(times), layer, cause)
+		}
+	}
 }
 
 func (m *metrics) served(node string, status int, took time.Duration) {

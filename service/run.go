@@ -41,6 +41,7 @@ type Service struct {
 	listening listening
 	serve     func(net.Listener)
 	probe     *probe
+	fdstore   *fdstore
 	started   time.Time
 	ready     chan struct{} // closed at READY=1
 }
@@ -50,10 +51,11 @@ type Service struct {
 // reason.
 func Run(ctx context.Context, o Options) error {
 	s := newService(o)
-	l, err := inherited()
+	l, left, err := inherited()
 	if err != nil {
 		return err
 	}
+	s.fdstore.inherit(left)
 	first, err := s.load(nil)
 	switch {
 	case err == nil && l == nil:
@@ -76,6 +78,7 @@ func newService(o Options) *Service {
 		s.options.Stderr = os.Stderr
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
+	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
 	kube.RouteKlog(s.log)
 	return s
 }
@@ -87,7 +90,7 @@ func (s *Service) load(old *site) (*site, error) {
 		return nil, err
 	}
 	configureLog(s.log, c.Log, s.options.Stderr)
-	return newSite(c, old, s.options, s.log)
+	return newSite(c, old, s.fdstore, s.options, s.log)
 }
 
 // run serves on l, first by what first says.
@@ -132,6 +135,7 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
+	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
 	g.Go(func() error {
 		return s.serveStatus(gctx, cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")))
@@ -151,6 +155,7 @@ func (s *Service) site() *site { return s.server.site.Load() }
 // mints in flight come to their end, and only then is the listener left, which systemd goes on holding. What was accepted is
 // answered before net/http is told: it throws away the requests that it reads from then on.
 func (s *Service) drain(web *http.Server) {
+	_ = s.leaveTokens(s.site()) // tried again below
 	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
 	s.log.Info("stopping")
 	close(s.server.draining)
@@ -158,6 +163,9 @@ func (s *Service) drain(web *http.Server) {
 	defer cancel()
 	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all
 	s.site().drain(ctx)
+	if err := s.leaveTokens(s.site()); err != nil {
+		s.log.WithError(err).Warn("the next process does not get the latest tokens")
+	}
 	s.listening.leave()
 	for end := time.Now().Add(time.Second); s.server.connections.busy() > 0 && time.Now().Before(end); {
 		sleep(ctx, 2*time.Millisecond)

@@ -127,7 +127,7 @@ func (s *site) settle(ctx context.Context) {
 }
 
 // newSite makes what c leads to. It takes over the backend of old where c asks for the same one.
-func newSite(c config.Config, old *site, o Options, log logrus.FieldLogger) (*site, error) {
+func newSite(c config.Config, old *site, left *fdstore, o Options, log logrus.FieldLogger) (*site, error) {
 	c = resolve(c)
 	n, err := needsOf(c)
 	if err != nil {
@@ -136,7 +136,7 @@ func newSite(c config.Config, old *site, o Options, log logrus.FieldLogger) (*si
 	s := &site{config: c, superseded: make(chan struct{})}
 	if old != nil && old.backend != nil && old.needs == n {
 		s.backend = old.backend
-	} else if s.backend, err = newBackend(n, o, log); err != nil {
+	} else if s.backend, err = newBackend(n, tokensFor(n, old, left), o, log); err != nil {
 		return nil, err
 	}
 	root, err := tree(c, accounts{account: s.accounts, tokens: s.cache, unlinkedEmail: c.EmailForUnlinked, poolName: c.WorkloadIdentity.PoolName})
@@ -174,7 +174,15 @@ func instanceID(seed string) string {
 	return strconv.FormatUint(max(1, binary.BigEndian.Uint64(sum[:])>>1), 10)
 }
 
-func newBackend(n needs, o Options, log logrus.FieldLogger) (*backend, error) {
+// tokensFor returns a snapshot of tokens that somebody with the same needs left: the backend before, or the process before.
+func tokensFor(n needs, old *site, left *fdstore) []byte {
+	if old != nil && old.backend != nil && old.needs.digest() == n.digest() {
+		return old.cache.Snapshot()
+	}
+	return left.tokens(n.digest())
+}
+
+func newBackend(n needs, tokens []byte, o Options, log logrus.FieldLogger) (*backend, error) {
 	b := &backend{needs: n, registry: prometheus.NewRegistry(), replaced: make(chan struct{})}
 	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + o.Version, Copied: o.CredentialCopy, Log: log, Registerer: b.registry})
 	b.accounts = accountReader{b.cluster, n.unlinked}
@@ -189,6 +197,14 @@ func newBackend(n needs, o Options, log logrus.FieldLogger) (*backend, error) {
 	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.limits.MintsPerPod, KeysPerPod: n.limits.KeysPerPod,
 		Terminal: as[*kube.AnnotationError], Registerer: b.registry})
 	google.Federated = b.cache // one exchange a ServiceAccount (G-07)
+	if tokens != nil {
+		switch taken, err := b.cache.Restore(tokens); {
+		case err != nil:
+			log.WithError(err).Warn("the tokens that were left are dropped")
+		case taken > 0:
+			log.WithField("tokens", taken).Info("tokens taken over")
+		}
+	}
 	b.attestor = attest.New(b.cluster, b.replaced)
 
 	ctx, cancel := context.WithCancel(context.Background())

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"strconv"
@@ -29,11 +30,13 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, params("testdata/script"))
 }
 
-// The pages about routing change rules, so they run in a network namespace that nobody else has.
+// The pages about routing change rules, so each runs in a network namespace that nobody else has.
 func TestRoutingScripts(t *testing.T) {
 	const inside = "GME_TEST_INSIDE_NETNS"
-	if os.Getenv(inside) != "" {
-		testscript.Run(t, params("testdata/netns"))
+	if file := os.Getenv(inside); file != "" {
+		p := params("")
+		p.Files = []string{file}
+		testscript.Run(t, p)
 		return
 	}
 	if os.Geteuid() != 0 {
@@ -42,30 +45,38 @@ func TestRoutingScripts(t *testing.T) {
 	if _, err := exec.LookPath("iptables"); err != nil {
 		lacking(t, "there is no iptables: apt-get install iptables")
 	}
-	type result struct {
-		out []byte
-		err error
+	files, err := filepath.Glob("testdata/netns/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
 	}
-	done := make(chan result)
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			out, err := inNewNetwork(t, os.Args[0], inside+"="+file)
+			if errors.Is(err, unix.EPERM) {
+				lacking(t, "a network namespace needs CAP_SYS_ADMIN")
+			}
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			t.Logf("%s", out)
+		})
+	}
+}
+
+func inNewNetwork(t *testing.T, program, variable string) (out []byte, err error) {
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		runtime.LockOSThread() // for good: the thread ends with the goroutine, and the namespace with its last process
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- result{nil, err}
+		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return
 		}
-		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestRoutingScripts$", "-test.v="+strconv.FormatBool(testing.Verbose()))
-		cmd.Env = append(os.Environ(), inside+"=1")
-		out, err := cmd.CombinedOutput()
-		done <- result{out, err}
+		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestRoutingScripts$", "-test.v="+strconv.FormatBool(testing.Verbose()))
+		cmd.Env = append(os.Environ(), variable)
+		out, err = cmd.CombinedOutput()
 	}()
-	r := <-done
-	if errors.Is(r.err, unix.EPERM) {
-		lacking(t, "a network namespace needs CAP_SYS_ADMIN")
-	}
-	if r.err != nil {
-		t.Fatalf("%v\n%s", r.err, r.out)
-	}
-	t.Logf("%s", r.out)
+	<-done
+	return out, err
 }
 
 // lacking skips a test that cannot run here; CI has to have what is lacking.
@@ -158,7 +169,7 @@ func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 
 // Flags are made of the table, and --help shows each with its default.
 func TestHelpOfEveryKey(t *testing.T) {
-	for _, args := range [][]string{{"serve"}, {"routing", "install"}, {"routing", "check"}, {"routing", "remove"}, {"routing", "show"}, {"config", "check"}, {"config", "show"}} {
+	for _, args := range [][]string{{"serve"}, {"routing", "install"}, {"routing", "check"}, {"routing", "remove"}, {"routing", "show"}, {"routing", "watch"}, {"config", "check"}, {"config", "show"}} {
 		var out, errs bytes.Buffer
 		if code := run(append(args, "--help"), &out, &errs); code != 0 || errs.Len() > 0 {
 			t.Fatalf("%v --help: exit code %d, %s", args, code, &errs)

@@ -20,7 +20,7 @@ import (
 
 func routingCommand() *cobra.Command {
 	return group("routing", "Bring pods' requests to the service, or check, remove and show what does",
-		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand())
+		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(), routingWatchCommand())
 }
 
 func routingInstallCommand() *cobra.Command {
@@ -35,7 +35,7 @@ server: that is said on standard error and is no failure.`,
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard goes up")
-		if p.Mode == modeNone && !p.Closed {
+		if p.Mode == routing.ModeNone && !p.Closed {
 			return withRouter(cmd, anyMode(p), routing.Router.Remove) // of the mode before
 		}
 		return withRouter(cmd, p, routing.Router.Install)
@@ -56,7 +56,7 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard is checked")
-		if p.Mode == modeNone && !p.Closed {
+		if p.Mode == routing.ModeNone && !p.Closed {
 			return nil
 		}
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
@@ -140,7 +140,7 @@ func routingShowCommand() *cobra.Command {
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard would go up")
-		if p.Mode == modeNone && !p.Closed {
+		if p.Mode == routing.ModeNone && !p.Closed {
 			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
 			return nil
 		}
@@ -154,7 +154,27 @@ func routingShowCommand() *cobra.Command {
 	return cmd
 }
 
-const modeNone = "none" // nothing is routed, so there is no Router for it
+func routingWatchCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "watch",
+		Short: "Put back what others flush, until SIGTERM",
+		Long: `Put back what others flush, until SIGTERM: what install put up last, whoever ran it. What remove took away stays away.
+Where neither was run since the node booted, what the configuration says goes up, and where it is missing or broken
+the guard alone. SIGHUP reads the configuration anew; one that does not load changes nothing.`,
+		Args: arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+		defer stop()
+		reload := make(chan os.Signal, 1)
+		signal.Notify(reload, syscall.SIGHUP)
+		defer signal.Stop(reload)
+		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(), Stderr: cmd.ErrOrStderr()},
+			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil) })
+	}
+	return cmd
+}
 
 // anyMode is a Plan to remove by: removing knows no mode but that of the rules.
 func anyMode(p routing.Plan) routing.Plan {
@@ -167,7 +187,7 @@ func plan(cmd *cobra.Command, load func() (config.Config, error), consequence st
 	c, err := load()
 	if err != nil {
 		say(cmd, "%s: %s", consequence, explain(err))
-		c = config.Default()
+		c.Log = config.Default().Log
 	}
 	log := logrus.New()
 	log.SetOutput(cmd.ErrOrStderr())
@@ -175,9 +195,18 @@ func plan(cmd *cobra.Command, load func() (config.Config, error), consequence st
 	if level, err := logrus.ParseLevel(c.Log.Level); err == nil {
 		log.SetLevel(level)
 	}
+	p := planOf(c, err != nil)
+	p.Log = log
+	return p
+}
+
+func planOf(c config.Config, closed bool) routing.Plan {
+	if closed {
+		c = config.Default()
+	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
-		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Closed: err != nil, RunDir: runDir(), Log: log,
+		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Closed: closed, RunDir: runDir(),
 	}
 }
 

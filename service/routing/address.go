@@ -108,7 +108,7 @@ func checkAddress(p Plan) []error {
 	case err != nil:
 		return []error{err}
 	case l.wants(p.Listen.Addr()):
-		return []error{missing("ip address: %s", addressText(p.Listen.Addr()))}
+		return []error{missing(layerAddress, "ip address: %s", addressText(p.Listen.Addr()))}
 	}
 	return nil
 }
@@ -212,9 +212,9 @@ func checkRoute(p Plan, s surroundings) []error {
 		if err != nil {
 			return []error{err}
 		}
-		return []error{missing("ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
+		return []error{missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
 	case ours != nil && (other || !interceptsHost(p, s)):
-		return []error{missing("ip route: %s should not be there any more", routeText(ours))}
+		return []error{missing(layerRoute, "ip route: %s should not be there any more", routeText(ours))}
 	}
 	return nil
 }

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -32,14 +34,18 @@ func TestMain(m *testing.M) {
 			}
 		}
 		end(err)
+	case "watch":
+		log := logrus.New()
+		log.SetOutput(os.Stdout)
+		p := bedPlan(filepath.Dir(arg), filepath.Base(arg))
+		end(Watch{RunDir: p.RunDir, Log: log, Load: func() Plan { return p }}.Run(context.Background()))
 	case "listen":
 		_, err := net.Listen("tcp", arg)
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
 		end(err)
 	case "install":
-		r, err := New(Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
-			RunDir: filepath.Dir(arg), Binary: filepath.Base(arg)})
+		r, err := New(bedPlan(filepath.Dir(arg), filepath.Base(arg)))
 		if err == nil {
 			err = r.Install(context.Background())
 		}
@@ -96,6 +102,11 @@ func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
 	}
 }
 
+func bedPlan(runDir, binary string) Plan {
+	return Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
+		InterceptHostPods: "auto", RunDir: runDir, Binary: binary}
+}
+
 func newBed(t testing.TB, binary string) *bed {
 	t.Helper()
 	netnstest.Needs(t, binary, binary+"-restore", "ip", "nsenter")
@@ -107,10 +118,7 @@ func newBed(t testing.TB, binary string) *bed {
 	if b.neighbour, err = b.AddNeighbour("neighbour"); err != nil {
 		t.Fatal(err)
 	}
-	b.plan = Plan{
-		Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
-		InterceptHostPods: "auto", RunDir: t.TempDir(), Binary: binary,
-	}
+	b.plan = bedPlan(t.TempDir(), binary)
 	b.serve(b.NS, b.plan.Listen.String(), emulator)
 	for _, at := range []string{"169.254.169.254:80", "[fd00:ec2::254]:80", "169.254.169.254:53", "169.254.169.254:443"} {
 		b.serve(b.Cloud, at, cloud)

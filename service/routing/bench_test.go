@@ -73,3 +73,30 @@ func BenchmarkRouter(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkWatch is the time from somebody's command to all standing again, the reading back included.
+func BenchmarkWatch(b *testing.B) {
+	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
+		for _, c := range []struct{ name, flush string }{
+			{"nat", "iptables -t nat -F"}, {"filter", "iptables -F"}, {"ip-rule", "ip rule del pref 98"},
+			{"ruleset", "nft flush ruleset"},
+		} {
+			if c.name == "ruleset" && binary != "iptables-nft" {
+				continue
+			}
+			b.Run(binary+"/"+c.name, func(b *testing.B) {
+				bed := newBed(b, binary)
+				bed.install(bed.plan)
+				w := bed.watchWith(Watch{burst: 1 << 20}, bed.plan)
+				for b.Loop() {
+					b.StopTimer()
+					before := w.state().Repairs.Total()
+					bed.sh(c.flush)
+					b.StartTimer()
+					w.until("a repair", func() bool { s := w.state(); return s.Repairs.Total() > before && s.Standing.Good })
+				}
+				w.end()
+			})
+		}
+	}
+}

@@ -9,15 +9,15 @@ import (
 	"strings"
 )
 
-// survey lists the base chains: the jumps that are ours, by chain of ours, and as foreign who else uses our chains or redirects
+// survey lists the base chains of the chains: the jumps that are ours, by chain of ours, and as foreign who else uses our chains or redirects
 // the metadata server.
 //
 // A chain with one of our names is somebody else's when somebody jumps to it without our comment. What is in it says nothing: it may be
 // what an older version or half a flush left, and is replaced.
-func (x *xtables) survey(ctx context.Context) (ours map[string][]jumpAt, foreign, err error) {
+func (x *xtables) survey(ctx context.Context, chains []chain) (ours map[string][]jumpAt, foreign, err error) {
 	ours = map[string][]jumpAt{}
 	var all []error
-	for _, c := range ownChains(x.six) {
+	for _, c := range chains {
 		base, _, err := x.list(ctx, c.table, c.base)
 		if err != nil {
 			return nil, nil, err
@@ -128,7 +128,11 @@ func (x *xtables) compare(ctx context.Context, c chain, standing []string) (errs
 
 // missing names the command and table in front of the rule, so that the text can be typed.
 func (x *xtables) missing(c chain, format string, args ...any) error {
-	return missing("%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
+	layer := layerIPTables
+	if x.six {
+		layer = layerIP6Tables
+	}
+	return missing(layer, "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
 }
 
 // removeChains removes our chains of both families from one backend, the redirecting ones first.

@@ -136,7 +136,7 @@ func checkGuard(p Plan) []error {
 			continue
 		}
 		if !slices.Contains(have, r) {
-			errs = append(errs, missing("ip rule: %s", r))
+			errs = append(errs, missing(layerRule, "ip rule: %s", r))
 		}
 	}
 	return errs

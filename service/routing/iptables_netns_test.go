@@ -112,8 +112,8 @@ func TestStory(t *testing.T) {
 			})
 		}
 		b.t = t
-		if s, err := ReadState(b.plan.RunDir); err != nil || s.Repairs != 6 {
-			t.Errorf("six flushes took a jump away, and the state counts %d repairs (%v)", s.Repairs, err)
+		if s, err := ReadState(b.plan.RunDir); err != nil || s.Repairs.Total() != 6 {
+			t.Errorf("six flushes took a jump away, and the state counts %d repairs (%v)", s.Repairs.Total(), err)
 		}
 		b.remove(b.plan)
 		b.same("remove", b.ruleset(), before)

@@ -18,8 +18,12 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// ModeIPTables is DNAT by iptables, whichever backend the node uses.
-const ModeIPTables = "iptables"
+const (
+	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
+	ModeIPTables = "iptables"
+	// ModeNone routes nothing; there is no Router for it.
+	ModeNone = "none"
+)
 
 // DefaultRunDir is where the desired state and the lock lie.
 const DefaultRunDir = "/run/gke-metadata-emulator"

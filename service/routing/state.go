@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,8 +36,56 @@ type State struct {
 	Guard    []netip.AddrPort `json:"guard,omitempty"`
 	Since    time.Time        `json:"since"`              // of Desired
 	Installs int              `json:"installs,omitempty"` // since the node booted, for metrics
-	Repairs  int              `json:"repairs,omitempty"`  // those of them that found a jump of an earlier one gone, for metrics
+	Repairs  Repairs          `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
 	Standing Standing         `json:"standing"`
+}
+
+// Repairs counts what was found missing and put back: by layer, then by the cause that had somebody look. Both are words of this
+// package's, so the map is bounded.
+type Repairs map[string]map[string]int
+
+// Total is the sum over all layers and causes.
+func (r Repairs) Total() (n int) {
+	for _, causes := range r {
+		for _, times := range causes {
+			n += times
+		}
+	}
+	return n
+}
+
+// repair is an Install of the watcher's, or what a plain one found gone.
+type repair struct {
+	of     State             // what was desired when it was found
+	causes map[string]string // why somebody looked, by the layer in which something was found
+	node   *node             // where it was found; may be nil
+	chains bool              // the chains may be among it
+}
+
+// light says whether the chains are known to be as they should be.
+func (r *repair) light() bool { return r != nil && r.node != nil && !r.chains }
+
+func (s *State) count(r *repair) {
+	if r == nil || len(r.causes) == 0 {
+		return
+	}
+	counted := Repairs{} // the old one is somebody else's too
+	for layer, causes := range s.Repairs {
+		counted[layer] = maps.Clone(causes)
+	}
+	for layer, cause := range r.causes {
+		if counted[layer] == nil {
+			counted[layer] = map[string]int{}
+		}
+		counted[layer][cause]++
+	}
+	s.Repairs = counted
+}
+
+// wants reports whether s and o desire the same.
+func (s State) wants(o State) bool {
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods &&
+		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) && slices.Equal(s.Guard, o.Guard)
 }
 
 // Standing is what was read back from the kernel.

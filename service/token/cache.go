@@ -46,6 +46,7 @@ type CacheOptions struct {
 type Cache struct {
 	o       CacheOptions
 	metrics cacheMetrics
+	changes chan struct{} // holds one
 
 	mu         sync.Mutex
 	entries    map[Request]*entry
@@ -74,6 +75,7 @@ func NewCache(o CacheOptions) *Cache {
 	return &Cache{
 		o:       o,
 		metrics: newCacheMetrics(o.Registerer),
+		changes: make(chan struct{}, 1),
 		entries: map[Request]*entry{},
 		flights: map[*flight]struct{}{},
 		pods:    map[string]*book{},
@@ -182,6 +184,7 @@ func (c *Cache) Forget(r Request, t Token) {
 	defer c.mu.Unlock()
 	if e := c.entries[r]; e != nil && e.token.Value == t.Value {
 		e.lose()
+		c.changed()
 	}
 }
 

@@ -49,7 +49,7 @@ func (s *fakeSource) Token(ctx context.Context, r Request) (Token, error) {
 	}
 	now := time.Now()
 	s.minted = append(s.minted, now)
-	return Token{Value: fmt.Sprintf("value %d of %s", n, r.ServiceAccount), Minted: now, Expires: now.Add(s.lifetime)}, nil
+	return Token{Value: fmt.Sprintf("value-%d-of-%s", n, r.ServiceAccount), Minted: now, Expires: now.Add(s.lifetime)}, nil
 }
 
 // become changes what the source does from now on.

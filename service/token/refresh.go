@@ -41,7 +41,10 @@ func (c *Cache) Prefetch(requests ...Request) {
 		if e == nil {
 			e = c.add(r, "")
 		}
-		e.prefetched = true
+		if !e.prefetched {
+			e.prefetched = true
+			c.changed()
+		}
 		if e.flight == nil && e.due.IsZero() && !now.Before(e.usableUntil) && (e.err == nil || !c.terminal(e.err)) {
 			e.due = now
 			if e.err != nil {
@@ -59,6 +62,7 @@ func (c *Cache) add(r Request, payer string) *entry {
 	c.others(r, func(o *entry) {
 		if o.superseded.IsZero() {
 			o.superseded = time.Now()
+			c.changed()
 		}
 	})
 	c.entries[r] = e
@@ -81,6 +85,7 @@ func (c *Cache) others(r Request, f func(*entry)) {
 // drop takes an entry out and frees its key. A mint that is in flight for it goes on, for those who wait. c.mu is held.
 func (c *Cache) drop(e *entry) {
 	delete(c.entries, e.request)
+	c.changed()
 	c.release(e.payer, 0, 1)
 	c.metrics.entries.Set(float64(len(c.entries)))
 }
@@ -129,6 +134,7 @@ func (c *Cache) note(e *entry, f *flight, now time.Time) {
 		e.fail(errNoNewer, leastApart, longestBackoff, now) // STS was away, and its old token came (T-08)
 	case f.err == nil:
 		e.take(f.token, now)
+		c.changed()
 		e.superseded = time.Time{}
 		c.others(e.request, func(o *entry) {
 			switch {
@@ -142,6 +148,7 @@ func (c *Cache) note(e *entry, f *flight, now time.Time) {
 		c.drop(e) // the asker asks again, and the annotations may change back
 	case c.terminal(f.err):
 		e.refuse(f.err, now)
+		c.changed()
 	default:
 		least, longest := waits(f.err)
 		e.fail(f.err, least, longest, now)

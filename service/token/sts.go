@@ -72,8 +72,7 @@ var (
 
 // newToken checks what is about to be handed to a pod: it is going to stand in a header there.
 func newToken(step, value string, lives time.Duration) (Token, error) {
-	printable := func(r rune) bool { return r > ' ' && r < 0x7f }
-	if value == "" || strings.IndexFunc(value, func(r rune) bool { return !printable(r) }) >= 0 {
+	if !printable(value) {
 		return Token{}, unavailable(step, errNoToken)
 	}
 	if lives <= 0 {
@@ -81,6 +80,11 @@ func newToken(step, value string, lives time.Duration) (Token, error) {
 	}
 	now := time.Now()
 	return Token{Value: value, Minted: now, Expires: now.Add(lives)}, nil
+}
+
+// printable reports whether the value can stand in a header.
+func printable(value string) bool {
+	return value != "" && !strings.ContainsFunc(value, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 }
 
 // seconds is a number, or a string of one, as a duration.

@@ -1,0 +1,206 @@
+package routing
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// causes are why the watcher looks, as a set. In a metric and in the log the first of a set is told.
+type causes uint16
+
+const (
+	causeNFTables causes = 1 << iota // a transaction of nf_tables
+	causeXTables                     // a legacy table is not as it was
+	causeRule
+	causeAddress
+	causeRoute
+	causeLink
+	causeReload
+	causeStart
+	causeSweep
+	causeRetry // what failed before
+
+	causeKernel     = causeRule | causeAddress | causeRoute | causeLink // what rtnetlink tells
+	causeEverything = causeReload | causeStart | causeSweep | causeRetry
+)
+
+var causeNames = []string{"nftables", "xtables", "ip-rule", "ip-address", "ip-route", "link", "reload", "start", "sweep", "retry"}
+
+// String returns the word for the metric's label.
+func (c causes) String() string {
+	for i, name := range causeNames {
+		if c&(1<<i) != 0 {
+			return name
+		}
+	}
+	return "none"
+}
+
+// behind is the cause that is most likely behind a fault in the layer.
+func (c causes) behind(layer string) string {
+	own := map[string]causes{layerRule: causeRule, layerAddress: causeAddress, layerRoute: causeRoute}[layer]
+	if c&own != 0 {
+		return own.String()
+	}
+	return c.String()
+}
+
+// events are what the kernel tells of changes to rules, policy rules, addresses, routes and links in one network namespace.
+type events struct {
+	changed chan struct{} // holds one when there is something to take
+	failed  chan error    // holds one when no more events will come
+	sockets []*nl.NetlinkSocket
+	readers sync.WaitGroup
+
+	mu     sync.Mutex
+	causes causes
+	by     string // the process behind the last transaction of nf_tables
+}
+
+// watchEvents subscribes in the network namespace of the calling thread. listen is where requests are redirected to.
+func watchEvents(listen func() netip.Addr) (*events, error) {
+	e := &events{changed: make(chan struct{}, 1), failed: make(chan error, 2)}
+	for _, s := range []struct {
+		protocol int
+		groups   []uint
+		read     func(kind uint16, data []byte) (causes, string)
+	}{
+		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE},
+			func(kind uint16, data []byte) (causes, string) { return routeEvent(kind, data, listen()), "" }},
+		{unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, generationEvent},
+	} {
+		socket, err := nl.Subscribe(s.protocol, s.groups...)
+		if err == nil && s.protocol == unix.NETLINK_NETFILTER {
+			err = onlyGenerations(socket)
+		}
+		if err != nil {
+			e.close()
+			return nil, fmt.Errorf("listen to the kernel's events: %w", permission(err))
+		}
+		e.sockets = append(e.sockets, socket)
+		e.readers.Go(func() { e.read(socket, s.read) })
+	}
+	return e, nil
+}
+
+func (e *events) close() {
+	for _, s := range e.sockets {
+		s.Close()
+	}
+	e.readers.Wait()
+}
+
+// onlyGenerations has the kernel pass one message a transaction, not one a rule: somebody's restore of 10,000 rules is one event.
+func onlyGenerations(s *nl.NetlinkSocket) error {
+	kind := binary.NativeEndian.AppendUint16(nil, nftables|unix.NFT_MSG_NEWGEN)
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: 4}, // nlmsg_type, which the filter reads as big endian
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(binary.BigEndian.Uint16(kind)), Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 1<<32 - 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}
+	return unix.SetsockoptSockFprog(s.GetFd(), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+}
+
+// read reads one socket until it is closed.
+func (e *events) read(s *nl.NetlinkSocket, of func(kind uint16, data []byte) (causes, string)) {
+	for {
+		messages, from, err := s.Receive()
+		switch {
+		case errors.Is(err, unix.ENOBUFS): // more than the socket could hold: anything may have happened
+			e.note(causeKernel|causeNFTables, "")
+			continue
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			e.failed <- fmt.Errorf("the kernel's events: %w", err) // it has room for each reader
+			return
+		case from.Pid != nl.PidKernel:
+			continue
+		}
+		for _, m := range messages {
+			if c, by := of(m.Header.Type, m.Data); c != 0 {
+				e.note(c, by)
+			}
+		}
+	}
+}
+
+func (e *events) note(c causes, by string) {
+	e.mu.Lock()
+	e.causes |= c
+	if by != "" {
+		e.by = by
+	}
+	e.mu.Unlock()
+	select {
+	case e.changed <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what happened since it was asked last.
+func (e *events) take() (c causes, by string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c, by = e.causes, e.by
+	e.causes, e.by = 0, ""
+	return c, by
+}
+
+// generationEvent reads who made the transaction: the name that the process gives itself.
+func generationEvent(kind uint16, data []byte) (causes, string) {
+	if kind != nftables|unix.NFT_MSG_NEWGEN {
+		return 0, ""
+	}
+	by := unix.ByteSliceToString(attribute(data, unix.NFTA_GEN_PROC_NAME))
+	if pid := attribute(data, unix.NFTA_GEN_PROC_PID); len(pid) == 4 {
+		by = strings.TrimSpace(fmt.Sprintf("%s (%d)", by, binary.BigEndian.Uint32(pid)))
+	}
+	return causeNFTables, by
+}
+
+// routeEvent says what a message of rtnetlink is about. Routes to pods come and go all day; only those matter that the metadata server,
+// the listen address or everything can be reached by.
+func routeEvent(kind uint16, data []byte, listen netip.Addr) causes {
+	switch kind {
+	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
+		return causeRule
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		return causeAddress
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		return causeLink
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		if len(data) < unix.SizeofRtMsg {
+			return causeRoute
+		}
+		bits := int(data[1]) // rtm_dst_len
+		if bits == 0 {
+			return causeRoute
+		}
+		for rest := data[unix.SizeofRtMsg:]; len(rest) >= unix.SizeofRtAttr; {
+			size := int(binary.NativeEndian.Uint16(rest))
+			if size < unix.SizeofRtAttr || size > len(rest) {
+				return causeRoute
+			}
+			if binary.NativeEndian.Uint16(rest[2:]) == unix.RTA_DST {
+				to, ok := netip.AddrFromSlice(rest[unix.SizeofRtAttr:size])
+				prefix := netip.PrefixFrom(to, bits)
+				if !ok || prefix.Contains(metadataServer.Addr()) || prefix.Contains(listen) {
+					return causeRoute
+				}
+				return 0
+			}
+			rest = rest[min((size+3)&^3, len(rest)):]
+		}
+	}
+	return 0
+}

@@ -1,0 +1,88 @@
+package routing
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func routeMessage(bits byte, dst string) []byte {
+	m := make([]byte, unix.SizeofRtMsg)
+	m[0], m[1] = unix.AF_INET, bits
+	// Another attribute comes first, of an odd length.
+	m = append(m, 5, 0, unix.RTA_OIF, 0, 1, 0, 0, 0)
+	if dst != "" {
+		a := netip.MustParseAddr(dst).AsSlice()
+		m = binary.NativeEndian.AppendUint16(m, uint16(4+len(a)))
+		m = binary.NativeEndian.AppendUint16(m, unix.RTA_DST)
+		m = append(m, a...)
+	}
+	return m
+}
+
+// TestRouteEvent: routes to pods come and go all day, and are nobody's business here.
+func TestRouteEvent(t *testing.T) {
+	listen := netip.MustParseAddr("10.245.0.3")
+	for _, c := range []struct {
+		name string
+		kind uint16
+		data []byte
+		want causes
+	}{
+		{"rule", unix.RTM_DELRULE, nil, causeRule},
+		{"address", unix.RTM_NEWADDR, nil, causeAddress},
+		{"link", unix.RTM_DELLINK, nil, causeLink},
+		{"default route", unix.RTM_NEWROUTE, routeMessage(0, ""), causeRoute},
+		{"the metadata server's", unix.RTM_DELROUTE, routeMessage(32, "169.254.169.254"), causeRoute},
+		{"all link-local addresses'", unix.RTM_DELROUTE, routeMessage(16, "169.254.0.0"), causeRoute},
+		{"the listen address's", unix.RTM_NEWROUTE, routeMessage(24, "10.245.0.0"), causeRoute},
+		{"a pod's", unix.RTM_NEWROUTE, routeMessage(32, "10.245.1.3"), 0},
+		{"a pod's over IPv6", unix.RTM_NEWROUTE, routeMessage(128, "fd00:245::3"), 0},
+		{"a neighbour", unix.RTM_NEWNEIGH, nil, 0},
+		{"cut short", unix.RTM_NEWROUTE, []byte{2}, causeRoute},
+		{"an attribute that is longer than the message", unix.RTM_NEWROUTE, append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), causeRoute},
+	} {
+		if got := routeEvent(c.kind, c.data, listen); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestGenerationEvent(t *testing.T) {
+	be := binary.BigEndian
+	m := []byte{0, 0, 0, 0}
+	attr := func(kind uint16, v []byte) {
+		m = binary.NativeEndian.AppendUint16(m, uint16(4+len(v)))
+		m = binary.NativeEndian.AppendUint16(m, kind)
+		m = append(m, v...)
+		for len(m)%4 != 0 {
+			m = append(m, 0)
+		}
+	}
+	attr(unix.NFTA_GEN_ID, be.AppendUint32(nil, 7))
+	attr(unix.NFTA_GEN_PROC_PID, be.AppendUint32(nil, 42))
+	attr(unix.NFTA_GEN_PROC_NAME, []byte("nft\x00"))
+	if c, by := generationEvent(nftables|unix.NFT_MSG_NEWGEN, m); c != causeNFTables || by != "nft (42)" {
+		t.Errorf("%v, %q", c, by)
+	}
+	if c, _ := generationEvent(nftables|unix.NFT_MSG_NEWRULE, m); c != 0 {
+		t.Errorf("a rule: %v", c)
+	}
+	for cut := range m { // a message that is cut short is no reason to fall over
+		generationEvent(nftables|unix.NFT_MSG_NEWGEN, m[:cut])
+	}
+}
+
+func TestCauses(t *testing.T) {
+	c := causeNFTables | causeRule | causeSweep
+	for layer, want := range map[string]string{layerIPTables: "nftables", layerRule: "ip-rule", layerAddress: "nftables"} {
+		if got := c.behind(layer); got != want {
+			t.Errorf("%s: %s, want %s", layer, got, want)
+		}
+	}
+	if got := len(causeNames); 1<<(got-1) != causeRetry {
+		t.Errorf("%d names: one for each cause", got)
+	}
+}

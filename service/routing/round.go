@@ -1,0 +1,279 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+)
+
+// RepairedMessage is the MESSAGE_ID of a repair's line in the journal: journalctl MESSAGE_ID=34dc6653a365475ca9a4127419a4246b.
+const RepairedMessage = "34dc6653a365475ca9a4127419a4246b"
+
+var (
+	// errOutdated is returned by the repair of what is not desired any more.
+	errOutdated = errors.New("something else is desired by now")
+	// errLater is returned by a look for which there is no token.
+	errLater = errors.New("later")
+)
+
+// round looks at what is pending and repairs what is missing, at most as often as the buckets allow.
+func (w *watcher) round(ctx context.Context) {
+	why, by := w.pending, w.by
+	w.pending, w.by = 0, ""
+	later := func(bucket *rate.Limiter) {
+		w.pending |= why
+		if w.by == "" {
+			w.by = by
+		}
+		w.notBefore = next(bucket)
+	}
+	errs, err := w.look(ctx, why)
+	switch {
+	case errors.Is(err, errLater):
+		later(w.checks)
+		return
+	case ctx.Err() != nil || w.router == nil && err == nil:
+		return
+	case err != nil:
+		errs = append(errs, err)
+	}
+	switch {
+	case len(errs) == 0:
+		w.publish(ctx, why, nil)
+		w.succeed()
+		return
+	case len(layers(errs)) == 0: // what could not be read
+		w.publish(ctx, why, errs)
+		w.fail(errors.Join(errs...))
+		return
+	case !w.repairs.Allow():
+		w.publish(ctx, why, errs)
+		w.unread = true
+		later(w.repairs)
+		return
+	}
+	start := time.Now()
+	r := &repair{of: w.wish, causes: map[string]string{}, node: w.node, chains: w.unread}
+	for _, layer := range layers(errs) {
+		r.causes[layer] = why.behind(layer)
+		r.chains = r.chains || layer == layerIPTables || layer == layerIP6Tables
+	}
+	w.node, err = w.router.install(ctx, r)
+	switch {
+	case errors.Is(err, errOutdated):
+		w.pending |= why
+		return
+	case err != nil:
+		w.bad = true
+		w.fail(fmt.Errorf("repair: %w", err))
+		return
+	}
+	w.bad, w.unread = false, false
+	found := slices.Collect(maps.Values(r.causes))
+	slices.Sort(found)
+	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(errs), ","), "cause": strings.Join(slices.Compact(found), ","),
+		"missing": strings.Join(texts(errs), "; "), "took": time.Since(start).Round(100 * time.Microsecond).String()}
+	if by != "" && slices.Contains(found, causeNFTables.String()) {
+		fields["by"] = by
+	}
+	w.Log.WithFields(fields).Warn("routing: repaired what was missing")
+	w.succeed()
+}
+
+// next is when the bucket has a token again.
+func next(bucket *rate.Limiter) time.Time {
+	r := bucket.Reserve()
+	defer r.Cancel()
+	return time.Now().Add(r.Delay())
+}
+
+// look reads back what the causes can have touched, and returns all that is missing of it. It waits for an Install or Remove of
+// another process to be over. Without a router there is nothing to keep.
+func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error) {
+	unlock, err := lock(ctx, w.RunDir, unix.LOCK_SH)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	state, err := ReadState(w.RunDir)
+	if err != nil || state.Desired == "" { // somebody cleared the directory: what was desired before still is
+		state = w.wish
+	}
+	if state.Desired != Installed {
+		w.forget(state)
+		return nil, nil
+	}
+	all := why&causeEverything != 0 || w.bad
+	if w.router == nil || !w.wish.wants(state) || w.wish.Command != state.Command {
+		all = true
+		if err := w.follow(state); err != nil {
+			return nil, err
+		}
+	}
+	p := w.router.plan
+	if all || why&causeRule != 0 {
+		errs = append(errs, checkGuard(p)...)
+	}
+	if p.Closed {
+		return errs, nil
+	}
+	chains := all || w.unread
+	if all || why&causeKernel&^causeRule != 0 {
+		errs = append(errs, checkAddress(p)...)
+		if w.node != nil {
+			if err := w.router.lookAgain(w.node); err != nil {
+				return errs, err
+			}
+			chains = chains || len(w.node.good.chains) == 0
+		}
+	}
+	if w.node == nil {
+		chains = true
+	} else if all || why&causeKernel&^causeRule != 0 {
+		errs = append(errs, checkRoute(p, w.node.surroundings)...)
+	}
+	if !chains && why&(causeNFTables|causeXTables) != 0 {
+		chains = w.node.changed()
+	}
+	if !chains {
+		return errs, nil
+	}
+	w.unread = true // until they were read
+	if !w.checks.Allow() {
+		if len(errs) > 0 {
+			return errs, nil // to install is to read
+		}
+		return nil, errLater
+	}
+	if w.read != nil {
+		w.read()
+	}
+	if w.node != nil && why&causeEverything != 0 {
+		w.node.good = print{} // for once it is not believed
+	}
+	if w.node == nil {
+		n, err := w.router.open(ctx, w.router.command(state), false)
+		if err != nil {
+			return errs, err
+		}
+		if w.node = n; n.legacy {
+			w.Log.WithField("every", pollLegacy.String()).Info("routing: legacy iptables tells nobody of a change, so its tables are asked whether they have one; what that does not show waits for the next sweep")
+		}
+		errs = append(errs, checkRoute(p, n.surroundings)...)
+	}
+	errs = append(errs, w.router.checkChains(ctx, w.node)...)
+	w.unread = false
+	return errs, nil
+}
+
+// follow makes a router of what is desired now.
+func (w *watcher) follow(state State) error {
+	w.router, w.node, w.wish = nil, nil, state
+	p, err := state.plan(w.base)
+	if err != nil {
+		return err
+	}
+	p.RunDir, p.Log = w.RunDir, w.Log
+	r, err := New(p)
+	if err != nil {
+		return err
+	}
+	w.router = r.(*iptablesRouter)
+	if p.Listen.IsValid() {
+		w.listen.Store(p.Listen.Addr())
+	}
+	return nil
+}
+
+// forget lets everything be: it was removed, or is not there yet.
+func (w *watcher) forget(state State) {
+	w.router, w.node, w.wish, w.bad, w.failures, w.retry = nil, nil, state, false, 0, time.Time{}
+	if state.Desired == Removed {
+		w.tell("the rules were removed, and stay so")
+	} else {
+		w.tell("nothing was installed yet")
+	}
+}
+
+// publish writes down what stands, for those who may not read it.
+func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
+	was := w.bad
+	if w.bad = len(errs) > 0; why&causeEverything == 0 && !w.bad && !was {
+		return // that is what was published
+	}
+	unlock, err := lock(ctx, w.RunDir, unix.LOCK_EX)
+	if err != nil {
+		w.Log.WithError(err).Warn("routing: what stands is not published")
+		return
+	}
+	defer unlock()
+	s, err := ReadState(w.RunDir)
+	if err != nil || !s.wants(w.wish) {
+		return
+	}
+	s.Standing = Standing{Time: time.Now().UTC(), Good: !w.bad}
+	if w.bad {
+		s.Standing.Faults = strings.Split(errors.Join(errs...).Error(), "\n")
+	}
+	if err := writeState(w.RunDir, s); err != nil {
+		w.Log.WithError(err).Warn("routing: what stands is not published")
+	}
+}
+
+// fail has what failed tried again, a little later each time, and logged unless it was before.
+func (w *watcher) fail(err error) {
+	if err == nil {
+		return
+	}
+	w.retry = time.Now().Add(min(refill<<min(w.failures, 10), patienceAfterFailure))
+	w.failures++
+	w.node = nil
+	if text := err.Error(); text != w.failed {
+		w.failed = text
+		w.Log.WithError(err).Error("routing: the rules may not stand")
+	}
+	first, _, _ := strings.Cut(err.Error(), "\n")
+	w.announce("the rules may not stand: " + first)
+}
+
+func (w *watcher) succeed() {
+	w.failures, w.retry, w.failed = 0, time.Time{}, ""
+	if w.wish.Closed {
+		w.tell("the closed guard stands: the configuration was broken")
+		return
+	}
+	w.tell("the rules stand")
+}
+
+func (w *watcher) tell(text string) {
+	if text != w.told {
+		w.Log.Info("routing: " + text)
+	}
+	w.announce(text)
+}
+
+func (w *watcher) announce(text string) {
+	if text != w.told && w.Told != nil {
+		w.Told(text)
+	}
+	w.told = text
+}
+
+func texts(errs []error) (all []string) {
+	for _, err := range errs {
+		all = append(all, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
+	}
+	return all
+}
+
+func (s surroundings) equal(o surroundings) bool {
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices)
+}

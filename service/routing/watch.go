@@ -1,0 +1,206 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/time/rate"
+)
+
+const (
+	// sweepEvery is how often all is read for no reason, ± a sixth, so that the nodes of a cluster do not do it at once.
+	sweepEvery = 30 * time.Second
+	// pollLegacy is how often the legacy tables, which tell nobody, are asked whether they changed: 5 µs.
+	pollLegacy = 50 * time.Millisecond
+	// burst and refill bound what others can make us do: repairs and, apart from them, runs of iptables to read the rules (R-09, R-11).
+	burst, refill = 5, time.Second
+	// patienceAfterFailure is how long a repair that failed is left alone at most, unless something happens.
+	patienceAfterFailure = 30 * time.Second
+)
+
+// Watch keeps standing what was installed last. It looks when the kernel tells of a change, and besides now and then; it looks only at what
+// the change can have touched, and runs iptables only if our chains, or those that jump to them, are other than they were.
+//
+// It obeys the desired state: what was removed stays removed, a closed guard stays closed, and what another process installs is what
+// it keeps from then on (R-24). Only if nobody installed or removed anything since the node booted does it install what the
+// configuration says. What it finds is published in the state file (R-25).
+type Watch struct {
+	// Load reads the configuration: what is to stand (ModeNone: nothing), as the closed guard's Plan if there is no valid one (R-23).
+	Load   func() Plan
+	Reload <-chan os.Signal  // Load again; what it says is installed, unless the rules were removed or it is the closed guard's Plan
+	Told   func(text string) // called when the rules were first looked at, and whenever there is something else to say of them
+	Alive  func()            // called at each turn, at least once a sweep; may be nil
+	RunDir string            // "" is DefaultRunDir
+	Log    logrus.FieldLogger
+
+	// Tests have others.
+	sweep time.Duration // sweepEvery
+	burst int           // burst
+	read  func()        // called when iptables is run to read the chains
+}
+
+// watcher is a Watch that runs.
+type watcher struct {
+	Watch
+	events          *events
+	listen          atomic.Value // netip.Addr, for the readers of events
+	repairs, checks *rate.Limiter
+
+	pending   causes
+	by        string    // the process behind the last change of nf_tables
+	notBefore time.Time // no look until then: the bucket is empty
+	retry     time.Time // if nothing happens; zero: there is nothing to try again
+	failures  int
+
+	base   Plan // the configuration's, for what the state does not tell
+	router *iptablesRouter
+	wish   State // what the router's Plan was made of
+	node   *node // what the router knows of its surroundings; nil: open it anew
+	unread bool  // the chains have to be read, whatever their print says
+	bad    bool  // the last verdict
+	told   string
+	failed string // the last failure that was logged
+}
+
+// Run watches the network namespace of the calling thread until ctx is done. It returns an error if it may not, and if there are
+// no more events.
+func (o Watch) Run(ctx context.Context) (err error) {
+	w := &watcher{Watch: o}
+	if w.sweep == 0 {
+		w.sweep = sweepEvery
+	}
+	if w.burst == 0 {
+		w.burst = burst
+	}
+	w.repairs, w.checks = rate.NewLimiter(rate.Every(refill), w.burst), rate.NewLimiter(rate.Every(refill), w.burst)
+	w.listen.Store(metadataServer.Addr())
+	if w.events, err = watchEvents(func() netip.Addr { return w.listen.Load().(netip.Addr) }); err != nil {
+		return err
+	}
+	defer w.events.close()
+
+	w.begin(ctx)
+	w.pending = causeStart
+	sweep := time.Now().Add(w.sweep)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		if now := time.Now(); w.pending != 0 && !now.Before(w.notBefore) {
+			w.round(ctx)
+		}
+		if w.Alive != nil {
+			w.Alive()
+		}
+		timer.Reset(time.Until(w.wake(sweep)))
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-w.events.failed:
+			return err
+		case <-w.Reload:
+			w.reload(ctx)
+			w.pending |= causeReload
+		case <-w.events.changed:
+			c, by := w.events.take()
+			if w.pending |= c; by != "" {
+				w.by = by
+			}
+		case now := <-timer.C:
+			if !now.Before(sweep) {
+				w.pending |= causeSweep
+				sweep = now.Add(w.sweep + rand.N(w.sweep/3) - w.sweep/6)
+			}
+			if !w.retry.IsZero() && !now.Before(w.retry) {
+				w.retry, w.unread = time.Time{}, true
+				w.pending |= causeRetry
+			}
+			if w.legacy() && w.node.changed() {
+				w.pending |= causeXTables
+			}
+		}
+	}
+}
+
+// wake is when the loop goes on if nothing happens.
+func (w *watcher) wake(sweep time.Time) time.Time {
+	next := sweep
+	if !w.retry.IsZero() && w.retry.Before(next) {
+		next = w.retry
+	}
+	if w.pending != 0 && w.notBefore.Before(next) {
+		next = w.notBefore
+	}
+	if poll := time.Now().Add(pollLegacy); w.legacy() && poll.Before(next) {
+		next = poll
+	}
+	return next
+}
+
+func (w *watcher) legacy() bool { return w.node != nil && w.node.legacy }
+
+// begin installs what the configuration says if nobody has desired anything yet: the rules are there before any interface is up (R-17).
+func (w *watcher) begin(ctx context.Context) {
+	w.base = w.Load()
+	if s, err := ReadState(w.RunDir); err == nil && s.Desired != "" || w.base.Mode == ModeNone && !w.base.Closed {
+		return
+	}
+	if err := w.apply(ctx, w.base, State{}); err != nil {
+		w.Log.WithError(err).Error("routing: what the configuration says cannot be installed: only the guard goes up")
+		closed := w.base
+		closed.Closed = true
+		w.fail(w.apply(ctx, closed, State{}))
+	}
+}
+
+// reload installs what the configuration says now. Neither a broken configuration nor mode none takes away what stands: the first
+// changes nothing, and removing is what `routing install` does when the service is reloaded, which knows its own flags.
+func (w *watcher) reload(ctx context.Context) {
+	p := w.Load()
+	if p.Closed || p.Mode == ModeNone {
+		return
+	}
+	w.base = p
+	if s, err := ReadState(w.RunDir); err == nil && s.Desired == Installed {
+		w.fail(w.apply(ctx, p, s))
+	}
+}
+
+// apply installs the Plan unless it stands already or something else than before is desired by now.
+func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
+	p.RunDir, p.Log = w.RunDir, w.Log
+	router, err := New(p)
+	if err != nil {
+		return err
+	}
+	r := router.(*iptablesRouter)
+	if _, now := r.state(Installed); before.wants(now) {
+		return nil
+	}
+	_, err = r.install(ctx, &repair{of: before})
+	if errors.Is(err, errOutdated) {
+		return nil // whoever desired it has installed it
+	}
+	return err
+}
+
+// plan makes the Plan of what the last Install wanted.
+func (s State) plan(base Plan) (Plan, error) {
+	p := base
+	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
+	p.Uplinks, p.Spare, p.InterceptHostPods = s.Uplinks, s.Spare, s.HostPods
+	if s.Closed {
+		return p, nil
+	}
+	var err error
+	if p.Listen, err = netip.ParseAddrPort(s.Listen); err != nil {
+		return p, fmt.Errorf("routing state: listen: %w", err)
+	}
+	return p, nil
+}

@@ -1,0 +1,381 @@
+package routing
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// running is a watcher on a bed's node.
+type running struct {
+	*bed
+	reload chan os.Signal
+	log    *logtest.Hook
+	end    func()
+
+	reads atomic.Int64
+	mu    sync.Mutex
+	told  []string
+	load  Plan
+}
+
+// watch starts a watcher that is over with the test at the latest, and waits until it has looked for the first time.
+func (b *bed) watch(load Plan, sweep time.Duration) *running {
+	b.t.Helper()
+	return b.watchWith(Watch{sweep: sweep}, load)
+}
+
+func (b *bed) watchWith(w Watch, load Plan) *running {
+	b.t.Helper()
+	log, hook := logtest.NewNullLogger()
+	log.SetLevel(logrus.InfoLevel)
+	r := &running{bed: b, reload: make(chan os.Signal, 1), log: hook, load: load}
+	w.RunDir, w.Log, w.Reload = load.RunDir, log, r.reload
+	w.read = func() { r.reads.Add(1) }
+	w.Load = func() Plan { r.mu.Lock(); defer r.mu.Unlock(); return r.load }
+	w.Told = func(text string) { r.mu.Lock(); defer r.mu.Unlock(); r.told = append(r.told, text) }
+	ctx, cancel := context.WithCancel(context.Background())
+	over := make(chan error, 1)
+	go func() { over <- b.Do(func() error { return w.Run(ctx) }) }()
+	r.end = sync.OnceFunc(func() {
+		cancel()
+		if err := <-over; err != nil {
+			b.t.Errorf("watch: %v", err)
+		}
+	})
+	b.t.Cleanup(r.end)
+	r.until("the first look", func() bool { return r.last() != "" })
+	return r
+}
+
+// stands is a check without the lock: one that is asked for again and again would keep the watcher out.
+func (b *bed) stands(p Plan) bool {
+	r := b.router(p).(*iptablesRouter)
+	return nil == b.Do(func() error {
+		if p.Closed {
+			return errors.Join(checkGuard(r.plan)...)
+		}
+		n, err := r.open(context.Background(), p.Binary, false)
+		if err != nil {
+			return err
+		}
+		return errors.Join(r.check(context.Background(), n)...)
+	})
+}
+
+// last is what was told last.
+func (r *running) last() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.told) == 0 {
+		return ""
+	}
+	return r.told[len(r.told)-1]
+}
+
+// until polls until ok, for as long as a slow machine may need.
+func (r *running) until(what string, ok func() bool) time.Duration {
+	r.t.Helper()
+	start := time.Now()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		if time.Since(start) > 30*time.Second {
+			r.t.Fatalf("not within 30 s: %s; the watcher says %q; check: %v; log: %s", what, r.last(), r.check(r.plan), r.lines())
+		}
+		<-tick.C
+	}
+	return time.Since(start)
+}
+
+func (r *running) lines() string {
+	var b strings.Builder
+	for _, e := range r.log.AllEntries() {
+		fmt.Fprintln(&b, e.Level, e.Message, e.Data)
+	}
+	return b.String()
+}
+
+// repaired are the lines about repairs.
+func (r *running) repaired() (found []*logrus.Entry) {
+	for _, e := range r.log.AllEntries() {
+		if e.Data["MESSAGE_ID"] == RepairedMessage {
+			found = append(found, e)
+		}
+	}
+	return found
+}
+
+func (r *running) state() State {
+	r.t.Helper()
+	s, err := ReadState(r.plan.RunDir)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return s
+}
+
+// flushes are what others do to us.
+var flushes = []struct {
+	name, flush, layer string
+	cause              [2]string // on nft, on legacy; "" where none can be told in advance
+}{
+	{"filter", "iptables -F", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"nat", "iptables -t nat -F", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"nat and its chains", "iptables -t nat -F; iptables -t nat -X", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"raw", "iptables -t raw -F", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"base chain only", "iptables -t nat -F PREROUTING", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"a second jump", "iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"order", "iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", ""}},
+	{"guard", "ip rule del pref 98", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{"guard of IPv6", "ip -6 rule del pref 97; ip -6 rule del pref 98", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{"address", "ip address del 169.254.169.252/32 dev lo", layerAddress, [2]string{"ip-address", "ip-address"}},
+	{"IPv6 filter", "ip6tables -F; ip6tables -X", layerIP6Tables, [2]string{"nftables", "xtables"}},
+}
+
+// TestWatchRepairs: whatever others flush stands again, no pod gets to the real server meanwhile, and it is counted and said.
+func TestWatchRepairs(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		whole := b.ruleset()
+		w := b.watch(b.plan, time.Second)
+		for _, c := range flushes {
+			t.Run(c.name, func(t *testing.T) {
+				b.t = t
+				before, said := w.state().Repairs.Total(), len(w.repaired())
+				b.sh(c.flush)
+				took := w.until("a repair", func() bool { return w.state().Repairs.Total() > before && b.stands(b.plan) && w.state().Standing.Good })
+				t.Logf("stands %v after the command was over, the last repair took %v", took.Round(time.Millisecond), w.repaired()[len(w.repaired())-1].Data["took"])
+				b.same("repair", b.ruleset(), whole)
+				b.answers(b.pod, "169.254.169.254:80", emulator)
+				w.until("the line", func() bool { return len(w.repaired()) > said })
+				line := w.repaired()[said]
+				cause := c.cause[0]
+				if b.plan.Binary == "iptables-legacy" {
+					cause = c.cause[1]
+				}
+				if line.Data["layer"] != c.layer || cause != "" && line.Data["cause"] != cause && line.Data["cause"] != "sweep" || line.Data["missing"] == "" {
+					t.Errorf("want layer %s and cause %s in %v", c.layer, cause, line.Data)
+				}
+			})
+			w.bed.t = t
+		}
+		if got := w.state().Repairs; got[layerIPTables] == nil || got[layerRule]["ip-rule"] < 2 {
+			t.Errorf("counted: %v", got)
+		}
+		w.end()
+		b.remove(b.plan)
+	})
+}
+
+// TestWatchSaysWho: a restart of nftables.service wipes everything at once (R-09), and the line names the process.
+func TestWatchSaysWho(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.install(b.plan)
+	w := b.watch(b.plan, time.Hour)
+	b.sh("nft flush ruleset")
+	w.until("a repair", func() bool { return len(w.repaired()) == 1 && b.stands(b.plan) })
+	line := w.repaired()[0]
+	if by := fmt.Sprint(line.Data["by"]); !strings.HasPrefix(by, "nft (") {
+		t.Errorf("by %q, want nft and its pid", by)
+	}
+	for _, want := range []string{"GME-PRE", "GME-RAW", "ip6tables"} {
+		if !strings.Contains(fmt.Sprint(line.Data["missing"]), want) {
+			t.Errorf("the line does not name %s: %v", want, line.Data["missing"])
+		}
+	}
+}
+
+// TestWatchObeys: what is removed stays removed, what is installed next is kept, and a closed guard stays closed (R-23, R-24).
+func TestWatchObeys(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		before := b.ruleset()
+		w := b.watch(b.plan, 100*time.Millisecond)
+		w.until("the rules", func() bool { return b.stands(b.plan) }) // nobody desired anything: the configuration does
+		if s := w.state(); s.Desired != Installed || s.Repairs.Total() != 0 {
+			t.Errorf("after the first look: %+v", s)
+		}
+
+		b.remove(b.plan)
+		w.until("to hear of the removal", func() bool { return strings.Contains(w.last(), "removed") })
+		b.sh("ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 98; iptables -N X; iptables -X X")
+		w.reload <- os.Interrupt // whatever the signal: a removal is no fault of the configuration
+		w.until("the reload", func() bool { return len(w.reload) == 0 })
+		b.same("removed", b.ruleset(), before)
+		if s := w.state(); s.Desired != Removed || !s.Standing.Good {
+			t.Errorf("after the removal: %+v", s)
+		}
+
+		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
+		b.install(closed)
+		w.until("to hear of the guard", func() bool { return strings.Contains(w.last(), "closed guard") })
+		b.sh("ip rule del pref 98")
+		w.until("the guard", func() bool { return b.stands(closed) })
+		if s := w.state(); !s.Closed || s.Repairs[layerRule] == nil {
+			t.Errorf("after a flush of the guard: %+v", s)
+		}
+		if strings.Contains(b.ruleset(), "GME-") {
+			t.Error("rules were put up around the closed guard")
+		}
+
+		other := b.plan
+		other.Listen = b.plan.Listen
+		other.Spare = []string{"docker0"}
+		b.install(other) // not what the watcher's configuration says, and yet what is desired now
+		w.until("to hear of it", func() bool { return w.last() == "the rules stand" })
+		b.sh("iptables -t nat -F")
+		w.until("the other rules", func() bool { return b.stands(other) })
+
+		w.reload <- os.Interrupt // now the configuration counts
+		w.until("the configuration's rules", func() bool { return b.stands(b.plan) && w.state().Spare == nil })
+		w.mu.Lock()
+		w.load = Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
+		w.mu.Unlock()
+		w.reload <- os.Interrupt // a configuration that broke changes nothing
+		w.until("the reload", func() bool { return len(w.reload) == 0 })
+		b.sh("iptables -t nat -F")
+		w.until("a repair", func() bool { return b.stands(b.plan) })
+		w.end()
+		b.remove(b.plan)
+		b.same("remove", b.ruleset(), before)
+	})
+}
+
+// TestWatchBrokenConfiguration: at boot, with a configuration that is broken, the guard goes up and nothing else (R-23).
+func TestWatchBrokenConfiguration(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	closed := Plan{Closed: true, RunDir: b.plan.RunDir}
+	w := b.watch(closed, time.Hour)
+	b.green(closed)
+	b.answers(b.pod, "169.254.169.254:80", "")
+	w.mu.Lock()
+	w.load = b.plan
+	w.mu.Unlock()
+	w.reload <- os.Interrupt
+	w.until("the rules", func() bool { return b.stands(b.plan) })
+	b.answers(b.pod, "169.254.169.254:80", emulator)
+}
+
+// TestWatchUplinks: an interface that comes is spared from then on, so that the hosts behind it are not served (R-05); one that goes
+// is forgotten.
+func TestWatchUplinks(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		whole := b.ruleset()
+		w := b.watch(b.plan, time.Hour)
+		b.sh("ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900")
+		w.until("the uplink to be spared", func() bool { return strings.Contains(b.sh("iptables -t nat -S GME-PRE"), "-i wan9 -j RETURN") })
+		w.until("all", func() bool { return b.stands(b.plan) })
+		b.sh("ip link del wan9")
+		w.until("the uplink to be forgotten", func() bool { return !strings.Contains(b.sh("iptables -t nat -S GME-PRE"), "wan9") && b.stands(b.plan) })
+		b.same("without it", b.ruleset(), whole)
+	})
+}
+
+// TestWatchStorm: what others do to their own rules costs next to no run of iptables on nft, few on legacy, and no repair.
+func TestWatchStorm(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		b.sh("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES")
+		b.install(b.plan)
+		w := b.watch(b.plan, time.Hour)
+		start := time.Now()
+		before, reads := w.state(), w.reads.Load()
+		b.sh(`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i -j RETURN; done`)
+		b.sh("ip rule del pref 98") // the last event: when it is repaired, all before it were looked at
+		w.until("the repair", func() bool { return b.stands(b.plan) && w.state().Repairs.Total() > before.Repairs.Total() })
+		if got := w.state().Repairs.Total() - before.Repairs.Total(); got != 1 {
+			t.Errorf("%d repairs, want that of the ip rule alone: %s", got, w.lines())
+		}
+		took := time.Since(start)
+		most := burst // none but for dumps that were disturbed five times: somebody else's chain is not ours
+		if b.plan.Binary == "iptables-legacy" {
+			most = burst + int(took/refill) + 1
+		}
+		if got := int(w.reads.Load() - reads); got > most {
+			t.Errorf("iptables was run to read the rules %d times in %v, want %d at most", got, took, most)
+		}
+		t.Logf("1000 changes in %v, rules read %d times", took.Round(time.Millisecond), w.reads.Load()-reads)
+	})
+}
+
+// TestWatchFighter: somebody flushes every 10 ms. We repair five times at once and then once a second, no more.
+func TestWatchFighter(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		w := b.watch(b.plan, time.Second)
+		before := w.state().Installs
+		start := time.Now()
+		b.sh(`i=0; while [ $i -lt 300 ]; do i=$((i+1)); iptables -t nat -F PREROUTING; sleep 0.01; done`)
+		w.until("peace", func() bool { return b.stands(b.plan) })
+		took := time.Since(start)
+		installs := w.state().Installs - before
+		if most := burst + int(took/refill) + 1; installs > most || installs < 2 {
+			t.Errorf("%d installs in %v, want 2 to %d", installs, took, most)
+		}
+		t.Logf("%d installs in %v", installs, took.Round(time.Millisecond))
+	})
+}
+
+// TestWatchIsQuiet: its own repairs, and those of nobody, make it do nothing more.
+func TestWatchIsQuiet(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		w := b.watch(b.plan, 50*time.Millisecond) // many sweeps
+		b.sh("iptables -t nat -F; ip rule del pref 98")
+		w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
+		s := w.state()
+		w.until("another sweep", func() bool { return w.state().Standing.Time.After(s.Standing.Time) })
+		s = w.state()
+		for range 3 {
+			at := w.state().Standing.Time
+			w.until("more sweeps", func() bool { return w.state().Standing.Time.After(at) })
+		}
+		if now := w.state(); now.Installs != s.Installs || now.Repairs.Total() != s.Repairs.Total() {
+			t.Errorf("it went on repairing: %+v, then %+v", s, now)
+		}
+	})
+}
+
+// TestWatchCapabilities: of root's rights CAP_NET_ADMIN and CAP_NET_RAW are enough (R-20), and less is said plainly.
+func TestWatchCapabilities(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		netnstest.Needs(t, "setpriv")
+		b.install(b.plan)
+		arg := filepath.Join(b.plan.RunDir, b.plan.Binary)
+		out, err := b.play("watch", arg, b.self(), "setpriv", "--bounding-set", "-all", "--inh-caps", "-all").Output()
+		if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN") {
+			t.Errorf("%v: %s", err, out)
+		}
+		cmd := b.play("watch", arg, b.self(), "setpriv", "--bounding-set", "-all,+net_admin,+net_raw", "--inh-caps", "-all")
+		var said bytes.Buffer
+		cmd.Stdout = &said
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		r := &running{bed: b, log: new(logtest.Hook)}
+		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 98", "ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
+			b.sh(flush)
+			r.until("a repair", func() bool { return b.stands(b.plan) && r.state().Standing.Good })
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if strings.Contains(said.String(), "level=error") {
+			t.Errorf("%s", said.String())
+		}
+	})
+}
