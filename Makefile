@@ -7,7 +7,7 @@ SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-metadata-emulator-test-cache")
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: all build deps demo test lint bench fuzz clean
+.PHONY: all build packages release deps demo test lint bench fuzz clean
 
 all: build
 
@@ -20,14 +20,25 @@ bin/gke-metadata-emulator:
 bin/demo:
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/demo
 
+packages: ## deb and rpm for this machine's architecture, into bin/packages
+	@rm -rf bin/packages
+	packaging/build bin/packages $(shell $(GO) env GOARCH)
+
+release: ## every package for every architecture, SBOMs and SHA256SUMS, into bin/release; the same bytes for the same commit
+	@rm -rf bin/release
+	FORMATS="deb rpm apk archlinux" packaging/build bin/release amd64 arm64
+
 deps: ## what demo, test and lint need of the machine
 	@.ci/deps
 
 demo: deps build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
 	$(SUDO) bin/demo --emulator bin/gke-metadata-emulator $(DEMO)
 
-test: deps ## unit, script, fuzz corpus, namespaces on both iptables backends; with the race detector
-	$(GO) test -race -timeout 20m $(AS_ROOT) ./...
+bin/rootfs.tar.zst:
+	$(SUDO) .ci/rootfs $@
+
+test: deps bin/rootfs.tar.zst ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
+	GME_TEST_ROOTFS="$(CURDIR)/bin/rootfs.tar.zst" $(GO) test -race -timeout 20m $(AS_ROOT) ./...
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
 	@.ci/lint

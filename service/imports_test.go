@@ -33,6 +33,7 @@ var importRules = []struct {
 // layers says which of our own packages each may import: cmd → service → the six → workload.
 var layers = map[string][]string{
 	"cmd/gke-metadata-emulator": {"service", "service/config", "service/routing"},
+	"packaging":                 nil,
 	"packaging/gen":             {"service/config"}, // not shipped
 	"service":                   {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing", "service/token", "service/workload"},
 	"service/attest":            {"service/workload"},
