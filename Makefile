@@ -8,7 +8,10 @@ AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-met
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: all build install deps demo test test-booted lint bench fuzz clean
+# A Debian with systemd for the tests that want one: chroots for packages, a machine to boot. Made once, for every clone.
+ROOTFS  ?= /var/tmp/gke-metadata-emulator-bed/rootfs
+
+.PHONY: all build install packages release deps demo test test-booted lint bench fuzz clean deps-demo
 
 all: build
 
@@ -31,17 +34,31 @@ install: build ## the files of the packages, below DESTDIR; enables and starts n
 	install -D -m 644 systemd/preset $(DESTDIR)/usr/lib/systemd/system-preset/90-gke-metadata-emulator.preset
 	install -d -m 755 $(DESTDIR)/etc/gke-metadata-emulator
 
-deps: ## what demo, test and lint need of the machine
-	@.ci/deps
+packages: ## deb and rpm for this machine's architecture, into bin/packages
+	@rm -rf bin/packages
+	packaging/build bin/packages $(shell $(GO) env GOARCH)
 
-demo: deps build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
+release: ## every package for every architecture, SBOMs and SHA256SUMS, into bin/release; the same bytes for the same commit
+	@rm -rf bin/release
+	FORMATS="deb rpm apk archlinux" packaging/build bin/release amd64 arm64
+
+deps: ## what test and lint need of the machine; demo needs less
+	@.ci/deps all
+
+deps-demo:
+	@.ci/deps demo
+
+demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
 	$(SUDO) bin/demo --emulator bin/gke-metadata-emulator $(DEMO)
 
-test: deps ## unit, script, fuzz corpus, namespaces on both iptables backends; with the race detector
-	$(GO) test -race -timeout 20m $(AS_ROOT) ./...
+$(ROOTFS):
+	$(SUDO) packaging/bed/rootfs $@
 
-test-booted: build bin/demo ## the units in a machine with systemd that is booted for it; BED_ROOTFS=DIR is its root, made where there is none
-	$(SUDO) packaging/bed/run
+test: deps $(ROOTFS) ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
+	GME_TEST_ROOTFS="$(ROOTFS)" $(GO) test -race -timeout 20m $(AS_ROOT) ./...
+
+test-booted: deps build bin/demo $(ROOTFS) ## the units in a machine with systemd that is booted for it, under load
+	$(SUDO) env BED_ROOTFS="$(ROOTFS)" CI="$(CI)" packaging/bed/run
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
 	@.ci/lint

@@ -111,7 +111,7 @@ func (b *bed) configure(t testing.TB, more ...string) {
 	b.write(t, "config.yaml", fmt.Sprintf(`workloadIdentityProvider: %s
 projectID: my-project
 kubeconfig: kubeconfig
-listen: 127.0.0.1:1
+listen: 127.0.0.1:0
 routing: {mode: none}
 healthListen: 127.0.0.1:0
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}

@@ -294,7 +294,7 @@ func benchPair(b *testing.B) (ours, theirs *process) {
 	w.google.Allow("system:serviceaccount:default:bench", gsa)
 	ourAddr, bareAddr := freeAddr(b), freeAddr(b)
 	w.configure(b)
-	w.replace(b, "config.yaml", "listen: 127.0.0.1:1\n", "listen: "+ourAddr+"\n")
+	w.replace(b, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+ourAddr+"\n")
 	ours = spawn(b, ourAddr, benchServer+"="+filepath.Join(w.dir, "config.yaml"))
 	var got answer
 	w.eventually(b, "the emulator has the token", func() bool {
@@ -347,7 +347,7 @@ func BenchmarkHundredPods(b *testing.B) {
 		}
 		addr := freeAddr(b)
 		w.configure(b)
-		w.replace(b, "config.yaml", "listen: 127.0.0.1:1\n", "listen: "+addr+"\n")
+		w.replace(b, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+addr+"\n")
 		socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(w.dir, "notify"), Net: "unixgram"})
 		if err != nil {
 			b.Fatal(err)
@@ -398,7 +398,7 @@ func BenchmarkTenThousandConnections(b *testing.B) {
 		}
 		addr := freeAddr(b)
 		w.configure(b)
-		w.replace(b, "config.yaml", "listen: 127.0.0.1:1\n", "listen: "+addr+"\n")
+		w.replace(b, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+addr+"\n")
 		p := spawn(b, addr, benchServer+"="+filepath.Join(w.dir, "config.yaml"))
 		size := answerSize(b, addr)
 		w.eventually(b, "pods are known", func() bool { st := statusOf(b, w.dir); return st.Cluster != nil && len(st.Cluster.Pods) > pods })

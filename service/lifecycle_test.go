@@ -544,7 +544,7 @@ func TestListenChanges(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.replace(t, "config.yaml", "listen: 127.0.0.1:1\n", "listen: "+other.Addr().String()+"\n")
+	b.replace(t, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+other.Addr().String()+"\n")
 	b.hangUp()
 	b.eventually(t, "the reload is refused", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
 	b.write(t, "routing.json", `{"desired":"installed","mode":"iptables","listen":"`+other.Addr().String()+`"}`)

@@ -200,7 +200,7 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 	old := s.site()
 	next, err := s.load(old)
 	if err == nil {
-		if err = s.listenAlso(ctx, next.config.Listen); err != nil && next.backend != old.backend {
+		if err = s.listenAlso(ctx, old, next.config.Listen); err != nil && next.backend != old.backend {
 			next.stop()
 		}
 	}
@@ -246,12 +246,16 @@ func (s *Service) describe(now *site) {
 
 // listenAlso follows a listen address that a reload changed: the rules send pods there from now on, and connections to
 // the old one go on. Where systemd holds the listener, or the port needs a right that this process has not, that fails,
-// and the reload with it.
-func (s *Service) listenAlso(ctx context.Context, a netip.AddrPort) error {
-	if a.Port() == 0 || s.listening.on(a) {
+// and the reload with it; where there was no configuration before, any is better than none.
+func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) error {
+	if a.Port() == 0 || s.listening.on(a) || old.broken == nil && old.config.Listen == a {
 		return nil
 	}
 	l, err := listen(ctx, a)
+	if err != nil && old.broken != nil {
+		s.log.WithError(err).Errorf("listen is %s in the configuration, and the listener is at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket", a, s.listener.Addr())
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("%w; the listener stays at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back", err, s.listener.Addr())
 	}

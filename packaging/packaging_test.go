@@ -1,0 +1,496 @@
+// Package packaging is tests: of what the packages hold, of their scripts, and of a machine's life with them.
+package packaging
+
+import (
+	"bytes"
+	"debug/buildinfo"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+)
+
+const program = "gke-metadata-emulator"
+
+// The packages are built once for all tests, of two versions.
+var (
+	scratch  string
+	packages = sync.OnceValues(func() (string, error) { return build("..", "1.0.0") })
+	older    = sync.OnceValues(func() (string, error) { return build("..", "0.9.0") })
+)
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "packaging")
+	if err == nil {
+		err = os.Chmod(dir, 0o755) // lintian and rpmlint run as nobody
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	scratch = dir
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+func build(tree, version string) (string, error) {
+	out, err := os.MkdirTemp(scratch, "")
+	if err != nil {
+		return "", err
+	}
+	if err := os.Chmod(out, 0o755); err != nil {
+		return "", err
+	}
+	cmd := exec.Command(filepath.Join(tree, "packaging/build"), out, runtime.GOARCH)
+	cmd.Env = append(os.Environ(), "VERSION=v"+version, "SOURCE_DATE_EPOCH=1700000000")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("packaging/build: %w\n%s", err, text)
+	}
+	return out, nil
+}
+
+// built returns the one package of that kind.
+func built(t *testing.T, made func() (string, error), pattern string) string {
+	t.Helper()
+	dir, err := made()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("%s: %v, %v", pattern, files, err)
+	}
+	return files[0]
+}
+
+// lacking skips a test that cannot run here; CI has to have what is lacking.
+func lacking(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(reason)
+	}
+	t.Skip(reason)
+}
+
+func need(t *testing.T, tools ...string) {
+	t.Helper()
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			lacking(t, "there is no "+tool+": .ci/deps installs it")
+		}
+	}
+}
+
+func output(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), name, args...).Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			out = append(out, exit.Stderr...)
+		}
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// unpacked returns the package's files in a folder.
+func unpacked(t *testing.T) string {
+	t.Helper()
+	need(t, "dpkg-deb")
+	dir := t.TempDir()
+	output(t, "dpkg-deb", "-x", built(t, packages, "*.deb"), dir)
+	return dir
+}
+
+// The configuration that is installed is the reference; filled in, it loads.
+func TestConfiguration(t *testing.T) {
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := os.WriteFile("config.yaml", []byte(config.Reference()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile("config.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(text) != config.Reference() {
+		t.Error("config.yaml is not config.Reference(): UPDATE_GOLDEN=1 go test ./packaging")
+	}
+	filled := strings.NewReplacer(
+		`workloadIdentityProvider: ""`, `workloadIdentityProvider: projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster`,
+		`projectID: ""`, `projectID: my-project`).Replace(string(text))
+	file := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(file, []byte(filled), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []string{file, "examples/config.yaml"} {
+		if _, err := config.Load(f, nil); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Scripts are short enough to be read before they are run as root.
+func TestScripts(t *testing.T) {
+	scripts, err := filepath.Glob("scripts/*.sh")
+	if err != nil || len(scripts) != 3 {
+		t.Fatalf("%v, %v", scripts, err)
+	}
+	for _, s := range scripts {
+		text, err := os.ReadFile(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := bytes.Count(text, []byte("\n")); n > 20 {
+			t.Errorf("%s has %d lines, 20 are allowed", s, n)
+		}
+	}
+	need(t, "shellcheck")
+	if out, err := exec.CommandContext(t.Context(), "shellcheck", append(scripts, "build")...).CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// Every file of systemd/ is in the packages, where systemd looks for it.
+func TestUnits(t *testing.T) {
+	nfpm, err := os.ReadFile("../nfpm.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	units, err := filepath.Glob("../systemd/*")
+	if err != nil || len(units) == 0 {
+		t.Fatalf("%v, %v", units, err)
+	}
+	installed := regexp.MustCompile(`(?m)^# (?:Opt-in\. )?Installed as (/usr/\S+)`)
+	for _, unit := range units {
+		name := filepath.Base(unit)
+		text, err := os.ReadFile(unit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dst := "/usr/lib/systemd/system/" + name
+		if m := installed.FindSubmatch(text); m != nil {
+			dst = string(m[1])
+		} else if !strings.HasPrefix(name, program) {
+			dst = "/usr/share/doc/" + program + "/examples/" + name // for who opts in
+		}
+		line := fmt.Sprintf("- {dst: %s, src: systemd/%s, file_info: {mode: 0644}}\n", dst, name)
+		if !strings.Contains(string(nfpm), line) {
+			t.Errorf("nfpm.yaml lacks\n%s", line)
+		}
+	}
+}
+
+// deb and rpm hold the same, but for what has another place there.
+func TestContents(t *testing.T) {
+	need(t, "dpkg-deb", "rpm")
+	deb := built(t, packages, "*.deb")
+	var files []string
+	for line := range strings.Lines(output(t, "dpkg-deb", "-c", deb)) {
+		f := strings.Fields(line)
+		if len(f) != 6 {
+			t.Fatalf("what is %q?", line)
+		}
+		mode, owner, name := f[0], f[1], strings.TrimPrefix(f[5], ".")
+		want := "-rw-r--r--"
+		switch {
+		case strings.HasSuffix(name, "/"):
+			want = "drwxr-xr-x"
+		case strings.HasPrefix(name, "/usr/bin/"):
+			want = "-rwxr-xr-x"
+		}
+		if mode != want || owner != "root/root" && owner != "0/0" {
+			t.Errorf("%s: %s %s, want %s root", name, mode, owner, want)
+		}
+		if f[2] == "0" && want[0] == '-' {
+			t.Errorf("%s is empty", name)
+		}
+		if want[0] == '-' {
+			files = append(files, name)
+		}
+	}
+	for _, want := range []string{
+		"/usr/bin/" + program, "/usr/lib/systemd/system/" + program + ".service",
+		"/etc/" + program + "/config.yaml", "/etc/default/" + program,
+		"/usr/share/man/man8/" + program + ".8.gz", "/usr/share/man/man5/" + program + ".5.gz",
+		"/usr/share/bash-completion/completions/" + program, "/usr/share/zsh/vendor-completions/_" + program, "/usr/share/fish/vendor_completions.d/" + program + ".fish",
+		"/usr/share/doc/" + program + "/copyright", "/usr/share/doc/" + program + "/changelog.gz", "/usr/share/doc/" + program + "/changelog.Debian.gz",
+		"/usr/share/doc/" + program + "/rbac.yaml", "/usr/share/doc/" + program + "/rbac-dedicated.yaml", "/usr/share/doc/" + program + "/examples/config.yaml",
+	} {
+		if !slices.Contains(files, want) {
+			t.Errorf("the deb lacks %s", want)
+		}
+	}
+	conffiles := "/etc/" + program + "/config.yaml\n/etc/default/" + program + "\n"
+	if got := output(t, "dpkg-deb", "-I", deb, "conffiles"); sorted(got) != sorted(conffiles) {
+		t.Errorf("conffiles of the deb:\n%s", got)
+	}
+	info, err := os.Stat(deb)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the deb has %.2f MB", float64(info.Size())/1e6)
+	if info.Size() > 8e6 {
+		t.Errorf("the deb has %d bytes, 8 MB are allowed", info.Size())
+	}
+
+	rpm := built(t, packages, "*.rpm")
+	query := func(flags string) string { return output(t, "rpm", "--dbpath", t.TempDir(), flags, rpm) }
+	here := strings.NewReplacer("/etc/default/", "/etc/sysconfig/", "/vendor-completions/", "/site-functions/")
+	var want []string
+	for _, f := range files {
+		if !strings.Contains(f, "changelog.Debian") && !strings.Contains(f, "lintian") {
+			want = append(want, here.Replace(f))
+		}
+	}
+	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/examples",
+		"/usr/share/licenses/"+program, "/usr/share/licenses/"+program+"/LICENSE",
+		"/usr/share/fish", "/usr/share/fish/vendor_completions.d", "/usr/share/zsh", "/usr/share/zsh/site-functions")
+	if got := query("-qpl"); sorted(got) != sorted(strings.Join(want, "\n")) {
+		t.Errorf("the rpm holds\n%s\nand the deb\n%s", sorted(got), sorted(strings.Join(want, "\n")))
+	}
+	if got := query("-qpc"); sorted(got) != sorted(here.Replace(conffiles)) {
+		t.Errorf("configuration files of the rpm:\n%s", got)
+	}
+}
+
+func sorted(lines string) string {
+	l := strings.Split(strings.TrimSpace(lines), "\n")
+	slices.Sort(l)
+	return strings.Join(l, "\n")
+}
+
+// Another checkout, with other modes and times, makes the same bytes.
+func TestReproducible(t *testing.T) {
+	need(t, "git", "cp")
+	first, err := packages()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree := filepath.Join(t.TempDir(), "elsewhere")
+	files := strings.Split(strings.TrimSuffix(output(t, "git", "-C", "..", "ls-files", "-z", "--cached", "--others", "--exclude-standard"), "\x00"), "\x00")
+	for _, f := range files {
+		if strings.HasSuffix(f, ".test") {
+			continue
+		}
+		to := filepath.Join(tree, f)
+		if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := exec.CommandContext(t.Context(), "cp", "-P", filepath.Join("..", f), to).Run(); err != nil {
+			continue // deleted, and not committed yet
+		}
+		if info, err := os.Lstat(to); err == nil && info.Mode().IsRegular() {
+			_ = os.Chmod(to, info.Mode()&0o700)
+		}
+	}
+	second, err := build(tree, "1.0.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums := output(t, "cat", filepath.Join(first, "SHA256SUMS"))
+	if again := output(t, "cat", filepath.Join(second, "SHA256SUMS")); sums != again {
+		t.Errorf("two builds:\n%s\n%s", sums, again)
+	}
+	cmd := exec.CommandContext(t.Context(), "sha256sum", "--check", "--strict", "SHA256SUMS")
+	cmd.Dir = first
+	if out, err := cmd.CombinedOutput(); err != nil || strings.Count(sums, "\n") != 3 {
+		t.Errorf("SHA256SUMS: %v\n%s", err, out)
+	}
+}
+
+// The SBOM, the licences and the package's licence field speak of the modules that the linker put in.
+func TestSBOMAndCopyright(t *testing.T) {
+	root := unpacked(t)
+	info, err := buildinfo.ReadFile(filepath.Join(root, "usr/bin", program))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(built(t, packages, "*.cdx.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var bom struct {
+		BOMFormat, SpecVersion string
+		Components             []struct {
+			Name, Version, PURL string
+			Licenses            []struct{ Expression string }
+		}
+	}
+	if err := json.Unmarshal(text, &bom); err != nil || bom.BOMFormat != "CycloneDX" {
+		t.Fatalf("%v, %q", err, bom.BOMFormat)
+	}
+	copyright, err := os.ReadFile(filepath.Join(root, "usr/share/doc", program, "copyright"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]string{}
+	licences := []string{"Apache-2.0"}
+	for _, c := range bom.Components {
+		got[c.Name] = c.Version
+		if len(c.Licenses) != 1 || c.Licenses[0].Expression == "" {
+			t.Errorf("%s has no licence", c.Name)
+			continue
+		}
+		licences = append(licences, strings.Split(c.Licenses[0].Expression, " AND ")...)
+		if !strings.Contains(string(copyright), "\nFiles: "+c.Name+"/*\n") {
+			t.Errorf("copyright does not speak of %s", c.Name)
+		}
+	}
+	if got["std"] != strings.TrimPrefix(info.GoVersion, "go") || len(got) != len(info.Deps)+1 {
+		t.Errorf("%d components, the program has %d modules and %s", len(got), len(info.Deps), info.GoVersion)
+	}
+	for _, d := range info.Deps {
+		if got[d.Path] != d.Version {
+			t.Errorf("%s: the SBOM says %q, the program has %s", d.Path, got[d.Path], d.Version)
+		}
+	}
+	slices.Sort(licences)
+	nfpm, err := os.ReadFile("../nfpm.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "\nlicense: " + strings.Join(slices.Compact(licences), " AND ") + " "; !strings.Contains(string(nfpm), want) {
+		t.Errorf("nfpm.yaml: want %q", want)
+	}
+}
+
+// lint runs a checker as nobody: rpmlint as root unpacks nfpm's packages onto /.
+func lint(t *testing.T, name string, args ...string) {
+	t.Helper()
+	need(t, name)
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Env = append(os.Environ(), "HOME=/nonexistent", "TMPDIR=/tmp")
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	}
+	if out, err := cmd.CombinedOutput(); err != nil || bytes.Contains(out, []byte("W: ")) {
+		t.Errorf("%s: %v\n%s", name, err, out)
+	}
+}
+
+func TestLintian(t *testing.T) {
+	lint(t, "lintian", "--fail-on", "error,warning", "--tag-display-limit", "0", built(t, packages, "*.deb"))
+}
+
+func TestRpmlint(t *testing.T) {
+	rules, err := os.ReadFile("lint/rpmlint.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(scratch, "rpmlint.toml") // a checkout may lie where nobody may not read
+	if err := os.WriteFile(file, rules, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out := built(t, packages, "*.rpm"); !t.Failed() {
+		lint(t, "rpmlint", "-c", file, out)
+	}
+}
+
+// Every page renders without a warning, and says of each command and flag what --help says.
+func TestManual(t *testing.T) {
+	need(t, "man")
+	root := unpacked(t)
+	binary := filepath.Join(root, "usr/bin", program)
+	pages := map[string]string{}
+	files, err := filepath.Glob(filepath.Join(root, "usr/share/man/man*/*.gz"))
+	if err != nil || len(files) < 6 {
+		t.Fatalf("%v, %v", files, err)
+	}
+	for _, f := range files {
+		cmd := exec.CommandContext(t.Context(), "man", "--warnings", "--encoding=UTF-8", "--no-hyphenation", "--no-justification", "--local-file", f)
+		var out, errs bytes.Buffer
+		cmd.Env = append(os.Environ(), "MANWIDTH=1000", "LC_ALL=C.UTF-8", "MAN_KEEP_FORMATTING=", "GROFF_NO_SGR=1")
+		cmd.Stdout, cmd.Stderr = &out, &errs
+		if err := cmd.Run(); err != nil || errs.Len() > 0 {
+			t.Errorf("%s: %v: %s", filepath.Base(f), err, &errs)
+		}
+		pages[strings.TrimSuffix(filepath.Base(f), ".gz")] = plain(out.String())
+	}
+	flags := regexp.MustCompile(`(?m)^ +(?:-[a-z], )?(--[a-z0-9-]+)\S*(?: \S+)? {2,}(\S.*)$`)
+	subs := regexp.MustCompile(`(?m)^  ([a-z-]+) {2,}\S.*$`)
+	compared := 0
+	var compare func(path ...string)
+	compare = func(path ...string) {
+		help := output(t, binary, append(slices.Clone(path), "--help")...)
+		page := program + ".8"
+		if len(path) > 0 {
+			page = program + "-" + path[0] + ".8"
+		}
+		text, usage, _ := strings.Cut(help, "\nUsage:\n")
+		if !strings.Contains(pages[page], plain(text)) {
+			t.Errorf("%s does not say of %v %q", page, path, plain(text))
+		}
+		list, _, _ := strings.Cut(usage, "Flags:\n")
+		for _, m := range flags.FindAllStringSubmatch(usage, -1) {
+			if compared++; m[1] != "--help" && !strings.Contains(pages[page], plain(m[1])) || m[1] != "--help" && !strings.Contains(pages[page], plain(m[2])) {
+				t.Errorf("%s does not say that %s is %q", page, m[1], m[2])
+			}
+		}
+		if _, list, found := strings.Cut(list, "Available Commands:\n"); found {
+			for _, m := range subs.FindAllStringSubmatch(list, -1) {
+				if m[1] != "help" {
+					compare(append(slices.Clone(path), m[1])...)
+				}
+			}
+		}
+	}
+	compare()
+	if compared < 7*len(config.Keys()) {
+		t.Errorf("only %d flags compared", compared)
+	}
+	for _, k := range config.Keys() {
+		for _, want := range []string{k.Path, k.Usage, k.Default} {
+			if !strings.Contains(pages[program+".5"], plain(want)) {
+				t.Errorf("%s.5 does not say of %s %q", program, k.Path, want)
+			}
+		}
+	}
+}
+
+// plain is a text in which only words count.
+func plain(s string) string {
+	s = regexp.MustCompile(`.\x08`).ReplaceAllString(s, "")
+	return strings.Join(strings.Fields(strings.NewReplacer("’", "'", "‘", "'", "“", `"`, "”", `"`).Replace(s)), " ")
+}
+
+// What a shell completes is what there is.
+func TestCompletions(t *testing.T) {
+	root := unpacked(t)
+	for shell, file := range map[string]string{
+		"bash": "bash-completion/completions/" + program, "zsh": "zsh/vendor-completions/_" + program, "fish": "fish/vendor_completions.d/" + program + ".fish",
+	} {
+		file = filepath.Join(root, "usr/share", file)
+		if _, err := os.Stat(file); errors.Is(err, fs.ErrNotExist) {
+			t.Error(err)
+			continue
+		}
+		if _, err := exec.LookPath(shell); err != nil {
+			t.Logf("%s is not checked by a %s: there is none", file, shell)
+			continue
+		}
+		if out, err := exec.CommandContext(t.Context(), shell, "-n", file).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", shell, err, out)
+		}
+	}
+	got := output(t, filepath.Join(root, "usr/bin", program), "__complete", "routing", "")
+	for _, want := range []string{"check\t", "install\t", "remove\t", "show\t"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("after routing a shell proposes %q", got)
+		}
+	}
+}
