@@ -188,7 +188,11 @@ func TestUnits(t *testing.T) {
 		} else if !strings.HasPrefix(name, program) {
 			dst = "/usr/share/doc/" + program + "/examples/" + name // for who opts in
 		}
-		line := fmt.Sprintf("- {dst: %s, src: systemd/%s, file_info: {mode: 0644}}\n", dst, name)
+		mode := "0644"
+		if bytes.HasPrefix(text, []byte("#!")) { // the generator is a program
+			mode = "0755"
+		}
+		line := fmt.Sprintf("- {dst: %s, src: systemd/%s, file_info: {mode: %s}}\n", dst, name, mode)
 		if !strings.Contains(string(nfpm), line) {
 			t.Errorf("nfpm.yaml lacks\n%s", line)
 		}
@@ -210,7 +214,7 @@ func TestContents(t *testing.T) {
 		switch {
 		case strings.HasSuffix(name, "/"):
 			want = "drwxr-xr-x"
-		case strings.HasPrefix(name, "/usr/bin/"):
+		case strings.HasPrefix(name, "/usr/bin/"), strings.HasPrefix(name, "/usr/lib/systemd/system-generators/"):
 			want = "-rwxr-xr-x"
 		}
 		if mode != want || owner != "root/root" && owner != "0/0" {
