@@ -2,7 +2,9 @@ package service
 
 import (
 	"context"
+	"maps"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -31,7 +33,7 @@ type handout struct {
 type telling struct {
 	caller  workload.Caller
 	expires time.Time
-	again   int
+	again   atomic.Int64
 }
 
 const tellEvery = time.Minute
@@ -40,40 +42,33 @@ func newAudit(log logrus.FieldLogger) *audit {
 	return &audit{log: log, told: map[handout]*telling{}}
 }
 
-// handedOut notes that the caller gets t.
-func (a *audit) handedOut(c workload.Caller, r token.Request, expires time.Time) {
+// handedOut notes that the caller gets a token. What it returns counts the same token to the same pod again.
+func (a *audit) handedOut(c workload.Caller, r token.Request, expires time.Time) *telling {
 	h := handout{c.PodUID, r}
 	a.mu.Lock()
-	if k := a.told[h]; k != nil && k.expires.Equal(expires) {
-		k.again++
+	before := a.told[h]
+	if before != nil && before.expires.Equal(expires) {
 		a.mu.Unlock()
-		return
+		before.again.Add(1)
+		return before
 	}
-	var before telling
-	if k := a.told[h]; k != nil {
-		before = *k
-	}
-	a.told[h] = &telling{caller: c, expires: expires}
+	now := &telling{caller: c, expires: expires}
+	a.told[h] = now
 	a.mu.Unlock()
-	a.tellAgain(h, before)
+	if before != nil {
+		a.tellAgain(h, before)
+	}
 	a.line(h, c, expires).Info("token handed out")
+	return now
 }
 
 // run tells of repetitions, and forgets tokens that have expired.
 func (a *audit) run(ctx context.Context) error {
 	for alive := true; alive; {
 		alive = sleep(ctx, tellEvery)
-		due := map[handout]telling{}
 		a.mu.Lock()
-		for h, k := range a.told {
-			if k.again > 0 {
-				due[h] = *k
-				k.again = 0
-			}
-			if time.Now().After(k.expires) {
-				delete(a.told, h)
-			}
-		}
+		due := maps.Clone(a.told)
+		maps.DeleteFunc(a.told, func(_ handout, k *telling) bool { return time.Now().After(k.expires) })
 		a.mu.Unlock()
 		for h, k := range due {
 			a.tellAgain(h, k)
@@ -82,9 +77,9 @@ func (a *audit) run(ctx context.Context) error {
 	return nil
 }
 
-func (a *audit) tellAgain(h handout, k telling) {
-	if k.again > 0 {
-		a.line(h, k.caller, k.expires).WithField("times", k.again).Info("the same token handed out again")
+func (a *audit) tellAgain(h handout, k *telling) {
+	if times := k.again.Swap(0); times > 0 {
+		a.line(h, k.caller, k.expires).WithField("times", times).Info("the same token handed out again")
 	}
 }
 

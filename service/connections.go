@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
@@ -16,96 +17,96 @@ type connections struct {
 	limit func() int                // limits.connectionsPerPod
 	ours  func(netip.AddrPort) bool // our own, which count for nothing
 
-	mu    sync.Mutex
-	peers map[net.Conn]*attest.Peer
-	idle  map[net.Conn]bool // kept alive, between two requests
-	count map[netip.Addr]int
+	opened, idle atomic.Int64 // of all; idle are those between two requests
+
+	mu        sync.Mutex
+	addresses map[netip.Addr]*atomic.Int64 // how many each has open
+}
+
+// connection is what we know of one.
+type connection struct {
+	peer    *attest.Peer
+	address *atomic.Int64 // its address's count; nil for our own
+	idle    atomic.Bool
+
+	toldOf handed   // the last token that was handed out on it: net/http has one request on a connection at a time
+	told   *telling // what the audit trail has of that
 }
 
 func newConnections(limit func() int, ours func(netip.AddrPort) bool) *connections {
-	return &connections{limit: limit, ours: ours, peers: map[net.Conn]*attest.Peer{}, idle: map[net.Conn]bool{}, count: map[netip.Addr]int{}}
+	return &connections{limit: limit, ours: ours, addresses: map[netip.Addr]*atomic.Int64{}}
 }
 
-type peerKey struct{}
+type connectionKey struct{}
 
 // accept runs between accept() and the first read: who is on the other end is written down now.
 func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
-	p := attest.Accept(c)
-	ctx = context.WithValue(ctx, peerKey{}, p)
-	if x.ours(p.Client) {
+	known := new(connection)
+	if f, ok := c.(flavouredConn); ok {
+		known = f.connection
+	}
+	known.peer = attest.Accept(c)
+	ctx = context.WithValue(ctx, connectionKey{}, known)
+	if x.ours(known.peer.Client) {
 		return ctx
 	}
+	x.opened.Add(1)
+	addr := known.peer.Client.Addr()
 	x.mu.Lock()
-	x.peers[c] = p
-	x.count[p.Client.Addr()]++
-	n := x.count[p.Client.Addr()]
+	if x.addresses[addr] == nil {
+		x.addresses[addr] = new(atomic.Int64)
+	}
+	known.address = x.addresses[addr]
+	n := known.address.Add(1)
 	x.mu.Unlock()
-	if n > 2*x.limit() { // one that does not even read its refusals gets no more of them
+	if n > int64(2*x.limit()) { // one that does not even read its refusals gets no more of them
 		_ = c.Close()
 	}
 	return ctx
 }
 
-// state is told by net/http what becomes of each connection.
+// state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then.
 func (x *connections) state(c net.Conn, state http.ConnState) {
+	f, ok := c.(flavouredConn)
+	if !ok || f.connection.address == nil {
+		return
+	}
+	known := f.connection
+	if idle := state == http.StateIdle; known.idle.Swap(idle) != idle {
+		if idle {
+			x.idle.Add(1)
+		} else {
+			x.idle.Add(-1)
+		}
+	}
+	if state != http.StateClosed && state != http.StateHijacked {
+		return
+	}
+	x.opened.Add(-1)
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	switch state {
-	case http.StateIdle:
-		if x.peers[c] != nil {
-			x.idle[c] = true
-		}
-		return
-	case http.StateActive:
-		delete(x.idle, c)
-		return
-	case http.StateNew:
-		return
-	}
-	delete(x.idle, c)
-	p, ok := x.peers[c]
-	if !ok {
-		return
-	}
-	delete(x.peers, c)
-	if addr := p.Client.Addr(); x.count[addr] > 1 {
-		x.count[addr]--
-	} else {
-		delete(x.count, addr)
+	if known.address.Add(-1) == 0 {
+		delete(x.addresses, known.peer.Client.Addr())
 	}
 }
 
-// check refuses p where its address has more connections than a pod may have.
-func (x *connections) check(p *attest.Peer) error {
-	if x.ours(p.Client) {
-		return nil
-	}
-	x.mu.Lock()
-	n := x.count[p.Client.Addr()]
-	x.mu.Unlock()
+// check refuses a connection whose address has more than a pod may have.
+func (x *connections) check(known *connection) error {
 	limit := x.limit()
-	if n <= limit {
+	if known.address == nil || known.address.Load() <= int64(limit) {
 		return nil
 	}
 	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
-		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, p.Client.Addr(), n)}
+		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.peer.Client.Addr(), known.address.Load())}
 }
 
 // open returns the number of all open connections.
-func (x *connections) open() int {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return len(x.peers)
-}
+func (x *connections) open() int { return int(x.opened.Load()) }
 
 // busy returns the number of those that wait for an answer, or have not asked yet.
-func (x *connections) busy() int {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return len(x.peers) - len(x.idle)
-}
+func (x *connections) busy() int { return int(x.opened.Load() - x.idle.Load()) }
 
-func peerOf(ctx context.Context) *attest.Peer {
-	p, _ := ctx.Value(peerKey{}).(*attest.Peer)
-	return p
+func connectionOf(ctx context.Context) *connection {
+	known, _ := ctx.Value(connectionKey{}).(*connection)
+	return known
 }

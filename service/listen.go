@@ -208,12 +208,15 @@ type flavoured struct{ net.Listener }
 func (f flavoured) Accept() (net.Conn, error) {
 	c, err := f.Listener.Accept()
 	if tcp, ok := c.(*net.TCPConn); ok && err == nil {
-		return flavouredConn{tcp}, nil
+		return flavouredConn{tcp, new(connection)}, nil
 	}
 	return c, err
 }
 
-type flavouredConn struct{ *net.TCPConn }
+type flavouredConn struct {
+	*net.TCPConn
+	*connection // what we know of it, where ConnState finds it
+}
 
 var (
 	refusalPrefix  = []byte("HTTP/1.1 ")

@@ -31,7 +31,7 @@ type server struct {
 // request is one request on its way through the server.
 type request struct {
 	*http.Request
-	peer      *attest.Peer
+	*connection
 	place     metadata.Match
 	open      bool // may be answered without knowing who asks
 	hostCheck bool
@@ -55,7 +55,7 @@ func noteHandedOut(q metadata.Query, r token.Request, t token.Token) {
 
 // ServeHTTP is the story of a request; doc.go tells it in words.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	req := &request{Request: r, peer: peerOf(r.Context()), started: time.Now()}
+	req := &request{Request: r, connection: connectionOf(r.Context()), started: time.Now()}
 	a, err := s.answer(req)
 	status := statusGone
 	if err == nil || r.Context().Err() == nil {
@@ -77,7 +77,7 @@ func (s *server) answer(req *request) (metadata.Answer, error) {
 			return metadata.Answer{}, rule.refusal
 		}
 	}
-	if err := s.connections.check(req.peer); err != nil {
+	if err := s.connections.check(req.connection); err != nil {
 		return metadata.Answer{}, err
 	}
 	var q metadata.Query
@@ -119,7 +119,10 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		if site.broken != nil {
 			return metadata.Answer{}, site.broken
 		}
-		changed := site.cluster.Changes() // before the look, so that no change falls between the two
+		var changed <-chan struct{}
+		if wait.ForChange {
+			changed = site.cluster.Changes() // before the look, so that no change falls between the two
+		}
 		var err error
 		if req.caller, err = site.attestor.Attest(ctx, req.peer); errors.Is(err, attest.ErrReplaced) {
 			continue // its backend is no more: the next one knows
@@ -153,7 +156,8 @@ var (
 	serverName   = []string{"GKE Metadata Server"} // H-05
 	noXSS        = []string{"0"}                   // H-07
 	sameOrigin   = []string{"SAMEORIGIN"}
-	contentTypes = map[string][]string{metadata.Text: {metadata.Text}, metadata.JSON: {metadata.JSON}}
+	textType     = []string{metadata.Text}         // H-05
+	jsonType     = []string{metadata.JSON}
 	retryAfter   = []string{"1"}
 	closing      = []string{"close"}
 )
@@ -184,7 +188,10 @@ func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, e
 		h["Etag"] = values[0:1:1]
 	}
 	values[1] = strconv.Itoa(len(a.Body))
-	h["Content-Type"], h["Content-Length"] = contentTypes[a.ContentType], values[1:2:2]
+	h["Content-Type"], h["Content-Length"] = textType, values[1:2:2]
+	if a.ContentType == metadata.JSON {
+		h["Content-Type"] = jsonType
+	}
 	select {
 	case <-s.draining:
 		h["Connection"] = closing
@@ -216,7 +223,11 @@ func (s *server) tell(req *request, status int, err error) {
 	s.metrics.served(req.place.Node, status, time.Since(req.started))
 	switch {
 	case err == nil && !req.handed.expires.IsZero():
-		s.audit.handedOut(req.caller, req.handed.request, req.handed.expires)
+		if req.told == nil || req.toldOf != req.handed { // else this connection got the same token a moment ago
+			req.told, req.toldOf = s.audit.handedOut(req.caller, req.handed.request, req.handed.expires), req.handed
+		} else {
+			req.told.again.Add(1)
+		}
 	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
 		if suppressed, ok := s.refused.allow(asker(req)); ok {
 			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Warn("refused: " + refusalOf(err).Reason)
