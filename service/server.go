@@ -152,14 +152,14 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 
 // Headers that every response has. The keys are canonical, and the values are shared: nobody writes to them.
 var (
-	flavor       = []string{"Google"}              // H-04
-	serverName   = []string{"GKE Metadata Server"} // H-05
-	noXSS        = []string{"0"}                   // H-07
-	sameOrigin   = []string{"SAMEORIGIN"}
-	textType     = []string{metadata.Text}         // H-05
-	jsonType     = []string{metadata.JSON}
-	retryAfter   = []string{"1"}
-	closing      = []string{"close"}
+	flavor     = []string{"Google"}              // H-04
+	serverName = []string{"GKE Metadata Server"} // H-05
+	noXSS      = []string{"0"}                   // H-07
+	sameOrigin = []string{"SAMEORIGIN"}
+	textType   = []string{metadata.Text} // H-05
+	jsonType   = []string{metadata.JSON}
+	retryAfter = []string{"1"}
+	closing    = []string{"close"}
 )
 
 // write turns an answer or an error into bytes and returns the status. Nothing else in the service does.

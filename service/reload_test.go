@@ -1,0 +1,175 @@
+package service
+
+import (
+	"encoding/json"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
+)
+
+// hangUp is `systemctl reload`.
+func (b *bed) hangUp() { b.reload <- syscall.SIGHUP }
+
+// R-23: a configuration that is missing or broken is a state; a change of the file ends it.
+func TestNotConfigured(t *testing.T) {
+	b := newWorld(t)
+	b.start(t) // there is no config.yaml
+	for _, tt := range []struct {
+		path, body string
+		status     int
+	}{
+		{"/", "computeMetadata/\n", 200}, // E-02
+		{accts + "default/token", "there is no such file", 503},
+		{v1 + "project/project-id", "there is no such file", 503},
+	} {
+		res := b.ask(t, linked, "GET", tt.path, "")
+		if res.StatusCode != tt.status || !strings.Contains(res.body, tt.body) || res.Header.Get("Metadata-Flavor") != "Google" {
+			t.Errorf("%s: %d %q, want %d %q", tt.path, res.StatusCode, res.body, tt.status, tt.body)
+		}
+	}
+	if st := b.Status(); st.State != "not configured" || st.Reason == "" {
+		t.Errorf("status: %q, %q", st.State, st.Reason)
+	}
+	b.write(t, "config.yaml", "projectID: my-project\nroutign: {}\n")
+	b.eventually(t, "the new faults are told", func() bool {
+		body := b.ask(t, linked, "GET", accts+"default/token", "").body
+		return strings.Contains(body, "config.yaml:2: routign: there is no such key") && strings.Contains(body, "workloadIdentityProvider")
+	})
+	b.configure(t)
+	b.eventually(t, "the mended file is in force", func() bool { return b.site().broken == nil })
+	b.ready(t)
+	if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 200 {
+		t.Errorf("%d %s", res.StatusCode, res.body)
+	}
+}
+
+func TestReload(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	first := b.ask(t, linked, "GET", accts+"default/token", "").body
+	before := b.site().backend
+
+	// What does not concern the backend keeps it: watch, cache, connections.
+	b.replace(t, "config.yaml", "machineTypes/n2-standard-4", "machineTypes/e2-micro")
+	b.hangUp()
+	b.eventually(t, "the change is in force", func() bool {
+		return b.ask(t, linked, "GET", v1+"instance/machine-type", "").body == "projects/1/machineTypes/e2-micro"
+	})
+	if b.site().backend != before {
+		t.Error("another machine type made another backend")
+	}
+	if again := b.ask(t, linked, "GET", accts+"default/token", "").body; tokenIn(t, again) != tokenIn(t, first) {
+		t.Error("a reload threw the cached token away")
+	}
+
+	// What does not load changes nothing, and says so.
+	good, err := os.ReadFile(filepath.Join(b.dir, "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, "config.yaml", string(good)+"prefetch: sometimes\n")
+	b.hangUp()
+	b.eventually(t, "the fault is logged", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
+	if b.site().backend != before || b.ask(t, linked, "GET", accts+"default/token", "").StatusCode != 200 {
+		t.Error("a broken configuration changed something")
+	}
+
+	// What concerns the backend replaces it, without a request lost.
+	b.write(t, "config.yaml", string(good)+"prefetch: all\n")
+	stop, lost := make(chan struct{}), make(chan string, 1000)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 200 {
+					lost <- res.body
+				}
+			}
+		}
+	})
+	b.hangUp()
+	b.eventually(t, "another backend serves", func() bool { return b.site().backend != before })
+	close(stop)
+	wg.Wait()
+	select {
+	case body := <-lost:
+		t.Errorf("a request was refused during the reload: %s", body)
+	default:
+	}
+}
+
+func tokenIn(t *testing.T, body string) string {
+	t.Helper()
+	var answer struct {
+		AccessToken string `json:"access_token"`
+	}
+	if err := json.Unmarshal([]byte(body), &answer); err != nil {
+		t.Fatalf("%v: %s", err, body)
+	}
+	return answer.AccessToken
+}
+
+// A request that is held, and a mint in flight, when a reload brings another backend.
+func TestReloadLosesNothing(t *testing.T) {
+	b := newBed(t, "prefetch: none")
+	b.ready(t)
+	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Second})
+	minted, held := make(chan response, 1), make(chan response, 1)
+	go func() { minted <- b.ask(t, linked, "GET", accts+"default/token", "") }()
+	b.eventually(t, "it is being minted", func() bool { return b.google.Calls(googletest.Exchange) > 0 })
+	const latecomer = "127.0.0.42"
+	// 127.0.0.42 is the node's own, and so refused at once; a pod that has the address twice is held like one that is not known.
+	b.addPod("one", latecomer, nil)
+	b.addPod("two", latecomer, nil)
+	b.eventually(t, "two pods have the address", func() bool {
+		callers, _, _ := b.site().cluster.At(netip.MustParseAddr(latecomer))
+		return len(callers) == 2
+	})
+	go func() { held <- b.ask(t, latecomer, "GET", accts+"default/email", "") }()
+	before := b.site().backend
+	b.replace(t, "config.yaml", "prefetch: none", "prefetch: none\nlimits: {keysPerPod: 32}")
+	b.hangUp()
+	b.eventually(t, "another backend serves", func() bool { return b.site().backend != before })
+	b.kube.DeletePod("default", "two")
+	if res := receive(t, held); res.StatusCode != 200 {
+		t.Errorf("held: %d %s", res.StatusCode, res.body)
+	}
+	if res := receive(t, minted); res.StatusCode != 200 {
+		t.Errorf("in flight: %d %s", res.StatusCode, res.body)
+	}
+}
+
+// A listen address that a reload changes is followed, or the reload is refused; what the rules lead to decides readiness.
+func TestListenChanges(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.replace(t, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+other.Addr().String()+"\n")
+	b.hangUp()
+	b.eventually(t, "the reload is refused", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
+	b.write(t, "routing.json", `{"desired":"installed","mode":"iptables","listen":"`+other.Addr().String()+`"}`)
+	if err := b.readiness(t.Context()); err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
+		t.Errorf("the rules lead elsewhere, and readiness is %v", err)
+	}
+	other.Close()
+	b.hangUp()
+	b.eventually(t, "the new address is served", func() bool { return b.readiness(t.Context()) == nil })
+	b.listener = other // where ask asks
+	if res := b.ask(t, linked, "GET", accts+"default/email", ""); res.body != gsa {
+		t.Errorf("%d %s", res.StatusCode, res.body)
+	}
+}
