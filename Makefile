@@ -55,7 +55,7 @@ $(ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@
 
 test: deps $(ROOTFS) ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
-	GME_TEST_ROOTFS="$(ROOTFS)" $(GO) test -race -timeout 20m $(AS_ROOT) ./...
+	GME_TEST_ROOTFS="$(ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
 test-booted: deps build bin/demo $(ROOTFS) ## the units in a machine with systemd that is booted for it, under load
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" CI="$(CI)" packaging/bed/run
