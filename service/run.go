@@ -131,7 +131,7 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	}
 	s.serve(l)
 	if want := first.config.Listen; first.broken == nil && want.Port() != 0 && !s.listening.on(want) {
-		s.log.Errorf("listen is %s in the configuration, and the listener that systemd handed over is at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back", want, l.Addr()) // R-14
+		s.log.Error(s.elsewhere(want))
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
@@ -253,12 +253,17 @@ func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) e
 	}
 	l, err := listen(ctx, a)
 	if err != nil && old.broken != nil {
-		s.log.WithError(err).Errorf("listen is %s in the configuration, and the listener is at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket", a, s.listener.Addr())
+		s.log.WithError(err).Error(s.elsewhere(a))
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("%w; the listener stays at %s: systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back", err, s.listener.Addr())
+		return fmt.Errorf("%s: %w", s.elsewhere(a), err)
 	}
 	s.serve(l)
 	return nil
+}
+
+// elsewhere says that the listener is not where the configuration wants it, and what to do.
+func (s *Service) elsewhere(want netip.AddrPort) string {
+	return fmt.Sprintf("listen is %s in the configuration, and the listener is at %s (systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back)", want, s.listener.Addr())
 }
