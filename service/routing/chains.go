@@ -181,8 +181,8 @@ func (x *xtables) missing(c chain, format string, args ...any) error {
 	return missing(x.layer(), "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
 }
 
-// removeChains removes our chains of both families from one backend.
-func removeChains(ctx context.Context, command string) error {
+// removeChains removes our chains of the tables (none: all) and of both families from one backend.
+func removeChains(ctx context.Context, command string, tables ...string) error {
 	legacy := isLegacy(command)
 	var errs []error
 	for _, six := range []bool{false, true} {
@@ -191,26 +191,29 @@ func removeChains(ctx context.Context, command string) error {
 			continue // who has no such command has no such rules
 		}
 		if err == nil {
-			err = x.removeAll(ctx)
+			err = x.removeAll(ctx, tables...)
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
 
-// removeAll removes our chains, the redirecting ones first. Where nothing of ours stands no command is run.
-func (x *xtables) removeAll(ctx context.Context) (err error) {
+// removeAll removes our chains of the tables (none: all), the redirecting ones first. Where nothing of ours stands no command is run.
+func (x *xtables) removeAll(ctx context.Context, tables ...string) (err error) {
 	for range 3 { // what was seen may have been flushed meanwhile
 		var foreign []error
-		if foreign, err = x.tryRemove(ctx); err == nil {
+		if foreign, err = x.tryRemove(ctx, tables); err == nil {
 			return errors.Join(foreign...)
 		}
 	}
 	return err
 }
 
-func (x *xtables) tryRemove(ctx context.Context) (foreign []error, err error) {
+func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign []error, err error) {
 	chains := ownChains(x.six)
+	if len(tables) > 0 {
+		chains = slices.DeleteFunc(chains, func(c chain) bool { return !slices.Contains(tables, c.table) })
+	}
 	slices.Reverse(chains)
 	stands, _, err := x.survey(ctx, chains)
 	if err != nil {

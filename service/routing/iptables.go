@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 )
@@ -183,10 +184,17 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 // removeIPTables removes our chains from both backends.
 func removeIPTables(ctx context.Context, p Plan) error {
 	use, other := backends(p)
-	errs := []error{removeChains(ctx, use)}
-	if other != "" {
-		errs = append(errs, removeChains(ctx, other))
+	var errs []error
+	remove := func(tables ...string) {
+		errs = append(errs, removeChains(ctx, use, tables...))
+		if other != "" {
+			errs = append(errs, removeChains(ctx, other, tables...))
+		}
 	}
+	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
+	remove("nat")
+	resetConnections(netip.Addr{})
+	remove()
 	return errors.Join(errs...)
 }
 
