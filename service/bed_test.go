@@ -113,6 +113,7 @@ projectID: my-project
 kubeconfig: kubeconfig
 listen: 127.0.0.1:0
 routing: {mode: none}
+attestation: {mode: source-ip} # all of them are processes of one cgroup
 healthListen: 127.0.0.1:0
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}
 instance: {hostname: node1.example.com, id: "4503599627370497", zone: europe-west4-a}

@@ -145,7 +145,7 @@ func (a *Attestor) Check(ctx context.Context, p *Peer) error {
 func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err error) {
 	switch {
 	case b.evidence == nil:
-		if !a.believesAddressOf(b.caller) {
+		if !a.BelievesAddress(b.caller.RuntimeClass) {
 			return nil, ErrChanged
 		}
 		pods, changed, err := a.Pods.At(p.Client.Addr())
@@ -241,7 +241,7 @@ func (a *Attestor) sandbox(p *Peer, searched bool) (workload.Caller, <-chan stru
 		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
 	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "":
 		return workload.Caller{}, changed, p.err
-	case !a.believesAddressOf(pods[0]):
+	case !a.BelievesAddress(pods[0].RuntimeClass):
 		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0], pods[0].RuntimeClass)
 	case !searched:
 		return workload.Caller{}, changed, p.err
@@ -249,9 +249,9 @@ func (a *Attestor) sandbox(p *Peer, searched bool) (workload.Caller, <-chan stru
 	return pods[0], changed, nil
 }
 
-// believesAddressOf reports whether the caller may be known by its address alone.
-func (a *Attestor) believesAddressOf(c workload.Caller) bool {
-	return a.Kernel == nil || c.RuntimeClass != "" && slices.Contains(a.ByAddress, c.RuntimeClass)
+// BelievesAddress reports whether pods of the RuntimeClass are known by their address alone.
+func (a *Attestor) BelievesAddress(runtimeClass string) bool {
+	return a.Kernel == nil || runtimeClass != "" && slices.Contains(a.ByAddress, runtimeClass)
 }
 
 // byAddress returns the one live pod that has the address.
@@ -287,12 +287,4 @@ func (a *Attestor) own(client netip.Addr) bool {
 		}
 	}
 	return false
-}
-
-// EvidenceFor returns what names the pod: [ByAddress], or "" for what the kernel says.
-func (a *Attestor) EvidenceFor(pod workload.Caller) string {
-	if a.believesAddressOf(pod) {
-		return ByAddress
-	}
-	return ""
 }
