@@ -5,21 +5,26 @@ import (
 	"sync/atomic"
 )
 
-// What Look says when it has no evidence. The first three may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
+// What Look says when it has no evidence. The first four may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
 // others are final for the connection.
 var (
 	// ErrNoNamespace says that no network namespace that we know holds the client's address. The helper was asked to look for new ones.
 	ErrNoNamespace = errors.New("no known network namespace has the address")
 	// ErrHelperAway is ErrNoNamespace while gke-metadata-emulator-attest.service does not run: nobody looks for new namespaces.
 	ErrHelperAway = errors.New("no known network namespace has the address, and gke-metadata-emulator-attest.service, which finds them, is not there")
+	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is gone, or forged its address;
+	// or the address is another pod's already, whose namespace is not known yet.
+	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
 	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or it is looked for now.
 	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")
-	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is gone, or forged its address.
-	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
 	// ErrSockets says that two network namespaces have a socket that could be the other end.
 	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
 	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
+	// ErrEmptyCgroup says that no process is left where the socket was made.
+	ErrEmptyCgroup = errors.New("no process is left in the cgroup of the client's socket")
+	// ErrOwner says that a cgroup has a pod's name and is not root's, as kubelet's are.
+	ErrOwner = errors.New("the cgroup has a pod's name and was not made by kubelet")
 	// ErrPods says that the evidence names two pods: one below the other in a cgroup's path, or two in one namespace (cgroup v1).
 	ErrPods = errors.New("the evidence names two pods")
 )
@@ -39,6 +44,6 @@ type Evidence struct {
 	life      *atomic.Bool
 }
 
-// Alive reports whether the container (without one: the pod, the unit, the namespace) still has a process. What died stays dead, also
-// when another process comes to live in the same cgroup. It costs no system call.
+// Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
+// in the same cgroup. It costs no system call: the kernel tells of the last process within 10 ms (and 1 ms as a rule).
 func (e *Evidence) Alive() bool { return e.life.Load() }
