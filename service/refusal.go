@@ -44,8 +44,10 @@ var refusals = []struct {
 	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
 	{is(attest.ErrNotPod), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrNoAccount), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrNoSocket), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
+	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrPods), refusal{Status: http.StatusForbidden}},
 	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00

@@ -36,7 +36,11 @@ var (
 )
 
 // final are the errors that waiting does not mend.
-var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrNoSocket, ErrSockets, ErrNoCgroup, ErrPods}
+var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods}
+
+func isFinal(err error) bool {
+	return slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) })
+}
 
 // ByAddress is the kind of evidence that is none: the connection's source address.
 const ByAddress = "source-ip"
@@ -53,11 +57,12 @@ type Pods interface {
 	At(netip.Addr) (pods []workload.Caller, changed <-chan struct{}, err error)
 }
 
-// Witness says what the kernel knows of the other end of a connection: a [Kernel]. Its Changes is closed also when a search that a
-// Look asked for has found nothing.
+// Witness says what the kernel knows of the other end of a connection: a [Kernel].
 type Witness interface {
 	Look(Conn) (*Evidence, error)
 	Changes() <-chan struct{}
+	Search() int64
+	Searched(number int64) bool
 }
 
 // Options say what an Attestor goes by.
@@ -106,10 +111,8 @@ func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error)
 		return b.caller, a.Check(ctx, p)
 	}
 	var b binding
-	searched := false
 	err := a.hold(ctx, func() (changed <-chan struct{}, err error) {
-		b, changed, err = a.find(p, searched)
-		searched = true
+		b, changed, err = a.find(p)
 		return changed, err
 	})
 	if err != nil {
@@ -178,7 +181,7 @@ func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}
 			looked = a.Kernel.Changes() // before the look, so that no change falls between the two
 		}
 		changed, err := try()
-		if err == nil || slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) }) {
+		if err == nil || isFinal(err) {
 			return err
 		}
 		if timeout == nil { // the first time round
@@ -200,16 +203,19 @@ func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}
 }
 
 // find looks once at what there is. An address counts only where nothing else can be had: where the operator wants no other
-// evidence, and for pods of the RuntimeClasses that he named, once a search found no namespace that has it (searched).
-func (a *Attestor) find(p *Peer, searched bool) (b binding, changed <-chan struct{}, err error) {
-	if p.evidence == nil && a.Kernel != nil {
+// evidence, and for pods of the RuntimeClasses that he named.
+func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error) {
+	if p.evidence == nil && a.Kernel != nil && !isFinal(p.err) {
+		if p.search == 0 {
+			p.search = a.Kernel.Search() // before the look that has it begin
+		}
 		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
 	switch e := p.evidence; {
 	case e == nil && a.Kernel == nil:
 		b.caller, changed, err = a.byAddress(p.Client.Addr())
-	case errors.Is(p.err, ErrNoNamespace):
-		b.caller, changed, err = a.sandbox(p, searched)
+	case errors.Is(p.err, ErrNoNamespace), errors.Is(p.err, ErrNoSocket):
+		b.caller, changed, err = a.sandbox(p)
 	case e == nil:
 		err = p.err
 	case !e.Alive():
@@ -233,17 +239,20 @@ func (a *Attestor) find(p *Peer, searched bool) (b binding, changed <-chan struc
 	return b, changed, err
 }
 
-// sandbox returns the one live pod that has an address which no namespace has, if it is of a RuntimeClass for which that is usual.
-func (a *Attestor) sandbox(p *Peer, searched bool) (workload.Caller, <-chan struct{}, error) {
+// sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose sockets the node's kernel does not
+// have, and if no namespace has the address (gVisor), or only the pod's own (Kata). A search that began after the client came must
+// have come to its end: the address may be another pod's already, whose namespace was not known yet.
+func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
 	pods, changed, err := a.Pods.At(p.Client.Addr())
+	var held *NoSocketError
 	switch {
 	case err != nil && len(a.ByAddress) > 0:
 		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
-	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "":
+	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && held.Holder != pods[0].PodUID:
 		return workload.Caller{}, changed, p.err
 	case !a.BelievesAddress(pods[0].RuntimeClass):
 		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0], pods[0].RuntimeClass)
-	case !searched:
+	case !a.Kernel.Searched(p.search):
 		return workload.Caller{}, changed, p.err
 	}
 	return pods[0], changed, nil

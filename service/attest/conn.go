@@ -24,6 +24,7 @@ type Peer struct {
 	Conn
 	evidence *Evidence // what the kernel says; nil where it says nothing
 	err      error     // why it says nothing
+	search   int64     // for the client's namespace; 0: none was needed
 	binding  atomic.Pointer[binding]
 }
 

@@ -2,6 +2,7 @@ package attest
 
 import (
 	"errors"
+	"fmt"
 	"sync/atomic"
 )
 
@@ -28,6 +29,19 @@ var (
 	// ErrPods says that the evidence names two pods: one below the other in a cgroup's path, or two in one namespace (cgroup v1).
 	ErrPods = errors.New("the evidence names two pods")
 )
+
+// NoSocketError is [ErrNoSocket], with what is known all the same.
+type NoSocketError struct {
+	Conn   Conn
+	Holder string // UID of the one pod whose network namespace has the client's address; "" where there is none, or two
+}
+
+func (e *NoSocketError) Error() string {
+	return fmt.Sprintf("%s: from %s to %s", ErrNoSocket, e.Conn.Client, e.Conn.Original)
+}
+
+// Is has it be ErrNoSocket.
+func (e *NoSocketError) Is(target error) bool { return target == ErrNoSocket }
 
 // Kinds of evidence.
 const (

@@ -22,6 +22,7 @@ type witness struct {
 	evidence *Evidence
 	err      error
 	looks    int
+	searched int64
 	changed  chan struct{}
 }
 
@@ -36,6 +37,23 @@ func (w *witness) Changes() <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.changed
+}
+
+func (w *witness) Search() int64 { return 1 }
+
+func (w *witness) Searched(number int64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.searched >= number
+}
+
+// search ends one that finds nothing.
+func (w *witness) search() {
+	w.mu.Lock()
+	w.searched++
+	err := w.err
+	w.mu.Unlock()
+	w.say(nil, err)
 }
 
 func (w *witness) say(e *Evidence, err error) {
@@ -68,10 +86,12 @@ func pod(uid, runtimeClass string) workload.Caller {
 
 var puller = workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}
 
-const client = "10.1.0.1:1000"
+const podClient = "10.1.0.1:1000"
 
 func TestKernelEvidence(t *testing.T) {
 	away := errors.New("the API server is away")
+	noSocket := &NoSocketError{}
+	searched := func(_ *index, w *witness) { w.search() }
 	dead := inPod("a")
 	dead.life.Store(false)
 	for name, tt := range map[string]struct {
@@ -97,29 +117,40 @@ func TestKernelEvidence(t *testing.T) {
 			evidence: inPod("a"), at: []workload.Caller{pod("b", "gvisor")}, err: ErrUnknown, says: "pod a", took: Hold},
 		"the API server is away: a known UID is still the pod's":  {evidence: inPod("a"), pods: []workload.Caller{pod("a", "")}, index: away, want: "a"},
 		"the API server is away: an unknown UID is held, and why": {evidence: inPod("a"), pods: []workload.Caller{pod("b", "")}, index: away, err: away, took: Hold},
-		"a dead cgroup":                         {evidence: dead, pods: []workload.Caller{pod("a", "")}, at: []workload.Caller{pod("a", "gvisor")}, err: ErrChanged},
-		"A-13: no socket":                       {look: ErrNoSocket, at: []workload.Caller{pod("a", "gvisor")}, err: ErrNoSocket},
-		"A-12: sockets in two namespaces":       {look: ErrSockets, at: []workload.Caller{pod("a", "gvisor")}, err: ErrSockets},
-		"A-17: two pods":                        {look: ErrPods, at: []workload.Caller{pod("a", "gvisor")}, err: ErrPods},
-		"no cgroup":                             {look: ErrNoCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrNoCgroup},
-		"A-11: a cgroup that nobody knows":      {look: ErrUnknownCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrUnknownCgroup, took: Hold},
-		"the helper is away":                    {look: ErrHelperAway, at: []workload.Caller{pod("a", "gvisor")}, err: ErrHelperAway, says: "gke-metadata-emulator-attest.service", took: Hold},
-		"the helper comes back":                 {look: ErrHelperAway, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
-		"a namespace is found after the accept": {look: ErrNoNamespace, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
+		"a dead cgroup":   {evidence: dead, pods: []workload.Caller{pod("a", "")}, at: []workload.Caller{pod("a", "gvisor")}, err: ErrChanged},
+		"A-13: no socket": {look: noSocket, at: []workload.Caller{pod("a", "")}, later: searched, err: ErrNoSocket, took: Hold},
+		"A-13: a socket in a namespace that is found after the accept": {look: noSocket, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
+		"nobody left where the socket was made":                        {look: ErrEmptyCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrEmptyCgroup},
+		"a pod's name on somebody's cgroup":                            {look: ErrOwner, at: []workload.Caller{pod("a", "gvisor")}, err: ErrOwner},
+		"A-12: sockets in two namespaces":                              {look: ErrSockets, at: []workload.Caller{pod("a", "gvisor")}, err: ErrSockets},
+		"A-17: two pods":                                               {look: ErrPods, at: []workload.Caller{pod("a", "gvisor")}, err: ErrPods},
+		"no cgroup":                                                    {look: ErrNoCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrNoCgroup},
+		"A-11: a cgroup that nobody knows":                             {look: ErrUnknownCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrUnknownCgroup, took: Hold},
+		"the helper is away":                                           {look: ErrHelperAway, at: []workload.Caller{pod("a", "gvisor")}, err: ErrHelperAway, says: "gke-metadata-emulator-attest.service", took: Hold},
+		"the helper comes back":                                        {look: ErrHelperAway, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
+		"a namespace is found after the accept":                        {look: ErrNoNamespace, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
 
 		"a pod whose namespace is not found is not believed for its address": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, err: ErrNoNamespace, took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "")}, later: searched, err: ErrNoNamespace, took: Hold},
 		"A-14: a sandbox is, once its namespace was searched for": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, want: "a", took: time.Second},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
+		"A-14: news of others is no search": {
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, err: ErrNoNamespace, took: Hold},
+		"A-14: a sandbox whose namespace has the address, and no socket": {
+			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
+		"A-14: a sandbox's address that another pod's namespace has": {
+			look: &NoSocketError{Holder: "b"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
+		"A-14: a sandbox's address that two namespaces have": {
+			look: noSocket, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
 		"A-14: the search finds whose address it is now": {
 			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, pods: []workload.Caller{pod("b", "")},
 			later: func(_ *index, w *witness) { w.say(inPod("b"), nil) }, want: "b", took: time.Second},
 		"A-14: a sandbox that is not configured": {
 			look: ErrNoNamespace, at: []workload.Caller{pod("a", "kata")}, err: ErrNoNamespace, says: "attestation.byAddress", took: Hold},
 		"A-14: two pods have the sandbox's address": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor"), pod("b", "gvisor")}, later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, err: ErrNoNamespace, took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor"), pod("b", "gvisor")}, later: searched, err: ErrNoNamespace, took: Hold},
 		"A-14: a sandbox while the API server is away": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, index: away, later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, err: away, took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, index: away, later: searched, err: away, took: Hold},
 
 		"a unit that is named":             {evidence: inCgroup("/system.slice/kubelet.service"), want: "kubelet.service", account: puller},
 		"a cgroup that is named":           {evidence: inCgroup("/system.slice/docker-0abc.scope/init"), want: "docker-0abc.scope", account: workload.ServiceAccount{Namespace: "ns", Name: "docker"}},
@@ -133,7 +164,7 @@ func TestKernelEvidence(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				x, w := newIndex(), newWitness(tt.evidence, tt.look)
 				x.live(tt.index, tt.pods...)
-				x.pods[netip.MustParseAddrPort(client).Addr()] = tt.at
+				x.pods[netip.MustParseAddrPort(podClient).Addr()] = tt.at
 				if tt.later != nil {
 					time.AfterFunc(time.Second, func() { tt.later(x, w) })
 				}
@@ -142,7 +173,7 @@ func TestKernelEvidence(t *testing.T) {
 					{Cgroup: "/system.slice/docker-*.scope", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "docker"}},
 				}})
 				start := time.Now()
-				p := peer(client)
+				p := peer(podClient)
 				p.evidence, p.err = w.Look(p.Conn)
 				got, err := a.Attest(t.Context(), p)
 				if !errors.Is(err, tt.err) || got.ID() != tt.want || (err != nil) != (tt.err != nil) {
@@ -175,7 +206,7 @@ func TestEvidenceDies(t *testing.T) {
 			x, e := newIndex(), inPod("a")
 			x.live(nil, pod("a", ""))
 			w := newWitness(e, nil)
-			a, p := New(Options{Pods: x, Kernel: w}), peer(client)
+			a, p := New(Options{Pods: x, Kernel: w}), peer(podClient)
 			if _, err := a.Attest(t.Context(), p); err != nil {
 				t.Fatal(err)
 			}
@@ -214,9 +245,9 @@ func TestConfigurationChanges(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			x := newIndex()
 			x.live(nil, pod("a", ""))
-			x.pods[netip.MustParseAddrPort(client).Addr()] = byAddress
+			x.pods[netip.MustParseAddrPort(podClient).Addr()] = byAddress
 			tt.before.Pods, tt.after.Pods = x, x
-			p := peer(client)
+			p := peer(podClient)
 			if _, err := New(tt.before).Attest(t.Context(), p); err != nil {
 				t.Fatal(err)
 			}
@@ -235,7 +266,7 @@ func TestAddressWhileTheWatchIsReopened(t *testing.T) {
 				away := errors.New("away")
 				x := newIndex()
 				x.set(nil, "10.1.0.1", "a")
-				a, p := attestor(x), peer(client)
+				a, p := attestor(x), peer(podClient)
 				if _, err := a.Attest(t.Context(), p); err != nil {
 					t.Fatal(err)
 				}
@@ -254,13 +285,13 @@ func TestAddressWhileTheWatchIsReopened(t *testing.T) {
 func TestParty(t *testing.T) {
 	x := newIndex()
 	for want, e := range map[string]*Evidence{"pod a": inPod("a"), "kubelet.service": inCgroup("/system.slice/kubelet.service"), "10.1.0.1": nil} {
-		p := peer(client)
+		p := peer(podClient)
 		p.evidence = e
 		if got := p.Party().String(); got != want {
 			t.Errorf("Party = %s, want %s", got, want)
 		}
 	}
-	p := peer(client)
+	p := peer(podClient)
 	if kind, container := p.Evidence(); kind != "" || container != "" {
 		t.Errorf("Evidence before Attest = %q, %q", kind, container)
 	}
@@ -323,7 +354,7 @@ func TestHostFits(t *testing.T) {
 func BenchmarkAttestKnownByKernel(b *testing.B) {
 	x := newIndex()
 	x.live(nil, pod("a", ""))
-	a, p := New(Options{Pods: x, Kernel: newWitness(inPod("a"), nil)}), peer(client)
+	a, p := New(Options{Pods: x, Kernel: newWitness(inPod("a"), nil)}), peer(podClient)
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := a.Attest(b.Context(), p); err != nil {

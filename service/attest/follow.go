@@ -317,6 +317,7 @@ func (k *Kernel) listenToHelper(ctx context.Context) error {
 				first = false
 			}
 			k.helperIs(true, m.Problem)
+			k.done.Store(k.begun.Load()) // there is one at a time
 			k.changed()
 			signal(complete)
 		case m.Gone:
@@ -352,6 +353,7 @@ func (k *Kernel) askHelper(ctx context.Context, c *net.UnixConn, complete <-chan
 			return
 		case <-k.scan:
 		}
+		k.begun.Add(1)
 		if _, err := c.Write([]byte{scanRequest}); err != nil {
 			_ = c.Close()
 			return

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,6 +32,8 @@ type Kernel struct {
 	lookups *prometheus.CounterVec
 	scan    chan struct{} // holds one when the helper is to look for namespaces
 	walk    chan struct{} // holds one when a cgroup is not known
+	begun   atomic.Int64  // searches that the helper was asked for,
+	done    atomic.Int64  // and the last of them that came to its end
 
 	poller  *poller
 	cgroups *cgroups
@@ -89,7 +92,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	case n == nil:
 		signal(k.scan)
 		if len(holders) > 0 || c.Client.Addr().IsLoopback() {
-			return nil, fmt.Errorf("%w: from %s to %s", ErrNoSocket, c.Client, c.Original)
+			return nil, &NoSocketError{Conn: c, Holder: podOf(holders)}
 		}
 		if !helper {
 			return nil, fmt.Errorf("%w: %s", ErrHelperAway, c.Client.Addr())
@@ -139,6 +142,20 @@ func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f
 	}
 	return n, f, nil
 }
+
+// podOf returns the one pod whose namespace has an address, "" where that is not so.
+func podOf(holders []holder) string {
+	if len(holders) != 1 || holders[0].evidence == nil {
+		return ""
+	}
+	return holders[0].evidence.PodUID
+}
+
+// Search returns the number of the next search for namespaces. The helper is asked for one by a Look that finds none.
+func (k *Kernel) Search() int64 { return k.begun.Load() + 1 }
+
+// Searched reports whether that search, or a later one, has come to its end.
+func (k *Kernel) Searched(number int64) bool { return k.done.Load() >= number }
 
 // Changes returns a channel that is closed when another Look may say more. Take it before the Look that it follows.
 func (k *Kernel) Changes() <-chan struct{} {

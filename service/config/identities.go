@@ -22,7 +22,7 @@ type HostIdentity struct {
 const identityForm = "{unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or cgroup: in place of unit:"
 
 var (
-	unitPattern    = regexp.MustCompile(`^[A-Za-z0-9:_.@*?\[\]\\-]+\.(service|scope|slice|mount|socket|swap)$`)
+	unitPattern    = regexp.MustCompile(`^[A-Za-z0-9:_.@*?\[\]\\-]+\.(service|scope|slice)$`)
 	cgroupPattern  = regexp.MustCompile(`^(/[A-Za-z0-9:_.@*?\[\]\\-]+)+$`)
 	serviceAccount = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 )
