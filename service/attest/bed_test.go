@@ -332,12 +332,30 @@ func (c *client) try(format string, args ...any) (string, error) {
 	if _, err := fmt.Fprintln(c.in, line); err != nil {
 		return "", fmt.Errorf("%s: %w", line, err)
 	}
+	defer time.AfterFunc(20*time.Second, func() { _ = c.cmd.Process.Kill() }).Stop()
 	answer, err := c.out.ReadString('\n')
 	answer = strings.TrimSpace(answer)
 	if err != nil || !strings.HasPrefix(answer, "ok") {
 		return "", fmt.Errorf("%s: %w: %s", line, errors.Join(err, errors.New("the client failed")), answer)
 	}
 	return strings.TrimSpace(strings.TrimPrefix(answer, "ok")), nil
+}
+
+// answer is what the client says later to something that it did in two steps.
+func (c *client) answer() string {
+	c.t.Helper()
+	defer time.AfterFunc(20*time.Second, func() { _ = c.cmd.Process.Kill() }).Stop()
+	answer, err := c.out.ReadString('\n')
+	rest, ok := strings.CutPrefix(strings.TrimSpace(answer), "ok")
+	if err != nil || !ok {
+		c.t.Fatalf("the client failed: %v: %s", err, answer)
+	}
+	return strings.TrimSpace(rest)
+}
+
+// seenByClients is a cgroup's directory in a client's process.
+func (b *bed) seenByClients(path string) string {
+	return strings.Replace(b.cgroups, fmt.Sprintf("/fd/%d/", b.mount.Fd()), "/fd/3/", 1) + path
 }
 
 // accept returns our end of the client's connection from there.
@@ -406,7 +424,7 @@ func (b *bed) mustBe(c *client, how, pod, container string) (*Evidence, net.Conn
 }
 
 // podUID and containerIDOf make as many as a test wants.
-func podUID(n int) string       { return fmt.Sprintf("00000000-0000-4000-8000-%012d", n) }
+func podUID(n int) string        { return fmt.Sprintf("00000000-0000-4000-8000-%012d", n) }
 func containerIDOf(n int) string { return fmt.Sprintf("%064x", n) }
 
 // containerPath is a container's cgroup with the cgroupfs driver.

@@ -8,8 +8,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,7 +46,13 @@ func (p *player) play(args []string) (string, error) {
 	}
 	switch args[0] {
 	case "dial": // network address [own end]
-		return p.dial(args[1], args[2], args[3], 0)
+		return p.dial(args[1], args[2], args[3])
+	case "spoof": // own end, address: from an address that need not be ours
+		return p.spoof(args[1], args[2], true)
+	case "try": // own end, address: sends a SYN and does not wait
+		return p.spoof(args[1], args[2], false)
+	case "forge": // port id of a netlink socket, cgroup id, both ends: sends it an answer of our own to many questions to come
+		return p.forge(args[1:])
 	case "bound": // device address: a socket that is bound to an interface
 		return p.socket(unix.AF_INET, unix.IPPROTO_TCP, args[2], args[1])
 	case "mapped": // address: a socket of AF_INET6 that speaks IPv4
@@ -73,6 +81,16 @@ func (p *player) play(args []string) (string, error) {
 	case "send": // own end, text
 		_, err := p.conns[args[1]].Write([]byte(args[2]))
 		return "", err
+	case "enter": // path: this process goes into the network namespace, as a runtime's does before it becomes the container's
+		nsenter, err := exec.LookPath("nsenter")
+		if err != nil {
+			return "", err
+		}
+		program, err := os.Executable()
+		if err != nil {
+			return "", err
+		}
+		return "", syscall.Exec(nsenter, []string{"nsenter", "--net=" + args[1], "--", "sh", "-c", `echo ok; exec "$0"`, program}, os.Environ())
 	case "pid":
 		return strconv.Itoa(os.Getpid()), nil
 	case "exit":
@@ -81,7 +99,7 @@ func (p *player) play(args []string) (string, error) {
 	return "", fmt.Errorf("what is %s?", args[0])
 }
 
-func (p *player) dial(network, address, own string, _ int) (string, error) {
+func (p *player) dial(network, address, own string) (string, error) {
 	d := net.Dialer{Timeout: 5 * time.Second}
 	d.SetMultipathTCP(false)
 	if own != "" {
@@ -185,4 +203,52 @@ func (p *player) take(path string) (string, error) {
 		return "", err
 	}
 	return p.keep(conn)
+}
+
+func (p *player) spoof(own, address string, wait bool) (string, error) {
+	from, to := netip.MustParseAddrPort(own), netip.MustParseAddrPort(address)
+	kind := unix.SOCK_STREAM | unix.SOCK_CLOEXEC
+	if !wait {
+		kind |= unix.SOCK_NONBLOCK
+	}
+	fd, err := unix.Socket(unix.AF_INET, kind, 0)
+	if err != nil {
+		return "", err
+	}
+	p.raw = append(p.raw, fd)
+	for _, option := range [][2]int{{unix.SOL_IP, unix.IP_FREEBIND}, {unix.SOL_SOCKET, unix.SO_REUSEADDR}} {
+		if err := unix.SetsockoptInt(fd, option[0], option[1], 1); err != nil {
+			return "", err
+		}
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: from.Addr().As4(), Port: int(from.Port())}); err != nil {
+		return "", err
+	}
+	err = unix.Connect(fd, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())})
+	if err == unix.EINPROGRESS {
+		err = nil
+	}
+	return own, err
+}
+
+func (p *player) forge(args []string) (string, error) {
+	if len(args) != 4 {
+		return "", errors.New("want port id, cgroup id and both ends")
+	}
+	portID, err1 := strconv.ParseUint(args[0], 10, 32)
+	cgroup, err2 := strconv.ParseUint(args[1], 10, 64)
+	local, err3 := netip.ParseAddrPort(args[2])
+	remote, err4 := netip.ParseAddrPort(args[3])
+	fd, err := openNetlink(unix.NETLINK_SOCK_DIAG)
+	if err = errors.Join(err, err1, err2, err3, err4); err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	arrived := 0
+	for sequence := range uint32(32) {
+		if unix.Sendto(fd, forgedAnswer(sequence, 1, cgroup, local, remote), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: uint32(portID)}) == nil {
+			arrived++
+		}
+	}
+	return strconv.Itoa(arrived), nil
 }
