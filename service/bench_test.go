@@ -57,7 +57,7 @@ func TestMain(m *testing.M) {
 		defer stop()
 		err := Run(ctx, Options{
 			Load: func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server), Version: "bench",
-			CgroupRoot: os.Getenv(cgroupRoot), AttestSocket: os.Getenv(attestSocket),
+			CgroupRoot: os.Getenv(cgroupRoot),
 		})
 		if err == nil {
 			return

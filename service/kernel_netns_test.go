@@ -226,7 +226,7 @@ func TestKernel(t *testing.T) {
 	}
 	for _, want := range []string{
 		`attestation +by the kernel: \d+ cgroups and \d+ network namespaces`, `default +a +10\.244\.\S+ +cgroup +a\n`, `default +host +host network +cgroup +host\n`,
-		`default +sandbox +10\.244\.\S+ +source-ip +sandbox\n`, `default +static +host network +nothing: not served +\(static pod\)\n`,
+		`default +sandbox +10\.244\.\S+ +source-ip +sandbox\n`, `default +static +host network +nothing +\(static pod\)\n`,
 		`HOST IDENTITIES: 2\n`, `kubelet\.service +default/plain\n`, `/system\.slice/docker-\*\.scope +default/reader +` + gsa,
 	} {
 		if !regexp.MustCompile(want).MatchString(text.String()) {

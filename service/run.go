@@ -30,7 +30,6 @@ type Options struct {
 	Reload         <-chan os.Signal              // SIGHUP
 	RunDir         string                        // where the state of the rules is read
 	CgroupRoot     string                        // where the node's cgroups are; "": where the system has them
-	AttestSocket   string                        // where the helper listens that finds pods' network namespaces
 	CredentialCopy string                        // where root puts a copy of a kubeconfig that this user may not read (R-27); "": nowhere
 	StatusSocket   string                        // where `status` asks; "": status.sock in RunDir
 	Version        string
@@ -87,7 +86,7 @@ func newService(o Options) *Service {
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
-	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: o.AttestSocket, Log: s.log, Registerer: s.gathered})
+	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: filepath.Join(o.RunDir, "attest", "attest.sock"), Log: s.log, Registerer: s.gathered})
 	kube.RouteKlog(s.log)
 	return s
 }

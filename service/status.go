@@ -85,10 +85,7 @@ func (s *Service) attestation(site *site, c *kube.Status) Attestation {
 	kind := attest.ByAddress
 	if a.Mode == "kernel" {
 		k := s.kernel.Status()
-		a.Kernel, kind = &k, attest.ByCgroup
-		if k.Hierarchy == "cgroup1" {
-			kind = attest.ByNamespace
-		}
+		a.Kernel, kind = &k, k.Evidence
 	}
 	for i := range c.Pods {
 		p := &c.Pods[i]

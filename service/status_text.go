@@ -32,7 +32,7 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
 			for _, p := range c.Pods {
 				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),
-					strings.Trim(fmt.Sprint(p.Addresses), "[]")+mark(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing: not served"),
+					strings.Trim(fmt.Sprint(p.Addresses), "[]")+mark(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing"),
 					cmp.Or(p.ServiceAccount, "(static pod)"), accountText(p.AccountStatus))
 			}
 		})
@@ -110,7 +110,7 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 		line("", "%s", k.Problem)
 	}
 	for _, lack := range k.Lacks {
-		line("", "%s", lack)
+		line("", "lacking: %s", lack)
 	}
 }
 

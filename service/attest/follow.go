@@ -98,7 +98,10 @@ func (k *Kernel) openOwn(unified bool) error {
 		return err
 	}
 	lacks, named := tryOut(own)
-	s := KernelStatus{Hierarchy: "cgroup2", Lacks: lacks}
+	s := KernelStatus{Hierarchy: "cgroup2", Evidence: ByCgroup, Lacks: lacks}
+	if !unified || !named {
+		s.Evidence = ByNamespace
+	}
 	switch {
 	case !unified:
 		s.Hierarchy = "cgroup1"

@@ -179,6 +179,7 @@ func (k *Kernel) changed() {
 // KernelStatus is what `status` shows of a Kernel.
 type KernelStatus struct {
 	Hierarchy  string    `json:"hierarchy"`         // cgroup2 or cgroup1; "" until Run found out
+	Evidence   string    `json:"evidence"`          // ByCgroup or ByNamespace: the most that this kernel says
 	Cgroups    int       `json:"cgroups"`           // known
 	Namespaces int       `json:"namespaces"`        // of pods, whose sockets can be asked for
 	Helper     bool      `json:"helper"`            // connected

@@ -65,7 +65,7 @@ var keys = []Key{
 		Usage: "interfaces whose requests are left alone, such as docker0 or virbr0",
 		field: func(r *raw) any { return &r.Routing.Spare }},
 	{Path: "routing.interceptHostPods", Default: "auto", Values: []string{"auto", "on", "off"},
-		Usage: "redirect pods on the host network too; who asks there cannot be told yet, so auto is off",
+		Usage: "redirect pods on the host network too; auto leaves them alone",
 		field: func(r *raw) any { return &r.Routing.InterceptHostPods }},
 	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:ec2::254]:80",
 		Usage: "the cloud's own metadata servers, which no pod may reach",
