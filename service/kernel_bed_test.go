@@ -23,6 +23,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube/kubetest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -61,12 +62,17 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 		return l
 	}
 	k.bed = newWorldAt(t, listen(6443), listen(443))
-	for _, line := range []string{
-		"ip address add 169.254.169.252/32 dev lo",
-		"iptables -t nat -A PREROUTING -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988",
-		"iptables -t nat -A OUTPUT -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988",
-	} {
-		k.run(k.node.NS, line)
+	rules, err := routing.New(routing.Plan{Mode: routing.ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: routing.DefaultGuard(), RunDir: k.dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.node.Do(func() error { return rules.Install(t.Context()) }); err != nil {
+		t.Fatal(err)
+	}
+	// What routing.interceptHostPods adds where there are slices to spare.
+	args := strings.Fields("-t nat -A OUTPUT -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988")
+	if out, err := k.node.Command(t.Context(), "iptables", args...).CombinedOutput(); err != nil {
+		t.Fatalf("iptables: %v: %s", err, out)
 	}
 	k.kube.AddUser("gke-metadata-emulator", "dedicated-secret")
 	kubeconfig, err := k.kube.TokenKubeconfig("dedicated-secret")
@@ -138,14 +144,6 @@ func removeCgroups(path string) {
 		}
 	}
 	_ = unix.Rmdir(path)
-}
-
-func (k *kernelBed) run(ns *netnstest.NS, line string) {
-	k.t.Helper()
-	args := strings.Fields(line)
-	if out, err := ns.Command(k.t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
-		k.t.Fatalf("%s: %v: %s", line, err, out)
-	}
 }
 
 // process starts this binary in a role, in the namespace and as a process of the node.
