@@ -13,8 +13,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// audit writes the line of each token that is handed out: which pod got which for how long, and never the token. The
-// same token handed to the same pod again is no other token: it is counted, and told once a minute, so that a pod that
+// audit writes the line of each token that is handed out: who got which for how long, known by what, and never the token. The
+// same token handed to the same asker again is no other token: it is counted, and told once a minute, so that a pod that
 // asks ten thousand times a second does not write as many lines into the node's journal.
 type audit struct {
 	log logrus.FieldLogger
@@ -23,15 +23,20 @@ type audit struct {
 	told map[handout]*telling
 }
 
-// handout is a token that a pod got. It is comparable.
+// handout is a token that somebody got. It is comparable.
 type handout struct {
-	podUID  string
+	asker
 	request token.Request
+}
+
+// asker is who asks, and what says so. It is comparable.
+type asker struct {
+	caller              workload.Caller
+	evidence, container string // as attest.Peer has them
 }
 
 // telling is what was told of a handout, and what is still to be told.
 type telling struct {
-	caller  workload.Caller
 	expires time.Time
 	again   atomic.Int64
 }
@@ -42,9 +47,9 @@ func newAudit(log logrus.FieldLogger) *audit {
 	return &audit{log: log, told: map[handout]*telling{}}
 }
 
-// handedOut notes that the caller gets a token. What it returns counts the same token to the same pod again.
-func (a *audit) handedOut(c workload.Caller, r token.Request, expires time.Time) *telling {
-	h := handout{c.PodUID, r}
+// handedOut notes that the asker gets a token. What it returns counts the same token to the same asker again.
+func (a *audit) handedOut(by asker, r token.Request, expires time.Time) *telling {
+	h := handout{by, r}
 	a.mu.Lock()
 	before := a.told[h]
 	if before != nil && before.expires.Equal(expires) {
@@ -52,13 +57,13 @@ func (a *audit) handedOut(c workload.Caller, r token.Request, expires time.Time)
 		before.again.Add(1)
 		return before
 	}
-	now := &telling{caller: c, expires: expires}
+	now := &telling{expires: expires}
 	a.told[h] = now
 	a.mu.Unlock()
 	if before != nil {
 		a.tellAgain(h, before)
 	}
-	a.line(h, c, expires).Info("token handed out")
+	a.line(h, expires).Info("token handed out")
 	return now
 }
 
@@ -79,12 +84,12 @@ func (a *audit) run(ctx context.Context) error {
 
 func (a *audit) tellAgain(h handout, k *telling) {
 	if times := k.again.Swap(0); times > 0 {
-		a.line(h, k.caller, k.expires).WithField("times", times).Info("the same token handed out again")
+		a.line(h, k.expires).WithField("times", times).Info("the same token handed out again")
 	}
 }
 
-func (a *audit) line(h handout, c workload.Caller, expires time.Time) *logrus.Entry {
-	f := callerFields(c)
+func (a *audit) line(h handout, expires time.Time) *logrus.Entry {
+	f := h.fields()
 	f["expires"] = expires.UTC().Format(time.RFC3339)
 	if h.request.Account.Linked() {
 		f["google_service_account"] = h.request.Account.GoogleEmail
@@ -97,24 +102,40 @@ func (a *audit) line(h handout, c workload.Caller, expires time.Time) *logrus.En
 	return a.log.WithFields(f)
 }
 
-func callerFields(c workload.Caller) logrus.Fields {
-	return logrus.Fields{"pod": c.String(), "pod_uid": c.PodUID, "service_account": c.ServiceAccount.String()}
+func (a asker) fields() logrus.Fields {
+	f := logrus.Fields{"service_account": a.caller.ServiceAccount.String(), "evidence": a.evidence}
+	if a.caller.PodUID != "" {
+		f["pod"], f["pod_uid"] = a.caller.String(), a.caller.PodUID
+	} else {
+		f["unit"] = a.caller.Unit
+	}
+	if a.container != "" {
+		f["container"] = a.container
+	}
+	return f
+}
+
+// asker says who asks, as far as that was found out.
+func (r *request) asker() (a asker, known bool) {
+	a.caller = r.caller
+	a.evidence, a.container = r.peer.Evidence()
+	return a, r.caller.ID() != ""
 }
 
 // fields tell of a request what the log may hold: never its path or query, which a pod writes.
 func (s *server) fields(req *request, status int) logrus.Fields {
 	f := logrus.Fields{}
-	if req.caller.PodUID != "" {
-		f = callerFields(req.caller)
+	if by, known := req.asker(); known {
+		f = by.fields()
 	}
 	f["place"], f["client"], f["status"] = req.place.Node, req.peer.Client.Addr().String(), status
 	return f
 }
 
-// asker is whose refusals are counted together: the pod's where it is known, else the address's.
-func asker(req *request) string {
-	if req.caller.PodUID != "" {
-		return req.caller.PodUID
+// whose says whose refusals are counted together: the caller's where it is known, else those of the pod, the unit or the address.
+func whose(req *request) string {
+	if id := req.caller.ID(); id != "" {
+		return id
 	}
-	return req.peer.Client.Addr().String()
+	return req.party.String()
 }

@@ -54,9 +54,15 @@ func newBed(t testing.TB, more ...string) *bed {
 // newWorld is what surrounds the service.
 func newWorld(t testing.TB) *bed {
 	t.Helper()
+	return newWorldAt(t, nil, nil)
+}
+
+// newWorldAt is newWorld with the stand-ins elsewhere than on loopback.
+func newWorldAt(t testing.TB, kubernetes, google net.Listener) *bed {
+	t.Helper()
 	b := &bed{dir: t.TempDir(), log: new(syncBuffer), reload: make(chan os.Signal)}
 	var err error
-	if b.kube, err = kubetest.New(kubetest.Options{}); err != nil {
+	if b.kube, err = kubetest.New(kubetest.Options{Listener: kubernetes}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(b.kube.Close)
@@ -74,7 +80,7 @@ func newWorld(t testing.TB) *bed {
 	} {
 		b.addPod(sa.name, address, sa.annotations)
 	}
-	if b.google, err = googletest.New(googletest.Options{Providers: map[string]googletest.Provider{
+	if b.google, err = googletest.New(googletest.Options{Listener: google, Providers: map[string]googletest.Provider{
 		audience: {Issuer: b.kube.Issuer(), JWKS: b.kube.JWKS},
 	}}); err != nil {
 		t.Fatal(err)
@@ -113,6 +119,7 @@ projectID: my-project
 kubeconfig: kubeconfig
 listen: 127.0.0.1:0
 routing: {mode: none}
+attestation: {mode: source-ip} # all of them are processes of one cgroup
 healthListen: 127.0.0.1:0
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}
 instance: {hostname: node1.example.com, id: "4503599627370497", zone: europe-west4-a}

@@ -30,7 +30,7 @@ import (
 // The benchmarks run the emulator and a bare net/http server that writes the same bytes as processes of their own,
 // and this one asks both in turn.
 const (
-	benchServer = "GME_BENCH_SERVER" // bare, or a configuration file
+	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, or a configuration file
 	benchListen = "GME_BENCH_LISTEN"
 	benchAnswer = "GME_BENCH_ANSWER" // what bare writes: a file that holds header and body as JSON
 	pairs       = 20
@@ -44,6 +44,10 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	case "bare":
 		fmt.Fprintln(os.Stderr, bare())
+	case "helper":
+		fmt.Fprintln(os.Stderr, helperProcess())
+	case "pod":
+		fmt.Fprintln(os.Stderr, podProcess())
 	default:
 		go answerMallocs()
 		if os.Getenv("LISTEN_FDS") != "" {
@@ -53,6 +57,7 @@ func TestMain(m *testing.M) {
 		defer stop()
 		err := Run(ctx, Options{
 			Load: func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server), Version: "bench",
+			CgroupRoot: os.Getenv(cgroupRoot),
 		})
 		if err == nil {
 			return
@@ -436,7 +441,7 @@ func BenchmarkTenThousandConnections(b *testing.B) {
 }
 
 // statusOf asks the emulator as `status` does.
-func statusOf(b *testing.B, dir string) (st Status) {
+func statusOf(b testing.TB, dir string) (st Status) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
 	}}}

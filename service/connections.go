@@ -12,29 +12,32 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// connections counts the open connections of each client address, so that one pod cannot take those of the others.
+// connections counts the open connections of each pod, of each unit of the node, and of each address where that is all that
+// is known at accept, so that nobody can take those of the others.
 type connections struct {
-	limit func() int                // limits.connectionsPerPod
-	ours  func(netip.AddrPort) bool // our own, which count for nothing
+	limit  func() int                  // limits.connectionsPerPod
+	ours   func(netip.AddrPort) bool   // our own, which count for nothing
+	attest func(net.Conn) *attest.Peer // who is on the other end
 
 	opened, idle atomic.Int64 // of all; idle are those between two requests
 
-	mu        sync.Mutex
-	addresses map[netip.Addr]*atomic.Int64 // how many each has open
+	mu      sync.Mutex
+	parties map[attest.Party]*atomic.Int64 // how many each has open
 }
 
 // connection is what we know of one.
 type connection struct {
-	peer    *attest.Peer
-	address *atomic.Int64 // its address's count; nil for our own
-	idle    atomic.Bool
+	peer  *attest.Peer
+	party attest.Party  // whom it counts for
+	open  *atomic.Int64 // how many that one has; nil for our own
+	idle  atomic.Bool
 
 	toldOf handed   // the last token that was handed out on it: net/http has one request on a connection at a time
 	told   *telling // what the audit trail has of that
 }
 
-func newConnections(limit func() int, ours func(netip.AddrPort) bool) *connections {
-	return &connections{limit: limit, ours: ours, addresses: map[netip.Addr]*atomic.Int64{}}
+func newConnections(limit func() int, ours func(netip.AddrPort) bool, at func(net.Conn) *attest.Peer) *connections {
+	return &connections{limit: limit, ours: ours, attest: at, parties: map[attest.Party]*atomic.Int64{}}
 }
 
 type connectionKey struct{}
@@ -45,19 +48,19 @@ func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	if f, ok := c.(flavouredConn); ok {
 		known = f.connection
 	}
-	known.peer = attest.Accept(c)
+	known.peer = x.attest(c)
+	known.party = known.peer.Party()
 	ctx = context.WithValue(ctx, connectionKey{}, known)
 	if x.ours(known.peer.Client) {
 		return ctx
 	}
 	x.opened.Add(1)
-	addr := known.peer.Client.Addr()
 	x.mu.Lock()
-	if x.addresses[addr] == nil {
-		x.addresses[addr] = new(atomic.Int64)
+	if x.parties[known.party] == nil {
+		x.parties[known.party] = new(atomic.Int64)
 	}
-	known.address = x.addresses[addr]
-	n := known.address.Add(1)
+	known.open = x.parties[known.party]
+	n := known.open.Add(1)
 	x.mu.Unlock()
 	if n > int64(2*x.limit()) { // one that does not even read its refusals gets no more of them
 		_ = c.Close()
@@ -68,7 +71,7 @@ func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 // state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then.
 func (x *connections) state(c net.Conn, state http.ConnState) {
 	f, ok := c.(flavouredConn)
-	if !ok || f.connection.address == nil {
+	if !ok || f.connection.open == nil {
 		return
 	}
 	known := f.connection
@@ -85,19 +88,19 @@ func (x *connections) state(c net.Conn, state http.ConnState) {
 	x.opened.Add(-1)
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if known.address.Add(-1) == 0 {
-		delete(x.addresses, known.peer.Client.Addr())
+	if known.open.Add(-1) == 0 {
+		delete(x.parties, known.party)
 	}
 }
 
-// check refuses a connection whose address has more than a pod may have.
+// check refuses a connection of somebody who has more than a pod may have.
 func (x *connections) check(known *connection) error {
 	limit := x.limit()
-	if known.address == nil || known.address.Load() <= int64(limit) {
+	if known.open == nil || known.open.Load() <= int64(limit) {
 		return nil
 	}
 	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
-		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.peer.Client.Addr(), known.address.Load())}
+		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party, known.open.Load())}
 }
 
 // open returns the number of all open connections.

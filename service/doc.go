@@ -8,19 +8,21 @@
 //
 //  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo.
 //  2. accept (connections.go): before a byte is read, both ends of the socket are written down as the kernel sees them,
-//     before and after DNAT ([attest.Peer]). Nothing that the request says of its sender is believed, ever.
+//     before and after DNAT, and the kernel is asked whose socket the other one is: its cgroup names a pod's UID and a
+//     container, or a unit of the node ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
 //  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered
 //     without knowing who asks, and waits for nothing: clients probe it and remember the answer for life.
 //  4. rules (guard.go): a table of what is refused for its header alone: proxies, foreign hosts, a missing flavor.
-//  5. who is it: package attest finds the one live pod of this node behind the connection, in what package kube watches.
-//     A pod that is not known yet is waited for, 2 s at most. Two pods with one address are a refusal, not a guess.
+//  5. who is it: package attest looks the evidence up in what package kube watches: the live pod of this node with that UID, or
+//     the identity that the operator gave the unit. What is not known yet is waited for, 2 s at most. No evidence, or two
+//     kinds of it, is a refusal and not a guess; an address counts for pods alone whom nothing else can name.
 //  6. what may it see: package metadata evaluates the place for this caller. An account that is not the caller's does
 //     not exist for it.
 //  7. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its annotations say. The cache
 //     has it, or asks package token's Google: a ServiceAccount token from Kubernetes (TokenRequest, bound to the pod), a
 //     federated token for it from Google's STS, and the linked Google service account's token for that from IAM. One
 //     mint is in flight for one request; it outlives the first asker; it is done again before the token gets old.
-//  8. the evidence again: had the address another owner meanwhile, the answer is thrown away.
+//  8. the evidence again: had the process died meanwhile, or the pod, the answer is thrown away.
 //  9. write (server.go): one function turns an answer, or an error by way of one table (refusal.go), into bytes. One
 //     audit line tells of each token that was handed out, one metric of each request.
 //
@@ -43,8 +45,9 @@
 //  8. ExecStopPost runs `routing remove`, and stops the socket, when the unit is stopped for good, unless routing.onStop is
 //     keep.
 //
-// The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, and a copy
-// of kubelet's credential (credential.go).
+// The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, a copy
+// of kubelet's credential (credential.go), and sockets in pods' network namespaces, which a helper opens and hands over
+// ([attest.Helper]): each can ask the kernel about its namespace, and nothing else.
 //
 // Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to rules, policy rules, addresses,
 // links and routes, and it puts back what others flushed. It keeps what was installed last and lets be what was removed; what it

@@ -276,6 +276,6 @@ func bootTime() int64 {
 
 // digest says what the tokens depend on: what is not left out counts.
 func (n needs) digest() [sha256.Size]byte {
-	n.nodeName, n.prefetch, n.limits = "", "", config.Limits{} // how many tokens, and not which
+	n.nodeName, n.prefetch, n.attestation, n.limits = "", "", "", config.Limits{} // how many tokens, and for whom, and not which
 	return sha256.Sum256(fmt.Appendf(nil, "%#v", n))
 }

@@ -49,6 +49,7 @@ func listen(ctx context.Context, a netip.AddrPort) (net.Listener, error) {
 		}
 		return err
 	}}
+	lc.SetMultipathTCP(false) // SO_ORIGINAL_DST is not known of an MPTCP connection; such clients do with TCP
 	l, err := lc.Listen(ctx, "tcp", a.String())
 	if err != nil {
 		return nil, fmt.Errorf("listen %s: %w (another process there, or no right to the port: start it by its unit, or as root)", a, err)

@@ -39,7 +39,17 @@ var refusals = []struct {
 	{is(attest.ErrUnknown), refusal{Status: http.StatusServiceUnavailable, Retry: true}},   // H-22
 	{is(attest.ErrAmbiguous), refusal{Status: http.StatusServiceUnavailable, Retry: true}}, // U-06
 	{is(attest.ErrChanged), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
+	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(attest.ErrHelperAway), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
 	{is(attest.ErrNotPod), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrNoAccount), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
+	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrPods), refusal{Status: http.StatusForbidden}},
 	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00
 	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}}, // the operator can mend it
 	{is(kube.ErrNotConfigured), refusal{Status: http.StatusServiceUnavailable}},

@@ -10,12 +10,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 )
@@ -26,6 +29,7 @@ type Options struct {
 	File           string                        // what Load reads: while it is missing or broken, a change of it is a reload
 	Reload         <-chan os.Signal              // SIGHUP
 	RunDir         string                        // where the state of the rules is read
+	CgroupRoot     string                        // where the node's cgroups are; "": where the system has them
 	CredentialCopy string                        // where root puts a copy of a kubeconfig that this user may not read (R-27); "": nowhere
 	StatusSocket   string                        // where `status` asks; "": status.sock in RunDir
 	Version        string
@@ -42,6 +46,9 @@ type Service struct {
 	serve     func(net.Listener)
 	probe     *probe
 	fdstore   *fdstore
+	kernel    *attest.Kernel
+	watching  func()               // has the kernel asked from now on
+	gathered  *prometheus.Registry // by kernel
 	started   time.Time
 	ready     chan struct{} // closed at READY=1
 }
@@ -73,12 +80,13 @@ func Run(ctx context.Context, o Options) error {
 }
 
 func newService(o Options) *Service {
-	s := &Service{options: o, log: logrus.New(), started: time.Now(), ready: make(chan struct{})}
+	s := &Service{options: o, log: logrus.New(), gathered: prometheus.NewRegistry(), started: time.Now(), ready: make(chan struct{})}
 	if s.options.Stderr == nil {
 		s.options.Stderr = os.Stderr
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
+	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: filepath.Join(o.RunDir, "attest", "attest.sock"), Log: s.log, Registerer: s.gathered})
 	kube.RouteKlog(s.log)
 	return s
 }
@@ -90,14 +98,14 @@ func (s *Service) load(old *site) (*site, error) {
 		return nil, err
 	}
 	configureLog(s.log, c.Log, s.options.Stderr)
-	return newSite(c, old, s.fdstore, s.options, s.log)
+	return newSite(c, old, s.fdstore, s.kernel, s.options, s.log)
 }
 
 // run serves on l, first by what first says.
 func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	s.listener, s.probe = l, newProbe(l)
 	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log)}
-	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is)
+	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.accepted)
 	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
 	s.server.site.Store(first)
 	s.describe(first)
@@ -115,6 +123,10 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 		DisableGeneralOptionsHandler: true, // OPTIONS * is refused as all else is, with our header (H-04)
 	}
 	g, gctx := errgroup.WithContext(ctx)
+	life, end := context.WithCancel(context.Background()) // longer than ctx: until whoever was accepted is answered
+	defer end()
+	s.watching = sync.OnceFunc(func() { g.Go(func() error { return s.kernel.Run(life) }) })
+	s.heed(first)
 	s.listening.health = first.config.HealthListen
 	s.serve = func(l net.Listener) {
 		left, ok := s.listening.add(l)
@@ -144,12 +156,28 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	g.Go(func() error {
 		<-gctx.Done()
 		s.drain(web)
+		end()
 		return nil
 	})
 	return g.Wait()
 }
 
 func (s *Service) site() *site { return s.server.site.Load() }
+
+// heed has the kernel asked from the first configuration on that goes by what it says.
+func (s *Service) heed(next *site) {
+	if next.broken == nil && next.config.Attestation.Mode == "kernel" {
+		s.watching()
+	}
+}
+
+// accepted has a new connection's other end looked at; without a configuration nobody is told anything that depends on it.
+func (s *Service) accepted(c net.Conn) *attest.Peer {
+	if b := s.site().backend; b != nil {
+		return b.attestor.Accept(c)
+	}
+	return attest.Accept(c)
+}
 
 // drain ends without losing a request (R-26): answers say Connection: close for a while and long polls are released,
 // mints in flight come to their end, and only then is the listener left, which systemd goes on holding. What was accepted is
@@ -217,6 +245,7 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 		s.server.metrics.reloads.WithLabelValues("error").Inc()
 	default:
 		s.server.metrics.reloads.WithLabelValues("ok").Inc()
+		s.heed(next)
 		if next.backend != old.backend && next.backend != nil {
 			next.settle(ctx) // until then the old one serves the pods that it knows
 		}

@@ -132,7 +132,7 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		q.Caller = req.caller
 		a, err := place.Answer(ctx, q)
 		if err == nil {
-			err = site.attestor.Check(req.peer)
+			err = site.attestor.Check(ctx, req.peer)
 		}
 		if err != nil || wait.Over(a.ETag) {
 			return a, err
@@ -224,12 +224,13 @@ func (s *server) tell(req *request, status int, err error) {
 	switch {
 	case err == nil && !req.handed.expires.IsZero():
 		if req.told == nil || req.toldOf != req.handed { // else this connection got the same token a moment ago
-			req.told, req.toldOf = s.audit.handedOut(req.caller, req.handed.request, req.handed.expires), req.handed
+			by, _ := req.asker()
+			req.told, req.toldOf = s.audit.handedOut(by, req.handed.request, req.handed.expires), req.handed
 		} else {
 			req.told.again.Add(1)
 		}
 	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
-		if suppressed, ok := s.refused.allow(asker(req)); ok {
+		if suppressed, ok := s.refused.allow(whose(req)); ok {
 			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Warn("refused: " + refusalOf(err).Reason)
 		}
 	case debugging(s.log):

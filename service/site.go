@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -76,6 +75,7 @@ func (b *backend) drain(ctx context.Context) {
 // needs is what of the configuration a backend depends on. It is comparable.
 type needs struct {
 	kubeconfig, nodeName, audience, unlinked, prefetch string
+	attestation                                        string // how, and for which processes of the node: lists as text
 	identity                                           config.WorkloadIdentity
 	google                                             config.Google
 	ca                                                 [sha256.Size]byte // of what google.caFile holds
@@ -83,7 +83,7 @@ type needs struct {
 }
 
 func needsOf(c config.Config) (needs, error) {
-	n := needs{kubeconfig: c.Kubeconfig, nodeName: c.NodeName, audience: c.TokenAudience, unlinked: c.ImpersonateUnlinked,
+	n := needs{attestation: fmt.Sprintf("%q %q", c.Attestation, c.HostIdentities), kubeconfig: c.Kubeconfig, nodeName: c.NodeName, audience: c.TokenAudience, unlinked: c.ImpersonateUnlinked,
 		prefetch: c.Prefetch, identity: c.WorkloadIdentity, google: c.Google, limits: c.Limits}
 	if c.Google.CAFile != "" {
 		pem, err := os.ReadFile(c.Google.CAFile)
@@ -114,7 +114,7 @@ func (s *site) settle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	for {
-		_, changed, err := s.cluster.At(netip.Addr{})
+		changed, err := s.cluster.Known()
 		if err == nil {
 			return
 		}
@@ -127,7 +127,7 @@ func (s *site) settle(ctx context.Context) {
 }
 
 // newSite makes what c leads to. It takes over the backend of old where c asks for the same one.
-func newSite(c config.Config, old *site, left *fdstore, o Options, log logrus.FieldLogger) (*site, error) {
+func newSite(c config.Config, old *site, left *fdstore, kernel *attest.Kernel, o Options, log logrus.FieldLogger) (*site, error) {
 	c = resolve(c)
 	n, err := needsOf(c)
 	if err != nil {
@@ -136,7 +136,7 @@ func newSite(c config.Config, old *site, left *fdstore, o Options, log logrus.Fi
 	s := &site{config: c, superseded: make(chan struct{})}
 	if old != nil && old.backend != nil && old.needs == n {
 		s.backend = old.backend
-	} else if s.backend, err = newBackend(n, tokensFor(n, old, left), o, log); err != nil {
+	} else if s.backend, err = newBackend(n, c, tokensFor(n, old, left), kernel, o, log); err != nil {
 		return nil, err
 	}
 	root, err := tree(c, accounts{account: s.accounts, tokens: s.cache, unlinkedEmail: c.EmailForUnlinked, poolName: c.WorkloadIdentity.PoolName})
@@ -182,9 +182,9 @@ func tokensFor(n needs, old *site, left *fdstore) []byte {
 	return left.tokens(n.digest())
 }
 
-func newBackend(n needs, tokens []byte, o Options, log logrus.FieldLogger) (*backend, error) {
+func newBackend(n needs, c config.Config, tokens []byte, kernel *attest.Kernel, o Options, log logrus.FieldLogger) (*backend, error) {
 	b := &backend{needs: n, registry: prometheus.NewRegistry(), replaced: make(chan struct{})}
-	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + o.Version, Copied: o.CredentialCopy, Log: log, Registerer: b.registry})
+	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + o.Version, Copied: o.CredentialCopy, Hosts: accountsOf(c.HostIdentities), Log: log, Registerer: b.registry})
 	b.accounts = accountReader{b.cluster, n.unlinked}
 	google, err := token.NewGoogle(token.GoogleOptions{
 		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL, IAMCredentialsURL: n.google.IAMCredentialsURL,
@@ -205,7 +205,7 @@ func newBackend(n needs, tokens []byte, o Options, log logrus.FieldLogger) (*bac
 			log.WithField("tokens", taken).Info("tokens taken over")
 		}
 	}
-	b.attestor = attest.New(b.cluster, b.replaced)
+	b.attestor = attest.New(attestation(c, b, kernel))
 
 	ctx, cancel := context.WithCancel(context.Background())
 	g, ctx := errgroup.WithContext(ctx)
@@ -219,6 +219,26 @@ func newBackend(n needs, tokens []byte, o Options, log logrus.FieldLogger) (*bac
 		}
 	}
 	return b, nil
+}
+
+// attestation says what askers are known by.
+func attestation(c config.Config, b *backend, kernel *attest.Kernel) attest.Options {
+	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Replaced: b.replaced, Registerer: b.registry}
+	if c.Attestation.Mode == "kernel" {
+		o.Kernel = kernel
+	}
+	for _, h := range c.HostIdentities {
+		o.Hosts = append(o.Hosts, attest.Host(h))
+	}
+	return o
+}
+
+// accountsOf are the ServiceAccounts of processes of the node.
+func accountsOf(hosts []config.HostIdentity) (sas []workload.ServiceAccount) {
+	for _, h := range hosts {
+		sas = append(sas, h.ServiceAccount)
+	}
+	return sas
 }
 
 // accountReader reads ServiceAccounts' annotations, and takes those that are not linked for the operator's account

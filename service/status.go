@@ -19,6 +19,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
@@ -32,17 +33,31 @@ type Status struct {
 	Reason      string              `json:"reason,omitempty"` // why it is not serving
 	Listen      string              `json:"listen"`
 	Connections int                 `json:"connections"`
-	Evidence    string              `json:"evidence"` // what attestation goes by
+	Attestation Attestation         `json:"attestation"`
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
 }
 
+// Attestation is what tells who asks.
+type Attestation struct {
+	Mode           string               `json:"mode,omitempty"`   // attestation.mode; "" while there is no configuration
+	Kernel         *attest.KernelStatus `json:"kernel,omitempty"` // in mode kernel
+	HostIdentities []HostIdentity       `json:"hostIdentities,omitempty"`
+}
+
+// HostIdentity is what processes of the node are.
+type HostIdentity struct {
+	Unit   string `json:"unit,omitempty"`
+	Cgroup string `json:"cgroup,omitempty"`
+	kube.HostStatus
+}
+
 // Status tells the state of the service now.
 func (s *Service) Status() Status {
 	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
-		Connections: s.server.connections.open(), Evidence: "source-ip"}
+		Connections: s.server.connections.open()}
 	if state, err := routing.ReadState(s.options.RunDir); err != nil {
 		st.RoutingErr = err.Error()
 	} else {
@@ -54,6 +69,7 @@ func (s *Service) Status() Status {
 	} else {
 		c := site.cluster.Status()
 		st.Cluster, st.Tokens = &c, site.cache.Status()
+		st.Attestation = s.attestation(site, &c)
 	}
 	select {
 	case <-s.server.draining:
@@ -61,6 +77,31 @@ func (s *Service) Status() Status {
 	default:
 	}
 	return st
+}
+
+// attestation tells what is gone by, and notes on each pod what it is known by.
+func (s *Service) attestation(site *site, c *kube.Status) Attestation {
+	a := Attestation{Mode: site.config.Attestation.Mode}
+	kind := attest.ByAddress
+	if a.Mode == "kernel" {
+		k := s.kernel.Status()
+		a.Kernel, kind = &k, k.Evidence
+	}
+	for i := range c.Pods {
+		p := &c.Pods[i]
+		p.Evidence = kind
+		if site.attestor.BelievesAddress(p.RuntimeClass) {
+			p.Evidence = attest.ByAddress
+		}
+		if p.ServiceAccount == "" || p.HostNetwork && p.Evidence != attest.ByCgroup {
+			p.Evidence = "" // nothing can tell who asks, or nothing needs to
+		}
+	}
+	for i, h := range site.config.HostIdentities {
+		a.HostIdentities = append(a.HostIdentities, HostIdentity{h.Unit, h.Cgroup, c.Hosts[i]})
+	}
+	c.Hosts = nil // said above
+	return a
 }
 
 // summary is the STATUS= line of `systemctl status`.
@@ -129,7 +170,7 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 // gather collects the server's metrics and those of the backend that is in force.
 func (s *Service) gather() prometheus.Gatherer {
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
-		g := prometheus.Gatherers{s.server.metrics.registry}
+		g := prometheus.Gatherers{s.server.metrics.registry, s.gathered}
 		if b := s.site().backend; b != nil {
 			g = append(g, b.registry)
 		}
@@ -143,7 +184,7 @@ func (s *Service) readiness(ctx context.Context) error {
 	if site.broken != nil {
 		return site.broken
 	}
-	if _, _, err := site.cluster.At(netip.Addr{}); err != nil {
+	if err := s.attests(site); err != nil {
 		return err
 	}
 	if r, err := routing.ReadState(s.options.RunDir); err == nil && r.Desired == routing.Installed && !r.Closed {
@@ -152,6 +193,19 @@ func (s *Service) readiness(ctx context.Context) error {
 		}
 	}
 	return s.probe.ask(ctx)
+}
+
+// attests returns why a new connection cannot be attested now.
+func (s *Service) attests(site *site) error {
+	if site.config.Attestation.Mode != "kernel" {
+		_, _, err := site.cluster.At(netip.Addr{})
+		return err
+	}
+	if k := s.kernel.Status(); !k.Helper {
+		return fmt.Errorf("%w: %s", attest.ErrHelperAway, k.Problem)
+	}
+	_, err := site.cluster.Known()
+	return err
 }
 
 func health(w http.ResponseWriter, err error) {

@@ -1,12 +1,14 @@
 package service
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
@@ -14,7 +16,7 @@ import (
 func (s Status) Text(w io.Writer, now time.Time) error {
 	var b strings.Builder
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "%-11s "+format+"\n", append([]any{name}, args...)...)
+		fmt.Fprintf(&b, "%-12s "+format+"\n", append([]any{name}, args...)...)
 	}
 
 	line("state", "%s", s.State)
@@ -23,16 +25,24 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
 	line("listening", "%s, %d connections", s.Listen, s.Connections)
-	line("evidence", "%s: an address tells no dead pod from the next owner of its address", s.Evidence)
+	s.attestationText(line, now)
 	s.rulesText(line, now)
 	if c := s.Cluster; c != nil {
 		s.clusterText(line, now)
-		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
+		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
 			for _, p := range c.Pods {
-				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),
-					strings.Trim(fmt.Sprint(p.Addresses), "[]")+mark(p.HostNetwork, "host network: not served"), p.ServiceAccount, p.GoogleEmail+mark(p.AccountError != "", "error: "+p.AccountError))
+				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),
+					strings.Trim(fmt.Sprint(p.Addresses), "[]")+mark(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing"),
+					cmp.Or(p.ServiceAccount, "(static pod)"), accountText(p.AccountStatus))
 			}
 		})
+		if hosts := s.Attestation.HostIdentities; len(hosts) > 0 {
+			table(&b, "HOST IDENTITIES", "PROCESSES OF\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(hosts), func(w io.Writer) {
+				for _, h := range hosts {
+					fmt.Fprintf(w, "%s\t%s\t%s\t\n", h.Unit+h.Cgroup, h.ServiceAccount, accountText(h.AccountStatus))
+				}
+			})
+		}
 		table(&b, "TOKENS", "SERVICEACCOUNT\tAS\tFOR\tAGE\tLEFT\tLAST ERROR\t", len(s.Tokens), func(w io.Writer) {
 			for _, t := range s.Tokens {
 				as, what := t.GoogleServiceAccount, t.Scopes
@@ -83,6 +93,29 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 	for _, f := range r.Standing.Faults {
 		line("", "%s", f)
 	}
+}
+
+func (s Status) attestationText(line func(string, string, ...any), now time.Time) {
+	k := s.Attestation.Kernel
+	switch {
+	case s.Attestation.Mode == "":
+		return
+	case k == nil:
+		line("attestation", "by address alone, which a dead pod shares with the next owner")
+		return
+	case k.Helper:
+		line("attestation", "by the kernel: %d cgroups and %d network namespaces of pods are known", k.Cgroups, k.Namespaces)
+	default:
+		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network namespace is not known are refused", mark(!k.Since.IsZero(), " for "+age(now, k.Since)))
+		line("", "%s", k.Problem)
+	}
+	for _, lack := range k.Lacks {
+		line("", "lacking: %s", lack)
+	}
+}
+
+func accountText(a kube.AccountStatus) string {
+	return a.GoogleEmail + mark(a.AccountError != "", "error: "+a.AccountError)
 }
 
 func (s Status) clusterText(line func(string, string, ...any), now time.Time) {

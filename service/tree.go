@@ -117,7 +117,7 @@ type accounts struct {
 		Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error)
 	}
 	tokens interface {
-		Ask(ctx context.Context, podUID string, r token.Request) (token.Token, error)
+		Ask(ctx context.Context, caller string, r token.Request) (token.Token, error)
 	}
 	unlinkedEmail string // E-24
 	poolName      string // for E-25; "" where the provider has no principals of that form
@@ -234,7 +234,7 @@ func (a accounts) handOut(ctx context.Context, q metadata.Query, of func(workloa
 		if err != nil {
 			return token.Token{}, err
 		}
-		t, err := a.tokens.Ask(ctx, q.Caller.PodUID, r)
+		t, err := a.tokens.Ask(ctx, q.Caller.ID(), r)
 		if errors.Is(err, token.ErrAccountChanged) && !again {
 			continue
 		}

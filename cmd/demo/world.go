@@ -154,6 +154,7 @@ func (w *world) configure(kubeconfig string) error {
 	return os.WriteFile(filepath.Join(w.dir, "config.yaml"), fmt.Appendf(nil, `workloadIdentityProvider: %s
 projectID: my-project
 kubeconfig: %q
+attestation: {mode: source-ip} # these pods are network namespaces, whose processes are all the demo's own
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: %s/google-ca.pem}
 log: {format: text}
 `, provider, kubeconfig, w.google.STSURL(), w.google.URL(), w.dir), 0o644)

@@ -83,13 +83,13 @@ func TestServeWithSystemdsListener(t *testing.T) {
 	}
 	expect("WATCHDOG=1")
 
-	text := fmt.Sprintf("workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: /absent\nrouting: {mode: none}\nhealthListen: 127.0.0.1:0\n", testProvider)
+	text := fmt.Sprintf("workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: /absent\nrouting: {mode: none}\nattestation: {mode: source-ip}\nhealthListen: 127.0.0.1:0\n", testProvider)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	expect("STATUS=serving")
-	// 127.0.0.1 is the node's own, and no pod: known without a cluster.
-	if status, body := get("/computeMetadata/v1/project/project-id"); status != 403 || !strings.Contains(body, "not a pod") {
+	// Without a cluster nobody is known.
+	if status, body := get("/computeMetadata/v1/project/project-id"); status != 503 || !strings.Contains(body, "no kubeconfig: /absent") {
 		t.Errorf("configured: %d %s", status, body)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {

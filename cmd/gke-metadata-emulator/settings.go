@@ -76,6 +76,8 @@ func (s *setting) Type() string {
 		return "a,b"
 	case "map":
 		return "path=value,..."
+	case "identities":
+		return "unit:UNIT=NAMESPACE/NAME,..."
 	default:
 		return t
 	}

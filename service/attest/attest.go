@@ -1,9 +1,8 @@
-// Package attest answers one question: which pod is behind this connection?
+// Package attest answers one question: who is behind this connection?
 //
-// The evidence is the connection's source address: the one live pod of this node that Kubernetes says has it.
-// An address alone cannot tell a dead pod from the next owner of its address, nor a spoofer on a shared bridge from
-// its victim; the kernel's record of the client's socket can. Its place is [Accept], which runs
-// before a byte is read, and [Peer], which carries the evidence through the rest of the service.
+// The evidence is what the kernel's record of the client's socket says: the cgroup of the process that made it, and
+// so the pod, or the unit of the node. [Kernel] asks it, [Accept] has it asked before a byte is read, and an [Attestor] looks it up in
+// what Kubernetes says of this node's pods. An address is no evidence, but for pods that the operator says are known by nothing else.
 package attest
 
 import (
@@ -12,112 +11,272 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
+// Why there is no caller, beside what [Kernel.Look] says.
 var (
-	// ErrUnknown says that no pod of this node has the address, or not yet (N-11).
-	ErrUnknown = errors.New("no pod of this node has the address yet")
+	// ErrUnknown says that Kubernetes has named no such pod on this node, or not yet (N-11).
+	ErrUnknown = errors.New("no pod of this node is known to be there yet")
 	// ErrAmbiguous says that two live pods have the address: a refusal, never a guess (U-06).
 	ErrAmbiguous = errors.New("more than one live pod of this node has the address")
-	// ErrNotPod says that the client is known not to be a pod with an address of its own.
+	// ErrNotPod says that the client is known to be no pod, nor a process that hostIdentities name.
 	ErrNotPod = errors.New("not a pod")
+	// ErrNoAccount says that the pod is a static one: those have no ServiceAccount.
+	ErrNoAccount = errors.New("a static pod has no ServiceAccount, and so no identity")
 	// ErrReplaced says that the attestor that was asked is out of use: another one is to be asked.
 	ErrReplaced = errors.New("the configuration changed meanwhile")
-	// ErrChanged says that the evidence no longer names the pod that it named when the connection was attested.
-	ErrChanged = errors.New("the address changed hands while the connection was open; connect again")
+	// ErrChanged says that the evidence no longer names the caller that it named when the connection was attested.
+	ErrChanged = errors.New("whoever opened this connection is not there any more; connect again")
 )
+
+// final are the errors that waiting does not mend.
+var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods}
+
+func isFinal(err error) bool {
+	return slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) })
+}
+
+// ByAddress is the kind of evidence that is none: the connection's source address.
+const ByAddress = "source-ip"
 
 // Hold is how long a request waits for its pod to become known. In 11 of 12 pods the first request came before the
 // watch had the pod's address, up to 130 ms early (N-11, H-22); clients wait for 3 s and more (H-21).
 const Hold = 2 * time.Second
 
-// Pods is this node's pods by address.
+// Pods is this node's pods. Both channels are closed when another look may say more.
 type Pods interface {
-	// At returns the live pods that have the address, and a channel that is closed when that may have changed.
-	// An error means that the index cannot be believed now.
+	// Of returns the live pod with the UID. An error says why one may be there that is not known.
+	Of(uid string) (pod workload.Caller, known bool, changed <-chan struct{}, err error)
+	// At returns the live pods that have the address. An error means that addresses cannot be believed now.
 	At(netip.Addr) (pods []workload.Caller, changed <-chan struct{}, err error)
 }
 
-// Attestor finds the pods behind connections.
+// Witness says what the kernel knows of the other end of a connection: a [Kernel].
+type Witness interface {
+	Look(Conn) (*Evidence, error)
+	Changes() <-chan struct{}
+	Search() int64
+	Searched(number int64) bool
+}
+
+// Options say what an Attestor goes by.
+type Options struct {
+	Pods       Pods
+	Kernel     Witness               // nil: the address is all that is looked at
+	ByAddress  []string              // RuntimeClasses of pods that only their address can name
+	Hosts      []Host                // processes of the node that have an identity; the first that fits counts
+	Replaced   <-chan struct{}       // when it is closed, those who are held get ErrReplaced
+	Registerer prometheus.Registerer // nil: nothing is counted
+}
+
+// Attestor finds who is behind connections.
 type Attestor struct {
-	pods     Pods
-	replaced <-chan struct{}
+	Options
+	count    *prometheus.CounterVec
 	ownAddrs func() ([]net.Addr, error)
 }
 
-// New returns an Attestor that believes what pods says. When replaced is closed, those whom it holds get ErrReplaced.
-func New(pods Pods, replaced <-chan struct{}) *Attestor {
-	return &Attestor{pods: pods, replaced: replaced, ownAddrs: net.InterfaceAddrs}
+// New returns an Attestor that believes what o names.
+func New(o Options) *Attestor {
+	a := &Attestor{Options: o, ownAddrs: net.InterfaceAddrs, count: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "gke_metadata_emulator_attestations_total",
+		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, source-ip; none) and asker (pod, host; nobody).",
+	}, []string{"evidence", "asker"})}
+	if o.Registerer != nil {
+		o.Registerer.MustRegister(a.count)
+	}
+	return a
 }
 
-// Attest returns the pod behind p, and waits up to [Hold] for one that is not known yet. The first answer binds the
-// connection: whoever has the address later gets ErrChanged on it, never the first one's identity nor its own.
-// Errors: ErrUnknown, ErrAmbiguous, ErrNotPod, ErrChanged, ErrReplaced, the index's own, and ctx's.
-func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error) {
-	if known := p.caller.Load(); known != nil {
-		return *known, a.Check(p)
+// Accept writes down who is on the other end of c, before a byte is read from it. It waits for nothing.
+func (a *Attestor) Accept(c net.Conn) *Peer {
+	p := Accept(c)
+	if a.Kernel != nil {
+		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
-	c, err := a.find(ctx, p.Client.Addr())
+	return p
+}
+
+// Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first answer binds the
+// connection: whoever comes to be in the caller's place gets ErrChanged on it, never the first one's identity nor its own.
+// Errors: those of this package, the index's own, and ctx's.
+func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error) {
+	if b := p.binding.Load(); b != nil {
+		return b.caller, a.Check(ctx, p)
+	}
+	var b binding
+	err := a.hold(ctx, func() (changed <-chan struct{}, err error) {
+		b, changed, err = a.find(p)
+		return changed, err
+	})
 	if err != nil {
+		if ctx.Err() == nil && !errors.Is(err, ErrReplaced) {
+			a.count.WithLabelValues("none", "nobody").Inc()
+		}
 		return workload.Caller{}, err
 	}
-	p.caller.CompareAndSwap(nil, &c)
-	return c, nil
+	p.binding.Store(&b)
+	asker := "pod"
+	if b.caller.PodUID == "" {
+		asker = "host"
+	}
+	a.count.WithLabelValues(b.kind(), asker).Inc()
+	return b.caller, nil
 }
 
-// Check reports whether the evidence still names the pod that Attest returned. It is asked after the evidence was
-// used and before the answer is written.
-func (a *Attestor) Check(p *Peer) error {
-	known := p.caller.Load()
-	if known == nil {
+// Check reports whether the evidence still names the caller that Attest returned. It is asked after the evidence was
+// used and before the answer is written, and makes no system call. Where an address is the evidence, it waits while the
+// API server's next watch is opened.
+func (a *Attestor) Check(ctx context.Context, p *Peer) error {
+	b := p.binding.Load()
+	if b == nil {
 		return ErrUnknown
 	}
-	pods, _, err := a.pods.At(p.Client.Addr())
-	if err != nil {
+	changed, err := a.check(p, b)
+	if err == nil || changed == nil {
 		return err
 	}
-	if len(pods) != 1 || pods[0].PodUID != known.PodUID {
-		return ErrChanged
-	}
-	return nil
+	return a.hold(ctx, func() (<-chan struct{}, error) { return a.check(p, b) })
 }
 
-// find waits up to [Hold] until exactly one pod has the address.
-func (a *Attestor) find(ctx context.Context, client netip.Addr) (workload.Caller, error) {
+func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err error) {
+	switch {
+	case b.evidence == nil:
+		if !a.BelievesAddress(b.caller.RuntimeClass) {
+			return nil, ErrChanged
+		}
+		pods, changed, err := a.Pods.At(p.Client.Addr())
+		if err != nil {
+			return changed, err
+		}
+		if len(pods) != 1 || pods[0].PodUID != b.caller.PodUID {
+			return nil, ErrChanged
+		}
+	case !b.evidence.Alive():
+		return nil, ErrChanged
+	case b.evidence.PodUID == "":
+		if c, ok := a.host(b.evidence); !ok || c != b.caller {
+			return nil, ErrChanged
+		}
+	default:
+		if _, known, _, _ := a.Pods.Of(b.evidence.PodUID); !known {
+			return nil, ErrChanged
+		}
+	}
+	return nil, nil
+}
+
+// hold tries until there is an answer, or an error that waiting does not mend, but no longer than [Hold].
+func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}, err error)) error {
 	var timeout <-chan time.Time
 	for {
-		pods, changed, err := a.pods.At(client)
-		if err == nil && len(pods) == 1 {
-			return pods[0], nil
+		var looked <-chan struct{}
+		if a.Kernel != nil {
+			looked = a.Kernel.Changes() // before the look, so that no change falls between the two
+		}
+		changed, err := try()
+		if err == nil || isFinal(err) {
+			return err
 		}
 		if timeout == nil { // the first time round
-			if len(pods) == 0 && a.own(client) {
-				return workload.Caller{}, fmt.Errorf("%w: %s is an address of the node itself, so a process of the node or a pod on the host network asks", ErrNotPod, client)
-			}
 			t := time.NewTimer(Hold)
 			defer t.Stop()
 			timeout = t.C
 		}
 		select {
 		case <-changed:
-		case <-a.replaced:
-			return workload.Caller{}, ErrReplaced
+		case <-looked:
+		case <-a.Replaced:
+			return ErrReplaced
 		case <-ctx.Done():
-			return workload.Caller{}, ctx.Err()
+			return ctx.Err()
 		case <-timeout:
-			switch {
-			case err != nil:
-				return workload.Caller{}, err
-			case len(pods) == 0:
-				return workload.Caller{}, fmt.Errorf("%w: %s", ErrUnknown, client)
-			default:
-				return workload.Caller{}, fmt.Errorf("%w: %s belongs to %s and %s", ErrAmbiguous, client, pods[0], pods[1])
-			}
+			return err
 		}
 	}
+}
+
+// find looks once at what there is. An address counts only where nothing else can be had: where the operator wants no other
+// evidence, and for pods of the RuntimeClasses that he named.
+func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error) {
+	if p.evidence == nil && a.Kernel != nil && !isFinal(p.err) {
+		if p.search == 0 {
+			p.search = a.Kernel.Search() // before the look that has it begin
+		}
+		p.evidence, p.err = a.Kernel.Look(p.Conn)
+	}
+	switch e := p.evidence; {
+	case e == nil && a.Kernel == nil:
+		b.caller, changed, err = a.byAddress(p.Client.Addr())
+	case errors.Is(p.err, ErrNoNamespace), errors.Is(p.err, ErrNoSocket):
+		b.caller, changed, err = a.sandbox(p)
+	case e == nil:
+		err = p.err
+	case !e.Alive():
+		err = ErrChanged
+	case e.PodUID == "":
+		var named bool
+		if b.caller, named = a.host(e); !named {
+			err = fmt.Errorf("%w: a process of the node asks, of %s, and hostIdentities do not name it", ErrNotPod, unitOf(e))
+		}
+		b.evidence = e
+	default:
+		var known bool
+		if b.caller, known, changed, err = a.Pods.Of(e.PodUID); err == nil && !known {
+			err = fmt.Errorf("%w: the client is in pod %s", ErrUnknown, e.PodUID)
+		}
+		b.evidence = e
+	}
+	if err == nil && b.caller.ServiceAccount.Name == "" {
+		err = fmt.Errorf("%s: %w", b.caller, ErrNoAccount)
+	}
+	return b, changed, err
+}
+
+// sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose sockets the node's kernel does not
+// have, and if no namespace has the address (gVisor), or only the pod's own (Kata). A search that began after the client came must
+// have come to its end: the address may be another pod's already, whose namespace was not known yet.
+func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
+	pods, changed, err := a.Pods.At(p.Client.Addr())
+	var held *NoSocketError
+	switch {
+	case err != nil && len(a.ByAddress) > 0:
+		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
+	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && held.Holder != pods[0].PodUID:
+		return workload.Caller{}, changed, p.err
+	case !a.BelievesAddress(pods[0].RuntimeClass):
+		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0], pods[0].RuntimeClass)
+	case !a.Kernel.Searched(p.search):
+		return workload.Caller{}, changed, p.err
+	}
+	return pods[0], changed, nil
+}
+
+// BelievesAddress reports whether pods of the RuntimeClass are known by their address alone.
+func (a *Attestor) BelievesAddress(runtimeClass string) bool {
+	return a.Kernel == nil || runtimeClass != "" && slices.Contains(a.ByAddress, runtimeClass)
+}
+
+// byAddress returns the one live pod that has the address.
+func (a *Attestor) byAddress(client netip.Addr) (workload.Caller, <-chan struct{}, error) {
+	pods, changed, err := a.Pods.At(client)
+	switch {
+	case err != nil:
+		return workload.Caller{}, changed, err
+	case len(pods) == 1:
+		return pods[0], changed, nil
+	case len(pods) > 1:
+		return workload.Caller{}, changed, fmt.Errorf("%w: %s belongs to %s and %s", ErrAmbiguous, client, pods[0], pods[1])
+	case a.own(client):
+		return workload.Caller{}, changed, fmt.Errorf("%w: %s is an address of the node itself, so a process of the node or a pod on the host network asks, and by address they cannot be told apart", ErrNotPod, client)
+	}
+	return workload.Caller{}, changed, fmt.Errorf("%w: none has the address %s", ErrUnknown, client)
 }
 
 // own reports whether the address is one of the node's (N-14). Asked only of addresses that no pod has.

@@ -17,6 +17,7 @@ import (
 type index struct {
 	mu      sync.Mutex
 	pods    map[netip.Addr][]workload.Caller
+	uids    map[string]workload.Caller
 	err     error
 	changed chan struct{}
 }
@@ -29,6 +30,28 @@ func (x *index) At(a netip.Addr) ([]workload.Caller, <-chan struct{}, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.pods[a], x.changed, x.err
+}
+
+func (x *index) Of(uid string) (workload.Caller, bool, <-chan struct{}, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	c, known := x.uids[uid]
+	if known {
+		return c, true, x.changed, nil
+	}
+	return c, false, x.changed, x.err
+}
+
+// live makes these the pods that are known by UID.
+func (x *index) live(err error, pods ...workload.Caller) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.uids, x.err = map[string]workload.Caller{}, err
+	for _, p := range pods {
+		x.uids[p.PodUID] = p
+	}
+	close(x.changed)
+	x.changed = make(chan struct{})
 }
 
 func (x *index) set(err error, addr string, uids ...string) {
@@ -48,7 +71,7 @@ func peer(client string) *Peer {
 }
 
 func attestor(x *index) *Attestor {
-	a := New(x, nil)
+	a := New(Options{Pods: x})
 	a.ownAddrs = func() ([]net.Addr, error) {
 		return []net.Addr{&net.IPNet{IP: net.ParseIP("192.0.2.10"), Mask: net.CIDRMask(24, 32)}}, nil
 	}
@@ -121,18 +144,18 @@ func TestAddressChangesHands(t *testing.T) {
 	x := newIndex()
 	x.set(nil, "10.1.0.1", "a")
 	a, p := attestor(x), peer("10.1.0.1:1000")
-	if err := a.Check(p); !errors.Is(err, ErrUnknown) {
+	if err := a.Check(t.Context(), p); !errors.Is(err, ErrUnknown) {
 		t.Errorf("Check before Attest = %v, want ErrUnknown", err)
 	}
 	if _, err := a.Attest(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Check(p); err != nil {
+	if err := a.Check(t.Context(), p); err != nil {
 		t.Errorf("Check of an unchanged pod = %v", err)
 	}
 	for name, uids := range map[string][]string{"the next owner": {"b"}, "two owners": {"a", "b"}, "no owner": nil} {
 		x.set(nil, "10.1.0.1", uids...)
-		if err := a.Check(p); !errors.Is(err, ErrChanged) {
+		if err := a.Check(t.Context(), p); !errors.Is(err, ErrChanged) {
 			t.Errorf("%s: Check = %v, want ErrChanged", name, err)
 		}
 		if _, err := a.Attest(t.Context(), p); !errors.Is(err, ErrChanged) {
@@ -205,7 +228,7 @@ func BenchmarkAttestKnown(b *testing.B) {
 // Whoever is held when the configuration changes asks the next attestor, and is not refused by the old one.
 func TestReplaced(t *testing.T) {
 	replaced := make(chan struct{})
-	a := New(newIndex(), replaced)
+	a := New(Options{Pods: newIndex(), Replaced: replaced})
 	close(replaced)
 	if _, err := a.Attest(t.Context(), peer("10.1.0.1:1")); !errors.Is(err, ErrReplaced) {
 		t.Errorf("Attest = %v, want ErrReplaced", err)

@@ -22,7 +22,62 @@ type Conn struct {
 // Peer is the other end of one connection.
 type Peer struct {
 	Conn
-	caller atomic.Pointer[workload.Caller] // nil until attested
+	evidence *Evidence // what the kernel says; nil where it says nothing
+	err      error     // why it says nothing
+	search   int64     // for the client's namespace; 0: none was needed
+	binding  atomic.Pointer[binding]
+}
+
+// binding is who a connection was attested to be, and by what: nil is its address.
+type binding struct {
+	caller   workload.Caller
+	evidence *Evidence
+}
+
+func (b *binding) kind() string {
+	if b.evidence == nil {
+		return ByAddress
+	}
+	return b.evidence.Kind
+}
+
+// Evidence returns by what the connection was attested, and the container that asks; "" as long as it was not, or where that is not known.
+func (p *Peer) Evidence() (kind, container string) {
+	b := p.binding.Load()
+	switch {
+	case b == nil:
+		return "", ""
+	case b.evidence == nil:
+		return ByAddress, ""
+	}
+	return b.evidence.Kind, b.evidence.Container
+}
+
+// Party is whom a connection counts for before anybody knows who that is: a pod, a unit of the node, or an address. It is comparable.
+type Party struct {
+	PodUID, Unit string
+	Address      netip.Addr // where the kernel says neither; pods on the host network share theirs
+}
+
+func (p Party) String() string {
+	switch {
+	case p.PodUID != "":
+		return "pod " + p.PodUID
+	case p.Unit != "":
+		return p.Unit
+	}
+	return p.Address.String()
+}
+
+// Party returns whom the connection counts for, as far as it is known now.
+func (p *Peer) Party() Party {
+	switch e := p.evidence; {
+	case e != nil && e.PodUID != "":
+		return Party{PodUID: e.PodUID}
+	case e != nil && e.Cgroup != "":
+		return Party{Unit: unitOf(e)}
+	}
+	return Party{Address: p.Client.Addr()}
 }
 
 // Accept writes down who is on the other end of c, before a byte is read from it.

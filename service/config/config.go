@@ -24,6 +24,8 @@ type Config struct {
 	Listen               netip.AddrPort
 	HealthListen         netip.AddrPort
 	Routing              Routing
+	Attestation          Attestation
+	HostIdentities       []HostIdentity // the first that fits counts
 	Google               Google
 	Instance             Instance
 	Cluster              Cluster           // all three or none (E-16)
@@ -59,6 +61,12 @@ type Routing struct {
 	InterceptHostPods string   // auto | on | off
 	Guard             []netip.AddrPort
 	OnStop            string // remove | keep, when the service is stopped for good
+}
+
+// Attestation is what tells who asks.
+type Attestation struct {
+	Mode      string   // kernel | source-ip
+	ByAddress []string // RuntimeClasses of pods that are known by address in any mode
 }
 
 // Google is where Google is and how it is asked.

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
 const (
@@ -45,6 +47,11 @@ func mustLoad(t *testing.T, text string, flags map[string]string, disk files) Co
 	return c
 }
 
+var someIdentities = []HostIdentity{
+	{Unit: "kubelet.service", ServiceAccount: workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}},
+	{Cgroup: "/system.slice/docker-*.scope", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "docker"}},
+}
+
 func TestMinimal(t *testing.T) {
 	got := mustLoad(t, minimal, nil, nil)
 	want := Config{
@@ -59,6 +66,7 @@ func TestMinimal(t *testing.T) {
 		HealthListen:  netip.MustParseAddrPort("127.0.0.1:16322"),
 		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto", OnStop: "remove",
 			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("[fd00:ec2::254]:80")}},
+		Attestation: Attestation{Mode: "kernel"},
 		Google: Google{UniverseDomain: "googleapis.com", STSURL: "https://sts.googleapis.com/v1/token",
 			IAMCredentialsURL: "https://iamcredentials.googleapis.com", TokenLifetime: time.Hour},
 		EmailForUnlinked: "my-pool", // E-24
@@ -119,6 +127,12 @@ func TestResolved(t *testing.T) {
 		{"lists in flags", minimal, map[string]string{"routing.spare": "docker0, virbr0", "extraMetadata": "instance/a=1,instance/b=x=y"},
 			func(c Config) any { return []any{c.Routing.Spare, c.ExtraMetadata} },
 			[]any{[]string{"docker0", "virbr0"}, map[string]string{"instance/a": "1", "instance/b": "x=y"}}},
+		{"processes of the node", minimal + "kubeconfig: /k\nhostIdentities:\n- {unit: kubelet.service, serviceAccount: kube-system/image-puller}\n- cgroup: /system.slice/docker-*.scope\n  serviceAccount: ns/docker\n", nil,
+			func(c Config) any { return c.HostIdentities }, someIdentities},
+		{"processes of the node in a flag", minimal, map[string]string{"hostIdentities": "unit:kubelet.service=kube-system/image-puller, cgroup:/system.slice/docker-*.scope=ns/docker"},
+			func(c Config) any { return c.HostIdentities }, someIdentities},
+		{"A-14", minimal + "attestation: {byAddress: [gvisor, kata]}", nil,
+			func(c Config) any { return c.Attestation }, Attestation{Mode: "kernel", ByAddress: []string{"gvisor", "kata"}}},
 		{"R-05 uplinks by their beginning", minimal + "routing: {uplinks: [eth+, bond0]}", nil,
 			func(c Config) any { return c.Routing.Uplinks }, []string{"eth+", "bond0"}},
 		{"relative to the file", minimal + "kubeconfig: ./kube/../node.conf", nil,
@@ -144,6 +158,8 @@ func TestWarnings(t *testing.T) {
 		{"health for everybody", "healthListen: 0.0.0.0:16322", "healthListen: 0.0.0.0:16322 is not loopback"},
 		{"R-32 guard", "routing: {guard: ['168.63.129.16:80']}", "routing.guard: without 169.254.169.254:80"},
 		{"H-16", "hostCheck: false", "hostCheck: off"},
+		{"attestation by address", "attestation: {mode: source-ip}", "attestation.mode is source-ip"},
+		{"N-07", "hostIdentities: [{unit: kubelet.service, serviceAccount: a/b}]", "hostIdentities: without a kubeconfig"},
 		{"none", "listen: 169.254.169.252:39999", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

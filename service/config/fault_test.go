@@ -100,6 +100,38 @@ config.yaml:3: routing.uplinks: "+" is not the name of an interface`},
 		{"U-17 own key", minimal + "extraMetadata:\n  instance/name: 1", nil, `config.yaml:4: extraMetadata: "instance/name" has a setting of its own: set instance.name instead`},
 		{"U-17 value and directory", minimal + "extraMetadata:\n  instance/a: 1\n  instance/a/b: 1", nil, `config.yaml:5: extraMetadata: "instance/a/b" makes a directory of "instance/a"`},
 		{"U-17 twice", minimal + "extraMetadata:\n  instance/a: 1\n  /instance/a: 1", nil, `config.yaml:5: extraMetadata: "instance/a" is given twice`},
+		{"hostIdentities that are none", minimal + `hostIdentities:
+- kubelet.service
+- {unit: kubelet, serviceAccount: a/b}
+- {unit: kubelet.service}
+- {cgroup: system.slice, serviceAccount: a/b}
+- {cgroup: /a/../b, serviceAccount: a/b}
+- {unit: a.service, cgroup: /a, serviceAccount: a/b}
+- {unit: b.service, serviceaccount: a/b}
+- {unit: [c.service], serviceAccount: a/b}
+- {unit: d.service, unit: e.service, serviceAccount: a/b}
+- {unit: "f[.service", serviceAccount: a/b}
+- {unit: g.service, serviceAccount: b}
+- {unit: g2.service, serviceAccount: a/b}
+- {unit: g2.service, serviceAccount: a/c}
+`, nil, `config.yaml:4: hostIdentities: here is the text "kubelet.service" where an identity belongs: write {unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or cgroup:
+config.yaml:5: hostIdentities: "kubelet" is not a systemd unit: write its full name
+config.yaml:6: hostIdentities: "" is not a ServiceAccount: write NAMESPACE/NAME
+config.yaml:7: hostIdentities: "system.slice" is not a cgroup: write it from the root
+config.yaml:8: hostIdentities: "/a/../b" is not a cgroup
+config.yaml:9: hostIdentities: an identity has either a unit or a cgroup
+config.yaml:10: hostIdentities: an identity has no "serviceaccount"
+config.yaml:11: hostIdentities: here is a list where one value belongs
+config.yaml:12: hostIdentities: unit is given twice
+config.yaml:13: hostIdentities: "f[.service" is not a systemd unit
+config.yaml:14: hostIdentities: "b" is not a ServiceAccount
+config.yaml:16: hostIdentities: "g2.service" is given twice: keep one of them`},
+		{"hostIdentities by address", minimal + "attestation: {mode: source-ip}\nhostIdentities: [{unit: a.service, serviceAccount: a/b}]", nil, `config.yaml:4: hostIdentities: processes of the node cannot be told apart by their address: remove them`},
+		{"hostIdentities that are no list", minimal + "hostIdentities: {unit: a.service}", nil, `config.yaml:3: hostIdentities: is a list, and here is a map`},
+		{"hostIdentities in a flag", minimal, map[string]string{"hostIdentities": "kubelet.service=a/b,unit:x.service"}, `--host-identities: "kubelet.service" names no process of the node: write unit:UNIT=NAMESPACE/NAME
+--host-identities: "" is not a ServiceAccount`},
+		{"attestation", minimal + "attestation: {mode: address, byAddress: [a b]}", nil, `config.yaml:3: attestation.mode: "address" is not one of kernel, source-ip
+config.yaml:3: attestation.byAddress: "a b" is not a name`},
 		{"G-18 nobody to impersonate", minimal + "impersonateUnlinked: true", nil, `config.yaml:3: impersonateUnlinked: there is no account to impersonate`},
 
 		{"flag", minimal, map[string]string{"routing.mode": "iptabels"}, `--routing-mode: "iptabels" is not one of iptables, none: did you mean iptables?`},

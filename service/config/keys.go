@@ -65,7 +65,7 @@ var keys = []Key{
 		Usage: "interfaces whose requests are left alone, such as docker0 or virbr0",
 		field: func(r *raw) any { return &r.Routing.Spare }},
 	{Path: "routing.interceptHostPods", Default: "auto", Values: []string{"auto", "on", "off"},
-		Usage: "redirect pods on the host network too; who asks there cannot be told yet, so auto is off",
+		Usage: "redirect pods on the host network too; auto leaves them alone",
 		field: func(r *raw) any { return &r.Routing.InterceptHostPods }},
 	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:ec2::254]:80",
 		Usage: "the cloud's own metadata servers, which no pod may reach",
@@ -73,6 +73,17 @@ var keys = []Key{
 	{Path: "routing.onStop", Default: "remove", Values: []string{"remove", "keep"},
 		Usage: "what becomes of all this when the service is stopped for good; keep: nobody answers pods until it is started again",
 		field: func(r *raw) any { return &r.Routing.OnStop }},
+
+	{Path: "attestation.mode", Default: "kernel", Values: []string{"kernel", "source-ip"},
+		Usage: "what tells who asks: the kernel's record of the client's socket, or its address alone, which a dead pod shares with the next owner",
+		field: func(r *raw) any { return &r.Attestation.Mode }},
+	{Path: "attestation.byAddress", check: label,
+		Usage: "RuntimeClasses of sandboxes, such as gvisor, whose sockets the node's kernel does not have: their pods are known by address",
+		field: func(r *raw) any { return &r.Attestation.ByAddress }},
+
+	{Path: "hostIdentities",
+		Usage: "processes of the node that get a ServiceAccount's identity: {unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or {cgroup: /system.slice/docker-*.scope, serviceAccount: NAMESPACE/NAME}; the first that fits counts",
+		field: func(r *raw) any { return &r.HostIdentities }},
 
 	{Path: "google.universeDomain", Default: "googleapis.com", check: domain,
 		Usage: "the domain of Google's services",
@@ -153,7 +164,7 @@ func Keys() []Key { return slices.Clone(keys) }
 // Flag returns the name of the setting's flag, without dashes.
 func (k Key) Flag() string { return FlagName(k.Path) }
 
-// Type says what the setting takes: text, choice, boolean, number, duration, address, list, addresses or map.
+// Type says what the setting takes: text, choice, boolean, number, duration, address, list, addresses, map or identities.
 func (k Key) Type() string {
 	switch k.field(new(raw)).(type) {
 	case *bool:
@@ -170,6 +181,8 @@ func (k Key) Type() string {
 		return "addresses"
 	case *map[string]string:
 		return "map"
+	case *[]HostIdentity:
+		return "identities"
 	}
 	if k.Values != nil {
 		return "choice"

@@ -24,6 +24,7 @@ func (l *loader) resolve() {
 	l.checkListen()
 	l.checkCluster()
 	l.checkExtraMetadata()
+	l.checkHostIdentities()
 	l.warn()
 }
 
@@ -163,8 +164,14 @@ func (l *loader) checkExtraMetadata() {
 // warn notes what is allowed and still seldom meant.
 func (l *loader) warn() {
 	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
-	if l.Routing.InterceptHostPods == "on" {
-		say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since by address they cannot be told apart")
+	if l.Attestation.Mode == "source-ip" {
+		say("attestation.mode is source-ip: a dead pod and the next owner of its address cannot be told apart")
+		if l.Routing.InterceptHostPods == "on" {
+			say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since by address they cannot be told apart")
+		}
+	}
+	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07
+		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; name one of an identity of its own")
 	}
 	low, high := l.ephemeral()
 	if p := l.Listen.Port(); p >= low && p <= high {

@@ -91,6 +91,8 @@ func show(field any, indent string) string {
 			texts = append(texts, a.String())
 		}
 		return list(texts)
+	case *[]HostIdentity:
+		return showIdentities(*f, indent)
 	case *map[string]string:
 		if len(*f) == 0 {
 			return " {}"

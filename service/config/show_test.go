@@ -19,6 +19,10 @@ tokenAudience: "https://example.com/a#b"
 listen: 10.1.2.3:80
 healthListen: "[::1]:9000"
 routing: {mode: iptables, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, guard: ["169.254.169.254:80"], onStop: keep}
+attestation: {mode: kernel, byAddress: [gvisor, kata]}
+hostIdentities:
+- {unit: "docker-[0-9]*.scope", serviceAccount: kube-system/image-puller}
+- {cgroup: /docker/*, serviceAccount: ns/docker}
 google: {caFile: /ca.pem}
 instance: {hostname: node-1.example.com, id: 17, zone: europe-west4-a, name: node-1}
 cluster: {name: "123", location: europe-west4, uid: "true"}
@@ -47,7 +51,7 @@ func TestShow(t *testing.T) {
 		var had, has raw
 		has.Config, has.provider, has.impersonateUnlinked = c, "set", true
 		had = defaults()
-		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "google.universeDomain" {
+		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "attestation.mode" && k.Path != "google.universeDomain" {
 			t.Errorf("%s has its default in this test", k.Path)
 		}
 	}

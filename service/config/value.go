@@ -23,6 +23,8 @@ func (k Key) split(s string) []item {
 			items = append(items, item{text: strings.TrimSpace(part)})
 		}
 		return items
+	case "identities":
+		return splitIdentities(s)
 	case "map":
 		var items []item
 		for part := range strings.SplitSeq(s, ",") {
@@ -113,6 +115,8 @@ func (k Key) set(r *raw, items []item, complain func(line int, t *trouble)) {
 			m[name] = it.text
 		}
 		*field = m
+	case *[]HostIdentity:
+		*field = setIdentities(items, complain)
 	}
 }
 

@@ -112,6 +112,8 @@ func (l *loader) readValue(k Key, n *yaml.Node) {
 		for _, part := range n.Content {
 			v.items = append(v.items, item{line: part.Line, text: scalar(part)})
 		}
+	case "identities":
+		v.items = l.readIdentities(k, n)
 	case "map":
 		if n.Kind != yaml.MappingNode {
 			l.complain(k.Path, n.Line, bad("write path: value lines, indented below it", "is a map, and here is %s", kindOf(n)))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -94,7 +95,7 @@ func (c *Cluster) readAccount(ctx context.Context, sa workload.ServiceAccount, f
 	if !x.synced {
 		return account{}, fmt.Errorf("ServiceAccount %s: %w", sa, c.problem())
 	}
-	if len(x.byAccount[sa]) == 0 {
+	if !x.uses(sa) {
 		return account{}, fmt.Errorf("%w %s", ErrNoPod, sa)
 	}
 	flight := c.accounts.flights.DoChan(sa.String()+" "+strconv.FormatBool(fresh), func() (any, error) {
@@ -156,7 +157,8 @@ func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount
 	}
 	obj := new(corev1.ServiceAccount)
 	err := k.core.Get().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).VersionedParams(&o, c.codec).Do(cctx).Into(obj)
-	return obj, c.judge(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace}, err)
+	unbound := len(c.pods.current.Load().byAccount[sa]) == 0 && slices.Contains(c.pods.hosts, sa)
+	return obj, c.judge(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace, unbound: unbound}, err)
 }
 
 // learn takes what the API server says of a ServiceAccount; nil is that it does not exist.
@@ -191,7 +193,7 @@ func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, 
 // entry returns the place to remember sa, or nil when no live pod uses it (K-04). The index is looked at under the accounts' lock: whoever
 // drops unused entries does so later.
 func (c *Cluster) entry(sa workload.ServiceAccount) *account {
-	if len(c.pods.current.Load().byAccount[sa]) == 0 {
+	if !c.pods.current.Load().uses(sa) {
 		return nil
 	}
 	a := c.accounts.known[sa]
@@ -236,13 +238,13 @@ func (c *Cluster) keepAccounts(ctx context.Context) {
 	for {
 		x := c.pods.current.Load()
 		for sa, stop := range keepers {
-			if len(x.byAccount[sa]) == 0 {
+			if !x.uses(sa) {
 				stop()
 				delete(keepers, sa)
 			}
 		}
 		c.accounts.mu.Lock()
-		maps.DeleteFunc(c.accounts.known, func(sa workload.ServiceAccount, _ *account) bool { return len(x.byAccount[sa]) == 0 })
+		maps.DeleteFunc(c.accounts.known, func(sa workload.ServiceAccount, _ *account) bool { return !x.uses(sa) })
 		c.accounts.mu.Unlock()
 		for _, sa := range x.accounts {
 			if keepers[sa] == nil {

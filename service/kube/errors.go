@@ -49,6 +49,7 @@ type ForbiddenError struct {
 
 	audience string
 	reason   refusal
+	unbound  bool // it is for a process of the node
 }
 
 func (e *ForbiddenError) Error() string {
@@ -56,19 +57,28 @@ func (e *ForbiddenError) Error() string {
 	if e.Namespace != "" {
 		s += " in namespace " + e.Namespace
 	}
-	if e.reason == otherNode {
+	switch {
+	case e.reason == otherNode:
 		return s + ": " + e.Message + " (does nodeName name the node of this credential?)"
+	case e.nodeUnbound():
+		return s + " for a process of the node: " + e.Message + " (missing grant: a node's own credential gets tokens for its pods only; hostIdentities need a kubeconfig of another identity, whose manifest `gke-metadata-emulator status` prints)"
 	}
 	return s + ": " + e.Message + " (missing grant; `gke-metadata-emulator status` prints the manifest)"
 }
 
 // Manifest returns the YAML that grants what is missing, ready for kubectl apply; "" when no grant mends it.
 func (e *ForbiddenError) Manifest() string {
-	if e.reason == otherNode {
+	switch {
+	case e.reason == otherNode:
 		return ""
+	case e.nodeUnbound():
+		return rbacDedicated
 	}
 	return manifest(e.User, e.audience, e.Verb == "get" && e.Resource == "serviceaccounts")
 }
+
+// nodeUnbound: NodeRestriction refuses what RBAC grants to nodes (N-07), so only another identity helps.
+func (e *ForbiddenError) nodeUnbound() bool { return e.unbound && strings.HasPrefix(e.User, nodeUser) }
 
 // AnnotationError says that a ServiceAccount's annotation cannot be believed (K-00).
 type AnnotationError struct {
@@ -81,8 +91,11 @@ func (e *AnnotationError) Error() string {
 	return fmt.Sprintf("ServiceAccount %s: annotation %s: %s", e.ServiceAccount, e.Key, e.Reason)
 }
 
-// call names one kind of request to the API server. Its fields are few enough to be metric labels, but for namespace.
-type call struct{ verb, resource, namespace string }
+// call names one kind of request to the API server. Verb and resource are few enough to be metric labels.
+type call struct {
+	verb, resource, namespace string
+	unbound                   bool // it is for a process of the node: no pod of this node has to do with it
+}
 
 // judge is where every answer of the API server passes: it counts it, keeps track of contact and of missing grants, and
 // turns it into this package's errors. What only the caller can read (404, 409, 400, a refused pod) comes back as it was.
@@ -125,10 +138,10 @@ func (c *Cluster) judge(ctx context.Context, k call, err error) error {
 // forbidden turns a 403 into what it means.
 func (c *Cluster) forbidden(k call, st metav1.Status) error {
 	r := refusalOf(st.Message)
-	if r == podGone || r == unrelated {
+	if r == podGone || r == unrelated && !k.unbound {
 		return &refusedPod{reason: r, message: st.Message}
 	}
-	f := &ForbiddenError{User: c.user(), Verb: k.verb, Resource: k.resource, Namespace: k.namespace, Message: st.Message, audience: c.audience, reason: r}
+	f := &ForbiddenError{User: c.user(), Verb: k.verb, Resource: k.resource, Namespace: k.namespace, Message: st.Message, audience: c.audience, reason: r, unbound: k.unbound}
 	if f.User == "" {
 		f.User = userOf(st.Message)
 	}

@@ -127,6 +127,24 @@ func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller
 	}
 }
 
+// of waits until the UID is the caller's; the zero caller is nobody.
+func (b *bed) of(t *testing.T, uid string, want workload.Caller) {
+	t.Helper()
+	deadline := time.NewTimer(patience)
+	defer deadline.Stop()
+	for {
+		got, known, changed, err := b.Of(uid)
+		if err == nil && got == want && known == (want != workload.Caller{}) {
+			return
+		}
+		select {
+		case <-changed:
+		case <-deadline.C:
+			t.Fatalf("Of(%s) = %+v, %v; want %+v", uid, got, err, want)
+		}
+	}
+}
+
 func names(cs []workload.Caller) []string {
 	out := []string{}
 	for _, c := range cs {

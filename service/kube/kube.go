@@ -22,13 +22,14 @@ import (
 
 // Options say where the cluster is found. The zero value looks for kubelet's credential and asks for tokens with the API server's own audience.
 type Options struct {
-	Kubeconfig string        // "" = the first of Places that exists
-	Places     []string      // nil = Places()
-	Copied     string        // where root puts a Copy of what this user may not read; "" = nowhere
-	NodeName   string        // "" = the credential's, else the host's
-	Audience   string        // of tokens; also the literal in the RBAC rule (G-17)
-	UserAgent  string        // "" = gke-metadata-emulator
-	Poll       time.Duration // how often the kubeconfig and its files are read; 0 = 2 s
+	Kubeconfig string                    // "" = the first of Places that exists
+	Places     []string                  // nil = Places()
+	Copied     string                    // where root puts a Copy of what this user may not read; "" = nowhere
+	NodeName   string                    // "" = the credential's, else the host's
+	Audience   string                    // of tokens; also the literal in the RBAC rule (G-17)
+	Hosts      []workload.ServiceAccount // of processes of the node, whose tokens are bound to no pod
+	UserAgent  string                    // "" = gke-metadata-emulator
+	Poll       time.Duration             // how often the kubeconfig and its files are read; 0 = 2 s
 	Log        logrus.FieldLogger
 	Registerer prometheus.Registerer // nil = metrics go nowhere
 }
@@ -91,7 +92,7 @@ func New(o Options) *Cluster {
 		state: state{since: time.Now(), grants: map[string]*Grant{}},
 	}
 	c.life, c.end = context.WithCancel(context.Background())
-	c.pods = newPods(o.Log.Debugf)
+	c.pods = newPods(o.Hosts, o.Log.Debugf)
 	c.accounts = newAccounts()
 	c.metrics = c.register(o.Registerer)
 	return c
@@ -196,8 +197,9 @@ func (c *Cluster) serve(ctx context.Context, s *session) {
 }
 
 // At returns the live pods of this node that have the address; pods on the host network have none. Changed is closed at the next
-// change of the index, also when there is an error. With an error the index must not be believed: it was never filled, or the API server has said
-// nothing for more than two minutes. The callers are shared and must not be written to. It neither locks nor allocates on its way to an answer.
+// change of the index, also when there is an error. With an error nobody may be believed for an address: the index was never filled, or
+// there is no word from the API server, and the address may have another owner by now. The callers are shared and must not be written to.
+// It neither locks nor allocates on its way to an answer.
 func (c *Cluster) At(a netip.Addr) (callers []workload.Caller, changed <-chan struct{}, err error) {
 	x := c.pods.current.Load()
 	if !x.synced {
@@ -209,7 +211,33 @@ func (c *Cluster) At(a netip.Addr) (callers []workload.Caller, changed <-chan st
 	return x.byAddress[a.Unmap()], x.changed, nil
 }
 
-// ServiceAccounts returns those that live pods of this node use, also pods on the host network, sorted. It is nil as long as that is not known:
+// Of returns the live pod of this node with the UID, also one on the host network or without an address yet. A static pod is known by
+// the UID that its cgroup names, and has no ServiceAccount. Changed is as At's. An error says why a pod may be there that is not known; one that is
+// known stays so while the API server is away, since a UID has one owner only.
+func (c *Cluster) Of(uid string) (caller workload.Caller, known bool, changed <-chan struct{}, err error) {
+	x := c.pods.current.Load()
+	if caller, known = x.byUID[uid]; known {
+		return caller, true, x.changed, nil
+	}
+	if !x.synced {
+		return caller, false, x.changed, c.problem()
+	}
+	if since, lost := c.pods.outOfTouch(); lost {
+		err = c.lostTouch(since)
+	}
+	return caller, false, x.changed, err
+}
+
+// Known returns nil once the pods of this node were listed, else why they were not, and a channel that is closed when that may have changed.
+func (c *Cluster) Known() (changed <-chan struct{}, err error) {
+	x := c.pods.current.Load()
+	if !x.synced {
+		err = c.problem()
+	}
+	return x.changed, err
+}
+
+// ServiceAccounts returns those that live pods of this node use, also pods on the host network, and those of Options.Hosts, sorted. It is nil as long as that is not known:
 // then nothing may be forgotten on its word. Changed is closed at the next change of the index. The slice is shared and must not be written to.
 func (c *Cluster) ServiceAccounts() (sas []workload.ServiceAccount, changed <-chan struct{}) {
 	x := c.pods.current.Load()

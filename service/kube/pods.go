@@ -10,6 +10,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -24,13 +25,14 @@ import (
 // pod is what we keep of a live pod: a few hundred bytes where the API's object has kilobytes.
 type pod struct {
 	caller               workload.Caller
+	static               string       // what the cgroup of a static pod names instead of its UID in the API; "" for all others
 	addrs                []netip.Addr // none for a pod on the host network: its address is the node's (N-14)
 	hostNetwork          bool
 	running, terminating bool
 }
 
 func (p *pod) equal(q *pod) bool {
-	return p.caller == q.caller && slices.Equal(p.addrs, q.addrs) && p.hostNetwork == q.hostNetwork && p.running == q.running && p.terminating == q.terminating
+	return p.caller == q.caller && p.static == q.static && slices.Equal(p.addrs, q.addrs) && p.hostNetwork == q.hostNetwork && p.running == q.running && p.terminating == q.terminating
 }
 
 // index is one generation of what is known of this node's pods. It never changes, so readers need no lock.
@@ -38,26 +40,29 @@ type index struct {
 	synced    bool
 	pods      []*pod // sorted by namespace and name
 	byAddress map[netip.Addr][]workload.Caller
+	byUID     map[string]workload.Caller // as the pod's cgroup names it
 	byAccount map[workload.ServiceAccount][]*pod
 	accounts  []workload.ServiceAccount // sorted
-	changed   chan struct{}             // closed when the next generation is there
+	changed   chan struct{}             // closed when the next generation is there, or when the API server is in touch again
 }
 
 // pods is the store that the reflector fills. Its methods are the reflector's, which is one goroutine at a time;
 // the mutex is for reset and touch.
 type pods struct {
 	log     func(format string, args ...any) // debug
+	hosts   []workload.ServiceAccount        // of processes of the node, in use whatever pods there are
 	mu      sync.Mutex
 	live    map[types.NamespacedName]*pod
 	synced  bool
+	open    bool // there is a watch, which may have to tell first what we missed
 	current atomic.Pointer[index]
 
-	watching atomic.Bool  // a watch is open: what we know is what the API server says
+	watching atomic.Bool  // a watch is open and we missed nothing: what we know is what the API server says
 	touched  atomic.Int64 // Unix nanoseconds of the last word from the API server about pods
 }
 
-func newPods(debugf func(string, ...any)) *pods {
-	p := &pods{log: debugf, live: map[types.NamespacedName]*pod{}}
+func newPods(hosts []workload.ServiceAccount, debugf func(string, ...any)) *pods {
+	p := &pods{log: debugf, hosts: hosts, live: map[types.NamespacedName]*pod{}}
 	p.current.Store(p.build())
 	return p
 }
@@ -73,6 +78,7 @@ func (p *pods) build() *index {
 		synced:    p.synced,
 		pods:      make([]*pod, 0, len(p.live)),
 		byAddress: make(map[netip.Addr][]workload.Caller, len(p.live)),
+		byUID:     make(map[string]workload.Caller, len(p.live)),
 		byAccount: make(map[workload.ServiceAccount][]*pod),
 		changed:   make(chan struct{}),
 	}
@@ -80,18 +86,43 @@ func (p *pods) build() *index {
 		x.pods = append(x.pods, q)
 	}
 	slices.SortFunc(x.pods, func(a, b *pod) int { return strings.Compare(a.caller.String(), b.caller.String()) })
+	for _, sa := range p.hosts {
+		x.use(sa, nil)
+	}
 	for _, q := range x.pods {
 		for _, a := range q.addrs {
 			x.byAddress[a] = append(x.byAddress[a], q.caller)
 		}
-		sa := q.caller.ServiceAccount
-		if x.byAccount[sa] == nil {
-			x.accounts = append(x.accounts, sa)
+		if q.static != "" {
+			x.byUID[q.static] = q.caller
 		}
-		x.byAccount[sa] = append(x.byAccount[sa], q)
+		if q.caller.ServiceAccount.Name != "" {
+			x.use(q.caller.ServiceAccount, q)
+		}
+	}
+	for _, q := range x.pods { // after the static ones: nobody stands in another's place
+		x.byUID[q.caller.PodUID] = q.caller
 	}
 	slices.SortFunc(x.accounts, func(a, b workload.ServiceAccount) int { return strings.Compare(a.String(), b.String()) })
 	return x
+}
+
+// use notes that a pod uses the ServiceAccount, or, with nil, that processes of the node do.
+func (x *index) use(sa workload.ServiceAccount, by *pod) {
+	users, known := x.byAccount[sa]
+	if !known {
+		x.accounts = append(x.accounts, sa)
+	}
+	if by != nil {
+		users = append(users, by)
+	}
+	x.byAccount[sa] = users
+}
+
+// uses reports whether live pods of this node, or processes of it, use the ServiceAccount.
+func (x *index) uses(sa workload.ServiceAccount) bool {
+	_, known := x.byAccount[sa]
+	return known
 }
 
 // set takes one object's newest state and reports whether it matters.
@@ -139,6 +170,13 @@ func convert(o *corev1.Pod) *pod {
 		running:     o.Status.Phase == corev1.PodRunning,
 		terminating: o.DeletionTimestamp != nil,
 	}
+	if o.Spec.RuntimeClassName != nil {
+		p.caller.RuntimeClass = *o.Spec.RuntimeClassName
+	}
+	// A static pod's mirror cannot have a ServiceAccount. Whoever else writes the annotation gets no other cgroup by it.
+	if p.caller.ServiceAccount.Name == "" {
+		p.static = o.Annotations[corev1.MirrorPodAnnotationKey]
+	}
 	if p.hostNetwork {
 		return p
 	}
@@ -175,11 +213,14 @@ func strip(o any) (any, error) {
 	}
 	s := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, ResourceVersion: p.ResourceVersion, DeletionTimestamp: p.DeletionTimestamp},
-		Spec:       corev1.PodSpec{ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork},
+		Spec:       corev1.PodSpec{ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork, RuntimeClassName: p.Spec.RuntimeClassName},
 		Status: corev1.PodStatus{Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: p.Status.PodIPs,
 			InitContainerStatuses:      states(p.Status.InitContainerStatuses),
 			ContainerStatuses:          states(p.Status.ContainerStatuses),
 			EphemeralContainerStatuses: states(p.Status.EphemeralContainerStatuses)},
+	}
+	if mirror, is := p.Annotations[corev1.MirrorPodAnnotationKey]; is {
+		s.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: mirror}
 	}
 	return s, nil
 }
@@ -236,6 +277,7 @@ func (p *pods) Replace(os []any, _ string) error {
 		}
 	}
 	p.synced = true
+	p.watching.Store(p.open) // a watch that began with the present state
 	p.log("%d live pods", len(p.live))
 	p.publish()
 	return nil
@@ -249,34 +291,33 @@ func (p *pods) Bookmark(string) error {
 }
 
 // opened and closed follow the watch: while it is open, silence is no news; HTTP/2's own pings end a dead one within 45 s.
-func (p *pods) opened() {
-	now := time.Now()
-	stale := now.Sub(time.Unix(0, p.touched.Swap(now.UnixNano()))) > tooOld
-	p.watching.Store(true)
-	if stale {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.publish()
+// A watch that goes on where the last one ended is believed at once, one that tells everything anew when it has.
+func (p *pods) opened(anew bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.touched.Store(time.Now().UnixNano())
+	p.open = true
+	if !anew && !p.watching.Swap(true) {
+		p.publish() // who waits for an address asks again
 	}
 }
 
 func (p *pods) closed() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.open = false
 	if p.watching.Swap(false) {
 		p.touched.Store(time.Now().UnixNano())
 	}
 }
 
-// tooOld is how long the index may be believed without contact: longer than a restart of the API server takes, short enough that
-// an address has hardly a new owner whom we have not heard of.
-const tooOld = 2 * time.Minute
+// longGap is how long there may be no watch before all is asked anew: a new watch would tell of what was missed, and nobody
+// could say when it has. Shorter ones come with every watch that the API server ends, every five to ten minutes.
+const longGap = 2 * time.Second
 
-// outOfTouch returns since when the API server said nothing about pods; false while it can be believed.
+// outOfTouch returns since when the API server said nothing about pods; false while what is known is the present.
 func (p *pods) outOfTouch() (time.Time, bool) {
-	if p.watching.Load() {
-		return time.Time{}, false
-	}
-	t := time.Unix(0, p.touched.Load())
-	return t, time.Since(t) > tooOld
+	return time.Unix(0, p.touched.Load()), !p.watching.Load()
 }
 
 // openWatch tells the store when the watch ends. The reflector stops every watch that it is done with.
@@ -302,11 +343,15 @@ func (c *Cluster) follow(ctx context.Context, k *client, node string) {
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.FieldSelector = selector
+			anew := o.SendInitialEvents != nil && *o.SendInitialEvents
+			if since, lost := c.pods.outOfTouch(); !anew && lost && time.Since(since) > longGap {
+				return nil, apierrors.NewResourceExpired("the pods that were known are too old to go on from")
+			}
 			w, err := c.watch(ctx, k, "", "pods", o)
 			if err := c.podsAnswer(ctx, call{verb: "watch", resource: "pods"}, err); err != nil {
 				return nil, err
 			}
-			c.pods.opened()
+			c.pods.opened(anew)
 			return &openWatch{w, c.pods.closed}, nil
 		},
 	}

@@ -251,31 +251,88 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// The API server restarts: what is known is believed for two minutes, then no more, and all is well when it is back.
+// The API server restarts: a UID is still the pod's, an address is nobody's until the server is back and has told what we missed.
 func TestAPIServerRestarts(t *testing.T) {
+	for name, gap := range map[string]time.Duration{"for a moment": 0, "for long": time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			s := newServer(t, kubetest.Options{})
+			b := run(t, s, nil)
+			uid := b.at(t, "10.1.0.11", "p1")[0].PodUID
+			s.Refuse()
+			until(t, "the watch to break", func() bool { return !b.pods.watching.Load() })
+			b.pods.touched.Store(time.Now().Add(-gap).UnixNano())
+			_, changed, err := b.At(netip.MustParseAddr("10.1.0.11"))
+			var away *AwayError
+			if !errors.As(err, &away) || time.Since(away.Since) < gap {
+				t.Fatalf("At: %v", err)
+			}
+			if c, known, _, err := b.Of(uid); !known || err != nil || c.PodName != "p1" {
+				t.Errorf("Of = %v, %v, %v", c, known, err)
+			}
+			if _, known, _, err := b.Of("another"); known || !errors.As(err, &away) {
+				t.Errorf("Of an unknown UID = %v, %v", known, err)
+			}
+			if age := b.watchAge(); age < gap.Seconds() {
+				t.Errorf("pod watch age %v", age)
+			}
+			until(t, "the API server to be missed", func() bool { _, err := b.Token(t.Context(), ksa); return errors.As(err, &away) })
+			s.DeletePod("ns1", "p1") // unseen
+			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.11"}})
+			s.Accept()
+			<-changed // who waits is woken
+			for {
+				got, changed, err := b.At(netip.MustParseAddr("10.1.0.11"))
+				if gap > 0 && len(got) == 1 && got[0].PodName == "p1" {
+					t.Fatal("the pod that went away while nobody watched is believed for its address")
+				}
+				if err == nil && len(got) == 1 && got[0].PodName == "p2" {
+					break
+				}
+				<-changed
+			}
+			if _, known, _, err := b.Of(uid); known || err != nil {
+				t.Errorf("Of a pod that went away = %v, %v", known, err)
+			}
+			until(t, "the log to say so", func() bool { return strings.Contains(b.logs.String(), "the Kubernetes API is back") })
+		})
+	}
+}
+
+// Pods are known by their UIDs before they have an address, on the host network too, and with their RuntimeClass.
+func TestOf(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
 	b.at(t, "10.1.0.11", "p1")
-	s.Refuse()
-	until(t, "the watch to break", func() bool { return !b.pods.watching.Load() })
-	b.at(t, "10.1.0.11", "p1")
+	for _, p := range []kubetest.Pod{
+		{Name: "starting", Phase: "Pending", ServiceAccount: "ksa"},
+		{Name: "host", ServiceAccount: "ksa", Addresses: []string{"192.0.2.1"}, HostNetwork: true},
+		{Name: "sandboxed", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}, RuntimeClass: "gvisor"},
+	} {
+		p.Namespace, p.Node = "ns1", "node1"
+		uid := s.SetPod(p)
+		b.of(t, uid, workload.Caller{PodUID: uid, PodName: p.Name, RuntimeClass: p.RuntimeClass, ServiceAccount: ksa})
+		p.Phase, p.Ended = "Succeeded", true
+		s.SetPod(p)
+		b.of(t, uid, workload.Caller{})
+	}
+}
 
-	b.pods.touched.Store(time.Now().Add(-tooOld - time.Second).UnixNano())
-	_, changed, err := b.At(netip.MustParseAddr("10.1.0.11"))
-	var away *AwayError
-	if !errors.As(err, &away) || time.Since(away.Since) < tooOld {
-		t.Fatalf("At after two minutes: %v", err)
+// A static pod's cgroup names the UID that kubelet gave it, and not its mirror's. It has no ServiceAccount; who has one is in nobody's place.
+func TestStaticPods(t *testing.T) {
+	s := newServer(t, kubetest.Options{})
+	b := run(t, s, nil)
+	victim := b.at(t, "10.1.0.11", "p1")[0]
+	mirror := s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "static", Node: "node1", Addresses: []string{"10.1.0.12"}, MirrorOf: "0123abcd"})
+	static := workload.Caller{PodUID: mirror, PodName: "static", ServiceAccount: workload.ServiceAccount{Namespace: "ns1"}}
+	b.of(t, "0123abcd", static)
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "evil", Node: "node1", MirrorOf: victim.PodUID})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "eviler", Node: "node1", ServiceAccount: "ksa", MirrorOf: "0123abcd", Addresses: []string{"10.1.0.13"}})
+	b.at(t, "10.1.0.13", "eviler")
+	b.of(t, victim.PodUID, victim)
+	b.of(t, "0123abcd", static)
+	if sas, _ := b.ServiceAccounts(); !slices.Equal(sas, []workload.ServiceAccount{ksa}) {
+		t.Errorf("ServiceAccounts %v: static pods use none", sas)
 	}
-	if age := b.watchAge(); age < tooOld.Seconds() {
-		t.Errorf("pod watch age %v", age)
-	}
-	if _, err := b.Token(t.Context(), ksa); !errors.As(err, &away) {
-		t.Errorf("Token: %v", err)
-	}
-	s.Accept()
-	<-changed // who waits is woken although no pod changed
-	b.at(t, "10.1.0.11", "p1")
-	until(t, "the log to say so", func() bool { return strings.Contains(b.logs.String(), "the Kubernetes API is back") })
 }
 
 // A stop does not wait for the reflector's next attempt, whatever it waits for.

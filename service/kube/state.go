@@ -104,7 +104,7 @@ const logAgain = 10 * time.Minute
 func (c *Cluster) missing(f *ForbiddenError) {
 	now := time.Now()
 	c.mu.Lock()
-	key := f.Verb + " " + f.Resource
+	key := grantKey(f.Verb, f.Resource, f.unbound)
 	g := c.grants[key]
 	if g == nil {
 		g = &Grant{Verb: f.Verb, Resource: f.Resource, Since: now}
@@ -134,8 +134,16 @@ func (c *Cluster) granted(k call) {
 	if len(c.grants) == 0 {
 		return
 	}
-	delete(c.grants, k.verb+" "+k.resource)
+	delete(c.grants, grantKey(k.verb, k.resource, k.unbound))
 	if k.resource == tokens {
-		delete(c.grants, audienceVerb+" "+c.audience)
+		delete(c.grants, grantKey(audienceVerb, c.audience, k.unbound))
 	}
+}
+
+// grantKey keeps apart what is missing for pods and for processes of the node.
+func grantKey(verb, resource string, unbound bool) string {
+	if unbound {
+		return "unbound " + verb + " " + resource
+	}
+	return verb + " " + resource
 }

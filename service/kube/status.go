@@ -10,20 +10,21 @@ import (
 
 // Status is what `status` shows of Kubernetes. It holds no secret.
 type Status struct {
-	Kubeconfig      string      `json:"kubeconfig,omitempty"` // in use
-	Server          string      `json:"server,omitempty"`
-	User            string      `json:"user,omitempty"`
-	NodeName        string      `json:"nodeName,omitempty"`
-	NodeNameProblem string      `json:"nodeNameProblem,omitempty"`
-	Audience        string      `json:"audience,omitempty"`    // of the tokens that are asked for
-	Synced          bool        `json:"synced"`                // the pods were listed
-	Watching        bool        `json:"watching"`              // a watch is open now
-	LastContact     *time.Time  `json:"lastContact,omitempty"` // of the pod watch
-	Problem         string      `json:"problem,omitempty"`     // why pods cannot be seen
-	Pods            []PodStatus `json:"pods"`
-	LastError       string      `json:"lastError,omitempty"`
-	LastErrorAt     *time.Time  `json:"lastErrorAt,omitempty"`
-	MissingGrants   []Grant     `json:"missingGrants,omitempty"`
+	Kubeconfig      string       `json:"kubeconfig,omitempty"` // in use
+	Server          string       `json:"server,omitempty"`
+	User            string       `json:"user,omitempty"`
+	NodeName        string       `json:"nodeName,omitempty"`
+	NodeNameProblem string       `json:"nodeNameProblem,omitempty"`
+	Audience        string       `json:"audience,omitempty"`    // of the tokens that are asked for
+	Synced          bool         `json:"synced"`                // the pods were listed
+	Watching        bool         `json:"watching"`              // a watch is open now
+	LastContact     *time.Time   `json:"lastContact,omitempty"` // of the pod watch
+	Problem         string       `json:"problem,omitempty"`     // why pods cannot be seen
+	Pods            []PodStatus  `json:"pods"`
+	Hosts           []HostStatus `json:"hosts,omitempty"` // of Options.Hosts
+	LastError       string       `json:"lastError,omitempty"`
+	LastErrorAt     *time.Time   `json:"lastErrorAt,omitempty"`
+	MissingGrants   []Grant      `json:"missingGrants,omitempty"`
 }
 
 // PodStatus is one live pod of this node.
@@ -34,10 +35,23 @@ type PodStatus struct {
 	Addresses      []netip.Addr `json:"addresses,omitempty"`
 	HostNetwork    bool         `json:"hostNetwork,omitempty"`
 	Terminating    bool         `json:"terminating,omitempty"`
-	ServiceAccount string       `json:"serviceAccount"`
-	GoogleEmail    string       `json:"googleServiceAccount,omitempty"`
-	AccountRead    *time.Time   `json:"serviceAccountRead,omitempty"`
-	AccountError   string       `json:"serviceAccountError,omitempty"`
+	RuntimeClass   string       `json:"runtimeClass,omitempty"`
+	ServiceAccount string       `json:"serviceAccount"`     // "" for a static pod
+	Evidence       string       `json:"evidence,omitempty"` // by what its connections are known; this package leaves it to others
+	AccountStatus
+}
+
+// HostStatus is one ServiceAccount of processes of the node.
+type HostStatus struct {
+	ServiceAccount string `json:"serviceAccount"` // namespace/name
+	AccountStatus
+}
+
+// AccountStatus is what is known of a ServiceAccount.
+type AccountStatus struct {
+	GoogleEmail  string     `json:"googleServiceAccount,omitempty"`
+	AccountRead  *time.Time `json:"serviceAccountRead,omitempty"`
+	AccountError string     `json:"serviceAccountError,omitempty"`
 }
 
 // Status returns a picture of now.
@@ -53,13 +67,12 @@ func (c *Cluster) Status() Status {
 	}
 	c.accounts.mu.Lock()
 	for _, p := range x.pods {
-		q := PodStatus{Namespace: p.caller.ServiceAccount.Namespace, Name: p.caller.PodName, UID: p.caller.PodUID, Addresses: p.addrs,
-			HostNetwork: p.hostNetwork, Terminating: p.terminating, ServiceAccount: p.caller.ServiceAccount.Name}
-		if a := c.accounts.known[p.caller.ServiceAccount]; a != nil {
-			q.GoogleEmail, q.AccountRead = a.value.GoogleEmail, moment(a.read)
-			q.AccountError = text(cmp.Or(a.failure, a.err))
-		}
-		s.Pods = append(s.Pods, q)
+		s.Pods = append(s.Pods, PodStatus{Namespace: p.caller.ServiceAccount.Namespace, Name: p.caller.PodName, UID: p.caller.PodUID, Addresses: p.addrs,
+			HostNetwork: p.hostNetwork, Terminating: p.terminating, RuntimeClass: p.caller.RuntimeClass, ServiceAccount: p.caller.ServiceAccount.Name,
+			AccountStatus: c.accounts.known[p.caller.ServiceAccount].status()})
+	}
+	for _, sa := range c.pods.hosts {
+		s.Hosts = append(s.Hosts, HostStatus{sa.String(), c.accounts.known[sa].status()})
 	}
 	c.accounts.mu.Unlock()
 	c.mu.Lock()
@@ -73,6 +86,13 @@ func (c *Cluster) Status() Status {
 		return cmp.Or(cmp.Compare(a.Resource, b.Resource), cmp.Compare(a.Verb, b.Verb))
 	})
 	return s
+}
+
+func (a *account) status() AccountStatus {
+	if a == nil {
+		return AccountStatus{}
+	}
+	return AccountStatus{a.value.GoogleEmail, moment(a.read), text(cmp.Or(a.failure, a.err))}
 }
 
 // moment is nil for a time that never was.

@@ -24,7 +24,8 @@ const (
 )
 
 // Token asks for a token of the ServiceAccount with Options.Audience, bound by name and UID to a live pod of this node that uses it
-// (N-04): it dies with the pod. A running pod is preferred to a starting one, and either to one that terminates.
+// (N-04): it dies with the pod. A running pod is preferred to a starting one, and either to one that terminates. For one of
+// Options.Hosts that no such pod uses, the token is bound to nothing, which a node's own credential may not ask for (N-07).
 // Errors: ErrNoPod, ErrNotFound, *ForbiddenError, *AwayError, ErrNotConfigured.
 func (c *Cluster) Token(ctx context.Context, sa workload.ServiceAccount) (jwt string, err error) {
 	k, err := c.reach()
@@ -44,6 +45,9 @@ func (c *Cluster) Token(ctx context.Context, sa workload.ServiceAccount) (jwt st
 		}
 		c.log.WithError(err).Debugf("no token of %s for pod %s", sa, p.caller)
 	}
+	if errors.Is(err, ErrNoPod) && slices.Contains(c.pods.hosts, sa) {
+		jwt, err = c.request(ctx, k, sa, nil)
+	}
 	if err != nil {
 		return "", fmt.Errorf("token of ServiceAccount %s: %w", sa, err)
 	}
@@ -61,14 +65,15 @@ func (p *pod) rank() int {
 	return 0
 }
 
+// request asks for a token that is bound to p, or to nothing.
 func (c *Cluster) request(ctx context.Context, k *client, sa workload.ServiceAccount, p *pod) (string, error) {
 	cctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	seconds := int64(tokenSeconds)
-	ask := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
-		ExpirationSeconds: &seconds,
-		BoundObjectRef:    &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: p.caller.PodName, UID: types.UID(p.caller.PodUID)},
-	}}
+	ask := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
+	if p != nil {
+		ask.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: p.caller.PodName, UID: types.UID(p.caller.PodUID)}
+	}
 	if c.audience != "" {
 		ask.Spec.Audiences = []string{c.audience}
 	}
@@ -80,7 +85,7 @@ func (c *Cluster) request(ctx context.Context, k *client, sa workload.ServiceAcc
 	if code >= 200 && code < 300 && (err != nil || got.Status.Token == "") {
 		err = errNoToken // and not the decoder's words: the body it stumbled over is a token
 	}
-	err = c.judge(ctx, call{verb: "create", resource: tokens, namespace: sa.Namespace}, err)
+	err = c.judge(ctx, call{verb: "create", resource: tokens, namespace: sa.Namespace, unbound: p == nil}, err)
 	if err != nil {
 		return "", gone(err)
 	}

@@ -12,14 +12,30 @@ func (s ServiceAccount) Subject() string {
 	return "system:serviceaccount:" + s.Namespace + ":" + s.Name
 }
 
-// Caller is the pod behind a connection. Nothing in it comes from a request.
+// Caller is who is behind a connection: a pod, or a process of the node that the operator gave an identity. Nothing in it
+// comes from a request. It is comparable.
 type Caller struct {
-	PodUID, PodName string
-	ServiceAccount  ServiceAccount // its namespace is the pod's too
+	PodUID, PodName string         // of a pod
+	RuntimeClass    string         // the pod's; "" is the node's default
+	Unit            string         // of a process of the node: its systemd unit, else its cgroup
+	ServiceAccount  ServiceAccount // its namespace is the pod's too; without a name, the pod has none (a static pod)
 }
 
-// String returns "namespace/pod".
-func (c Caller) String() string { return c.ServiceAccount.Namespace + "/" + c.PodName }
+// String returns "namespace/pod", or the unit.
+func (c Caller) String() string {
+	if c.PodUID == "" {
+		return c.Unit
+	}
+	return c.ServiceAccount.Namespace + "/" + c.PodName
+}
+
+// ID is what tells one caller from all others: the pod's UID, or the unit.
+func (c Caller) ID() string {
+	if c.PodUID == "" {
+		return c.Unit
+	}
+	return c.PodUID
+}
 
 // Account is what a ServiceAccount's annotations say (K-01), after they were checked (K-00).
 // It is comparable; the zero value is a ServiceAccount that is not linked to Google.

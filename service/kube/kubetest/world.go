@@ -199,6 +199,8 @@ type Pod struct {
 	Phase           string   // "" = Running
 	Addresses       []string // status.podIPs
 	HostNetwork     bool
+	RuntimeClass    string
+	MirrorOf        string   // the UID that kubelet gave the static pod of which this is the mirror
 	Terminating     bool     // has a deletionTimestamp
 	Ended           bool     // all its containers have terminated
 	Audiences       []string // of projected ServiceAccount tokens in its spec
@@ -211,6 +213,12 @@ func (s *Server) SetPod(p Pod) string {
 		Spec: corev1.PodSpec{NodeName: p.Node, ServiceAccountName: p.ServiceAccount, HostNetwork: p.HostNetwork,
 			Containers: []corev1.Container{{Name: "c", Image: "x"}}},
 		Status: corev1.PodStatus{Phase: corev1.PodPhase(cmp.Or(p.Phase, "Running"))},
+	}
+	if p.RuntimeClass != "" {
+		o.Spec.RuntimeClassName = &p.RuntimeClass
+	}
+	if p.MirrorOf != "" {
+		o.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: p.MirrorOf}
 	}
 	for i, a := range p.Addresses {
 		if i == 0 {

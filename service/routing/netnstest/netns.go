@@ -153,6 +153,7 @@ func (ns *NS) Dial(ctx context.Context, network, addr string) (conn net.Conn, er
 func (ns *NS) Listen(network, addr string) (l net.Listener, err error) {
 	err = ns.Do(func() error {
 		lc := net.ListenConfig{Control: freeBind}
+		lc.SetMultipathTCP(false) // as systemd
 		l, err = lc.Listen(context.Background(), network, addr)
 		return err
 	})

@@ -1,0 +1,433 @@
+package attest
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// This file makes a node with pods: cgroups and network namespaces of the test's own, processes in them, rules that redirect, a helper in a
+// process of its own, and a Kernel in the node's network namespace.
+
+// roles are what the test binary can be started as, by the variable.
+const (
+	roleVariable    = "GME_ATTEST_ROLE"
+	verboseVariable = "GME_ATTEST_VERBOSE" // has everybody log to standard error
+)
+
+func TestMain(m *testing.M) {
+	roles := map[string]func() error{"helper": helperRole, "client": clientRole, "server": serverRole}
+	if role, ok := roles[os.Getenv(roleVariable)]; ok {
+		if err := role(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// self is a command that runs the test binary in a role.
+func self(ctx context.Context, role string, env ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe")
+	cmd.Env = append(os.Environ(), append(env, roleVariable+"="+role)...)
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+var bedSequence atomic.Uint32
+
+// bed is a node.
+type bed struct {
+	t       testing.TB
+	node    *netnstest.Node
+	mount   *os.File // a cgroup v2 mount that is nowhere in the file system
+	cgroups string   // our part of it: what the node takes for its root
+	socket  string   // the helper's
+	kernel  *Kernel
+	helper  *exec.Cmd
+	stopped chan struct{}
+	stop    context.CancelFunc
+
+	listener net.Listener
+	accepted chan net.Conn
+}
+
+const (
+	metadataAddr = "169.254.169.254:80"
+	listenAddr   = "169.254.169.252:988"
+)
+
+// newBed makes a node without pods, with a Kernel that runs and without a helper.
+func newBed(t testing.TB) *bed {
+	t.Helper()
+	netnstest.Needs(t, "ip", "iptables")
+	b := &bed{t: t, node: netnstest.Start(t, "attest"), accepted: make(chan net.Conn, 4096)}
+	b.mountCgroups()
+	b.socket = filepath.Join(t.TempDir(), "attest.sock")
+	for _, line := range []string{
+		"ip address add 169.254.169.252/32 dev lo",
+		"sysctl -qw net.ipv4.ip_forward=1",
+		"iptables -t nat -A PREROUTING -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination " + listenAddr,
+		"iptables -t nat -A OUTPUT -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination " + listenAddr,
+	} {
+		args := strings.Fields(line)
+		if out, err := b.node.Command(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", line, err, out)
+		}
+	}
+	var err error
+	if b.listener, err = b.node.Listen("tcp4", listenAddr); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := b.listener.Accept()
+			if err != nil {
+				return
+			}
+			b.accepted <- c
+		}
+	}()
+	b.startKernel(b.cgroups)
+	return b
+}
+
+// mountCgroups mounts cgroup v2 where nobody else sees it, and makes a part of it ours.
+func (b *bed) mountCgroups() {
+	t := b.t
+	t.Helper()
+	fs, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		netnstest.Lacks(t, fmt.Errorf("mount cgroup2: %w", err))
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		netnstest.Lacks(t, fmt.Errorf("mount cgroup2: %w", err))
+	}
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		netnstest.Lacks(t, fmt.Errorf("mount cgroup2: %w", err))
+	}
+	b.mount = os.NewFile(uintptr(mount), "cgroup2")
+	b.cgroups = fmt.Sprintf("/proc/self/fd/%d/gme-attest-%d-%d", mount, os.Getpid(), bedSequence.Add(1))
+	if err := os.Mkdir(b.cgroups, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = os.WriteFile(b.cgroups+"/cgroup.kill", []byte("1"), 0)
+		eventually(t, "the cgroups are removed", func() bool { removeCgroups(b.cgroups); return !exists(b.cgroups) })
+		_ = b.mount.Close()
+	})
+}
+
+func removeCgroups(path string) {
+	kids, _ := subdirectories(path)
+	for kid := range kids {
+		removeCgroups(path + "/" + kid)
+	}
+	_ = unix.Rmdir(path)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// eventually polls until ok or a deadline.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); {
+		if time.Now().After(end) {
+			t.Fatalf("still not so after 10 s: %s", what)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
+func quiet() logrus.FieldLogger {
+	l := logrus.New()
+	l.SetLevel(logrus.DebugLevel)
+	if os.Getenv(verboseVariable) == "" {
+		l.SetOutput(io.Discard)
+	}
+	return l
+}
+
+func (b *bed) startKernel(root string) {
+	b.kernel = NewKernel(KernelOptions{CgroupRoot: root, Socket: b.socket, Log: quiet()})
+	ctx, cancel := context.WithCancel(context.Background())
+	b.stop, b.stopped = cancel, make(chan struct{})
+	k, stopped := b.kernel, b.stopped
+	go func() {
+		defer close(stopped)
+		_ = b.node.Do(func() error { return k.Run(ctx) })
+	}()
+	b.t.Cleanup(func() { cancel(); <-stopped })
+	eventually(b.t, "the kernel runs", func() bool { return b.kernel.Status().Hierarchy != "" })
+}
+
+// startHelper starts one in a process of its own, on the node, and waits until it has told all it knows.
+func (b *bed) startHelper() {
+	b.t.Helper()
+	b.startHelperAt(b.cgroups)
+	b.connected()
+}
+
+func (b *bed) startHelperAt(root string) {
+	b.t.Helper()
+	b.helper = self(context.Background(), "helper", "ROOT="+strings.Replace(root, fmt.Sprintf("/fd/%d/", b.mount.Fd()), "/fd/3/", 1), "SOCKET="+b.socket)
+	b.helper.ExtraFiles = []*os.File{b.mount}
+	b.start(b.node.NS, b.helper)
+	helper := b.helper
+	b.t.Cleanup(func() { kill(helper) })
+}
+
+func (b *bed) connected() {
+	b.t.Helper()
+	eventually(b.t, "the helper is connected", func() bool { return b.kernel.Status().Helper })
+}
+
+func (b *bed) killHelper() {
+	b.t.Helper()
+	kill(b.helper)
+	eventually(b.t, "the helper is away", func() bool { return !b.kernel.Status().Helper })
+}
+
+func kill(cmd *exec.Cmd) {
+	if cmd.ProcessState == nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}
+}
+
+// start starts the command in the namespace. The thread that starts it lives on as long as the test: the command dies with it.
+func (b *bed) start(ns *netnstest.NS, cmd *exec.Cmd) {
+	b.t.Helper()
+	started, over := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := ns.Do(func() error {
+			started <- cmd.Start()
+			return nil
+		})
+		if err != nil {
+			started <- err
+		}
+		<-over
+	}()
+	b.t.Cleanup(func() { close(over) })
+	if err := <-started; err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// helperRole is the helper.
+func helperRole() error {
+	return RunHelper(context.Background(), HelperOptions{CgroupRoot: os.Getenv("ROOT"), Socket: os.Getenv("SOCKET"), User: 65534, Log: quiet()})
+}
+
+// serverRole is a Kernel that looks at each connection to the listener that it is handed, and writes down what it found.
+func serverRole() error {
+	l, err := net.FileListener(os.NewFile(4, "listener"))
+	if err != nil {
+		return err
+	}
+	k := NewKernel(KernelOptions{CgroupRoot: os.Getenv("ROOT"), Socket: os.Getenv("SOCKET"), Log: quiet()})
+	go func() { _ = k.Run(context.Background()) }()
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		changed := k.Changes()
+		e, err := k.Look(accepted(c))
+		for errors.Is(err, ErrNoNamespace) || errors.Is(err, ErrHelperAway) {
+			<-changed
+			changed = k.Changes()
+			e, err = k.Look(accepted(c))
+		}
+		said, _ := json.Marshal(map[string]any{"evidence": e, "error": fmt.Sprint(err)})
+		fmt.Printf("%s\n", said)
+		_ = c.Close()
+	}
+}
+
+// cgroup makes one, and all above it. path is from the node's root.
+func (b *bed) cgroup(path string) string {
+	b.t.Helper()
+	if err := os.MkdirAll(b.cgroups+path, 0o755); err != nil {
+		b.t.Fatal(err)
+	}
+	return path
+}
+
+// client is a process that does what it is told.
+type client struct {
+	t     testing.TB
+	cmd   *exec.Cmd
+	in    io.Writer
+	out   *bufio.Reader
+	group string
+}
+
+// client starts a process in the cgroup and the namespace.
+func (b *bed) client(cgroup string, ns *netnstest.NS) *client {
+	b.t.Helper()
+	dir, err := os.Open(b.cgroups + b.cgroup(cgroup))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer dir.Close()
+	c := &client{t: b.t, cmd: self(context.Background(), "client"), group: cgroup}
+	c.cmd.SysProcAttr.UseCgroupFD, c.cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
+	in, err := c.cmd.StdinPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	out, err := c.cmd.StdoutPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	c.in, c.out = in, bufio.NewReader(out)
+	c.cmd.ExtraFiles = []*os.File{b.mount}
+	b.start(ns, c.cmd)
+	b.t.Cleanup(func() { kill(c.cmd) })
+	return c
+}
+
+// do has the client do something, and returns what it says.
+func (c *client) do(format string, args ...any) string {
+	c.t.Helper()
+	answer, err := c.try(format, args...)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return answer
+}
+
+func (c *client) try(format string, args ...any) (string, error) {
+	line := fmt.Sprintf(format, args...)
+	if _, err := fmt.Fprintln(c.in, line); err != nil {
+		return "", fmt.Errorf("%s: %w", line, err)
+	}
+	defer time.AfterFunc(20*time.Second, func() { _ = c.cmd.Process.Kill() }).Stop()
+	answer, err := c.out.ReadString('\n')
+	answer = strings.TrimSpace(answer)
+	if err != nil || !strings.HasPrefix(answer, "ok") {
+		return "", fmt.Errorf("%s: %w: %s", line, errors.Join(err, errors.New("the client failed")), answer)
+	}
+	return strings.TrimSpace(strings.TrimPrefix(answer, "ok")), nil
+}
+
+// answer is what the client says later to something that it did in two steps.
+func (c *client) answer() string {
+	c.t.Helper()
+	defer time.AfterFunc(20*time.Second, func() { _ = c.cmd.Process.Kill() }).Stop()
+	answer, err := c.out.ReadString('\n')
+	rest, ok := strings.CutPrefix(strings.TrimSpace(answer), "ok")
+	if err != nil || !ok {
+		c.t.Fatalf("the client failed: %v: %s", err, answer)
+	}
+	return strings.TrimSpace(rest)
+}
+
+// seenByClients is a cgroup's directory in a client's process.
+func (b *bed) seenByClients(path string) string {
+	return strings.Replace(b.cgroups, fmt.Sprintf("/fd/%d/", b.mount.Fd()), "/fd/3/", 1) + path
+}
+
+// accept returns our end of the client's connection from there.
+func (b *bed) accept(from string) net.Conn {
+	b.t.Helper()
+	want := netip.MustParseAddrPort(from)
+	for {
+		select {
+		case c := <-b.accepted:
+			if addrPort(c.RemoteAddr()) == netip.AddrPortFrom(want.Addr().Unmap(), want.Port()) {
+				b.t.Cleanup(func() { c.Close() })
+				return c
+			}
+			c.Close()
+		case <-time.After(10 * time.Second):
+			b.t.Fatalf("no connection from %s", from)
+		}
+	}
+}
+
+// look looks until there is evidence, or an error that is final, or that stays for a second.
+func (b *bed) look(c Conn) (*Evidence, error) {
+	over := time.After(time.Second)
+	for {
+		changed := b.kernel.Changes()
+		e, err := b.kernel.Look(c)
+		if err == nil || outcomeIsFinal(err) {
+			return e, err
+		}
+		select {
+		case <-changed:
+		case <-over:
+			return e, err
+		}
+	}
+}
+
+func outcomeIsFinal(err error) bool {
+	for _, soft := range []error{ErrNoNamespace, ErrHelperAway, ErrNoSocket, ErrUnknownCgroup} {
+		if errors.Is(err, soft) {
+			return false
+		}
+	}
+	return true
+}
+
+// connect has the client connect, and looks who it is.
+func (b *bed) connect(c *client, how string) (*Evidence, net.Conn, error) {
+	b.t.Helper()
+	conn := b.accept(c.do("%s", how))
+	e, err := b.look(accepted(conn))
+	return e, conn, err
+}
+
+// mustBe has the client connect, and fails unless it is known as pod and container.
+func (b *bed) mustBe(c *client, how, pod, container string) (*Evidence, net.Conn) {
+	b.t.Helper()
+	e, conn, err := b.connect(c, how)
+	if err != nil {
+		b.t.Fatalf("%s: %v", how, err)
+	}
+	if e.PodUID != pod || e.Container != container || e.Cgroup != c.group || e.Kind != ByCgroup || !e.Alive() {
+		b.t.Fatalf("%s is %+v, want pod %s, container %s, cgroup %s", how, e, pod, container, c.group)
+	}
+	return e, conn
+}
+
+// podUID and containerIDOf make as many as a test wants.
+func podUID(n int) string        { return fmt.Sprintf("00000000-0000-4000-8000-%012d", n) }
+func containerIDOf(n int) string { return fmt.Sprintf("%064x", n) }
+
+// containerPath is a container's cgroup with the cgroupfs driver.
+func containerPath(pod, container int) string {
+	return "/kubepods/burstable/pod" + podUID(pod) + "/" + containerIDOf(container)
+}

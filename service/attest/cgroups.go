@@ -1,0 +1,377 @@
+package attest
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+)
+
+// Limits of what is followed, in cgroups. A workload that owns its cgroup can make as many below it as it likes; those beyond are not known.
+const (
+	maxCgroups       = 32 << 10
+	maxCgroupsPerPod = 1 << 10
+)
+
+// cgroups is a hierarchy of cgroups by id, kept as it is by inotify, which needs no privilege.
+type cgroups struct {
+	root string // where it is mounted
+	log  logrus.FieldLogger
+	// Called with a pod's own cgroup when one in it came or went, or its first process or its last. The lock is held: it asks nothing of
+	// this. nil: nobody wants to know, and pods are not watched for processes.
+	podChanged func(*cgroup)
+
+	fd   int // inotify
+	file *os.File
+
+	mu      sync.Mutex
+	top     *cgroup
+	byID    map[uint64]*cgroup
+	pods    map[string]*cgroup // by path; those that are root's
+	byWatch map[int32]*cgroup  // both of a cgroup's
+	problem error              // why not all is followed
+}
+
+// cgroup is one of them. All but path, place and fault may change, under the lock.
+type cgroup struct {
+	path  string // from the root: /kubepods/pod…
+	place place
+	fault error // why it is nobody's evidence
+
+	id           uint64 // the inode of its directory
+	parent       *cgroup
+	pod          *cgroup            // the pod's own, if this is in a pod
+	below        int                // of a pod: how many
+	kids         map[string]*cgroup // by name
+	watch        int32              // of the directory
+	processWatch int32              // of cgroup.events; 0: not watched
+	evidence     *Evidence          // what was last said of it; nil: nothing was, or its processes are gone
+}
+
+// newCgroups prepares to follow what is below root.
+func newCgroups(root string, log logrus.FieldLogger) (*cgroups, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("inotify: %w (fs.inotify.max_user_instances may be too small)", err)
+	}
+	return &cgroups{
+		root: root, log: log, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
+		byID: map[uint64]*cgroup{}, pods: map[string]*cgroup{}, byWatch: map[int32]*cgroup{},
+	}, nil
+}
+
+func (g *cgroups) close() { _ = g.file.Close() }
+
+// walk brings what is known up to date, whatever events were missed: 5 ms for 500 cgroups. Who asks meanwhile does not wait for it, but
+// for the first time.
+func (g *cgroups) walk() {
+	g.mu.Lock()
+	g.problem = nil
+	top := g.top
+	if top == nil {
+		g.top = g.add(nil, "")
+	}
+	g.mu.Unlock()
+	if top != nil {
+		g.refresh(top)
+	}
+}
+
+// refresh compares what is known below a cgroup with what is there.
+func (g *cgroups) refresh(c *cgroup) {
+	there, err := subdirectories(g.root + c.path)
+	if err != nil {
+		return // it goes away, and its parent tells
+	}
+	g.mu.Lock()
+	if g.byID[c.id] != c {
+		g.mu.Unlock()
+		return
+	}
+	for name, kid := range c.kids {
+		if there[name] != kid.id {
+			g.reconcile(c, name)
+		}
+	}
+	for name := range there {
+		if c.kids[name] == nil {
+			g.reconcile(c, name)
+		}
+	}
+	kids := slices.Collect(maps.Values(c.kids))
+	g.mu.Unlock()
+	for _, kid := range kids {
+		g.refresh(kid)
+	}
+}
+
+// reconcile makes the child of that name what it is now: what an event says may be long over.
+func (g *cgroups) reconcile(parent *cgroup, name string) {
+	known := parent.kids[name]
+	var now unix.Stat_t
+	err := unix.Stat(g.root+parent.path+"/"+name, &now)
+	if err == nil && now.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return
+	}
+	if known != nil {
+		if err == nil && known.id == now.Ino {
+			return
+		}
+		g.drop(known)
+	}
+	if err == nil {
+		g.add(parent, name)
+	}
+}
+
+// add starts to follow the cgroup of that name and all below it. What is made while it looks comes twice, which does no harm.
+func (g *cgroups) add(parent *cgroup, name string) *cgroup {
+	c := &cgroup{parent: parent, kids: map[string]*cgroup{}}
+	if parent != nil {
+		c.path, c.pod = parent.path+"/"+name, parent.pod
+	}
+	full := len(g.byID) >= maxCgroups
+	if c.pod != nil && c.pod.below >= maxCgroupsPerPod {
+		full = true
+	}
+	if full {
+		g.problemIs(fmt.Errorf("there are too many cgroups: %s is the first of those that are not known", c.path))
+		return nil
+	}
+	var now unix.Stat_t
+	if unix.Stat(g.root+c.path, &now) != nil {
+		return nil // gone already
+	}
+	c.id = now.Ino
+	g.identify(c, now.Uid)
+	watch, err := unix.InotifyAddWatch(g.fd, g.root+c.path, unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ONLYDIR)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil { // it is known, but what comes below it is not, nor that it goes
+		g.problemIs(fmt.Errorf("cgroup %s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", c.path, err))
+		return nil
+	}
+	c.watch = int32(watch)
+	g.byWatch[c.watch], g.byID[c.id] = c, c
+	if parent != nil {
+		parent.kids[name] = c
+	}
+	if c.pod != nil {
+		c.pod.below++
+	}
+	if c.pod == c && c.fault == nil {
+		g.pods[c.path] = c
+		if g.podChanged != nil {
+			g.watchProcesses(c)
+		}
+	}
+	g.tell(c)
+	there, _ := subdirectories(g.root + c.path) // fails for one that goes away, and its parent tells
+	for name := range there {
+		g.reconcile(c, name)
+	}
+	return c
+}
+
+// identify says whose the cgroup is. A pod's own cgroup is root's: who was given a cgroup to make others in it, as systemd does for
+// users who log in, can name them like a pod's, but not give them to root.
+func (g *cgroups) identify(c *cgroup, owner uint32) {
+	if c.parent != nil && c.parent.fault != nil {
+		c.fault = c.parent.fault
+		return
+	}
+	if c.place, c.fault = parsePath(c.path); c.fault != nil {
+		return
+	}
+	if c.place.pod != "" && c.pod == nil {
+		c.pod = c
+		if owner != 0 {
+			c.fault = fmt.Errorf("%w: the cgroup %s belongs to user %d", ErrOwner, c.path, owner)
+		}
+	}
+}
+
+// drop forgets a cgroup and all below it. Whatever it is the evidence of is dead.
+func (g *cgroups) drop(c *cgroup) {
+	for _, kid := range c.kids {
+		g.drop(kid)
+	}
+	g.die(c)
+	for _, w := range []int32{c.watch, c.processWatch} {
+		if w != 0 {
+			delete(g.byWatch, w)
+			_, _ = unix.InotifyRmWatch(g.fd, uint32(w)) // the kernel may have done so
+		}
+	}
+	if g.byID[c.id] == c {
+		delete(g.byID, c.id)
+	}
+	if c.pod != nil {
+		c.pod.below--
+	}
+	if c.parent != nil {
+		delete(c.parent.kids, c.path[strings.LastIndexByte(c.path, '/')+1:])
+	}
+	if c.pod == c {
+		delete(g.pods, c.path)
+	}
+	g.tell(c)
+}
+
+func (g *cgroups) tell(c *cgroup) {
+	if g.podChanged != nil && c.pod != nil && c.pod.fault == nil {
+		g.podChanged(c.pod)
+	}
+}
+
+func (g *cgroups) die(c *cgroup) {
+	if c.evidence != nil {
+		c.evidence.life.Store(false)
+		c.evidence = nil
+	}
+}
+
+func (g *cgroups) problemIs(err error) {
+	if g.problem == nil {
+		g.log.WithError(err).Error("attest: not all cgroups are followed")
+	}
+	g.problem = err
+}
+
+// watchProcesses has the kernel tell when the cgroup gets its first process or loses its last, and reports whether it has one now.
+// The root has no such file, and always has some.
+func (g *cgroups) watchProcesses(c *cgroup) bool {
+	file := g.root + c.path + "/cgroup.events"
+	if c.processWatch == 0 {
+		w, err := unix.InotifyAddWatch(g.fd, file, unix.IN_MODIFY)
+		if err != nil {
+			if !errors.Is(err, unix.ENOENT) {
+				g.problemIs(fmt.Errorf("%s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", file, err))
+			}
+			return c.parent == nil
+		}
+		c.processWatch = int32(w)
+		g.byWatch[c.processWatch] = c
+	}
+	return populated(file)
+}
+
+func populated(file string) bool {
+	fd, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = unix.Close(fd) }()
+	var b [128]byte
+	n, err := unix.Read(fd, b[:])
+	return err == nil && strings.Contains(string(b[:max(n, 0)]), "populated 1")
+}
+
+// lookup returns what the cgroup with this id says. The first time it costs three system calls, later none.
+func (g *cgroups) lookup(id uint64) (*Evidence, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.byID[id]
+	switch {
+	case c == nil:
+		return nil, fmt.Errorf("%w: its id is %d", ErrUnknownCgroup, id)
+	case c.fault != nil:
+		return nil, c.fault
+	case c.evidence != nil:
+		return c.evidence, nil
+	case !g.watchProcesses(c):
+		return nil, fmt.Errorf("%w: %s", ErrEmptyCgroup, c.path)
+	}
+	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path, life: new(atomic.Bool)}
+	if c.path == "" {
+		c.evidence.Cgroup = "/"
+	}
+	c.evidence.life.Store(true)
+	return c.evidence, nil
+}
+
+// count returns how many are known, and why not all are.
+func (g *cgroups) count() (int, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.byID), g.problem
+}
+
+// podPaths returns the paths of all pods.
+func (g *cgroups) podPaths() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Collect(maps.Keys(g.pods))
+}
+
+// inPod returns the paths of the pod's cgroups, the oldest first, up to n of them; none where the pod is no more.
+func (g *cgroups) inPod(path string, n int) (paths []string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.pods[path] == nil {
+		return nil
+	}
+	all := []*cgroup{g.pods[path]}
+	for i := 0; i < len(all) && len(all) < n; i++ {
+		all = slices.AppendSeq(all, maps.Values(all[i].kids))
+	}
+	slices.SortFunc(all, func(a, b *cgroup) int { return cmp.Compare(a.id, b.id) }) // they are numbered as they are made
+	for _, c := range all[:min(n, len(all))] {
+		paths = append(paths, c.path)
+	}
+	return paths
+}
+
+// follow takes the kernel's events until close. told is called after each lot of them.
+func (g *cgroups) follow(told func()) error {
+	buffer := make([]byte, 64<<10)
+	for {
+		n, err := g.file.Read(buffer)
+		if errors.Is(err, fs.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("inotify: %w", err)
+		}
+		if g.take(buffer[:n]) {
+			g.walk()
+		}
+		told()
+	}
+}
+
+// take takes what inotify told. overflow says that it could not tell everything.
+func (g *cgroups) take(b []byte) (overflow bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for len(b) >= unix.SizeofInotifyEvent {
+		e := parseInotify(b)
+		b = b[min(unix.SizeofInotifyEvent+len(e.padded), len(b)):]
+		if e.mask&unix.IN_Q_OVERFLOW != 0 {
+			overflow = true
+			continue
+		}
+		c := g.byWatch[e.watch]
+		switch {
+		case c == nil || e.mask&unix.IN_IGNORED != 0:
+		case e.watch == c.processWatch:
+			if !populated(g.root + c.path + "/cgroup.events") {
+				g.die(c)
+			}
+			g.tell(c)
+		case e.name() != "" && e.mask&unix.IN_ISDIR != 0:
+			g.reconcile(c, e.name())
+		}
+	}
+	return overflow
+}

@@ -1,0 +1,63 @@
+package attest
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+)
+
+// What Look says when it has no evidence. The first four may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
+// others are final for the connection.
+var (
+	// ErrNoNamespace says that no network namespace that we know holds the client's address. The helper was asked to look for new ones.
+	ErrNoNamespace = errors.New("no known network namespace has the address")
+	// ErrHelperAway is ErrNoNamespace while gke-metadata-emulator-attest.service does not run: nobody looks for new namespaces.
+	ErrHelperAway = errors.New("no known network namespace has the address, and gke-metadata-emulator-attest.service, which finds them, is not there")
+	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is gone, or forged its address;
+	// or the address is another pod's already, whose namespace is not known yet.
+	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
+	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or it is looked for now.
+	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")
+	// ErrSockets says that two network namespaces have a socket that could be the other end.
+	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
+	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
+	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
+	// ErrEmptyCgroup says that no process is left where the socket was made.
+	ErrEmptyCgroup = errors.New("no process is left in the cgroup of the client's socket")
+	// ErrOwner says that a cgroup has a pod's name and is not root's, as kubelet's are.
+	ErrOwner = errors.New("the cgroup has a pod's name and was not made by kubelet")
+	// ErrPods says that the evidence names two pods: one below the other in a cgroup's path, or two in one namespace (cgroup v1).
+	ErrPods = errors.New("the evidence names two pods")
+)
+
+// NoSocketError is [ErrNoSocket], with what is known all the same.
+type NoSocketError struct {
+	Conn   Conn
+	Holder string // UID of the one pod whose network namespace has the client's address; "" where there is none, or two
+}
+
+func (e *NoSocketError) Error() string {
+	return fmt.Sprintf("%s: from %s to %s", ErrNoSocket, e.Conn.Client, e.Conn.Original)
+}
+
+// Is has it be ErrNoSocket.
+func (e *NoSocketError) Is(target error) bool { return target == ErrNoSocket }
+
+// Kinds of evidence.
+const (
+	ByCgroup    = "cgroup" // the cgroup of the client's socket
+	ByNamespace = "netns"  // the network namespace of the client's socket, which is one pod's; where the node has cgroup v1
+)
+
+// Evidence is what the kernel's record of the client's socket says. It does not change, but that it may die.
+type Evidence struct {
+	Kind      string // ByCgroup or ByNamespace
+	PodUID    string // as Kubernetes writes it; "" for a process that is no pod's
+	Container string // the container's id, "" where the path names none
+	Cgroup    string // from the root of the hierarchy: /system.slice/kubelet.service; "" for ByNamespace
+	life      *atomic.Bool
+}
+
+// Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
+// in the same cgroup. It costs no system call: the kernel tells of the last process within 10 ms (and 1 ms as a rule).
+func (e *Evidence) Alive() bool { return e.life.Load() }

@@ -1,0 +1,379 @@
+package attest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+)
+
+// HelperOptions are what a Helper needs to know.
+type HelperOptions struct {
+	CgroupRoot string // where the cgroups are mounted; "": /sys/fs/cgroup
+	Socket     string // where to listen
+	User       int    // who may connect, beside root
+	Log        logrus.FieldLogger
+	Told       func(text string) // called when it listens, and when there is news for a person; nil: nobody
+	Alive      func()            // called whenever the loop turns: every 30 s at the least; nil: nobody
+}
+
+const (
+	sweepInterval = 30 * time.Second     // between looks at all pods, whatever happens
+	askedInterval = time.Second          // between looks at all pods because somebody asks
+	firstLook     = 5 * time.Millisecond // until a pod that has no namespace of its own yet is looked at again; each look doubles it
+	lastLook      = 5 * time.Second
+	sendTimeout   = time.Second
+	maxServers    = 4
+)
+
+// Helper finds the network namespaces of this node's pods, opens sockets in them and hands these over to the server, which may do none of
+// that. All that it keeps of a namespace is a pidfd, so none outlives its processes. Nothing that a server says steers what
+// it does, but that it looks.
+type Helper struct {
+	options HelperOptions
+	home    uint64 // our own network namespace
+	cgroups *cgroups
+	poller  *poller
+	over    <-chan struct{}
+	events  chan func() // done by the loop, which alone touches found, servers and what they hold
+	wake    chan struct{}
+
+	found   map[uint64]*anchor // by the namespace's inode
+	servers map[*server]bool
+	swept   time.Time // when all pods were looked at last
+	problem string    // what cannot be done
+
+	mu      sync.Mutex
+	pending map[string]*look // pods to look at, by path
+}
+
+// anchor is a process by which a namespace is found. It does not change, but for another.
+type anchor struct {
+	process
+	key  uint64   // of the poller
+	pods []string // whose processes are in it, by path
+}
+
+// look is when a pod is looked at next.
+type look struct {
+	due  time.Time
+	wait time.Duration
+}
+
+// server is one that is connected.
+type server struct {
+	conn *net.UnixConn
+	sent map[uint64]*anchor // what was handed over
+}
+
+// RunHelper finds and hands over until ctx is done.
+func RunHelper(ctx context.Context, o HelperOptions) error {
+	if o.CgroupRoot == "" {
+		o.CgroupRoot = DefaultCgroupRoot
+	}
+	root, err := podHierarchy(o.CgroupRoot)
+	if err != nil {
+		return err
+	}
+	h := &Helper{
+		options: o, events: make(chan func()), wake: make(chan struct{}, 1),
+		found: map[uint64]*anchor{}, servers: map[*server]bool{}, pending: map[string]*look{},
+	}
+	if h.home, err = networkNamespace("self"); err != nil {
+		return err
+	}
+	if h.poller, err = newPoller(); err != nil {
+		return err
+	}
+	defer h.poller.close()
+	if h.cgroups, err = newCgroups(root, o.Log); err != nil {
+		return err
+	}
+	defer h.cgroups.close()
+	h.cgroups.podChanged = func(c *cgroup) { h.soon(c.path) }
+	h.cgroups.walk()
+	l, err := listenHelper(ctx, o.Socket)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = l.Close() }()
+
+	g, gctx := errgroup.WithContext(ctx)
+	h.over = gctx.Done()
+	g.Go(h.poller.run)
+	g.Go(func() error { return h.cgroups.follow(func() {}) })
+	g.Go(func() error { return h.accept(l) })
+	g.Go(func() error { return h.loop() })
+	g.Go(func() error {
+		<-gctx.Done()
+		_ = l.Close()
+		h.poller.close()
+		h.cgroups.close()
+		return nil
+	})
+	err = g.Wait()
+	for _, a := range h.found {
+		a.close()
+	}
+	for s := range h.servers {
+		_ = s.conn.Close()
+	}
+	return err
+}
+
+// listenHelper listens in the place of a helper that was here before. The directory says who may connect, and accept looks who did.
+func listenHelper(ctx context.Context, socket string) (*net.UnixListener, error) {
+	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "unixpacket", socket)
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.UnixListener), os.Chmod(socket, 0o660)
+}
+
+func (h *Helper) accept(l *net.UnixListener) error {
+	for {
+		c, err := l.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept at %s: %w", l.Addr(), err)
+		}
+		peer, err := peerOf(c)
+		if err != nil || peer.Uid != 0 && int64(peer.Uid) != int64(h.options.User) {
+			h.options.Log.WithError(err).Warnf("attest: refused a connection that is not the service's: %+v", peer)
+			_ = c.Close()
+			continue
+		}
+		go h.serve(c)
+	}
+}
+
+// serve looks at all pods when a server comes, and when it asks.
+func (h *Helper) serve(c *net.UnixConn) {
+	s := &server{conn: c, sent: map[uint64]*anchor{}}
+	h.do(func() {
+		if len(h.servers) >= maxServers {
+			_ = c.Close()
+			return
+		}
+		h.servers[s] = true
+		h.sweep()
+		h.complete(s)
+	})
+	defer h.do(func() {
+		delete(h.servers, s)
+		_ = c.Close()
+	})
+	for b := make([]byte, 2); ; {
+		n, err := c.Read(b)
+		if err != nil || n != 1 || b[0] != scanRequest {
+			return
+		}
+		h.do(func() {
+			if time.Since(h.swept) > askedInterval {
+				h.sweep()
+			} else {
+				h.lookAt(h.pendingPods())
+			}
+			h.complete(s)
+		})
+	}
+}
+
+// do has the loop do f.
+func (h *Helper) do(f func()) {
+	select {
+	case h.events <- f:
+	case <-h.over:
+	}
+}
+
+// loop does all that there is to do, one after the other.
+func (h *Helper) loop() error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for told := ""; ; {
+		select {
+		case <-h.over:
+			return nil
+		case f := <-h.events:
+			f()
+		case <-h.wake:
+		case <-timer.C:
+		}
+		if h.options.Alive != nil {
+			h.options.Alive()
+		}
+		due, next := h.due()
+		h.lookAt(due)
+		if time.Since(h.swept) > sweepInterval {
+			h.sweep()
+		}
+		timer.Reset(next)
+		text := fmt.Sprintf("%d network namespaces of pods, handed over to %d servers", len(h.found), len(h.servers))
+		if h.problem != "" {
+			text = h.problem
+		}
+		if text != told && h.options.Told != nil {
+			told = text
+			h.options.Told(text)
+		}
+	}
+}
+
+// soon has a pod looked at now, and then again until it has a namespace of its own: its processes come into its cgroup before they enter
+// that, and a pod on the host network never has one.
+func (h *Helper) soon(pod string) {
+	h.mu.Lock()
+	h.pending[pod] = &look{due: time.Now(), wait: firstLook}
+	h.mu.Unlock()
+	signal(h.wake)
+}
+
+// due returns the pods whose time has come, and how long there is nothing to do then.
+func (h *Helper) due() (pods []string, next time.Duration) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	next = sweepInterval
+	for pod, l := range h.pending {
+		if !l.due.After(now) {
+			pods = append(pods, pod)
+			l.due, l.wait = now.Add(l.wait), min(2*l.wait, lastLook)
+		}
+		next = min(next, l.due.Sub(now))
+	}
+	return pods, next
+}
+
+func (h *Helper) pendingPods() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Collect(maps.Keys(h.pending))
+}
+
+// sweep looks at all pods, whatever events were missed.
+func (h *Helper) sweep() {
+	h.swept = time.Now()
+	h.cgroups.walk()
+	for _, a := range slices.Collect(maps.Values(h.found)) {
+		if !a.there() {
+			h.lose(a)
+		}
+	}
+	h.lookAt(h.cgroups.podPaths())
+}
+
+// lookAt looks at the pods, and hands over what it finds.
+func (h *Helper) lookAt(pods []string) {
+	for _, pod := range pods {
+		if h.settle(pod) {
+			h.mu.Lock()
+			delete(h.pending, pod)
+			h.mu.Unlock()
+		}
+	}
+	for s := range h.servers {
+		h.handOver(s)
+	}
+}
+
+// settle finds the namespaces of a pod, and reports whether that is all: it has one, or is gone.
+func (h *Helper) settle(pod string) bool {
+	cgroups := h.cgroups.inPod(pod, 64)
+	if len(cgroups) == 0 {
+		for _, a := range slices.Collect(maps.Values(h.found)) {
+			if others := slices.DeleteFunc(slices.Clone(a.pods), func(p string) bool { return p == pod }); len(others) == 0 {
+				h.lose(a)
+			} else if len(others) < len(a.pods) {
+				h.keep(&anchor{process: a.process, key: a.key, pods: others})
+			}
+		}
+		return true
+	}
+	settled := false
+	for _, c := range cgroups {
+		p, err := firstProcess(h.cgroups.root + c)
+		if err != nil {
+			h.cannot(err)
+			continue
+		}
+		if p.namespace == 0 || p.namespace == h.home {
+			p.close()
+			continue
+		}
+		settled = true
+		a := h.found[p.namespace]
+		if a != nil && !a.there() {
+			h.lose(a)
+			a = nil
+		}
+		switch {
+		case a == nil:
+			h.keep(&anchor{process: p, pods: []string{pod}})
+			continue
+		case !slices.Contains(a.pods, pod):
+			h.keep(&anchor{process: a.process, key: a.key, pods: append(slices.Clone(a.pods), pod)})
+		}
+		p.close()
+	}
+	return settled
+}
+
+// keep notes by what a namespace is found, in the place of what was noted before.
+func (h *Helper) keep(a *anchor) {
+	if a.key == 0 {
+		inode, pidfd := a.namespace, a.pidfd
+		key, err := h.poller.add(pidfd, func() { h.ended(inode, pidfd) })
+		if err != nil {
+			h.cannot(err)
+			a.close()
+			return
+		}
+		a.key = key
+	}
+	h.found[a.namespace] = a
+}
+
+// ended is called by the poller.
+func (h *Helper) ended(inode uint64, pidfd int) {
+	h.do(func() {
+		a := h.found[inode]
+		switch {
+		case a == nil || a.pidfd != pidfd:
+		case a.there():
+			h.poller.again(pidfd, a.key)
+		default:
+			h.lose(a)
+			for _, pod := range a.pods {
+				h.soon(pod)
+			}
+		}
+	})
+}
+
+// lose forgets a namespace whose process is gone, or no longer a pod's, or no longer in it.
+func (h *Helper) lose(a *anchor) {
+	delete(h.found, a.namespace)
+	h.poller.remove(a.pidfd, a.key)
+	a.close()
+	for s := range h.servers {
+		if s.sent[a.namespace] != nil {
+			delete(s.sent, a.namespace)
+			h.send(s, helperMessage{Namespace: a.namespace, Gone: true})
+		}
+	}
+}

@@ -1,0 +1,273 @@
+package attest
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+)
+
+// KernelOptions are what a Kernel needs to know.
+type KernelOptions struct {
+	CgroupRoot string // where the cgroups are mounted; "": /sys/fs/cgroup
+	Socket     string // where the helper listens
+	Log        logrus.FieldLogger
+	Registerer prometheus.Registerer // nil: nothing is counted
+}
+
+// DefaultCgroupRoot is where systemd mounts the cgroups.
+const DefaultCgroupRoot = "/sys/fs/cgroup"
+
+// Kernel asks the kernel which process made the socket at the other end of a connection.
+//
+// It has no privilege. Of our own network namespace it may ask; sockets that ask in pods' namespaces are handed over by a [Helper].
+type Kernel struct {
+	options KernelOptions
+	lookups *prometheus.CounterVec
+	scan    chan struct{} // holds one when the helper is to look for namespaces
+	walk    chan struct{} // holds one when a cgroup is not known
+	begun   atomic.Int64  // searches that the helper was asked for,
+	done    atomic.Int64  // and the last of them that came to its end
+
+	poller  *poller
+	cgroups *cgroups
+
+	routing sync.Mutex // of the namespaces' route sockets and the buffer; taken before mu
+	buffer  []byte
+
+	mu         sync.RWMutex
+	unified    bool       // the kernel names cgroups, and pods are in them
+	own        *namespace // nil: not running
+	namespaces map[uint64]*namespace
+	byAddr     map[netip.Addr][]holder // the slices are not written to
+	generation int                     // of the helper's connections
+	status     KernelStatus
+	changes    chan struct{} // nil: nobody waits
+}
+
+// holder is a namespace that has an address, on the interface.
+type holder struct {
+	*namespace
+	device uint32
+}
+
+// NewKernel returns a Kernel that knows nothing until it runs.
+func NewKernel(o KernelOptions) *Kernel {
+	if o.CgroupRoot == "" {
+		o.CgroupRoot = DefaultCgroupRoot
+	}
+	k := &Kernel{
+		options: o, scan: make(chan struct{}, 1), walk: make(chan struct{}, 1), buffer: make([]byte, 32<<10),
+		namespaces: map[uint64]*namespace{}, byAddr: map[netip.Addr][]holder{},
+	}
+	k.register(o.Registerer)
+	return k
+}
+
+// Look asks the kernel now, and waits for nothing. It is to be called at accept, before a byte is read (A-13).
+// Errors: those at the top of this package, wrapped with what was found, and the kernel's.
+func (k *Kernel) Look(c Conn) (*Evidence, error) {
+	e, err := k.look(c)
+	k.lookups.WithLabelValues(outcome(err)).Inc()
+	return e, err
+}
+
+func (k *Kernel) look(c Conn) (*Evidence, error) {
+	k.mu.RLock()
+	own, holders, helper, unified := k.own, k.byAddr[c.Client.Addr()], k.status.Helper, k.unified
+	k.mu.RUnlock()
+	if own == nil {
+		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
+	}
+	n, f, err := k.find(c, own, holders)
+	switch {
+	case err != nil:
+		return nil, err
+	case n == nil:
+		signal(k.scan)
+		if len(holders) > 0 || c.Client.Addr().IsLoopback() {
+			return nil, &NoSocketError{Conn: c, Holder: podOf(holders)}
+		}
+		if !helper {
+			return nil, fmt.Errorf("%w: %s", ErrHelperAway, c.Client.Addr())
+		}
+		return nil, fmt.Errorf("%w: %s", ErrNoNamespace, c.Client.Addr())
+	case !unified && n == own:
+		return nil, fmt.Errorf("%w: a process of the node or a pod on the host network asks, and the node has cgroup v1", ErrNoCgroup)
+	case !unified:
+		return n.evidence, n.fault
+	case f.cgroup == 0:
+		return nil, fmt.Errorf("%w: it is in state %d", ErrNoCgroup, f.state)
+	}
+	e, err := k.cgroups.lookup(f.cgroup)
+	if errors.Is(err, ErrUnknownCgroup) {
+		signal(k.walk)
+	}
+	return e, err
+}
+
+// find asks every namespace that has the client's address, and our own, where any address can be used (A-12). n is nil where none has
+// the socket. A namespace that cannot be asked leaves it open whether there is one.
+func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
+	ask := func(h holder) error {
+		found, ok, err := h.socket(c.Client, c.Original, h.device)
+		switch {
+		case errors.Is(err, errClosed) || err == nil && (!ok || !found.connected()):
+			return nil
+		case err != nil:
+			return err
+		case n != nil:
+			return fmt.Errorf("%w: %s is in %s and in %s", ErrSockets, c.Client, n, h.namespace)
+		}
+		n, f = h.namespace, found
+		return nil
+	}
+	asked := false
+	for _, h := range holders {
+		asked = asked || h.namespace == own
+		if err := ask(h); err != nil {
+			return nil, f, err
+		}
+	}
+	if !asked {
+		if err := ask(holder{own, 0}); err != nil {
+			return nil, f, err
+		}
+	}
+	return n, f, nil
+}
+
+// podOf returns the one pod whose namespace has an address, "" where that is not so.
+func podOf(holders []holder) string {
+	if len(holders) != 1 || holders[0].evidence == nil {
+		return ""
+	}
+	return holders[0].evidence.PodUID
+}
+
+// Search returns the number of the next search for namespaces. The helper is asked for one by a Look that finds none.
+func (k *Kernel) Search() int64 { return k.begun.Load() + 1 }
+
+// Searched reports whether that search, or a later one, has come to its end.
+func (k *Kernel) Searched(number int64) bool { return k.done.Load() >= number }
+
+// Changes returns a channel that is closed when another Look may say more. Take it before the Look that it follows.
+func (k *Kernel) Changes() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.changes == nil {
+		k.changes = make(chan struct{})
+	}
+	return k.changes
+}
+
+func (k *Kernel) changed() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.changes != nil {
+		close(k.changes)
+		k.changes = nil
+	}
+}
+
+// KernelStatus is what `status` shows of a Kernel.
+type KernelStatus struct {
+	Hierarchy  string    `json:"hierarchy"`         // cgroup2 or cgroup1; "" until Run found out
+	Evidence   string    `json:"evidence"`          // ByCgroup or ByNamespace: the most that this kernel says
+	Cgroups    int       `json:"cgroups"`           // known
+	Namespaces int       `json:"namespaces"`        // of pods, whose sockets can be asked for
+	Helper     bool      `json:"helper"`            // connected
+	Since      time.Time `json:"since,omitzero"`    // when the helper came, or went
+	Problem    string    `json:"problem,omitempty"` // why the helper is not connected, or what it cannot do
+	Lacks      []string  `json:"lacks,omitempty"`   // what this kernel has not, and what follows from that
+}
+
+// Status tells what is known now.
+func (k *Kernel) Status() KernelStatus {
+	k.mu.RLock()
+	s := k.status
+	s.Namespaces = len(k.namespaces)
+	cgroups := k.cgroups
+	k.mu.RUnlock()
+	s.Lacks = append([]string(nil), s.Lacks...)
+	if cgroups != nil {
+		var problem error
+		if s.Cgroups, problem = cgroups.count(); problem != nil {
+			s.Lacks = append(s.Lacks, problem.Error())
+		}
+	}
+	return s
+}
+
+// helperIs notes whether the helper is there.
+func (k *Kernel) helperIs(connected bool, problem string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.status.Helper != connected || k.status.Since.IsZero() {
+		k.status.Since = time.Now()
+	}
+	k.status.Helper, k.status.Problem = connected, problem
+}
+
+// signal leaves one for whoever waits.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// outcomes are the values of the metric's label.
+var outcomes = []struct {
+	err  error
+	name string
+}{
+	{nil, "ok"}, {ErrNoNamespace, "no-namespace"}, {ErrHelperAway, "helper-away"}, {ErrNoSocket, "no-socket"}, {ErrSockets, "sockets"},
+	{ErrUnknownCgroup, "unknown-cgroup"}, {ErrNoCgroup, "no-cgroup"}, {ErrEmptyCgroup, "empty-cgroup"}, {ErrOwner, "owner"}, {ErrPods, "pods"},
+}
+
+func outcome(err error) string {
+	for _, o := range outcomes {
+		if errors.Is(err, o.err) {
+			return o.name
+		}
+	}
+	return "error"
+}
+
+func (k *Kernel) register(r prometheus.Registerer) {
+	k.lookups = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "gke_metadata_emulator_attest_lookups_total",
+		Help: "Connections whose client's socket the kernel was asked for, by outcome.",
+	}, []string{"outcome"})
+	if r == nil {
+		return
+	}
+	gauge := func(name, help string, value func(KernelStatus) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "gke_metadata_emulator_attest_" + name, Help: help}, func() float64 { return value(k.Status()) })
+	}
+	r.MustRegister(k.lookups,
+		gauge("namespaces", "Network namespaces of pods whose sockets can be asked for.", func(s KernelStatus) float64 { return float64(s.Namespaces) }),
+		gauge("cgroups", "Cgroups that are known.", func(s KernelStatus) float64 { return float64(s.Cgroups) }),
+		gauge("helper_connected", "1 if gke-metadata-emulator-attest.service hands over what it finds, else 0.", func(s KernelStatus) float64 {
+			if s.Helper {
+				return 1
+			}
+			return 0
+		}))
+}
+
+// unifiedHierarchy reports whether a cgroup v2 hierarchy is mounted there.
+func unifiedHierarchy(root string) (bool, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(root, &s); err != nil {
+		return false, fmt.Errorf("cgroups at %s: %w", root, err)
+	}
+	return s.Type == unix.CGROUP2_SUPER_MAGIC, nil
+}

@@ -1,0 +1,127 @@
+package attest
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// namespace is a network namespace whose sockets we can ask for: a pod's, or our own.
+type namespace struct {
+	inode      uint64 // 0: our own
+	generation int    // of the helper that handed it over
+	cgroups    []string
+	evidence   *Evidence // what it says by itself, where the kernel names no cgroups
+	fault      error     // why it says nothing
+	life       *atomic.Bool
+
+	process    int // pidfd of its oldest process; -1 for our own namespace
+	processKey uint64
+	route      *netlinkSocket
+	routeKey   uint64
+	addresses  map[netip.Addr]uint32 // and the interface of each; Kernel's lock holds it
+
+	mu   sync.Mutex
+	diag *netlinkSocket // nil once closed
+}
+
+// errClosed says that the namespace was closed while somebody wanted to ask it.
+var errClosed = errors.New("the namespace is gone")
+
+// newNamespace takes the descriptors over, also when it fails.
+func newNamespace(inode uint64, process, diag, route int, buffer []byte) (*namespace, error) {
+	n := &namespace{inode: inode, process: process, life: new(atomic.Bool)}
+	n.life.Store(true)
+	var err, err2 error
+	n.diag, err = newNetlink(diag, make([]byte, 512))
+	n.route, err2 = newNetlink(route, buffer)
+	if err = errors.Join(err, err2); err == nil {
+		err = n.route.subscribeAddresses()
+	}
+	if err != nil {
+		for _, fd := range []int{process, diag, route} {
+			if fd >= 0 {
+				_ = unix.Close(fd)
+			}
+		}
+		return nil, err
+	}
+	return n, nil
+}
+
+// socket is netlinkSocket.socket.
+func (n *namespace) socket(local, remote netip.AddrPort, device uint32) (socketFound, bool, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.diag == nil {
+		return socketFound{}, false, errClosed
+	}
+	return n.diag.socket(local, remote, device)
+}
+
+// close lets go of the namespace: as long as its sockets are open it stays, and its links with it.
+func (n *namespace) close(p *poller) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.diag == nil {
+		return
+	}
+	p.remove(n.route.fd, n.routeKey)
+	_ = unix.Close(n.route.fd)
+	_ = unix.Close(n.diag.fd)
+	if n.process >= 0 {
+		p.remove(n.process, n.processKey)
+		_ = unix.Close(n.process)
+	}
+	n.diag = nil
+}
+
+func (n *namespace) closed() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.diag == nil
+}
+
+// pods notes whose processes were found in the namespace, by the cgroups of their pods.
+func (n *namespace) pods(cgroups []string) {
+	n.cgroups = cgroups
+	var uid string
+	for _, path := range cgroups {
+		p, err := parsePath(path)
+		switch {
+		case err != nil:
+			n.fault = err
+		case p.pod == "":
+			n.fault = fmt.Errorf("%w: %s is no pod's cgroup", ErrNoCgroup, path)
+		case uid != "" && uid != p.pod:
+			n.fault = fmt.Errorf("%w: network namespace %d is that of %s and of %s", ErrPods, n.inode, cgroups[0], path)
+		}
+		uid = p.pod
+	}
+	if n.fault == nil && uid != "" {
+		n.evidence = &Evidence{Kind: ByNamespace, PodUID: uid, life: n.life}
+	}
+}
+
+// String names the namespace for a person.
+func (n *namespace) String() string {
+	if n.inode == 0 {
+		return "the node's network namespace"
+	}
+	return fmt.Sprintf("network namespace %d of %s", n.inode, strings.Join(n.cgroups, " and "))
+}
+
+// ended reports whether the process of a pidfd is dead.
+func ended(pidfd int) bool {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+		if err != unix.EINTR {
+			return n != 0 || err != nil
+		}
+	}
+}

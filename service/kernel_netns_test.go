@@ -1,0 +1,263 @@
+package service
+
+import (
+	"bufio"
+	"fmt"
+	"math/rand/v2"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// subjectOf is whose the token in an answer is.
+func (b *bed) subjectOf(t testing.TB, body string) string {
+	t.Helper()
+	_, after, _ := strings.Cut(body, `"access_token":"`)
+	value, _, _ := strings.Cut(after, `"`)
+	issued, _ := b.google.Lookup(value)
+	return strings.TrimPrefix(issued.Subject, "system:serviceaccount:")
+}
+
+// TestKernelChurn has 200 pods start, ask at once and die, each with the address of the one before it, while the API server tells of
+// all this up to 1.5 s late: nobody gets another's identity, nobody is unknown after the hold (N-11, U-06), and whoever keeps a dead
+// pod's connection gets nothing on it, though Kubernetes says that the pod lives.
+func TestKernelChurn(t *testing.T) {
+	const slots, lives = 8, 25
+	k := newKernelBed(t, "prefetch: none")
+	late := func() time.Duration { return rand.N(1500 * time.Millisecond) }
+	var news, wg sync.WaitGroup
+	var mu sync.Mutex
+	var wrong, unknown, dead int
+	var window time.Duration
+	for slot := range slots {
+		wg.Go(func() {
+			for life := range lives {
+				name := fmt.Sprintf("churn-%d-%d", slot, life)
+				ns, err := k.node.AddPod(name)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				// The bridge and the node know the address by this hardware address, whoever has it.
+				address := fmt.Sprintf("10.244.200.%d", slot+1)
+				for _, line := range []string{
+					fmt.Sprintf("ip link set eth0 address 02:00:00:00:00:%02x", slot+1), "ip address flush dev eth0",
+					"ip address add " + address + "/16 dev eth0", "ip route add default via 10.244.0.1",
+				} {
+					args := strings.Fields(line)
+					if out, err := ns.Command(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
+						t.Errorf("%s: %v: %s", line, err, out)
+						return
+					}
+				}
+				p := k.newPod(name, ns)
+				p.Addresses = []string{address}
+				if err := p.start(); err != nil {
+					t.Error(err)
+					return
+				}
+				told := make(chan struct{})
+				news.Go(func() {
+					<-time.After(late())
+					p.tell()
+					close(told)
+				})
+				a, err := p.ask("fresh", accts+"default/token")
+				if err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+				mu.Lock()
+				switch {
+				case a.Status == 200 && k.subjectOf(t, a.Body) != "default:"+name:
+					wrong++
+				case a.Status != 200:
+					unknown++
+					t.Logf("%s: %+v", name, a)
+				}
+				mu.Unlock()
+				kept, err := p.pass()
+				if err != nil {
+					t.Errorf("%s: %v", name, err)
+					return
+				}
+				p.die()
+				died := time.Now()
+				<-told // Kubernetes says that it lives
+				r := bufio.NewReader(kept)
+				var after said
+				for over := died.Add(10 * time.Second); time.Now().Before(over); <-time.After(time.Millisecond) {
+					if after = exchangeOn(kept, r, accts+"default/email"); after.Status != 200 {
+						break
+					}
+				}
+				mu.Lock()
+				window = max(window, time.Since(died))
+				if after.Status != 503 || !after.Close || !strings.Contains(after.Body, "not there any more") {
+					dead++
+					t.Logf("%s is dead: %+v", name, after)
+				}
+				mu.Unlock()
+				_ = kept.Close()
+				// As a CNI does before it gives the address to another: what is left of this namespace is not to answer for it.
+				_, _ = ns.Command(t.Context(), "ip", "link", "delete", "eth0").CombinedOutput()
+				if err := ns.Close(); err != nil {
+					t.Error(err)
+				}
+				news.Go(func() {
+					<-time.After(late())
+					k.kube.DeletePod("default", name)
+				})
+			}
+		})
+	}
+	wg.Wait()
+	news.Wait()
+	t.Logf("%d pods: %d wrong identities, %d not known after the hold, %d served when dead; the last answer %v after a death at most", slots*lives, wrong, unknown, dead, window)
+	if wrong+unknown+dead > 0 {
+		t.Fail()
+	}
+	log := k.log.String()
+	handed := 0
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, "token handed out") {
+			handed++
+			if !strings.Contains(line, `"evidence":"cgroup"`) || !strings.Contains(line, `"container":"0`) {
+				t.Errorf("an audit line without evidence or container: %s", line)
+			}
+		}
+	}
+	if handed != slots*lives {
+		t.Errorf("%d tokens were handed out to %d pods", handed, slots*lives)
+	}
+}
+
+// TestKernel has everybody ask: pods on the pod network and on the host's, processes of the node with an identity and without, a
+// sandbox that only its address can name; with the API server there and away, with the helper there and away.
+func TestKernel(t *testing.T) {
+	k := newKernelBed(t, `hostIdentities:
+- {unit: kubelet.service, serviceAccount: default/plain}
+- {cgroup: /system.slice/docker-*.scope, serviceAccount: default/reader}`)
+	start := func(name string, ns *netnstest.NS, change func(*podBed)) *podBed {
+		t.Helper()
+		p := k.newPod(name, ns)
+		if change != nil {
+			change(p)
+		}
+		if err := p.start(); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	network := func(name string) *netnstest.NS {
+		t.Helper()
+		ns, err := k.node.AddPod(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ns
+	}
+	in := func(cgroup string) func(*podBed) { return func(p *podBed) { p.cgroup = cgroup } }
+	gets := func(p *podBed, subject string) {
+		t.Helper()
+		if a := p.mustAsk(t, accts+"default/token"); a.Status != 200 || k.subjectOf(t, a.Body) != subject {
+			t.Errorf("%s: %d, token of %q; want %q", p.Name, a.Status, k.subjectOf(t, a.Body), subject)
+		}
+	}
+	refused := func(p *podBed, status int, says ...string) {
+		t.Helper()
+		a := p.mustAsk(t, accts+"default/token")
+		for _, s := range says {
+			if a.Status != status || !strings.Contains(a.Body, s) {
+				t.Errorf("%s: %d %q; want %d %q", p.Name, a.Status, a.Body, status, s)
+			}
+		}
+	}
+
+	pod, other := start("a", network("a"), nil), start("b", network("b"), nil)
+	host := start("host", k.node.NS, nil)
+	// The helper finds namespaces by pods' cgroups, so this one stays unknown to it, as a sandbox's that has no address does.
+	sandbox := start("sandbox", network("sandbox"), func(p *podBed) { p.RuntimeClass, p.cgroup = "gvisor", "/sandbox" })
+	unnamed := start("unnamed", network("unnamed"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "/other-sandbox" })
+	static := start("static", k.node.NS, func(p *podBed) { p.MirrorOf, p.UID, p.ServiceAccount = p.UID, "", "" })
+	for _, p := range []*podBed{pod, other, host, sandbox, unnamed, static} {
+		p.tell()
+	}
+	kubelet := start("kubelet", k.node.NS, in("/system.slice/kubelet.service"))
+	docker := start("docker", k.node.NS, in("/system.slice/docker-0abc.scope/init"))
+	sshd := start("sshd", k.node.NS, in("/system.slice/sshd.service"))
+	pretender := start("pretender", k.node.NS, in("/system.slice/evil.service/kubelet.service"))
+	k.google.Allow("system:serviceaccount:default:reader", gsa)
+
+	gets(pod, "default:a")
+	gets(other, "default:b")
+	gets(host, "default:host")
+	gets(sandbox, "default:sandbox")
+	gets(kubelet, "default:plain")
+	if a := docker.mustAsk(t, accts+"default/email"); a.Body != gsa {
+		t.Errorf("docker: %+v", a)
+	}
+	refused(unnamed, 503, "RuntimeClass kata", "attestation.byAddress")
+	refused(static, 403, "default/static", "static pod")
+	refused(sshd, 403, "sshd.service", "hostIdentities")
+	refused(pretender, 403, "evil.service")
+	if a, err := pod.ask("kept", accts+"default/token"); err != nil || k.subjectOf(t, a.Body) != "default:a" {
+		t.Errorf("on a kept connection: %+v, %v", a, err)
+	}
+	if a, err := kubelet.ask("direct", accts+"default/token"); err != nil || k.subjectOf(t, a.Body) != "default:plain" {
+		t.Errorf("kubelet at the listen address: %+v, %v", a, err)
+	}
+
+	log := k.log.String()
+	for _, want := range []string{
+		`"evidence":"cgroup","expires"`, `"pod":"default/a"`, `"container":"` + pod.container, `"evidence":"source-ip","expires"`, `"pod":"default/sandbox"`, `"unit":"kubelet.service"`,
+	} {
+		if !strings.Contains(log, want) {
+			t.Errorf("the log has no %s", want)
+		}
+	}
+	var text strings.Builder
+	st := statusOf(t, k.dir)
+	if err := st.Text(&text, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`attestation +by the kernel: \d+ cgroups and \d+ network namespaces`, `default +a +10\.244\.\S+ +cgroup +a\n`, `default +host +host network +cgroup +host\n`,
+		`default +sandbox +10\.244\.\S+ +source-ip +sandbox\n`, `default +static +host network +nothing +\(static pod\)\n`,
+		`HOST IDENTITIES: 2\n`, `kubelet\.service +default/plain\n`, `/system\.slice/docker-\*\.scope +default/reader +` + gsa,
+	} {
+		if !regexp.MustCompile(want).MatchString(text.String()) {
+			t.Errorf("status has no %s:\n%s", want, &text)
+		}
+	}
+
+	t.Run("the API server is away", func(t *testing.T) {
+		late := start("late", network("late"), nil)
+		k.kube.Refuse()
+		defer k.kube.Accept()
+		k.eventually(t, "the watch is broken", func() bool { return !statusOf(t, k.dir).Cluster.Watching })
+		gets(pod, "default:a")
+		gets(host, "default:host")
+		gets(kubelet, "default:plain")
+		refused(sandbox, 503, "addresses are believed of nobody", "the Kubernetes API is away since")
+		refused(late, 503, "the Kubernetes API is away since")
+	})
+	k.eventually(t, "the API server is back", func() bool { return statusOf(t, k.dir).Cluster.Watching })
+	gets(sandbox, "default:sandbox")
+
+	t.Run("the helper is away", func(t *testing.T) {
+		k.kill(k.helper)
+		k.eventually(t, "that is known", func() bool { return !statusOf(t, k.dir).Attestation.Kernel.Helper })
+		late := start("later", network("later"), nil)
+		late.tell()
+		gets(pod, "default:a")
+		gets(host, "default:host")
+		refused(late, 503, "gke-metadata-emulator-attest.service")
+		refused(sandbox, 503, "gke-metadata-emulator-attest.service") // a namespace may have the address, for all that is known
+		k.startHelper()
+		gets(late, "default:later") // within the hold, or after it
+	})
+}
