@@ -8,8 +8,9 @@ AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-met
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-# A Debian with systemd for the tests that want one: chroots for packages, a machine to boot. Made once, for every clone.
-ROOTFS  ?= /var/tmp/gke-metadata-emulator-bed/rootfs
+# A Debian with systemd for the tests that want one: chroots for packages, a machine to boot. Made once, for every clone, and
+# anew when its recipe changes.
+ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 
 .PHONY: all build install packages release deps demo test test-booted lint bench fuzz clean deps-demo
 
@@ -17,12 +18,16 @@ all: build
 
 build: bin/gke-metadata-emulator ## the binary
 
-.PHONY: bin/gke-metadata-emulator bin/demo
+.PHONY: bin/gke-metadata-emulator bin/demo bin/bed
 bin/gke-metadata-emulator:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/gke-metadata-emulator
 
 bin/demo:
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/demo
+
+bin/bed: # two versions of the deb, to upgrade and downgrade
+	@rm -rf $@
+	for v in old=0.9.0 new=1.0.0; do FORMATS=deb VERSION=v$${v#*=} packaging/build $@/$${v%=*} $(shell $(GO) env GOARCH) && mv $@/$${v%=*}/*.deb $@/$${v%=*}.deb || exit; done
 
 install: build ## the files of the packages, below DESTDIR; enables and starts nothing
 	install -D -m 755 bin/gke-metadata-emulator $(DESTDIR)/usr/bin/gke-metadata-emulator
@@ -56,12 +61,12 @@ $(ROOTFS):
 
 # Another one, with the tools of image builders: they are not for the machine that runs the tests.
 $(ROOTFS)-recipes:
-	$(SUDO) packaging/bed/rootfs $@ ansible-core cloud-init packer openssh-server python3-apt sudo
+	$(SUDO) packaging/bed/rootfs $@ recipes
 
 test: deps $(ROOTFS) $(ROOTFS)-recipes ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(ROOTFS)-recipes" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
-test-booted: deps build bin/demo $(ROOTFS) ## the units in a machine with systemd that is booted for it, under load
+test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" CI="$(CI)" packaging/bed/run
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
