@@ -15,6 +15,15 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
+// What is in recipes/ is in the packages.
+func TestRecipesArePackaged(t *testing.T) {
+	root := filepath.Join(unpacked(t), "usr/share/doc", program)
+	out, err := exec.CommandContext(t.Context(), "diff", "-r", "recipes", filepath.Join(root, "recipes")).CombinedOutput()
+	if err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
 // builder is a machine with the tools of image builders, without a running systemd, and with the recipes and the deb in /tmp.
 func builder(t *testing.T) (root string, run func(script string) string) {
 	t.Helper()
