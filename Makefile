@@ -59,8 +59,12 @@ demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; 
 $(ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@
 
-test: deps $(ROOTFS) ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
-	GME_TEST_ROOTFS="$(ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
+# Another one, with the tools of image builders: they are not for the machine that runs the tests.
+$(ROOTFS)-recipes:
+	$(SUDO) packaging/bed/rootfs $@ recipes
+
+test: deps $(ROOTFS) $(ROOTFS)-recipes ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
+	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(ROOTFS)-recipes" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" CI="$(CI)" packaging/bed/run

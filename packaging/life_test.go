@@ -19,12 +19,18 @@ import (
 // its own too, so that nothing which is done in it can reach the rules of the machine that runs the test.
 func machine(t *testing.T) (root string, run func(script string) string) {
 	t.Helper()
+	return machineOf(t, "GME_TEST_ROOTFS")
+}
+
+// machineOf makes one of the tree that this variable of the environment names.
+func machineOf(t *testing.T, variable string) (root string, run func(script string) string) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		lacking(t, "a chroot needs root")
 	}
-	tree := os.Getenv("GME_TEST_ROOTFS")
+	tree := os.Getenv(variable)
 	if tree == "" {
-		lacking(t, "GME_TEST_ROOTFS names no minimal Debian, a tarball or a folder: `make test` makes one with packaging/bed/rootfs")
+		lacking(t, variable+" names no minimal Debian, a tarball or a folder: `make test` makes one with packaging/bed/rootfs")
 	}
 	need(t, "tar", "zstd", "unshare", "chroot")
 	root = t.TempDir()

@@ -262,6 +262,9 @@ func TestContents(t *testing.T) {
 		}
 	}
 	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/examples",
+		"/usr/share/doc/"+program+"/recipes", "/usr/share/doc/"+program+"/recipes/ansible", "/usr/share/doc/"+program+"/recipes/ansible/roles",
+		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator", "/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/defaults",
+		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/tasks",
 		"/usr/share/licenses/"+program, "/usr/share/licenses/"+program+"/LICENSE",
 		"/usr/share/fish", "/usr/share/fish/vendor_completions.d", "/usr/share/zsh", "/usr/share/zsh/site-functions")
 	if got := query("-qpl"); sorted(got) != sorted(strings.Join(want, "\n")) {

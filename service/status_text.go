@@ -131,6 +131,9 @@ func (s Status) clusterText(line func(string, string, ...any), now time.Time) {
 	if c.Kubeconfig != "" {
 		line("kubeconfig", "%s", c.Kubeconfig)
 	}
+	if c.Credential != "" {
+		line("credential", "%s", c.Credential)
+	}
 	if c.NodeName != "" {
 		line("node", "%s", c.NodeName)
 	}

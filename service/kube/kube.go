@@ -59,14 +59,14 @@ type Cluster struct {
 
 // state is what Status shows besides the pods. Guarded by Cluster.mu.
 type state struct {
-	path, server, identity, node string
-	trouble                      error     // why pods cannot be seen; nil when they can
-	since                        time.Time // of the last contact
-	away                         bool
-	awaySaid                     time.Time
-	lastError                    string
-	lastErrorAt                  time.Time
-	grants                       map[string]*Grant
+	path, kind, server, identity, node string
+	trouble                            error     // why pods cannot be seen; nil when they can
+	since                              time.Time // of the last contact
+	away                               bool
+	awaySaid                           time.Time
+	lastError                          string
+	lastErrorAt                        time.Time
+	grants                             map[string]*Grant
 }
 
 type nameMismatch struct{ configured, credential string }
@@ -167,7 +167,7 @@ func (c *Cluster) next(ctx context.Context, present *session) *session {
 func (c *Cluster) serve(ctx context.Context, s *session) {
 	c.mu.Lock()
 	moved := c.server != s.server && c.server != ""
-	c.path, c.server, c.identity = s.path, s.server, s.user
+	c.path, c.kind, c.server, c.identity = s.path, s.credential.kind(), s.server, s.user
 	c.mu.Unlock()
 	c.client.Store(s.client)
 	c.log.WithFields(logrus.Fields{"kubeconfig": s.path, "server": s.server}).Info("using the Kubernetes API")

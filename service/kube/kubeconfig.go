@@ -43,6 +43,19 @@ type credential struct {
 	digest [sha256.Size]byte
 }
 
+// kind says what the API server knows us by. It is nothing of the credential itself.
+func (c *credential) kind() string {
+	switch {
+	case c.config.ExecProvider != nil:
+		return "plugin " + c.config.ExecProvider.Command
+	case len(c.config.CertData) > 0:
+		return "client certificate"
+	case c.config.BearerToken != "":
+		return "bearer token"
+	}
+	return "none"
+}
+
 // find reads the configured kubeconfig, or the first of the usual places that exists; of what this user may not read,
 // root's copy.
 func (c *Cluster) find() (*credential, error) {

@@ -71,7 +71,7 @@ func TestKubeconfigAppearsLate(t *testing.T) {
 	}
 	<-changed
 	b.at(t, "10.1.0.11", "p1")
-	if st := b.Status(); st.Kubeconfig != late || st.NodeName != "node1" || st.User != "system:node:node1" || st.Problem != "" || !st.Synced {
+	if st := b.Status(); st.Kubeconfig != late || st.NodeName != "node1" || st.User != "system:node:node1" || st.Credential != "client certificate" || st.Problem != "" || !st.Synced {
 		t.Errorf("status %+v", st)
 	}
 }
@@ -211,6 +211,9 @@ func TestTokenFileRotates(t *testing.T) {
 		write(t, filepath.Join(b.dir, "node.token"), []byte("first-secret\n"))
 	})
 	b.at(t, "10.1.0.11", "p1")
+	if c := b.Status().Credential; c != "bearer token" {
+		t.Errorf("status says %q", c)
+	}
 	if n := b.Status().NodeName; n != "node1" || s.Calls("create", "selfsubjectreviews") == 0 {
 		t.Errorf("node %q", n)
 	}
@@ -239,6 +242,9 @@ func TestExecPlugin(t *testing.T) {
 	s.RevokeToken("exec-secret-1")
 	s.GrantAudience(provider)
 	until(t, "a token after the plugin was asked again", func() bool { _, err := b.Token(t.Context(), ksa); return err == nil })
+	if st := b.Status(); st.Credential != "plugin "+filepath.Join(b.dir, "plugin") || st.User != "system:node:node1" {
+		t.Errorf("status says %q of %q", st.Credential, st.User)
+	}
 }
 
 // The node's name: configured, else the certificate's, else SelfSubjectReview's, else the host's. A mismatch is one error line.

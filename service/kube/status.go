@@ -11,6 +11,7 @@ import (
 // Status is what `status` shows of Kubernetes. It holds no secret.
 type Status struct {
 	Kubeconfig      string       `json:"kubeconfig,omitempty"` // in use
+	Credential      string       `json:"credential,omitempty"` // client certificate | bearer token | plugin COMMAND | none
 	Server          string       `json:"server,omitempty"`
 	User            string       `json:"user,omitempty"`
 	NodeName        string       `json:"nodeName,omitempty"`
@@ -77,7 +78,7 @@ func (c *Cluster) Status() Status {
 	c.accounts.mu.Unlock()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s.Kubeconfig, s.Server, s.User, s.NodeName = c.path, c.server, c.identity, c.node
+	s.Kubeconfig, s.Credential, s.Server, s.User, s.NodeName = c.path, c.kind, c.server, c.identity, c.node
 	s.Problem, s.LastError, s.LastErrorAt = text(c.trouble), c.lastError, moment(c.lastErrorAt)
 	for _, g := range c.grants {
 		s.MissingGrants = append(s.MissingGrants, *g)

@@ -1,0 +1,163 @@
+package packaging
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// oldest is RHEL 8's systemd. What came later may be missing and must not matter: a systemd that does not know a directive
+// warns, ignores the line and loads the unit. A value that it does not know is another matter for some directives, so
+// values have a table of their own.
+const oldest = 239
+
+// since is the version of systemd that brought each directive of our units, as its manual pages say; 0 is older than they
+// tell, and each of those is in 239's own table (src/core/load-fragment-gperf.gperf.m4).
+var since = map[string]int{
+	// [Unit]
+	"After": 0, "Before": 0, "DefaultDependencies": 0, "Description": 0, "Documentation": 0, "ReloadPropagatedFrom": 0,
+	"Requires": 0, "StartLimitIntervalSec": 229, "Wants": 0,
+	// [Install], [Path], [Socket]
+	"Also": 0, "WantedBy": 0, "PathChanged": 0,
+	"Backlog": 0, "FreeBind": 0, "ListenStream": 0, "NoDelay": 216, "TriggerLimitIntervalSec": 230,
+	// [Service]: how it runs
+	"Environment": 0, "EnvironmentFile": 0, "ExecReload": 0, "ExecStart": 0, "ExecStartPre": 0, "ExecStopPost": 0,
+	"FileDescriptorStoreMax": 219, "Group": 0, "KillMode": 187, "NotifyAccess": 0, "Restart": 0, "RestartSec": 0,
+	"RuntimeDirectory": 211, "RuntimeDirectoryMode": 211, "RuntimeDirectoryPreserve": 235, "TimeoutStartSec": 188,
+	"TimeoutStopSec": 188, "Type": 0, "UMask": 0, "User": 0, "WatchdogSec": 0,
+	// what it may take
+	"LimitCORE": 0, "LimitNOFILE": 0, "MemoryHigh": 231, "MemoryMax": 231, "OOMScoreAdjust": 0, "TasksMax": 227,
+	// what it may do
+	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressDeny": 235, "KeyringMode": 235, "LockPersonality": 235,
+	"MemoryDenyWriteExecute": 231, "NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateIPC": 248, "PrivateNetwork": 0,
+	"PrivateTmp": 0, "ProcSubset": 247, "ProtectClock": 245, "ProtectControlGroups": 232, "ProtectHome": 214,
+	"ProtectHostname": 242, "ProtectKernelLogs": 244, "ProtectKernelModules": 232, "ProtectKernelTunables": 232,
+	"ProtectProc": 247, "ProtectSystem": 214, "ReadWritePaths": 231, "RemoveIPC": 232, "RestrictAddressFamilies": 211,
+	"RestrictNamespaces": 233, "RestrictRealtime": 231, "RestrictSUIDSGID": 242, "SystemCallArchitectures": 209,
+	"SystemCallErrorNumber": 209, "SystemCallFilter": 187,
+}
+
+// hardening is what only takes rights away: without it the service does the same.
+var hardening = map[string]bool{
+	"PrivateIPC": true, "ProcSubset": true, "ProtectClock": true, "ProtectHostname": true, "ProtectKernelLogs": true,
+	"ProtectProc": true, "RestrictSUIDSGID": true,
+}
+
+// values are forms of values that are younger than their directive, and the version whose NEWS has them. An older one
+// refuses the unit for some, runs it without the line for others.
+var values = []struct {
+	form    string // of a whole line
+	version int
+}{
+	{`(ExecStartPre|ExecReload|ExecStopPost)=\+\S.*`, 231},          // full rights for one command; before, a path that is not absolute
+	{`Exec\w+=[^/+@!:-].*`, 239},                                    // a command without a path
+	{`RuntimeDirectory=\S+/\S+`, 235},                               // a directory in a directory
+	{`SystemCallFilter=~?(@\S+ )*@(privileged|resources)\b.*`, 231}, // groups of calls
+	{`SystemCallFilter=@system-service`, 239},                       // the same
+	{`ProtectSystem=strict`, 232},                                   //
+	{`KillMode=mixed`, 209},                                         //
+	{`(StartLimit|TriggerLimit)IntervalSec=0`, 230},                 // 0 is off
+	{`RuntimeDirectoryPreserve=yes`, 235},                           //
+	{`TasksMax=\d+`, 227},                                           //
+	{`(Memory\w+)=\d+M`, 231},                                       //
+	{`RestrictAddressFamilies=(AF_\w+ ?)+`, 211},                    // several, in one line
+	{`\w+=[^%]*`, 0},                                                // no specifier (%) anywhere
+}
+
+// Every directive of our units is known to the oldest systemd or is nothing but hardening, and so is every form of value.
+func TestOldestSystemd(t *testing.T) {
+	files, err := filepath.Glob("../systemd/" + program + "*")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%v, %v", files, err)
+	}
+	forms := make([]*regexp.Regexp, len(values))
+	for i, v := range values {
+		forms[i] = regexp.MustCompile("^" + v.form + "$")
+	}
+	used, met := map[string]bool{}, make([]bool, len(values))
+	for _, file := range append(files, "../systemd/kubelet-wait.conf", "examples/exec-plugin.conf") {
+		for _, line := range directives(t, file) {
+			name, _, _ := strings.Cut(line, "=")
+			used[name] = true
+			version, known := since[name]
+			switch {
+			case !known:
+				t.Errorf("%s: %s: which systemd brought it? See systemd.directives(7), and write it down in since", file, line)
+			case version > oldest && !hardening[name]:
+				t.Errorf("%s: %s needs systemd %d, RHEL 8 has %d", file, line, version, oldest)
+			case version > oldest:
+				continue
+			}
+			matched := false
+			for i, form := range forms {
+				if form.MatchString(line) {
+					met[i], matched = true, true
+					if values[i].version > oldest {
+						t.Errorf("%s: %s needs systemd %d, RHEL 8 has %d", file, line, values[i].version, oldest)
+					}
+				}
+			}
+			if !matched {
+				t.Errorf("%s: %s: a specifier, which older versions may not know", file, line)
+			}
+		}
+	}
+	for name := range since {
+		if !used[name] {
+			t.Errorf("no unit uses %s any more: remove it from since", name)
+		}
+	}
+	for i, m := range met {
+		if !m {
+			t.Errorf("no unit has a line like %s any more", values[i].form)
+		}
+	}
+}
+
+// directives are the lines of a unit that say something.
+func directives(t *testing.T, file string) []string {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var lines []string
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		line := strings.TrimSpace(s.Text())
+		if line == "" || strings.HasPrefix(line, "#") || strings.HasPrefix(line, "[") {
+			continue
+		}
+		if strings.HasSuffix(line, `\`) || !strings.Contains(line, "=") {
+			t.Errorf("%s: %q: one directive a line, please", file, line)
+		}
+		lines = append(lines, line)
+	}
+	if err := s.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
+
+// The generator runs in every boot, before anything is mounted, with whatever sh there is: it says nothing where nothing
+// was configured, and writes one drop-in where listen is.
+func TestGenerator(t *testing.T) {
+	root, run := machineOf(t, "GME_TEST_RECIPES")
+	place(t, root, "new.deb", built(t, packages, "*.deb"))
+	for _, sh := range []string{"dash", "bash", "busybox sh"} {
+		if _, err := os.Stat(filepath.Join(root, "bin", strings.Fields(sh)[0])); err != nil {
+			t.Fatalf("there is no %s in GME_TEST_RECIPES: packaging/bed/rootfs has it", sh)
+		}
+		run("dpkg -i /tmp/new.deb\nrm -rf /tmp/out; mkdir /tmp/out\n" +
+			"generator='" + sh + " /usr/lib/systemd/system-generators/gke-metadata-emulator'\n" +
+			"$generator /tmp/out /tmp/out /tmp/out; test -z \"$(ls /tmp/out)\"\n" +
+			"sed -i 's/^listen:.*/listen: 10.0.0.1:900/; s|^workloadIdentityProvider:.*|workloadIdentityProvider: projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster|; s/^projectID:.*/projectID: my-project/' /etc/gke-metadata-emulator/config.yaml\n" +
+			"$generator /tmp/out /tmp/out /tmp/out; tail -n 1 /tmp/out/*/10-listen.conf | grep -x ListenStream=10.0.0.1:900\n" +
+			"rm -r /tmp/out/*; mv /usr/bin/gke-metadata-emulator /tmp; $generator /tmp/out /tmp/out /tmp/out; test -z \"$(ls /tmp/out)\"; mv /tmp/gke-metadata-emulator /usr/bin\n" +
+			"rm /etc/gke-metadata-emulator/config.yaml; $generator /tmp/out /tmp/out /tmp/out; test -z \"$(ls /tmp/out)\"\ndpkg -P gke-metadata-emulator")
+	}
+}
