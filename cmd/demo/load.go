@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
@@ -57,6 +58,13 @@ func (w *world) beginLoad() *load {
 		}
 	}
 	return l
+}
+
+// counts are how many requests came to what so far.
+func (l *load) counts() map[string]int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.count)
 }
 
 // end lets what is in flight come to its end.
