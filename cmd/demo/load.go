@@ -60,11 +60,12 @@ func (w *world) beginLoad() *load {
 	return l
 }
 
-// counts are how many requests came to what so far.
-func (l *load) counts() map[string]int {
+// sinceThen is how many requests came to what so far, and examples of errors since it was last asked.
+func (l *load) sinceThen() (count map[string]int, examples []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return maps.Clone(l.count)
+	examples, l.examples = l.examples, nil
+	return maps.Clone(l.count), examples
 }
 
 // end lets what is in flight come to its end.

@@ -14,11 +14,11 @@ import (
 // probe is load from the moment that there are pods until this process is told to end, written down second by second, so
 // that what happens while a machine goes down and comes up can be read afterwards. A line for each second that had any:
 //
-//	boot=2f1c… up=12.503 answered=240 refused=2 cloud=0
+//	boot=2f1c… up=12.503 answered=240 cloud=0 refused=2 # 10:15:03.127 refused: connection refused
 //
 // boot is the kernel's boot_id, up its uptime in seconds at the end of the line's second, cloud how many requests the
-// cloud's own metadata server had. The last line of a probe that came to its end says "ended" too: without one nobody
-// knows what came after it.
+// cloud's own metadata server had; what is behind # is for people. The last line of a probe that came to its end says
+// "ended" too: without one nobody knows what came after it.
 type probe struct {
 	world *world
 	load  *load
@@ -55,7 +55,7 @@ func (p *probe) write() {
 	for {
 		select {
 		case <-tick.C:
-			p.line("")
+			p.line()
 		case <-p.stop:
 			return
 		}
@@ -63,10 +63,10 @@ func (p *probe) write() {
 }
 
 // line writes down what came since the last one.
-func (p *probe) line(remark string) {
+func (p *probe) line(remarks ...string) {
 	var up unix.Timespec
 	err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)
-	now := p.load.counts()
+	now, examples := p.load.sinceThen()
 	now["cloud"] = int(p.world.cloudAsked.Load())
 	var words []string
 	for what, n := range now {
@@ -75,8 +75,9 @@ func (p *probe) line(remark string) {
 		}
 	}
 	sort.Strings(words)
-	if remark != "" {
-		words = append(words, remark)
+	words = append(words, remarks...)
+	if len(examples) > 0 {
+		words = append(words, "#", examples[0])
 	}
 	p.counted = now
 	_, wrote := fmt.Fprintf(p.file, "boot=%s up=%.3f %s\n", p.boot, float64(up.Nano())/1e9, strings.Join(words, " "))
@@ -85,14 +86,9 @@ func (p *probe) line(remark string) {
 
 // end lets what is in flight come to its end, and writes the last line.
 func (p *probe) end() error {
-	text := p.load.end()
+	p.load.end()
 	close(p.stop)
 	<-p.done
 	p.line("ended")
-	_, examples, _ := strings.Cut(text, "\n")
-	if examples != "" {
-		_, err := fmt.Fprintln(p.file, examples)
-		p.err = errors.Join(p.err, err)
-	}
 	return errors.Join(p.err, p.file.Close())
 }
