@@ -43,7 +43,8 @@ const (
 	unreachable = "unreachable" // no connection, or no answer in time
 )
 
-const patience = 20 * time.Second
+// patience is for machines that are emulated too, where a restart takes 15 s.
+const patience = 40 * time.Second
 
 func (w *world) beginLoad() *load {
 	ctx, stop := context.WithCancel(context.Background())

@@ -9,12 +9,14 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
 // kubeletDir is where a kubelet keeps its certificate, and so does ours, with its kubeconfig.
@@ -28,6 +30,8 @@ const kubeletDir = "/var/lib/kubelet"
 //	begin                                load from two pods
 //	end                                  no more of it: what came of it, as name=number
 //	cloud                                how many requests the cloud's own metadata server has had since the last time
+//	calls                                how many there have been of Google's STS and IAM, as method=number
+//	rules                                the node's firewall, policy rules, routes and addresses, normalised
 //	rotate                               a new certificate for kubelet
 //
 // Where probed is the name of a file, there is load all the while, and it gets what came of it.
@@ -118,6 +122,14 @@ func (w *world) orders() http.Handler {
 		told += since
 		return fmt.Sprint(since), nil
 	}))
+	mux.Handle("/calls", order(func(*http.Request) (string, error) {
+		var calls []string
+		for _, m := range googletest.Methods {
+			calls = append(calls, fmt.Sprintf("%s=%d", m, w.google.Calls(m)))
+		}
+		return strings.Join(calls, " "), nil
+	}))
+	mux.Handle("/rules", order(func(*http.Request) (string, error) { return w.node.Ruleset() }))
 	mux.Handle("/rotate", order(func(*http.Request) (string, error) {
 		if _, err := w.kube.RotateNodeCert(nodeName); err != nil {
 			return "", err
