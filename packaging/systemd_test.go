@@ -139,21 +139,22 @@ func directives(t *testing.T, file string) []string {
 	return lines
 }
 
-// The generator runs in every boot, before anything is mounted, with whatever sh there is: it says nothing where nothing
-// was configured, and writes one drop-in where listen is.
+// The generator runs in every boot, before anything is mounted, with whatever sh there is. It writes one drop-in, where a
+// configuration that loads says where to listen; without one, with a broken one and without the program it does nothing.
 func TestGenerator(t *testing.T) {
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
-	for _, sh := range []string{"dash", "bash", "busybox sh"} {
-		if _, err := os.Stat(filepath.Join(root, "bin", strings.Fields(sh)[0])); err != nil {
-			t.Fatalf("there is no %s in GME_TEST_RECIPES: packaging/bed/rootfs has it", sh)
-		}
-		run("dpkg -i /tmp/new.deb\nrm -rf /tmp/out; mkdir /tmp/out\n" +
-			"generator='" + sh + " /usr/lib/systemd/system-generators/gke-metadata-emulator'\n" +
-			"$generator /tmp/out /tmp/out /tmp/out; test -z \"$(ls /tmp/out)\"\n" +
-			"sed -i 's/^listen:.*/listen: 10.0.0.1:900/; s|^workloadIdentityProvider:.*|workloadIdentityProvider: projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster|; s/^projectID:.*/projectID: my-project/' /etc/gke-metadata-emulator/config.yaml\n" +
-			"$generator /tmp/out /tmp/out /tmp/out; tail -n 1 /tmp/out/*/10-listen.conf | grep -x ListenStream=10.0.0.1:900\n" +
-			"rm -r /tmp/out/*; mv /usr/bin/gke-metadata-emulator /tmp; $generator /tmp/out /tmp/out /tmp/out; test -z \"$(ls /tmp/out)\"; mv /tmp/gke-metadata-emulator /usr/bin\n" +
-			"rm /etc/gke-metadata-emulator/config.yaml; $generator /tmp/out /tmp/out /tmp/out; test -z \"$(ls /tmp/out)\"\ndpkg -P gke-metadata-emulator")
-	}
+	place(t, root, "mine.yaml", "examples/config.yaml")
+	run(`dpkg -i /tmp/new.deb
+etc=/etc/gke-metadata-emulator bin=/usr/bin/gke-metadata-emulator
+for sh in dash bash 'busybox sh'; do
+	generate() { rm -rf /tmp/out; mkdir /tmp/out; $sh /usr/lib/systemd/system-generators/gke-metadata-emulator /tmp/out /tmp/out /tmp/out; }
+	nothing() { generate; test -z "$(ls /tmp/out)"; }
+	echo 'listen: 10.0.0.1:900' >$etc/config.yaml; nothing
+	cat /tmp/mine.yaml >>$etc/config.yaml; generate
+	printf '[Socket]\nListenStream=\nListenStream=10.0.0.1:900\n' | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
+	mv $bin /tmp; nothing; mv /tmp/gke-metadata-emulator $bin
+	cp /tmp/mine.yaml $etc/config.yaml; nothing
+	rm $etc/config.yaml; nothing
+done`)
 }
