@@ -82,7 +82,7 @@ const (
 func newBed(t testing.TB) *bed {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables")
-	b := &bed{t: t, node: netnstest.Start(t, "attest"), accepted: make(chan net.Conn, 4096)}
+	b := &bed{t: t, node: netnstest.Start(t, "attest")}
 	b.mountCgroups()
 	b.socket = filepath.Join(t.TempDir(), "attest.sock")
 	for _, line := range []string{
@@ -96,21 +96,30 @@ func newBed(t testing.TB) *bed {
 			t.Fatalf("%s: %v: %s", line, err, out)
 		}
 	}
-	var err error
-	if b.listener, err = b.node.Listen("tcp4", listenAddr); err != nil {
-		t.Fatal(err)
+	b.listen()
+	b.startKernel(b.cgroups)
+	return b
+}
+
+// listen accepts until the listener is closed.
+func (b *bed) listen() {
+	b.t.Helper()
+	l, err := b.node.Listen("tcp4", listenAddr)
+	if err != nil {
+		b.t.Fatal(err)
 	}
+	accepted := make(chan net.Conn, 4096)
+	b.listener, b.accepted = l, accepted
 	go func() {
+		defer close(accepted)
 		for {
-			c, err := b.listener.Accept()
+			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			b.accepted <- c
+			accepted <- c
 		}
 	}()
-	b.startKernel(b.cgroups)
-	return b
 }
 
 // mountCgroups mounts cgroup v2 where nobody else sees it, and makes a part of it ours.
@@ -364,7 +373,10 @@ func (b *bed) accept(from string) net.Conn {
 	want := netip.MustParseAddrPort(from)
 	for {
 		select {
-		case c := <-b.accepted:
+		case c, ok := <-b.accepted:
+			if !ok {
+				b.t.Fatal("nobody accepts")
+			}
 			if addrPort(c.RemoteAddr()) == netip.AddrPortFrom(want.Addr().Unmap(), want.Port()) {
 				b.t.Cleanup(func() { c.Close() })
 				return c
@@ -430,4 +442,12 @@ func containerIDOf(n int) string { return fmt.Sprintf("%064x", n) }
 // containerPath is a container's cgroup with the cgroupfs driver.
 func containerPath(pod, container int) string {
 	return "/kubepods/burstable/pod" + podUID(pod) + "/" + containerIDOf(container)
+}
+
+func copyFile(to, from string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
 }
