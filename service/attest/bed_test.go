@@ -63,6 +63,7 @@ type bed struct {
 	node    *netnstest.Node
 	mount   *os.File // a cgroup v2 mount that is nowhere in the file system
 	cgroups string   // our part of it: what the node takes for its root
+	v1      string   // a hierarchy of cgroup v1, where the test has one
 	socket  string   // the helper's
 	kernel  *Kernel
 	helper  *exec.Cmd
@@ -304,26 +305,33 @@ type client struct {
 // client starts a process in the cgroup and the namespace.
 func (b *bed) client(cgroup string, ns *netnstest.NS) *client {
 	b.t.Helper()
+	cmd := self(context.Background(), "client")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	cmd.ExtraFiles = []*os.File{b.mount}
+	c := b.place(cmd, cgroup, ns)
+	c.in, c.out = in, bufio.NewReader(out)
+	return c
+}
+
+// place starts the command in the cgroup and the namespace.
+func (b *bed) place(cmd *exec.Cmd, cgroup string, ns *netnstest.NS) *client {
+	b.t.Helper()
 	dir, err := os.Open(b.cgroups + b.cgroup(cgroup))
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	defer dir.Close()
-	c := &client{t: b.t, cmd: self(context.Background(), "client"), group: cgroup}
-	c.cmd.SysProcAttr.UseCgroupFD, c.cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
-	in, err := c.cmd.StdinPipe()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	out, err := c.cmd.StdoutPipe()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	c.in, c.out = in, bufio.NewReader(out)
-	c.cmd.ExtraFiles = []*os.File{b.mount}
-	b.start(ns, c.cmd)
-	b.t.Cleanup(func() { kill(c.cmd) })
-	return c
+	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
+	b.start(ns, cmd)
+	b.t.Cleanup(func() { kill(cmd) })
+	return &client{t: b.t, cmd: cmd, group: cgroup}
 }
 
 // do has the client do something, and returns what it says.

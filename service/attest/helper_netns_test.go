@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -96,7 +97,7 @@ func TestHelperAway(t *testing.T) {
 func TestNothingIsPinned(t *testing.T) {
 	b := newBed(t)
 	b.startHelper()
-	veths := func() int { return strings.Count(b.in(b.node.NS, "ip -o link show type veth"), "\n") }
+	veths := func() int { return strings.Count(b.in(b.node.NS, "ip -o link show master cni0"), "\n") }
 	before, descriptors := veths(), openFiles(t, "self")
 	helper := openFiles(t, strconv.Itoa(b.helper.Process.Pid))
 	total, atOnce := 1000, 50
@@ -138,8 +139,13 @@ func TestNothingIsPinned(t *testing.T) {
 	t.Logf("%d namespaces came and went; veths %d before and %d after; descriptors of ours %d and %d", seen, before, veths(), descriptors, openFiles(t, "self"))
 }
 
-// sleeper is a client that is told nothing.
-func (b *bed) sleeper(cgroup string, ns *netnstest.NS) *client { return b.client(cgroup, ns) }
+// sleeper is a process that does nothing.
+func (b *bed) sleeper(cgroup string, ns *netnstest.NS) *client {
+	b.t.Helper()
+	cmd := exec.Command("sleep", "infinity")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return b.place(cmd, cgroup, ns)
+}
 
 // removeCgroup removes it, and the pod's if that is empty then.
 func (b *bed) removeCgroup(path string) {
