@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -69,6 +70,12 @@ func (p *player) play(args []string) (string, error) {
 	case "half": // own end: shuts down our direction
 		return "", p.conns[args[1]].CloseWrite()
 	case "close": // own end
+		return "", p.conns[args[1]].Close()
+	case "wait": // own end: until the other closes
+		_, err := p.conns[args[1]].Read(make([]byte, 1))
+		if !errors.Is(err, io.EOF) {
+			return "", fmt.Errorf("not closed: %w", err)
+		}
 		return "", p.conns[args[1]].Close()
 	case "reset": // own end
 		return "", errors.Join(p.conns[args[1]].SetLinger(0), p.conns[args[1]].Close())

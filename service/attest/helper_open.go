@@ -99,10 +99,16 @@ type opened struct {
 }
 
 // openIn makes them in all of the namespaces. The thread that goes there ends with it: one that waits somewhere would keep that alive.
+// The first thread of a process cannot end, so it is kept busy meanwhile.
 func openIn(anchors []*anchor) []opened {
 	done := make(chan []opened)
 	go func() {
 		runtime.LockOSThread() // and never unlocked
+		if unix.Gettid() == unix.Getpid() {
+			done <- openIn(anchors)
+			runtime.UnlockOSThread()
+			return
+		}
 		all := make([]opened, 0, len(anchors))
 		for _, a := range anchors {
 			all = append(all, open(a))
