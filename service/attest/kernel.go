@@ -32,13 +32,13 @@ type Kernel struct {
 	scan    chan struct{} // holds one when the helper is to look for namespaces
 	walk    chan struct{} // holds one when a cgroup is not known
 
-	poller  *poller
-	cgroups *cgroups
+	poller *poller
 
 	routing sync.Mutex // of the namespaces' route sockets and the buffer; taken before mu
 	buffer  []byte
 
 	mu         sync.RWMutex
+	cgroups    *cgroups   // nil with cgroup v1
 	unified    bool       // the kernel names cgroups, and pods are in them
 	own        *namespace // nil: not running
 	namespaces map[uint64]*namespace
@@ -77,7 +77,7 @@ func (k *Kernel) Look(c Conn) (*Evidence, error) {
 
 func (k *Kernel) look(c Conn) (*Evidence, error) {
 	k.mu.RLock()
-	own, holders, helper, unified := k.own, k.byAddr[c.Client.Addr()], k.status.Helper, k.unified
+	own, holders, helper, unified, cgroups := k.own, k.byAddr[c.Client.Addr()], k.status.Helper, k.unified, k.cgroups
 	k.mu.RUnlock()
 	if own == nil {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
@@ -102,7 +102,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	case f.cgroup == 0:
 		return nil, fmt.Errorf("%w: it is in state %d", ErrNoCgroup, f.state)
 	}
-	e, err := k.cgroups.lookup(f.cgroup)
+	e, err := cgroups.lookup(f.cgroup)
 	if errors.Is(err, ErrUnknownCgroup) {
 		signal(k.walk)
 	}
@@ -119,6 +119,8 @@ func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f
 			return nil
 		case err != nil:
 			return err
+		case n != nil && n.inode == h.inode: // by the sockets of two helpers, of which one goes
+			return nil
 		case n != nil:
 			return fmt.Errorf("%w: %s is in %s and in %s", ErrSockets, c.Client, n, h.namespace)
 		}
