@@ -4,9 +4,11 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // BenchmarkLook is what a connection costs, with 110 pods on the node.
@@ -112,6 +114,42 @@ func BenchmarkPods(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkDeath is the time from the kill of a pod's last process until its evidence is dead, and its namespace let go.
+func BenchmarkDeath(b *testing.B) {
+	bed := newBed(b)
+	bed.startHelper()
+	var evidence, let []time.Duration
+	for i := 0; b.Loop(); i++ {
+		b.StopTimer()
+		c := bed.client(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
+		e, _ := bed.mustBe(c, dial, podUID(i), containerIDOf(i))
+		gone := make(chan time.Time, 1)
+		b.StartTimer()
+		start := time.Now()
+		if err := c.cmd.Process.Kill(); err != nil {
+			b.Fatal(err)
+		}
+		go func() {
+			for bed.kernel.Status().Namespaces > 0 {
+				<-time.After(100 * time.Microsecond)
+			}
+			gone <- time.Now()
+		}()
+		for e.Alive() {
+			<-time.After(100 * time.Microsecond)
+		}
+		evidence = append(evidence, time.Since(start))
+		let = append(let, (<-gone).Sub(start))
+		_ = c.cmd.Wait()
+	}
+	slices.Sort(evidence)
+	slices.Sort(let)
+	b.ReportMetric(float64(evidence[len(evidence)/2].Microseconds()), "µs-evidence")
+	b.ReportMetric(float64(evidence[len(evidence)-1].Microseconds()), "µs-evidence-max")
+	b.ReportMetric(float64(let[len(let)/2].Microseconds()), "µs-namespace")
+	b.ReportMetric(float64(let[len(let)-1].Microseconds()), "µs-namespace-max")
 }
 
 // resident is a process's memory, in MB.
