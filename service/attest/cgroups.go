@@ -158,7 +158,7 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
-	if err != nil { // it is known, but what comes below it is not, nor that it goes
+	if err != nil { // nobody would tell when it goes: it is not known
 		g.problemIs(fmt.Errorf("cgroup %s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", c.path, err))
 		return nil
 	}
