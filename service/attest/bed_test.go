@@ -3,6 +3,7 @@ package attest
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -278,10 +279,31 @@ func serverRole() error {
 			changed = k.Changes()
 			e, err = k.Look(accepted(c))
 		}
-		said, _ := json.Marshal(map[string]any{"evidence": e, "error": fmt.Sprint(err)})
+		said, _ := json.Marshal(map[string]any{"evidence": e, "error": fmt.Sprint(err), "changed": k.tamper()})
 		fmt.Printf("%s\n", said)
 		_ = c.Close()
 	}
+}
+
+// tamper tries to change the pods' network namespaces by the sockets in them, and returns how many let it.
+func (k *Kernel) tamper() (changed int) {
+	k.routing.Lock()
+	defer k.routing.Unlock()
+	for _, n := range k.namespaces {
+		r := n.route.request(unix.RTM_NEWADDR, unix.NLM_F_ACK|unix.NLM_F_CREATE, unix.SizeofIfAddrmsg+8)
+		m := r[headerLen:]
+		m[0], m[1] = unix.AF_INET, 32
+		binary.NativeEndian.PutUint32(m[4:], 1) // lo
+		copy(m[unix.SizeofIfAddrmsg:], []byte{8, 0, unix.IFA_LOCAL, 0, 192, 0, 2, 1})
+		if n.route.send(r) != nil {
+			continue
+		}
+		answer, err := n.route.receive()
+		if m, _, ok := nextMessage(answer); err != nil || !ok || m.kind != unix.NLMSG_ERROR || m.errno() != unix.EPERM {
+			changed++
+		}
+	}
+	return changed
 }
 
 // cgroup makes one, and all above it. path is from the node's root.

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -60,6 +61,8 @@ func (p *player) play(args []string) (string, error) {
 		return p.socket(unix.AF_INET6, unix.IPPROTO_TCP, args[1], "")
 	case "mptcp": // address
 		return p.socket(unix.AF_INET, unix.IPPROTO_MPTCP, args[1], "")
+	case "bench": // address, how many connections: the median of every second one's time, and of the others'
+		return bench(args[1], args[2])
 	case "listen": // address
 		l, err := net.Listen("tcp4", args[1])
 		if err != nil {
@@ -258,4 +261,32 @@ func (p *player) forge(args []string) (string, error) {
 		}
 	}
 	return strconv.Itoa(arrived), nil
+}
+
+// bench opens one connection after the other, sends a byte and waits for one, and returns nanoseconds.
+func bench(address, times string) (string, error) {
+	n, err := strconv.Atoi(times)
+	if err != nil {
+		return "", err
+	}
+	var took [2][]time.Duration
+	for i := range n {
+		start := time.Now()
+		c, err := net.Dial("tcp4", address)
+		if err != nil {
+			return "", err
+		}
+		b := []byte{byte(i % 2)}
+		if _, err = c.Write(b); err == nil {
+			_, err = c.Read(b)
+		}
+		took[i%2] = append(took[i%2], time.Since(start))
+		if err := errors.Join(err, c.(*net.TCPConn).SetLinger(0), c.Close()); err != nil { // no port stays in TIME_WAIT
+			return "", err
+		}
+	}
+	for _, t := range took {
+		slices.Sort(t)
+	}
+	return fmt.Sprintf("%d %d", took[0][n/4].Nanoseconds(), took[1][n/4].Nanoseconds()), nil
 }

@@ -211,9 +211,15 @@ func TestUnprivileged(t *testing.T) {
 	for cl, uid := range map[*client]string{c: podUID(1), host: podUID(2)} {
 		cl.do(dial)
 		line, err := said.ReadString('\n')
-		var found struct{ Evidence *Evidence }
+		var found struct {
+			Evidence *Evidence
+			Changed  int
+		}
 		if err := errors.Join(err, json.Unmarshal([]byte(line), &found)); err != nil || found.Evidence == nil || found.Evidence.PodUID != uid {
 			t.Errorf("%v: %s; want %s", err, line, uid)
+		}
+		if found.Changed != 0 {
+			t.Errorf("it could change %d network namespaces", found.Changed)
 		}
 	}
 }

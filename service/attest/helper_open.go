@@ -188,7 +188,7 @@ func (h *Helper) cannot(err error) {
 	var problem string
 	switch {
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		problem = "pods' network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed"
+		problem = "pods' network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module that forbids it"
 	case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL):
 		problem = "pods' network namespaces cannot be asked: a kernel with setns(2) by pidfd is needed (Linux 5.8)"
 	case errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist):
@@ -196,8 +196,8 @@ func (h *Helper) cannot(err error) {
 	default:
 		problem = "pods' network namespaces cannot be asked"
 	}
-	if problem += ": " + err.Error(); problem != h.problem {
-		h.problem = problem
-		h.options.Log.Error("attest: " + problem)
+	if h.problem = problem + ": " + err.Error(); h.problem != h.warned {
+		h.warned = h.problem
+		h.options.Log.Error("attest: " + h.problem)
 	}
 }
