@@ -161,7 +161,7 @@ func (k *kernelBed) process(ns *netnstest.NS, role string) *exec.Cmd {
 func (k *kernelBed) command(role string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), benchServer+"="+role, cgroupRoot+"="+strings.Replace(k.cgroups, fmt.Sprintf("/fd/%d/", k.mount.Fd()), "/fd/3/", 1),
-		attestSocket+"="+filepath.Join(k.dir, "attest", "attest.sock"))
+		attestSocket+"="+namespaceSocket(k.dir))
 	cmd.ExtraFiles = []*os.File{k.mount}
 	return cmd
 }
@@ -175,7 +175,7 @@ func (k *kernelBed) kill(cmd *exec.Cmd) {
 
 func (k *kernelBed) startHelper() {
 	k.t.Helper()
-	if err := os.MkdirAll(filepath.Join(k.dir, "attest"), 0o750); err != nil {
+	if err := os.MkdirAll(filepath.Dir(namespaceSocket(k.dir)), 0o750); err != nil {
 		k.t.Fatal(err)
 	}
 	k.helper = k.process(k.node.NS, "helper")

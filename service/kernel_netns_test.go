@@ -24,9 +24,9 @@ func (b *bed) subjectOf(t testing.TB, body string) string {
 
 // TestKernelChurn has 200 pods start, ask at once and die, each with the address of the one before it, while the API server tells of
 // all this up to 1.5 s late: nobody gets another's identity, nobody is unknown after the hold (N-11, U-06), and whoever keeps a dead
-// pod's connection gets nothing on it, though Kubernetes says that the pod lives.
+// pod's connection gets nothing on it, though Kubernetes says that the pod lives. By address alone 174 of these 200 get another's.
 func TestKernelChurn(t *testing.T) {
-	const slots, lives = 8, 25
+	const slots, lives = 10, 20
 	k := newKernelBed(t, "prefetch: none")
 	late := func() time.Duration { return rand.N(1500 * time.Millisecond) }
 	var news, wg sync.WaitGroup

@@ -225,12 +225,17 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 	})
-	t.Run("the API server is away, and the token is cached", func(t *testing.T) {
+	t.Run("the API server is away, and the token is cached: an address is believed of nobody", func(t *testing.T) {
 		b := newBed(t)
 		b.ready(t)
 		b.ask(t, linked, "GET", accts+"default/token", "")
-		b.kube.Close()
-		b.google.Close()
+		b.kube.Refuse()
+		b.eventually(t, "the watch is broken", func() bool { return !b.Status().Cluster.Watching })
+		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "the Kubernetes API is away since") {
+			t.Errorf("%d %s", res.StatusCode, res.body)
+		}
+		b.kube.Accept()
+		b.ready(t)
 		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 200 {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}

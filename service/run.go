@@ -86,7 +86,7 @@ func newService(o Options) *Service {
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
-	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: filepath.Join(o.RunDir, "attest", "attest.sock"), Log: s.log, Registerer: s.gathered})
+	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Log: s.log, Registerer: s.gathered})
 	kube.RouteKlog(s.log)
 	return s
 }

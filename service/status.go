@@ -113,6 +113,9 @@ func (s *Service) summary() string {
 	if !st.Cluster.Synced {
 		return firstLine(errors.New("serving; pods are not known yet: " + st.Cluster.Problem))
 	}
+	if k := st.Attestation.Kernel; k != nil && !k.Helper {
+		return firstLine(errors.New("serving known pods; the helper that knows new ones is away: " + k.Problem))
+	}
 	return fmt.Sprintf("serving %d pods with %d tokens cached", len(st.Cluster.Pods), len(st.Tokens))
 }
 

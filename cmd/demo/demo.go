@@ -90,7 +90,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		return err
 	}
 
-	d.say("4. gke-metadata-emulator status")
+	d.say("4. gke-metadata-emulator status (these pods are namespaces without processes of their own, and so are known by address)")
 	var status bytes.Buffer
 	if err := e.commandTo(ctx, &status, "status"); err != nil {
 		return err

@@ -3,6 +3,7 @@ package attest
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -63,6 +64,7 @@ type bed struct {
 	node    *netnstest.Node
 	mount   *os.File // a cgroup v2 mount that is nowhere in the file system
 	cgroups string   // our part of it: what the node takes for its root
+	v1      string   // a hierarchy of cgroup v1, where the test has one
 	socket  string   // the helper's
 	kernel  *Kernel
 	helper  *exec.Cmd
@@ -82,7 +84,7 @@ const (
 func newBed(t testing.TB) *bed {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables")
-	b := &bed{t: t, node: netnstest.Start(t, "attest"), accepted: make(chan net.Conn, 4096)}
+	b := &bed{t: t, node: netnstest.Start(t, "attest")}
 	b.mountCgroups()
 	b.socket = filepath.Join(t.TempDir(), "attest.sock")
 	for _, line := range []string{
@@ -96,21 +98,30 @@ func newBed(t testing.TB) *bed {
 			t.Fatalf("%s: %v: %s", line, err, out)
 		}
 	}
-	var err error
-	if b.listener, err = b.node.Listen("tcp4", listenAddr); err != nil {
-		t.Fatal(err)
+	b.listen()
+	b.startKernel(b.cgroups)
+	return b
+}
+
+// listen accepts until the listener is closed.
+func (b *bed) listen() {
+	b.t.Helper()
+	l, err := b.node.Listen("tcp4", listenAddr)
+	if err != nil {
+		b.t.Fatal(err)
 	}
+	accepted := make(chan net.Conn, 4096)
+	b.listener, b.accepted = l, accepted
 	go func() {
+		defer close(accepted)
 		for {
-			c, err := b.listener.Accept()
+			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			b.accepted <- c
+			accepted <- c
 		}
 	}()
-	b.startKernel(b.cgroups)
-	return b
 }
 
 // mountCgroups mounts cgroup v2 where nobody else sees it, and makes a part of it ours.
@@ -268,10 +279,31 @@ func serverRole() error {
 			changed = k.Changes()
 			e, err = k.Look(accepted(c))
 		}
-		said, _ := json.Marshal(map[string]any{"evidence": e, "error": fmt.Sprint(err)})
+		said, _ := json.Marshal(map[string]any{"evidence": e, "error": fmt.Sprint(err), "changed": k.tamper()})
 		fmt.Printf("%s\n", said)
 		_ = c.Close()
 	}
+}
+
+// tamper tries to change the pods' network namespaces by the sockets in them, and returns how many let it.
+func (k *Kernel) tamper() (changed int) {
+	k.routing.Lock()
+	defer k.routing.Unlock()
+	for _, n := range k.namespaces {
+		r := n.route.request(unix.RTM_NEWADDR, unix.NLM_F_ACK|unix.NLM_F_CREATE, unix.SizeofIfAddrmsg+8)
+		m := r[headerLen:]
+		m[0], m[1] = unix.AF_INET, 32
+		binary.NativeEndian.PutUint32(m[4:], 1) // lo
+		copy(m[unix.SizeofIfAddrmsg:], []byte{8, 0, unix.IFA_LOCAL, 0, 192, 0, 2, 1})
+		if n.route.send(r) != nil {
+			continue
+		}
+		answer, err := n.route.receive()
+		if m, _, ok := nextMessage(answer); err != nil || !ok || m.kind != unix.NLMSG_ERROR || m.errno() != unix.EPERM {
+			changed++
+		}
+	}
+	return changed
 }
 
 // cgroup makes one, and all above it. path is from the node's root.
@@ -295,26 +327,33 @@ type client struct {
 // client starts a process in the cgroup and the namespace.
 func (b *bed) client(cgroup string, ns *netnstest.NS) *client {
 	b.t.Helper()
+	cmd := self(context.Background(), "client")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	cmd.ExtraFiles = []*os.File{b.mount}
+	c := b.place(cmd, cgroup, ns)
+	c.in, c.out = in, bufio.NewReader(out)
+	return c
+}
+
+// place starts the command in the cgroup and the namespace.
+func (b *bed) place(cmd *exec.Cmd, cgroup string, ns *netnstest.NS) *client {
+	b.t.Helper()
 	dir, err := os.Open(b.cgroups + b.cgroup(cgroup))
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	defer dir.Close()
-	c := &client{t: b.t, cmd: self(context.Background(), "client"), group: cgroup}
-	c.cmd.SysProcAttr.UseCgroupFD, c.cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
-	in, err := c.cmd.StdinPipe()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	out, err := c.cmd.StdoutPipe()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	c.in, c.out = in, bufio.NewReader(out)
-	c.cmd.ExtraFiles = []*os.File{b.mount}
-	b.start(ns, c.cmd)
-	b.t.Cleanup(func() { kill(c.cmd) })
-	return c
+	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
+	b.start(ns, cmd)
+	b.t.Cleanup(func() { kill(cmd) })
+	return &client{t: b.t, cmd: cmd, group: cgroup}
 }
 
 // do has the client do something, and returns what it says.
@@ -364,7 +403,10 @@ func (b *bed) accept(from string) net.Conn {
 	want := netip.MustParseAddrPort(from)
 	for {
 		select {
-		case c := <-b.accepted:
+		case c, ok := <-b.accepted:
+			if !ok {
+				b.t.Fatal("nobody accepts")
+			}
 			if addrPort(c.RemoteAddr()) == netip.AddrPortFrom(want.Addr().Unmap(), want.Port()) {
 				b.t.Cleanup(func() { c.Close() })
 				return c
@@ -430,4 +472,12 @@ func containerIDOf(n int) string { return fmt.Sprintf("%064x", n) }
 // containerPath is a container's cgroup with the cgroupfs driver.
 func containerPath(pod, container int) string {
 	return "/kubepods/burstable/pod" + podUID(pod) + "/" + containerIDOf(container)
+}
+
+func copyFile(to, from string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
 }

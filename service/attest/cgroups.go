@@ -39,6 +39,7 @@ type cgroups struct {
 	pods    map[string]*cgroup // by path; those that are root's
 	byWatch map[int32]*cgroup  // both of a cgroup's
 	problem error              // why not all is followed
+	warned  bool               // of that, in the log
 }
 
 // cgroup is one of them. All but path, place and fault may change, under the lock.
@@ -157,7 +158,7 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
-	if err != nil { // it is known, but what comes below it is not, nor that it goes
+	if err != nil { // nobody would tell when it goes: it is not known
 		g.problemIs(fmt.Errorf("cgroup %s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", c.path, err))
 		return nil
 	}
@@ -241,8 +242,17 @@ func (g *cgroups) die(c *cgroup) {
 	}
 }
 
+func (g *cgroups) dieAll() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, c := range g.byID {
+		g.die(c)
+	}
+}
+
 func (g *cgroups) problemIs(err error) {
-	if g.problem == nil {
+	if !g.warned { // a workload could make it happen again and again
+		g.warned = true
 		g.log.WithError(err).Error("attest: not all cgroups are followed")
 	}
 	g.problem = err

@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -59,6 +61,8 @@ func (p *player) play(args []string) (string, error) {
 		return p.socket(unix.AF_INET6, unix.IPPROTO_TCP, args[1], "")
 	case "mptcp": // address
 		return p.socket(unix.AF_INET, unix.IPPROTO_MPTCP, args[1], "")
+	case "bench": // address, how many connections: the median of every second one's time, and of the others'
+		return bench(args[1], args[2])
 	case "listen": // address
 		l, err := net.Listen("tcp4", args[1])
 		if err != nil {
@@ -69,6 +73,12 @@ func (p *player) play(args []string) (string, error) {
 	case "half": // own end: shuts down our direction
 		return "", p.conns[args[1]].CloseWrite()
 	case "close": // own end
+		return "", p.conns[args[1]].Close()
+	case "wait": // own end: until the other closes
+		_, err := p.conns[args[1]].Read(make([]byte, 1))
+		if !errors.Is(err, io.EOF) {
+			return "", fmt.Errorf("not closed: %w", err)
+		}
 		return "", p.conns[args[1]].Close()
 	case "reset": // own end
 		return "", errors.Join(p.conns[args[1]].SetLinger(0), p.conns[args[1]].Close())
@@ -251,4 +261,32 @@ func (p *player) forge(args []string) (string, error) {
 		}
 	}
 	return strconv.Itoa(arrived), nil
+}
+
+// bench opens one connection after the other, sends a byte and waits for one, and returns nanoseconds.
+func bench(address, times string) (string, error) {
+	n, err := strconv.Atoi(times)
+	if err != nil {
+		return "", err
+	}
+	var took [2][]time.Duration
+	for i := range n {
+		start := time.Now()
+		c, err := net.Dial("tcp4", address)
+		if err != nil {
+			return "", err
+		}
+		b := []byte{byte(i % 2)}
+		if _, err = c.Write(b); err == nil {
+			_, err = c.Read(b)
+		}
+		took[i%2] = append(took[i%2], time.Since(start))
+		if err := errors.Join(err, c.(*net.TCPConn).SetLinger(0), c.Close()); err != nil { // no port stays in TIME_WAIT
+			return "", err
+		}
+	}
+	for _, t := range took {
+		slices.Sort(t)
+	}
+	return fmt.Sprintf("%d %d", took[0][n/4].Nanoseconds(), took[1][n/4].Nanoseconds()), nil
 }

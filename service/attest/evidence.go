@@ -59,5 +59,5 @@ type Evidence struct {
 }
 
 // Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
-// in the same cgroup. It costs no system call: the kernel tells of the last process within 10 ms (and 1 ms as a rule).
+// in the same cgroup. It costs no system call: the kernel tells within 10 ms of its last process.
 func (e *Evidence) Alive() bool { return e.life.Load() }

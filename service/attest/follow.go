@@ -50,41 +50,39 @@ func (k *Kernel) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer p.close()
-	defer k.forget(p)
-	if k.poller = p; unified {
-		g, err := newCgroups(k.options.CgroupRoot, k.options.Log)
-		if err != nil {
+	k.poller = p
+	var groups *cgroups
+	if unified {
+		if groups, err = newCgroups(k.options.CgroupRoot, k.options.Log); err != nil {
 			return err
 		}
-		defer g.close()
-		g.walk()
-		k.mu.Lock()
-		k.cgroups = g
-		k.mu.Unlock()
+		defer groups.close()
+		groups.walk()
 	}
-	if err := k.openOwn(unified); err != nil {
+	defer func() { k.forget(groups, ctx.Err() == nil) }()
+	if err := k.openOwn(groups); err != nil {
 		return err
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(p.run)
-	if unified {
-		g.Go(func() error { return k.cgroups.follow(k.changed) })
-		g.Go(func() error { return k.walkLoop(gctx) })
+	if groups != nil {
+		g.Go(func() error { return groups.follow(k.changed) })
+		g.Go(func() error { return k.walkLoop(gctx, groups) })
 	}
 	g.Go(func() error { return k.helperLoop(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		p.close()
-		if unified {
-			k.cgroups.close()
+		if groups != nil {
+			groups.close()
 		}
 		return gctx.Err()
 	})
 	return g.Wait()
 }
 
-// openOwn makes our own namespace one that can be asked, and tries it with a connection of our own.
-func (k *Kernel) openOwn(unified bool) error {
+// openOwn makes our own namespace one that can be asked, once it answered for a connection of our own.
+func (k *Kernel) openOwn(groups *cgroups) error {
 	diag, err := openNetlink(unix.NETLINK_SOCK_DIAG)
 	if err != nil {
 		return err
@@ -97,45 +95,47 @@ func (k *Kernel) openOwn(unified bool) error {
 	if err != nil {
 		return err
 	}
-	lacks, named := tryOut(own)
-	s := KernelStatus{Hierarchy: "cgroup2", Evidence: ByCgroup, Lacks: lacks}
-	if !unified || !named {
-		s.Evidence = ByNamespace
+	named, err := tryOut(own)
+	if err != nil {
+		own.close(k.poller)
+		return fmt.Errorf("ask for a connection of our own (with the module tcp_diag): %w", err)
 	}
+	s := KernelStatus{Hierarchy: "cgroup2", Evidence: ByCgroup}
+	const without = ": pods are told by their network namespaces, the containers of one are not told apart, and pods on the host network are not told at all"
 	switch {
-	case !unified:
-		s.Hierarchy = "cgroup1"
-		s.Lacks = append(s.Lacks, "cgroup v2: pods are told by their network namespaces, the containers of one are not told apart, and pods on the host network are not told at all")
+	case groups == nil:
+		s.Hierarchy, s.Evidence = "cgroup1", ByNamespace
+		s.Lacks = []string{"cgroup v2" + without}
 	case !named:
-		s.Lacks = append(s.Lacks, "the cgroup in sock_diag (Linux 5.9): pods are told by their network namespaces, the containers of one are not told apart, and pods on the host network are not told at all")
+		s.Evidence = ByNamespace
+		s.Lacks = []string{"the cgroup in what sock_diag says (Linux 5.9)" + without}
 	}
 	for _, l := range s.Lacks {
 		k.options.Log.Warn("attest: the kernel lacks " + l)
 	}
 	k.mu.Lock()
-	k.own, k.unified, k.status = own, unified && named, s
+	k.own, k.cgroups, k.unified, k.status = own, groups, groups != nil && named, s
 	k.mu.Unlock()
 	return k.follow(own)
 }
 
-// tryOut asks for a connection of our own. named says that the kernel names the cgroup of its socket.
-func tryOut(own *namespace) (lacks []string, named bool) {
-	const what = "an answer from sock_diag for a connection of our own (the module tcp_diag)"
+// tryOut reports whether the kernel names the cgroup of a socket of ours.
+func tryOut(own *namespace) (named bool, err error) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
-		return []string{fmt.Sprintf("%s: %v", what, err)}, false
+		return false, err
 	}
 	defer func() { _ = l.Close() }()
 	c, err := net.Dial("tcp4", l.Addr().String())
 	if err != nil {
-		return []string{fmt.Sprintf("%s: %v", what, err)}, false
+		return false, err
 	}
 	defer func() { _ = c.Close() }()
 	f, ok, err := own.socket(addrPort(c.LocalAddr()), addrPort(c.RemoteAddr()), 0)
-	if err != nil || !ok {
-		return []string{fmt.Sprintf("%s: %v", what, err)}, false
+	if err == nil && !ok {
+		err = ErrNoSocket
 	}
-	return nil, f.cgroup != 0
+	return f.cgroup != 0, err
 }
 
 // follow has us told when addresses of the namespace come and go, and when its process ends.
@@ -187,7 +187,8 @@ func (k *Kernel) readAddresses(n *namespace) bool {
 		return false
 	}
 	found, err := n.route.addresses()
-	if err != nil {
+	if err != nil && !n.warned { // its owner could make it happen again and again
+		n.warned = true
 		k.options.Log.WithError(err).WithField("namespace", n).Warn("attest: not all addresses of a network namespace are known")
 	}
 	if err != nil && err != errTooMany {
@@ -236,18 +237,23 @@ func (k *Kernel) drop(n *namespace) {
 	k.changed()
 }
 
-// forget ends a run.
-func (k *Kernel) forget(p *poller) {
+// forget ends a run. Where another follows, what was evidence may have died unseen; at the end of all, who is being answered still is.
+func (k *Kernel) forget(groups *cgroups, dead bool) {
+	if dead && groups != nil {
+		groups.dieAll()
+	}
 	k.routing.Lock()
 	defer k.routing.Unlock()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.own != nil {
-		k.own.close(p)
+		k.own.close(k.poller)
 	}
 	for _, n := range k.namespaces {
-		n.life.Store(false)
-		n.close(p)
+		if dead {
+			n.life.Store(false)
+		}
+		n.close(k.poller)
 	}
 	k.own, k.cgroups = nil, nil
 	clear(k.namespaces)
@@ -255,13 +261,13 @@ func (k *Kernel) forget(p *poller) {
 }
 
 // walkLoop looks at all cgroups when one is not known.
-func (k *Kernel) walkLoop(ctx context.Context) error {
+func (k *Kernel) walkLoop(ctx context.Context, groups *cgroups) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-k.walk:
-			k.cgroups.walk()
+			groups.walk()
 			k.changed()
 		}
 		select {

@@ -50,7 +50,8 @@ type Helper struct {
 	found   map[uint64]*anchor // by the namespace's inode
 	servers map[*server]bool
 	swept   time.Time // when all pods were looked at last
-	problem string    // what cannot be done
+	problem string    // what could not be done since then
+	warned  string    // the last of these that was logged
 
 	mu      sync.Mutex
 	pending map[string]*look // pods to look at, by path
@@ -267,7 +268,7 @@ func (h *Helper) pendingPods() []string {
 
 // sweep looks at all pods, whatever events were missed.
 func (h *Helper) sweep() {
-	h.swept = time.Now()
+	h.swept, h.problem = time.Now(), ""
 	h.cgroups.walk()
 	for _, a := range slices.Collect(maps.Values(h.found)) {
 		if !a.there() {

@@ -99,10 +99,16 @@ type opened struct {
 }
 
 // openIn makes them in all of the namespaces. The thread that goes there ends with it: one that waits somewhere would keep that alive.
+// The first thread of a process cannot end, so it is kept busy meanwhile.
 func openIn(anchors []*anchor) []opened {
 	done := make(chan []opened)
 	go func() {
 		runtime.LockOSThread() // and never unlocked
+		if unix.Gettid() == unix.Getpid() {
+			done <- openIn(anchors)
+			runtime.UnlockOSThread()
+			return
+		}
 		all := make([]opened, 0, len(anchors))
 		for _, a := range anchors {
 			all = append(all, open(a))
@@ -182,7 +188,7 @@ func (h *Helper) cannot(err error) {
 	var problem string
 	switch {
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		problem = "pods' network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed"
+		problem = "pods' network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module that forbids it"
 	case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL):
 		problem = "pods' network namespaces cannot be asked: a kernel with setns(2) by pidfd is needed (Linux 5.8)"
 	case errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist):
@@ -190,8 +196,8 @@ func (h *Helper) cannot(err error) {
 	default:
 		problem = "pods' network namespaces cannot be asked"
 	}
-	if problem += ": " + err.Error(); problem != h.problem {
-		h.problem = problem
-		h.options.Log.Error("attest: " + problem)
+	if h.problem = problem + ": " + err.Error(); h.problem != h.warned {
+		h.warned = h.problem
+		h.options.Log.Error("attest: " + h.problem)
 	}
 }

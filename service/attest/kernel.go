@@ -27,6 +27,11 @@ const DefaultCgroupRoot = "/sys/fs/cgroup"
 // Kernel asks the kernel which process made the socket at the other end of a connection.
 //
 // It has no privilege. Of our own network namespace it may ask; sockets that ask in pods' namespaces are handed over by a [Helper].
+//
+// What it knows is as old as the kernel's news of it. A new pod's cgroup and namespace are known some ms after they are there: until then
+// Look says that it does not know. The death of a cgroup's last process is told within 10 ms; what is written in between goes to a socket
+// that this process made, and that nobody else has but by having been given it. That a cgroup was removed is told at once, and
+// its id is never used again.
 type Kernel struct {
 	options KernelOptions
 	lookups *prometheus.CounterVec
@@ -35,13 +40,13 @@ type Kernel struct {
 	begun   atomic.Int64  // searches that the helper was asked for,
 	done    atomic.Int64  // and the last of them that came to its end
 
-	poller  *poller
-	cgroups *cgroups
+	poller *poller
 
 	routing sync.Mutex // of the namespaces' route sockets and the buffer; taken before mu
 	buffer  []byte
 
 	mu         sync.RWMutex
+	cgroups    *cgroups   // nil with cgroup v1
 	unified    bool       // the kernel names cgroups, and pods are in them
 	own        *namespace // nil: not running
 	namespaces map[uint64]*namespace
@@ -80,7 +85,7 @@ func (k *Kernel) Look(c Conn) (*Evidence, error) {
 
 func (k *Kernel) look(c Conn) (*Evidence, error) {
 	k.mu.RLock()
-	own, holders, helper, unified := k.own, k.byAddr[c.Client.Addr()], k.status.Helper, k.unified
+	own, holders, helper, unified, cgroups := k.own, k.byAddr[c.Client.Addr()], k.status.Helper, k.unified, k.cgroups
 	k.mu.RUnlock()
 	if own == nil {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
@@ -105,7 +110,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	case f.cgroup == 0:
 		return nil, fmt.Errorf("%w: it is in state %d", ErrNoCgroup, f.state)
 	}
-	e, err := k.cgroups.lookup(f.cgroup)
+	e, err := cgroups.lookup(f.cgroup)
 	if errors.Is(err, ErrUnknownCgroup) {
 		signal(k.walk)
 	}
@@ -122,6 +127,8 @@ func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f
 			return nil
 		case err != nil:
 			return err
+		case n != nil && n.inode == h.inode: // by the sockets of two helpers, of which one goes
+			return nil
 		case n != nil:
 			return fmt.Errorf("%w: %s is in %s and in %s", ErrSockets, c.Client, n, h.namespace)
 		}

@@ -139,12 +139,18 @@ func TestRemovedCgroup(t *testing.T) {
 	eventually(t, "the evidence dies", func() bool { return !e.Alive() })
 	eventually(t, "the cgroup is removed", func() bool { return unix.Rmdir(b.cgroups+containerPath(1, 1)) == nil })
 	for _, conn := range []Conn{accepted(known), accepted(unseen)} {
-		b.refused("removed", conn, ErrUnknownCgroup)
+		b.refused("removed", conn, ErrUnknownCgroup, ErrEmptyCgroup) // the latter until inotify has told
 	}
 	if err := os.Mkdir(b.cgroups+containerPath(1, 1), 0o755); err != nil { // the same name is not the same cgroup
 		t.Fatal(err)
 	}
-	b.refused("made again", accepted(unseen), ErrUnknownCgroup)
+	eventually(t, "the old cgroup is not taken for the new one", func() bool {
+		e, err := b.kernel.Look(accepted(unseen))
+		if e != nil {
+			t.Fatalf("a removed cgroup is %+v", e)
+		}
+		return errors.Is(err, ErrUnknownCgroup)
+	})
 	if e.Alive() {
 		t.Error("what died is alive again")
 	}

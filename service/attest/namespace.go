@@ -24,6 +24,7 @@ type namespace struct {
 	processKey uint64
 	route      *netlinkSocket
 	routeKey   uint64
+	warned     bool                  // that not all addresses are known
 	addresses  map[netip.Addr]uint32 // and the interface of each; Kernel's lock holds it
 
 	mu   sync.Mutex

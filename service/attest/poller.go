@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,6 +14,8 @@ import (
 type poller struct {
 	fd   int
 	file *os.File // fd, for Go's poller to wait on
+
+	closed atomic.Bool
 
 	mu    sync.Mutex
 	next  uint64
@@ -76,7 +79,7 @@ func (p *poller) run() error {
 			return n != 0
 		})
 		switch {
-		case errors.Is(err, os.ErrClosed):
+		case p.closed.Load():
 			return nil
 		case err != nil:
 			return fmt.Errorf("epoll: %w", err)
@@ -94,4 +97,7 @@ func (p *poller) run() error {
 	}
 }
 
-func (p *poller) close() { _ = p.file.Close() }
+func (p *poller) close() {
+	p.closed.Store(true)
+	_ = p.file.Close()
+}

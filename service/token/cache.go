@@ -85,8 +85,8 @@ func NewCache(o CacheOptions) *Cache {
 // Token is Ask with nobody charged.
 func (c *Cache) Token(ctx context.Context, r Request) (Token, error) { return c.Ask(ctx, "", r) }
 
-// Ask returns a token for r, from the cache or a new one. A mint is charged to the pod's limits (*LimitError), what is
-// cached never. Errors are the Source's, or wrap ErrUnavailable when ctx ended first.
+// Ask returns a token for r, from the cache or a new one. A mint is charged to the limits of the pod (*LimitError), or of whoever
+// else goes by that name; what is cached never. Errors are the Source's, or wrap ErrUnavailable when ctx ended first.
 func (c *Cache) Ask(ctx context.Context, podUID string, r Request) (Token, error) {
 	now := time.Now()
 	c.mu.Lock()

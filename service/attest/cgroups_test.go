@@ -1,0 +1,171 @@
+package attest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// followed is an index of a directory's tree. Any file system has directories with inodes, and tells of them; only that a cgroup is without
+// processes is cgroupfs's own to say: here a file says so, which is written anew.
+func followed(t *testing.T) (*cgroups, string) {
+	t.Helper()
+	root := t.TempDir()
+	g, err := newCgroups(root, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := g.follow(func() {}); err != nil {
+			t.Error(err)
+		}
+	}()
+	t.Cleanup(func() { g.close(); <-done })
+	return g, root
+}
+
+func mkdir(t *testing.T, path string) uint64 {
+	t.Helper()
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	populate(t, path, true)
+	there, err := subdirectories(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return there[filepath.Base(path)]
+}
+
+func populate(t *testing.T, path string, yes bool) {
+	t.Helper()
+	text := "populated 0\nfrozen 0\n"
+	if yes {
+		text = "populated 1\nfrozen 0\n"
+	}
+	if err := os.WriteFile(path+"/cgroup.events", []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCgroupsAreFollowed(t *testing.T) {
+	g, root := followed(t)
+	if os.Geteuid() != 0 {
+		netnstest.Lacks(t, netnstest.ErrNeedsRoot)
+	}
+	before := mkdir(t, root+containerPath(1, 1))
+	g.walk()
+	find := func(id uint64) *Evidence {
+		e, err := g.lookup(id)
+		if err != nil {
+			return nil
+		}
+		return e
+	}
+	e := find(before)
+	if e == nil || e.PodUID != podUID(1) || e.Container != containerIDOf(1) || !e.Alive() || find(before) != e {
+		t.Fatalf("what was there before: %+v", e)
+	}
+	after := mkdir(t, root+containerPath(2, 2))
+	eventually(t, "what was made later is known", func() bool { e := find(after); return e != nil && e.PodUID == podUID(2) })
+
+	// A cgroup that lost its processes is dead; one that gets some again is another life.
+	populate(t, root+containerPath(1, 1), false)
+	eventually(t, "it dies with its processes", func() bool { return !e.Alive() })
+	if _, err := g.lookup(before); !errors.Is(err, ErrEmptyCgroup) {
+		t.Errorf("an empty cgroup: %v", err)
+	}
+	populate(t, root+containerPath(1, 1), true)
+	if again := find(before); again == nil || !again.Alive() || e.Alive() {
+		t.Errorf("a second life: %+v, and the first %v", again, e.Alive())
+	}
+
+	// Renamed, as cgroup v1 allows, and removed.
+	e = find(after)
+	if err := os.Rename(root+"/kubepods/burstable/pod"+podUID(2), root+"/kubepods/burstable/pod"+podUID(3)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is known by its new name", func() bool { now := find(after); return now != nil && now.PodUID == podUID(3) && !e.Alive() })
+	e = find(after)
+	if err := os.RemoveAll(root + "/kubepods/burstable/pod" + podUID(3)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is forgotten", func() bool { return find(after) == nil && !e.Alive() })
+}
+
+// Events can be lost: a walk finds what is, and what died is dead.
+func TestWalk(t *testing.T) {
+	root := t.TempDir()
+	g, err := newCgroups(root, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.close()
+	old := mkdir(t, root+"/system.slice/a.service")
+	g.walk()
+	e, err := g.lookup(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(root+"/system.slice/a.service", root+"/elsewhere"); err != nil { // keeps the inode from being used again
+		t.Fatal(err)
+	}
+	fresh := mkdir(t, root+"/system.slice/a.service")
+	if _, err := g.lookup(fresh); !errors.Is(err, ErrUnknownCgroup) {
+		t.Errorf("before the walk: %v", err)
+	}
+	g.walk()
+	if now, err := g.lookup(fresh); err != nil || now.Unit() != "a.service" || e.Alive() {
+		t.Errorf("after the walk: %+v, %v, and what was there before %v", now, err, e.Alive())
+	}
+	if now, err := g.lookup(old); err != nil || now.Cgroup != "/elsewhere" {
+		t.Errorf("what was moved: %+v, %v", now, err)
+	}
+	if err := os.RemoveAll(root + "/system.slice"); err != nil {
+		t.Fatal(err)
+	}
+	g.walk()
+	if n, problem := g.count(); n != 2 || problem != nil || len(g.byWatch) > 3 {
+		t.Errorf("%d cgroups and %d watches are left, %v", n, len(g.byWatch), problem)
+	}
+}
+
+// A workload that makes cgroups without end is not followed without end, and says nothing of others.
+func TestTooManyCgroups(t *testing.T) {
+	if os.Geteuid() != 0 {
+		netnstest.Lacks(t, netnstest.ErrNeedsRoot)
+	}
+	root := t.TempDir()
+	g, err := newCgroups(root, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.close()
+	for i := range maxCgroupsPerPod + 10 {
+		if err := os.MkdirAll(fmt.Sprintf("%s%s/%d", root, containerPath(1, 1), i), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := mkdir(t, root+containerPath(2, 2))
+	g.walk()
+	if _, err := g.lookup(other); err != nil {
+		t.Errorf("another pod: %v", err)
+	}
+	if n, problem := g.count(); n > maxCgroupsPerPod+10 || problem == nil || !strings.Contains(problem.Error(), "too many cgroups") {
+		t.Errorf("%d, %v", n, problem)
+	}
+	if err := os.RemoveAll(root + containerPath(1, 1)); err != nil {
+		t.Fatal(err)
+	}
+	g.walk()
+	if n, problem := g.count(); n > 10 || problem != nil {
+		t.Errorf("after they are gone: %d, %v", n, problem)
+	}
+}
