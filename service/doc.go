@@ -40,7 +40,8 @@
 //     configuration that does not load changes nothing.
 //  7. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
 //     listener left, and whoever was accepted is answered (run.go). The rules stay for the next one.
-//  8. ExecStopPost runs `routing remove` when the unit is stopped for good, unless routing.onStop is keep.
+//  8. ExecStopPost runs `routing remove`, and stops the socket, when the unit is stopped for good, unless routing.onStop is
+//     keep.
 //
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, and a copy
 // of kubelet's credential (credential.go).

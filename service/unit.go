@@ -9,8 +9,11 @@ import (
 	"github.com/coreos/go-systemd/v22/dbus"
 )
 
-// unit is what the packages call us.
-const unit = "gke-metadata-emulator.service"
+// What the packages call us.
+const (
+	unit   = "gke-metadata-emulator.service"
+	socket = "gke-metadata-emulator.socket"
+)
 
 // systemd is what of its D-Bus API tells a stop from a restart.
 type systemd interface {
@@ -22,17 +25,40 @@ type systemd interface {
 // crash, and not since the machine goes down, when pods still run and must not reach the cloud's own metadata server
 // . An error means that systemd could not be asked: then it must count as no.
 func StoppedForGood(ctx context.Context) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // TimeoutStopSec= of the unit is 10 s
+	ctx, cancel := context.WithTimeout(ctx, patienceWithSystemd)
 	defer cancel()
-	c, err := dbus.NewSystemdConnectionContext(ctx) // its private socket: also where D-Bus is not up yet, or down already
-	if err != nil {
-		c, err = dbus.NewSystemConnectionContext(ctx)
-	}
+	c, err := connectToSystemd(ctx)
 	if err != nil {
 		return false, fmt.Errorf("asking systemd why we stop: %w", err)
 	}
 	defer c.Close()
 	return stoppedForGood(ctx, c)
+}
+
+// StopListening has the socket unit stopped too, which comes after us, and does not wait for it. A connection of the last
+// moment that waits there for somebody to answer would start us again otherwise, and the rules with us.
+func StopListening(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, patienceWithSystemd)
+	defer cancel()
+	c, err := connectToSystemd(ctx)
+	if err == nil {
+		defer c.Close()
+		_, err = c.StopUnitContext(ctx, socket, "replace", nil)
+	}
+	if err != nil {
+		return fmt.Errorf("asking systemd to stop %s: %w", socket, err)
+	}
+	return nil
+}
+
+const patienceWithSystemd = 4 * time.Second // for each of two questions; TimeoutStopSec= of the unit is 10 s
+
+func connectToSystemd(ctx context.Context) (*dbus.Conn, error) {
+	c, err := dbus.NewSystemdConnectionContext(ctx) // its private socket: also where D-Bus is not up yet, or down already
+	if err != nil {
+		c, err = dbus.NewSystemConnectionContext(ctx)
+	}
+	return c, err
 }
 
 func stoppedForGood(ctx context.Context, s systemd) (bool, error) {

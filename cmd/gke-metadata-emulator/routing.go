@@ -99,11 +99,16 @@ func routingRemoveCommand() *cobra.Command {
 From then on pods reach the cloud's own metadata server again.`,
 		Args: arguments,
 	}
-	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good, and routing.onStop is not keep: not to restart it, not after a crash, not at poweroff")
+	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good, and routing.onStop is not keep: not to restart it, not after a crash, not at poweroff; the socket is stopped too")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if onStop && rulesStay(cmd, load) {
-			return nil
+		if onStop {
+			if rulesStay(cmd, load) {
+				return nil
+			}
+			if err := service.StopListening(cmd.Context()); err != nil {
+				say(cmd, "%v: the next connection starts the service again", err)
+			}
 		}
 		return withRouter(cmd, anyMode(plan(cmd, load, "removing all the same")), routing.Router.Remove)
 	}

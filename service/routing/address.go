@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -77,7 +78,31 @@ func installAddress(a netip.Addr) error {
 			return fmt.Errorf("ip address add %s: %w", addressText(a), permission(err))
 		}
 	}
+	resetConnections(a)
 	return removeAddress(a)
+}
+
+// resetConnections ends what is open at the addresses of ours that are about to go, all but keep. Without its address the
+// kernel sends nothing for a socket, not even that it was closed: a client whose request was taken in, and be it by the
+// backlog alone, would wait for the answer until its own keepalive finds out. It is done as well as can be: a kernel without
+// CONFIG_INET_DIAG_DESTROY leaves clients to that.
+func resetConnections(keep netip.Addr) {
+	l, err := readAddress(netip.Addr{})
+	if err != nil || len(l.ours) == 0 {
+		return
+	}
+	goes := func(ip net.IP) bool {
+		return !ip.Equal(keep.AsSlice()) && slices.ContainsFunc(l.ours, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
+	}
+	sockets, err := netlink.SocketDiagTCP(unix.AF_INET)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return
+	}
+	for _, s := range sockets {
+		if goes(s.ID.Source) && s.State != netlink.TCP_LISTEN && s.State != netlink.TCP_TIME_WAIT {
+			_ = netlink.SocketDestroy(&net.TCPAddr{IP: s.ID.Source, Port: int(s.ID.SourcePort)}, &net.TCPAddr{IP: s.ID.Destination, Port: int(s.ID.DestinationPort)})
+		}
+	}
 }
 
 // removeAddress takes away every address with our label but keep; none is kept when keep is the zero Addr.

@@ -135,8 +135,8 @@ func (x *xtables) missing(c chain, format string, args ...any) error {
 	return missing(layer, "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
 }
 
-// removeChains removes our chains of both families from one backend, the redirecting ones first.
-func removeChains(ctx context.Context, command string) error {
+// removeChains removes our chains of the tables (none: all) and of both families from one backend, the redirecting ones first.
+func removeChains(ctx context.Context, command string, tables ...string) error {
 	var errs []error
 	for _, six := range []bool{false, true} {
 		x, err := openXtables(command, six)
@@ -144,19 +144,22 @@ func removeChains(ctx context.Context, command string) error {
 			continue // who has no such command has no such rules
 		}
 		if err == nil {
-			err = x.removeAll(ctx)
+			err = x.removeAll(ctx, tables...)
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
 
-func (x *xtables) removeAll(ctx context.Context) error {
+func (x *xtables) removeAll(ctx context.Context, tables ...string) error {
 	legacy := isLegacy(x.command)
 	var errs []error
 	for _, c := range slices.Backward(ownChains(x.six)) {
 		if legacy && !legacyTable(c.table, x.six) {
 			continue // and listing it would make it
+		}
+		if len(tables) > 0 && !slices.Contains(tables, c.table) {
+			continue
 		}
 		errs = append(errs, x.remove(ctx, c))
 	}

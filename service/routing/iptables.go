@@ -307,10 +307,17 @@ func (r *iptablesRouter) Remove(ctx context.Context) error {
 		return err
 	}
 	use, other := backends(ctx, r.plan)
-	errs := []error{removeChains(ctx, use)}
-	if other != "" {
-		errs = append(errs, removeChains(ctx, other))
+	var errs []error
+	remove := func(tables ...string) {
+		errs = append(errs, removeChains(ctx, use, tables...))
+		if other != "" {
+			errs = append(errs, removeChains(ctx, other, tables...))
+		}
 	}
+	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
+	remove("nat")
+	resetConnections(netip.Addr{})
+	remove()
 	if err := errors.Join(errs...); err != nil {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))

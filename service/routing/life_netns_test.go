@@ -12,7 +12,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
@@ -105,6 +107,32 @@ func TestClosedGuard(t *testing.T) {
 		b.same("closed after a good install", b.ruleset(), whole)
 		b.remove(closed)
 		b.same("remove", b.ruleset(), before)
+	})
+}
+
+// TestRemoveWhileServing: who waits for an answer is told that there will be none, whether the connection was accepted or is in
+// the backlog of a listener that nobody accepts from.
+func TestRemoveWhileServing(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		idle := netip.MustParseAddrPort("169.254.169.252:989")
+		if _, err := b.Listen("tcp", idle.String()); err != nil {
+			t.Fatal(err)
+		}
+		for _, b.plan.Listen = range []netip.AddrPort{b.plan.Listen, idle} {
+			before := b.ruleset()
+			b.install(b.plan)
+			c, err := b.pod.Dial(t.Context(), "tcp", "169.254.169.254:80")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			b.remove(b.plan)
+			_ = c.SetReadDeadline(time.Now().Add(long)) // its own keepalive would find out later
+			if n, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%s: a client got %d bytes (%v), want a reset", b.plan.Listen, n, err)
+			}
+			b.same("remove", b.ruleset(), before)
+		}
 	})
 }
 
