@@ -88,11 +88,15 @@ func installAddress(a netip.Addr) error {
 // CONFIG_INET_DIAG_DESTROY leaves clients to that.
 func resetConnections(keep netip.Addr) {
 	l, err := readAddress(netip.Addr{})
-	if err != nil || len(l.ours) == 0 {
+	if err != nil {
+		return
+	}
+	going := slices.DeleteFunc(l.ours, func(n *net.IPNet) bool { return n.IP.Equal(keep.AsSlice()) })
+	if len(going) == 0 {
 		return
 	}
 	goes := func(ip net.IP) bool {
-		return !ip.Equal(keep.AsSlice()) && slices.ContainsFunc(l.ours, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
+		return slices.ContainsFunc(going, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
 	}
 	sockets, err := netlink.SocketDiagTCP(unix.AF_INET)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {

@@ -155,11 +155,11 @@ func (x *xtables) removeAll(ctx context.Context, tables ...string) error {
 	legacy := isLegacy(x.command)
 	var errs []error
 	for _, c := range slices.Backward(ownChains(x.six)) {
-		if legacy && !legacyTable(c.table, x.six) {
-			continue // and listing it would make it
-		}
 		if len(tables) > 0 && !slices.Contains(tables, c.table) {
 			continue
+		}
+		if legacy && !legacyTable(c.table, x.six) {
+			continue // and listing it would make it
 		}
 		errs = append(errs, x.remove(ctx, c))
 	}
