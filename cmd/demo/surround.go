@@ -34,14 +34,15 @@ const kubeletDir = "/var/lib/kubelet"
 //	rules                                the node's firewall, policy rules, routes and addresses, normalised
 //	rotate                               a new certificate for kubelet
 //
-// Where probed is the name of a file, there is load all the while, and it gets what came of it.
-func surround(ctx context.Context, dir, probed string) (err error) {
+// Where beside is the name of a link, that is the machine's own and is left alone. Where probed is the name of a file, there
+// is load all the while, and it gets what came of it.
+func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	w := &world{dir: dir}
 	defer func() { err = errors.Join(err, w.close()) }()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if w.node, err = netnstest.NewHere("world"); err != nil {
+	if w.node, err = netnstest.NewHere("world", beside); err != nil {
 		return err
 	}
 	if err := w.populate(ctx); err != nil {
