@@ -21,6 +21,8 @@ import (
 const (
 	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
 	ModeIPTables = "iptables"
+	// ModeNFTables is DNAT by a table of our own.
+	ModeNFTables = "nftables"
 	// ModeNone routes nothing; there is no Router for it.
 	ModeNone = "none"
 )
