@@ -120,8 +120,11 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 		return n, nil, err
 	}
 	begins := why == nil || why.of.Desired == ""
-	if r.plan.Mode == ModeLoopback && begins && !r.plan.Force {
-		foreign = errors.Join(foreign, realServer())
+	if r.plan.Mode == ModeLoopback {
+		foreign = errors.Join(foreign, foreignAddress())
+		if begins && !r.plan.Force {
+			foreign = errors.Join(foreign, realServer())
+		}
 	}
 	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
@@ -152,7 +155,7 @@ func (r *router) put(ctx context.Context, n *node) error {
 		return err
 	}
 	if r.plan.Mode != ModeLoopback {
-		if err := removeLocalRoute(); err != nil {
+		if err := removeLocal(); err != nil {
 			return err
 		}
 	}
@@ -160,10 +163,7 @@ func (r *router) put(ctx context.Context, n *node) error {
 }
 
 func (r *router) putClosed(s surroundings) error {
-	if err := installAddress(r.plan); err != nil {
-		return err
-	}
-	return installGuard(r.plan, s)
+	return errors.Join(installAddress(r.plan), installGuard(r.plan, s)) // closed, whatever else is not to be had
 }
 
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
@@ -223,7 +223,7 @@ func (r *router) Remove(ctx context.Context) error {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocalRoute(), removeAddress(netip.Addr{})))
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{})))
 }
 
 // look finds out what the rules must know of the node.
@@ -265,7 +265,8 @@ func (r *router) state(desired string) (before, now State) {
 	p := r.plan
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.Spare, s.HostPods, s.Force = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods, p.Force
+		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+		s.Link, s.Force = p.Link, p.Force
 	}
 	old, err := ReadState(p.RunDir)
 	if err != nil {
