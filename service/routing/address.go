@@ -30,7 +30,7 @@ type localAddress struct {
 // wantsAddress says whether the address is ours to put on lo: one that needs no network, and that nothing else of the node has.
 // Any other address that is not local lives elsewhere: in another namespace, a container or a machine of the node.
 func (l localAddress) wants(a netip.Addr) bool {
-	return a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
+	return a.Is4() && a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
 }
 
 func readAddress(a netip.Addr) (l localAddress, err error) {

@@ -34,6 +34,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		return nil, err
 	}
 	defer unlock()
+	plain := why == nil
 	before, state := r.state(Installed)
 	if why != nil && before.Desired != "" && !before.wants(why.of) {
 		return nil, errOutdated
@@ -81,7 +82,14 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 	}
-	return n, r.readBack(state, errors.Join(r.check(ctx, n)...))
+	errs := r.check(ctx, n)
+	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
+		if err := r.putAgain(ctx, n); err != nil {
+			return n, r.readBack(state, err)
+		}
+		errs = r.check(ctx, n)
+	}
+	return n, r.readBack(state, errors.Join(errs...))
 }
 
 // open looks around without asking for rules.
@@ -100,7 +108,7 @@ func (r *router) open(ctx context.Context, command string, say bool) (n *node, e
 // survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
 func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []string, err error) {
 	if why != nil && why.node != nil {
-		n = why.node // nothing is opened anew: some ten processes less
+		n = why.node // nothing is opened anew
 		_, err = r.lookAgain(n)
 	} else {
 		n, err = r.open(ctx, "", why == nil)
@@ -162,6 +170,15 @@ func (r *router) put(ctx context.Context, n *node) error {
 	return installRoute(r.plan, n.surroundings)
 }
 
+// putAgain puts everything, whatever was found to be right.
+func (r *router) putAgain(ctx context.Context, n *node) error {
+	n.forget()
+	if _, err := n.survey(ctx, n.surroundings); err != nil {
+		return err
+	}
+	return r.put(ctx, n)
+}
+
 func (r *router) putClosed(s surroundings) error {
 	return errors.Join(installAddress(r.plan), installGuard(r.plan, s)) // closed, whatever else is not to be had
 }
@@ -215,7 +232,7 @@ func (r *router) Remove(ctx context.Context) error {
 	if err := writeState(r.plan.RunDir, state); err != nil {
 		return err
 	}
-	var errs []error
+	errs := []error{removeLinks("")} // else the doors were gone before the address
 	for _, p := range parts {
 		errs = append(errs, p.remove(ctx, r.plan))
 	}

@@ -31,7 +31,7 @@ func text(p Plan, s surroundings, command string) (string, error) {
 		if p.Link != "" {
 			fmt.Fprintf(&b, "# and everybody's, by a link\nip link add %[1]s type dummy\nip link set %[1]s alias %[2]s up\nip address add %[3]s\n\n", p.Link, comment, linkAddressText(p.Link))
 		}
-	} else if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
+	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && a.IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
 	}
 	for i, r := range guardRules(p, s) {
