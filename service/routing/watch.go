@@ -65,8 +65,10 @@ type watcher struct {
 	node   *node // what the router knows of its surroundings; nil: open it anew
 	unread bool  // the mode's part has to be read, whether or not it says that it changed
 	bad    bool  // the last verdict
-	told   string
-	failed string // the last failure that was logged
+	// disturbed is that something else was missing when the last repair was read back. Once is no failure.
+	disturbed bool
+	told      string
+	failed    string // the last failure that was logged
 }
 
 // Run watches the network namespace of the calling thread until ctx is done. It returns an error if it may not, and if there are
