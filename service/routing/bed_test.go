@@ -102,6 +102,12 @@ func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
 	}
 }
 
+// onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode nftables.
+func onEveryDNAT(t *testing.T, f func(t *testing.T, b *bed)) {
+	onBothBackends(t, f)
+	t.Run("nftables", func(t *testing.T) { f(t, nftBed(t)) })
+}
+
 func bedPlan(runDir, binary string) Plan {
 	return Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
 		InterceptHostPods: "auto", RunDir: runDir, Binary: binary}
@@ -133,26 +139,28 @@ func (b *bed) serve(ns *netnstest.NS, at, who string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				buf := make([]byte, 64)
-				for {
-					if _, err := c.Read(buf); err != nil {
-						return
-					}
-					if _, err := io.WriteString(c, who); err != nil {
-						return
-					}
-				}
-			}()
+	go answerAll(l, who)
+}
+
+func answerAll(l net.Listener, who string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
 		}
-	}()
+		go func() {
+			defer c.Close()
+			buf := make([]byte, 64)
+			for {
+				if _, err := c.Read(buf); err != nil {
+					return
+				}
+				if _, err := io.WriteString(c, who); err != nil {
+					return
+				}
+			}
+		}()
+	}
 }
 
 // How long a client waits for an answer that should come, and for one that should not.

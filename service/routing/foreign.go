@@ -28,6 +28,9 @@ func foreignListener(l netip.AddrPort) error {
 	case pid == "":
 		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, at)
 	}
+	if l == metadataServer { // mode loopback
+		return fmt.Errorf("%s %w: %s (process %s) listens on %s; stop it, or have it listen on an address of its own", l, ErrForeign, filepath.Base(exe), pid, at)
+	}
 	return fmt.Errorf("%s %w: %s (process %s) listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
 		l, ErrForeign, filepath.Base(exe), pid, at)
 }

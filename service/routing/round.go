@@ -71,6 +71,10 @@ func (w *watcher) round(ctx context.Context) {
 	case errors.Is(err, errOutdated):
 		w.pending |= why
 		return
+	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+		w.bad, w.unread, w.disturbed = true, true, true
+		w.pending |= why
+		return
 	case err != nil:
 		w.bad = true
 		w.fail(fmt.Errorf("repair: %w", err))
@@ -119,22 +123,23 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		}
 	}
 	p := w.router.plan
-	if all || why&causeRule != 0 {
-		errs = append(errs, checkGuard(p)...)
+	read := all || w.unread
+	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
+	moved := false
+	if around && w.node != nil {
+		if moved, err = w.router.lookAgain(w.node); err != nil {
+			return nil, err
+		}
+		read = read || moved
+	}
+	if all || moved || why&causeRule != 0 {
+		errs = append(errs, checkGuard(p, w.node.around())...)
 	}
 	if p.Closed {
 		return errs, nil
 	}
-	read := all || w.unread
-	if all || why&causeKernel&^causeRule != 0 {
+	if around {
 		errs = append(errs, checkAddress(p)...)
-		if w.node != nil {
-			changed, err := w.router.lookAgain(w.node)
-			if err != nil {
-				return errs, err
-			}
-			read = read || changed
-		}
 	}
 	if w.node == nil {
 		read = true
@@ -245,7 +250,7 @@ func (w *watcher) fail(err error) {
 }
 
 func (w *watcher) succeed() {
-	w.failures, w.retry, w.failed = 0, time.Time{}, ""
+	w.failures, w.retry, w.failed, w.disturbed = 0, time.Time{}, "", false
 	if w.wish.Closed {
 		w.tell("the closed guard stands: the configuration was broken")
 		return

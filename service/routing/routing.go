@@ -2,8 +2,9 @@
 //
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is missing (Check) and takes it
 // away without a trace (Remove). Install converges from any earlier state and can be repeated while the emulator serves; Check
-// changes nothing; Remove needs no memory of an Install. Mode iptables owns chains named GME-*, policy rules at preferences 97
-// and 98 that are marked proto kernel, an address labelled lo:gme, and nothing else.
+// changes nothing; Remove needs no memory of an Install. All modes own policy rules at preferences 97 to 99 that are marked proto kernel,
+// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, and loopback
+// one route in table 988; and nothing else.
 package routing
 
 import (
@@ -16,12 +17,17 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
 	ModeIPTables = "iptables"
-	// ModeNone routes nothing; there is no Router for it.
+	// ModeNFTables is DNAT by a table of our own.
+	ModeNFTables = "nftables"
+	// ModeLoopback makes the metadata server's address this node's own for pods, by policy rules and without DNAT.
+	ModeLoopback = "loopback"
+	// ModeNone routes nothing: pods are told by their environment where the emulator listens. Other hosts are kept out, and the guard stands.
 	ModeNone = "none"
 )
 
@@ -58,6 +64,8 @@ type Plan struct {
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken (R-23). What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
+	Link              string           // mode loopback: a link that gets the metadata server's address, made as a dummy if it is not there
+	Force             bool             // mode loopback also where a metadata server answers this host
 	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
 	Log               logrus.FieldLogger
 }
@@ -113,10 +121,20 @@ func (p Plan) checked() (Plan, error) {
 		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, strings.Join(modes, ", "))
 	}
 	errs = append(errs, checkListen(p.Mode, p.Listen))
+	if !p.redirects() && p.InterceptHostPods == "on" {
+		errs = append(errs, fmt.Errorf("interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off", p.Mode))
+	}
 	switch p.InterceptHostPods {
 	case "", "auto", "on", "off":
 	default:
 		errs = append(errs, fmt.Errorf("interceptHostPods %q: use auto, on or off", p.InterceptHostPods))
+	}
+	switch {
+	case p.Link == "":
+	case p.Mode != ModeLoopback:
+		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
+	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
+		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
 	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
 		if !interfaceName.MatchString(name) {
@@ -131,6 +149,9 @@ func (p Plan) checked() (Plan, error) {
 	return p, errors.Join(errs...)
 }
 
+// redirects says whether the mode changes where packets go, and listens elsewhere than pods ask.
+func (p Plan) redirects() bool { return p.Mode != ModeLoopback && p.Mode != ModeNone }
+
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
 
@@ -138,6 +159,16 @@ func checkListen(mode string, l netip.AddrPort) error {
 	const remedy = "; the usual choice is 169.254.169.252:988"
 	a := l.Addr()
 	switch {
+	case mode == ModeLoopback:
+		if l != metadataServer {
+			return fmt.Errorf("listen %s: mode %s redirects nothing, so it listens where pods ask: %s", l, mode, metadataServer)
+		}
+		return nil
+	case mode == ModeNone:
+		if !l.IsValid() {
+			return errors.New("listen: an address and a port are needed")
+		}
+		return nil
 	case !l.IsValid() || l.Port() == 0:
 		return fmt.Errorf("listen %s: an address and a port are needed%s", l, remedy)
 	case !a.Is4():

@@ -41,7 +41,10 @@ func TestShownText(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := text(p, c.on, "iptables")
+			got, err := text(p, c.on, "iptables")
+			if err != nil {
+				t.Fatal(err)
+			}
 			file := filepath.Join("testdata", "show", name+".sh")
 			if *update {
 				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
@@ -163,6 +166,10 @@ func TestNewRefuses(t *testing.T) {
 		{"the real server's", listen("169.254.169.254:80"), "cannot be redirected there"},
 		{"multicast", listen("224.0.0.1:80"), "cannot be redirected there"},
 		{"host pods", func(p *Plan) { p.InterceptHostPods = "yes" }, `interceptHostPods "yes"`},
+		{"a link in another mode", func(p *Plan) { p.Link = "gme0" }, "mode iptables needs none"},
+		{"a link's name too long", func(p *Plan) { p.Mode, p.Listen, p.Link = ModeLoopback, metadataServer, "abcdefghijkl" }, "11 letters at most"},
+		{"loopback elsewhere", func(p *Plan) { p.Mode = ModeLoopback }, "listens where pods ask"},
+		{"host pods in loopback", func(p *Plan) { p.Mode, p.Listen, p.InterceptHostPods = ModeLoopback, metadataServer, "on" }, "mode loopback cannot tell"},
 		{"a blank in an uplink", func(p *Plan) { p.Uplinks = []string{"eth0 -j ACCEPT"} }, "no name of a network interface"},
 		{"an uplink too long", func(p *Plan) { p.Uplinks = []string{"abcdefghijklmnop"} }, "no name of a network interface"},
 		{"a line in a spare", func(p *Plan) { p.Spare = []string{"a\nb"} }, "no name of a network interface"},
@@ -209,7 +216,7 @@ func FuzzParseRule(f *testing.F) {
 	f.Add(make([]byte, 12))
 	f.Fuzz(func(t *testing.T, message []byte) {
 		if r, ours := parseRule(message); ours {
-			if !r.to.IsValid() || (r.iif == "") == (r.port == 0) {
+			if !r.to.IsValid() || r.iif == "" && r.port == 0 || r.pref < prefExempt || r.pref > lastOfPrefs {
 				t.Errorf("%+v was taken for ours", r)
 			}
 		}
