@@ -34,6 +34,13 @@ func TestMain(m *testing.M) {
 			}
 		}
 		end(err)
+	case "load":
+		end(loadUntilEOF(arg))
+	case "pins":
+		dir, root, _ := strings.Cut(arg, " ")
+		end((pins{dir: dir, root: root}).install(rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}))
+	case "connect":
+		end(connectAs(arg))
 	case "watch":
 		log := logrus.New()
 		log.SetOutput(os.Stdout)

@@ -12,6 +12,7 @@ const (
 	layerRoute     = "ip-route"
 	layerIPTables  = "iptables"
 	layerIP6Tables = "ip6tables"
+	layerEBPF      = "ebpf"
 )
 
 // fault is one thing that Check found missing, or too much.
