@@ -15,6 +15,9 @@ const (
 	layerEBPF      = "ebpf"
 )
 
+// sharedLayers are those that no mode has for itself alone.
+var sharedLayers = []string{layerRule, layerAddress, layerRoute}
+
 // fault is one thing that Check found missing, or too much.
 type fault struct{ layer, text string }
 
