@@ -22,8 +22,7 @@ func interceptsHost(p Plan, s surroundings) bool {
 
 // existing are those of the cgroups that exist: iptables refuses a path that does not (EINVAL), and a rule for one that went away makes
 // other people's restores of the whole table fail.
-func existing(cgroups []string) (found []string) {
-	root := cgroup2()
+func existing(root string, cgroups []string) (found []string) {
 	if root == "" {
 		return nil
 	}

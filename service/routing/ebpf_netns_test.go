@@ -59,7 +59,7 @@ func TestPins(t *testing.T) {
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
 	foreign := b.attachForeign(t)
-	before := b.attached(t)
+	before := b.attachedText(t)
 	install := func() {
 		t.Helper()
 		if err := p.install(r); err != nil {
@@ -71,12 +71,12 @@ func TestPins(t *testing.T) {
 		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
 	}
 	install()
-	first := b.attached(t)
+	first := b.attachedText(t)
 	if !strings.Contains(first, fmt.Sprintf("connect4 [%d ", foreign)) {
 		t.Errorf("another's program is not where it was: %s", first)
 	}
 	install()
-	b.same("second install", b.attached(t), first)
+	b.same("second install", b.attachedText(t), first)
 
 	connect4 := hooks[slices.IndexFunc(hooks, func(h hook) bool { return h.name == "connect4" })]
 	for _, c := range []struct {
@@ -125,7 +125,7 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
-	b.same("remove", b.attached(t), before)
+	b.same("remove", b.attachedText(t), before)
 	if _, err := os.Stat(p.dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the directory is left behind: %v", err)
 	}
@@ -202,7 +202,7 @@ func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
 }
 
 // attached lists the programs at each hook in the order in which they run.
-func (b *bpfBed) attached(t *testing.T) string {
+func (b *bpfBed) attachedText(t *testing.T) string {
 	t.Helper()
 	var text strings.Builder
 	for _, h := range hooks {

@@ -266,3 +266,15 @@ func hostNetwork() (uint64, error) {
 	}
 	return cookie, err
 }
+
+// allAttached is attached for every hook.
+func (p pins) allAttached() (all [][]ebpf.ProgramID, err error) {
+	for _, h := range hooks {
+		ids, err := p.attached(h)
+		if err != nil {
+			return nil, fmt.Errorf("what is attached to %s at %s: %w", h.name, p.root, err)
+		}
+		all = append(all, ids)
+	}
+	return all, nil
+}

@@ -87,11 +87,9 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 		}
 	}
 
-	insns = append(insns, asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetNetnsCookie.Call(),
-		asm.Mov.Imm(asm.R7, 0), // R7: on the host network
-		asm.LoadImm(asm.R1, int64(r.hostNet), asm.DWord), asm.JNE.Reg(asm.R0, asm.R1, take))
+	insns = append(insns, asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetNetnsCookie.Call(), asm.LoadImm(asm.R1, int64(r.hostNet), asm.DWord))
 	if r.hostPods {
-		insns = append(insns, asm.Mov.Imm(asm.R7, 1))
+		insns = append(insns, asm.JNE.Reg(asm.R0, asm.R1, take))
 		for level := range sparedDepth {
 			insns = append(insns, asm.Mov.Imm(asm.R1, int32(level+1)), asm.FnGetCurrentAncestorCgroupId.Call())
 			for _, id := range r.spared {
@@ -99,7 +97,7 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 			}
 		}
 	} else {
-		insns = append(insns, asm.Ja.Label(leave))
+		insns = append(insns, asm.JEq.Reg(asm.R0, asm.R1, leave))
 	}
 
 	taken := len(insns)
@@ -118,9 +116,8 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 func (r rewriting) count(leave string) asm.Instructions {
 	const known = "known"
 	return asm.Instructions{
-		asm.StoreMem(asm.R10, -8, asm.R7, asm.DWord),
-		asm.FnGetCurrentCgroupId.Call(),
-		asm.StoreMem(asm.R10, -16, asm.R0, asm.DWord),
+		asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetNetnsCookie.Call(), asm.StoreMem(asm.R10, -8, asm.R0, asm.DWord),
+		asm.FnGetCurrentCgroupId.Call(), asm.StoreMem(asm.R10, -16, asm.R0, asm.DWord),
 		asm.LoadMapPtr(asm.R1, r.counts.FD()),
 		asm.Mov.Reg(asm.R2, asm.R10), asm.Add.Imm(asm.R2, -16),
 		asm.FnMapLookupElem.Call(),

@@ -97,8 +97,20 @@ func (m *iptables) jumpsMissing(s surroundings) (layers []string) {
 }
 
 func (m *iptables) put(ctx context.Context, s surroundings) error {
+	if err := m.putChains(ctx, s, func(chain) bool { return true }); err != nil {
+		return err
+	}
+	m.clean(ctx, s)
+	return nil
+}
+
+// putChains makes those of the Plan's chains that are picked stand, or go.
+func (m *iptables) putChains(ctx context.Context, s surroundings, picked func(chain) bool) error {
+	pick := func(six bool) []chain {
+		return slices.DeleteFunc(m.stale(chainsFor(m.plan, s, six), six), func(c chain) bool { return !picked(c) })
+	}
 	if m.six != nil { // the other family has the guard's reset only
-		if chains := m.stale(chainsFor(m.plan, s, true), true); len(chains) == 0 {
+		if chains := pick(true); len(chains) == 0 {
 			// nobody touched it
 		} else if !chains[0].absent {
 			if err := m.six.restore(ctx, restoreText(chains, m.jumpsSix)); err != nil {
@@ -108,18 +120,17 @@ func (m *iptables) put(ctx context.Context, s surroundings) error {
 			return err
 		}
 	}
-	if chains := m.stale(chainsFor(m.plan, s, false), false); len(chains) > 0 {
+	if chains := pick(false); len(chains) > 0 {
 		if err := m.four.restore(ctx, restoreText(chains, m.jumps)); err != nil {
 			return fmt.Errorf("install the rules: %w", err)
 		}
 	}
-	m.clean(ctx, s)
 	return nil
 }
 
 // clean does what the Plan can do without.
 func (m *iptables) clean(ctx context.Context, s surroundings) {
-	if len(m.jumps["GME-PRE"]) == 0 && len(m.stale([]chain{{name: "GME-PRE"}}, false)) > 0 { // for some time pods were not redirected
+	if m.plan.Mode == ModeIPTables && len(m.jumps["GME-PRE"]) == 0 && len(m.stale([]chain{{name: "GME-PRE"}}, false)) > 0 { // for some time pods were not redirected
 		if err := forgetEstablished(m.plan, s); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}

@@ -73,8 +73,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
 		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
 		for _, other := range modes {
-			if other == r.plan.Mode {
-				continue
+			if other == r.plan.Mode || other == ModeIPTables && r.plan.Mode == ModeEBPF {
+				continue // mode ebpf has its guard in mode iptables' chains, and has emptied those that it has no use for
 			}
 			if err := removeMode(ctx, other, r.plan); err != nil {
 				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", other, err))
@@ -238,7 +238,7 @@ func (r *router) look(say bool) (s surroundings, err error) {
 		}
 	}
 	if r.plan.InterceptHostPods == "on" {
-		s.slices = existing(r.hostCgroups)
+		s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
 		if len(s.slices) == 0 && say {
 			log.Error("pods on the host network are not redirected: none of the host's own cgroups was found, which needs cgroup v2 (R-22)")
 		}

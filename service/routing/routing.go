@@ -21,6 +21,8 @@ import (
 const (
 	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
 	ModeIPTables = "iptables"
+	// ModeEBPF is programs that see each connect() of this node, for networks that bypass netfilter.
+	ModeEBPF = "ebpf"
 	// ModeNone routes nothing; there is no Router for it.
 	ModeNone = "none"
 )
@@ -58,6 +60,8 @@ type Plan struct {
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken. What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
+	BPFDir            string           // where mode ebpf pins its programs; "" is DefaultBPFDir
+	CgroupRoot        string           // where the cgroup v2 hierarchy is mounted; "": found out
 	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
 	Log               logrus.FieldLogger
 }
@@ -85,6 +89,12 @@ func newRouter(p Plan) (*router, error) {
 func (p Plan) checked() (Plan, error) {
 	if p.RunDir == "" {
 		p.RunDir = DefaultRunDir
+	}
+	if p.BPFDir == "" {
+		p.BPFDir = DefaultBPFDir
+	}
+	if p.CgroupRoot == "" {
+		p.CgroupRoot = cgroup2()
 	}
 	if p.Log == nil {
 		quiet := logrus.New()
@@ -127,6 +137,10 @@ func (p Plan) checked() (Plan, error) {
 		if strings.HasSuffix(name, "+") {
 			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
 		}
+	}
+	if p.Mode == ModeEBPF && len(p.Spare) > 0 {
+		errs = append(errs, fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
+			strings.Join(p.Spare, ", "), ModeEBPF, ModeIPTables))
 	}
 	return p, errors.Join(errs...)
 }

@@ -67,6 +67,10 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 			c.rules = forwardRules(p, six)
 		case "GME-IN":
 			// only what was redirected, never what was sent here directly.
+			if p.Mode == ModeEBPF {
+				c.rules = append(dropUplinks(p, s), to(p.Listen)+" -j ACCEPT")
+				break
+			}
 			c.rules = []string{
 				to(p.Listen) + " -m conntrack --ctorigdst " + metadataServer.Addr().String() + " -j ACCEPT",
 				notLocal(p.Listen) + " -j DROP",
@@ -74,16 +78,22 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		case "GME-RAW":
 			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
 			c.rules = []string{notLocal(p.Listen) + " -j DROP"}
+			if p.Mode == ModeEBPF {
+				c.rules = dropUplinks(p, s)
+			}
 		case "GME-OUT":
 			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
 			// (no cgroup v2: R-22) there is no such chain.
-			if interceptsHost(p, s) {
+			if interceptsHost(p, s) && p.Mode == ModeIPTables {
 				for _, slice := range s.slices {
 					c.rules = append(c.rules, "-m cgroup --path "+slice+" -j RETURN")
 				}
 				c.rules = append(c.rules, redirect(p.Listen))
 			}
 		case "GME-PRE":
+			if p.Mode == ModeEBPF {
+				break // the programs redirect
+			}
 			for _, name := range spared(p, s) {
 				c.rules = append(c.rules, "-i "+name+" -j RETURN")
 			}
@@ -140,6 +150,15 @@ func to(l netip.AddrPort) string {
 
 func notLocal(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s ! -i lo -p tcp -m tcp --dport %d", netip.PrefixFrom(l.Addr(), 32), l.Port())
+}
+
+// dropUplinks drops what other hosts send to the listen address, where pods may.
+func dropUplinks(p Plan, s surroundings) (rules []string) {
+	l := netip.PrefixFrom(p.Listen.Addr(), 32)
+	for _, name := range s.uplinks {
+		rules = append(rules, fmt.Sprintf("-d %s -i %s -p tcp -m tcp --dport %d -j DROP", l, name, p.Listen.Port()))
+	}
+	return rules
 }
 
 func redirect(l netip.AddrPort) string {

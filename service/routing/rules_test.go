@@ -5,12 +5,16 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
+
+// cookie is the number of this network namespace in a program.
+var cookie = regexp.MustCompile(`(Call FnGetNetnsCookie\n#\s*\d+: LdImmDW dst: r1 imm: )\d+`)
 
 // TestShownText compares plans with the text that goes to iptables-restore and ip.
 func TestShownText(t *testing.T) {
@@ -33,6 +37,8 @@ func TestShownText(t *testing.T) {
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
 			surroundings{uplinks: []string{"eth0"}},
 		},
+		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
+			surroundings{uplinks: []string{"bond0", "eth0"}}},
 		"closed": {Plan{Closed: true}, surroundings{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -40,7 +46,11 @@ func TestShownText(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := text(p, c.on, "iptables")
+			got, err := text(p, c.on, "iptables")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = cookie.ReplaceAllString(got, "${1}COOKIE")
 			file := filepath.Join("testdata", "show", name+".sh")
 			if *update {
 				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {

@@ -19,13 +19,13 @@ func Show(ctx context.Context, p Plan) (string, error) {
 		}
 	}
 	command := ""
-	if p.Mode == ModeIPTables {
+	if p.Mode == ModeIPTables || p.Mode == ModeEBPF {
 		command, _ = backends(ctx, p)
 	}
-	return text(p, s, command), nil
+	return text(p, s, command)
 }
 
-func text(p Plan, s surroundings, command string) string {
+func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
 	if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
@@ -41,12 +41,16 @@ func text(p Plan, s surroundings, command string) string {
 		fmt.Fprintf(&b, "%s rule add %s\n", ip, r)
 	}
 	if p.Closed {
-		return b.String()
+		return b.String(), nil
 	}
-	b.WriteString(modeText(p, s, command))
-	if interceptsHost(p, s) {
+	own, err := modeText(p, s, command)
+	if err != nil {
+		return "", err
+	}
+	b.WriteString(own)
+	if wantsRoute(p, s) {
 		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
 			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))
 	}
-	return b.String()
+	return b.String(), nil
 }
