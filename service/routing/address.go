@@ -126,7 +126,7 @@ func metadataRoute(listen netip.Addr, listenIsLocal bool) *netlink.Route {
 }
 
 // wantsRoute says whether there is to be such a route. Programs see connect() before it asks for a route.
-func wantsRoute(p Plan, s surroundings) bool { return interceptsHost(p, s) && p.Mode != ModeEBPF }
+func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.Mode != ModeEBPF }
 
 // routeText is the route as ip(8) adds it, without "ip route add".
 func routeText(r *netlink.Route) string {

@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 		end(loadUntilEOF(arg))
 	case "pins":
 		dir, root, _ := strings.Cut(arg, " ")
-		end((pins{dir: dir, root: root}).install(rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}))
+		end((pins{dir: dir, root: root, hooks: redirectHooks}).install(rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}))
 	case "connect":
 		end(connectAs(arg))
 	case "watch":
@@ -150,10 +150,15 @@ func (b *bed) serve(ns *netnstest.NS, at, who string) {
 				defer c.Close()
 				buf := make([]byte, 64)
 				for {
-					if _, err := c.Read(buf); err != nil {
+					n, err := c.Read(buf)
+					if err != nil {
 						return
 					}
-					if _, err := io.WriteString(c, who); err != nil {
+					answer := who
+					if strings.HasPrefix(string(buf[:n]), "GET ") {
+						answer = "HTTP/1.0 401 Unauthorized\r\n\r\n" // as AWS's does
+					}
+					if _, err := io.WriteString(c, answer); err != nil {
 						return
 					}
 				}

@@ -20,7 +20,7 @@ type ebpfMode struct {
 }
 
 func openEBPF(ctx context.Context, p Plan, command string) (*ebpfMode, error) {
-	m := &ebpfMode{pins: p.pins()}
+	m := &ebpfMode{pins: p.pins(ModeEBPF, redirectHooks)}
 	if err := m.usable(); err != nil {
 		return nil, err
 	}
@@ -28,8 +28,6 @@ func openEBPF(ctx context.Context, p Plan, command string) (*ebpfMode, error) {
 	m.iptables, err = openIPTables(ctx, p, command)
 	return m, err
 }
-
-func (p Plan) pins() pins { return pins{dir: p.BPFDir, root: p.CgroupRoot} }
 
 func (m *ebpfMode) wakes() (c causes, silent string) {
 	c, legacy := m.iptables.wakes()
@@ -46,7 +44,7 @@ func (m *ebpfMode) forget() {
 
 // rewriting is what the programs have to do here and now.
 func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
-	r = rewriting{listen: m.plan.Listen, hostPods: interceptsHost(m.plan, s)}
+	r = rewriting{listen: m.plan.Listen, hostPods: s.hostPods}
 	if r.hostPods {
 		for _, slice := range s.slices {
 			r.spared = append(r.spared, cgroupID(filepath.Join(m.root, slice)))
@@ -120,7 +118,7 @@ func (m *ebpfMode) changed() bool {
 
 // ebpfText is the guard as commands, and the programs, which no command can type, as comments.
 func ebpfText(p Plan, s surroundings, command string) (string, error) {
-	m := &ebpfMode{iptables: &iptables{plan: p}, pins: p.pins()}
+	m := &ebpfMode{iptables: &iptables{plan: p}, pins: p.pins(ModeEBPF, redirectHooks)}
 	r, err := m.rewriting(s)
 	if err != nil {
 		return "", err
@@ -132,8 +130,8 @@ func ebpfText(p Plan, s surroundings, command string) (string, error) {
 		who += ", and of processes outside " + strings.Join(s.slices, ", ")
 	}
 	fmt.Fprintf(&b, "\n# Programs at %s, pinned below %s.\n# For sockets %s,\n# connect() to %s goes to %s, and getpeername() says the former. No command can type them; instruction by instruction:\n",
-		p.CgroupRoot, p.BPFDir, who, metadataServer, p.Listen)
-	for _, h := range slices.Backward(hooks) {
+		m.root, m.dir, who, metadataServer, p.Listen)
+	for _, h := range slices.Backward(m.hooks) {
 		spec, err := r.spec(h)
 		if err != nil {
 			return "", err

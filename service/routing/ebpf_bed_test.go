@@ -137,7 +137,7 @@ func (b *bpfBed) load(cgroup string, ns *netnstest.NS) (end func()) {
 }
 
 func (b *bpfBed) pins() pins {
-	return pins{dir: filepath.Join(b.bpffs, "gke-metadata-emulator"), root: b.cgroups}
+	return Plan{BPFDir: filepath.Join(b.bpffs, "gke-metadata-emulator"), CgroupRoot: b.cgroups}.pins(ModeEBPF, redirectHooks)
 }
 
 func (b *bpfBed) at(port uint16) netip.AddrPort {

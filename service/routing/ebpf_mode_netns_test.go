@@ -16,7 +16,7 @@ import (
 func onBothBackendsWithEBPF(t *testing.T, f func(t *testing.T, b *bpfBed)) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		e := newBPFBed(t, b)
-		e.plan.Mode, e.plan.BPFDir, e.plan.CgroupRoot = ModeEBPF, e.pins().dir, e.cgroups
+		e.plan.Mode, e.plan.BPFDir, e.plan.CgroupRoot = ModeEBPF, filepath.Join(e.bpffs, "gme"), e.cgroups
 		f(t, e)
 	})
 }
@@ -146,7 +146,7 @@ func TestChangeOfMode(t *testing.T) {
 // detach detaches one of our programs by force, as `bpftool link detach` does.
 func (b *bpfBed) detach(t *testing.T, name string) {
 	t.Helper()
-	l, err := link.LoadPinnedLink(filepath.Join(b.plan.BPFDir, name+"_link"), nil)
+	l, err := link.LoadPinnedLink(filepath.Join(b.plan.BPFDir, ModeEBPF, name+"_link"), nil)
 	if err == nil {
 		err = errors.Join(l.Detach(), l.Close())
 	}

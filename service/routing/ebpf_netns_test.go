@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"strings"
 	"testing"
 
@@ -78,7 +77,7 @@ func TestPins(t *testing.T) {
 	install()
 	b.same("second install", b.attachedText(t), first)
 
-	connect4 := hooks[slices.IndexFunc(hooks, func(h hook) bool { return h.name == "connect4" })]
+	connect4 := observeHooks[0]
 	for _, c := range []struct {
 		name string
 		harm func() error
@@ -143,9 +142,9 @@ func TestPinsRefusals(t *testing.T) {
 		p    pins
 		want string
 	}{
-		{"cgroup v1", pins{dir: p.dir}, "use mode iptables"},
-		{"no bpf file system", pins{dir: t.TempDir() + "/x", root: p.root}, "mount -t bpf"},
-		{"none at all", pins{dir: t.TempDir() + "/x/y", root: p.root}, "mount -t bpf"},
+		{"cgroup v1", pins{dir: p.dir, hooks: p.hooks}, "use mode iptables"},
+		{"no bpf file system", pins{dir: t.TempDir() + "/x/ebpf", root: p.root}, "mount -t bpf"},
+		{"none at all", pins{dir: t.TempDir() + "/x/y/ebpf", root: p.root}, "mount -t bpf"},
 	} {
 		if err := c.p.install(r); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q in it", c.name, err, c.want)
@@ -205,7 +204,7 @@ func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
 func (b *bpfBed) attachedText(t *testing.T) string {
 	t.Helper()
 	var text strings.Builder
-	for _, h := range hooks {
+	for _, h := range redirectHooks {
 		ids, err := b.pins().attached(h)
 		if err != nil {
 			t.Fatal(err)

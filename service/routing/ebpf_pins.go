@@ -16,16 +16,22 @@ import (
 // Programs stand as rules do, without the process that put them up: the link that attaches a program to the cgroup is pinned in the bpf
 // file system, and beside it the program, so that another process can compare what stands with what is wanted.
 //
-//	/sys/fs/bpf/gke-metadata-emulator/
+//	/sys/fs/bpf/gke-metadata-emulator/ebpf/
 //		connect4_link  connect4_program  connect6_link  …  getpeername6_program
 //
 // Names have no dots: this file system keeps them to itself. Links (Linux 5.7) leave other people's programs at the same cgroup alone, and theirs leave ours.
 type pins struct {
-	dir  string // in a bpf file system
-	root string // the root of the cgroup v2 hierarchy
+	dir   string // below a directory in a bpf file system
+	root  string // the root of the cgroup v2 hierarchy
+	hooks []hook
 }
 
-// DefaultBPFDir is where the programs of mode ebpf are pinned.
+// pins of one mode. What another has pinned is not theirs.
+func (p Plan) pins(mode string, hooks []hook) pins {
+	return pins{dir: filepath.Join(p.BPFDir, mode), root: p.CgroupRoot, hooks: hooks}
+}
+
+// DefaultBPFDir is where programs are pinned, in a directory for each mode.
 const DefaultBPFDir = "/sys/fs/bpf/gke-metadata-emulator"
 
 func (p pins) link(h hook) string    { return filepath.Join(p.dir, h.name+"_link") }
@@ -37,10 +43,10 @@ func (p pins) install(r rewriting) error {
 	if err := p.usable(); err != nil {
 		return err
 	}
-	if err := os.Mkdir(p.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return fmt.Errorf("make the directory for eBPF programs: %w", permission(err))
 	}
-	for _, h := range hooks {
+	for _, h := range p.hooks {
 		if err := p.installHook(h, r); err != nil {
 			return fmt.Errorf("eBPF program %s: %w", h.name, bpfPermission(err))
 		}
@@ -51,14 +57,14 @@ func (p pins) install(r rewriting) error {
 // usable says what is missing for eBPF programs at all, and the remedy.
 func (p pins) usable() error {
 	if p.root == "" {
-		return errors.New("mode ebpf attaches to the root of the cgroup v2 hierarchy, which is not mounted here: boot with systemd.unified_cgroup_hierarchy=1, or use mode iptables")
+		return errors.New("programs are attached to the root of the cgroup v2 hierarchy, which is not mounted here: boot with systemd.unified_cgroup_hierarchy=1, or use routing mode iptables")
 	}
-	parent := filepath.Dir(p.dir)
+	parent := filepath.Dir(filepath.Dir(p.dir))
 	var s unix.Statfs_t
 	if err := unix.Statfs(parent, &s); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("look at %s: %w", parent, permission(err))
 	} else if err != nil || s.Type != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("mode ebpf keeps its programs in a bpf file system, and %s is none: `mount -t bpf bpf %[1]s`, or use mode iptables", parent)
+		return fmt.Errorf("programs are pinned in a bpf file system, and %s is none: `mount -t bpf bpf %[1]s`, or use routing mode iptables", parent)
 	}
 	return nil
 }
@@ -126,7 +132,7 @@ func (p pins) check(r rewriting) (errs []error) {
 	if err := p.usable(); err != nil {
 		return []error{err}
 	}
-	for _, h := range hooks {
+	for _, h := range p.hooks {
 		if err := p.checkHook(h, r); err != nil {
 			errs = append(errs, err)
 		}
@@ -175,6 +181,16 @@ func (p pins) checkHook(h hook, r rewriting) error {
 	} else if err != nil {
 		return err
 	}
+	if r.counts != nil {
+		table, err := r.counts.Info()
+		if err != nil {
+			return err
+		}
+		id, _ := table.ID()
+		if uses, _ := is.MapIDs(); !slices.Contains(uses, id) {
+			return missing(layerEBPF, "eBPF program %s at %s: it counts into another table than number %d", h.name, p.root, id)
+		}
+	}
 	return nil
 }
 
@@ -184,7 +200,7 @@ func (p pins) remove() error {
 		return nil
 	}
 	var errs []error
-	for _, h := range slices.Backward(hooks) {
+	for _, h := range slices.Backward(p.hooks) {
 		l, err := link.LoadPinnedLink(p.link(h), nil)
 		if err == nil {
 			// To remove the pin alone would leave the program running for some moments more.
@@ -194,7 +210,13 @@ func (p pins) remove() error {
 			errs = append(errs, fmt.Errorf("detach eBPF program %s: %w", h.name, bpfPermission(err)))
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(p.dir))...)
+	if err := errors.Join(append(errs, os.RemoveAll(p.dir))...); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Dir(p.dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
+		return err // ENOTEMPTY: another mode's is there; EBUSY: a unit has it mounted writable
+	}
+	return nil
 }
 
 // attached are the numbers of all programs at the hook, ours and others', in the order in which they run.
@@ -262,14 +284,14 @@ func hostNetwork() (uint64, error) {
 	defer unix.Close(fd)
 	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if errors.Is(err, unix.ENOPROTOOPT) {
-		return 0, errors.New("mode ebpf needs Linux 5.14 or newer: use mode iptables")
+		return 0, errors.New("programs at connect() need Linux 5.14 or newer: use routing mode iptables")
 	}
 	return cookie, err
 }
 
 // allAttached is attached for every hook.
 func (p pins) allAttached() (all [][]ebpf.ProgramID, err error) {
-	for _, h := range hooks {
+	for _, h := range p.hooks {
 		ids, err := p.attached(h)
 		if err != nil {
 			return nil, fmt.Errorf("what is attached to %s at %s: %w", h.name, p.root, err)

@@ -31,13 +31,18 @@ type hook struct {
 // program is the name that bpftool shows; the kernel takes 15 characters.
 func (h hook) program() string { return ("gme_" + h.name)[:min(len(h.name)+4, 15)] }
 
-// hooks in the order in which they are put up.
-var hooks = []hook{
-	{name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, back: true},
-	{name: "getpeername6", attach: ebpf.AttachCgroupInet6GetPeername, six: true, back: true},
-	{name: "connect4", attach: ebpf.AttachCGroupInet4Connect},
-	{name: "connect6", attach: ebpf.AttachCGroupInet6Connect, six: true},
-}
+// redirectHooks are mode ebpf's, in the order in which they are put up; observeHooks are mode observe's.
+var (
+	redirectHooks = []hook{
+		{name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, back: true},
+		{name: "getpeername6", attach: ebpf.AttachCgroupInet6GetPeername, six: true, back: true},
+		observeHooks[0], observeHooks[1],
+	}
+	observeHooks = []hook{
+		{name: "connect4", attach: ebpf.AttachCGroupInet4Connect},
+		{name: "connect6", attach: ebpf.AttachCGroupInet6Connect, six: true},
+	}
+)
 
 // rewriting is what the programs are made of. The same values make the same instructions, and so the same tag: the kernel
 // tells by it whether what stands is what is wanted.

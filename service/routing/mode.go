@@ -28,7 +28,7 @@ type mode interface {
 }
 
 // modes are those that there is a Router for, each of which can have left something in the kernel.
-var modes = []string{ModeIPTables, ModeEBPF}
+var modes = []string{ModeIPTables, ModeEBPF, ModeObserve}
 
 // openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
 // is to be chosen anew.
@@ -38,6 +38,8 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 		return openIPTables(ctx, p, command)
 	case ModeEBPF:
 		return openEBPF(ctx, p, command)
+	case ModeObserve:
+		return openObserve(p)
 	}
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }
@@ -49,7 +51,9 @@ func removeMode(ctx context.Context, name string, p Plan) error {
 	case ModeIPTables:
 		return removeIPTables(ctx, p)
 	case ModeEBPF:
-		return p.pins().remove() // its guard goes with the chains of mode iptables
+		return p.pins(ModeEBPF, redirectHooks).remove() // its guard goes with the chains of mode iptables
+	case ModeObserve:
+		return p.pins(ModeObserve, observeHooks).remove()
 	}
 	return nil
 }
@@ -61,6 +65,9 @@ func modeText(p Plan, s surroundings, command string) (string, error) {
 		return iptablesText(p, s, command), nil
 	case ModeEBPF:
 		return ebpfText(p, s, command)
+	case ModeObserve:
+		return fmt.Sprintf("\n# Programs at %s, pinned below %s, which count who connects to %s. No command can type them.\n",
+			p.CgroupRoot, p.pins(ModeObserve, nil).dir, metadataServer), nil
 	}
 	return "", nil
 }

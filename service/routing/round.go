@@ -118,6 +118,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			return nil, err
 		}
 	}
+	w.router.cloud = state.CloudServer
 	p := w.router.plan
 	if all || why&causeRule != 0 {
 		errs = append(errs, checkGuard(p)...)
@@ -275,5 +276,31 @@ func texts(errs []error) (all []string) {
 }
 
 func (s surroundings) equal(o surroundings) bool {
-	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices)
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods
+}
+
+// askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and the network may have changed.
+func (w *watcher) askCloud(why causes) {
+	if w.asking || w.router == nil || !w.router.asksCloud() || why&(causeAddress|causeRoute|causeLink|causeEverything) == 0 {
+		return
+	}
+	w.asking = true
+	q := askCloud() // on this thread, which is in the network namespace
+	go func() { w.answers <- q.answer() }()
+}
+
+// learn has the rules follow what was found.
+func (w *watcher) learn(ctx context.Context, found string) {
+	w.asking = false
+	if w.router == nil || !w.router.asksCloud() || w.router.cloud.with(found, time.Now()) == w.router.cloud {
+		return
+	}
+	n, err := w.router.install(ctx, &repair{of: w.wish, node: w.node, mode: true, found: found})
+	if w.node = n; errors.Is(err, errOutdated) {
+		w.pending |= causeRetry
+		return
+	}
+	if w.fail(err); err == nil {
+		w.Log.Info("routing: pods on the host network are " + n.hostWhy)
+	}
 }

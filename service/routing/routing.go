@@ -23,6 +23,8 @@ const (
 	ModeIPTables = "iptables"
 	// ModeEBPF is programs that see each connect() of this node, for networks that bypass netfilter.
 	ModeEBPF = "ebpf"
+	// ModeObserve is for before a rollout: it counts who connects to the metadata server, and changes nothing. See Observed.
+	ModeObserve = "observe"
 	// ModeNone routes nothing; there is no Router for it.
 	ModeNone = "none"
 )
@@ -56,7 +58,7 @@ type Plan struct {
 	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
 	Uplinks           []string         // interfaces that are not the pods'; none: found out. A trailing + stands for any ending
 	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0
-	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto is off
+	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken. What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
@@ -107,6 +109,9 @@ func (p Plan) checked() (Plan, error) {
 		if len(p.Guard) == 0 {
 			p.Guard = DefaultGuard()
 		}
+	}
+	if p.Mode == ModeObserve {
+		p.Guard, p.InterceptHostPods = nil, "off"
 	}
 	slices.SortFunc(p.Guard, netip.AddrPort.Compare)
 	p.Guard = slices.Compact(p.Guard)

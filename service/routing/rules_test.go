@@ -27,10 +27,7 @@ func TestShownText(t *testing.T) {
 		"default": {plain, surroundings{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
-			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}},
-		},
-		"host-pods-without-cgroup-v2": {
-			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"}, surroundings{uplinks: []string{"eth0"}},
+			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
 		},
 		"node-address-spare-and-guards": {
 			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},

@@ -13,8 +13,10 @@ import (
 
 // surroundings is what the rules need to know of the node they stand on.
 type surroundings struct {
-	uplinks []string // interfaces behind which there are other hosts
-	slices  []string // cgroups of the host itself that exist
+	uplinks  []string // interfaces behind which there are other hosts
+	slices   []string // cgroups of the host itself that exist
+	hostPods bool     // pods on the host network are redirected, which is whoever is outside slices
+	hostWhy  string   // or are not: why, for people
 }
 
 // device is a network interface as far as it matters for telling uplinks from pods' interfaces.

@@ -38,7 +38,7 @@ COMMIT
 COMMIT
 END
 
-# Programs at /sys/fs/cgroup, pinned below /sys/fs/bpf/gke-metadata-emulator.
+# Programs at /sys/fs/cgroup, pinned below /sys/fs/bpf/gke-metadata-emulator/ebpf.
 # For sockets of other network namespaces than this one,
 # connect() to 169.254.169.254:80 goes to 169.254.169.252:988, and getpeername() says the former. No command can type them; instruction by instruction:
 
