@@ -27,7 +27,7 @@ const kubeletDir = "/var/lib/kubelet"
 //	ask?from=reader&at=169.254.169.254   one request of a pod (reader, writer, stranger) or the neighbour: "200 text", or the error
 //	begin                                load from two pods
 //	end                                  no more of it: what came of it, as name=number
-//	cloud                                how many requests the cloud's own metadata server has had since the last time
+//	cloud                                how many requests of pods the cloud's own metadata server has had since the last time
 //	rotate                               a new certificate for kubelet
 func surround(ctx context.Context, dir string) (err error) {
 	w := &world{dir: dir}

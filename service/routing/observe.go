@@ -35,6 +35,9 @@ type Observation struct {
 // observedAtMost bounds the kernel's table: of more cgroups than that the ones that asked longest ago are forgotten.
 const observedAtMost = 4096
 
+// publishedAtMost bounds the file of the state. All of them are Observed's.
+const publishedAtMost = 200
+
 // count is a key of the table, as the programs write it.
 type count struct{ Cgroup, Network uint64 }
 

@@ -220,6 +220,14 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	if err != nil || !s.wants(w.wish) {
 		return
 	}
+	if w.node != nil {
+		if m, ok := w.node.mode.(*observeMode); ok && !w.bad {
+			if s.Observed, err = m.observed(); err != nil {
+				w.Log.WithError(err).Warn("routing: what was observed is not published")
+			}
+			s.Observed = s.Observed[:min(len(s.Observed), publishedAtMost)]
+		}
+	}
 	s.Standing = Standing{Time: time.Now().UTC(), Good: !w.bad}
 	if w.bad {
 		s.Standing.Faults = strings.Split(errors.Join(errs...).Error(), "\n")

@@ -236,7 +236,7 @@ func (r *router) asksCloud() bool {
 func (r *router) look(say bool) (s surroundings, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
-	if len(s.uplinks) == 0 {
+	if len(s.uplinks) == 0 && r.plan.Mode != ModeObserve {
 		devices, err := readDevices()
 		if err != nil {
 			return s, err
@@ -277,6 +277,9 @@ func (r *router) state(desired string) (before, now State) {
 	s.Installs, s.Repairs, s.CloudServer = old.Installs, old.Repairs, old.CloudServer
 	if old.Desired == desired {
 		s.Since, s.HostNetwork = old.Since, old.HostNetwork
+	}
+	if s.Mode == ModeObserve {
+		s.Observed = old.Observed
 	}
 	return old, s
 }

@@ -38,6 +38,8 @@ type State struct {
 	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
 	HostNetwork string      `json:"hostNetworkPods,omitempty"`    // what becomes of pods on the host network, and why, for people
 
+	Observed []Observation `json:"observed,omitempty"` // of mode observe, as of Standing.Time; no more than publishedAtMost
+
 	Since    time.Time `json:"since"`              // of Desired
 	Installs int       `json:"installs,omitempty"` // since the node booted, for metrics
 	Repairs  Repairs   `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
