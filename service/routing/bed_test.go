@@ -34,6 +34,8 @@ func TestMain(m *testing.M) {
 			}
 		}
 		end(err)
+	case "repeat":
+		end(repeat(arg))
 	case "load":
 		end(loadUntilEOF(arg))
 	case "pins":

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -103,4 +104,27 @@ func loadUntilEOF(at string) error {
 			lost = append(lost, err)
 		}
 	}
+}
+
+// repeat makes a number of connections, one after the other, and prints how many nanoseconds each took until the answer was read.
+func repeat(arg string) error {
+	times, at, _ := strings.Cut(arg, " ")
+	n, err := strconv.Atoi(times)
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	for range n {
+		c, err := net.DialTimeout("tcp", at, long)
+		if err != nil {
+			return err
+		}
+		who, err := talk(c, long)
+		if err != nil || who != emulator {
+			return fmt.Errorf("%q answered: %w", who, err)
+		}
+		_ = c.Close()
+	}
+	fmt.Print(time.Since(start).Nanoseconds() / int64(n))
+	return nil
 }

@@ -196,7 +196,7 @@ func (p pins) checkHook(h hook, r rewriting) error {
 
 // remove detaches whatever is pinned in our directory, the redirecting programs first, and takes the directory away.
 func (p pins) remove() error {
-	if _, err := os.Stat(p.dir); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(filepath.Dir(p.dir)); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	var errs []error
@@ -213,8 +213,8 @@ func (p pins) remove() error {
 	if err := errors.Join(append(errs, os.RemoveAll(p.dir))...); err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Dir(p.dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
-		return err // ENOTEMPTY: another mode's is there; EBUSY: a unit has it mounted writable
+	if err := os.Remove(filepath.Dir(p.dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return err // ENOTEMPTY: there is another mode's
 	}
 	return nil
 }

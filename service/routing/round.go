@@ -167,7 +167,8 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		if err != nil {
 			return errs, err
 		}
-		if w.node = n; n.silent() != "" {
+		if w.node = n; n.silent() != "" && n.silent() != w.silent {
+			w.silent = n.silent()
 			w.Log.WithField("every", pollSilent.String()).Info("routing: " + n.silent() + " tells nobody of a change, so it is asked whether there is one; what that does not show waits for the next sweep")
 		}
 		errs = append(errs, checkRoute(p, n.surroundings)...)

@@ -113,9 +113,11 @@ func forwardRules(p Plan, six bool) (rules []string) {
 	ports := map[netip.Addr][]uint16{}
 	if !six {
 		l := netip.PrefixFrom(p.Listen.Addr(), 32)
-		rules = append(rules,
-			to(p.Listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
-			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", l, p.Listen.Port()))
+		there, back := " -m conntrack --ctstate NEW,RELATED,ESTABLISHED", " -m conntrack --ctstate RELATED,ESTABLISHED"
+		if p.Mode == ModeEBPF {
+			there, back = "", "" // nothing else of this mode's needs conntrack, and it has its price
+		}
+		rules = append(rules, to(p.Listen)+there+" -j ACCEPT", fmt.Sprintf("-s %s -p tcp -m tcp --sport %d%s -j ACCEPT", l, p.Listen.Port(), back))
 		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
 		ports[metadataServer.Addr()] = []uint16{80, 443, 8080}
 	}

@@ -70,6 +70,7 @@ type watcher struct {
 	answers chan string // of it
 
 	told   string
+	silent string // what was said to tell nobody of its changes
 	failed string // the last failure that was logged
 }
 

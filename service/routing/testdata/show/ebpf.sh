@@ -21,8 +21,8 @@ iptables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]
 :GME-IN - [0:0]
--A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT
--A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT
+-A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j ACCEPT
 -A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset
 -A GME-IN -d 169.254.169.252/32 -i bond0 -p tcp -m tcp --dport 988 -j DROP
 -A GME-IN -d 169.254.169.252/32 -i eth0 -p tcp -m tcp --dport 988 -j DROP
