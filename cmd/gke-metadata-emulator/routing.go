@@ -144,7 +144,7 @@ func routingShowCommand() *cobra.Command {
 			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
 			return nil
 		}
-		text, err := routing.Show(cmd.Context(), p)
+		text, err := routing.Show(p)
 		if err != nil {
 			return fmt.Errorf("routing: %w", err)
 		}

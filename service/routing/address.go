@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -28,7 +29,9 @@ type localAddress struct {
 
 // wantsAddress says whether the address is ours to put on lo: one that needs no network, and that nothing else of the node has.
 // Any other address that is not local lives elsewhere: in another namespace, a container or a machine of the node.
-func (l localAddress) wants(a netip.Addr) bool { return a.IsLinkLocalUnicast() && !l.local }
+func (l localAddress) wants(a netip.Addr) bool {
+	return a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
+}
 
 func readAddress(a netip.Addr) (l localAddress, err error) {
 	lo, err := netlink.LinkByName("lo")
@@ -62,8 +65,17 @@ func isLocal(a netip.Addr) (bool, error) {
 	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
 }
 
-// installAddress puts the address on lo where it is wanted, and takes away one that an earlier Plan wanted.
-func installAddress(a netip.Addr) error {
+// installAddress puts the Plan's listen address on lo where it is wanted, or in mode loopback the route that makes the metadata server's
+// our own, and takes away what an earlier Plan wanted.
+func installAddress(p Plan) error {
+	a := p.Listen.Addr()
+	if p.Mode == ModeLoopback {
+		if err := installLocalRoute(); err != nil {
+			return err
+		}
+		return removeAddress(netip.Addr{})
+	}
+	// The route of a mode loopback of before goes after its policy rules, and is nobody's way without them.
 	l, err := readAddress(a)
 	if err != nil {
 		return err
@@ -103,6 +115,9 @@ func removeAddress(keep netip.Addr) error {
 }
 
 func checkAddress(p Plan) []error {
+	if p.Mode == ModeLoopback {
+		return checkLocalRoute()
+	}
 	l, err := readAddress(p.Listen.Addr())
 	switch {
 	case err != nil:
@@ -126,7 +141,7 @@ func metadataRoute(listen netip.Addr, listenIsLocal bool) *netlink.Route {
 }
 
 // wantsRoute says whether there is to be such a route. Programs see connect() before it asks for a route.
-func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.Mode != ModeEBPF }
+func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.dnats() }
 
 // routeText is the route as ip(8) adds it, without "ip route add".
 func routeText(r *netlink.Route) string {
@@ -224,6 +239,18 @@ func checkRoute(p Plan, s surroundings) []error {
 
 func hostNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// reachesSix says whether the node has an IPv6 address that reaches beyond a link and itself.
+func reachesSix() bool {
+	b, _ := os.ReadFile("/proc/thread-self/net/if_inet6")
+	for line := range strings.Lines(string(b)) {
+		// fd005100…10 02 40 00 80 eth0: address, interface, prefix, scope, flags, name
+		if f := strings.Fields(line); len(f) == 6 && f[3] == "00" && f[5] != "lo" {
+			return true
+		}
+	}
+	return false
 }
 
 func haveIPv6() bool {

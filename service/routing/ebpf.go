@@ -11,35 +11,26 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// ebpfMode is mode ebpf: programs at connect(), and a guard in the chains of mode iptables. Rewritten packets come in with the listen address as
-// their destination, so it is the interface that tells who may reach it: nobody who comes from an uplink.
+// ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode nftables. Rewritten packets come in with the
+// listen address as their destination, so it is the interface that tells who may reach it: nobody who comes from an uplink.
 type ebpfMode struct {
-	*iptables
+	*nfTables
 	pins
 	good [][]ebpf.ProgramID // by hook, what was attached when all was last found right; nil: not known
 }
 
-func openEBPF(ctx context.Context, p Plan, command string) (*ebpfMode, error) {
-	m := &ebpfMode{pins: p.pins(ModeEBPF, redirectHooks)}
-	if err := m.usable(); err != nil {
-		return nil, err
-	}
-	var err error
-	m.iptables, err = openIPTables(ctx, p, command)
-	return m, err
+func openEBPF(p Plan) (*ebpfMode, error) {
+	m := &ebpfMode{nfTables: &nfTables{plan: p}, pins: p.pins(ModeEBPF, redirectHooks)}
+	return m, m.usable()
 }
 
-func (m *ebpfMode) wakes() (c causes, silent string) {
-	c, legacy := m.iptables.wakes()
-	if legacy != "" {
-		legacy += ", and "
-	}
-	return c | causeEBPF, legacy + "whoever detaches an eBPF program"
-}
+const detaching = "whoever detaches an eBPF program"
+
+func (m *ebpfMode) wakes() (c causes, silent string) { return causeNFTables | causeEBPF, detaching }
 
 func (m *ebpfMode) forget() {
 	m.good = nil
-	m.iptables.forget()
+	m.nfTables.forget()
 }
 
 // rewriting is what the programs have to do here and now.
@@ -56,7 +47,7 @@ func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
 
 // survey tells of the programs too, if they are gone.
 func (m *ebpfMode) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
-	if flushed, err = m.iptables.survey(ctx, s); err != nil {
+	if flushed, err = m.nfTables.survey(ctx, s); err != nil {
 		return nil, err
 	}
 	r, err := m.rewriting(s)
@@ -69,28 +60,32 @@ func (m *ebpfMode) survey(ctx context.Context, s surroundings) (flushed []string
 	return flushed, nil
 }
 
-// put changes from DNAT to programs without a gap: what redirects goes when the programs stand.
+// put begins with the doors, but where DNAT stands: that goes when the programs have taken over, and kept other hosts out until then.
 func (m *ebpfMode) put(ctx context.Context, s surroundings) error {
 	r, err := m.rewriting(s)
 	if err != nil {
 		return err
 	}
-	wanted, rest := func(c chain) bool { return !c.absent }, func(c chain) bool { return c.absent }
-	if err := m.putChains(ctx, s, wanted); err != nil {
+	before, err := readNFTables()
+	if err != nil {
 		return err
 	}
-	if err := m.pins.install(r); err != nil {
-		return err
+	programs := func() error { return m.pins.install(r) }
+	doors := func() error { return m.nfTables.put(ctx, s) }
+	steps := []func() error{doors, programs}
+	if len(before[0].rules["prerouting"]) > 0 {
+		steps = []func() error{programs, doors}
 	}
-	if err := m.putChains(ctx, s, rest); err != nil {
-		return err
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
 	}
-	m.clean(ctx, s)
 	return nil
 }
 
 func (m *ebpfMode) check(ctx context.Context, s surroundings) []error {
-	errs := m.iptables.check(ctx, s)
+	errs := m.nfTables.check(ctx, s)
 	m.good = nil
 	r, err := m.rewriting(s)
 	if err != nil {
@@ -113,18 +108,22 @@ func (m *ebpfMode) changed() bool {
 		return true
 	}
 	now, err := m.allAttached()
-	return err != nil || !reflect.DeepEqual(now, m.good) || m.iptables.changed()
+	return err != nil || !reflect.DeepEqual(now, m.good) || m.nfTables.changed()
 }
 
-// ebpfText is the guard as commands, and the programs, which no command can type, as comments.
-func ebpfText(p Plan, s surroundings, command string) (string, error) {
-	m := &ebpfMode{iptables: &iptables{plan: p}, pins: p.pins(ModeEBPF, redirectHooks)}
+// ebpfText is the doors as commands, and the programs, which no command can type, as comments.
+func ebpfText(p Plan, s surroundings) (string, error) {
+	m := &ebpfMode{nfTables: &nfTables{plan: p}, pins: p.pins(ModeEBPF, redirectHooks)}
 	r, err := m.rewriting(s)
 	if err != nil {
 		return "", err
 	}
+	doors, err := nftablesText(p, s)
+	if err != nil {
+		return "", err
+	}
 	var b strings.Builder
-	b.WriteString(iptablesText(p, s, command))
+	b.WriteString(strings.Replace(doors, "# the way to the emulator", "# other hosts are kept out", 1))
 	who := "of other network namespaces than this one"
 	if r.hostPods {
 		who += ", and of processes outside " + strings.Join(s.slices, ", ")

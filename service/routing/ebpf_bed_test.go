@@ -99,8 +99,13 @@ func (b *bpfBed) asks(cgroup string, ns *netnstest.NS, at string) (string, error
 	b.t.Helper()
 	cmd := b.in(cgroup, ns.Command(b.t.Context(), b.self()))
 	cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=ask", "ROUTING_TEST_ARG="+at)
-	out, err := cmd.CombinedOutput()
-	return string(out), err
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%w: %s%s", err, out, stderr.String())
+	}
+	return string(out), nil
 }
 
 // answersIn fails unless who answers a process of the cgroup.

@@ -142,7 +142,7 @@ func TestPinsRefusals(t *testing.T) {
 		p    pins
 		want string
 	}{
-		{"cgroup v1", pins{dir: p.dir, hooks: p.hooks}, "use mode iptables"},
+		{"cgroup v1", pins{dir: p.dir, hooks: p.hooks}, "use routing mode iptables"},
 		{"no bpf file system", pins{dir: t.TempDir() + "/x/ebpf", root: p.root}, "mount -t bpf"},
 		{"none at all", pins{dir: t.TempDir() + "/x/y/ebpf", root: p.root}, "mount -t bpf"},
 	} {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -26,6 +27,9 @@ func foreignListener(l netip.AddrPort) error {
 		return nil // an upgrade may have replaced the file of a program that still runs
 	case pid == "":
 		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, at)
+	}
+	if l == metadataServer { // mode loopback
+		return fmt.Errorf("%s %w: %s (process %s) listens on %s; stop it, or have it listen on an address of its own", l, ErrForeign, filepath.Base(exe), pid, at)
 	}
 	return fmt.Errorf("%s %w: %s (process %s) listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
 		l, ErrForeign, filepath.Base(exe), pid, at)
@@ -75,20 +79,22 @@ func parseProc(text string) (netip.AddrPort, error) {
 
 // owner finds a process that holds the socket, systemd before others. It is asked only when somebody listens.
 func owner(inode string) (pid, exe string) {
-	want := "socket:[" + inode + "]"
-	descriptors, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, d := range descriptors {
-		if link, err := os.Readlink(d); err != nil || link != want {
-			continue
-		}
-		p := strings.Split(d, "/")[2]
-		if p == "1" {
-			return p, "systemd"
-		}
-		if pid == "" {
-			pid = p
+	holds := func(process string) bool {
+		descriptors, _ := filepath.Glob("/proc/" + process + "/fd/*")
+		return slices.ContainsFunc(descriptors, func(d string) bool {
+			link, err := os.Readlink(d)
+			return err == nil && link == "socket:["+inode+"]"
+		})
+	}
+	if holds("1") {
+		return "1", "systemd"
+	}
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range append([]string{"/proc/self"}, processes...) {
+		if p = filepath.Base(p); holds(p) {
 			exe, _ = os.Readlink("/proc/" + p + "/exe")
+			return p, exe
 		}
 	}
-	return pid, exe
+	return "", ""
 }

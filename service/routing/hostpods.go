@@ -52,6 +52,8 @@ func (c CloudServer) with(found string, now time.Time) CloudServer {
 func hostPods(p Plan, c CloudServer, slices []string) (yes bool, why string) {
 	at := metadataServer.Addr().String()
 	switch {
+	case !p.redirects():
+		why = "mode " + p.Mode + " redirects nobody"
 	case p.InterceptHostPods == "on":
 		yes, why = true, "routing.interceptHostPods is on"
 	case p.InterceptHostPods != "auto":

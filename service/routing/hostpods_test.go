@@ -51,7 +51,7 @@ func TestHostPodsDecision(t *testing.T) {
 		{"on", cloudUnknown, nil, false, "left alone: none of the host's own cgroups was found"},
 		{"auto", cloudNone, nil, false, "needs cgroup v2"},
 	} {
-		yes, why := hostPods(Plan{InterceptHostPods: c.intercept}, CloudServer{Found: c.found}, c.slices)
+		yes, why := hostPods(Plan{Mode: ModeEBPF, InterceptHostPods: c.intercept}, CloudServer{Found: c.found}, c.slices)
 		if yes != c.want || !strings.Contains(why, c.why) {
 			t.Errorf("%s, %q: %v, %s; want %v, %s", c.intercept, c.found, yes, why, c.want, c.why)
 		}

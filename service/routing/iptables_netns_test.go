@@ -1,7 +1,6 @@
 package routing
 
 import (
-	"context"
 	"errors"
 	"net"
 	"slices"
@@ -144,7 +143,7 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		var shown string
 		if err := b.Do(func() (err error) {
-			shown, err = Show(context.Background(), b.plan)
+			shown, err = Show(b.plan)
 			return err
 		}); err != nil {
 			t.Fatal(err)
@@ -159,7 +158,7 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 
 // TestEstablishedConnection: who talked to the real server before the install does not go on, and is told so at once.
 func TestEstablishedConnection(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		// As on any Kubernetes node connections are tracked: these are not redirected at their first packet.
 		b.sh("iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT")
 		open := func(ns *netnstest.NS, at string) net.Conn {

@@ -48,7 +48,7 @@ func openObserve(p Plan) (*observeMode, error) {
 
 func (m *observeMode) command() string { return "" }
 func (m *observeMode) wakes() (c causes, silent string) {
-	return causeEBPF, "whoever detaches an eBPF program"
+	return causeEBPF, detaching
 }
 func (m *observeMode) forget()       { m.good = nil }
 func (m *observeMode) table() string { return filepath.Join(m.dir, "counts") }

@@ -120,22 +120,23 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	}
 	w.router.cloud = state.CloudServer
 	p := w.router.plan
-	if all || why&causeRule != 0 {
-		errs = append(errs, checkGuard(p)...)
+	read := all || w.unread
+	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
+	moved := false
+	if around && w.node != nil {
+		if moved, err = w.router.lookAgain(w.node); err != nil {
+			return nil, err
+		}
+		read = read || moved
+	}
+	if all || moved || why&causeRule != 0 {
+		errs = append(errs, checkGuard(p, w.node.around())...)
 	}
 	if p.Closed {
 		return errs, nil
 	}
-	read := all || w.unread
-	if all || why&causeKernel&^causeRule != 0 {
+	if around {
 		errs = append(errs, checkAddress(p)...)
-		if w.node != nil {
-			changed, err := w.router.lookAgain(w.node)
-			if err != nil {
-				return errs, err
-			}
-			read = read || changed
-		}
 	}
 	if w.node == nil {
 		read = true
@@ -285,7 +286,7 @@ func texts(errs []error) (all []string) {
 }
 
 func (s surroundings) equal(o surroundings) bool {
-	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods && s.six == o.six
 }
 
 // askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and the network may have changed.

@@ -64,13 +64,11 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		c := &chains[i]
 		switch c.name {
 		case "GME-FWD":
-			c.rules = forwardRules(p, six)
+			if !six || s.six {
+				c.rules = forwardRules(p, six)
+			}
 		case "GME-IN":
 			// only what was redirected, never what was sent here directly.
-			if p.Mode == ModeEBPF {
-				c.rules = append(dropUplinks(p, s), to(p.Listen)+" -j ACCEPT")
-				break
-			}
 			c.rules = []string{
 				to(p.Listen) + " -m conntrack --ctorigdst " + metadataServer.Addr().String() + " -j ACCEPT",
 				notLocal(p.Listen) + " -j DROP",
@@ -78,22 +76,16 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		case "GME-RAW":
 			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
 			c.rules = []string{notLocal(p.Listen) + " -j DROP"}
-			if p.Mode == ModeEBPF {
-				c.rules = dropUplinks(p, s)
-			}
 		case "GME-OUT":
 			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
 			// (no cgroup v2: R-22) there is no such chain.
-			if s.hostPods && p.Mode == ModeIPTables {
+			if s.hostPods {
 				for _, slice := range s.slices {
 					c.rules = append(c.rules, "-m cgroup --path "+slice+" -j RETURN")
 				}
 				c.rules = append(c.rules, redirect(p.Listen))
 			}
 		case "GME-PRE":
-			if p.Mode == ModeEBPF {
-				break // the programs redirect
-			}
 			for _, name := range spared(p, s) {
 				c.rules = append(c.rules, "-i "+name+" -j RETURN")
 			}
@@ -113,11 +105,9 @@ func forwardRules(p Plan, six bool) (rules []string) {
 	ports := map[netip.Addr][]uint16{}
 	if !six {
 		l := netip.PrefixFrom(p.Listen.Addr(), 32)
-		there, back := " -m conntrack --ctstate NEW,RELATED,ESTABLISHED", " -m conntrack --ctstate RELATED,ESTABLISHED"
-		if p.Mode == ModeEBPF {
-			there, back = "", "" // nothing else of this mode's needs conntrack, and it has its price
-		}
-		rules = append(rules, to(p.Listen)+there+" -j ACCEPT", fmt.Sprintf("-s %s -p tcp -m tcp --sport %d%s -j ACCEPT", l, p.Listen.Port(), back))
+		rules = append(rules,
+			to(p.Listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
+			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", l, p.Listen.Port()))
 		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
 		ports[metadataServer.Addr()] = []uint16{80, 443, 8080}
 	}
@@ -154,15 +144,6 @@ func notLocal(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s ! -i lo -p tcp -m tcp --dport %d", netip.PrefixFrom(l.Addr(), 32), l.Port())
 }
 
-// dropUplinks drops what other hosts send to the listen address, where pods may.
-func dropUplinks(p Plan, s surroundings) (rules []string) {
-	l := netip.PrefixFrom(p.Listen.Addr(), 32)
-	for _, name := range s.uplinks {
-		rules = append(rules, fmt.Sprintf("-d %s -i %s -p tcp -m tcp --dport %d -j DROP", l, name, p.Listen.Port()))
-	}
-	return rules
-}
-
 func redirect(l netip.AddrPort) string {
 	return to(metadataServer) + " -j DNAT --to-destination " + l.String()
 }
@@ -186,11 +167,15 @@ func join(ports []uint16) string {
 	return strings.Join(texts, ",")
 }
 
-// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, jumps that stand elsewhere
-// than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees the rules of before
-// or of after, and 0 of 9762 requests were lost. jumps are what stands now, by chain name.
-func restoreText(chains []chain, jumps map[string][]jumpAt) string {
+// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, or taken away if it is absent; jumps
+// that stand elsewhere than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees
+// the rules of before or of after, and 0 of 9762 requests were lost. stands is what is there now, by chain name. "" is nothing to do.
+func restoreText(chains []chain, stands map[string]glance) string {
 	var b strings.Builder
+	chains = slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
+		g := stands[c.name]
+		return c.absent && !g.exists && len(g.jumps) == 0
+	})
 	for start := 0; start < len(chains); {
 		end := start
 		for end < len(chains) && chains[end].table == chains[start].table {
@@ -198,7 +183,6 @@ func restoreText(chains []chain, jumps map[string][]jumpAt) string {
 		}
 		var body strings.Builder
 		for _, c := range chains[start:end] {
-			// A chain that was not there is made and taken away again: cheaper than to ask first.
 			fmt.Fprintf(&body, ":%s - [0:0]\n", c.name)
 		}
 		for _, c := range chains[start:end] {
@@ -207,17 +191,18 @@ func restoreText(chains []chain, jumps map[string][]jumpAt) string {
 			}
 		}
 		for _, c := range chains[start:end] {
-			at := jumps[c.name]
-			if len(at) == 1 && at[0].position == 1 && !c.absent {
+			g := stands[c.name]
+			if len(g.jumps) == 1 && g.jumps[0].position == 1 && !c.absent {
 				continue
 			}
-			for _, j := range at {
+			for _, j := range g.jumps {
 				fmt.Fprintf(&body, "-D %s %s\n", c.base, j.rule)
 			}
-			if c.absent {
-				fmt.Fprintf(&body, "-X %s\n", c.name)
-			} else {
+			switch {
+			case !c.absent:
 				fmt.Fprintf(&body, "-I %s 1 %s\n", c.base, c.jump())
+			case g.foreign == nil: // else somebody else's rule holds it
+				fmt.Fprintf(&body, "-X %s\n", c.name)
 			}
 		}
 		fmt.Fprintf(&b, "*%s\n%sCOMMIT\n", chains[start].table, body.String())
@@ -230,4 +215,5 @@ func restoreText(chains []chain, jumps map[string][]jumpAt) string {
 type jumpAt struct {
 	position int    // from 1
 	rule     string // without -A and the base chain
+	handle   uint64 // nf_tables'
 }

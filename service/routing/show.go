@@ -1,13 +1,12 @@
 package routing
 
 import (
-	"context"
 	"fmt"
 	"strings"
 )
 
 // Show returns what Install puts on a node that has nothing of it yet, as shell commands.
-func Show(ctx context.Context, p Plan) (string, error) {
+func Show(p Plan) (string, error) {
 	p, err := p.checked()
 	if err != nil {
 		return "", err
@@ -19,18 +18,20 @@ func Show(ctx context.Context, p Plan) (string, error) {
 		}
 	}
 	command := ""
-	if p.Mode == ModeIPTables || p.Mode == ModeEBPF {
-		command, _ = backends(ctx, p)
+	if p.Mode == ModeIPTables {
+		command, _ = backends(p)
 	}
 	return text(p, s, command)
 }
 
 func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
-	if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
+	if p.Mode == ModeLoopback && !p.Closed {
+		fmt.Fprintf(&b, "# the metadata server's address is this node's own, for those whom the rules below send to that table\nip route add %s\n\n", localRouteText())
+	} else if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
 	}
-	for i, r := range guardRules(p) {
+	for i, r := range guardRules(p, s) {
 		if i == 0 {
 			b.WriteString("# the guard that survives a flush of the firewall\n")
 		}
@@ -43,11 +44,11 @@ func text(p Plan, s surroundings, command string) (string, error) {
 	if p.Closed {
 		return b.String(), nil
 	}
-	own, err := modeText(p, s, command)
+	rules, err := modeText(p, s, command)
 	if err != nil {
 		return "", err
 	}
-	b.WriteString(own)
+	b.WriteString(rules)
 	if wantsRoute(p, s) {
 		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
 			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))

@@ -17,6 +17,7 @@ type surroundings struct {
 	slices   []string // cgroups of the host itself that exist
 	hostPods bool     // pods on the host network are redirected, which is whoever is outside slices
 	hostWhy  string   // or are not: why, for people
+	six      bool     // it has an IPv6 address that reaches beyond a link: else there is no way to anything that is guarded
 }
 
 // device is a network interface as far as it matters for telling uplinks from pods' interfaces.

@@ -7,35 +7,40 @@ ip -6 rule add pref 97 iif lo to fd00:ec2::254/128 lookup main protocol kernel
 ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
 ip -6 rule add pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel
 
-# the guard of the other family
-ip6tables-restore --wait --noflush <<'END'
-*filter
-:GME-FWD - [0:0]
--A GME-FWD -d fd00:ec2::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset
--I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD
-COMMIT
+# other hosts are kept out
+nft -f - <<'END'
+add table ip gke-metadata-emulator
+delete table ip gke-metadata-emulator
+table ip gke-metadata-emulator {
+	chain raw {
+		type filter hook prerouting priority -300; policy accept;
+		iifname "bond0" ip daddr 169.254.169.252 tcp dport 988 drop
+		iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop
+	}
+	chain input {
+		type filter hook input priority -10; policy accept;
+		iifname "bond0" ip daddr 169.254.169.252 tcp dport 988 drop
+		iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop
+	}
+	chain forward {
+		type filter hook forward priority -10; policy accept;
+		ip daddr 169.254.169.254 tcp dport 80 reject with tcp reset
+		ip daddr 169.254.169.254 tcp dport 443 reject with tcp reset
+		ip daddr 169.254.169.254 tcp dport 8080 reject with tcp reset
+	}
+}
 END
 
-# the way to the emulator
-iptables-restore --wait --noflush <<'END'
-*filter
-:GME-FWD - [0:0]
-:GME-IN - [0:0]
--A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT
--A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j ACCEPT
--A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset
--A GME-IN -d 169.254.169.252/32 -i bond0 -p tcp -m tcp --dport 988 -j DROP
--A GME-IN -d 169.254.169.252/32 -i eth0 -p tcp -m tcp --dport 988 -j DROP
--A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT
--I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD
--I INPUT 1 -m comment --comment gke-metadata-emulator -j GME-IN
-COMMIT
-*raw
-:GME-RAW - [0:0]
--A GME-RAW -d 169.254.169.252/32 -i bond0 -p tcp -m tcp --dport 988 -j DROP
--A GME-RAW -d 169.254.169.252/32 -i eth0 -p tcp -m tcp --dport 988 -j DROP
--I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW
-COMMIT
+# the guard of the other family
+nft -f - <<'END'
+add table ip6 gke-metadata-emulator
+delete table ip6 gke-metadata-emulator
+table ip6 gke-metadata-emulator {
+	chain forward {
+		type filter hook forward priority -10; policy accept;
+		ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset
+	}
+}
 END
 
 # Programs at /sys/fs/cgroup, pinned below /sys/fs/bpf/gke-metadata-emulator/ebpf.
