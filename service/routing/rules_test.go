@@ -160,7 +160,7 @@ func TestNewRefuses(t *testing.T) {
 		change func(*Plan)
 		want   string
 	}{
-		{"another mode", func(p *Plan) { p.Mode = "ebpf" }, `routing mode "ebpf" is not supported`},
+		{"another mode", func(p *Plan) { p.Mode = "xdp" }, `routing mode "xdp" is not supported`},
 		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
 		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},
 		{"no port", listen("169.254.169.252:0"), "an address and a port are needed"},
