@@ -35,9 +35,6 @@ server: that is said on standard error and is no failure.`,
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard goes up")
-		if p.Mode == routing.ModeNone && !p.Closed {
-			return withRouter(cmd, anyMode(p), routing.Router.Remove) // of the mode before
-		}
 		return withRouter(cmd, p, routing.Router.Install)
 	}
 	return cmd
@@ -56,9 +53,6 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard is checked")
-		if p.Mode == routing.ModeNone && !p.Closed {
-			return nil
-		}
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
 			if errors.Is(err, routing.ErrMissing) {
@@ -105,7 +99,7 @@ From then on pods reach the cloud's own metadata server again.`,
 		if onStop && rulesStay(cmd, load) {
 			return nil
 		}
-		return withRouter(cmd, anyMode(plan(cmd, load, "removing all the same")), routing.Router.Remove)
+		return withRouter(cmd, plan(cmd, load, "removing all the same"), routing.Router.Remove)
 	}
 	return cmd
 }
@@ -140,10 +134,6 @@ func routingShowCommand() *cobra.Command {
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard would go up")
-		if p.Mode == routing.ModeNone && !p.Closed {
-			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
-			return nil
-		}
 		text, err := routing.Show(p)
 		if err != nil {
 			return fmt.Errorf("routing: %w", err)
@@ -202,12 +192,6 @@ the guard alone. SIGHUP reads the configuration anew; one that does not load cha
 	return cmd
 }
 
-// anyMode is a Plan to remove by: removing knows no mode but that of the rules.
-func anyMode(p routing.Plan) routing.Plan {
-	p.Mode = routing.ModeIPTables
-	return p
-}
-
 // plan is what the configuration says about routing; without one it is the closed guard (R-23), and consequence is said.
 func plan(cmd *cobra.Command, load func() (config.Config, error), consequence string) routing.Plan {
 	c, err := load()
@@ -232,7 +216,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
-		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Closed: closed, RunDir: runDir(),
+		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force, Closed: closed, RunDir: runDir(),
 	}
 }
 

@@ -2,8 +2,9 @@
 //
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is missing (Check) and takes it
 // away without a trace (Remove). Install converges from any earlier state and can be repeated while the emulator serves; Check
-// changes nothing; Remove needs no memory of an Install. Mode iptables owns chains named GME-*, policy rules at preferences 97
-// and 98 that are marked proto kernel, an address labelled lo:gme, and nothing else.
+// changes nothing; Remove needs no memory of an Install. All modes own policy rules at preferences 97 to 99 that are marked proto kernel,
+// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, and loopback
+// one route in table 988; and nothing else.
 package routing
 
 import (
@@ -16,6 +17,7 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -66,6 +68,7 @@ type Plan struct {
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken. What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
+	Link              string           // mode loopback: a link that gets the metadata server's address, made as a dummy if it is not there
 	Force             bool             // mode loopback also where a metadata server answers this host
 	BPFDir            string           // where mode ebpf pins its programs; "" is DefaultBPFDir
 	CgroupRoot        string           // where the cgroup v2 hierarchy is mounted; "": found out
@@ -140,6 +143,13 @@ func (p Plan) checked() (Plan, error) {
 	case "", "auto", "on", "off":
 	default:
 		errs = append(errs, fmt.Errorf("interceptHostPods %q: use auto, on or off", p.InterceptHostPods))
+	}
+	switch {
+	case p.Link == "":
+	case p.Mode != ModeLoopback:
+		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
+	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
+		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
 	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
 		if !interfaceName.MatchString(name) {
