@@ -7,7 +7,8 @@
 // A pod's client library sends GET /computeMetadata/v1/instance/service-accounts/default/token to 169.254.169.254:80.
 //
 //  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo, or in mode
-//     loopback to the address itself. What a mode is, is told once (mode.go); what all share is written once (router.go).
+//     loopback to the address itself; or, in mode ebpf, programs that had the connect() go there in the first place. What a
+//     mode is, is told once (mode.go); what all share is written once (router.go).
 //  2. accept (connections.go): before a byte is read, both ends of the socket are written down as the kernel sees them,
 //     before and after DNAT, and the kernel is asked whose socket the other one is: its cgroup names a pod's UID and a
 //     container, or a unit of the node ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
@@ -59,6 +60,6 @@
 //	cmd → service → {attest, kube, token, metadata, routing, config} → workload
 //
 // The six in the middle never import each other: each says in an interface of one to three methods what it needs, and
-// this package hands it in. Kubernetes' libraries are known to kube alone, iptables and processes to routing, netlink to
+// this package hands it in. Kubernetes' libraries are known to kube alone, iptables, programs and processes to routing, netlink to
 // routing and attest, systemd to this package, flags to cmd. imports_test.go holds all of this, with the reasons.
 package service

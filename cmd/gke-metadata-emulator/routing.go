@@ -20,7 +20,7 @@ import (
 
 func routingCommand() *cobra.Command {
 	return group("routing", "Bring pods' requests to the service, or check, remove and show what does",
-		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(), routingWatchCommand())
+		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(), routingObserveCommand(), routingWatchCommand())
 }
 
 func routingInstallCommand() *cobra.Command {
@@ -145,6 +145,32 @@ func routingShowCommand() *cobra.Command {
 		}
 		fmt.Fprint(cmd.OutOrStdout(), text)
 		return nil
+	}
+	return cmd
+}
+
+func routingObserveCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "observe",
+		Short: "Print who connected to the metadata server, where routing.mode is observe",
+		Long: `Print who connected to 169.254.169.254:80 since routing.mode: observe was installed: how often, from which network, and by
+which cgroup, which names the pod. Those are who gets this service's answers with mode iptables or ebpf; "host" only where pods
+on the host network are redirected too. The host's own daemons are not listed.
+Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends packets without connect().`,
+		Args: arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		c, err := load()
+		if err != nil {
+			return err
+		}
+		c.Routing.Mode = routing.ModeObserve
+		all, err := routing.Observed(planOf(c, false))
+		if err != nil {
+			return fmt.Errorf("routing: %w", err)
+		}
+		return service.WriteObserved(cmd.OutOrStdout(), all)
 	}
 	return cmd
 }

@@ -131,6 +131,9 @@ func (l *loader) checkListen() {
 		}
 		return
 	}
+	if l.Routing.Mode == "ebpf" && len(l.Routing.Spare) > 0 && !l.broken["routing.spare"] {
+		l.complain("routing.spare", 0, bad("leave it empty, or set routing.mode to iptables", "routing.mode ebpf sees who connects, and not by which interface"))
+	}
 	const remedy = "write an address that nobody else uses, such as 169.254.169.252:988, or set routing.mode to none"
 	switch { // the target of a DNAT rule
 	case !a.Is4():

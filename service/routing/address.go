@@ -174,6 +174,9 @@ func metadataRoute(listen netip.Addr, listenIsLocal bool) *netlink.Route {
 	return r
 }
 
+// wantsRoute says whether there is to be such a route. Programs see connect() before it asks for a route.
+func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.dnats() }
+
 // routeText is the route as ip(8) adds it, without "ip route add".
 func routeText(r *netlink.Route) string {
 	text := r.Dst.String() + " dev lo scope link protocol kernel"
@@ -211,7 +214,7 @@ func installRoute(p Plan, s surroundings) error {
 	if err != nil {
 		return err
 	}
-	if !interceptsHost(p, s) || other {
+	if !wantsRoute(p, s) || other {
 		return deleteRoute(ours)
 	}
 	local, err := isLocal(p.Listen.Addr())
@@ -256,13 +259,13 @@ func checkRoute(p Plan, s surroundings) []error {
 	switch {
 	case err != nil:
 		return []error{err}
-	case interceptsHost(p, s) && !other && ours == nil:
+	case wantsRoute(p, s) && !other && ours == nil:
 		local, err := isLocal(p.Listen.Addr())
 		if err != nil {
 			return []error{err}
 		}
 		return []error{missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
-	case ours != nil && (other || !interceptsHost(p, s)):
+	case ours != nil && (other || !wantsRoute(p, s)):
 		return []error{missing(layerRoute, "ip route: %s should not be there any more", routeText(ours))}
 	}
 	return nil

@@ -34,6 +34,15 @@ func TestMain(m *testing.M) {
 			}
 		}
 		end(err)
+	case "repeat":
+		end(repeat(arg))
+	case "load":
+		end(loadUntilEOF(arg))
+	case "pins":
+		dir, root, _ := strings.Cut(arg, " ")
+		end((pins{dir: dir, root: root, hooks: redirectHooks}).install(rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}))
+	case "connect":
+		end(connectAs(arg))
 	case "watch":
 		log := logrus.New()
 		log.SetOutput(os.Stdout)
@@ -152,10 +161,15 @@ func answerAll(l net.Listener, who string) {
 			defer c.Close()
 			buf := make([]byte, 64)
 			for {
-				if _, err := c.Read(buf); err != nil {
+				n, err := c.Read(buf)
+				if err != nil {
 					return
 				}
-				if _, err := io.WriteString(c, who); err != nil {
+				answer := who
+				if strings.HasPrefix(string(buf[:n]), "GET ") {
+					answer = "HTTP/1.0 401 Unauthorized\r\n\r\n" // as AWS's does
+				}
+				if _, err := io.WriteString(c, answer); err != nil {
 					return
 				}
 			}

@@ -13,6 +13,7 @@ const (
 	layerIPTables  = "iptables"
 	layerIP6Tables = "ip6tables"
 	layerNFTables  = "nftables"
+	layerEBPF      = "ebpf"
 )
 
 // sharedLayers are those that no mode has for itself alone.

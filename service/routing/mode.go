@@ -28,7 +28,7 @@ type mode interface {
 }
 
 // modes are those that there is a Router for.
-var modes = []string{ModeIPTables, ModeNFTables, ModeLoopback, ModeNone}
+var modes = []string{ModeIPTables, ModeNFTables, ModeLoopback, ModeEBPF, ModeNone, ModeObserve}
 
 // openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
 // is to be chosen anew.
@@ -38,6 +38,10 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 		return openIPTables(p, command)
 	case ModeNFTables, ModeLoopback, ModeNone:
 		return &nfTables{plan: p}, nil
+	case ModeEBPF:
+		return openEBPF(p)
+	case ModeObserve:
+		return openObserve(p)
 	}
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }
@@ -48,8 +52,10 @@ var parts = []struct {
 	of     []string // modes
 	remove func(context.Context, Plan) error
 }{
+	{[]string{ModeEBPF}, func(_ context.Context, p Plan) error { return p.pins(ModeEBPF, redirectHooks).remove() }},
+	{[]string{ModeObserve}, func(_ context.Context, p Plan) error { return p.pins(ModeObserve, observeHooks).remove() }},
 	{[]string{ModeIPTables}, removeIPTables},
-	{[]string{ModeNFTables, ModeLoopback, ModeNone}, removeNFTables},
+	{[]string{ModeNFTables, ModeLoopback, ModeNone, ModeEBPF}, removeNFTables},
 }
 
 // modeText is what put does on a node that has nothing of it yet, as shell commands.
@@ -62,6 +68,11 @@ func modeText(p Plan, s surroundings, command string) (string, error) {
 	case ModeNone:
 		rules, err := nftablesText(p, s)
 		return rules + environmentText(p), err
+	case ModeEBPF:
+		return ebpfText(p, s)
+	case ModeObserve:
+		return fmt.Sprintf("\n# Programs at %s, pinned below %s, which count who connects to %s. No command can type them.\n",
+			p.CgroupRoot, p.pins(ModeObserve, nil).dir, metadataServer), nil
 	}
 	return "", nil
 }

@@ -48,7 +48,7 @@ func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string
 		return nil, err
 	}
 	way := "forward" // where nothing is redirected
-	if m.plan.redirects() {
+	if m.plan.dnats() {
 		way = "prerouting"
 	}
 	if len(now[0].rules[way]) == 0 {
@@ -91,12 +91,12 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 	}
 	if err := c.Flush(); err != nil {
 		hint := ""
-		if interceptsHost(m.plan, s) {
+		if s.hostPods {
 			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: set routing.interceptHostPods to off, or routing.mode to iptables)"
 		}
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
-	if m.plan.redirects() && len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
+	if m.plan.dnats() && len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
 		if err := forgetEstablished(m.plan, s); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}

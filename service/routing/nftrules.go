@@ -186,13 +186,13 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 			forward.rules = append(forward.rules, rule(toServer(a), reset()))
 		}
 	}
-	if six && (p.redirects() || p.Listen.Addr().Is4()) {
+	if six && (p.dnats() || p.Listen.Addr().Is4()) {
 		if guarded {
 			chains = append(chains, forward)
 		}
 		return chains, nil
 	}
-	if !p.redirects() {
+	if !p.dnats() {
 		return append(doors(p, s, six), forward), nil
 	}
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
@@ -204,7 +204,7 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 		rule(notLoopback(), toServer(p.Listen), drop()),
 	}
 	chains = []nftChain{raw, forward, input}
-	if interceptsHost(p, s) {
+	if s.hostPods {
 		output := nftChain{name: "output", kind: "nat", hook: "output", priority: priorityDestNAT}
 		for _, slice := range s.slices {
 			of, err := ofCgroup(slice)

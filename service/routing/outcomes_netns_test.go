@@ -22,27 +22,27 @@ import (
 // too (interceptHostPods: on); no mode does for the node's own daemons, but for loopback with a link (linked),
 // which takes the whole address, DNS included. pod is on the node's bridge, routed on a link of its own.
 const outcomes = `
-who              asks           iptables-nft iptables-legacy nftables loopback linked   none
-pod              metadata:80    emulator     emulator        emulator emulator emulator -
-pod              listen         -            -               -        emulator emulator emulator
-pod              metadata:53    cloud        cloud           cloud    cloud    -        cloud
-pod              metadata:443   -            -               -        -        -        -
-pod              metadata6:80   -            -               -        -        -        -
-routed           metadata:80    emulator     emulator        emulator emulator emulator -
-routed           listen         -            -               -        emulator emulator emulator
-hostpod          metadata:80    emulator     emulator        emulator cloud    emulator cloud
-daemon           metadata:80    cloud        cloud           cloud    cloud    emulator cloud
-neighbour        metadata:80    -            -               -        -        -        -
-neighbour        listen         -            -               -        -        -        -
-neighbour        node:listen    -            -               -        -        -        -
-neighbour        routed:kubelet pod          pod             pod      pod      pod      pod
-neighbour        node:kubelet   kubelet      kubelet         kubelet  kubelet  kubelet  kubelet
-neighbour-lan    metadata:80    cloud        cloud           cloud    cloud    cloud    cloud
-routed-as-pod    metadata:80    -            -               -        -        -        -
-routed-as-pod    listen         -            -               -        -        -        -
-pod-as-routed    metadata:80    -            -               -        -        -        -
-neighbour-as-pod metadata:80    -            -               -        -        -        -
-neighbour-as-pod listen         -            -               -        -        -        -
+who              asks           iptables-nft iptables-legacy nftables loopback linked   none     ebpf
+pod              metadata:80    emulator     emulator        emulator emulator emulator -        emulator
+pod              listen         -            -               -        emulator emulator emulator emulator
+pod              metadata:53    cloud        cloud           cloud    cloud    -        cloud    cloud
+pod              metadata:443   -            -               -        -        -        -        -
+pod              metadata6:80   -            -               -        -        -        -        -
+routed           metadata:80    emulator     emulator        emulator emulator emulator -        emulator
+routed           listen         -            -               -        emulator emulator emulator emulator
+hostpod          metadata:80    emulator     emulator        emulator cloud    emulator cloud    emulator
+daemon           metadata:80    cloud        cloud           cloud    cloud    emulator cloud    cloud
+neighbour        metadata:80    -            -               -        -        -        -        -
+neighbour        listen         -            -               -        -        -        -        -
+neighbour        node:listen    -            -               -        -        -        -        -
+neighbour        routed:kubelet pod          pod             pod      pod      pod      pod      pod
+neighbour        node:kubelet   kubelet      kubelet         kubelet  kubelet  kubelet  kubelet  kubelet
+neighbour-lan    metadata:80    cloud        cloud           cloud    cloud    cloud    cloud    cloud
+routed-as-pod    metadata:80    -            -               -        -        -        -        -
+routed-as-pod    listen         -            -               -        -        -        -        -
+pod-as-routed    metadata:80    -            -               -        -        -        -        -
+neighbour-as-pod metadata:80    -            -               -        -        -        -        -
+neighbour-as-pod listen         -            -               -        -        -        -        -
 `
 
 // modeBed is a bed whose emulator listens where the mode has it.
@@ -65,6 +65,8 @@ func modeBed(t testing.TB, name string) *bed {
 	case ModeNone:
 		b = nftBed(t)
 		b.plan.Mode = ModeNone
+	case ModeEBPF:
+		return ebpfBed(t).bed
 	default:
 		t.Fatal(name)
 	}
@@ -94,7 +96,14 @@ func TestOutcomes(t *testing.T) {
 	rows := lines(strings.TrimSpace(outcomes))
 	for column, name := range strings.Fields(rows[0])[2:] {
 		t.Run(name, func(t *testing.T) {
-			b := modeBed(t, name)
+			var b *bed
+			var e *bpfBed // where programs redirect whoever is in its cgroups
+			if name == ModeEBPF {
+				e = ebpfBed(t)
+				b = e.bed
+			} else {
+				b = modeBed(t, name)
+			}
 			cgroups := hostCgroupsOf(t)
 			routed, err := b.AddRoutedPod("routed")
 			if err != nil {
@@ -118,7 +127,9 @@ func TestOutcomes(t *testing.T) {
 			if b.plan.redirects() {
 				b.plan.InterceptHostPods = "on"
 				r = b.router(b.plan).(*router)
-				r.hostCgroups = []string{cgroups.daemons}
+				if e == nil {
+					r.hostCgroups = []string{cgroups.daemons}
+				}
 			}
 			for _, step := range []func(context.Context) error{r.Install, r.Check, r.Install, r.Check} {
 				if err := b.Do(func() error { return step(t.Context()) }); err != nil {
@@ -131,6 +142,18 @@ func TestOutcomes(t *testing.T) {
 				"node:kubelet": nodes.String(), "routed:kubelet": netip.AddrPortFrom(routed.Addr, 10250).String(),
 			}
 			asker := func(who, to string, wait time.Duration) (string, error) {
+				if e != nil {
+					switch who {
+					case "pod":
+						return e.asks(podCgroup, b.pod, to)
+					case "routed":
+						return e.asks(podCgroup, routed, to)
+					case "hostpod":
+						return e.asks(podCgroup, b.NS, to)
+					case "daemon":
+						return e.asks("system.slice", b.NS, to)
+					}
+				}
 				switch who {
 				case "pod":
 					return ask(b.pod, to, wait)
@@ -247,6 +270,7 @@ func TestTwoDoors(t *testing.T) {
 			"ip rule del pref 97 iif eth0 to 169.254.169.254"}},
 		{"linked", []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
 		{ModeNone, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
+		{ModeEBPF, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
 	} {
 		t.Run(c.mode, func(t *testing.T) {
 			b := modeBed(t, c.mode)

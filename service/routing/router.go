@@ -16,6 +16,7 @@ import (
 type router struct {
 	plan        Plan
 	hostCgroups []string
+	cloud       CloudServer // as State has it
 }
 
 func (r *router) Install(ctx context.Context) error {
@@ -39,7 +40,14 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if why != nil && before.Desired != "" && !before.wants(why.of) {
 		return nil, errOutdated
 	}
+	r.cloud = state.CloudServer
 	if !r.plan.Closed {
+		if why != nil {
+			r.cloud = r.cloud.with(why.found, time.Now())
+		} else if r.asksCloud() {
+			r.cloud = r.cloud.with(askCloud().answer(), time.Now()) // before the rules: the answer is the cloud's own
+		}
+		state.CloudServer = r.cloud
 		if why.light() {
 			return why.node, r.repairLight(why, state)
 		}
@@ -49,6 +57,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		if n.mode != nil {
 			state.Command = n.command()
+			state.HostNetwork = n.hostWhy
 		}
 		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
 			why = &repair{causes: map[string]string{}}
@@ -210,6 +219,7 @@ func (r *router) Check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	r.cloud = state.CloudServer
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
 		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
@@ -243,11 +253,16 @@ func (r *router) Remove(ctx context.Context) error {
 	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{})))
 }
 
+// asksCloud says whether something depends on the cloud's metadata server, and is not known.
+func (r *router) asksCloud() bool {
+	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && r.plan.Mode != ModeObserve && !r.cloud.known()
+}
+
 // look finds out what the rules must know of the node.
 func (r *router) look(say bool) (s surroundings, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
-	if len(s.uplinks) == 0 {
+	if len(s.uplinks) == 0 && r.plan.Mode != ModeObserve {
 		devices, err := readDevices()
 		if err != nil {
 			return s, err
@@ -264,15 +279,13 @@ func (r *router) look(say bool) (s surroundings, err error) {
 		}
 	}
 	s.six = reachesSix()
-	if r.plan.InterceptHostPods == "on" {
-		s.slices = existing(r.hostCgroups)
-		if len(s.slices) == 0 && say {
-			log.Error("pods on the host network are not redirected: none of the host's own cgroups was found, which needs cgroup v2 (R-22)")
-		}
+	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
+	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && r.plan.Mode != ModeObserve {
+		s.slices = nil // whichever comes and goes
 	}
 	if say {
 		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "spare": strings.Join(r.plan.Spare, " "),
-			"host_pods": interceptsHost(r.plan, s)}).Info("routing: installing")
+			"host_pods": s.hostWhy}).Info("routing: installing")
 	}
 	return s, nil
 }
@@ -289,9 +302,12 @@ func (r *router) state(desired string) (before, now State) {
 	if err != nil {
 		return State{}, s // it is written anew
 	}
-	s.Installs, s.Repairs = old.Installs, old.Repairs
+	s.Installs, s.Repairs, s.CloudServer = old.Installs, old.Repairs, old.CloudServer
 	if old.Desired == desired {
-		s.Since = old.Since
+		s.Since, s.HostNetwork = old.Since, old.HostNetwork
+	}
+	if s.Mode == ModeObserve {
+		s.Observed = old.Observed
 	}
 	return old, s
 }

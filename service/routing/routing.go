@@ -3,8 +3,8 @@
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is missing (Check) and takes it
 // away without a trace (Remove). Install converges from any earlier state and can be repeated while the emulator serves; Check
 // changes nothing; Remove needs no memory of an Install. All modes own policy rules at preferences 97 to 99 that are marked proto kernel,
-// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, and loopback
-// one route in table 988; and nothing else.
+// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, loopback
+// one route in table 988, and ebpf and observe programs pinned below /sys/fs/bpf/gke-metadata-emulator; and nothing else.
 package routing
 
 import (
@@ -27,6 +27,10 @@ const (
 	ModeNFTables = "nftables"
 	// ModeLoopback makes the metadata server's address this node's own for pods, by policy rules and without DNAT.
 	ModeLoopback = "loopback"
+	// ModeEBPF is programs that see each connect() of this node, for networks that bypass netfilter's DNAT.
+	ModeEBPF = "ebpf"
+	// ModeObserve is for before a rollout: it counts who connects to the metadata server, and changes nothing. See Observed.
+	ModeObserve = "observe"
 	// ModeNone routes nothing: pods are told by their environment where the emulator listens. Other hosts are kept out, and the guard stands.
 	ModeNone = "none"
 )
@@ -60,12 +64,14 @@ type Plan struct {
 	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
 	Uplinks           []string         // interfaces that are not the pods'; none: found out (R-05). A trailing + stands for any ending
 	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0
-	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto is off
+	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken (R-23). What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
 	Link              string           // mode loopback: a link that gets the metadata server's address, made as a dummy if it is not there
 	Force             bool             // mode loopback also where a metadata server answers this host
+	BPFDir            string           // where mode ebpf pins its programs; "" is DefaultBPFDir
+	CgroupRoot        string           // where the cgroup v2 hierarchy is mounted; "": found out
 	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
 	Log               logrus.FieldLogger
 }
@@ -94,6 +100,12 @@ func (p Plan) checked() (Plan, error) {
 	if p.RunDir == "" {
 		p.RunDir = DefaultRunDir
 	}
+	if p.BPFDir == "" {
+		p.BPFDir = DefaultBPFDir
+	}
+	if p.CgroupRoot == "" {
+		p.CgroupRoot = cgroup2()
+	}
 	if p.Log == nil {
 		quiet := logrus.New()
 		quiet.SetLevel(logrus.PanicLevel)
@@ -105,6 +117,9 @@ func (p Plan) checked() (Plan, error) {
 		if len(p.Guard) == 0 {
 			p.Guard = DefaultGuard()
 		}
+	}
+	if p.Mode == ModeObserve {
+		p.Guard, p.InterceptHostPods = nil, "off"
 	}
 	slices.SortFunc(p.Guard, netip.AddrPort.Compare)
 	p.Guard = slices.Compact(p.Guard)
@@ -146,11 +161,18 @@ func (p Plan) checked() (Plan, error) {
 			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
 		}
 	}
+	if p.Mode == ModeEBPF && len(p.Spare) > 0 {
+		errs = append(errs, fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
+			strings.Join(p.Spare, ", "), ModeEBPF, ModeIPTables))
+	}
 	return p, errors.Join(errs...)
 }
 
 // redirects says whether the mode changes where packets go, and listens elsewhere than pods ask.
-func (p Plan) redirects() bool { return p.Mode != ModeLoopback && p.Mode != ModeNone }
+func (p Plan) redirects() bool { return p.dnats() || p.Mode == ModeEBPF }
+
+// dnats says whether a firewall's rules do that.
+func (p Plan) dnats() bool { return p.Mode == ModeIPTables || p.Mode == ModeNFTables }
 
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)

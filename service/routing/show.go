@@ -52,7 +52,7 @@ func text(p Plan, s surroundings, command string) (string, error) {
 		return "", err
 	}
 	b.WriteString(rules)
-	if interceptsHost(p, s) {
+	if wantsRoute(p, s) {
 		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
 			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))
 	}

@@ -36,10 +36,16 @@ type State struct {
 	Link     string           `json:"link,omitempty"` // mode loopback's
 	Force    bool             `json:"force,omitempty"`
 	Guard    []netip.AddrPort `json:"guard,omitempty"`
-	Since    time.Time        `json:"since"`              // of Desired
-	Installs int              `json:"installs,omitempty"` // since the node booted, for metrics
-	Repairs  Repairs          `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
-	Standing Standing         `json:"standing"`
+
+	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
+	HostNetwork string      `json:"hostNetworkPods,omitempty"`    // what becomes of pods on the host network, and why, for people
+
+	Observed []Observation `json:"observed,omitempty"` // of mode observe, as of Standing.Time; no more than publishedAtMost
+
+	Since    time.Time `json:"since"`              // of Desired
+	Installs int       `json:"installs,omitempty"` // since the node booted, for metrics
+	Repairs  Repairs   `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
+	Standing Standing  `json:"standing"`
 }
 
 // Repairs counts what was found missing and put back: by layer, then by the cause that had somebody look. Both are words of this
@@ -62,6 +68,7 @@ type repair struct {
 	causes map[string]string // why somebody looked, by the layer in which something was found
 	node   *node             // where it was found; may be nil
 	mode   bool              // the mode's part may be among it
+	found  string            // no repair at all: this was found out of the cloud's metadata server
 }
 
 // light says whether the mode's part is known to be as it should be.

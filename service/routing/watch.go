@@ -65,10 +65,16 @@ type watcher struct {
 	node   *node // what the router knows of its surroundings; nil: open it anew
 	unread bool  // the mode's part has to be read, whether or not it says that it changed
 	bad    bool  // the last verdict
+
+	asking  bool        // the cloud's metadata server
+	answers chan string // of it
+
 	// disturbed is that something else was missing when the last repair was read back. Once is no failure.
 	disturbed bool
-	told      string
-	failed    string // the last failure that was logged
+
+	told   string
+	silent string // what was said to tell nobody of its changes
+	failed string // the last failure that was logged
 }
 
 // Run watches the network namespace of the calling thread until ctx is done. It returns an error if it may not, and if there are
@@ -83,6 +89,7 @@ func (o Watch) Run(ctx context.Context) (err error) {
 	}
 	w.repairs, w.checks = rate.NewLimiter(rate.Every(refill), w.burst), rate.NewLimiter(rate.Every(refill), w.burst)
 	w.listen.Store(metadataServer.Addr())
+	w.answers = make(chan string, 1)
 	if w.events, err = watchEvents(func() netip.Addr { return w.listen.Load().(netip.Addr) }); err != nil {
 		return err
 	}
@@ -95,7 +102,9 @@ func (o Watch) Run(ctx context.Context) (err error) {
 	defer timer.Stop()
 	for {
 		if now := time.Now(); w.pending != 0 && !now.Before(w.notBefore) {
+			why := w.pending
 			w.round(ctx)
+			w.askCloud(why)
 		}
 		if w.Alive != nil {
 			w.Alive()
@@ -114,6 +123,8 @@ func (o Watch) Run(ctx context.Context) (err error) {
 			if w.pending |= c; by != "" {
 				w.by = by
 			}
+		case found := <-w.answers:
+			w.learn(ctx, found)
 		case now := <-timer.C:
 			if !now.Before(sweep) {
 				w.pending |= causeSweep
