@@ -21,6 +21,12 @@ import (
 const (
 	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
 	ModeIPTables = "iptables"
+	// ModeNFTables is DNAT by a table of nftables of our own.
+	ModeNFTables = "nftables"
+	// ModeLoopback makes 169.254.169.254 an address that is local to the pods.
+	ModeLoopback = "loopback"
+	// ModeEBPF redirects connect() in the pods.
+	ModeEBPF = "ebpf"
 	// ModeNone routes nothing; there is no Router for it.
 	ModeNone = "none"
 )
