@@ -14,6 +14,9 @@ const (
 	layerIP6Tables = "ip6tables"
 )
 
+// sharedLayers are those that no mode has for itself alone.
+var sharedLayers = []string{layerRule, layerAddress, layerRoute}
+
 // fault is one thing that Check found missing, or too much.
 type fault struct{ layer, text string }
 

@@ -4,280 +4,144 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
-	"time"
-
-	"golang.org/x/sys/unix"
 )
 
-// iptablesRouter is mode iptables.
-type iptablesRouter struct {
-	plan        Plan
-	hostCgroups []string
+// iptables is mode iptables: DNAT by whichever backend the node uses.
+type iptables struct {
+	plan      Plan
+	use       string // the iptables command
+	other     string // the other backend's, if rules of ours may be there
+	four, six *xtables
+	legacy    bool
+
+	jumps    map[string][]jumpAt // ours of IPv4, by chain, as surveyed
+	jumpsSix map[string][]jumpAt
+	good     print           // of the chains that were as they should be when they were last read
+	fresh    map[string]bool // chains that still were at the survey, by printKey
 }
 
-func (r *iptablesRouter) Install(ctx context.Context) error {
-	_, err := r.install(ctx, nil)
-	return err
-}
-
-// install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile something else is desired than what was
-// found to be missing, and the node that it returns knows what to compare with.
-func (r *iptablesRouter) install(ctx context.Context, why *repair) (n *node, err error) {
-	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
-	if err != nil {
-		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan)) // closed, whatever else is not to be had
-		}
+// openIPTables looks for the commands. command is the one that Install chose: it is not chosen anew.
+func openIPTables(ctx context.Context, p Plan, command string) (*iptables, error) {
+	m := &iptables{plan: p, use: command}
+	if b := p.Binary; b != "" && b != "iptables" {
+		m.use = b
+	}
+	if m.use == "" {
+		m.use, m.other = backends(ctx, p)
+	}
+	var err error
+	if m.four, err = openXtables(m.use, false); err != nil {
 		return nil, err
 	}
-	defer unlock()
-	before, state := r.state(Installed)
-	if why != nil && before.Desired != "" && !before.wants(why.of) {
-		return nil, errOutdated
-	}
-	if !r.plan.Closed {
-		if why.light() {
-			return why.node, r.repairLight(why, state)
-		}
-		if n, err = r.survey(ctx, why); errors.Is(err, ErrForeign) {
-			return n, err // nothing was changed, and nothing is
-		}
-		state.Command = n.command
-		if why == nil && err == nil && before.Desired == Installed && !before.Closed {
-			why = &repair{causes: map[string]string{}}
-			for _, layer := range r.jumpsMissing(n) {
-				why.causes[layer] = "install"
-			}
-		}
-	}
-	state.count(why)
-	state.Installs++
-	// The state first: whoever repairs must not take what follows for a flush, nor undo it.
-	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
-		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
-		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan)); err == nil {
-			err = errors.Join(checkGuard(r.plan)...)
-		}
-		return n, r.readBack(state, err)
-	}
-	if err := r.put(ctx, n); err != nil {
-		return n, r.readBack(state, err)
-	}
-	r.clean(ctx, n)
-	return n, r.readBack(state, errors.Join(r.check(ctx, n)...))
-}
-
-// node is what an Install must know of where it is.
-type node struct {
-	surroundings
-	command, other string // the iptables command to use; the other backend's, if rules of ours may be there
-	four, six      *xtables
-	jumps          map[string][]jumpAt // ours of IPv4, by chain
-	jumpsSix       map[string][]jumpAt
-	legacy         bool
-	good           print           // of the chains that were as they should be when they were last read
-	fresh          map[string]bool // chains that still are, by printKey
-}
-
-// open looks around without asking for rules.
-func (r *iptablesRouter) open(ctx context.Context, command string, say bool) (n *node, err error) {
-	n = &node{command: command}
-	if command == "" {
-		n.command, n.other = backends(ctx, r.plan)
-	}
-	if n.surroundings, err = r.look(say); err != nil {
-		return n, err
-	}
-	if n.four, err = openXtables(n.command, false); err != nil {
-		return n, err
-	}
-	n.legacy = isLegacy(n.command)
+	m.legacy = isLegacy(m.use)
 	if haveIPv6() {
-		if n.six, err = openXtables(n.command, true); err != nil {
-			r.plan.Log.WithError(err).Debug("no IPv6 rules")
+		if m.six, err = openXtables(m.use, true); err != nil {
+			p.Log.WithError(err).Debug("no IPv6 rules")
 		}
 	}
-	return n, nil
+	return m, nil
 }
 
-// survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
-func (r *iptablesRouter) survey(ctx context.Context, why *repair) (n *node, err error) {
-	if why != nil && why.node != nil {
-		n = why.node // neither the backend is chosen anew nor its version asked for again: some ten processes less
-		err = r.lookAgain(n)
-	} else {
-		n, err = r.open(ctx, "", why == nil)
+func (m *iptables) command() string { return m.use }
+
+func (m *iptables) wakes() (c causes, silent string) {
+	if m.legacy {
+		return causeXTables, "legacy iptables"
 	}
-	if err != nil {
-		return n, err
-	}
-	var foreign, foreignSix error
-	now := n.print()
-	n.fresh = map[string]bool{}
-	for _, six := range n.families() {
+	return causeNFTables, ""
+}
+
+func (m *iptables) forget() { m.good = print{} }
+
+// survey finds the jumps of ours, and refuses chains and redirections of others.
+func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
+	now := m.print()
+	m.fresh = map[string]bool{}
+	for _, six := range m.families() {
 		for _, c := range ownChains(six) {
 			key := printKey(c, six)
-			n.fresh[key] = n.good.same(now, key)
+			m.fresh[key] = m.good.same(now, key)
 		}
 	}
-	if n.jumps, foreign, err = n.four.survey(ctx, n.stale(ownChains(false), false)); err != nil {
-		return n, err
+	var foreign, foreignSix error
+	if m.jumps, foreign, err = m.four.survey(ctx, m.stale(ownChains(false), false)); err != nil {
+		return nil, err
 	}
-	if n.six != nil {
-		if n.jumpsSix, foreignSix, err = n.six.survey(ctx, n.stale(ownChains(true), true)); err != nil {
-			return n, err
+	if m.six != nil {
+		if m.jumpsSix, foreignSix, err = m.six.survey(ctx, m.stale(ownChains(true), true)); err != nil {
+			return nil, err
 		}
 	}
-	listen := r.plan.Listen
-	l, err := readAddress(listen.Addr())
-	if err != nil {
-		return n, err
-	}
-	if l.local || l.wants(listen.Addr()) {
-		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
-			foreign = errors.Join(foreign, foreignListener(listen))
-		}
-	} else if why == nil {
-		r.plan.Log.WithField("listen", listen).Info("the listen address is not this node's own: requests are forwarded there")
-	}
-	return n, errors.Join(foreign, foreignSix)
+	return m.jumpsMissing(s), errors.Join(foreign, foreignSix)
 }
 
 // stale are the chains that are not known to be as they should be.
-func (n *node) stale(chains []chain, six bool) []chain {
-	return slices.DeleteFunc(chains, func(c chain) bool { return n.fresh[printKey(c, six)] })
-}
-
-// lookAgain notices what has changed around the rules since they were read: then they all have to be read anew.
-func (r *iptablesRouter) lookAgain(n *node) error {
-	now, err := r.look(false)
-	if err == nil && !now.equal(n.surroundings) {
-		n.surroundings, n.good = now, print{}
-	}
-	return err
+func (m *iptables) stale(chains []chain, six bool) []chain {
+	return slices.DeleteFunc(chains, func(c chain) bool { return m.fresh[printKey(c, six)] })
 }
 
 // jumpsMissing are the layers in which a chain that should be jumped to is not: somebody flushed it.
-func (r *iptablesRouter) jumpsMissing(n *node) (layers []string) {
+func (m *iptables) jumpsMissing(s surroundings) (layers []string) {
 	missing := func(six bool, ours map[string][]jumpAt) bool {
-		return slices.ContainsFunc(chainsFor(r.plan, n.surroundings, six), func(c chain) bool { return !c.absent && len(ours[c.name]) == 0 })
+		return slices.ContainsFunc(m.stale(chainsFor(m.plan, s, six), six), func(c chain) bool { return !c.absent && len(ours[c.name]) == 0 })
 	}
-	if missing(false, n.jumps) {
+	if missing(false, m.jumps) {
 		layers = append(layers, layerIPTables)
 	}
-	if n.six != nil && missing(true, n.jumpsSix) {
+	if m.six != nil && missing(true, m.jumpsSix) {
 		layers = append(layers, layerIP6Tables)
 	}
 	return layers
 }
 
-// put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
-func (r *iptablesRouter) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(); err != nil {
-		return err
-	}
-	if n.six != nil { // the other family has the guard's reset only
-		if chains := n.stale(chainsFor(r.plan, n.surroundings, true), true); len(chains) == 0 {
+func (m *iptables) put(ctx context.Context, s surroundings) error {
+	if m.six != nil { // the other family has the guard's reset only
+		if chains := m.stale(chainsFor(m.plan, s, true), true); len(chains) == 0 {
 			// nobody touched it
 		} else if !chains[0].absent {
-			if err := n.six.restore(ctx, restoreText(chains, n.jumpsSix)); err != nil {
+			if err := m.six.restore(ctx, restoreText(chains, m.jumpsSix)); err != nil {
 				return fmt.Errorf("install the IPv6 rules: %w", err)
 			}
-		} else if err := n.six.removeAll(ctx); err != nil {
+		} else if err := m.six.removeAll(ctx); err != nil {
 			return err
 		}
 	}
-	if chains := n.stale(chainsFor(r.plan, n.surroundings, false), false); len(chains) > 0 {
-		if err := n.four.restore(ctx, restoreText(chains, n.jumps)); err != nil {
+	if chains := m.stale(chainsFor(m.plan, s, false), false); len(chains) > 0 {
+		if err := m.four.restore(ctx, restoreText(chains, m.jumps)); err != nil {
 			return fmt.Errorf("install the rules: %w", err)
 		}
 	}
-	return installRoute(r.plan, n.surroundings)
-}
-
-func (r *iptablesRouter) putClosed() error {
-	if err := installAddress(r.plan.Listen.Addr()); err != nil {
-		return err
-	}
-	return installGuard(r.plan)
-}
-
-// repairLight puts back what iptables has no part in: a millisecond instead of fifty.
-func (r *iptablesRouter) repairLight(why *repair, state State) error {
-	state.count(why)
-	state.Installs++
-	err := r.putClosed()
-	if err == nil {
-		err = installRoute(r.plan, why.node.surroundings)
-	}
-	if err == nil {
-		err = errors.Join(slices.Concat(checkGuard(r.plan), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
-	}
-	return r.readBack(state, err)
+	m.clean(ctx, s)
+	return nil
 }
 
 // clean does what the Plan can do without.
-func (r *iptablesRouter) clean(ctx context.Context, n *node) {
-	if len(n.jumps["GME-PRE"]) == 0 && len(n.stale([]chain{{name: "GME-PRE"}}, false)) > 0 { // for some time pods were not redirected
-		if err := forgetEstablished(r.plan, n.surroundings); err != nil {
-			r.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
+func (m *iptables) clean(ctx context.Context, s surroundings) {
+	if len(m.jumps["GME-PRE"]) == 0 && len(m.stale([]chain{{name: "GME-PRE"}}, false)) > 0 { // for some time pods were not redirected
+		if err := forgetEstablished(m.plan, s); err != nil {
+			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}
 	}
-	if n.other != "" { // where an earlier choice of the backend may have left something
-		if err := removeChains(ctx, n.other); err != nil {
-			r.plan.Log.WithError(err).WithField("command", n.other).Warn("rules of ours may be left in the other iptables backend")
+	if m.other != "" { // where an earlier choice of the backend may have left something
+		if err := removeChains(ctx, m.other); err != nil {
+			m.plan.Log.WithError(err).WithField("command", m.other).Warn("rules of ours may be left in the other iptables backend")
 		}
 	}
 }
 
-func (r *iptablesRouter) Check(ctx context.Context) error {
-	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_SH)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan)...)
-	}
-	state, err := ReadState(r.plan.RunDir)
-	if err != nil {
-		return err
-	}
-	n, err := r.open(ctx, r.command(state), false)
-	if err != nil {
-		return errors.Join(append(checkGuard(r.plan), err)...)
-	}
-	return errors.Join(r.check(ctx, n)...)
-}
-
-// command is the backend that Install chose: it is not chosen anew.
-func (r *iptablesRouter) command(s State) string {
-	if b := r.plan.Binary; b != "" && b != "iptables" {
-		return b
-	}
-	return s.Command
-}
-
-// check reads everything back.
-func (r *iptablesRouter) check(ctx context.Context, n *node) []error {
-	return slices.Concat(checkGuard(r.plan), checkAddress(r.plan), r.checkChains(ctx, n), checkRoute(r.plan, n.surroundings))
-}
-
-// checkChains reads back the chains that are not known to be as they should be, and remembers in n.good those that are.
-func (r *iptablesRouter) checkChains(ctx context.Context, n *node) (errs []error) {
-	before, right := n.print(), map[string]bool{}
-	for _, six := range n.families() {
-		x := n.four
+// check reads back the chains that are not known to be as they should be, and remembers in good those that are.
+func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
+	before, right := m.print(), map[string]bool{}
+	for _, six := range m.families() {
+		x := m.four
 		if six {
-			x = n.six
+			x = m.six
 		}
-		for _, c := range chainsFor(r.plan, n.surroundings, six) {
+		for _, c := range chainsFor(m.plan, s, six) {
 			key := printKey(c, six)
-			if !n.good.same(before, key) {
+			if !m.good.same(before, key) {
 				found := x.check(ctx, []chain{c})
 				errs = append(errs, found...)
 				right[key] = len(found) == 0
@@ -286,94 +150,45 @@ func (r *iptablesRouter) checkChains(ctx context.Context, n *node) (errs []error
 			}
 		}
 	}
-	now := n.print()
-	n.good = print{generation: now.generation, chains: map[string]string{}}
+	now := m.print()
+	m.good = print{generation: now.generation, chains: map[string]string{}}
 	for key := range right {
 		if right[key] && before.same(now, key) { // else somebody changed it while it was read
-			n.good.chains[key] = now.chains[key]
+			m.good.chains[key] = now.chains[key]
 		}
 	}
 	return errs
 }
 
-func (r *iptablesRouter) Remove(ctx context.Context) error {
-	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	_, state := r.state(Removed)
-	if err := writeState(r.plan.RunDir, state); err != nil {
-		return err
-	}
-	use, other := backends(ctx, r.plan)
+// removeIPTables removes our chains from both backends.
+func removeIPTables(ctx context.Context, p Plan) error {
+	use, other := backends(ctx, p)
 	errs := []error{removeChains(ctx, use)}
 	if other != "" {
 		errs = append(errs, removeChains(ctx, other))
 	}
-	if err := errors.Join(errs...); err != nil {
-		// The guard stays: as long as rules of ours may stand, closed is better than open.
-		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
-	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeAddress(netip.Addr{})))
+	return errors.Join(errs...)
 }
 
-// look finds out what the rules must know of the node.
-func (r *iptablesRouter) look(say bool) (s surroundings, err error) {
-	log := r.plan.Log
-	s.uplinks = slices.Clone(r.plan.Uplinks)
-	if len(s.uplinks) == 0 {
-		devices, err := readDevices()
-		if err != nil {
-			return s, err
+// iptablesText is what iptables-restore gets on a node that has nothing of ours.
+func iptablesText(p Plan, s surroundings, command string) string {
+	var b strings.Builder
+	for _, six := range []bool{true, false} {
+		chains := chainsFor(p, s, six)
+		if chains[0].absent {
+			continue
 		}
-		var remarks []string
-		s.uplinks, remarks = uplinks(devices)
-		for _, remark := range remarks {
-			if say {
-				log.Warn(remark)
+		what, restore := "the way to the emulator", command+"-restore"
+		if six {
+			what, restore = "the guard of the other family", strings.Replace(command, "iptables", "ip6tables", 1)+"-restore"
+		}
+		var present []chain
+		for _, c := range chains {
+			if !c.absent {
+				present = append(present, c)
 			}
 		}
-		if len(s.uplinks) == 0 && say {
-			log.Warn("no uplink found: hosts behind an interface that comes later are kept out only after the next install")
-		}
+		fmt.Fprintf(&b, "\n# %s\n%s --wait --noflush <<'END'\n%sEND\n", what, restore, restoreText(present, nil))
 	}
-	if r.plan.InterceptHostPods == "on" {
-		s.slices = existing(r.hostCgroups)
-		if len(s.slices) == 0 && say {
-			log.Error("pods on the host network are not redirected: none of the host's own cgroups was found, which needs cgroup v2 (R-22)")
-		}
-	}
-	if say {
-		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "spare": strings.Join(r.plan.Spare, " "),
-			"host_pods": interceptsHost(r.plan, s)}).Info("routing: installing")
-	}
-	return s, nil
-}
-
-// state is what the Plan wants from now on.
-func (r *iptablesRouter) state(desired string) (before, now State) {
-	p := r.plan
-	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
-	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
-	}
-	old, err := ReadState(p.RunDir)
-	if err != nil {
-		return State{}, s // it is written anew
-	}
-	s.Installs, s.Repairs = old.Installs, old.Repairs
-	if old.Desired == desired {
-		s.Since = old.Since
-	}
-	return old, s
-}
-
-// readBack writes down what stands, err being what was read, and returns err.
-func (r *iptablesRouter) readBack(s State, err error) error {
-	s.Standing = Standing{Time: time.Now().UTC(), Good: err == nil}
-	if err != nil {
-		s.Standing.Faults = strings.Split(err.Error(), "\n")
-	}
-	return errors.Join(err, writeState(r.plan.RunDir, s))
+	return b.String()
 }

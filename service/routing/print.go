@@ -35,13 +35,13 @@ func (p print) same(now print, key string) bool {
 }
 
 // print takes the chains' print; an empty one, which is like no other, if it cannot be had.
-func (n *node) print() print {
+func (m *iptables) print() print {
 	p := print{chains: map[string]string{}}
 	var err error
-	if n.legacy {
-		err = legacyPrint(n, p.chains)
+	if m.legacy {
+		err = legacyPrint(m, p.chains)
 	} else {
-		p.generation, err = nftPrint(n, p.chains)
+		p.generation, err = nftPrint(m, p.chains)
 	}
 	if err != nil {
 		return print{}
@@ -50,28 +50,28 @@ func (n *node) print() print {
 }
 
 // changed says whether a chain may not be as it was when it was last found to be right.
-func (n *node) changed() bool {
+func (m *iptables) changed() bool {
 	var keys []string
-	for _, six := range n.families() {
+	for _, six := range m.families() {
 		for _, c := range ownChains(six) {
 			keys = append(keys, printKey(c, six))
 		}
 	}
-	if !n.legacy && len(n.good.chains) == len(keys) {
-		if g, err := generation(); err == nil && g == n.good.generation {
+	if !m.legacy && len(m.good.chains) == len(keys) {
+		if g, err := generation(); err == nil && g == m.good.generation {
 			return false
 		}
 	}
-	now := n.print()
-	if slices.ContainsFunc(keys, func(key string) bool { return !n.good.same(now, key) }) {
+	now := m.print()
+	if slices.ContainsFunc(keys, func(key string) bool { return !m.good.same(now, key) }) {
 		return true
 	}
-	n.good = now
+	m.good = now
 	return false
 }
 
-func (n *node) families() []bool {
-	if n.six == nil {
+func (m *iptables) families() []bool {
+	if m.six == nil {
 		return []bool{false}
 	}
 	return []bool{false, true}
@@ -98,12 +98,12 @@ func generation() (uint32, error) {
 	return binary.BigEndian.Uint32(id), nil
 }
 
-func nftPrint(n *node, chains map[string]string) (uint32, error) {
+func nftPrint(m *iptables, chains map[string]string) (uint32, error) {
 	g, err := generation()
 	if err != nil {
 		return 0, err
 	}
-	for _, six := range n.families() {
+	for _, six := range m.families() {
 		for _, c := range ownChains(six) {
 			if chains[printKey(c, six)], err = nftHandles(c, six); err != nil {
 				return 0, err
@@ -185,8 +185,8 @@ type tableInfo struct {
 }
 
 // legacyPrint asks only for tables that are there: asking for another one would make it.
-func legacyPrint(n *node, chains map[string]string) error {
-	for _, six := range n.families() {
+func legacyPrint(m *iptables, chains map[string]string) error {
+	for _, six := range m.families() {
 		domain, level := unix.AF_INET, unix.SOL_IP
 		if six {
 			domain, level = unix.AF_INET6, unix.SOL_IPV6

@@ -61,10 +61,10 @@ func (w *watcher) round(ctx context.Context) {
 		return
 	}
 	start := time.Now()
-	r := &repair{of: w.wish, causes: map[string]string{}, node: w.node, chains: w.unread}
+	r := &repair{of: w.wish, causes: map[string]string{}, node: w.node, mode: w.unread}
 	for _, layer := range layers(errs) {
 		r.causes[layer] = why.behind(layer)
-		r.chains = r.chains || layer == layerIPTables || layer == layerIP6Tables
+		r.mode = r.mode || !slices.Contains(sharedLayers, layer)
 	}
 	w.node, err = w.router.install(ctx, r)
 	switch {
@@ -125,28 +125,30 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	if p.Closed {
 		return errs, nil
 	}
-	chains := all || w.unread
+	read := all || w.unread
 	if all || why&causeKernel&^causeRule != 0 {
 		errs = append(errs, checkAddress(p)...)
 		if w.node != nil {
-			if err := w.router.lookAgain(w.node); err != nil {
+			changed, err := w.router.lookAgain(w.node)
+			if err != nil {
 				return errs, err
 			}
-			chains = chains || len(w.node.good.chains) == 0
+			read = read || changed
 		}
 	}
 	if w.node == nil {
-		chains = true
+		read = true
 	} else if all || why&causeKernel&^causeRule != 0 {
 		errs = append(errs, checkRoute(p, w.node.surroundings)...)
 	}
-	if !chains && why&(causeNFTables|causeXTables) != 0 {
-		chains = w.node.changed()
+	if !read {
+		cause, _ := w.node.wakes()
+		read = why&cause != 0 && w.node.changed()
 	}
-	if !chains {
+	if !read {
 		return errs, nil
 	}
-	w.unread = true // until they were read
+	w.unread = true // until it was read
 	if !w.checks.Allow() {
 		if len(errs) > 0 {
 			return errs, nil // to install is to read
@@ -157,19 +159,19 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		w.read()
 	}
 	if w.node != nil && why&causeEverything != 0 {
-		w.node.good = print{} // for once it is not believed
+		w.node.forget() // for once what was found right is not believed
 	}
 	if w.node == nil {
-		n, err := w.router.open(ctx, w.router.command(state), false)
+		n, err := w.router.open(ctx, state.Command, false)
 		if err != nil {
 			return errs, err
 		}
-		if w.node = n; n.legacy {
-			w.Log.WithField("every", pollLegacy.String()).Info("routing: legacy iptables tells nobody of a change, so its tables are asked whether they have one; what that does not show waits for the next sweep")
+		if w.node = n; n.silent() != "" {
+			w.Log.WithField("every", pollSilent.String()).Info("routing: " + n.silent() + " tells nobody of a change, so it is asked whether there is one; what that does not show waits for the next sweep")
 		}
 		errs = append(errs, checkRoute(p, n.surroundings)...)
 	}
-	errs = append(errs, w.router.checkChains(ctx, w.node)...)
+	errs = append(errs, w.node.check(ctx, w.node.surroundings)...)
 	w.unread = false
 	return errs, nil
 }
@@ -182,11 +184,9 @@ func (w *watcher) follow(state State) error {
 		return err
 	}
 	p.RunDir, p.Log = w.RunDir, w.Log
-	r, err := New(p)
-	if err != nil {
+	if w.router, err = newRouter(p); err != nil {
 		return err
 	}
-	w.router = r.(*iptablesRouter)
 	if p.Listen.IsValid() {
 		w.listen.Store(p.Listen.Addr())
 	}

@@ -77,12 +77,14 @@ func DefaultGuard() []netip.AddrPort {
 }
 
 // New returns the Router for the Plan. It refuses a Plan that cannot be carried out, naming all that is wrong with it.
-func New(p Plan) (Router, error) {
+func New(p Plan) (Router, error) { return newRouter(p) }
+
+func newRouter(p Plan) (*router, error) {
 	p, err := p.checked()
 	if err != nil {
 		return nil, err
 	}
-	return &iptablesRouter{plan: p, hostCgroups: hostCgroups()}, nil
+	return &router{plan: p, hostCgroups: hostCgroups()}, nil
 }
 
 // checked returns the Plan with its defaults filled in.
@@ -113,10 +115,10 @@ func (p Plan) checked() (Plan, error) {
 	if p.Closed {
 		return p, errors.Join(errs...)
 	}
-	if p.Mode != ModeIPTables {
-		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, ModeIPTables)
+	if !slices.Contains(modes, p.Mode) {
+		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, strings.Join(modes, ", "))
 	}
-	errs = append(errs, checkListen(p.Listen))
+	errs = append(errs, checkListen(p.Mode, p.Listen))
 	switch p.InterceptHostPods {
 	case "", "auto", "on", "off":
 	default:
@@ -138,14 +140,14 @@ func (p Plan) checked() (Plan, error) {
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
 
-func checkListen(l netip.AddrPort) error {
+func checkListen(mode string, l netip.AddrPort) error {
 	const remedy = "; the usual choice is 169.254.169.252:988"
 	a := l.Addr()
 	switch {
 	case !l.IsValid() || l.Port() == 0:
 		return fmt.Errorf("listen %s: an address and a port are needed%s", l, remedy)
 	case !a.Is4():
-		return fmt.Errorf("listen %s: mode %s redirects to an IPv4 address%s", l, ModeIPTables, remedy)
+		return fmt.Errorf("listen %s: mode %s redirects to an IPv4 address%s", l, mode, remedy)
 	case a.IsUnspecified():
 		return fmt.Errorf("listen %s: rules cannot redirect to every address, nor guard every address of the node%s", l, remedy)
 	case a.IsLoopback():

@@ -240,7 +240,7 @@ func TestHostPods(t *testing.T) {
 			return string(out)
 		}
 		b.plan.InterceptHostPods = "on"
-		r := b.router(b.plan).(*iptablesRouter)
+		r := b.router(b.plan).(*router)
 		r.hostCgroups = []string{slice, filepath.Join(own, "user.slice")} // the second does not exist
 		do := func(f func(context.Context) error) {
 			t.Helper()

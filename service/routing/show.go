@@ -6,20 +6,22 @@ import (
 	"strings"
 )
 
-// Show returns what Install puts on a node that has nothing of it yet, as shell commands: the same text that iptables-restore gets.
+// Show returns what Install puts on a node that has nothing of it yet, as shell commands.
 func Show(ctx context.Context, p Plan) (string, error) {
 	p, err := p.checked()
 	if err != nil {
 		return "", err
 	}
-	r := &iptablesRouter{plan: p, hostCgroups: hostCgroups()}
 	var s surroundings
 	if !p.Closed {
-		if s, err = r.look(false); err != nil {
+		if s, err = (&router{plan: p, hostCgroups: hostCgroups()}).look(false); err != nil {
 			return "", err
 		}
 	}
-	command, _ := backends(ctx, p)
+	command := ""
+	if p.Mode == ModeIPTables {
+		command, _ = backends(ctx, p)
+	}
 	return text(p, s, command), nil
 }
 
@@ -41,23 +43,7 @@ func text(p Plan, s surroundings, command string) string {
 	if p.Closed {
 		return b.String()
 	}
-	for _, six := range []bool{true, false} {
-		chains := chainsFor(p, s, six)
-		if chains[0].absent {
-			continue
-		}
-		what, restore := "the way to the emulator", command+"-restore"
-		if six {
-			what, restore = "the guard of the other family", strings.Replace(command, "iptables", "ip6tables", 1)+"-restore"
-		}
-		var present []chain
-		for _, c := range chains {
-			if !c.absent {
-				present = append(present, c)
-			}
-		}
-		fmt.Fprintf(&b, "\n# %s\n%s --wait --noflush <<'END'\n%sEND\n", what, restore, restoreText(present, nil))
-	}
+	b.WriteString(modeText(p, s, command))
 	if interceptsHost(p, s) {
 		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
 			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))

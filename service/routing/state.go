@@ -59,11 +59,11 @@ type repair struct {
 	of     State             // what was desired when it was found
 	causes map[string]string // why somebody looked, by the layer in which something was found
 	node   *node             // where it was found; may be nil
-	chains bool              // the chains may be among it
+	mode   bool              // the mode's part may be among it
 }
 
-// light says whether the chains are known to be as they should be.
-func (r *repair) light() bool { return r != nil && r.node != nil && !r.chains }
+// light says whether the mode's part is known to be as it should be.
+func (r *repair) light() bool { return r != nil && r.node != nil && !r.mode }
 
 func (s *State) count(r *repair) {
 	if r == nil || len(r.causes) == 0 {

@@ -17,16 +17,16 @@ import (
 const (
 	// sweepEvery is how often all is read for no reason, ± a sixth, so that the nodes of a cluster do not do it at once.
 	sweepEvery = 30 * time.Second
-	// pollLegacy is how often the legacy tables, which tell nobody, are asked whether they changed: 5 µs.
-	pollLegacy = 50 * time.Millisecond
-	// burst and refill bound what others can make us do: repairs and, apart from them, runs of iptables to read the rules.
+	// pollSilent is how often what tells nobody of a change is asked whether it has one: legacy tables take 5 µs to say.
+	pollSilent = 50 * time.Millisecond
+	// burst and refill bound what others can make us do: repairs and, apart from them, reading the mode's part.
 	burst, refill = 5, time.Second
 	// patienceAfterFailure is how long a repair that failed is left alone at most, unless something happens.
 	patienceAfterFailure = 30 * time.Second
 )
 
 // Watch keeps standing what was installed last. It looks when the kernel tells of a change, and besides now and then; it looks only at what
-// the change can have touched, and runs iptables only if our chains, or those that jump to them, are other than they were.
+// the change can have touched, and reads the mode's part only if its rules, or those that lead to them, are other than they were.
 //
 // It obeys the desired state: what was removed stays removed, a closed guard stays closed, and what another process installs is what
 // it keeps from then on. Only if nobody installed or removed anything since the node booted does it install what the
@@ -43,7 +43,7 @@ type Watch struct {
 	// Tests have others.
 	sweep time.Duration // sweepEvery
 	burst int           // burst
-	read  func()        // called when iptables is run to read the chains
+	read  func()        // called when the mode's part is read
 }
 
 // watcher is a Watch that runs.
@@ -60,10 +60,10 @@ type watcher struct {
 	failures  int
 
 	base   Plan // the configuration's, for what the state does not tell
-	router *iptablesRouter
+	router *router
 	wish   State // what the router's Plan was made of
 	node   *node // what the router knows of its surroundings; nil: open it anew
-	unread bool  // the chains have to be read, whatever their print says
+	unread bool  // the mode's part has to be read, whether or not it says that it changed
 	bad    bool  // the last verdict
 	told   string
 	failed string // the last failure that was logged
@@ -121,8 +121,9 @@ func (o Watch) Run(ctx context.Context) (err error) {
 				w.retry, w.unread = time.Time{}, true
 				w.pending |= causeRetry
 			}
-			if w.legacy() && w.node.changed() {
-				w.pending |= causeXTables
+			if w.node.silent() != "" && w.node.changed() {
+				cause, _ := w.node.wakes()
+				w.pending |= cause
 			}
 		}
 	}
@@ -137,13 +138,11 @@ func (w *watcher) wake(sweep time.Time) time.Time {
 	if w.pending != 0 && w.notBefore.Before(next) {
 		next = w.notBefore
 	}
-	if poll := time.Now().Add(pollLegacy); w.legacy() && poll.Before(next) {
+	if poll := time.Now().Add(pollSilent); w.node.silent() != "" && poll.Before(next) {
 		next = poll
 	}
 	return next
 }
-
-func (w *watcher) legacy() bool { return w.node != nil && w.node.legacy }
 
 // begin installs what the configuration says if nobody has desired anything yet: the rules are there before any interface is up.
 func (w *watcher) begin(ctx context.Context) {
@@ -175,11 +174,10 @@ func (w *watcher) reload(ctx context.Context) {
 // apply installs the Plan unless it stands already or something else than before is desired by now.
 func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 	p.RunDir, p.Log = w.RunDir, w.Log
-	router, err := New(p)
+	r, err := newRouter(p)
 	if err != nil {
 		return err
 	}
-	r := router.(*iptablesRouter)
 	if _, now := r.state(Installed); before.wants(now) {
 		return nil
 	}

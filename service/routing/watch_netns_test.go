@@ -63,7 +63,7 @@ func (b *bed) watchWith(w Watch, load Plan) *running {
 
 // stands is a check without the lock: one that is asked for again and again would keep the watcher out.
 func (b *bed) stands(p Plan) bool {
-	r := b.router(p).(*iptablesRouter)
+	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
 		if p.Closed {
 			return errors.Join(checkGuard(r.plan)...)

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/coreos/go-iptables/iptables"
+	goiptables "github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
 )
 
@@ -24,19 +24,19 @@ const (
 
 // xtables runs one backend's commands for one family: restore to apply, go-iptables to list, test and delete.
 type xtables struct {
-	*iptables.IPTables
+	*goiptables.IPTables
 	command string // such as iptables-nft
 	six     bool
 }
 
 // openXtables finds the command, or returns an error that wraps exec.ErrNotFound.
 func openXtables(command string, six bool) (*xtables, error) {
-	proto := iptables.ProtocolIPv4
+	proto := goiptables.ProtocolIPv4
 	if six {
 		dir, name := filepath.Split(command)
-		command, proto = dir+strings.Replace(name, "iptables", "ip6tables", 1), iptables.ProtocolIPv6
+		command, proto = dir+strings.Replace(name, "iptables", "ip6tables", 1), goiptables.ProtocolIPv6
 	}
-	ipt, err := iptables.New(iptables.Path(command), iptables.IPFamily(proto), iptables.Timeout(lockSeconds))
+	ipt, err := goiptables.New(goiptables.Path(command), goiptables.IPFamily(proto), goiptables.Timeout(lockSeconds))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", command, err)
 	}
@@ -115,7 +115,7 @@ var errRefused = errors.New("the kernel refuses the rule")
 
 // exitStatus is that of the iptables command behind err, -1 if there is none.
 func exitStatus(err error) int {
-	var lib *iptables.Error
+	var lib *goiptables.Error
 	if errors.As(err, &lib) {
 		return lib.ExitStatus()
 	}

@@ -1,0 +1,75 @@
+package routing
+
+import (
+	"context"
+	"fmt"
+)
+
+// mode is what one way of bringing requests to the emulator has that the others have not: a firewall's rules, or programs, or nothing.
+// A value belongs to one node and remembers what it found to be right there, so that the next look is cheap. All else is written once,
+// in router: the desired state and its lock, the guard, addresses and routes, uplinks, reading back, counting.
+type mode interface {
+	// command is the program by which the kernel is changed, for State; "" where there is none.
+	command() string
+	// wakes is the cause after which changed is asked. Where the kernel tells nobody of a change, silent says what tells nothing:
+	// then changed is asked every pollSilent, and wakes is told as the cause when it said yes.
+	wakes() (c causes, silent string)
+	// changed says whether anything of the mode's may be other than check found it when it was right. It takes microseconds.
+	changed() bool
+	// survey looks at all that put depends on, and changes nothing. It refuses what belongs to somebody else (ErrForeign), and
+	// returns the layers in which something without which no request arrives is not there: somebody flushed it, or it never was.
+	survey(ctx context.Context, s surroundings) (flushed []string, err error)
+	// put makes the mode's part of the Plan stand, closed things before open ones. A survey came before it.
+	put(ctx context.Context, s surroundings) error
+	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error for what cannot be read.
+	check(ctx context.Context, s surroundings) []error
+	// forget has the next survey and check read everything, whatever was found to be right before.
+	forget()
+}
+
+// modes are those that there is a Router for, each of which can have left something in the kernel.
+var modes = []string{ModeIPTables}
+
+// openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
+// is to be chosen anew.
+func openMode(ctx context.Context, p Plan, command string) (mode, error) {
+	switch p.Mode {
+	case ModeIPTables:
+		return openIPTables(ctx, p, command)
+	}
+	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
+}
+
+// removeMode takes away all that any Install of the mode can have put into the kernel beside what all modes share. It needs no memory of
+// the Install, and p is any Plan.
+func removeMode(ctx context.Context, name string, p Plan) error {
+	switch name {
+	case ModeIPTables:
+		return removeIPTables(ctx, p)
+	}
+	return nil
+}
+
+// modeText is what put does on a node that has nothing of it yet, as shell commands.
+func modeText(p Plan, s surroundings, command string) string {
+	switch p.Mode {
+	case ModeIPTables:
+		return iptablesText(p, s, command)
+	}
+	return ""
+}
+
+// node is where a Plan stands, as far as it is known.
+type node struct {
+	surroundings
+	mode
+}
+
+// silent says what of the mode tells nobody when it changes, "" if the kernel does.
+func (n *node) silent() string {
+	if n == nil {
+		return ""
+	}
+	_, silent := n.wakes()
+	return silent
+}

@@ -1,0 +1,278 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// router is the one Router there is: what all modes share, around the mode of its Plan.
+type router struct {
+	plan        Plan
+	hostCgroups []string
+}
+
+func (r *router) Install(ctx context.Context) error {
+	_, err := r.install(ctx, nil)
+	return err
+}
+
+// install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile something else is desired than what was
+// found to be missing, and the node that it returns knows what to compare with.
+func (r *router) install(ctx context.Context, why *repair) (n *node, err error) {
+	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
+	if err != nil {
+		if why == nil { // without the lock the watcher cannot know what is desired
+			err = errors.Join(err, addGuard(r.plan)) // closed, whatever else is not to be had
+		}
+		return nil, err
+	}
+	defer unlock()
+	before, state := r.state(Installed)
+	if why != nil && before.Desired != "" && !before.wants(why.of) {
+		return nil, errOutdated
+	}
+	if !r.plan.Closed {
+		if why.light() {
+			return why.node, r.repairLight(why, state)
+		}
+		var flushed []string
+		if n, flushed, err = r.survey(ctx, why); errors.Is(err, ErrForeign) {
+			return n, err // nothing was changed, and nothing is
+		}
+		if n.mode != nil {
+			state.Command = n.command()
+		}
+		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
+			why = &repair{causes: map[string]string{}}
+			for _, layer := range flushed {
+				why.causes[layer] = "install"
+			}
+		}
+	}
+	state.count(why)
+	state.Installs++
+	// The state first: whoever repairs must not take what follows for a flush, nor undo it.
+	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
+		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
+		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
+		if err = errors.Join(err, addGuard(r.plan)); err == nil {
+			err = errors.Join(checkGuard(r.plan)...)
+		}
+		return n, r.readBack(state, err)
+	}
+	if err := r.put(ctx, n); err != nil {
+		return n, r.readBack(state, err)
+	}
+	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
+		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
+		for _, other := range modes {
+			if other == r.plan.Mode {
+				continue
+			}
+			if err := removeMode(ctx, other, r.plan); err != nil {
+				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", other, err))
+			}
+		}
+	}
+	return n, r.readBack(state, errors.Join(r.check(ctx, n)...))
+}
+
+// open looks around without asking for rules.
+func (r *router) open(ctx context.Context, command string, say bool) (n *node, err error) {
+	n = &node{}
+	if n.surroundings, err = r.look(say); err != nil {
+		return n, err
+	}
+	m, err := openMode(ctx, r.plan, command)
+	if err == nil {
+		n.mode = m
+	}
+	return n, err
+}
+
+// survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
+func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []string, err error) {
+	if why != nil && why.node != nil {
+		n = why.node // nothing is opened anew: some ten processes less
+		_, err = r.lookAgain(n)
+	} else {
+		n, err = r.open(ctx, "", why == nil)
+	}
+	if err != nil {
+		return n, nil, err
+	}
+	var foreign error
+	if flushed, err = n.survey(ctx, n.surroundings); errors.Is(err, ErrForeign) {
+		foreign = err
+	} else if err != nil {
+		return n, nil, err
+	}
+	listen := r.plan.Listen
+	l, err := readAddress(listen.Addr())
+	if err != nil {
+		return n, nil, err
+	}
+	if l.local || l.wants(listen.Addr()) {
+		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
+			foreign = errors.Join(foreign, foreignListener(listen))
+		}
+	} else if why == nil {
+		r.plan.Log.WithField("listen", listen).Info("the listen address is not this node's own: requests are forwarded there")
+	}
+	return n, flushed, foreign
+}
+
+// lookAgain notices what has changed around the rules since they were read: then they all have to be read anew.
+func (r *router) lookAgain(n *node) (changed bool, err error) {
+	now, err := r.look(false)
+	if err == nil && !now.equal(n.surroundings) {
+		n.surroundings, changed = now, true
+		n.forget()
+	}
+	return changed, err
+}
+
+// put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
+func (r *router) put(ctx context.Context, n *node) error {
+	if err := r.putClosed(); err != nil {
+		return err
+	}
+	if err := n.put(ctx, n.surroundings); err != nil {
+		return err
+	}
+	return installRoute(r.plan, n.surroundings)
+}
+
+func (r *router) putClosed() error {
+	if err := installAddress(r.plan.Listen.Addr()); err != nil {
+		return err
+	}
+	return installGuard(r.plan)
+}
+
+// repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
+func (r *router) repairLight(why *repair, state State) error {
+	state.count(why)
+	state.Installs++
+	err := r.putClosed()
+	if err == nil {
+		err = installRoute(r.plan, why.node.surroundings)
+	}
+	if err == nil {
+		err = errors.Join(slices.Concat(checkGuard(r.plan), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
+	}
+	return r.readBack(state, err)
+}
+
+func (r *router) Check(ctx context.Context) error {
+	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_SH)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if r.plan.Closed {
+		return errors.Join(checkGuard(r.plan)...)
+	}
+	state, err := ReadState(r.plan.RunDir)
+	if err != nil {
+		return err
+	}
+	n, err := r.open(ctx, state.Command, false)
+	if err != nil {
+		return errors.Join(append(checkGuard(r.plan), err)...)
+	}
+	return errors.Join(r.check(ctx, n)...)
+}
+
+// check reads everything back.
+func (r *router) check(ctx context.Context, n *node) []error {
+	return slices.Concat(checkGuard(r.plan), checkAddress(r.plan), n.check(ctx, n.surroundings), checkRoute(r.plan, n.surroundings))
+}
+
+func (r *router) Remove(ctx context.Context) error {
+	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	_, state := r.state(Removed)
+	if err := writeState(r.plan.RunDir, state); err != nil {
+		return err
+	}
+	var errs []error
+	for _, name := range modes {
+		errs = append(errs, removeMode(ctx, name, r.plan))
+	}
+	if err := errors.Join(errs...); err != nil {
+		// The guard stays: as long as rules of ours may stand, closed is better than open.
+		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
+	}
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeAddress(netip.Addr{})))
+}
+
+// look finds out what the rules must know of the node.
+func (r *router) look(say bool) (s surroundings, err error) {
+	log := r.plan.Log
+	s.uplinks = slices.Clone(r.plan.Uplinks)
+	if len(s.uplinks) == 0 {
+		devices, err := readDevices()
+		if err != nil {
+			return s, err
+		}
+		var remarks []string
+		s.uplinks, remarks = uplinks(devices)
+		for _, remark := range remarks {
+			if say {
+				log.Warn(remark)
+			}
+		}
+		if len(s.uplinks) == 0 && say {
+			log.Warn("no uplink found: hosts behind an interface that comes later are kept out only after the next install")
+		}
+	}
+	if r.plan.InterceptHostPods == "on" {
+		s.slices = existing(r.hostCgroups)
+		if len(s.slices) == 0 && say {
+			log.Error("pods on the host network are not redirected: none of the host's own cgroups was found, which needs cgroup v2 (R-22)")
+		}
+	}
+	if say {
+		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "spare": strings.Join(r.plan.Spare, " "),
+			"host_pods": interceptsHost(r.plan, s)}).Info("routing: installing")
+	}
+	return s, nil
+}
+
+// state is what the Plan wants from now on.
+func (r *router) state(desired string) (before, now State) {
+	p := r.plan
+	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
+	if !p.Closed && p.Listen.IsValid() {
+		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+	}
+	old, err := ReadState(p.RunDir)
+	if err != nil {
+		return State{}, s // it is written anew
+	}
+	s.Installs, s.Repairs = old.Installs, old.Repairs
+	if old.Desired == desired {
+		s.Since = old.Since
+	}
+	return old, s
+}
+
+// readBack writes down what stands, err being what was read, and returns err.
+func (r *router) readBack(s State, err error) error {
+	s.Standing = Standing{Time: time.Now().UTC(), Good: err == nil}
+	if err != nil {
+		s.Standing.Faults = strings.Split(err.Error(), "\n")
+	}
+	return errors.Join(err, writeState(r.plan.RunDir, s))
+}
