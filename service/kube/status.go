@@ -49,7 +49,7 @@ func (c *Cluster) Status() Status {
 		s.LastContact = moment(time.Now())
 	}
 	if m := c.mismatch.Load(); m != nil {
-		s.NodeNameProblem = fmt.Sprintf("nodeName is %q, but the credential is node %q's", m.configured, m.credential)
+		s.NodeNameProblem = m.String()
 	}
 	c.accounts.mu.Lock()
 	for _, p := range x.pods {
@@ -73,6 +73,10 @@ func (c *Cluster) Status() Status {
 		return cmp.Or(cmp.Compare(a.Resource, b.Resource), cmp.Compare(a.Verb, b.Verb))
 	})
 	return s
+}
+
+func (m *nameMismatch) String() string {
+	return fmt.Sprintf("nodeName is %q, but the credential is node %q's", m.configured, m.credential)
 }
 
 // moment is nil for a time that never was.
