@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -178,4 +180,42 @@ func (s *Service) serveInternal(ctx context.Context, l net.Listener, h http.Hand
 		return nil
 	})
 	return g.Wait()
+}
+
+// ErrNotRunning is wrapped by FetchStatus where there is no service to ask.
+var ErrNotRunning = errors.New("the service is not running")
+
+// FetchStatus asks the running service over its Unix socket for its Status, as JSON.
+func FetchStatus(ctx context.Context, socket string) ([]byte, error) {
+	const most = 64 << 20 // thousands of pods and their tokens' ages
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://service/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("%w: there is no %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
+	case err != nil:
+		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, most))
+	if err != nil {
+		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("asking the service at %s: %s", socket, resp.Status)
+	}
+	return text, nil
 }

@@ -98,6 +98,9 @@ func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
 		return a, ""
 	}
 	a.Pod, a.ServiceAccount = p.caller.PodName, p.caller.ServiceAccount
+	if c.audience == "" {
+		return a, "" // a token for the API server itself is nobody's business
+	}
 	jwt, a.Mint = c.request(ctx, k, a.ServiceAccount, p)
 	return a, jwt
 }

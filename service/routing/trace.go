@@ -108,7 +108,7 @@ type traced struct {
 }
 
 func parseTrace(message []byte) (e traced) {
-	e.family = map[uint8]string{unix.NFPROTO_IPV4: "ip", unix.NFPROTO_INET: "inet", unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev"}[message[0]]
+	e.family = nftFamily(message)
 	e.table = unix.ByteSliceToString(attribute(message, unix.NFTA_TRACE_TABLE))
 	e.chain = unix.ByteSliceToString(attribute(message, unix.NFTA_TRACE_CHAIN))
 	e.packet = be32(attribute(message, unix.NFTA_TRACE_ID))
@@ -128,6 +128,12 @@ func parseTrace(message []byte) (e traced) {
 		e.dropped = len(v) == 4 && be32(v) == 0
 	}
 	return e
+}
+
+// nftFamily is the word for the family that a message is about.
+func nftFamily(message []byte) string {
+	return map[uint8]string{unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6", unix.NFPROTO_INET: "inet", unix.NFPROTO_ARP: "arp",
+		unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev"}[message[0]]
 }
 
 // nftaVerdictCode is NFTA_VERDICT_CODE.

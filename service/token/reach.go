@@ -2,6 +2,7 @@ package token
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/url"
@@ -39,6 +40,10 @@ func (g *Google) reach(ctx context.Context, at string) Reached {
 	}
 	res, err := g.client.Do(req)
 	if err != nil {
+		var asked *url.Error
+		if errors.As(err, &asked) {
+			err = asked.Err // the URL is told already
+		}
 		r.Err = &cleaned{err, clean(err.Error())}
 		return r
 	}
