@@ -121,6 +121,9 @@ func rulesCheck(p *patient) Finding {
 	case len(faults) > 0:
 		return fail(installRules, "missing or wrong: %s", some(faults))
 	}
+	if p.state.Reason != "" {
+		mode += fmt.Sprintf(" (auto: %s)", p.state.Reason)
+	}
 	return good("mode %s to %s: all stand", mode, p.state.Listen)
 }
 
@@ -211,23 +214,30 @@ func networkCheck(p *patient) Finding {
 		mode = p.state.Mode
 	}
 	spoofed := p.status != nil && p.status.Evidence == "source-ip" && facts.Bridged
+	remedy := "routing.mode: " + fits
+	switch {
+	case !routing.Supported(fits):
+		remedy = "this version has no mode " + fits + ": the network has to be set up otherwise"
+	case p.config.Routing.Mode == routing.ModeAuto:
+		remedy = installRules + ": it takes over what fits now"
+	}
 	switch {
 	case p.plan.Closed || p.plan.Mode == routing.ModeNone && fits != routing.ModeNone:
 		return good("mode %s would fit: %s", fits, reason)
 	case fits == mode && spoofed:
 		return warn("see SECURITY.md", "%s; on a bridge a pod can speak with another's address, and the address is all the evidence", reason)
-	case fits == mode, fits == routing.ModeIPTables: // what iptables sees every other mode sees too
+	case fits == mode:
 		return good("%s", reason)
-	case fits == routing.ModeNone && mode != routing.ModeNone:
-		return fail("routing.mode: none, or remove the package from this node", "%s", reason)
-	case facts.CalicoBPF && mode == routing.ModeIPTables:
-		return warn("have Calico's bpfExcludeCIDRsFromNAT hold 169.254.169.254/32, or use routing.mode: "+fits, "%s", reason)
-	case facts.Cilium && facts.CiliumHost == nil && mode == routing.ModeIPTables:
-		return warn("see the traffic below; bpf.hostLegacyRouting=true of Cilium makes sure, or routing.mode: "+fits, "%s", reason)
-	case mode == routing.ModeIPTables || mode == routing.ModeNFTables && !strings.Contains(reason, "no iptables"):
-		return fail("routing.mode: "+fits, "mode %s does not fit: %s", mode, reason)
+	case fits == routing.ModeNone:
+		return fail(remedy+", or remove the package from this node", "%s", reason)
+	case fits == routing.ModeIPTables, mode != routing.ModeIPTables && mode != routing.ModeNFTables:
+		return good("mode %s; %s would do: %s", mode, fits, reason) // what iptables sees the others see too, and loopback and ebpf need no netfilter
+	case facts.CalicoBPF:
+		return warn("have Calico's bpfExcludeCIDRsFromNAT hold 169.254.169.254/32, or "+remedy, "%s", reason)
+	case facts.Cilium && facts.CiliumHost == nil:
+		return warn("see traffic below; Cilium's bpf.hostLegacyRouting=true makes sure, or "+remedy, "%s", reason)
 	}
-	return good("%s", reason)
+	return fail(remedy, "mode %s does not fit: %s", mode, reason)
 }
 
 // cloudCheck: a metadata server behind us, which only the guard and the rules keep pods from.

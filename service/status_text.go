@@ -71,6 +71,9 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 		line("rules", "the closed guard alone, since the configuration was broken")
 	default:
 		line("rules", "mode %s to %s, installed %s ago", r.Mode, r.Listen, age(now, r.Since))
+		if r.Reason != "" {
+			line("", "auto: %s", r.Reason)
+		}
 	}
 	verdict := "all stand"
 	if r.Desired == routing.Removed {

@@ -35,7 +35,7 @@ One token of one pod of this node is requested and exchanged at Google, and thro
 		}
 		r := service.Doctor(cmd.Context(), service.DoctorOptions{
 			Load: load, File: configFile(cmd), RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
-			Plan: func(c config.Config, err error) routing.Plan { return planOf(c, err != nil) },
+			Plan: func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).AsInstalled(cmd.Context()) },
 		})
 		var err error
 		if output == "json" {

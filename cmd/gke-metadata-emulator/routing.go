@@ -34,7 +34,10 @@ server: that is said on standard error and is no failure.`,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard goes up")
+		p := plan(cmd, load, "only the guard goes up").Fitted(cmd.Context())
+		if p.Reason != "" {
+			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
+		}
 		if p.Mode == routing.ModeNone && !p.Closed {
 			return withRouter(cmd, anyMode(p), routing.Router.Remove) // of the mode before
 		}
@@ -55,7 +58,7 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	cmd.Flags().DurationVar(&wait, "wait", 0, "ask again until all stands, for this long at most (30s in front of kubelet)")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard is checked")
+		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
 		if p.Mode == routing.ModeNone && !p.Closed {
 			return nil
 		}
@@ -139,9 +142,12 @@ func routingShowCommand() *cobra.Command {
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard would go up")
+		p := plan(cmd, load, "only the guard would go up").Fitted(cmd.Context())
 		if p.Mode == routing.ModeNone && !p.Closed {
 			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
+			if p.Reason != "" {
+				fmt.Fprintln(cmd.OutOrStdout(), "# auto:", p.Reason)
+			}
 			return nil
 		}
 		text, err := routing.Show(cmd.Context(), p)
@@ -171,7 +177,7 @@ the guard alone. SIGHUP reads the configuration anew; one that does not load cha
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
 		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(), Stderr: cmd.ErrOrStderr()},
-			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil) })
+			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).Fitted(ctx) })
 	}
 	return cmd
 }

@@ -55,8 +55,8 @@ var keys = []Key{
 		Usage: "address and port of /healthz, /readyz and /metrics",
 		field: func(r *raw) any { return &r.HealthListen }},
 
-	{Path: "routing.mode", Default: "iptables", Values: []string{"iptables", "none"},
-		Usage: "how pods' requests are brought to the listen address",
+	{Path: "routing.mode", Default: "iptables", Values: []string{"auto", "iptables", "none"},
+		Usage: "how pods' requests are brought to the listen address; auto picks what fits the node, and says why in the log and in status",
 		field: func(r *raw) any { return &r.Routing.Mode }},
 	{Path: "routing.uplinks", check: interfacePattern,
 		Usage: "interfaces that lead off the node, where a + at the end stands for any ending; default: found out",
