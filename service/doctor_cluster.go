@@ -129,18 +129,27 @@ func tokenRequestCheck(p *patient) Finding {
 	return good("a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod, p.config.TokenAudience)
 }
 
-func stsCheck(p *patient) Finding { return reached(p.sts, "google.stsURL") }
+func stsCheck(p *patient) Finding { return p.believeService(reached(p.sts, "google.stsURL")) }
 
-func iamCheck(p *patient) Finding { return reached(p.iam, "google.iamCredentialsURL") }
+func iamCheck(p *patient) Finding { return p.believeService(reached(p.iam, "google.iamCredentialsURL")) }
+
+// believeService takes a failure to reach Google for doctor's own where the service, which has the environment of its unit, goes another way.
+func (p *patient) believeService(f Finding) Finding {
+	if f.Verdict != Fail || p.status == nil || p.status.State != "serving" || p.status.Proxy == p.sts.Proxy {
+		return f
+	}
+	way := "without a proxy"
+	if p.status.Proxy != "" {
+		way = "by proxy " + p.status.Proxy
+	}
+	return warn("run doctor with the HTTPS_PROXY of the service's unit, and see tokens below", "the service goes there %s; doctor itself fails: %s", way, f.Finding)
+}
 
 // reached judges whether one of Google's services is there.
 func reached(r token.Reached, key string) Finding {
 	by := "without a proxy"
 	if r.Proxy != "" {
 		by = "by proxy " + r.Proxy
-	}
-	if r.Err != nil || r.Proxy != "" {
-		by += " (of doctor's own environment; the service has its unit's)"
 	}
 	var authority x509.UnknownAuthorityError
 	var host x509.HostnameError
@@ -176,7 +185,7 @@ func exchangeCheck(p *patient) Finding {
 	case errors.As(err, &e) && e.Step == "IAM" && !e.Temporary():
 		return warn("this concerns one ServiceAccount; the node itself is well", "STS takes the token of %s for %s; %v", sa, provider, err)
 	default:
-		return fail("see sts and iam", "%v", err)
+		return p.believeService(fail("see sts and iam", "%v", err))
 	}
 }
 

@@ -231,6 +231,15 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"sts", func(p *patient) { p.sts.Err = x509.UnknownAuthorityError{} }, Fail, "unknown authority", "google.caFile"},
 		{"sts", func(p *patient) { p.sts.Err = x509.CertificateInvalidError{Reason: x509.Expired} }, Fail, "expired", "clock"},
 		{"sts", func(p *patient) { p.sts.Proxy = "http://proxy:3128" }, OK, "by proxy http://proxy:3128", ""},
+		{"sts", func(p *patient) {
+			p.sts.Err, p.status.Proxy = errors.New("no such host"), "http://proxy:3128"
+		}, Warn, "the service goes there by proxy http://proxy:3128; doctor itself fails: ", "HTTPS_PROXY of the service's unit"},
+		{"sts", func(p *patient) {
+			p.sts.Err, p.sts.Proxy, p.status.Proxy = errors.New("no such host"), "http://proxy:3128", "http://proxy:3128"
+		}, Fail, "no such host", "HTTPS_PROXY"},
+		{"exchange", func(p *patient) {
+			p.exchange.err, p.sts.Proxy = token.ErrUnavailable, "http://proxy:3128"
+		}, Warn, "the service goes there without a proxy", "HTTPS_PROXY"},
 		{"iam", func(p *patient) { p.iam = token.Reached{Err: errors.New("google.caFile: no such file")} }, Fail, "google.caFile", ""},
 
 		{"exchange", func(p *patient) { p.exchange = nil }, Skip, "see tokenrequest", ""},

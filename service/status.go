@@ -38,6 +38,7 @@ type Status struct {
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
+	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
 }
 
@@ -55,7 +56,7 @@ func (s *Service) Status() Status {
 		st.State, st.Reason = "not configured", site.broken.Error()
 	} else {
 		c := site.cluster.Status()
-		st.Cluster, st.Tokens = &c, site.cache.Status()
+		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
 	}
 	select {
 	case <-s.server.draining:

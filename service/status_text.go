@@ -27,6 +27,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	s.rulesText(line, now)
 	if c := s.Cluster; c != nil {
 		s.clusterText(line, now)
+		if s.Proxy != "" {
+			line("google", "by proxy %s", s.Proxy)
+		}
 		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
 			for _, p := range c.Pods {
 				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),

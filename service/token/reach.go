@@ -24,6 +24,27 @@ func (g *Google) Reach(ctx context.Context) (sts, iam Reached) {
 	return g.reach(ctx, g.sts), g.reach(ctx, g.iam)
 }
 
+// Proxy is the scheme, host and port of the proxy by which STS is asked; "" = none.
+func (g *Google) Proxy() string {
+	req, err := http.NewRequest(http.MethodPost, g.sts, nil)
+	if err != nil {
+		return ""
+	}
+	return g.proxy(req)
+}
+
+func (g *Google) proxy(r *http.Request) string {
+	t, ok := g.client.Transport.(*http.Transport)
+	if !ok || t.Proxy == nil {
+		return ""
+	}
+	p, err := t.Proxy(r)
+	if err != nil || p == nil {
+		return ""
+	}
+	return (&url.URL{Scheme: p.Scheme, Host: p.Host}).String() // and not its user's name and password
+}
+
 func (g *Google) reach(ctx context.Context, at string) Reached {
 	r := Reached{URL: at, Asked: time.Now()}
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
@@ -33,11 +54,7 @@ func (g *Google) reach(ctx context.Context, at string) Reached {
 		r.Err = err
 		return r
 	}
-	if t, ok := g.client.Transport.(*http.Transport); ok && t.Proxy != nil {
-		if p, err := t.Proxy(req); err == nil && p != nil {
-			r.Proxy = (&url.URL{Scheme: p.Scheme, Host: p.Host}).String() // and not its user's name and password
-		}
-	}
+	r.Proxy = g.proxy(req)
 	res, err := g.client.Do(req)
 	if err != nil {
 		var asked *url.Error

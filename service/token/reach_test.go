@@ -41,7 +41,11 @@ func TestReach(t *testing.T) {
 
 	// A proxy is named without its password, also where it is not there.
 	proxy := &url.URL{Scheme: "http", User: url.UserPassword("me", "hunter2"), Host: "127.0.0.1:1"}
-	sts, _ = reach(&http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(proxy)}}, s.URL())
+	proxied := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(proxy)}}
+	if g, err := NewGoogle(GoogleOptions{STSURL: s.STSURL(), HTTPClient: proxied}); err != nil || g.Proxy() != "http://127.0.0.1:1" {
+		t.Error(g.Proxy(), err)
+	}
+	sts, _ = reach(proxied, s.URL())
 	if sts.Err == nil || sts.Proxy != "http://127.0.0.1:1" || strings.Contains(sts.Err.Error(), "hunter2") {
 		t.Errorf("%+v", sts)
 	}
