@@ -42,6 +42,9 @@
 //     listener left, and whoever was accepted is answered (run.go). The rules stay for the next one.
 //  8. ExecStopPost runs `routing remove` when the unit is stopped for good, unless routing.onStop is keep.
 //
+// Whether all of that works on a node is what `doctor` finds out: doctor_examine.go looks and tries, changing nothing that outlives it, and
+// doctor.go has the table of checks that judge what was seen.
+//
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, and a copy
 // of kubelet's credential (credential.go).
 //

@@ -131,7 +131,9 @@ func tokenRequestCheck(p *patient) Finding {
 
 func stsCheck(p *patient) Finding { return p.believeService(reached(p.sts, "google.stsURL")) }
 
-func iamCheck(p *patient) Finding { return p.believeService(reached(p.iam, "google.iamCredentialsURL")) }
+func iamCheck(p *patient) Finding {
+	return p.believeService(reached(p.iam, "google.iamCredentialsURL"))
+}
 
 // believeService takes a failure to reach Google for doctor's own where the service, which has the environment of its unit, goes another way.
 func (p *patient) believeService(f Finding) Finding {
