@@ -112,6 +112,8 @@ func rulesCheck(p *patient) Finding {
 		return fail(installRules, "the closed guard stands alone: the configuration was broken when it was put up")
 	case p.plan.Closed && len(faults) == 0:
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
+	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
+		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():
 		return skip("to read them, %s", asRoot)
 	case routing.NotPermitted(p.node.Rules) && !p.state.Standing.Good:

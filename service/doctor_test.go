@@ -114,6 +114,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"rules", func(p *patient) { p.state = routing.State{}; p.node.Rules = errors.New("missing: a") }, Fail, "never installed", installRules},
 		{"rules", func(p *patient) { p.state.Closed = true }, Fail, "guard stands alone", installRules},
 		{"rules", func(p *patient) { p.plan.Closed, p.state.Closed = true, true }, Warn, "closed guard", "correct the configuration"},
+		{"rules", func(p *patient) { p.state.Listen = other.String() }, Fail, "lead to 127.0.0.1:1, and listen is 169.254.169.252:988", "flags"},
 		{"rules", func(p *patient) { p.node.Rules = errors.New("missing: a\nmissing: b\nmissing: c") }, Fail, "missing or wrong: a, and 2 more", installRules},
 		{"rules", func(p *patient) { p.node.Rules = unix.EPERM; p.state.Standing = routing.Standing{} }, Skip, "as root", ""},
 		{"rules", func(p *patient) {

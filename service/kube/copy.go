@@ -15,9 +15,6 @@ import (
 // A copy begins with a line that says of what it is one, and for which setting.
 const copyLine = "# The copy of %q that gke-metadata-emulator reads, for kubeconfig: %q\n"
 
-// copyMark stands in what is shown of a copy, between the file that it is one of and its own name.
-const copyMark = ", by its copy "
-
 // Copy returns the kubeconfig that is asked for, or with "" that of the first of Places that exists, with what its files
 // hold instead of their names, and nothing but the current context. Root hands it to the service's unprivileged user.
 // Where there is no kubeconfig (yet), the text is nil and there is no error.
@@ -68,5 +65,5 @@ func loadCopy(path, kubeconfig string, need error) (*contents, error) {
 	}); err != nil {
 		return nil, unusable(path, err)
 	}
-	return &contents{path: of + copyMark + path, config: k, digest: sha256.Sum256(raw)}, nil
+	return &contents{path: of + ", by its copy " + path, config: k, digest: sha256.Sum256(raw)}, nil
 }

@@ -6,7 +6,6 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -17,7 +16,7 @@ import (
 // Attempt is what each step from the credential to a pod's token came to, tried once. A step that was not tried since there was
 // nothing to try it with has no error and nothing else.
 type Attempt struct {
-	Kubeconfig string // the file, and whether root's copy of it stands for it
+	Kubeconfig string // the file, and root's copy of it where that was read
 	Credential string // its kind: client certificate, token, exec plugin
 	Server     string
 	User, Node string
@@ -174,6 +173,3 @@ func (c *credential) kind() string {
 	}
 	return "no credential"
 }
-
-// Copied says whether the credential is root's copy of a file that this user may not read.
-func (a Attempt) Copied() bool { return strings.Contains(a.Kubeconfig, copyMark) }

@@ -9,6 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -100,6 +103,32 @@ func TestTrial(t *testing.T) {
 			t.Errorf("without rules %q answered, and dropped by %q", answer, dropped)
 		}
 	})
+}
+
+// A kernel without owners of tables, on which doctor was killed: the table that is left is replaced, and then goes.
+func TestTrialFindsATableThatIsLeft(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	netnstest.Needs(t, "nft")
+	b.install(b.plan)
+	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
+	before := b.ruleset()
+	if err := b.Do(func() error {
+		s, err := nl.Subscribe(unix.NETLINK_NETFILTER)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return (&trace{socket: s}).transaction(traceRules(trialLink, 0))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if text := b.sh("nft list ruleset"); !strings.Contains(text, traceTable) || !strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
+		t.Fatal(text)
+	}
+	if _, dropped := b.try(t); !slices.Contains(dropped, `nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`) {
+		t.Errorf("dropped by %q", dropped)
+	}
+	b.same("after the trial", b.ruleset(), before)
 }
 
 // The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain may be in the way.
