@@ -20,7 +20,7 @@ var importRules = []struct {
 	why      string
 }{
 	{"k8s.io/", []string{"service/kube"}, "Kubernetes' libraries are large and change often: one package knows them"},
-	{"github.com/coreos/go-iptables", []string{"service/routing"}, "one package changes the node"},
+	{"github.com/google/nftables", []string{"service/routing"}, "one package changes the node"},
 	{"os/exec", []string{"service/routing", "packaging/gen"}, "the serving process starts no other: it has no right to, once it runs in its sandbox"},
 	{"github.com/vishvananda/netlink", []string{"service/routing", "service/attest"}, "what the kernel is told, and what it is asked"},
 	{"github.com/vishvananda/netns", []string{"service/routing"}, "a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},

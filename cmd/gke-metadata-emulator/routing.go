@@ -150,7 +150,7 @@ func routingShowCommand() *cobra.Command {
 			}
 			return nil
 		}
-		text, err := routing.Show(cmd.Context(), p)
+		text, err := routing.Show(p)
 		if err != nil {
 			return fmt.Errorf("routing: %w", err)
 		}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -221,6 +222,18 @@ func checkRoute(p Plan, s surroundings) []error {
 
 func hostNet(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// reachesSix says whether the node has an IPv6 address that reaches beyond a link and itself.
+func reachesSix() bool {
+	b, _ := os.ReadFile("/proc/thread-self/net/if_inet6")
+	for line := range strings.Lines(string(b)) {
+		// fd005100…10 02 40 00 80 eth0: address, interface, prefix, scope, flags, name
+		if f := strings.Fields(line); len(f) == 6 && f[3] == "00" && f[5] != "lo" {
+			return true
+		}
+	}
+	return false
 }
 
 func haveIPv6() bool {

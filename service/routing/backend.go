@@ -1,9 +1,8 @@
 package routing
 
 import (
-	"context"
-	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 )
@@ -13,59 +12,64 @@ import (
 //
 // Two backends can be in use on one node, and each is blind for the other's rules. What kubelet uses decides: it marks its own by a
 // chain in table mangle. Before its first start that is the command "iptables".
-func backends(ctx context.Context, p Plan) (use, other string) {
+func backends(p Plan) (use, other string) {
 	if p.Binary != "" && p.Binary != "iptables" {
 		return p.Binary, ""
 	}
-	use = "iptables"
-	out, err := exec.CommandContext(ctx, use, "--version").Output()
-	if err != nil {
+	use, other = "iptables", "iptables-legacy"
+	if _, err := exec.LookPath(use); err != nil {
 		return use, ""
 	}
-	other = "iptables-nft"
-	if strings.Contains(string(out), "nf_tables") {
-		other = "iptables-legacy"
+	if isLegacy(use) {
+		other = "iptables-nft"
 	}
 	if _, err := exec.LookPath(other); err != nil {
 		return use, ""
 	}
-	if !kubeletUses(use) && kubeletUses(other) {
+	if kubelets := kubeletChains(); kubelets[isLegacy(other)] && !kubelets[isLegacy(use)] {
 		p.Log.WithFields(map[string]any{"command": other, "default": use}).Info("kubelet's iptables rules are in the other backend: using that")
 		use, other = other, use
 	}
 	return use, other
 }
 
-func kubeletUses(command string) bool {
-	if isLegacy(command) && !legacyTable("mangle", false) {
-		return false // and asking would make the table
-	}
-	x, err := openXtables(command, false)
-	if err != nil {
-		return false
-	}
+// kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy one.
+func kubeletChains() map[bool]bool {
+	found := map[bool]bool{}
+	legacy, _ := glanceLegacy("mangle", false)
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-		if yes, err := x.ChainExists("mangle", name); err == nil && yes {
-			return true
+		if yes, err := nftChainExists(xtablesFamily(false), "mangle", name); err == nil && yes {
+			found[false] = true
+		}
+		if slices.Contains(legacy.chains, name) {
+			found[true] = true
 		}
 	}
-	return false
+	return found
 }
 
+// isLegacy says which backend a command is of. Its name tells, or that of the program behind its links; else it is asked.
 func isLegacy(command string) bool {
-	if strings.HasSuffix(command, "-legacy") {
-		return true
+	for _, name := range []string{filepath.Base(command), program(command)} {
+		switch {
+		case strings.HasSuffix(name, "-legacy"), name == "xtables-legacy-multi":
+			return true
+		case strings.HasSuffix(name, "-nft"), name == "xtables-nft-multi":
+			return false
+		}
 	}
 	out, err := exec.Command(command, "--version").Output()
 	return err == nil && !strings.Contains(string(out), "nf_tables")
 }
 
-// legacyTable says whether the legacy backend has the table in this network namespace. Listing a table would make it.
-func legacyTable(table string, six bool) bool {
-	names := "/proc/thread-self/net/ip_tables_names"
-	if six {
-		names = "/proc/thread-self/net/ip6_tables_names"
+// program is the name of the file behind a command's links, "" if it cannot be found.
+func program(command string) string {
+	path, err := exec.LookPath(command)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
 	}
-	b, err := os.ReadFile(names)
-	return err == nil && slices.Contains(strings.Fields(string(b)), table)
+	if err != nil {
+		return ""
+	}
+	return filepath.Base(path)
 }

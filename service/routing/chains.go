@@ -7,34 +7,42 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+
+	"github.com/google/nftables"
 )
 
-// survey lists the base chains of the chains: the jumps that are ours, by chain of ours, and as foreign who else uses our chains or redirects
-// the metadata server.
+// survey looks at what leads to the chains: what stands of ours, by chain of ours, and as foreign who else uses our chains or redirects the
+// metadata server.
 //
 // A chain with one of our names is somebody else's when somebody jumps to it without our comment. What is in it says nothing: it may be
 // what an older version or half a flush left, and is replaced.
-func (x *xtables) survey(ctx context.Context, chains []chain) (ours map[string][]jumpAt, foreign, err error) {
-	ours = map[string][]jumpAt{}
+func (x *xtables) survey(ctx context.Context, chains []chain) (stands map[string]glance, foreign, err error) {
+	if stands, err = x.glances(chains); err != nil {
+		return nil, nil, err
+	}
 	var all []error
 	for _, c := range chains {
-		base, _, err := x.list(ctx, c.table, c.base)
+		g := stands[c.name]
+		if !g.odd {
+			continue
+		}
+		base, err := x.list(ctx, c.table, c.base, nil)
 		if err != nil {
 			return nil, nil, err
 		}
-		at, by := jumps(base, c.name)
-		if len(at) > 0 {
-			ours[c.name] = at
-		}
+		var by string
+		g.jumps, by = jumps(base, c.name)
 		if by != "" {
-			all = append(all, foreignChain(c, by))
+			g.foreign = foreignChain(c, by)
+			all = append(all, g.foreign)
 		}
+		stands[c.name] = g
 		if rule := redirection(base); c.table == "nat" && rule != "" {
 			all = append(all, fmt.Errorf("%s %w, who redirects it by -t nat -A %s %s: this may be GKE, or another metadata server; remove that first",
 				metadataServer, ErrForeign, c.base, rule))
 		}
 	}
-	return ours, errors.Join(all...), nil
+	return stands, errors.Join(all...), nil
 }
 
 func foreignChain(c chain, rule string) error {
@@ -51,40 +59,75 @@ func redirection(base []string) string {
 	return ""
 }
 
-// check compares every chain of ours with the kernel's, and names every rule.
-func (x *xtables) check(ctx context.Context, chains []chain) (errs []error) {
-	for _, c := range chains {
-		base, _, err := x.list(ctx, c.table, c.base)
-		if err != nil {
-			return append(errs, err)
-		}
-		ours, _ := jumps(base, c.name)
-		switch {
-		case c.absent && len(ours) > 0:
-			errs = append(errs, x.missing(c, "-A %s %s should not be there any more", c.base, ours[0].rule))
-		case c.absent:
-		case len(ours) == 0:
-			errs = append(errs, x.missing(c, "-I %s 1 %s", c.base, c.jump()))
-		case len(ours) > 1:
-			errs = append(errs, x.missing(c, "-A %s %s should be there once, not %d times", c.base, ours[0].rule, len(ours)))
-		}
-		// Others insert before our jump and do so again and again (Calico): to insist on the first place is a fight that nobody
-		// wins. Install moves the jump up, Check does not complain. An ACCEPT before ours can open one of the two doors
-		// of R-05, not both, and the guard does not depend on it.
-		if c.absent {
-			continue
-		}
-		rules, _, err := x.list(ctx, c.table, c.name)
-		if err != nil {
-			return append(errs, err)
-		}
-		more, err := x.compare(ctx, c, rules)
-		if err != nil {
-			return append(errs, err)
-		}
-		errs = append(errs, more...)
+// reading is a check that has begun: the listings of all chains run at once.
+type reading struct {
+	*xtables
+	chains   []chain
+	stands   map[string]glance
+	listings map[string]*runningCommand
+	err      error
+}
+
+func (x *xtables) startCheck(ctx context.Context, chains []chain) *reading {
+	r := &reading{xtables: x, chains: chains, listings: map[string]*runningCommand{}}
+	if r.stands, r.err = x.glances(chains); r.err != nil {
+		return r
 	}
-	return errs
+	for _, c := range chains {
+		if !c.absent && r.stands[c.name].exists {
+			r.listings[c.name] = x.startList(ctx, c.table, c.name)
+		}
+	}
+	return r
+}
+
+// end compares every chain of ours with the kernel's, and names every rule that is missing or too much.
+func (r *reading) end(ctx context.Context) (faults map[string][]error, err error) {
+	faults, err = map[string][]error{}, r.err
+	for _, c := range r.chains {
+		var found []error
+		if err == nil {
+			found, err = r.endChain(ctx, c)
+			faults[c.name] = found
+		} else if l := r.listings[c.name]; l != nil {
+			_, _ = l.end()
+		}
+	}
+	return faults, err
+}
+
+func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err error) {
+	var rules []string
+	if l := r.listings[c.name]; l != nil {
+		if rules, err = r.list(ctx, c.table, c.name, l); err != nil {
+			return nil, err
+		}
+	}
+	at := r.stands[c.name].jumps
+	if r.stands[c.name].odd {
+		base, err := r.list(ctx, c.table, c.base, nil)
+		if err != nil {
+			return nil, err
+		}
+		at, _ = jumps(base, c.name)
+	}
+	if c.absent {
+		if len(at) > 0 {
+			errs = append(errs, r.missing(c, "-A %s %s should not be there any more", c.base, at[0].rule))
+		}
+		return errs, nil
+	}
+	// Others insert before our jump and do so again and again (Calico): to insist on the first place is a fight that nobody
+	// wins. Install moves the jump up, Check does not complain. An ACCEPT before ours can open one of the two doors
+	// of R-05, not both, and the guard does not depend on it.
+	switch {
+	case len(at) == 0:
+		errs = append(errs, r.missing(c, "-I %s 1 %s", c.base, c.jump()))
+	case len(at) > 1:
+		errs = append(errs, r.missing(c, "-A %s %s should be there once, not %d times", c.base, at[0].rule, len(at)))
+	}
+	more, err := r.compare(ctx, c, rules)
+	return append(errs, more...), err
 }
 
 // compare names what of the chain's rules is not there, too much, or in the wrong order.
@@ -126,20 +169,24 @@ func (x *xtables) compare(ctx context.Context, c chain, standing []string) (errs
 	return errs, nil
 }
 
-// missing names the command and table in front of the rule, so that the text can be typed.
-func (x *xtables) missing(c chain, format string, args ...any) error {
-	layer := layerIPTables
+func (x *xtables) layer() string {
 	if x.six {
-		layer = layerIP6Tables
+		return layerIP6Tables
 	}
-	return missing(layer, "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
+	return layerIPTables
 }
 
-// removeChains removes our chains of both families from one backend, the redirecting ones first.
+// missing names the command and table in front of the rule, so that the text can be typed.
+func (x *xtables) missing(c chain, format string, args ...any) error {
+	return missing(x.layer(), "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
+}
+
+// removeChains removes our chains of both families from one backend.
 func removeChains(ctx context.Context, command string) error {
+	legacy := isLegacy(command)
 	var errs []error
 	for _, six := range []bool{false, true} {
-		x, err := openXtables(command, six)
+		x, err := openXtables(command, legacy, six)
 		if errors.Is(err, exec.ErrNotFound) {
 			continue // who has no such command has no such rules
 		}
@@ -151,16 +198,58 @@ func removeChains(ctx context.Context, command string) error {
 	return errors.Join(errs...)
 }
 
-func (x *xtables) removeAll(ctx context.Context) error {
-	legacy := isLegacy(x.command)
-	var errs []error
-	for _, c := range slices.Backward(ownChains(x.six)) {
-		if legacy && !legacyTable(c.table, x.six) {
-			continue // and listing it would make it
+// removeAll removes our chains, the redirecting ones first. Where nothing of ours stands no command is run.
+func (x *xtables) removeAll(ctx context.Context) (err error) {
+	for range 3 { // what was seen may have been flushed meanwhile
+		var foreign []error
+		if foreign, err = x.tryRemove(ctx); err == nil {
+			return errors.Join(foreign...)
 		}
-		errs = append(errs, x.remove(ctx, c))
 	}
-	return errors.Join(errs...)
+	return err
+}
+
+func (x *xtables) tryRemove(ctx context.Context) (foreign []error, err error) {
+	chains := ownChains(x.six)
+	slices.Reverse(chains)
+	stands, _, err := x.survey(ctx, chains)
+	if err != nil {
+		return nil, err
+	}
+	odd := slices.ContainsFunc(chains, func(c chain) bool { return stands[c.name].odd })
+	if x.legacy || odd {
+		err = x.restore(ctx, restoreText(chains, stands))
+	} else {
+		err = permission(removeNFT(chains, stands, x.six))
+	}
+	for _, c := range chains {
+		foreign = append(foreign, stands[c.name].foreign)
+	}
+	return foreign, err
+}
+
+// removeNFT removes chains of nf_tables, and the jumps to them by their handles, in one transaction: 5 ms, where iptables-restore takes 40,
+// since it has one transaction a table and each waits until nobody reads what the one before deleted.
+func removeNFT(chains []chain, stands map[string]glance, six bool) error {
+	c, something := &nftables.Conn{}, false
+	for _, own := range chains {
+		table := &nftables.Table{Name: own.table, Family: nftables.TableFamily(xtablesFamily(six))}
+		for _, j := range stands[own.name].jumps {
+			something = true
+			if err := c.DelRule(&nftables.Rule{Table: table, Chain: &nftables.Chain{Name: own.base}, Handle: j.handle}); err != nil {
+				return err
+			}
+		}
+		if stands[own.name].exists {
+			something = true
+			c.FlushChain(&nftables.Chain{Name: own.name, Table: table})
+			c.DelChain(&nftables.Chain{Name: own.name, Table: table})
+		}
+	}
+	if !something {
+		return nil
+	}
+	return c.Flush()
 }
 
 // jumps returns the jumps to a chain of ours that are ours, and whether somebody else jumps there too.
@@ -181,22 +270,4 @@ func jumps(base []string, name string) (ours []jumpAt, foreign string) {
 		ours = append(ours, jumpAt{position: i + 1, rule: rule})
 	}
 	return ours, foreign
-}
-
-// remove takes out the jumps of ours and then the chain.
-func (x *xtables) remove(ctx context.Context, c chain) error {
-	base, exists, err := x.list(ctx, c.table, c.base)
-	if err != nil || !exists {
-		return err
-	}
-	ours, foreign := jumps(base, c.name)
-	for _, j := range ours {
-		if err := x.retry(ctx, func() error { return x.Delete(c.table, c.base, strings.Fields(j.rule)...) }); err != nil {
-			return err
-		}
-	}
-	if foreign != "" {
-		return foreignChain(c, foreign)
-	}
-	return x.retry(ctx, func() error { return x.ClearAndDeleteChain(c.table, c.name) })
 }

@@ -100,7 +100,7 @@ func (e *events) close() {
 
 // onlyGenerations has the kernel pass one message a transaction, not one a rule: somebody's restore of 10,000 rules is one event.
 func onlyGenerations(s *nl.NetlinkSocket) error {
-	kind := binary.NativeEndian.AppendUint16(nil, nftables|unix.NFT_MSG_NEWGEN)
+	kind := binary.NativeEndian.AppendUint16(nil, subsysNFT|unix.NFT_MSG_NEWGEN)
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: 4}, // nlmsg_type, which the filter reads as big endian
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(binary.BigEndian.Uint16(kind)), Jf: 1},
@@ -158,7 +158,7 @@ func (e *events) take() (c causes, by string) {
 
 // generationEvent reads who made the transaction: the name that the process gives itself.
 func generationEvent(kind uint16, data []byte) (causes, string) {
-	if kind != nftables|unix.NFT_MSG_NEWGEN {
+	if kind != subsysNFT|unix.NFT_MSG_NEWGEN {
 		return 0, ""
 	}
 	by := unix.ByteSliceToString(attribute(data, unix.NFTA_GEN_PROC_NAME))

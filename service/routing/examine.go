@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -98,18 +97,14 @@ func redirected(ctx context.Context, p Plan, state State) *uint64 {
 	if p.Mode != ModeIPTables || state.Command == "" {
 		return nil
 	}
-	x, err := openXtables(state.Command, false)
-	if err != nil || isLegacy(state.Command) && !legacyTable("nat", false) {
+	if isLegacy(state.Command) && !legacyTable("nat", false) {
+		return nil // and listing it would make it
+	}
+	out, err := start(ctx, "", state.Command, "--wait", lockSeconds, "-t", "nat", "-v", "-S", "GME-PRE").end()
+	if err != nil {
 		return nil
 	}
-	var lines []string
-	if err := x.retry(ctx, func() error {
-		lines, err = x.ListWithCounters("nat", "GME-PRE")
-		return err
-	}); err != nil {
-		return nil
-	}
-	for _, line := range lines {
+	for line := range strings.Lines(out) {
 		if m := counter.FindStringSubmatch(line); m != nil && strings.Contains(line, "-j DNAT") {
 			if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
 				return &n
@@ -137,8 +132,7 @@ func dropPolicies(ctx context.Context, local bool) (names []string) {
 		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" {
 			continue
 		}
-		h := slices.Concat(make([]byte, nl.SizeofNfgenmsg), attribute(c, unix.NFTA_CHAIN_HOOK)) // nested, without the header that attribute skips
-		if n := attribute(h, unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
+		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
 			continue
 		}
 		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE)), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))))

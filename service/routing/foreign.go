@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -100,20 +101,22 @@ func parseProc(text string) (netip.AddrPort, error) {
 
 // owner finds a process that holds the socket, systemd before others. It is asked only when somebody listens.
 func owner(inode string) (pid, exe string) {
-	want := "socket:[" + inode + "]"
-	descriptors, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, d := range descriptors {
-		if link, err := os.Readlink(d); err != nil || link != want {
-			continue
-		}
-		p := strings.Split(d, "/")[2]
-		if p == "1" {
-			return p, "systemd"
-		}
-		if pid == "" {
-			pid = p
+	holds := func(process string) bool {
+		descriptors, _ := filepath.Glob("/proc/" + process + "/fd/*")
+		return slices.ContainsFunc(descriptors, func(d string) bool {
+			link, err := os.Readlink(d)
+			return err == nil && link == "socket:["+inode+"]"
+		})
+	}
+	if holds("1") {
+		return "1", "systemd"
+	}
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range append([]string{"/proc/self"}, processes...) {
+		if p = filepath.Base(p); holds(p) {
 			exe, _ = os.Readlink("/proc/" + p + "/exe")
+			return p, exe
 		}
 	}
-	return pid, exe
+	return "", ""
 }

@@ -1,7 +1,6 @@
 package routing
 
 import (
-	"context"
 	"errors"
 	"net"
 	"slices"
@@ -144,7 +143,7 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		var shown string
 		if err := b.Do(func() (err error) {
-			shown, err = Show(context.Background(), b.plan)
+			shown, err = Show(b.plan)
 			return err
 		}); err != nil {
 			t.Fatal(err)

@@ -35,7 +35,7 @@ var modes = []string{ModeIPTables}
 func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 	switch p.Mode {
 	case ModeIPTables:
-		return openIPTables(ctx, p, command)
+		return openIPTables(p, command)
 	}
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }

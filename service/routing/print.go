@@ -1,12 +1,10 @@
 package routing
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -77,27 +75,6 @@ func (m *iptables) families() []bool {
 	return []bool{false, true}
 }
 
-const nftables = unix.NFNL_SUBSYS_NFTABLES << 8
-
-// nftaTableHandle is NFTA_TABLE_HANDLE of linux/netfilter/nf_tables.h.
-const nftaTableHandle = 4
-
-// generation counts nf_tables' transactions in this network namespace.
-func generation() (uint32, error) {
-	replies, err := askNFT(unix.NFT_MSG_GETGEN, 0, unix.NFT_MSG_NEWGEN, unix.AF_UNSPEC)
-	if err == nil && len(replies) != 1 {
-		err = errors.New("nf_tables tells no generation")
-	}
-	if err != nil {
-		return 0, err
-	}
-	id := attribute(replies[0], unix.NFTA_GEN_ID)
-	if len(id) != 4 {
-		return 0, errors.New("nf_tables tells no generation")
-	}
-	return binary.BigEndian.Uint32(id), nil
-}
-
 func nftPrint(m *iptables, chains map[string]string) (uint32, error) {
 	g, err := generation()
 	if err != nil {
@@ -115,10 +92,7 @@ func nftPrint(m *iptables, chains map[string]string) (uint32, error) {
 
 // nftHandles are those of the chain's table, of what jumps to it with all around that, and of what is in it.
 func nftHandles(c chain, six bool) (string, error) {
-	family := uint8(unix.NFPROTO_IPV4)
-	if six {
-		family = unix.NFPROTO_IPV6
-	}
+	family := xtablesFamily(six)
 	var text strings.Builder
 	table, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, family, nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(c.table)))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
@@ -129,78 +103,32 @@ func nftHandles(c chain, six bool) (string, error) {
 	}
 	for _, name := range []string{c.base, c.name} {
 		fmt.Fprintf(&text, " %s", name)
-		rules, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family,
-			nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(c.table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(name)))
-		if err != nil && !errors.Is(err, unix.ENOENT) {
+		rules, err := nftRules(family, c.table, name)
+		if err != nil {
 			return "", err
 		}
 		for _, r := range rules {
-			if string(attribute(r, unix.NFTA_RULE_CHAIN)) == name+"\x00" { // old kernels tell all rules of the table
-				fmt.Fprintf(&text, " %x", attribute(r, unix.NFTA_RULE_HANDLE))
-			}
+			fmt.Fprintf(&text, " %x", attribute(r, unix.NFTA_RULE_HANDLE))
 		}
 	}
 	return text.String(), nil
 }
 
-// askNFT sends one question to nf_tables and returns the answers of the wanted type.
-func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][]byte, error) {
-	return retryDump(func() ([][]byte, error) {
-		req := nl.NewNetlinkRequest(nftables|question, flags)
-		req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
-		for _, a := range attrs {
-			req.AddData(a)
-		}
-		return req.Execute(unix.NETLINK_NETFILTER, uint16(nftables|answer))
-	})
-}
-
-// attribute finds one attribute of a netfilter message, nil if it is not there.
-func attribute(message []byte, kind uint16) []byte {
-	if len(message) < nl.SizeofNfgenmsg {
-		return nil
-	}
-	for rest := message[nl.SizeofNfgenmsg:]; len(rest) >= unix.SizeofNlAttr; {
-		size := int(binary.NativeEndian.Uint16(rest))
-		if size < unix.SizeofNlAttr || size > len(rest) {
-			return nil
-		}
-		if binary.NativeEndian.Uint16(rest[2:])&nl.NLA_TYPE_MASK == kind {
-			return rest[unix.SizeofNlAttr:size]
-		}
-		rest = rest[min((size+3)&^3, len(rest)):]
-	}
-	return nil
-}
-
-// soGetInfo is IPT_SO_GET_INFO and IP6T_SO_GET_INFO of linux/netfilter_{ipv4,ipv6}/ip{,6}_tables.h.
-const soGetInfo = 64
-
-// tableInfo is struct ipt_getinfo, and ip6t_getinfo.
-type tableInfo struct {
-	Name                 [32]byte
-	Hooks                uint32
-	HookEntry, Underflow [5]uint32
-	Entries, Size        uint32
-}
-
 // legacyPrint asks only for tables that are there: asking for another one would make it.
 func legacyPrint(m *iptables, chains map[string]string) error {
 	for _, six := range m.families() {
-		domain, level := unix.AF_INET, unix.SOL_IP
-		if six {
-			domain, level = unix.AF_INET6, unix.SOL_IPV6
-		}
-		s, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW) // as iptables does, which is why it needs CAP_NET_RAW
+		s, level, err := legacySocket(six)
 		if err != nil {
 			return err
 		}
 		tables := map[string]string{}
 		for _, c := range ownChains(six) {
 			if _, asked := tables[c.table]; !asked && legacyTable(c.table, six) {
-				if tables[c.table], err = legacyTableInfo(s, level, c.table); err != nil {
+				var info tableInfo
+				if info, err = legacyTableInfo(s, level, c.table); err != nil {
 					break
 				}
+				tables[c.table] = fmt.Sprint(info.HookEntry, info.Underflow, info.Entries, info.Size)
 			}
 			if text, ok := tables[c.table]; ok {
 				chains[printKey(c, six)] = text
@@ -212,16 +140,4 @@ func legacyPrint(m *iptables, chains map[string]string) error {
 		}
 	}
 	return nil
-}
-
-func legacyTableInfo(socket, level int, table string) (string, error) {
-	var info tableInfo
-	copy(info.Name[:], table)
-	size := uint32(unsafe.Sizeof(info))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(socket), uintptr(level), soGetInfo,
-		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
-	if errno != 0 {
-		return "", fmt.Errorf("ask for table %s: %w", table, errno)
-	}
-	return fmt.Sprint(info.HookEntry, info.Underflow, info.Entries, info.Size), nil
 }

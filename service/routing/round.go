@@ -275,5 +275,5 @@ func texts(errs []error) (all []string) {
 }
 
 func (s surroundings) equal(o surroundings) bool {
-	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices)
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.six == o.six
 }

@@ -237,6 +237,7 @@ func (r *router) look(say bool) (s surroundings, err error) {
 			log.Warn("no uplink found: hosts behind an interface that comes later are kept out only after the next install")
 		}
 	}
+	s.six = reachesSix()
 	if r.plan.InterceptHostPods == "on" {
 		s.slices = existing(r.hostCgroups)
 		if len(s.slices) == 0 && say {

@@ -64,7 +64,9 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		c := &chains[i]
 		switch c.name {
 		case "GME-FWD":
-			c.rules = forwardRules(p, six)
+			if !six || s.six {
+				c.rules = forwardRules(p, six)
+			}
 		case "GME-IN":
 			// only what was redirected, never what was sent here directly.
 			c.rules = []string{
@@ -165,11 +167,15 @@ func join(ports []uint16) string {
 	return strings.Join(texts, ",")
 }
 
-// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, jumps that stand elsewhere
-// than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees the rules of before
-// or of after, and 0 of 9762 requests were lost. jumps are what stands now, by chain name.
-func restoreText(chains []chain, jumps map[string][]jumpAt) string {
+// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, or taken away if it is absent; jumps
+// that stand elsewhere than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees
+// the rules of before or of after, and 0 of 9762 requests were lost. stands is what is there now, by chain name. "" is nothing to do.
+func restoreText(chains []chain, stands map[string]glance) string {
 	var b strings.Builder
+	chains = slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
+		g := stands[c.name]
+		return c.absent && !g.exists && len(g.jumps) == 0
+	})
 	for start := 0; start < len(chains); {
 		end := start
 		for end < len(chains) && chains[end].table == chains[start].table {
@@ -177,7 +183,6 @@ func restoreText(chains []chain, jumps map[string][]jumpAt) string {
 		}
 		var body strings.Builder
 		for _, c := range chains[start:end] {
-			// A chain that was not there is made and taken away again: cheaper than to ask first.
 			fmt.Fprintf(&body, ":%s - [0:0]\n", c.name)
 		}
 		for _, c := range chains[start:end] {
@@ -186,17 +191,18 @@ func restoreText(chains []chain, jumps map[string][]jumpAt) string {
 			}
 		}
 		for _, c := range chains[start:end] {
-			at := jumps[c.name]
-			if len(at) == 1 && at[0].position == 1 && !c.absent {
+			g := stands[c.name]
+			if len(g.jumps) == 1 && g.jumps[0].position == 1 && !c.absent {
 				continue
 			}
-			for _, j := range at {
+			for _, j := range g.jumps {
 				fmt.Fprintf(&body, "-D %s %s\n", c.base, j.rule)
 			}
-			if c.absent {
-				fmt.Fprintf(&body, "-X %s\n", c.name)
-			} else {
+			switch {
+			case !c.absent:
 				fmt.Fprintf(&body, "-I %s 1 %s\n", c.base, c.jump())
+			case g.foreign == nil: // else somebody else's rule holds it
+				fmt.Fprintf(&body, "-X %s\n", c.name)
 			}
 		}
 		fmt.Fprintf(&b, "*%s\n%sCOMMIT\n", chains[start].table, body.String())
@@ -209,4 +215,5 @@ func restoreText(chains []chain, jumps map[string][]jumpAt) string {
 type jumpAt struct {
 	position int    // from 1
 	rule     string // without -A and the base chain
+	handle   uint64 // nf_tables'
 }

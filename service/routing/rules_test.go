@@ -20,7 +20,8 @@ func TestShownText(t *testing.T) {
 		plan Plan
 		on   surroundings
 	}{
-		"default": {plain, surroundings{uplinks: []string{"eth0"}}},
+		"default": {plain, surroundings{uplinks: []string{"eth0"}, six: true}},
+		"no-ipv6": {plain, surroundings{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
 			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}},
@@ -31,7 +32,7 @@ func TestShownText(t *testing.T) {
 		"node-address-spare-and-guards": {
 			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
-			surroundings{uplinks: []string{"eth0"}},
+			surroundings{uplinks: []string{"eth0"}, six: true},
 		},
 		"closed": {Plan{Closed: true}, surroundings{}},
 	} {
@@ -63,22 +64,36 @@ func TestRestoreTextMovesJumps(t *testing.T) {
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
 		{table: "nat", base: "PREROUTING", name: "GME-PRE", rules: []string{"-i lo -j RETURN"}},
 	}
-	jump := func(position int) jumpAt { return jumpAt{position, chains[1].jump()} }
+	stands := func(name, rule string, positions ...int) map[string]glance {
+		g := glance{exists: true}
+		for _, at := range positions {
+			g.jumps = append(g.jumps, jumpAt{position: at, rule: rule})
+		}
+		return map[string]glance{name: g}
+	}
+	pre := func(positions ...int) map[string]glance { return stands("GME-PRE", chains[1].jump(), positions...) }
+	out := func(positions ...int) map[string]glance {
+		m := stands("GME-OUT", chains[0].jump(), positions...)
+		m["GME-PRE"] = pre(1)["GME-PRE"]
+		return m
+	}
+	const flushOut = ":GME-OUT - [0:0]\n"
 	for _, c := range []struct {
-		name  string
-		jumps map[string][]jumpAt
-		want  string
+		name   string
+		stands map[string]glance
+		flush  string
+		want   string
 	}{
-		{"none", nil, "-X GME-OUT\n-I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE\n"},
-		{"in place", map[string][]jumpAt{"GME-PRE": {jump(1)}}, "-X GME-OUT\n"},
-		{"displaced", map[string][]jumpAt{"GME-PRE": {jump(3)}}, "-X GME-OUT\n-D PREROUTING " + chains[1].jump() + "\n-I PREROUTING 1 " + chains[1].jump() + "\n"},
-		{"doubled", map[string][]jumpAt{"GME-PRE": {jump(1), jump(2)}},
-			"-X GME-OUT\n" + strings.Repeat("-D PREROUTING "+chains[1].jump()+"\n", 2) + "-I PREROUTING 1 " + chains[1].jump() + "\n"},
-		{"no longer wanted", map[string][]jumpAt{"GME-OUT": {{1, chains[0].jump()}}, "GME-PRE": {jump(1)}}, "-D OUTPUT " + chains[0].jump() + "\n-X GME-OUT\n"},
+		{"none", nil, "", "-I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE\n"},
+		{"in place", pre(1), "", ""},
+		{"displaced", pre(3), "", "-D PREROUTING " + chains[1].jump() + "\n-I PREROUTING 1 " + chains[1].jump() + "\n"},
+		{"doubled", pre(1, 2), "", strings.Repeat("-D PREROUTING "+chains[1].jump()+"\n", 2) + "-I PREROUTING 1 " + chains[1].jump() + "\n"},
+		{"no longer wanted", out(1), flushOut, "-D OUTPUT " + chains[0].jump() + "\n-X GME-OUT\n"},
+		{"left over", out(), flushOut, "-X GME-OUT\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			want := "*nat\n:GME-OUT - [0:0]\n:GME-PRE - [0:0]\n-A GME-PRE -i lo -j RETURN\n" + c.want + "COMMIT\n"
-			if got := restoreText(chains, c.jumps); got != want {
+			want := "*nat\n" + c.flush + ":GME-PRE - [0:0]\n-A GME-PRE -i lo -j RETURN\n" + c.want + "COMMIT\n"
+			if got := restoreText(chains, c.stands); got != want {
 				t.Errorf("got\n%swant\n%s", got, want)
 			}
 		})
@@ -178,7 +193,7 @@ func TestJumps(t *testing.T) {
 		"-d 192.0.2.1/32 -m comment --comment gke-metadata-emulator -j GME-PRE",
 	}
 	ours, foreign := jumps(base, "GME-PRE")
-	if want := []jumpAt{{2, base[1]}, {4, base[3]}}; !slices.Equal(ours, want) || foreign != "" {
+	if want := []jumpAt{{position: 2, rule: base[1]}, {position: 4, rule: base[3]}}; !slices.Equal(ours, want) || foreign != "" {
 		t.Errorf("%v, %q", ours, foreign)
 	}
 	for _, rule := range []string{"-j GME-PRE", "-g GME-PRE", "-m comment --comment mine -j GME-PRE"} {

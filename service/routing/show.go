@@ -1,13 +1,12 @@
 package routing
 
 import (
-	"context"
 	"fmt"
 	"strings"
 )
 
 // Show returns what Install puts on a node that has nothing of it yet, as shell commands.
-func Show(ctx context.Context, p Plan) (string, error) {
+func Show(p Plan) (string, error) {
 	p, err := p.checked()
 	if err != nil {
 		return "", err
@@ -20,7 +19,7 @@ func Show(ctx context.Context, p Plan) (string, error) {
 	}
 	command := ""
 	if p.Mode == ModeIPTables {
-		command, _ = backends(ctx, p)
+		command, _ = backends(p)
 	}
 	return text(p, s, command), nil
 }

@@ -83,7 +83,7 @@ func (t *trace) drops(quiet time.Duration) (by []string, err error) {
 			continue
 		}
 		for _, m := range messages {
-			if m.Header.Type != nftables|unix.NFT_MSG_TRACE || len(m.Data) < nl.SizeofNfgenmsg {
+			if m.Header.Type != subsysNFT|unix.NFT_MSG_TRACE || len(m.Data) < nl.SizeofNfgenmsg {
 				continue
 			}
 			e := parseTrace(m.Data)
@@ -123,8 +123,7 @@ func parseTrace(message []byte) (e traced) {
 		p := attribute(message, unix.NFTA_TRACE_POLICY)
 		e.rule, e.dropped = 0, len(p) == 4 && be32(p) == 0 // NF_DROP
 	case unix.NFT_TRACETYPE_RULE:
-		// The verdict is nested: a message without the header that attribute skips.
-		v := attribute(slices.Concat(make([]byte, nl.SizeofNfgenmsg), attribute(message, unix.NFTA_TRACE_VERDICT)), nftaVerdictCode)
+		v := within(attribute(message, unix.NFTA_TRACE_VERDICT), nftaVerdictCode)
 		e.dropped = len(v) == 4 && be32(v) == 0
 	}
 	return e
@@ -218,7 +217,7 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 }
 
 func nftMessage(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
-	r := nl.NewNetlinkRequest(nftables|kind, unix.NLM_F_ACK|flags)
+	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_IPV4, Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
 		r.AddData(a)

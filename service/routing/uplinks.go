@@ -15,6 +15,7 @@ import (
 type surroundings struct {
 	uplinks []string // interfaces behind which there are other hosts
 	slices  []string // cgroups of the host itself that exist
+	six     bool     // it has an IPv6 address that reaches beyond a link: else there is no way to anything that is guarded
 }
 
 // device is a network interface as far as it matters for telling uplinks from pods' interfaces.

@@ -160,10 +160,10 @@ func TestWatchRepairs(t *testing.T) {
 				before, said := w.state().Repairs.Total(), len(w.repaired())
 				b.sh(c.flush)
 				took := w.until("a repair", func() bool { return w.state().Repairs.Total() > before && b.stands(b.plan) && w.state().Standing.Good })
+				w.until("the line", func() bool { return len(w.repaired()) > said })
 				t.Logf("stands %v after the command was over, the last repair took %v", took.Round(time.Millisecond), w.repaired()[len(w.repaired())-1].Data["took"])
 				b.same("repair", b.ruleset(), whole)
 				b.answers(b.pod, "169.254.169.254:80", emulator)
-				w.until("the line", func() bool { return len(w.repaired()) > said })
 				line := w.repaired()[said]
 				cause := c.cause[0]
 				if b.plan.Binary == "iptables-legacy" {

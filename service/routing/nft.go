@@ -1,0 +1,103 @@
+package routing
+
+import (
+	"encoding/binary"
+	"errors"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+const subsysNFT = unix.NFNL_SUBSYS_NFTABLES << 8
+
+// nftaTableHandle is NFTA_TABLE_HANDLE of linux/netfilter/nf_tables.h.
+const nftaTableHandle = 4
+
+// generation counts nf_tables' transactions in this network namespace.
+func generation() (uint32, error) {
+	replies, err := askNFT(unix.NFT_MSG_GETGEN, 0, unix.NFT_MSG_NEWGEN, unix.AF_UNSPEC)
+	if err == nil && len(replies) != 1 {
+		err = errors.New("nf_tables tells no generation")
+	}
+	if err != nil {
+		return 0, err
+	}
+	id := attribute(replies[0], unix.NFTA_GEN_ID)
+	if len(id) != 4 {
+		return 0, errors.New("nf_tables tells no generation")
+	}
+	return binary.BigEndian.Uint32(id), nil
+}
+
+func nftChainExists(family uint8, table, name string) (bool, error) {
+	_, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, family,
+		nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, permission(err)
+}
+
+// nftRules dumps the rules of one chain; a chain or table that is not there has none.
+func nftRules(family uint8, table, name string) (rules [][]byte, err error) {
+	all, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family,
+		nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(name)))
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, permission(err)
+	}
+	for _, r := range all {
+		if string(attribute(r, unix.NFTA_RULE_CHAIN)) == name+"\x00" { // old kernels tell all rules of the table
+			rules = append(rules, r)
+		}
+	}
+	return rules, nil
+}
+
+// askNFT sends one question to nf_tables and returns the answers of the wanted type.
+func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][]byte, error) {
+	return retryDump(func() ([][]byte, error) {
+		req := nl.NewNetlinkRequest(subsysNFT|question, flags)
+		req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
+		for _, a := range attrs {
+			req.AddData(a)
+		}
+		return req.Execute(unix.NETLINK_NETFILTER, uint16(subsysNFT|answer))
+	})
+}
+
+// attribute finds one attribute of a netfilter message, nil if it is not there.
+func attribute(message []byte, kind uint16) []byte {
+	if len(message) < nl.SizeofNfgenmsg {
+		return nil
+	}
+	return within(message[nl.SizeofNfgenmsg:], kind)
+}
+
+// nftAttribute is one netlink attribute.
+type nftAttribute struct {
+	kind  uint16
+	value []byte
+}
+
+// attributes splits nested attributes, up to one that is cut short.
+func attributes(b []byte) (all []nftAttribute) {
+	for len(b) >= unix.SizeofNlAttr {
+		size := int(binary.NativeEndian.Uint16(b))
+		if size < unix.SizeofNlAttr || size > len(b) {
+			break
+		}
+		all = append(all, nftAttribute{binary.NativeEndian.Uint16(b[2:]) & nl.NLA_TYPE_MASK, b[unix.SizeofNlAttr:size]})
+		b = b[min((size+3)&^3, len(b)):]
+	}
+	return all
+}
+
+// within finds one of nested attributes, nil if it is not there.
+func within(b []byte, kind uint16) []byte {
+	for _, a := range attributes(b) {
+		if a.kind == kind {
+			return a.value
+		}
+	}
+	return nil
+}
