@@ -56,6 +56,14 @@ func TestDoctorExamines(t *testing.T) {
 		}
 	}
 
+	// What everybody's probes ask for is no word of pods.
+	b.ask(t, linked, http.MethodGet, "/", "")
+	if n := b.Status().Requests; n != 0 {
+		t.Errorf("%d requests", n)
+	}
+	b.ask(t, linked, http.MethodGet, "/computeMetadata/v1/project/project-id", "Metadata-Flavor: Google\r\n")
+	b.eventually(t, "it is counted", func() bool { return b.Status().Requests == 1 })
+
 	p, found := examined()
 	is(found, map[string]Verdict{"service": OK, "credential": OK, "pods": Warn, "serviceaccounts": OK, "tokenrequest": OK, "sts": OK, "iam": OK, "clock": OK})
 	if p.cluster.Pods != 6 || !p.cluster.Account.Linked() || p.exchange == nil {

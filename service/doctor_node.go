@@ -381,8 +381,10 @@ func isRefused(err error) bool {
 	return errors.As(err, &op) && strings.Contains(op.Err.Error(), "refused")
 }
 
-// trafficCheck: pods run, and nothing of them was ever redirected.
+// trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
+// anything. Doctor's own connections are counted by the rule, and not by the service.
 func trafficCheck(p *patient) Finding {
+	const remedy = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
 	pods := p.cluster.Pods
 	if p.status != nil && p.status.Cluster != nil && p.status.Cluster.Synced {
 		pods = 0
@@ -392,21 +394,24 @@ func trafficCheck(p *patient) Finding {
 			}
 		}
 	}
-	switch n := p.node.Redirected; {
+	n := p.node.Redirected
+	switch {
 	case p.plan.Mode == routing.ModeNone || p.plan.Closed || p.state.Desired != routing.Installed:
 		return skip("nothing is redirected")
-	case n == nil && !p.root:
+	case p.status != nil && p.status.Requests > 0:
+		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
+	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
+		return good("no pod runs here")
+	case n != nil && *n == 0:
+		return warn(remedy, "of the pods that run here (%d) no connection was ever redirected", pods)
+	case p.status != nil:
+		return warn(remedy, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, age(p.now, p.status.Started))
+	case n != nil:
+		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
+	case !p.root:
 		return skip("to read the counter of the rule that redirects, %s", asRoot)
-	case n == nil:
-		return skip("mode %s counts no connections", p.state.Mode)
-	case *n == 0 && pods > 0:
-		return warn("does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes",
-			"%d pods run, and no connection of theirs was ever redirected", pods)
-	case *n == 0:
-		return good("no pod runs here, and no connection was redirected")
-	default:
-		return good("%d connections were redirected since the rules were put up", *n)
 	}
+	return skip("mode %s counts no connections, and the service could not be asked", p.state.Mode)
 }
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).

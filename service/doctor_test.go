@@ -30,7 +30,7 @@ func healthy() *patient {
 	plan := routing.Plan{Mode: routing.ModeIPTables, Listen: listen, Guard: routing.DefaultGuard()}
 	return &patient{
 		root: true, now: now, file: "config.yaml", version: "1.2.3", config: c, plan: plan, ports: [2]uint16{32768, 60999},
-		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Evidence: "source-ip",
+		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Evidence: "source-ip",
 			Cluster: &kube.Status{Server: "https://k:6443", User: "system:node:n1", Kubeconfig: "/etc/kubernetes/kubelet.conf", Synced: true, Watching: true,
 				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
 			Tokens: []token.EntryStatus{{ServiceAccount: "ns/a"}}},
@@ -192,11 +192,13 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
 		}, Skip, "ebpf", ""},
 
-		{"traffic", func(p *patient) { p.node.Redirected = new(uint64) }, Warn, "1 pods run, and no connection of theirs was ever redirected", "network"},
-		{"traffic", func(p *patient) { p.node.Redirected, p.status = new(uint64), nil }, Warn, "1 pods run", "network"},
-		{"traffic", func(p *patient) { p.node.Redirected, p.status.Cluster.Pods = new(uint64), nil }, OK, "no pod runs here", ""},
-		{"traffic", func(p *patient) { p.node.Redirected, p.root = nil, false }, Skip, "as root", ""},
-		{"traffic", func(p *patient) { p.node.Redirected, p.state.Mode = nil, routing.ModeEBPF }, Skip, "mode ebpf counts no", ""},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status.Requests = new(uint64), 0 }, Warn, "of the pods that run here (1) no connection was ever redirected", "network"},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status = new(uint64), nil }, Warn, "run here (1) no connection", "network"},
+		{"traffic", func(p *patient) { p.status.Requests = 0 }, Warn, "run here (1) none has asked for anything since the service started 1h0m0s ago", "network"},
+		{"traffic", func(p *patient) { p.status = nil }, OK, "7 connections were redirected since", ""},
+		{"traffic", func(p *patient) { p.status.Requests, p.status.Cluster.Pods = 0, nil }, OK, "no pod runs here", ""},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.root = nil, nil, false }, Skip, "as root", ""},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.state.Mode = nil, nil, routing.ModeEBPF }, Skip, "mode ebpf counts no", ""},
 		{"traffic", func(p *patient) { p.state.Desired = routing.Removed }, Skip, "nothing is redirected", ""},
 
 		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsNotFound: true} }, Warn, "not known to this node's DNS", "cluster's DNS"},

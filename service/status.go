@@ -34,6 +34,7 @@ type Status struct {
 	Reason      string              `json:"reason,omitempty"` // why it is not serving
 	Listen      string              `json:"listen"`
 	Connections int                 `json:"connections"`
+	Requests    uint64              `json:"requests"` // since Started, for anything but `/`
 	Evidence    string              `json:"evidence"` // what attestation goes by
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
@@ -45,7 +46,7 @@ type Status struct {
 // Status tells the state of the service now.
 func (s *Service) Status() Status {
 	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
-		Connections: s.server.connections.open(), Evidence: "source-ip"}
+		Connections: s.server.connections.open(), Requests: s.server.metrics.asked(), Evidence: "source-ip"}
 	if state, err := routing.ReadState(s.options.RunDir); err != nil {
 		st.RoutingErr = err.Error()
 	} else {

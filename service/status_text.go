@@ -22,7 +22,7 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
-	line("listening", "%s, %d connections", s.Listen, s.Connections)
+	line("listening", "%s, %d connections, %d requests so far", s.Listen, s.Connections, s.Requests)
 	line("evidence", "%s: an address tells no dead pod from the next owner of its address", s.Evidence)
 	s.rulesText(line, now)
 	if c := s.Cluster; c != nil {
