@@ -21,7 +21,7 @@ func TestAuto(t *testing.T) {
 	all := modes
 	defer func() { modes = all }()
 	modes = []string{ModeIPTables}
-	if got := p.fit(Facts{NFT: "1.0.6"}); got.Mode != ModeIPTables || !strings.Contains(got.Reason, "asks for mode nftables, and this version has none") {
+	if got := p.fit(Facts{NFTables: true}); got.Mode != ModeIPTables || !strings.Contains(got.Reason, "asks for mode nftables, and this version has none") {
 		t.Errorf("%s: %s", got.Mode, got.Reason)
 	}
 	modes = all

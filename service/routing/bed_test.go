@@ -102,6 +102,12 @@ func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
 	}
 }
 
+// onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode nftables.
+func onEveryDNAT(t *testing.T, f func(t *testing.T, b *bed)) {
+	onBothBackends(t, f)
+	t.Run("nftables", func(t *testing.T) { f(t, nftBed(t)) })
+}
+
 func bedPlan(runDir, binary string) Plan {
 	return Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
 		InterceptHostPods: "auto", RunDir: runDir, Binary: binary}

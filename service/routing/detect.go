@@ -12,24 +12,26 @@ const ModeAuto = "auto"
 // Facts are what of a node decides which mode fits it. They are plain data; ReadFacts collects them. The zero value is a
 // node of which nothing is known.
 type Facts struct {
-	Kernel    string   `json:"kernel,omitempty"`   // release, such as 6.1.0-18-amd64
-	IPTables  string   `json:"iptables,omitempty"` // version; "" = there is no such command
-	Backend   string   `json:"backend,omitempty"`  // of iptables: nf_tables or legacy
-	NFT       string   `json:"nft,omitempty"`      // version of the nft command; "" = there is none
-	Bundled   string   `json:"bundledIPTables,omitempty"`
-	CgroupV2  bool     `json:"cgroupV2"`
-	BPF       bool     `json:"bpf"`               // a bpffs is mounted
-	CNI       []string `json:"cni,omitempty"`     // names of plugins in /etc/cni/net.d, and those whose interfaces are there
-	Bridged   bool     `json:"bridged,omitempty"` // pods hang on a bridge, where one can speak with another's address (R-13)
-	Denied    bool     `json:"denied,omitempty"`  // a security module denies changes of the firewall, whoever asks (AKS)
-	GKE       bool     `json:"gke,omitempty"`     // the node is GKE's own
-	Server    string   `json:"server,omitempty"`  // what calls itself so at 169.254.169.254:80; "" = nobody, or not asked
-	Port80    string   `json:"port80,omitempty"`  // who listens on port 80 of every address; "" = nobody
-	OpenShift bool     `json:"openshift,omitempty"`
+	Kernel   string // release, such as 6.1.0-18-amd64
+	IPTables string // version; "" = there is no such command
+	Backend  string // of iptables: nf_tables or legacy
+	Bundled  string // the iptables that k3s or RKE2 brings, which is not in PATH
+	NFT      string // version of the nft command; "" = there is none
+	NFTables bool   // the kernel has nf_tables, as far as this process may know
+	CgroupV2 bool
+	BPF      bool // a bpffs is mounted
 
-	Cilium     bool  `json:"cilium,omitempty"`
-	CiliumHost *bool `json:"ciliumBPFHostRouting,omitempty"` // nil: not known
-	CalicoBPF  bool  `json:"calicoEBPF,omitempty"`
+	CNI        []string // plugins in /etc/cni/net.d, and those whose interfaces are there
+	Bridged    bool     // pods hang on a bridge, where one can speak with another's address (R-13)
+	Cilium     bool
+	CiliumHost *bool // it routes by BPF, past the node's netfilter; nil: that cannot be told
+	CalicoBPF  bool
+	Denied     bool // a security module denies changes of the firewall, whoever asks (AKS)
+	GKE        bool // the node is GKE's own
+	OpenShift  bool
+
+	Server string // what calls itself so at 169.254.169.254:80; "" = nobody, or nobody asked
+	Port80 string // who listens on port 80 of every address; "" = nobody
 }
 
 // picks say which mode fits which node (the table "Which mode on which network"). The first row that fits decides; where none
@@ -51,10 +53,10 @@ var picks = []struct {
 		"this is Cilium, and whether it routes by BPF, past the node's netfilter, cannot be told"},
 	{func(f Facts) bool { return f.CalicoBPF }, withoutNetfilter,
 		"Calico's eBPF mode translates addresses before the node's netfilter does"},
-	{func(f Facts) bool { return f.IPTables == "" && f.NFT != "" }, ModeNFTables,
-		"there is no iptables command, and there is nft"},
+	{func(f Facts) bool { return f.IPTables == "" && f.NFTables }, ModeNFTables,
+		"there is no iptables command, and the kernel has nf_tables"},
 	{func(f Facts) bool { return f.IPTables == "" }, withoutNetfilter,
-		"there is neither an iptables nor an nft command in PATH"},
+		"there is no iptables command in PATH, and no nf_tables in the kernel"},
 	{func(f Facts) bool { return f.Cilium }, ModeIPTables,
 		"Cilium routes by the host's own stack (bpf.hostLegacyRouting), which iptables sees"},
 }

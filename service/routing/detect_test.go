@@ -11,7 +11,8 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 )
 
-// Each file of testdata/nodes is a node: what Detect says of it, what iptables and nft say of themselves, who has port 80, and files.
+// Each file of testdata/nodes is a node: what Detect says of it, what iptables and nft say of themselves, who has
+// port 80, what the kernel has, and files.
 func TestDetect(t *testing.T) {
 	nodes, err := filepath.Glob("testdata/nodes/*.txtar")
 	if err != nil || len(nodes) == 0 {
@@ -28,8 +29,8 @@ func TestDetect(t *testing.T) {
 			if err := txtar.Write(node, root); err != nil {
 				t.Fatal(err)
 			}
-			line := append(strings.Split(string(node.Comment), "\n"), "", "", "", "")
-			s := surveyor{root: root,
+			line := append(strings.Split(string(node.Comment), "\n"), "", "", "", "", "")
+			s := surveyor{root: root, nfTables: func() bool { return line[4] == "nf_tables" },
 				version: func(command string) string { return map[string]string{"iptables": line[1], "nft": line[2]}[command] },
 				listens: func(netip.AddrPort) string { return line[3] }}
 			mode, reason := Detect(s.facts())
@@ -80,7 +81,7 @@ func TestFactsOfNonsense(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s := surveyor{root: root, version: func(string) string { return "what?" }, listens: func(netip.AddrPort) string { return "" }}
+	s := surveyor{root: root, version: func(string) string { return "what?" }, listens: func(netip.AddrPort) string { return "" }, nfTables: func() bool { return false }}
 	if f := s.facts(); !slices.Equal(f.CNI, []string{"bridge"}) || f.IPTables != "" {
 		t.Errorf("%+v", f)
 	}

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -94,7 +95,10 @@ var counter = regexp.MustCompile(` -c (\d+) \d+ `)
 
 // redirected reads the counter of the rule that redirects pods.
 func redirected(ctx context.Context, p Plan, state State) *uint64 {
-	if p.Mode != ModeIPTables || state.Command == "" {
+	switch {
+	case p.Mode == ModeNFTables:
+		return redirectedByNFTables()
+	case p.Mode != ModeIPTables || state.Command == "":
 		return nil
 	}
 	if isLegacy(state.Command) && !legacyTable("nat", false) {
@@ -107,6 +111,25 @@ func redirected(ctx context.Context, p Plan, state State) *uint64 {
 	for line := range strings.Lines(out) {
 		if m := counter.FindStringSubmatch(line); m != nil && strings.Contains(line, "-j DNAT") {
 			if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
+				return &n
+			}
+		}
+	}
+	return nil
+}
+
+func redirectedByNFTables() *uint64 {
+	rules, err := nftRules(unix.NFPROTO_IPV4, nftTable, "prerouting")
+	if err != nil {
+		return nil
+	}
+	for _, m := range rules {
+		for _, e := range attributes(attribute(m, unix.NFTA_RULE_EXPRESSIONS)) {
+			if unix.ByteSliceToString(within(e.value, unix.NFTA_EXPR_NAME)) != "counter" {
+				continue
+			}
+			if packets := within(within(e.value, unix.NFTA_EXPR_DATA), unix.NFTA_COUNTER_PACKETS); len(packets) == 8 {
+				n := binary.BigEndian.Uint64(packets)
 				return &n
 			}
 		}

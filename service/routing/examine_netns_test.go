@@ -9,7 +9,7 @@ import (
 )
 
 func TestExamine(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		examine := func() (x Examination) {
 			t.Helper()
 			if err := b.Do(func() error {

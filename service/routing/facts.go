@@ -18,14 +18,15 @@ import (
 // ReadFacts looks at the node: files below /etc, /proc, /run and /sys, the names of network interfaces, and the versions of two
 // commands. It asks nobody over the network, lists no process and needs no privilege, but sees pins of BPF only as root.
 func ReadFacts(ctx context.Context) Facts {
-	return surveyor{root: "/", version: func(command string) string { return version(ctx, command) }, listens: whoListens}.facts()
+	return surveyor{root: "/", version: func(command string) string { return version(ctx, command) }, listens: whoListens, nfTables: haveNFTables}.facts()
 }
 
 // surveyor reads a node whose file system is at root.
 type surveyor struct {
-	root    string
-	version func(command string) string
-	listens func(netip.AddrPort) string
+	root     string
+	version  func(command string) string
+	listens  func(netip.AddrPort) string
+	nfTables func() bool
 }
 
 func (s surveyor) facts() Facts {
@@ -40,6 +41,7 @@ func (s surveyor) facts() Facts {
 	}
 	f.IPTables, f.Backend = iptablesVersion(s.version("iptables"))
 	f.NFT = field(s.version("nft"), 1)
+	f.NFTables = f.NFT != "" || s.nfTables() // nobody has the command without the kernel's part
 	f.Port80 = s.listens(netip.AddrPortFrom(netip.IPv4Unspecified(), metadataServer.Port()))
 
 	links := s.links()
@@ -185,6 +187,12 @@ func field(line string, i int) string {
 		return strings.TrimPrefix(f[i], "v")
 	}
 	return ""
+}
+
+// haveNFTables asks the kernel, which tells only those who may change rules.
+func haveNFTables() bool {
+	_, err := generation()
+	return err == nil
 }
 
 // whoListens names the program that gets connections to the address; "" = nobody.

@@ -12,6 +12,7 @@ const (
 	layerRoute     = "ip-route"
 	layerIPTables  = "iptables"
 	layerIP6Tables = "ip6tables"
+	layerNFTables  = "nftables"
 )
 
 // sharedLayers are those that no mode has for itself alone.

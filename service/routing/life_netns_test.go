@@ -83,7 +83,7 @@ func TestRefusals(t *testing.T) {
 
 // TestClosedGuard is what stands while the configuration is broken.
 func TestClosedGuard(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		if got := len(faults(t, b.check(closed))); got != 4 {
@@ -110,7 +110,7 @@ func TestClosedGuard(t *testing.T) {
 
 // TestInstallWhileServing repeats Install, eight at once, under load: 0 lost, and one result.
 func TestInstallWhileServing(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		var asked, lost atomic.Int64
@@ -153,7 +153,7 @@ func TestInstallWhileServing(t *testing.T) {
 
 // TestConcurrentFirstInstalls converge from nothing.
 func TestConcurrentFirstInstalls(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		var installs sync.WaitGroup
 		for range 8 {

@@ -28,7 +28,7 @@ type mode interface {
 }
 
 // modes are those that there is a Router for, each of which can have left something in the kernel.
-var modes = []string{ModeIPTables}
+var modes = []string{ModeIPTables, ModeNFTables}
 
 // openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
 // is to be chosen anew.
@@ -36,6 +36,8 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 	switch p.Mode {
 	case ModeIPTables:
 		return openIPTables(p, command)
+	case ModeNFTables:
+		return &nfTables{plan: p}, nil
 	}
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }
@@ -46,17 +48,21 @@ func removeMode(ctx context.Context, name string, p Plan) error {
 	switch name {
 	case ModeIPTables:
 		return removeIPTables(ctx, p)
+	case ModeNFTables:
+		return removeNFTables()
 	}
 	return nil
 }
 
 // modeText is what put does on a node that has nothing of it yet, as shell commands.
-func modeText(p Plan, s surroundings, command string) string {
+func modeText(p Plan, s surroundings, command string) (string, error) {
 	switch p.Mode {
 	case ModeIPTables:
-		return iptablesText(p, s, command)
+		return iptablesText(p, s, command), nil
+	case ModeNFTables:
+		return nftablesText(p, s)
 	}
-	return ""
+	return "", nil
 }
 
 // node is where a Plan stands, as far as it is known.

@@ -21,7 +21,7 @@ import (
 const (
 	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
 	ModeIPTables = "iptables"
-	// ModeNFTables is DNAT by a table of nftables of our own.
+	// ModeNFTables is DNAT by a table of our own.
 	ModeNFTables = "nftables"
 	// ModeLoopback makes 169.254.169.254 an address that is local to the pods.
 	ModeLoopback = "loopback"

@@ -41,7 +41,10 @@ func TestShownText(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := text(p, c.on, "iptables")
+			got, err := text(p, c.on, "iptables")
+			if err != nil {
+				t.Fatal(err)
+			}
 			file := filepath.Join("testdata", "show", name+".sh")
 			if *update {
 				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {

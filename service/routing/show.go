@@ -21,10 +21,10 @@ func Show(p Plan) (string, error) {
 	if p.Mode == ModeIPTables {
 		command, _ = backends(p)
 	}
-	return text(p, s, command), nil
+	return text(p, s, command)
 }
 
-func text(p Plan, s surroundings, command string) string {
+func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
 	if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
@@ -40,12 +40,16 @@ func text(p Plan, s surroundings, command string) string {
 		fmt.Fprintf(&b, "%s rule add %s\n", ip, r)
 	}
 	if p.Closed {
-		return b.String()
+		return b.String(), nil
 	}
-	b.WriteString(modeText(p, s, command))
+	rules, err := modeText(p, s, command)
+	if err != nil {
+		return "", err
+	}
+	b.WriteString(rules)
 	if interceptsHost(p, s) {
 		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
 			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))
 	}
-	return b.String()
+	return b.String(), nil
 }

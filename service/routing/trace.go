@@ -216,7 +216,7 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 	return nil
 }
 
-func nftMessage(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
+func nftRequest(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_IPV4, Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
@@ -226,11 +226,11 @@ func nftMessage(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 }
 
 func removeTrace() []*nl.NetlinkRequest {
-	return []*nl.NetlinkRequest{nftMessage(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, traceTable))}
+	return []*nl.NetlinkRequest{nftRequest(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, traceTable))}
 }
 
 func traceRules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
-	messages = []*nl.NetlinkRequest{nftMessage(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
+	messages = []*nl.NetlinkRequest{nftRequest(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
 		textAttr(unix.NFTA_TABLE_NAME, traceTable), numberAttr(unix.NFTA_TABLE_FLAGS, flags))}
 	for _, c := range []struct {
 		name       string
@@ -238,10 +238,10 @@ func traceRules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
 	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME}, {"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
 		const first = 1 << 31 // the lowest priority: -2147483648
 		messages = append(messages,
-			nftMessage(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE,
+			nftRequest(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE,
 				textAttr(unix.NFTA_CHAIN_TABLE, traceTable), textAttr(unix.NFTA_CHAIN_NAME, c.name), textAttr(unix.NFTA_CHAIN_TYPE, "filter"),
 				nested(unix.NFTA_CHAIN_HOOK, numberAttr(unix.NFTA_HOOK_HOOKNUM, c.hook), numberAttr(unix.NFTA_HOOK_PRIORITY, first))),
-			nftMessage(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
+			nftRequest(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
 				textAttr(unix.NFTA_RULE_TABLE, traceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
 				nested(unix.NFTA_RULE_EXPRESSIONS,
 					expression("meta", numberAttr(unix.NFTA_META_KEY, c.meta), numberAttr(unix.NFTA_META_DREG, unix.NFT_REG_1)),

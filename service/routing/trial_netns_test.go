@@ -51,7 +51,7 @@ func (b *bed) try(t *testing.T) (answer string, dropped []string) {
 
 // a connection from a throw-away namespace tells what a check of our own rules cannot, names the chain, and leaves no trace.
 func TestTrial(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "nft")
 		b.install(b.plan)
 		nft := b.plan.Binary == "iptables-nft"
