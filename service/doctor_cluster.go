@@ -26,6 +26,8 @@ func credentialCheck(p *patient) Finding {
 			return good("the service watches this node's pods at %s as %s, with %s", c.Server, cmp.Or(c.User, "somebody"), c.Kubeconfig)
 		case c.Problem != "" && a.Reach == nil:
 			return fail("is the credential the service's user's to read? "+seeCopy, "the service says: %s; doctor itself gets an answer of %s with %s", c.Problem, a.Server, a.Kubeconfig)
+		case a.Reach == nil:
+			return warn("run doctor again; if it stays so: journalctl -u gke-metadata-emulator", "the service does not watch this node's pods now; doctor itself gets an answer of %s with %s", a.Server, a.Kubeconfig)
 		}
 	}
 	var away *kube.AwayError

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
+	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
@@ -80,6 +82,9 @@ func examine(ctx context.Context, o DoctorOptions) *patient {
 		p.config = config.Default()
 	}
 	p.plan = o.Plan(p.config, p.broken)
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	kube.RouteKlog(quiet) // what client-go has to say is in its errors
 	p.state, p.stateErr = routing.ReadState(o.RunDir)
 	if text, err := FetchStatus(ctx, o.StatusSocket); err != nil {
 		p.statusErr = err
@@ -101,6 +106,8 @@ func examine(ctx context.Context, o DoctorOptions) *patient {
 
 // askCluster tries the way to a pod's token, and from there to Google's.
 func (p *patient) askCluster(ctx context.Context, o DoctorOptions) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	var all sync.WaitGroup
 	defer all.Wait()
 	google := token.GoogleOptions{Audience: p.config.WorkloadIdentity.Audience, PoolName: p.config.WorkloadIdentity.PoolName,

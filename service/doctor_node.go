@@ -342,7 +342,7 @@ func connectionCheck(p *patient) Finding {
 	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
 		return skip("a throw-away namespace needs root: %s", asRoot)
 	case t.impossible != nil:
-		return warn("run doctor again", "%v", t.impossible)
+		return warn("is another doctor running, or has the kernel no veth?", "%v", t.impossible)
 	case p.state.Mode == routing.ModeEBPF && !t.ours:
 		return skip("mode ebpf serves the processes of pods, of which doctor is none: see traffic")
 	case t.ours:

@@ -185,7 +185,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.trial.answered, p.state.Desired = answered{status: 200}, routing.Removed
 		}, Fail, "without a name (status 200) answered", installRules},
 		{"connection", func(p *patient) { p.trial = trial{impossible: routing.ErrPermission}; p.root = false }, Skip, "as root", ""},
-		{"connection", func(p *patient) { p.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists", "again"},
+		{"connection", func(p *patient) { p.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists", "another doctor"},
 		{"connection", func(p *patient) { p.plan.Mode = routing.ModeNone }, Skip, "none", ""},
 		{"connection", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"connection", func(p *patient) {
@@ -207,6 +207,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 
 		{"credential", func(p *patient) { p.status.Cluster.NodeNameProblem = "nodeName is a" }, Fail, "nodeName is a", "nodeName"},
 		{"credential", func(p *patient) { p.status.Cluster.Watching, p.status.Cluster.Problem = false, "permission denied" }, Fail, "the service says: permission denied; doctor itself", "gke-metadata-emulator-credential"},
+		{"credential", func(p *patient) { p.status.Cluster.Watching = false }, Warn, "does not watch this node's pods now", "journalctl"},
 		{"credential", func(p *patient) { p.status, p.cluster.Reach = nil, &kube.AwayError{Err: errors.New("refused")} }, Fail, "client certificate of /etc/kubernetes/kubelet.conf: refused", "still valid"},
 		{"credential", func(p *patient) { p.status, p.cluster.Reach = nil, kube.ErrNotConfigured }, Fail, "no kubeconfig", "kubelet writes it"},
 		{"credential", func(p *patient) { p.status, p.cluster.Reach, p.root = nil, kube.ErrNotConfigured, false }, Skip, "as root", ""},
