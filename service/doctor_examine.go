@@ -75,37 +75,56 @@ type exchanged struct {
 	err   error
 }
 
-// examine looks at everything, most of it at once: what has to wait for others is asked last.
+// examine looks at everything, most of it at once.
 func examine(ctx context.Context, o DoctorOptions) *patient {
+	p := newPatient(ctx, o)
+	var all sync.WaitGroup
+	all.Go(func() { p.askCluster(ctx, o) })
+	all.Go(func() { p.watcher = unitState(ctx, "gke-metadata-emulator-routing.service") })
+	all.Go(func() { p.names, p.namesErr = resolve4(ctx, "metadata.google.internal") })
+	p.askNode(ctx)
+	all.Wait()
+	return p
+}
+
+// newPatient reads what was configured, what was installed, and what the service says.
+func newPatient(ctx context.Context, o DoctorOptions) *patient {
 	p := &patient{root: os.Geteuid() == 0, now: time.Now(), file: o.File, version: o.Version, ports: ephemeralPorts()}
 	if p.config, p.broken = o.Load(); p.broken != nil {
 		p.config = config.Default()
 	}
 	p.plan = o.Plan(p.config, p.broken)
-	quiet := logrus.New()
-	quiet.SetOutput(io.Discard)
-	kube.RouteKlog(quiet) // what client-go has to say is in its errors
 	p.state, p.stateErr = routing.ReadState(o.RunDir)
 	if text, err := FetchStatus(ctx, o.StatusSocket); err != nil {
 		p.statusErr = err
 	} else if err := json.Unmarshal(text, &p.status); err != nil {
 		p.status, p.statusErr = nil, fmt.Errorf("the answer of %s cannot be read (another version's?): %w", o.StatusSocket, err)
 	}
-	var all sync.WaitGroup
-	all.Go(func() { p.askCluster(ctx, o) })
-	all.Go(func() { p.watcher = unitState(ctx, "gke-metadata-emulator-routing.service") })
-	all.Go(func() { p.names, p.namesErr = resolve4(ctx, "metadata.google.internal") })
-	p.node = routing.Examine(ctx, p.plan, p.state)
-	p.cloud = askRoot(ctx, time.Second, nil)
-	if p.plan.Mode != routing.ModeNone && !p.plan.Closed { // after the counter was read
-		p.trial = tryConnection(ctx)
-	}
-	all.Wait()
 	return p
+}
+
+// askNode looks at the node's network, and connects as a pod would after the counter of connections was read.
+func (p *patient) askNode(ctx context.Context) {
+	p.node = routing.Examine(ctx, p.plan, p.state)
+	p.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
+	if !p.plan.Closed {
+		p.trial = tryConnection(ctx, p.door())
+	}
+}
+
+// door is where pods ask: by its own address the emulator is asked only where nothing is routed.
+func (p *patient) door() netip.AddrPort {
+	if p.plan.Mode == routing.ModeNone {
+		return p.plan.Listen
+	}
+	return routing.MetadataServer()
 }
 
 // askCluster tries the way to a pod's token, and from there to Google's.
 func (p *patient) askCluster(ctx context.Context, o DoctorOptions) {
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	kube.RouteKlog(quiet) // what client-go has to say is in its errors
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var all sync.WaitGroup
@@ -151,7 +170,7 @@ func (o oneToken) Account(context.Context, workload.ServiceAccount, time.Duratio
 func (o oneToken) Token(context.Context, workload.ServiceAccount) (string, error) { return o.jwt, nil }
 
 // askRoot asks the metadata server for what clients probe. dial is nil for a process of the node.
-func askRoot(ctx context.Context, patience time.Duration, dial func(ctx context.Context, network, address string) (net.Conn, error)) (a answered) {
+func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dial func(ctx context.Context, network, address string) (net.Conn, error)) (a answered) {
 	if dial == nil {
 		dial = new(net.Dialer).DialContext
 	}
@@ -159,7 +178,7 @@ func askRoot(ctx context.Context, patience time.Duration, dial func(ctx context.
 	defer cancel()
 	client := http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}, // and never by a proxy
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+routing.MetadataServer().Addr().String()+"/", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+strings.TrimSuffix(at.String(), ":80")+"/", nil)
 	if err != nil {
 		return answered{err: err}
 	}
@@ -173,7 +192,7 @@ func askRoot(ctx context.Context, patience time.Duration, dial func(ctx context.
 }
 
 // tryConnection connects as a pod would. What fails is done once more while it is looked at who drops it.
-func tryConnection(ctx context.Context) (t trial) {
+func tryConnection(ctx context.Context, at netip.AddrPort) (t trial) {
 	pod, err := routing.NewTrial()
 	if err != nil {
 		return trial{impossible: err}
@@ -185,8 +204,8 @@ func tryConnection(ctx context.Context) (t trial) {
 	}()
 	t.from = fmt.Sprintf("%s by interface %s", pod.Addr, pod.Link)
 	const patience = 3 * time.Second // a client's
-	if t.answered = askRoot(ctx, patience, pod.Dial); t.err != nil {
-		t.dropped, t.traceErr = pod.Dropped(ctx, func() { t.answered = askRoot(ctx, time.Second, pod.Dial) })
+	if t.answered = askRoot(ctx, at, patience, pod.Dial); t.err != nil {
+		t.dropped, t.traceErr = pod.Dropped(ctx, func() { t.answered = askRoot(ctx, at, time.Second, pod.Dial) })
 	}
 	return t
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
-// What examine sees of a service that runs, of a Kubernetes and of a Google is what they say; no token is in what it reports.
+// What doctor sees of a service that runs, of a Kubernetes and of a Google is what they say; no token is in what it reports.
 func TestDoctorExamines(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
@@ -27,10 +27,10 @@ func TestDoctorExamines(t *testing.T) {
 	})
 	examined := func() (*patient, map[string]Finding) {
 		t.Helper()
-		p := examine(t.Context(), DoctorOptions{Load: b.read, File: "config.yaml", RunDir: b.dir, StatusSocket: filepath.Join(b.dir, "status.sock"),
-			Version: b.Status().Version, Plan: func(c config.Config, _ error) routing.Plan {
-				return routing.Plan{Mode: c.Routing.Mode, Listen: c.Listen, RunDir: b.dir}
-			}})
+		o := DoctorOptions{Load: b.read, File: "config.yaml", RunDir: b.dir, StatusSocket: filepath.Join(b.dir, "status.sock"),
+			Version: b.Status().Version, Plan: func(config.Config, error) routing.Plan { return routing.Plan{} }}
+		p := newPatient(t.Context(), o)
+		p.askCluster(t.Context(), o)
 		found := map[string]Finding{}
 		r := diagnose(p)
 		for _, f := range r.Checks {
@@ -105,12 +105,12 @@ func TestAskRoot(t *testing.T) {
 		http.Redirect(w, r, "/latest/", http.StatusFound)
 	}))
 	defer web.Close()
-	a := askRoot(t.Context(), 10*time.Second, dialer(web.Listener.Addr().String()))
+	a := askRoot(t.Context(), routing.MetadataServer(), 10*time.Second, dialer(web.Listener.Addr().String()))
 	if a.err != nil || a.status != http.StatusFound || a.ours || whose(a) != "AWS's metadata server" {
 		t.Errorf("%+v", a)
 	}
 	web.Close()
-	if a := askRoot(t.Context(), 10*time.Second, dialer(web.Listener.Addr().String())); a.err == nil || !isRefused(a.err) {
+	if a := askRoot(t.Context(), routing.MetadataServer(), 10*time.Second, dialer(web.Listener.Addr().String())); a.err == nil || !isRefused(a.err) {
 		t.Errorf("%+v", a)
 	}
 }

@@ -99,9 +99,6 @@ func rulesCheck(p *patient) Finding {
 	if p.stateErr != nil {
 		return fail(installRules, "%v", p.stateErr)
 	}
-	if p.plan.Mode == routing.ModeNone && !p.plan.Closed {
-		return good("routing.mode is none: nothing is to stand, and pods are brought here by somebody else")
-	}
 	faults := routing.Faults(p.node.Rules)
 	switch {
 	case p.state.Desired == routing.Removed:
@@ -143,8 +140,6 @@ func watcherCheck(p *patient) Finding {
 		published += fmt.Sprintf("; what others flushed was put back %d times since the node booted", n)
 	}
 	switch {
-	case p.plan.Mode == routing.ModeNone && !p.plan.Closed:
-		return good("routing.mode is none: there is nothing to watch")
 	case p.watcher != "" && p.watcher != "active":
 		return warn(start, "it is %s, so what others flush stays flushed", p.watcher)
 	case read.Time.IsZero():
@@ -174,8 +169,6 @@ func guardCheck(p *patient) Finding {
 		guarded = append(guarded, g.String())
 	}
 	switch {
-	case p.plan.Mode == routing.ModeNone && !p.plan.Closed:
-		return good("routing.mode is none: nothing is guarded")
 	case len(p.node.Guard) > 0:
 		return fail(installRules, "a pod may reach the cloud's own credentials when the firewall is flushed: missing %s", some(p.node.Guard))
 	case !p.plan.Closed && !slices.Contains(p.plan.Guard, routing.MetadataServer()):
@@ -194,8 +187,6 @@ func uplinksCheck(p *patient) Finding {
 		text += "; left alone: " + strings.Join(p.plan.Spare, ", ")
 	}
 	switch {
-	case p.plan.Mode == routing.ModeNone && !p.plan.Closed:
-		return good("routing.mode is none: it does not matter")
 	case len(names) == 0:
 		return warn("name them in routing.uplinks", "none was found: a host behind an interface of this node may be served like a pod")
 	case len(p.node.Remarks) > 0:
@@ -220,6 +211,8 @@ func networkCheck(p *patient) Finding {
 	switch {
 	case !routing.Supported(fits):
 		remedy = "this version has no mode " + fits + ": the network has to be set up otherwise"
+	case fits == routing.ModeLoopback:
+		remedy += ", and for the listener to follow: " + restartSocket
 	case p.config.Routing.Mode == routing.ModeAuto:
 		remedy = installRules + ": it takes over what fits now"
 	}
@@ -245,20 +238,17 @@ func networkCheck(p *patient) Finding {
 // cloudCheck: a metadata server behind us, which only the guard and the rules keep pods from.
 func cloudCheck(p *patient) Finding {
 	a := p.cloud
-	kept := "pods are kept from it"
 	switch {
 	case a.err != nil:
 		return good("no metadata server answers this node's own processes")
-	case a.ours && p.status == nil && p.plan.Mode != routing.ModeNone:
+	case a.ours && p.status == nil:
 		return warn("do not install it on nodes of GKE", "GKE's own metadata server answers, or another emulator")
 	case a.ours:
 		return good("the emulator answers this node's own processes too")
-	case len(p.node.Guard) > 0 && (p.plan.Mode != routing.ModeNone || p.plan.Closed):
+	case len(p.node.Guard) > 0:
 		return fail(installRules, "%s answers, and the guard is not complete", whose(a))
-	case p.plan.Mode == routing.ModeNone && !p.plan.Closed:
-		kept = "routing.mode is none, so it is up to you whether pods reach it"
 	}
-	return good("%s answers this node's own processes; %s", whose(a), kept)
+	return good("%s answers this node's own processes; pods are kept from it", whose(a))
 }
 
 // whose names a metadata server by its header.
@@ -281,7 +271,7 @@ func ipv6Check(p *patient) Finding {
 	switch {
 	case !p.node.IPv6:
 		return good("this node has none")
-	case !six && p.plan.Mode != routing.ModeNone:
+	case !six:
 		return warn("add [fd00:ec2::254]:80 to routing.guard", "this node has IPv6, and the guard closes no IPv6 address: on AWS pods reach the node's credentials there")
 	}
 	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
@@ -334,11 +324,12 @@ func policiesCheck(p *patient) Finding {
 func connectionCheck(p *patient) Finding {
 	t := p.trial
 	from := "from a throw-away namespace, " + t.from
+	if p.plan.Mode == routing.ModeNone {
+		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", p.door())
+	}
 	switch {
 	case p.plan.Closed:
 		return skip("without a configuration nothing leads to the service")
-	case p.plan.Mode == routing.ModeNone:
-		return skip("routing.mode is none: how pods come here is not known")
 	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
 		return skip("a throw-away namespace needs root: %s", asRoot)
 	case t.impossible != nil:
@@ -396,8 +387,8 @@ func trafficCheck(p *patient) Finding {
 	}
 	n := p.node.Redirected
 	switch {
-	case p.plan.Mode == routing.ModeNone || p.plan.Closed || p.state.Desired != routing.Installed:
-		return skip("nothing is redirected")
+	case p.plan.Closed || p.state.Desired != routing.Installed:
+		return skip("nothing leads to the service")
 	case p.status != nil && p.status.Requests > 0:
 		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
 	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
@@ -411,7 +402,7 @@ func trafficCheck(p *patient) Finding {
 	case !p.root:
 		return skip("to read the counter of the rule that redirects, %s", asRoot)
 	}
-	return skip("mode %s counts no connections, and the service could not be asked", p.state.Mode)
+	return skip("mode %s counts no connections, and the service could not be asked: see service", p.state.Mode)
 }
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).

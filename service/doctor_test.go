@@ -122,7 +122,6 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.state.Standing = routing.Standing{Time: p.now.Add(-time.Minute), Faults: []string{"missing: a"}}
 		}, Fail, "1m0s before: missing: a", installRules},
 		{"rules", func(p *patient) { p.node.Rules = routing.ErrPermission }, OK, "all stood 20s ago", ""},
-		{"rules", func(p *patient) { p.plan.Mode = routing.ModeNone }, OK, "routing.mode is none", ""},
 		{"rules", func(p *patient) { p.state.Reason = "it fits" }, OK, "auto: it fits", ""},
 
 		{"watcher", func(p *patient) { p.watcher = "failed" }, Warn, "it is failed", "systemctl enable --now"},
@@ -133,19 +132,18 @@ func TestDoctorOfASickNode(t *testing.T) {
 
 		{"guard", func(p *patient) { p.node.Guard = []string{"ip rule: a"} }, Fail, "missing ip rule: a", installRules},
 		{"guard", func(p *patient) { p.plan.Guard = nil }, Warn, "169.254.169.254:80 is not guarded", "routing.guard"},
-		{"guard", func(p *patient) { p.plan.Mode = routing.ModeNone; p.node.Guard = []string{"a"} }, OK, "nothing is guarded", ""},
 
 		{"uplinks", func(p *patient) { p.node.Uplinks = nil }, Warn, "none was found", "routing.uplinks"},
 		{"uplinks", func(p *patient) { p.node.Remarks = []string{"bridge br0 has both"} }, Warn, "bridge br0 has both", "routing.uplinks"},
 		{"uplinks", func(p *patient) { p.plan.Spare = []string{"docker0"} }, OK, "left alone: docker0", ""},
 
-		{"network", func(p *patient) { p.node.Facts.Cilium, p.node.Facts.CiliumHost = true, &yes }, Fail, "mode iptables does not fit: Cilium routes", "mode loopback"},
+		{"network", func(p *patient) { p.node.Facts.Cilium, p.node.Facts.CiliumHost = true, &yes }, Fail, "mode iptables does not fit: Cilium routes", "routing.mode: loopback, and"},
 		{"network", func(p *patient) { p.node.Facts.Cilium = true }, Warn, "cannot be told", "hostLegacyRouting"},
 		{"network", func(p *patient) { p.node.Facts.CalicoBPF = true }, Warn, "Calico's eBPF", "bpfExcludeCIDRsFromNAT"},
 		{"network", func(p *patient) { p.node.Facts.GKE = true }, Fail, "node of GKE", "remove the package"},
 		{"network", func(p *patient) { p.cloud = answered{ours: true, server: "GKE Metadata Server"}; p.status = nil }, Fail, "node of GKE", "remove the package"},
 		{"network", func(p *patient) { p.node.Facts.OpenShift = true }, Fail, "OpenShift", "none"},
-		{"network", func(p *patient) { p.node.Facts.Denied = true }, Fail, "denies", "mode loopback"},
+		{"network", func(p *patient) { p.node.Facts.Denied = true }, Fail, "denies", "routing.mode: loopback, and for the listener to follow: systemctl daemon-reload"},
 		{"network", func(p *patient) { p.node.Facts.Bridged = true }, Warn, "speak with another's address", "SECURITY.md"},
 		{"network", func(p *patient) {
 			p.config.Routing.Mode, p.node.Facts.Denied = routing.ModeAuto, true
@@ -159,7 +157,6 @@ func TestDoctorOfASickNode(t *testing.T) {
 		}, Fail, "AWS's metadata server answers, and the guard is not complete", installRules},
 		{"cloud", func(p *patient) { p.cloud = answered{status: 200, ours: true}; p.status = nil }, Warn, "GKE's own", "GKE"},
 		{"cloud", func(p *patient) { p.cloud = answered{status: 400, server: "nginx"} }, OK, `calls itself "nginx" (status 400) answers this node's own processes; pods are kept`, ""},
-		{"cloud", func(p *patient) { p.cloud = answered{status: 200}; p.plan.Mode = routing.ModeNone }, OK, "up to you", ""},
 
 		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "no IPv6 address", "[fd00:ec2::254]:80"},
 		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
@@ -186,7 +183,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		}, Fail, "without a name (status 200) answered", installRules},
 		{"connection", func(p *patient) { p.trial = trial{impossible: routing.ErrPermission}; p.root = false }, Skip, "as root", ""},
 		{"connection", func(p *patient) { p.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists", "another doctor"},
-		{"connection", func(p *patient) { p.plan.Mode = routing.ModeNone }, Skip, "none", ""},
+		{"connection", func(p *patient) { p.plan.Mode = routing.ModeNone }, OK, "at 169.254.169.252:988 as GCE_METADATA_HOST says: answered", ""},
 		{"connection", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"connection", func(p *patient) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
@@ -199,7 +196,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"traffic", func(p *patient) { p.status.Requests, p.status.Cluster.Pods = 0, nil }, OK, "no pod runs here", ""},
 		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.root = nil, nil, false }, Skip, "as root", ""},
 		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.state.Mode = nil, nil, routing.ModeEBPF }, Skip, "mode ebpf counts no", ""},
-		{"traffic", func(p *patient) { p.state.Desired = routing.Removed }, Skip, "nothing is redirected", ""},
+		{"traffic", func(p *patient) { p.state.Desired = routing.Removed }, Skip, "nothing leads to the service", ""},
 
 		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsNotFound: true} }, Warn, "not known to this node's DNS", "cluster's DNS"},
 		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsTimeout: true} }, Warn, "not to be had", "cluster's DNS"},

@@ -38,9 +38,6 @@ server: that is said on standard error and is no failure.`,
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
-		if p.Mode == routing.ModeNone && !p.Closed {
-			return withRouter(cmd, anyMode(p), routing.Router.Remove) // of the mode before
-		}
 		return withRouter(cmd, p, routing.Router.Install)
 	}
 	return cmd
@@ -59,9 +56,6 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
-		if p.Mode == routing.ModeNone && !p.Closed {
-			return nil
-		}
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
 			if errors.Is(err, routing.ErrMissing) {
@@ -108,7 +102,7 @@ From then on pods reach the cloud's own metadata server again.`,
 		if onStop && rulesStay(cmd, load) {
 			return nil
 		}
-		return withRouter(cmd, anyMode(plan(cmd, load, "removing all the same")), routing.Router.Remove)
+		return withRouter(cmd, plan(cmd, load, "removing all the same").AsInstalled(cmd.Context()), routing.Router.Remove)
 	}
 	return cmd
 }
@@ -143,12 +137,8 @@ func routingShowCommand() *cobra.Command {
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard would go up").Fitted(cmd.Context())
-		if p.Mode == routing.ModeNone && !p.Closed {
-			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
-			if p.Reason != "" {
-				fmt.Fprintln(cmd.OutOrStdout(), "# auto:", p.Reason)
-			}
-			return nil
+		if p.Reason != "" {
+			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
 		}
 		text, err := routing.Show(p)
 		if err != nil {
@@ -180,12 +170,6 @@ the guard alone. SIGHUP reads the configuration anew; one that does not load cha
 			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).Fitted(ctx) })
 	}
 	return cmd
-}
-
-// anyMode is a Plan to remove by: removing knows no mode but that of the rules.
-func anyMode(p routing.Plan) routing.Plan {
-	p.Mode = routing.ModeIPTables
-	return p
 }
 
 // plan is what the configuration says about routing; without one it is the closed guard (R-23), and consequence is said.

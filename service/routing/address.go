@@ -29,7 +29,9 @@ type localAddress struct {
 
 // wantsAddress says whether the address is ours to put on lo: one that needs no network, and that nothing else of the node has.
 // Any other address that is not local lives elsewhere: in another namespace, a container or a machine of the node.
-func (l localAddress) wants(a netip.Addr) bool { return a.IsLinkLocalUnicast() && !l.local }
+func (l localAddress) wants(a netip.Addr) bool {
+	return a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
+}
 
 func readAddress(a netip.Addr) (l localAddress, err error) {
 	lo, err := netlink.LinkByName("lo")
@@ -63,8 +65,17 @@ func isLocal(a netip.Addr) (bool, error) {
 	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
 }
 
-// installAddress puts the address on lo where it is wanted, and takes away one that an earlier Plan wanted.
-func installAddress(a netip.Addr) error {
+// installAddress puts the Plan's listen address on lo where it is wanted, or in mode loopback the route that makes the metadata server's
+// our own, and takes away what an earlier Plan wanted.
+func installAddress(p Plan) error {
+	a := p.Listen.Addr()
+	if p.Mode == ModeLoopback {
+		if err := installLocalRoute(); err != nil {
+			return err
+		}
+		return removeAddress(netip.Addr{})
+	}
+	// The route of a mode loopback of before goes after its policy rules, and is nobody's way without them.
 	l, err := readAddress(a)
 	if err != nil {
 		return err
@@ -104,6 +115,9 @@ func removeAddress(keep netip.Addr) error {
 }
 
 func checkAddress(p Plan) []error {
+	if p.Mode == ModeLoopback {
+		return checkLocalRoute()
+	}
 	l, err := readAddress(p.Listen.Addr())
 	switch {
 	case err != nil:

@@ -20,11 +20,21 @@ func TestAuto(t *testing.T) {
 	// No node gets a mode that New refuses.
 	all := modes
 	defer func() { modes = all }()
-	modes = []string{ModeIPTables}
+	modes = []string{ModeIPTables, ModeNone}
 	if got := p.fit(Facts{NFTables: true}); got.Mode != ModeIPTables || !strings.Contains(got.Reason, "asks for mode nftables, and this version has none") {
 		t.Errorf("%s: %s", got.Mode, got.Reason)
 	}
 	modes = all
+
+	// Nor one for which the listener would have to move.
+	if got := p.fit(Facts{Denied: true}); got.Mode != ModeIPTables || !strings.HasSuffix(got.Reason, "which asks for mode loopback: name it, since it listens at 169.254.169.254:80") {
+		t.Errorf("%s: %s", got.Mode, got.Reason)
+	}
+	there := p
+	there.Listen = metadataServer
+	if got := there.fit(Facts{Denied: true}); got.Mode != ModeLoopback {
+		t.Errorf("%s: %s", got.Mode, got.Reason)
+	}
 
 	// What was installed is what is checked, whatever would fit now.
 	if err := writeState(p.RunDir, State{Desired: Installed, Mode: "other", Reason: "of yesterday"}); err != nil {

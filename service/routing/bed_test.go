@@ -139,26 +139,28 @@ func (b *bed) serve(ns *netnstest.NS, at, who string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				buf := make([]byte, 64)
-				for {
-					if _, err := c.Read(buf); err != nil {
-						return
-					}
-					if _, err := io.WriteString(c, who); err != nil {
-						return
-					}
-				}
-			}()
+	go answerAll(l, who)
+}
+
+func answerAll(l net.Listener, who string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
 		}
-	}()
+		go func() {
+			defer c.Close()
+			buf := make([]byte, 64)
+			for {
+				if _, err := c.Read(buf); err != nil {
+					return
+				}
+				if _, err := io.WriteString(c, who); err != nil {
+					return
+				}
+			}
+		}()
+	}
 }
 
 // How long a client waits for an answer that should come, and for one that should not.

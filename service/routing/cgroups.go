@@ -17,7 +17,7 @@ func hostCgroups() []string {
 // interceptsHost says whether pods on the host network are redirected. Without a slice that could be spared the node's own
 // daemons would be redirected with them: then it is off.
 func interceptsHost(p Plan, s surroundings) bool {
-	return p.InterceptHostPods == "on" && len(s.slices) > 0
+	return p.InterceptHostPods == "on" && p.redirects() && len(s.slices) > 0
 }
 
 // existing are those of the cgroups that exist: iptables refuses a path that does not (EINVAL), and a rule for one that went away makes

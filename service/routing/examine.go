@@ -40,10 +40,12 @@ type Uplink struct{ Name, Why string }
 func Examine(ctx context.Context, p Plan, state State) Examination {
 	p, err := p.checked()
 	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: haveIPv6(), CgroupV2: cgroup2(), HostSlices: existing(hostCgroups())}
+	r := &router{plan: p, hostCgroups: hostCgroups()}
 	if err == nil {
-		x.Rules = (&router{plan: p, hostCgroups: hostCgroups()}).Check(ctx)
+		x.Rules = r.Check(ctx)
 	}
-	for _, err := range checkGuard(p) {
+	s, _ := r.look(false) // what it could not read, whyUplinks says
+	for _, err := range checkGuard(p, s) {
 		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
 	}
 	x.Uplinks, x.Remarks = whyUplinks(p)

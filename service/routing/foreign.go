@@ -53,6 +53,9 @@ func foreignListener(l netip.AddrPort) error {
 	case by.PID == "":
 		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, by.At)
 	}
+	if l == metadataServer { // mode loopback
+		return fmt.Errorf("%s %w: %s listens on %s; stop it, or have it listen on an address of its own", l, ErrForeign, by, by.At)
+	}
 	return fmt.Errorf("%s %w: %s listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
 		l, ErrForeign, by, by.At)
 }

@@ -27,8 +27,8 @@ type mode interface {
 	forget()
 }
 
-// modes are those that there is a Router for, each of which can have left something in the kernel.
-var modes = []string{ModeIPTables, ModeNFTables}
+// modes are those that there is a Router for.
+var modes = []string{ModeIPTables, ModeNFTables, ModeLoopback, ModeNone}
 
 // openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
 // is to be chosen anew.
@@ -36,22 +36,20 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 	switch p.Mode {
 	case ModeIPTables:
 		return openIPTables(p, command)
-	case ModeNFTables:
+	case ModeNFTables, ModeLoopback, ModeNone:
 		return &nfTables{plan: p}, nil
 	}
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }
 
-// removeMode takes away all that any Install of the mode can have put into the kernel beside what all modes share. It needs no memory of
-// the Install, and p is any Plan.
-func removeMode(ctx context.Context, name string, p Plan) error {
-	switch name {
-	case ModeIPTables:
-		return removeIPTables(ctx, p)
-	case ModeNFTables:
-		return removeNFTables()
-	}
-	return nil
+// parts are what modes have in the kernel beside what all share, and how all that any Install can have put there is taken away: without memory
+// of the Install, and by any Plan.
+var parts = []struct {
+	of     []string // modes
+	remove func(context.Context, Plan) error
+}{
+	{[]string{ModeIPTables}, removeIPTables},
+	{[]string{ModeNFTables, ModeLoopback, ModeNone}, removeNFTables},
 }
 
 // modeText is what put does on a node that has nothing of it yet, as shell commands.
@@ -59,8 +57,11 @@ func modeText(p Plan, s surroundings, command string) (string, error) {
 	switch p.Mode {
 	case ModeIPTables:
 		return iptablesText(p, s, command), nil
-	case ModeNFTables:
+	case ModeNFTables, ModeLoopback:
 		return nftablesText(p, s)
+	case ModeNone:
+		rules, err := nftablesText(p, s)
+		return rules + environmentText(p), err
 	}
 	return "", nil
 }
@@ -69,6 +70,14 @@ func modeText(p Plan, s surroundings, command string) (string, error) {
 type node struct {
 	surroundings
 	mode
+}
+
+// around is what is known of the node's surroundings.
+func (n *node) around() (s surroundings) {
+	if n != nil {
+		s = n.surroundings
+	}
+	return s
 }
 
 // silent says what of the mode tells nobody when it changes, "" if the kernel does.

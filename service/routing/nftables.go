@@ -47,7 +47,11 @@ func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string
 	if err != nil {
 		return nil, err
 	}
-	if !slices.ContainsFunc(now[0].rules["prerouting"], func(r standingRule) bool { return strings.Contains(r.mark, " dnat to ") }) {
+	way := "forward" // where nothing is redirected
+	if m.plan.redirects() {
+		way = "prerouting"
+	}
+	if len(now[0].rules[way]) == 0 {
 		flushed = []string{layerNFTables}
 	}
 	return flushed, foreignRedirections(ctx)
@@ -92,7 +96,7 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		}
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
-	if len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
+	if m.plan.redirects() && len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
 		if err := forgetEstablished(m.plan, s); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}
@@ -283,7 +287,7 @@ func parseMarked(message []byte) (r standingRule) {
 }
 
 // removeNFTables deletes our tables. A kernel without nf_tables has none.
-func removeNFTables() error {
+func removeNFTables(context.Context, Plan) error {
 	c := &nftables.Conn{}
 	some := false
 	for _, six := range []bool{false, true} {

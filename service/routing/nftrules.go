@@ -3,10 +3,12 @@ package routing
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/google/nftables"
@@ -184,11 +186,14 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 			forward.rules = append(forward.rules, rule(toServer(a), reset()))
 		}
 	}
-	if six {
+	if six && (p.redirects() || p.Listen.Addr().Is4()) {
 		if guarded {
 			chains = append(chains, forward)
 		}
 		return chains, nil
+	}
+	if !p.redirects() {
+		return append(doors(p, s, six), forward), nil
 	}
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
@@ -217,6 +222,46 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 	}
 	prerouting.rules = append(prerouting.rules, rule(toServer(metadataServer), dnat(p.Listen)))
 	return append(chains, prerouting), nil
+}
+
+// doors keep other hosts out where pods may send to the listen address themselves: two, of which each holds alone. What listens on
+// 127.0.0.0/8 nobody reaches anyway.
+func doors(p Plan, s surroundings, six bool) []nftChain {
+	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
+	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
+	to := toServer(p.Listen)
+	if p.Listen.Addr().IsUnspecified() {
+		to = toPort(p.Listen.Port())
+	} else if p.Listen.Addr().Is6() != six {
+		return nil
+	}
+	if p.Listen.Addr().IsLoopback() {
+		return nil
+	}
+	for _, name := range s.uplinks {
+		raw.rules = append(raw.rules, rule(byInterface(name), to, drop()))
+		input.rules = append(input.rules, rule(byInterface(name), to, drop()))
+	}
+	return []nftChain{raw, input}
+}
+
+// toPort matches packets of TCP to a port of this node, whichever its address.
+func toPort(port uint16) nftPart {
+	p := toServer(netip.AddrPortFrom(netip.IPv4Unspecified(), port))
+	return nftPart{text: fmt.Sprintf("fib daddr type local tcp dport %d", port), exprs: append([]expr.Any{
+		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, equals(binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL)),
+	}, p.exprs[2:]...)}
+}
+
+// environmentText tells what pods need where nothing is routed.
+func environmentText(p Plan) string {
+	host := "$(NODE_IP)"
+	field := "\n#   - name: NODE_IP\n#     valueFrom: {fieldRef: {fieldPath: status.hostIP}}"
+	if a := p.Listen.Addr(); a.IsLinkLocalUnicast() {
+		host, field = a.String(), ""
+	}
+	return fmt.Sprintf("\n# what pods need in their environment\n#   env:%s\n#   - name: GCE_METADATA_HOST\n#     value: %s\n",
+		field, net.JoinHostPort(host, strconv.Itoa(int(p.Listen.Port()))))
 }
 
 // resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata server's other doors (H-25, H-26). DNS

@@ -119,22 +119,23 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		}
 	}
 	p := w.router.plan
-	if all || why&causeRule != 0 {
-		errs = append(errs, checkGuard(p)...)
+	read := all || w.unread
+	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
+	moved := false
+	if around && w.node != nil {
+		if moved, err = w.router.lookAgain(w.node); err != nil {
+			return nil, err
+		}
+		read = read || moved
+	}
+	if all || moved || why&causeRule != 0 {
+		errs = append(errs, checkGuard(p, w.node.around())...)
 	}
 	if p.Closed {
 		return errs, nil
 	}
-	read := all || w.unread
-	if all || why&causeKernel&^causeRule != 0 {
+	if around {
 		errs = append(errs, checkAddress(p)...)
-		if w.node != nil {
-			changed, err := w.router.lookAgain(w.node)
-			if err != nil {
-				return errs, err
-			}
-			read = read || changed
-		}
 	}
 	if w.node == nil {
 		read = true

@@ -29,7 +29,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan)) // closed, whatever else is not to be had
+			err = errors.Join(err, addGuard(r.plan, surroundings{})) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
@@ -62,8 +62,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
 		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
 		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan)); err == nil {
-			err = errors.Join(checkGuard(r.plan)...)
+		if err = errors.Join(err, addGuard(r.plan, surroundings{})); err == nil {
+			err = errors.Join(checkGuard(r.plan, surroundings{})...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -72,12 +72,12 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
 		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
-		for _, other := range modes {
-			if other == r.plan.Mode {
+		for _, p := range parts {
+			if slices.Contains(p.of, r.plan.Mode) {
 				continue
 			}
-			if err := removeMode(ctx, other, r.plan); err != nil {
-				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", other, err))
+			if err := p.remove(ctx, r.plan); err != nil {
+				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.of[0], err))
 			}
 		}
 	}
@@ -119,7 +119,11 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 	if err != nil {
 		return n, nil, err
 	}
-	if l.local || l.wants(listen.Addr()) {
+	begins := why == nil || why.of.Desired == ""
+	if r.plan.Mode == ModeLoopback && begins && !r.plan.Force {
+		foreign = errors.Join(foreign, realServer())
+	}
+	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
@@ -141,32 +145,37 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(); err != nil {
+	if err := r.putClosed(n.surroundings); err != nil {
 		return err
 	}
 	if err := n.put(ctx, n.surroundings); err != nil {
 		return err
 	}
+	if r.plan.Mode != ModeLoopback {
+		if err := removeLocalRoute(); err != nil {
+			return err
+		}
+	}
 	return installRoute(r.plan, n.surroundings)
 }
 
-func (r *router) putClosed() error {
-	if err := installAddress(r.plan.Listen.Addr()); err != nil {
+func (r *router) putClosed(s surroundings) error {
+	if err := installAddress(r.plan); err != nil {
 		return err
 	}
-	return installGuard(r.plan)
+	return installGuard(r.plan, s)
 }
 
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := r.putClosed()
+	err := r.putClosed(why.node.surroundings)
 	if err == nil {
 		err = installRoute(r.plan, why.node.surroundings)
 	}
 	if err == nil {
-		err = errors.Join(slices.Concat(checkGuard(r.plan), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
+		err = errors.Join(slices.Concat(checkGuard(r.plan, why.node.surroundings), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
 	}
 	return r.readBack(state, err)
 }
@@ -178,7 +187,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan)...)
+		return errors.Join(checkGuard(r.plan, surroundings{})...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -186,14 +195,14 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkGuard(r.plan), err)...)
+		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
 	}
 	return errors.Join(r.check(ctx, n)...)
 }
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return slices.Concat(checkGuard(r.plan), checkAddress(r.plan), n.check(ctx, n.surroundings), checkRoute(r.plan, n.surroundings))
+	return slices.Concat(checkGuard(r.plan, n.surroundings), checkAddress(r.plan), n.check(ctx, n.surroundings), checkRoute(r.plan, n.surroundings))
 }
 
 func (r *router) Remove(ctx context.Context) error {
@@ -207,14 +216,14 @@ func (r *router) Remove(ctx context.Context) error {
 		return err
 	}
 	var errs []error
-	for _, name := range modes {
-		errs = append(errs, removeMode(ctx, name, r.plan))
+	for _, p := range parts {
+		errs = append(errs, p.remove(ctx, r.plan))
 	}
 	if err := errors.Join(errs...); err != nil {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeAddress(netip.Addr{})))
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocalRoute(), removeAddress(netip.Addr{})))
 }
 
 // look finds out what the rules must know of the node.
@@ -256,7 +265,7 @@ func (r *router) state(desired string) (before, now State) {
 	p := r.plan
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+		s.Listen, s.Uplinks, s.Spare, s.HostPods, s.Force = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods, p.Force
 	}
 	old, err := ReadState(p.RunDir)
 	if err != nil {

@@ -23,11 +23,11 @@ const (
 	ModeIPTables = "iptables"
 	// ModeNFTables is DNAT by a table of our own.
 	ModeNFTables = "nftables"
-	// ModeLoopback makes 169.254.169.254 an address that is local to the pods.
+	// ModeLoopback makes the metadata server's address this node's own for pods, by policy rules and without DNAT.
 	ModeLoopback = "loopback"
-	// ModeEBPF redirects connect() in the pods.
+	// ModeEBPF redirects connect() of the processes of pods.
 	ModeEBPF = "ebpf"
-	// ModeNone routes nothing; there is no Router for it.
+	// ModeNone routes nothing: pods are told by their environment where the emulator listens. Other hosts are kept out, and the guard stands.
 	ModeNone = "none"
 )
 
@@ -65,6 +65,7 @@ type Plan struct {
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken (R-23). What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
+	Force             bool             // mode loopback also where a metadata server answers this host
 	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
 	Log               logrus.FieldLogger
 }
@@ -120,6 +121,9 @@ func (p Plan) checked() (Plan, error) {
 		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, strings.Join(modes, ", "))
 	}
 	errs = append(errs, checkListen(p.Mode, p.Listen))
+	if !p.redirects() && p.InterceptHostPods == "on" {
+		errs = append(errs, fmt.Errorf("interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off", p.Mode))
+	}
 	switch p.InterceptHostPods {
 	case "", "auto", "on", "off":
 	default:
@@ -138,6 +142,9 @@ func (p Plan) checked() (Plan, error) {
 	return p, errors.Join(errs...)
 }
 
+// redirects says whether the mode changes where packets go, and listens elsewhere than pods ask.
+func (p Plan) redirects() bool { return p.Mode != ModeLoopback && p.Mode != ModeNone }
+
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
 
@@ -145,6 +152,16 @@ func checkListen(mode string, l netip.AddrPort) error {
 	const remedy = "; the usual choice is 169.254.169.252:988"
 	a := l.Addr()
 	switch {
+	case mode == ModeLoopback:
+		if l != metadataServer {
+			return fmt.Errorf("listen %s: mode %s redirects nothing, so it listens where pods ask: %s", l, mode, metadataServer)
+		}
+		return nil
+	case mode == ModeNone:
+		if !l.IsValid() {
+			return errors.New("listen: an address and a port are needed")
+		}
+		return nil
 	case !l.IsValid() || l.Port() == 0:
 		return fmt.Errorf("listen %s: an address and a port are needed%s", l, remedy)
 	case !a.Is4():

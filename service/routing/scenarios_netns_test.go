@@ -15,35 +15,6 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestNeighbourIsNotServed: a host of the LAN tries the ways in. Each of the two doors holds alone.
-func TestNeighbourIsNotServed(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
-		b.install(b.plan)
-		b.answers(b.neighbour, "169.254.169.254:80", cloud) // its own way there is its own affair
-		for _, to := range []string{"169.254.169.254", "169.254.169.252"} {
-			if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", to+"/32", "via", b.Addr.String()).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
-		}
-		refused := func(how string) {
-			t.Helper()
-			for _, at := range []string{"169.254.169.254:80", "169.254.169.252:988"} {
-				if who, err := ask(b.neighbour, at, short); who != "" {
-					t.Errorf("%s: %s answered the neighbour at %s (%v)", how, who, at, err)
-				}
-			}
-		}
-		refused("installed")
-		b.sh("iptables -t raw -F")
-		refused("without the raw door")
-		b.install(b.plan)
-		b.sh("iptables -F")
-		refused("without the INPUT door")
-		b.sh("iptables -t raw -F")
-		b.answers(b.neighbour, "169.254.169.252:988", emulator) // without both: so the doors are what kept it out
-	})
-}
-
 // TestUplinksThatAreConfigured are believed instead of what was found: here the LAN is served, as the operator said.
 func TestUplinksThatAreConfigured(t *testing.T) {
 	b := newBed(t, "iptables-nft")

@@ -26,10 +26,12 @@ func Show(p Plan) (string, error) {
 
 func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
-	if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
+	if p.Mode == ModeLoopback && !p.Closed {
+		fmt.Fprintf(&b, "# the metadata server's address is this node's own, for those whom the rules below send to that table\nip route add %s\n\n", localRouteText())
+	} else if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
 	}
-	for i, r := range guardRules(p) {
+	for i, r := range guardRules(p, s) {
 		if i == 0 {
 			b.WriteString("# the guard that survives a flush of the firewall\n")
 		}

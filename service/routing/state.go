@@ -34,6 +34,7 @@ type State struct {
 	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
 	Spare    []string         `json:"spare,omitempty"`
 	HostPods string           `json:"interceptHostPods,omitempty"`
+	Force    bool             `json:"force,omitempty"`
 	Guard    []netip.AddrPort `json:"guard,omitempty"`
 	Since    time.Time        `json:"since"`              // of Desired
 	Installs int              `json:"installs,omitempty"` // since the node booted, for metrics
@@ -85,7 +86,7 @@ func (s *State) count(r *repair) {
 
 // wants reports whether s and o desire the same.
 func (s State) wants(o State) bool {
-	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods &&
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) && slices.Equal(s.Guard, o.Guard)
 }
 

@@ -94,7 +94,7 @@ func (t *Trial) connect() error {
 			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: trialGateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
 		},
 		func() error {
-			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Dst: hostNet(metadataServer.Addr()), Gw: trialGateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
+			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: trialGateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
 		},
 		func() error {
 			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: hostNet(t.Addr), Scope: netlink.SCOPE_LINK})
