@@ -54,7 +54,7 @@ demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; 
 $(ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@
 
-test: deps $(ROOTFS) ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
+test: deps $(ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
 test-booted: deps build bin/demo $(ROOTFS) ## the units in a machine with systemd that is booted for it, under load

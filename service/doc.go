@@ -6,7 +6,8 @@
 //
 // A pod's client library sends GET /computeMetadata/v1/instance/service-accounts/default/token to 169.254.169.254:80.
 //
-//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo.
+//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo, or in mode
+//     loopback to the address itself. What a mode is, is told once (mode.go); what all share is written once (router.go).
 //  2. accept (connections.go): before a byte is read, both ends of the socket are written down as the kernel sees them,
 //     before and after DNAT ([attest.Peer]). Nothing that the request says of its sender is believed, ever.
 //  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered

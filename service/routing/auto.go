@@ -7,6 +7,9 @@ import (
 )
 
 // Fitted is the Plan with the mode that fits the node now in the place of auto, and why. A Plan of another mode stays as it is.
+//
+// It never is loopback: there the emulator listens elsewhere, and systemd holds the listener. Where that would fit, ebpf does as well, if it
+// can be had; else it is iptables, which keeps pods from the real server, and the reason says what to do.
 func (p Plan) Fitted(ctx context.Context) Plan {
 	if p.Mode != ModeAuto || p.Closed {
 		return p
@@ -17,12 +20,13 @@ func (p Plan) Fitted(ctx context.Context) Plan {
 func (p Plan) fit(f Facts) Plan {
 	p.Mode, p.Reason = Detect(f)
 	switch {
+	case p.Mode == ModeLoopback && f.CgroupV2 && f.BPF && Supported(ModeEBPF):
+		p.Mode = ModeEBPF
+	case p.Mode == ModeLoopback:
+		p.Reason = fmt.Sprintf("%s, which asks for routing.mode loopback: name it, for the listener to move to %s", p.Reason, metadataServer)
+		p.Mode = ModeIPTables
 	case !Supported(p.Mode):
 		p.Reason = fmt.Sprintf("%s, which asks for mode %s, and this version has none", p.Reason, p.Mode)
-		p.Mode = ModeIPTables
-	case p.Mode == ModeLoopback && p.Listen != metadataServer:
-		// The listener cannot follow by itself: systemd has it.
-		p.Reason = fmt.Sprintf("%s, which asks for mode %s: name it, since it listens at %s", p.Reason, p.Mode, metadataServer)
 		p.Mode = ModeIPTables
 	}
 	return p

@@ -17,24 +17,28 @@ func TestAuto(t *testing.T) {
 		t.Errorf("a mode that was asked for: %s: %s", other.Mode, other.Reason)
 	}
 
-	// No node gets a mode that New refuses.
+	// No node gets a mode that New refuses, nor one for which the listener would have to move.
 	all := modes
 	defer func() { modes = all }()
-	modes = []string{ModeIPTables, ModeNone}
-	if got := p.fit(Facts{NFTables: true}); got.Mode != ModeIPTables || !strings.Contains(got.Reason, "asks for mode nftables, and this version has none") {
-		t.Errorf("%s: %s", got.Mode, got.Reason)
+	for _, c := range []struct {
+		modes  []string
+		facts  Facts
+		mode   string
+		reason string // its end
+	}{
+		{[]string{ModeIPTables}, Facts{NFTables: true}, ModeIPTables, "asks for mode nftables, and this version has none"},
+		{[]string{ModeIPTables, ModeNFTables}, Facts{NFTables: true}, ModeNFTables, "the kernel has nf_tables"},
+		{[]string{ModeIPTables, ModeLoopback, ModeEBPF}, Facts{Denied: true, CgroupV2: true, BPF: true}, ModeEBPF, "eBPF host routing"},
+		{[]string{ModeIPTables, ModeLoopback, ModeEBPF}, Facts{Denied: true}, ModeIPTables, "asks for routing.mode loopback: name it, for the listener to move to 169.254.169.254:80"},
+		{[]string{ModeIPTables, ModeLoopback}, Facts{Denied: true, CgroupV2: true, BPF: true}, ModeIPTables, "name it, for the listener to move to 169.254.169.254:80"},
+		{[]string{ModeIPTables, ModeLoopback}, Facts{Denied: true, CgroupV2: true, BPF: true, Port80: "nginx"}, ModeIPTables, "asks for mode ebpf, and this version has none"},
+	} {
+		modes = c.modes
+		if got := p.fit(c.facts); got.Mode != c.mode || !strings.HasSuffix(got.Reason, c.reason) {
+			t.Errorf("%v on %+v: %s: %s", c.modes, c.facts, got.Mode, got.Reason)
+		}
 	}
 	modes = all
-
-	// Nor one for which the listener would have to move.
-	if got := p.fit(Facts{Denied: true}); got.Mode != ModeIPTables || !strings.HasSuffix(got.Reason, "which asks for mode loopback: name it, since it listens at 169.254.169.254:80") {
-		t.Errorf("%s: %s", got.Mode, got.Reason)
-	}
-	there := p
-	there.Listen = metadataServer
-	if got := there.fit(Facts{Denied: true}); got.Mode != ModeLoopback {
-		t.Errorf("%s: %s", got.Mode, got.Reason)
-	}
 
 	// What was installed is what is checked, whatever would fit now.
 	if err := writeState(p.RunDir, State{Desired: Installed, Mode: "other", Reason: "of yesterday"}); err != nil {

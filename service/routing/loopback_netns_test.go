@@ -2,6 +2,7 @@ package routing
 
 import (
 	"errors"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -46,6 +47,27 @@ func TestNoneStory(t *testing.T) {
 			`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
 			`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`}},
 	})
+}
+
+// TestNoneOnEveryAddress: pods reach the node's address, other hosts do not, and the node's other ports are nobody's business here.
+func TestNoneOnEveryAddress(t *testing.T) {
+	b := nftBed(t)
+	b.plan.Mode, b.plan.Listen = ModeNone, netip.MustParseAddrPort("0.0.0.0:8988")
+	at, another := netip.AddrPortFrom(b.Addr, 8988).String(), netip.AddrPortFrom(b.Addr, 10250).String()
+	b.serve(b.NS, "0.0.0.0:8988", emulator)
+	b.serve(b.NS, another, "kubelet")
+	b.serve(b.Cloud, "198.51.100.1:8988", "another host")
+	b.answers(b.neighbour, at, emulator) // so that it is the doors that keep it out
+	before := b.ruleset()
+	b.install(b.plan)
+	b.green(b.plan)
+	golden(t, "nft/none-every-address.nft", b.sh("nft list table ip gke-metadata-emulator"))
+	b.answers(b.pod, at, emulator)
+	b.answers(b.neighbour, at, "")
+	b.answers(b.neighbour, another, "kubelet")
+	b.answers(b.pod, "198.51.100.1:8988", "another host")
+	b.remove(b.plan)
+	b.same("remove", b.ruleset(), before)
 }
 
 type story struct {

@@ -45,7 +45,7 @@ neighbour-as-pod listen             -            -               -        -     
 `
 
 // modeBed is a bed whose emulator listens where the mode has it.
-func modeBed(t *testing.T, name string) *bed {
+func modeBed(t testing.TB, name string) *bed {
 	t.Helper()
 	var b *bed
 	switch name {

@@ -32,7 +32,7 @@ const (
 // it keeps from then on (R-24). Only if nobody installed or removed anything since the node booted does it install what the
 // configuration says. What it finds is published in the state file (R-25).
 type Watch struct {
-	// Load reads the configuration: what is to stand (ModeNone: nothing), as the closed guard's Plan if there is no valid one (R-23).
+	// Load reads the configuration: what is to stand, as the closed guard's Plan if there is no valid one (R-23).
 	Load   func() Plan
 	Reload <-chan os.Signal  // Load again; what it says is installed, unless the rules were removed or it is the closed guard's Plan
 	Told   func(text string) // called when the rules were first looked at, and whenever there is something else to say of them
@@ -147,7 +147,7 @@ func (w *watcher) wake(sweep time.Time) time.Time {
 // begin installs what the configuration says if nobody has desired anything yet: the rules are there before any interface is up (R-17).
 func (w *watcher) begin(ctx context.Context) {
 	w.base = w.Load()
-	if s, err := ReadState(w.RunDir); err == nil && s.Desired != "" || w.base.Mode == ModeNone && !w.base.Closed {
+	if s, err := ReadState(w.RunDir); err == nil && s.Desired != "" {
 		return
 	}
 	if err := w.apply(ctx, w.base, State{}); err != nil {
@@ -158,11 +158,10 @@ func (w *watcher) begin(ctx context.Context) {
 	}
 }
 
-// reload installs what the configuration says now. Neither a broken configuration nor mode none takes away what stands: the first
-// changes nothing, and removing is what `routing install` does when the service is reloaded, which knows its own flags.
+// reload installs what the configuration says now. A broken configuration changes nothing.
 func (w *watcher) reload(ctx context.Context) {
 	p := w.Load()
-	if p.Closed || p.Mode == ModeNone {
+	if p.Closed {
 		return
 	}
 	w.base = p
