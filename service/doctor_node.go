@@ -209,6 +209,11 @@ func networkCheck(p *patient) Finding {
 	spoofed := p.status != nil && p.status.Evidence == "source-ip" && facts.Bridged
 	remedy := "routing.mode: " + fits
 	switch {
+	case facts.Cilium && !facts.Denied:
+		remedy = "bpf.hostLegacyRouting=true of Cilium has it use the host's stack"
+		if routing.Supported(fits) {
+			remedy += ", or routing.mode: " + fits
+		}
 	case !routing.Supported(fits):
 		remedy = "this version has no mode " + fits + ": the network has to be set up otherwise"
 	case fits == routing.ModeLoopback:
@@ -230,7 +235,7 @@ func networkCheck(p *patient) Finding {
 	case facts.CalicoBPF:
 		return warn("have Calico's bpfExcludeCIDRsFromNAT hold 169.254.169.254/32, or "+remedy, "%s", reason)
 	case facts.Cilium && facts.CiliumHost == nil:
-		return warn("see traffic below; Cilium's bpf.hostLegacyRouting=true makes sure, or "+remedy, "%s", reason)
+		return warn("see traffic below; "+remedy, "%s", reason)
 	}
 	return fail(remedy, "mode %s does not fit: %s", mode, reason)
 }

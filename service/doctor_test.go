@@ -137,7 +137,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"uplinks", func(p *patient) { p.node.Remarks = []string{"bridge br0 has both"} }, Warn, "bridge br0 has both", "routing.uplinks"},
 		{"uplinks", func(p *patient) { p.plan.Spare = []string{"docker0"} }, OK, "left alone: docker0", ""},
 
-		{"network", func(p *patient) { p.node.Facts.Cilium, p.node.Facts.CiliumHost = true, &yes }, Fail, "mode iptables does not fit: Cilium routes", "routing.mode: loopback, and"},
+		{"network", func(p *patient) { p.node.Facts.Cilium, p.node.Facts.CiliumHost = true, &yes }, Fail, "mode iptables does not fit: Cilium routes", "bpf.hostLegacyRouting=true of Cilium"},
 		{"network", func(p *patient) { p.node.Facts.Cilium = true }, Warn, "cannot be told", "hostLegacyRouting"},
 		{"network", func(p *patient) { p.node.Facts.CalicoBPF = true }, Warn, "Calico's eBPF", "bpfExcludeCIDRsFromNAT"},
 		{"network", func(p *patient) { p.node.Facts.GKE = true }, Fail, "node of GKE", "remove the package"},
