@@ -149,8 +149,9 @@ func (p *patient) askCluster(ctx context.Context, o DoctorOptions) {
 	if !account.Linked() {
 		account.GoogleEmail = p.config.ImpersonateUnlinked
 	}
-	google.Kubernetes = oneToken{account, jwt}
-	g, err := token.NewGoogle(google)
+	mint := google // the other one is read by Reach
+	mint.Kubernetes = oneToken{account, jwt}
+	g, err := token.NewGoogle(mint)
 	if err == nil {
 		_, err = g.Token(ctx, token.AccessToken(p.cluster.ServiceAccount, account, nil)) // nobody needs the token
 	}

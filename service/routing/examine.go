@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -53,7 +52,7 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		return x
 	}
 	if l, err := readAddress(p.Listen.Addr()); err == nil {
-		x.Local = l.local || l.wants(p.Listen.Addr())
+		x.Local = l.local || l.wants(p.Listen.Addr()) || p.Mode == ModeLoopback // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
 	x.Redirected = redirected(ctx, p, state)
@@ -170,9 +169,6 @@ func dropPolicies(ctx context.Context, local bool) (names []string) {
 	slices.Sort(names)
 	return names
 }
-
-// IsRoot says whether this process may do what needs root here.
-func IsRoot() bool { return os.Geteuid() == 0 }
 
 // Faults are the lines of what Check said, without the word that they all begin with.
 func Faults(err error) (lines []string) {

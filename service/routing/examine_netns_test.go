@@ -63,5 +63,9 @@ func TestExamine(t *testing.T) {
 			t.Errorf("%+v", x)
 		}
 		b.remove(b.plan)
+		b.plan.Mode, b.plan.Listen = ModeLoopback, metadataServer
+		if x = examine(); !x.Local || x.Holder.At.IsValid() {
+			t.Errorf("%+v", x)
+		}
 	})
 }
