@@ -1,9 +1,11 @@
 package routing
 
 import (
+	"bufio"
 	"context"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -129,6 +131,38 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 		t.Errorf("dropped by %q", dropped)
 	}
 	b.same("after the trial", b.ruleset(), before)
+}
+
+// Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its link and its table away.
+func TestTrialIsKilled(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	netnstest.Needs(t, "nft")
+	before := b.ruleset()
+	cmd := b.play("trial", "", b.self())
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = stdin.Close() }()
+	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial <nil>\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	if during := b.ruleset(); !strings.Contains(during, traceTable) || !strings.Contains(during, trialLink) {
+		t.Errorf("no trial:\n%s", during)
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	for deadline := time.Now().Add(long); b.ruleset() != before && time.Now().Before(deadline); {
+		runtime.Gosched()
+	}
+	b.same("after the kill", b.ruleset(), before)
 }
 
 // The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain may be in the way.
