@@ -196,7 +196,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
-		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Force: c.Routing.Force, Closed: closed, RunDir: runDir(),
+		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force, Closed: closed, RunDir: runDir(),
 	}
 }
 

@@ -91,6 +91,11 @@ func (l *loader) checkCA() {
 var metadataServer = netip.MustParseAddrPort("169.254.169.254:80")
 
 func (l *loader) checkListen() {
+	if at := l.Routing.Link; at != "" && l.Routing.Mode != "loopback" && !l.broken["routing.mode"] {
+		l.complain("routing.link", 0, bad("remove it", "routing.mode %s needs none", l.Routing.Mode))
+	} else if len(at) > 11 {
+		l.complain("routing.link", 0, bad("write a name of 11 letters at most, such as gme0", "%s is too long for the label of its address", quote(at)))
+	}
 	if l.Routing.Mode == "loopback" && l.Listen == Default().Listen {
 		l.Listen = metadataServer // it redirects nothing
 	}

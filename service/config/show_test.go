@@ -16,9 +16,9 @@ numericProjectID: 42
 kubeconfig: /etc/node.conf
 nodeName: node-1
 tokenAudience: "https://example.com/a#b"
-listen: 10.1.2.3:80
+listen: 169.254.169.254:80
 healthListen: "[::1]:9000"
-routing: {mode: iptables, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, guard: ["169.254.169.254:80"], force: true, onStop: keep}
+routing: {mode: loopback, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}
 google: {caFile: /ca.pem}
 instance: {hostname: node-1.example.com, id: 17, zone: europe-west4-a, name: node-1}
 cluster: {name: "123", location: europe-west4, uid: "true"}

@@ -30,7 +30,7 @@ type localAddress struct {
 // wantsAddress says whether the address is ours to put on lo: one that needs no network, and that nothing else of the node has.
 // Any other address that is not local lives elsewhere: in another namespace, a container or a machine of the node.
 func (l localAddress) wants(a netip.Addr) bool {
-	return a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
+	return a.Is4() && a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
 }
 
 func readAddress(a netip.Addr) (l localAddress, err error) {
@@ -70,12 +70,13 @@ func isLocal(a netip.Addr) (bool, error) {
 func installAddress(p Plan) error {
 	a := p.Listen.Addr()
 	if p.Mode == ModeLoopback {
-		if err := installLocalRoute(); err != nil {
-			return err
+		err := installLocalRoute()
+		if err == nil && p.Link != "" {
+			err = installLink(p.Link)
 		}
-		return removeAddress(netip.Addr{})
+		return errors.Join(err, removeLinks(p.Link), removeAddress(netip.Addr{}))
 	}
-	// The route of a mode loopback of before goes after its policy rules, and is nobody's way without them.
+	// What a mode loopback of before has left goes after its policy rules.
 	l, err := readAddress(a)
 	if err != nil {
 		return err
@@ -116,7 +117,11 @@ func removeAddress(keep netip.Addr) error {
 
 func checkAddress(p Plan) []error {
 	if p.Mode == ModeLoopback {
-		return checkLocalRoute()
+		errs := checkLocalRoute()
+		if p.Link != "" {
+			errs = append(errs, checkLink(p.Link)...)
+		}
+		return errs
 	}
 	l, err := readAddress(p.Listen.Addr())
 	switch {

@@ -60,7 +60,11 @@ func installLocalRoute() error {
 	return nil
 }
 
-func removeLocalRoute() error {
+// removeLocal takes away what makes the metadata server's address this node's own.
+func removeLocal() error {
+	if err := removeLinks(""); err != nil {
+		return err
+	}
 	have, err := standingLocalRoute()
 	if err != nil || have == nil {
 		return err
@@ -85,9 +89,12 @@ func checkLocalRoute() []error {
 // realServerPatience is how long the real metadata server has for its answer. It is a link away, or there is none.
 const realServerPatience = time.Second
 
-// realServer returns an error if a metadata server answers this host. Then pods of its own network may depend on it, and if somebody
-// flushes the policy rules of the guard they talk to it again, which mode loopback has no second guard for.
+// realServer returns an error if a metadata server answers this host. If somebody flushes the policy rules pods talk to it again, which
+// mode loopback has no second guard for; and with a link the node's own daemons would lose it.
 func realServer() error {
+	if local, err := isLocal(metadataServer.Addr()); err != nil || local {
+		return err // we would answer ourselves
+	}
 	answers, err := connects(metadataServer, realServerPatience)
 	if err != nil || !answers {
 		return err

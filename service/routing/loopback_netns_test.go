@@ -49,6 +49,66 @@ func TestNoneStory(t *testing.T) {
 	})
 }
 
+// TestLoopbackLink: a link that is missing is made where the kernel has dummy links, and goes with us; where it has none that is said, and pods
+// get no answer rather than the real server's.
+func TestLoopbackLink(t *testing.T) {
+	b := modeBed(t, ModeLoopback)
+	b.plan.Link = "gme0"
+	before := b.ruleset()
+	err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) })
+	if err != nil {
+		if !strings.Contains(err.Error(), "this kernel has no dummy links") {
+			t.Fatal(err)
+		}
+		t.Log(err)
+		if got, _ := ask(b.pod, "169.254.169.254:80", short); got == cloud {
+			t.Error("the real server answered")
+		}
+		b.sh("ip link add gme0 type bridge")
+		b.install(b.plan)
+	}
+	b.green(b.plan)
+	whole := b.ruleset()
+	b.install(b.plan) // which finds ourselves at the address, and not a metadata server
+	b.same("second install", b.ruleset(), whole)
+	for _, c := range []struct{ do, want string }{
+		{"ip address del 169.254.169.254/32 dev gme0", "ip address: 169.254.169.254/32 dev gme0 label gme0:gme"},
+		{"ip link set gme0 down", "ip link: gme0 up"},
+	} {
+		b.sh(c.do)
+		if got := faults(t, b.check(b.plan)); !slices.Equal(got, []string{"missing: " + c.want}) {
+			t.Errorf("%s: check named %q", c.do, got)
+		}
+		w := b.watch(b.plan, time.Hour)
+		w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
+		b.sh(c.do)
+		w.until("another", func() bool { return len(w.repaired()) == 2 && b.stands(b.plan) })
+		w.end()
+		b.answers(b.pod, "169.254.169.254:80", emulator)
+	}
+	b.plan.Link = "" // Remove needs no memory of the Plan, and a Plan without a link takes it away
+	b.install(b.plan)
+	b.answers(b.NS, "169.254.169.254:80", cloud)
+	b.plan.Link = "gme0"
+	if err != nil {
+		b.install(b.plan)
+		b.remove(b.plan)
+		b.sh("ip link del gme0")
+	} else {
+		b.install(b.plan)
+		b.remove(b.plan)
+		if out := b.sh("ip link"); strings.Contains(out, "gme0") {
+			t.Error(out)
+		}
+	}
+	b.same("remove", b.ruleset(), before)
+
+	b.sh("ip address add 169.254.169.254/32 dev lo") // somebody else's
+	if err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) }); !errors.Is(err, ErrForeign) {
+		t.Errorf("%v, want ErrForeign", err)
+	}
+}
+
 // TestNoneOnEveryAddress: pods reach the node's address, other hosts do not, and the node's other ports are nobody's business here.
 func TestNoneOnEveryAddress(t *testing.T) {
 	b := nftBed(t)

@@ -19,29 +19,30 @@ import (
 )
 
 // Who reaches whom in every mode. "-" is nobody, ever; "~" is not asked in that mode. Modes that redirect do so for pods on the host network
-// too (interceptHostPods: on); no mode does for the node's own daemons. pod is on the node's bridge, routed on a link of its own.
+// too (interceptHostPods: on); no mode does for the node's own daemons, but for loopback with a link (linked),
+// which takes the whole address, DNS included. pod is on the node's bridge, routed on a link of its own.
 const outcomes = `
-who            asks                 iptables-nft iptables-legacy nftables loopback none
-pod            metadata:80          emulator     emulator        emulator emulator -
-pod            listen               -            -               -        emulator emulator
-pod            metadata:53          cloud        cloud           cloud    cloud    cloud
-pod            metadata:443         -            -               -        -        -
-pod            metadata6:80         -            -               -        -        -
-routed         metadata:80          emulator     emulator        emulator emulator -
-routed         listen               -            -               -        emulator emulator
-hostpod        metadata:80          emulator     emulator        emulator cloud    cloud
-daemon         metadata:80          cloud        cloud           cloud    cloud    cloud
-neighbour      metadata:80          -            -               -        -        -
-neighbour      listen               -            -               -        -        -
-neighbour      node:listen          -            -               -        -        -
-neighbour      routed:kubelet       pod          pod             pod      pod      pod
-neighbour      node:kubelet         kubelet      kubelet         kubelet  kubelet  kubelet
-neighbour-lan  metadata:80          cloud        cloud           cloud    cloud    cloud
-routed-as-pod  metadata:80          -            -               -        -        -
-routed-as-pod  listen               -            -               -        -        -
-pod-as-routed  metadata:80          -            -               -        -        -
-neighbour-as-pod metadata:80        -            -               -        -        -
-neighbour-as-pod listen             -            -               -        -        -
+who              asks           iptables-nft iptables-legacy nftables loopback linked   none
+pod              metadata:80    emulator     emulator        emulator emulator emulator -
+pod              listen         -            -               -        emulator emulator emulator
+pod              metadata:53    cloud        cloud           cloud    cloud    -        cloud
+pod              metadata:443   -            -               -        -        -        -
+pod              metadata6:80   -            -               -        -        -        -
+routed           metadata:80    emulator     emulator        emulator emulator emulator -
+routed           listen         -            -               -        emulator emulator emulator
+hostpod          metadata:80    emulator     emulator        emulator cloud    emulator cloud
+daemon           metadata:80    cloud        cloud           cloud    cloud    emulator cloud
+neighbour        metadata:80    -            -               -        -        -        -
+neighbour        listen         -            -               -        -        -        -
+neighbour        node:listen    -            -               -        -        -        -
+neighbour        routed:kubelet pod          pod             pod      pod      pod      pod
+neighbour        node:kubelet   kubelet      kubelet         kubelet  kubelet  kubelet  kubelet
+neighbour-lan    metadata:80    cloud        cloud           cloud    cloud    cloud    cloud
+routed-as-pod    metadata:80    -            -               -        -        -        -
+routed-as-pod    listen         -            -               -        -        -        -
+pod-as-routed    metadata:80    -            -               -        -        -        -
+neighbour-as-pod metadata:80    -            -               -        -        -        -
+neighbour-as-pod listen         -            -               -        -        -        -
 `
 
 // modeBed is a bed whose emulator listens where the mode has it.
@@ -57,6 +58,10 @@ func modeBed(t testing.TB, name string) *bed {
 		b = nftBed(t)
 		b.plan.Mode, b.plan.Listen, b.plan.Force = ModeLoopback, metadataServer, true // the bed's cloud answers the host
 		b.serveTransparent(emulator)
+	case "linked":
+		b = modeBed(t, ModeLoopback)
+		b.sh("ip link add gme0 type bridge") // whether the kernel has dummy links or not
+		b.plan.Link = "gme0"
 	case ModeNone:
 		b = nftBed(t)
 		b.plan.Mode = ModeNone
@@ -240,6 +245,7 @@ func TestTwoDoors(t *testing.T) {
 		{ModeNFTables, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
 		{ModeLoopback, []string{"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
 			"ip rule del pref 97 iif eth0 to 169.254.169.254"}},
+		{"linked", []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
 		{ModeNone, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
 	} {
 		t.Run(c.mode, func(t *testing.T) {

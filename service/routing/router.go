@@ -34,6 +34,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		return nil, err
 	}
 	defer unlock()
+	plain := why == nil
 	before, state := r.state(Installed)
 	if why != nil && before.Desired != "" && !before.wants(why.of) {
 		return nil, errOutdated
@@ -81,7 +82,14 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 	}
-	return n, r.readBack(state, errors.Join(r.check(ctx, n)...))
+	errs := r.check(ctx, n)
+	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
+		if err := r.putAgain(ctx, n); err != nil {
+			return n, r.readBack(state, err)
+		}
+		errs = r.check(ctx, n)
+	}
+	return n, r.readBack(state, errors.Join(errs...))
 }
 
 // open looks around without asking for rules.
@@ -100,7 +108,7 @@ func (r *router) open(ctx context.Context, command string, say bool) (n *node, e
 // survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
 func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []string, err error) {
 	if why != nil && why.node != nil {
-		n = why.node // nothing is opened anew: some ten processes less
+		n = why.node // nothing is opened anew
 		_, err = r.lookAgain(n)
 	} else {
 		n, err = r.open(ctx, "", why == nil)
@@ -120,8 +128,11 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 		return n, nil, err
 	}
 	begins := why == nil || why.of.Desired == ""
-	if r.plan.Mode == ModeLoopback && begins && !r.plan.Force {
-		foreign = errors.Join(foreign, realServer())
+	if r.plan.Mode == ModeLoopback {
+		foreign = errors.Join(foreign, foreignAddress())
+		if begins && !r.plan.Force {
+			foreign = errors.Join(foreign, realServer())
+		}
 	}
 	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
@@ -152,18 +163,24 @@ func (r *router) put(ctx context.Context, n *node) error {
 		return err
 	}
 	if r.plan.Mode != ModeLoopback {
-		if err := removeLocalRoute(); err != nil {
+		if err := removeLocal(); err != nil {
 			return err
 		}
 	}
 	return installRoute(r.plan, n.surroundings)
 }
 
-func (r *router) putClosed(s surroundings) error {
-	if err := installAddress(r.plan); err != nil {
+// putAgain puts everything, whatever was found to be right.
+func (r *router) putAgain(ctx context.Context, n *node) error {
+	n.forget()
+	if _, err := n.survey(ctx, n.surroundings); err != nil {
 		return err
 	}
-	return installGuard(r.plan, s)
+	return r.put(ctx, n)
+}
+
+func (r *router) putClosed(s surroundings) error {
+	return errors.Join(installAddress(r.plan), installGuard(r.plan, s)) // closed, whatever else is not to be had
 }
 
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
@@ -215,7 +232,7 @@ func (r *router) Remove(ctx context.Context) error {
 	if err := writeState(r.plan.RunDir, state); err != nil {
 		return err
 	}
-	var errs []error
+	errs := []error{removeLinks("")} // else the doors were gone before the address
 	for _, p := range parts {
 		errs = append(errs, p.remove(ctx, r.plan))
 	}
@@ -223,7 +240,7 @@ func (r *router) Remove(ctx context.Context) error {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocalRoute(), removeAddress(netip.Addr{})))
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{})))
 }
 
 // look finds out what the rules must know of the node.
@@ -265,7 +282,8 @@ func (r *router) state(desired string) (before, now State) {
 	p := r.plan
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.Spare, s.HostPods, s.Force = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods, p.Force
+		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+		s.Link, s.Force = p.Link, p.Force
 	}
 	old, err := ReadState(p.RunDir)
 	if err != nil {

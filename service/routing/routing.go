@@ -17,6 +17,7 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -66,6 +67,7 @@ type Plan struct {
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken. What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
+	Link              string           // mode loopback: a link that gets the metadata server's address, made as a dummy if it is not there
 	Force             bool             // mode loopback also where a metadata server answers this host
 	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
 	Log               logrus.FieldLogger
@@ -129,6 +131,13 @@ func (p Plan) checked() (Plan, error) {
 	case "", "auto", "on", "off":
 	default:
 		errs = append(errs, fmt.Errorf("interceptHostPods %q: use auto, on or off", p.InterceptHostPods))
+	}
+	switch {
+	case p.Link == "":
+	case p.Mode != ModeLoopback:
+		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
+	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
+		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
 	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
 		if !interfaceName.MatchString(name) {

@@ -28,7 +28,10 @@ func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
 	if p.Mode == ModeLoopback && !p.Closed {
 		fmt.Fprintf(&b, "# the metadata server's address is this node's own, for those whom the rules below send to that table\nip route add %s\n\n", localRouteText())
-	} else if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
+		if p.Link != "" {
+			fmt.Fprintf(&b, "# and everybody's, by a link\nip link add %[1]s type dummy\nip link set %[1]s alias %[2]s up\nip address add %[3]s\n\n", p.Link, comment, linkAddressText(p.Link))
+		}
+	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && a.IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
 	}
 	for i, r := range guardRules(p, s) {

@@ -34,6 +34,7 @@ type State struct {
 	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
 	Spare    []string         `json:"spare,omitempty"`
 	HostPods string           `json:"interceptHostPods,omitempty"`
+	Link     string           `json:"link,omitempty"` // mode loopback's
 	Force    bool             `json:"force,omitempty"`
 	Guard    []netip.AddrPort `json:"guard,omitempty"`
 	Since    time.Time        `json:"since"`              // of Desired
@@ -86,7 +87,7 @@ func (s *State) count(r *repair) {
 
 // wants reports whether s and o desire the same.
 func (s State) wants(o State) bool {
-	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods && s.Force == o.Force &&
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) && slices.Equal(s.Guard, o.Guard)
 }
 

@@ -191,7 +191,7 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 func (s State) plan(base Plan) (Plan, error) {
 	p := base
 	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
-	p.Uplinks, p.Spare, p.InterceptHostPods, p.Force = s.Uplinks, s.Spare, s.HostPods, s.Force
+	p.Uplinks, p.Spare, p.InterceptHostPods, p.Link, p.Force = s.Uplinks, s.Spare, s.HostPods, s.Link, s.Force
 	if s.Closed {
 		return p, nil
 	}
