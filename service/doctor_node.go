@@ -209,11 +209,8 @@ func networkCheck(p *patient) Finding {
 	spoofed := p.status != nil && p.status.Evidence == "source-ip" && facts.Bridged
 	remedy := "routing.mode: " + fits
 	switch {
-	case facts.Cilium && !facts.Denied:
-		remedy = "bpf.hostLegacyRouting=true of Cilium has it use the host's stack"
-		if routing.Supported(fits) {
-			remedy += ", or routing.mode: " + fits
-		}
+	case facts.Cilium && !facts.Denied && fits == routing.ModeLoopback:
+		remedy = "bpf.hostLegacyRouting=true of Cilium has it use the host's stack; or routing.mode: loopback with routing.link: gme0, and for the listener to follow: " + restartSocket
 	case !routing.Supported(fits):
 		remedy = "this version has no mode " + fits + ": the network has to be set up otherwise"
 	case fits == routing.ModeLoopback:
@@ -222,6 +219,8 @@ func networkCheck(p *patient) Finding {
 		remedy = installRules + ": it takes over what fits now"
 	}
 	switch {
+	case facts.Cilium && fits == routing.ModeLoopback && mode == fits && p.plan.Link == "" && !p.plan.Closed:
+		return fail("routing.link: gme0", "%s", reason)
 	case p.plan.Closed || p.plan.Mode == routing.ModeNone && fits != routing.ModeNone:
 		return good("mode %s would fit: %s", fits, reason)
 	case fits == mode && spoofed:

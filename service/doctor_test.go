@@ -138,6 +138,12 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"uplinks", func(p *patient) { p.plan.Spare = []string{"docker0"} }, OK, "left alone: docker0", ""},
 
 		{"network", func(p *patient) { p.node.Facts.Cilium, p.node.Facts.CiliumHost = true, &yes }, Fail, "mode iptables does not fit: Cilium routes", "bpf.hostLegacyRouting=true of Cilium"},
+		{"network", func(p *patient) {
+			p.node.Facts.Cilium, p.node.Facts.CiliumHost, p.state.Mode, p.plan.Mode = true, &yes, routing.ModeLoopback, routing.ModeLoopback
+		}, Fail, "wants routing.link", "routing.link: gme0"},
+		{"network", func(p *patient) {
+			p.node.Facts.Cilium, p.node.Facts.CiliumHost, p.state.Mode, p.plan.Mode, p.plan.Link = true, &yes, routing.ModeLoopback, routing.ModeLoopback, "gme0"
+		}, OK, "Cilium routes", ""},
 		{"network", func(p *patient) { p.node.Facts.Cilium = true }, Warn, "cannot be told", "hostLegacyRouting"},
 		{"network", func(p *patient) { p.node.Facts.CalicoBPF = true }, Warn, "Calico's eBPF", "bpfExcludeCIDRsFromNAT"},
 		{"network", func(p *patient) { p.node.Facts.GKE = true }, Fail, "node of GKE", "remove the package"},
