@@ -47,6 +47,9 @@
 //  8. ExecStopPost runs `routing remove`, and stops the socket, when the unit is stopped for good, unless routing.onStop is
 //     keep.
 //
+// Whether all of that works on a node is what `doctor` finds out: doctor_examine.go looks and tries, changing nothing that outlives it, and
+// doctor.go has the table of checks that judge what was seen.
+//
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, a copy
 // of kubelet's credential (credential.go), and sockets in pods' network namespaces, which a helper opens and hands over
 // ([attest.Helper]): each can ask the kernel about its namespace, and nothing else.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
@@ -120,6 +121,19 @@ func (m *metrics) served(node string, status int, took time.Duration) {
 	}
 	s.Inc()
 	s.Observe(took.Seconds())
+}
+
+// asked is how many requests there were for anything but `/`, which our own probes, and doctor's, ask for too.
+func (m *metrics) asked() (n uint64) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for k, s := range m.series {
+		var now dto.Metric
+		if k.node != "/" && s.Write(&now) == nil {
+			n += uint64(now.GetCounter().GetValue())
+		}
+	}
+	return n
 }
 
 // series are found by outcome: to have the vectors hash labels costs more than to count.

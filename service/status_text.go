@@ -24,12 +24,15 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
-	line("listening", "%s, %d connections", s.Listen, s.Connections)
+	line("listening", "%s, %d connections, %d requests so far", s.Listen, s.Connections, s.Requests)
 	s.attestationText(line, now)
 	s.rulesText(line, now)
 	var pods []kube.PodStatus
 	if c := s.Cluster; c != nil {
 		s.clusterText(line, now)
+		if s.Proxy != "" {
+			line("google", "by proxy %s", s.Proxy)
+		}
 		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
 			for _, p := range c.Pods {
 				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),
@@ -88,6 +91,9 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago", age(now, r.Since))
 	default:
 		line("rules", "mode %s to %s, installed %s ago", r.Mode, r.Listen, age(now, r.Since))
+		if r.Reason != "" {
+			line("", "auto: %s", r.Reason)
+		}
 	}
 	if r.HostNetwork != "" && r.Desired == routing.Installed && !r.Closed && r.Mode != routing.ModeObserve {
 		line("host pods", "%s", r.HostNetwork)

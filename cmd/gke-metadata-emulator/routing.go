@@ -34,7 +34,10 @@ server: that is said on standard error and is no failure.`,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard goes up")
+		p := plan(cmd, load, "only the guard goes up").Fitted(cmd.Context())
+		if p.Reason != "" {
+			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
+		}
 		return withRouter(cmd, p, routing.Router.Install)
 	}
 	return cmd
@@ -52,7 +55,7 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	cmd.Flags().DurationVar(&wait, "wait", 0, "ask again until all stands, for this long at most (30s in front of kubelet)")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard is checked")
+		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
 			if errors.Is(err, routing.ErrMissing) {
@@ -104,7 +107,7 @@ From then on pods reach the cloud's own metadata server again.`,
 				say(cmd, "%v: the next connection starts the service again", err)
 			}
 		}
-		return withRouter(cmd, plan(cmd, load, "removing all the same"), routing.Router.Remove)
+		return withRouter(cmd, plan(cmd, load, "removing all the same").AsInstalled(cmd.Context()), routing.Router.Remove)
 	}
 	return cmd
 }
@@ -138,7 +141,10 @@ func routingShowCommand() *cobra.Command {
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard would go up")
+		p := plan(cmd, load, "only the guard would go up").Fitted(cmd.Context())
+		if p.Reason != "" {
+			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
+		}
 		text, err := routing.Show(p)
 		if err != nil {
 			return fmt.Errorf("routing: %w", err)
@@ -192,7 +198,7 @@ the guard alone. SIGHUP reads the configuration anew; one that does not load cha
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
 		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(), Stderr: cmd.ErrOrStderr()},
-			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil) })
+			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).Fitted(ctx) })
 	}
 	return cmd
 }

@@ -55,8 +55,8 @@ var keys = []Key{
 		Usage: "address and port of /healthz, /readyz and /metrics",
 		field: func(r *raw) any { return &r.HealthListen }},
 
-	{Path: "routing.mode", Default: "iptables", Values: []string{"iptables", "nftables", "loopback", "ebpf", "observe", "none"},
-		Usage: "how pods' requests are brought to the listen address; none: by GCE_METADATA_HOST in their environment; observe: not at all, those who would be are counted",
+	{Path: "routing.mode", Default: "iptables", Values: []string{"auto", "iptables", "nftables", "loopback", "ebpf", "observe", "none"},
+		Usage: "how pods' requests are brought to the listen address; auto: as fits the node, with the reason in log and status; none: by GCE_METADATA_HOST in their environment; observe: not at all, those who would be are counted",
 		field: func(r *raw) any { return &r.Routing.Mode }},
 	{Path: "routing.uplinks", check: interfacePattern,
 		Usage: "interfaces that lead off the node, where a + at the end stands for any ending; default: found out",

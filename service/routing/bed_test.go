@@ -53,6 +53,14 @@ func TestMain(m *testing.M) {
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
 		end(err)
+	case "trial": // which is killed in the middle of it
+		trial, err := NewTrial()
+		if err == nil {
+			_, err = startTrace(trial.Addr, trial.Link)
+		}
+		fmt.Println("on trial", err)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		end(err)
 	case "install":
 		r, err := New(bedPlan(filepath.Dir(arg), filepath.Base(arg)))
 		if err == nil {

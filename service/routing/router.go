@@ -293,7 +293,7 @@ func (r *router) look(say bool) (s surroundings, err error) {
 // state is what the Plan wants from now on.
 func (r *router) state(desired string) (before, now State) {
 	p := r.plan
-	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
+	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
 		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
 		s.Link, s.Force = p.Link, p.Force

@@ -61,6 +61,7 @@ type Router interface {
 // Plan is what the configuration says about routing. It is plain data.
 type Plan struct {
 	Mode              string
+	Reason            string           // why auto came to the Mode; "" = it was asked for
 	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
 	Uplinks           []string         // interfaces that are not the pods'; none: found out. A trailing + stands for any ending
 	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0

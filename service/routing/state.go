@@ -28,6 +28,7 @@ type State struct {
 	Desired  string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
 	Closed   bool             `json:"closed,omitempty"`
 	Mode     string           `json:"mode,omitempty"`
+	Reason   string           `json:"reason,omitempty"`  // why mode auto came to it
 	Command  string           `json:"command,omitempty"` // the iptables command that was used
 	Listen   string           `json:"listen,omitempty"`  // address:port
 	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
