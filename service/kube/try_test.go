@@ -54,7 +54,7 @@ func TestTry(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-		}, reach: none, list: none, get: none, mint: none, pods: 3, hostPods: 1, serviceAccount: "linked", linked: true, credential: "exec plugin sh"},
+		}, reach: none, list: none, get: none, mint: none, pods: 3, hostPods: 1, serviceAccount: "linked", linked: true, credential: "plugin sh"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := newServer(t, kubetest.Options{})
