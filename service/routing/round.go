@@ -74,6 +74,9 @@ func (w *watcher) round(ctx context.Context) {
 	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
 		w.bad, w.unread, w.disturbed = true, true, true
 		w.pending |= why
+		if w.by == "" {
+			w.by = by
+		}
 		return
 	case err != nil:
 		w.bad = true

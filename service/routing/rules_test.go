@@ -146,6 +146,17 @@ func TestUplinks(t *testing.T) {
 	}
 }
 
+// TestLoopbackExemptsTheHost: whatever the guard names, the host's own requests are not ours.
+func TestLoopbackExemptsTheHost(t *testing.T) {
+	lo := policyRule{pref: prefExempt, to: metadataServer.Addr(), iif: "lo", table: mainTable}
+	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
+		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, surroundings{uplinks: []string{"eth0", "wan+"}})
+		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
+			t.Errorf("%v", rules)
+		}
+	}
+}
+
 func TestNewRefuses(t *testing.T) {
 	good := Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988")}
 	if _, err := New(good); err != nil {
