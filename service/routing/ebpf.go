@@ -3,7 +3,6 @@ package routing
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -37,9 +36,7 @@ func (m *ebpfMode) forget() {
 func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
 	r = rewriting{listen: m.plan.Listen, hostPods: s.hostPods}
 	if r.hostPods {
-		for _, slice := range s.slices {
-			r.spared = append(r.spared, cgroupID(filepath.Join(m.root, slice)))
-		}
+		r.spared = cgroupIDs(m.root, s.slices)
 	}
 	r.hostNet, err = hostNetwork()
 	return r, err

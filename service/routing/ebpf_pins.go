@@ -257,6 +257,16 @@ func cgroupID(path string) uint64 {
 	return s.Ino
 }
 
+// cgroupIDs are those of the cgroups below the root that are there.
+func cgroupIDs(root string, cgroups []string) (ids []uint64) {
+	for _, c := range cgroups {
+		if id := cgroupID(filepath.Join(root, c)); id != 0 { // which is what programs get for a level that is not there
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
 // bpfPermission makes plain what the kernel's refusal means.
 func bpfPermission(err error) error {
 	var verifier *ebpf.VerifierError
