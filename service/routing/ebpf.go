@@ -78,6 +78,9 @@ func (m *ebpfMode) put(ctx context.Context, s surroundings) error {
 			return err
 		}
 	}
+	if order := m.order(); order != "" {
+		m.plan.Log.WithField("order", order).Info("routing: other people's programs see connect() too: one that comes before ours and sends 169.254.169.254:80 elsewhere has the last word")
+	}
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -234,6 +235,24 @@ func (p pins) attached(h hook) (ids []ebpf.ProgramID, err error) {
 		ids = append(ids, a.ID)
 	}
 	return ids, nil
+}
+
+// order says where ours stand among others' programs, "" where there are none of others.
+func (p pins) order() string {
+	var all []string
+	for _, h := range p.hooks {
+		ids, err := p.attached(h)
+		program, err2 := ebpf.LoadPinnedProgram(p.program(h), nil)
+		if err != nil || err2 != nil {
+			continue // which check says better
+		}
+		if info, err := program.Info(); err == nil && len(ids) > 1 {
+			id, _ := info.ID()
+			all = append(all, fmt.Sprintf("%s %d of %d", h.name, slices.Index(ids, id)+1, len(ids)))
+		}
+		_ = program.Close()
+	}
+	return strings.Join(all, ", ")
 }
 
 // cgroupOf is the id of the cgroup that the link attaches to, 0 if it was detached.
