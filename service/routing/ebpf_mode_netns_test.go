@@ -117,8 +117,8 @@ func TestChangeOfMode(t *testing.T) {
 	for _, mode := range []string{ModeIPTables, ModeNFTables} {
 		t.Run(mode, func(t *testing.T) {
 			b := ebpfBed(t)
-			// As on any node with kube-proxy: without a chain of somebody's the kernel stops translating what it has begun to.
-			b.sh("nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 counter'")
+			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and translates nothing that it has begun to.
+			b.sh("nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'")
 			before := b.ruleset() + b.attachedText(t)
 			programs, dnat := b.plan, b.plan
 			dnat.Mode = mode
