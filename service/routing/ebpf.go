@@ -3,7 +3,6 @@ package routing
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -37,9 +36,7 @@ func (m *ebpfMode) forget() {
 func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
 	r = rewriting{listen: m.plan.Listen, hostPods: s.hostPods}
 	if r.hostPods {
-		for _, slice := range s.slices {
-			r.spared = append(r.spared, cgroupID(filepath.Join(m.root, slice)))
-		}
+		r.spared = cgroupIDs(m.root, s.slices)
 	}
 	r.hostNet, err = hostNetwork()
 	return r, err
@@ -80,6 +77,9 @@ func (m *ebpfMode) put(ctx context.Context, s surroundings) error {
 		if err := step(); err != nil {
 			return err
 		}
+	}
+	if order := m.order(); order != "" {
+		m.plan.Log.WithField("order", order).Info("routing: other people's programs see connect() too: one that comes before ours and sends 169.254.169.254:80 elsewhere has the last word")
 	}
 	return nil
 }

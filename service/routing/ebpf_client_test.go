@@ -98,7 +98,7 @@ func loadUntilEOF(at string) error {
 			if who, err = talk(c, long); err == nil && who != emulator {
 				err = errors.New(who + " answered")
 			}
-			_ = c.Close()
+			hangUp(c)
 		}
 		if err != nil {
 			lost = append(lost, err)
@@ -123,11 +123,17 @@ func repeat(arg string) error {
 		if err != nil || who != emulator {
 			return fmt.Errorf("%q answered: %w", who, err)
 		}
-		if t, ok := c.(*net.TCPConn); ok {
-			_ = t.SetLinger(0) // else the ports of one destination run out, and looking for one is what would be measured
-		}
-		_ = c.Close()
+		hangUp(c)
 	}
 	fmt.Print(time.Since(start).Nanoseconds() / int64(n))
 	return nil
+}
+
+// hangUp ends a connection so that nothing of it is left. Thousands that wait for their time to be over would use up the ports of one destination;
+// and when the destination changes, a client takes ports again by which conntrack still knows the same emulator.
+func hangUp(c net.Conn) {
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = t.SetLinger(0)
+	}
+	_ = c.Close()
 }

@@ -60,9 +60,8 @@ func TestEBPFStory(t *testing.T) {
 		}},
 		{"a program by force", func() { b.detach(t, "connect6") }, []string{"eBPF program connect6 at " + b.cgroups + ": "}},
 		{"all programs", func() {
-			if err := os.RemoveAll(b.plan.BPFDir); err != nil {
-				t.Fatal(err)
-			}
+			b.must(os.RemoveAll(b.plan.BPFDir))
+			b.detached(t)
 		}, []string{"program getpeername4 at ", "program getpeername6 at ", "program connect4 at ", "program connect6 at "}},
 		{"the guard", func() { b.sh("ip rule del pref 98; ip address del 169.254.169.252/32 dev lo") }, []string{"ip rule: pref 98", "ip address: 169.254.169.252"}},
 	} {
@@ -118,8 +117,8 @@ func TestChangeOfMode(t *testing.T) {
 	for _, mode := range []string{ModeIPTables, ModeNFTables} {
 		t.Run(mode, func(t *testing.T) {
 			b := ebpfBed(t)
-			// As on any node with kube-proxy: without a chain of somebody's the kernel stops translating what it has begun to.
-			b.sh("nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 counter'")
+			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and translates nothing that it has begun to.
+			b.sh("nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'")
 			before := b.ruleset() + b.attachedText(t)
 			programs, dnat := b.plan, b.plan
 			dnat.Mode = mode
@@ -154,6 +153,22 @@ func (b *bpfBed) detach(t *testing.T, name string) {
 	}
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// detached waits until no program of ours is attached: the kernel takes its time for those of which the last pin went.
+func (b *bpfBed) detached(t *testing.T) {
+	t.Helper()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(long); ; <-tick.C {
+		all, err := Plan{BPFDir: b.plan.BPFDir, CgroupRoot: b.cgroups}.pins(ModeEBPF, redirectHooks).allAttached()
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("still attached: %v, %v", all, err)
+		}
+		if len(slices.Concat(all...)) == 0 {
+			return
+		}
 	}
 }
 

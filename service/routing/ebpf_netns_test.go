@@ -74,6 +74,9 @@ func TestPins(t *testing.T) {
 	if !strings.Contains(first, fmt.Sprintf("connect4 [%d ", foreign)) {
 		t.Errorf("another's program is not where it was: %s", first)
 	}
+	if got := p.order(); got != "connect4 2 of 2" {
+		t.Errorf("order: %q", got)
+	}
 	install()
 	b.same("second install", b.attachedText(t), first)
 

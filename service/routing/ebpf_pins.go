@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -236,6 +237,24 @@ func (p pins) attached(h hook) (ids []ebpf.ProgramID, err error) {
 	return ids, nil
 }
 
+// order says where ours stand among others' programs, "" where there are none of others.
+func (p pins) order() string {
+	var all []string
+	for _, h := range p.hooks {
+		ids, err := p.attached(h)
+		program, err2 := ebpf.LoadPinnedProgram(p.program(h), nil)
+		if err != nil || err2 != nil {
+			continue // which check says better
+		}
+		if info, err := program.Info(); err == nil && len(ids) > 1 {
+			id, _ := info.ID()
+			all = append(all, fmt.Sprintf("%s %d of %d", h.name, slices.Index(ids, id)+1, len(ids)))
+		}
+		_ = program.Close()
+	}
+	return strings.Join(all, ", ")
+}
+
 // cgroupOf is the id of the cgroup that the link attaches to, 0 if it was detached.
 func cgroupOf(l link.Link) (uint64, error) {
 	info, err := l.Info()
@@ -255,6 +274,16 @@ func cgroupID(path string) uint64 {
 		return 0
 	}
 	return s.Ino
+}
+
+// cgroupIDs are those of the cgroups below the root that are there.
+func cgroupIDs(root string, cgroups []string) (ids []uint64) {
+	for _, c := range cgroups {
+		if id := cgroupID(filepath.Join(root, c)); id != 0 { // which is what programs get for a level that is not there
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // bpfPermission makes plain what the kernel's refusal means.

@@ -55,10 +55,7 @@ func (m *observeMode) table() string { return filepath.Join(m.dir, "counts") }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.
 func (m *observeMode) counting(s surroundings, table *ebpf.Map) (r rewriting, err error) {
-	r = rewriting{counts: table, hostPods: len(s.slices) > 0}
-	for _, slice := range s.slices {
-		r.spared = append(r.spared, cgroupID(filepath.Join(m.root, slice)))
-	}
+	r = rewriting{counts: table, hostPods: len(s.slices) > 0, spared: cgroupIDs(m.root, s.slices)}
 	r.hostNet, err = hostNetwork()
 	return r, err
 }
