@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
@@ -42,7 +43,8 @@ const (
 	unreachable = "unreachable" // no connection, or no answer in time
 )
 
-const patience = 20 * time.Second
+// patience is for machines that are emulated too, where a restart takes 15 s.
+const patience = 40 * time.Second
 
 func (w *world) beginLoad() *load {
 	ctx, stop := context.WithCancel(context.Background())
@@ -57,6 +59,14 @@ func (w *world) beginLoad() *load {
 		}
 	}
 	return l
+}
+
+// sinceThen is how many requests came to what so far, and examples of errors since it was last asked.
+func (l *load) sinceThen() (count map[string]int, examples []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	examples, l.examples = l.examples, nil
+	return maps.Clone(l.count), examples
 }
 
 // end lets what is in flight come to its end.

@@ -16,6 +16,8 @@ func main() {
 	emulator := flag.String("emulator", "bin/gke-metadata-emulator", "the binary to show")
 	keep := flag.Bool("keep", false, "leave everything standing until Ctrl-C, and say how to ask by hand")
 	world := flag.String("world", "", "make only what surrounds the emulator, around a machine that was booted to be the node, and take orders at this directory's control.sock")
+	probe := flag.String("probe", "", "with --world: load from two pods from the beginning to the end, written down second by second in this file")
+	beside := flag.String("beside", "", "with --world: a link that the machine has already, and keeps")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "demo: unknown argument %q\n", flag.Arg(0))
@@ -26,7 +28,7 @@ func main() {
 	defer stop()
 	task := func() error { return run(ctx, os.Stdout, *emulator, *keep) }
 	if *world != "" {
-		task = func() error { return surround(ctx, *world) }
+		task = func() error { return surround(ctx, *world, *beside, *probe) }
 	}
 	err := task()
 	if ctx.Err() != nil && !*keep && *world == "" {

@@ -33,13 +33,16 @@ const kubeletDir = "/var/lib/kubelet"
 //	calls                                how many there have been of Google's STS and IAM, as method=number
 //	rules                                the node's firewall, policy rules, routes and addresses, normalised
 //	rotate                               a new certificate for kubelet
-func surround(ctx context.Context, dir string) (err error) {
+//
+// Where beside is the name of a link, that is the machine's own and is left alone. Where probed is the name of a file, there
+// is load all the while, and it gets what came of it.
+func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	w := &world{dir: dir}
 	defer func() { err = errors.Join(err, w.close()) }()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if w.node, err = netnstest.NewHere("world"); err != nil {
+	if w.node, err = netnstest.NewHere("world", beside); err != nil {
 		return err
 	}
 	if err := w.populate(ctx); err != nil {
@@ -50,6 +53,11 @@ func surround(ctx context.Context, dir string) (err error) {
 	}
 	if err := w.configure(""); err != nil {
 		return err
+	}
+	if probed != "" {
+		if w.probe, err = w.beginProbe(probed); err != nil {
+			return err
+		}
 	}
 	l, err := new(net.ListenConfig).Listen(ctx, "unix", filepath.Join(dir, "control.sock"))
 	if err != nil {
@@ -70,6 +78,7 @@ func surround(ctx context.Context, dir string) (err error) {
 func (w *world) orders() http.Handler {
 	var mu sync.Mutex
 	var running *load
+	var told int32
 	order := func(do func(r *http.Request) (string, error)) http.HandlerFunc {
 		return func(rw http.ResponseWriter, r *http.Request) {
 			mu.Lock()
@@ -109,7 +118,11 @@ func (w *world) orders() http.Handler {
 		running = nil
 		return text, nil
 	}))
-	mux.Handle("/cloud", order(func(*http.Request) (string, error) { return fmt.Sprint(w.cloudAsked.Swap(0)), nil }))
+	mux.Handle("/cloud", order(func(*http.Request) (string, error) {
+		since := w.cloudAsked.Load() - told
+		told += since
+		return fmt.Sprint(since), nil
+	}))
 	mux.Handle("/calls", order(func(*http.Request) (string, error) {
 		var calls []string
 		for _, m := range googletest.Methods {

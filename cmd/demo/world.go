@@ -41,6 +41,7 @@ type world struct {
 	google     *googletest.Server
 	cloud      *http.Server
 	cloudAsked atomic.Int32
+	probe      *probe
 	dir        string // configuration, kubeconfig, status socket
 	temporary  string // dir, where it is to go in the end
 }
@@ -160,6 +161,10 @@ log: {format: text}
 }
 
 func (w *world) close() error {
+	var err error
+	if w.probe != nil {
+		err = w.probe.end()
+	}
 	if w.google != nil {
 		w.google.Close()
 	}
@@ -169,9 +174,8 @@ func (w *world) close() error {
 	if w.cloud != nil {
 		_ = w.cloud.Close()
 	}
-	var err error
 	if w.node != nil {
-		err = w.node.Close()
+		err = errors.Join(err, w.node.Close())
 	}
 	if w.temporary != "" {
 		err = errors.Join(err, os.RemoveAll(w.temporary))

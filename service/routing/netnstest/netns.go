@@ -76,8 +76,8 @@ func newNS(name string) (*NS, error) {
 	return ns, nil
 }
 
-// thisNS gives the namespace of this process a name.
-func thisNS(name string) (*NS, error) {
+// thisNS gives the namespace that the calling thread is in a name, if it has no link but lo and beside.
+func thisNS(name, beside string) (*NS, error) {
 	if os.Geteuid() != 0 {
 		return nil, ErrNeedsRoot
 	}
@@ -86,7 +86,7 @@ func thisNS(name string) (*NS, error) {
 		return nil, err
 	}
 	for _, l := range links {
-		if l.Flags&net.FlagLoopback == 0 {
+		if l.Flags&net.FlagLoopback == 0 && l.Name != beside {
 			return nil, fmt.Errorf("this network namespace has %s: only one that has nothing but lo may be made a node", l.Name)
 		}
 	}
@@ -97,7 +97,7 @@ func thisNS(name string) (*NS, error) {
 	if err := os.WriteFile(ns.Path(), nil, 0o444); err != nil {
 		return nil, err
 	}
-	if err := unix.Mount("/proc/self/ns/net", ns.Path(), "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount("/proc/thread-self/ns/net", ns.Path(), "", unix.MS_BIND, ""); err != nil {
 		return nil, errors.Join(fmt.Errorf("name this network namespace %s: %w", name, err), os.Remove(ns.Path()))
 	}
 	if err := ns.Do(loopback); err != nil {

@@ -163,11 +163,37 @@ func TestRulesetSeesTraces(t *testing.T) {
 	}
 }
 
+// A machine that is given orders over a network keeps it, and its way to everywhere but the metadata server.
+func TestNewHereBeside(t *testing.T) {
+	pod, err := Start(t, "beside").AddPod("machine")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var here *Node
+	if err := pod.Do(func() error {
+		here, err = NewHere("here", "eth0")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := here.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for to, link := range map[string]string{"192.0.2.1": "eth0", Metadata.String(): "uplink0", cloudAddr.String(): "uplink0"} {
+		out, err := pod.Command(t.Context(), "ip", "route", "get", to).CombinedOutput()
+		if err != nil || !strings.Contains(string(out), " dev "+link+" ") {
+			t.Errorf("to %s, and not by %s: %v %s", to, link, err, out)
+		}
+	}
+}
+
 // A machine that is connected to anything is nobody's to make a node of.
 func TestNewHereRefuses(t *testing.T) {
 	node := Start(t, "here")
 	if err := node.Do(func() error {
-		_, err := NewHere("here")
+		_, err := NewHere("here", "")
 		if err == nil || !strings.Contains(err.Error(), "only one that has nothing but lo") {
 			t.Errorf("got %v", err)
 		}

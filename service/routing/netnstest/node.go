@@ -37,6 +37,9 @@ type Node struct {
 	*NS
 	Cloud *NS // behind the uplink, the node's default gateway; Addr is its LAN address
 
+	uplink string // the node's, to the LAN
+	metric int    // of the default route there
+
 	mu         sync.Mutex
 	prefix     string
 	pods       int
@@ -45,14 +48,21 @@ type Node struct {
 }
 
 // New makes a node with its uplink and its cloud. name ends up in the names of the namespaces.
-func New(name string) (*Node, error) { return newNode(name, newNS) }
+func New(name string) (*Node, error) { return (&Node{uplink: "eth0"}).init(name, newNS) }
 
 // NewHere makes the node out of the network namespace of this process, for a machine that was booted to be one. It refuses
-// a namespace that is connected to anything.
-func NewHere(name string) (*Node, error) { return newNode(name, thisNS) }
+// a namespace that is connected to anything, but for the link beside, if that is not "": a machine that is given orders over
+// it keeps it, and its default route comes first. Then the node's uplink is called uplink0.
+func NewHere(name, beside string) (*Node, error) {
+	n := &Node{uplink: "eth0"}
+	if beside != "" {
+		n.uplink, n.metric = "uplink0", 10000
+	}
+	return n.init(name, func(name string) (*NS, error) { return thisNS(name, beside) })
+}
 
-func newNode(name string, node func(name string) (*NS, error)) (*Node, error) {
-	n := &Node{prefix: fmt.Sprintf("gme-%d-%d-%s", os.Getpid(), sequence.Add(1), name)}
+func (n *Node) init(name string, node func(name string) (*NS, error)) (*Node, error) {
+	n.prefix = fmt.Sprintf("gme-%d-%d-%s", os.Getpid(), sequence.Add(1), name)
 	if err := n.make(node); err != nil {
 		return nil, errors.Join(fmt.Errorf("make node %s: %w", name, err), n.Close())
 	}
@@ -79,14 +89,14 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 	}); err != nil {
 		return err
 	}
-	if err := n.plug(n.NS, "node"); err != nil {
+	if err := n.plug(n.NS, "node", n.uplink); err != nil {
 		return err
 	}
 	if err := n.NS.Do(func() error {
 		return run(
 			bridge("cni0"),
 			address("cni0", netip.PrefixFrom(bridgeAddr, 16)), address("cni0", netip.PrefixFrom(bridgeSix, 64)), address("cni0", linkLocal(bridgeSix)),
-			route(netip.MustParsePrefix("0.0.0.0/0"), cloudAddr, "eth0"), route(netip.MustParsePrefix("::/0"), cloudSix, "eth0"),
+			n.defaultRoute(netip.MustParsePrefix("0.0.0.0/0"), Metadata, cloudAddr), n.defaultRoute(netip.MustParsePrefix("::/0"), MetadataSix, cloudSix),
 			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
 		)
 	}); err != nil {
@@ -109,14 +119,24 @@ func (n *Node) namespace(suffix string) (*NS, error) {
 	return ns, nil
 }
 
-// plug connects ns to the LAN by its eth0.
-func (n *Node) plug(ns *NS, port string) error {
-	if err := n.Cloud.veth(port, ns, "eth0", "lan0"); err != nil {
+// plug connects ns to the LAN by its link.
+func (n *Node) plug(ns *NS, port, link string) error {
+	if err := n.Cloud.veth(port, ns, link, "lan0"); err != nil {
 		return err
 	}
 	return ns.Do(func() error {
-		return run(address("eth0", netip.PrefixFrom(ns.Addr, 24)), address("eth0", netip.PrefixFrom(ns.Six, 64)), address("eth0", linkLocal(ns.Six)))
+		return run(address(link, netip.PrefixFrom(ns.Addr, 24)), address(link, netip.PrefixFrom(ns.Six, 64)), address(link, linkLocal(ns.Six)))
 	})
+}
+
+// defaultRoute is the node's; where another comes first, the cloud is still where metadata is.
+func (n *Node) defaultRoute(all netip.Prefix, metadata, via netip.Addr) func() error {
+	return func() error {
+		if n.metric == 0 {
+			return route(all, via, n.uplink)()
+		}
+		return run(routeAt(n.metric, all, via, n.uplink), route(netip.PrefixFrom(metadata, metadata.BitLen()), via, n.uplink))
+	}
 }
 
 // AddPod attaches a pod to the bridge cni0.
@@ -186,7 +206,7 @@ func (n *Node) AddNeighbour(name string) (*NS, error) {
 	six := cloudSix.As16()
 	six[15] = i
 	ns.Six = netip.AddrFrom16(six)
-	if err := n.plug(ns, fmt.Sprintf("nb%d", n.neighbours)); err != nil {
+	if err := n.plug(ns, fmt.Sprintf("nb%d", n.neighbours), "eth0"); err != nil {
 		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
 	}
 	if err := ns.Do(func() error {
@@ -304,10 +324,15 @@ func address(link string, p netip.Prefix) func() error {
 }
 
 func route(to netip.Prefix, via netip.Addr, link string) func() error {
+	return routeAt(0, to, via, link)
+}
+
+// routeAt is route with a metric; 0 is the kernel's default.
+func routeAt(metric int, to netip.Prefix, via netip.Addr, link string) func() error {
 	return func() error {
 		l, err := netlink.LinkByName(link)
 		if err == nil {
-			r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(to)}
+			r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(to), Priority: metric}
 			if via.IsValid() {
 				r.Gw = via.AsSlice()
 			} else {

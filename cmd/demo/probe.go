@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sort"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// probe is load from the moment that there are pods until this process is told to end, written down second by second, so
+// that what happens while a machine goes down and comes up can be read afterwards. A line for each second that had any:
+//
+//	boot=2f1c… up=12.503 answered=240 cloud=0 refused=2 # 10:15:03.127 refused: connection refused
+//
+// boot is the kernel's boot_id, up its uptime in seconds at the end of the line's second, cloud how many requests the
+// cloud's own metadata server had; what is behind # is for people. The last line of a probe that came to its end says
+// "ended" too: without one nobody knows what came after it.
+type probe struct {
+	world *world
+	load  *load
+	file  *os.File
+	boot  string
+	stop  chan struct{}
+	done  chan struct{}
+
+	counted map[string]int // what the lines so far say
+	err     error
+}
+
+func (w *world) beginProbe(path string) (*probe, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, err
+	}
+	// Lines of the boot before stay. They are in the kernel's hands as soon as they are written, and on the disk at the
+	// latest as the machine goes down.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	p := &probe{world: w, load: w.beginLoad(), file: f, boot: strings.TrimSpace(string(id)),
+		stop: make(chan struct{}), done: make(chan struct{}), counted: map[string]int{}}
+	go p.write()
+	return p, nil
+}
+
+func (p *probe) write() {
+	defer close(p.done)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			p.line()
+		case <-p.stop:
+			return
+		}
+	}
+}
+
+// line writes down what came since the last one.
+func (p *probe) line(remarks ...string) {
+	var up unix.Timespec
+	err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)
+	now, examples := p.load.sinceThen()
+	now["cloud"] = int(p.world.cloudAsked.Load())
+	var words []string
+	for what, n := range now {
+		if n != p.counted[what] || what == "cloud" {
+			words = append(words, fmt.Sprintf("%s=%d", what, n-p.counted[what]))
+		}
+	}
+	sort.Strings(words)
+	words = append(words, remarks...)
+	if len(examples) > 0 {
+		words = append(words, "#", examples[0])
+	}
+	p.counted = now
+	_, wrote := fmt.Fprintf(p.file, "boot=%s up=%.3f %s\n", p.boot, float64(up.Nano())/1e9, strings.Join(words, " "))
+	p.err = errors.Join(p.err, err, wrote)
+}
+
+// end lets what is in flight come to its end, and writes the last line.
+func (p *probe) end() error {
+	p.load.end()
+	close(p.stop)
+	<-p.done
+	p.line("ended")
+	return errors.Join(p.err, p.file.Close())
+}
