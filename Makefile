@@ -11,8 +11,9 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # A Debian with systemd for the tests that want one: chroots for packages, a machine to boot. Made once, for every clone, and
 # anew when its recipe changes.
 ROOTFS  ?= $(shell packaging/bed/rootfs --name)
+VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all build install packages release deps demo test test-booted lint bench fuzz clean deps-demo
+.PHONY: all build install packages release deps demo test test-booted test-vm lint bench fuzz clean deps-demo deps-vm
 
 all: build
 
@@ -50,8 +51,8 @@ release: ## every package for every architecture, SBOMs and SHA256SUMS, into bin
 deps: ## what test and lint need of the machine; demo needs less
 	@.ci/deps all
 
-deps-demo:
-	@.ci/deps demo
+deps-demo deps-vm: deps-%:
+	@.ci/deps $*
 
 demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
 	$(SUDO) bin/demo --emulator bin/gke-metadata-emulator $(DEMO)
@@ -59,11 +60,17 @@ demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; 
 $(ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@
 
+$(VM_ROOTFS):
+	$(SUDO) packaging/bed/rootfs $@ vm
+
 test: deps $(ROOTFS) ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" CI="$(CI)" packaging/bed/run
+
+test-vm: deps-vm bin/demo bin/bed $(VM_ROOTFS) ## the same in virtual machines, and what only a kernel of its own shows: OOM kills, limits, reboots
+	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=packaging/bed/vm BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
 	@.ci/lint
