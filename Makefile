@@ -13,7 +13,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all build install packages release deps demo test test-booted test-vm lint bench fuzz clean deps-demo deps-vm
+.PHONY: all build install packages release deps demo test test-booted test-vm test-vagrant lint bench fuzz clean deps-demo deps-vm deps-vagrant
 
 all: build
 
@@ -51,7 +51,7 @@ release: ## every package for every architecture, SBOMs and SHA256SUMS, into bin
 deps: ## what test and lint need of the machine; demo needs less
 	@.ci/deps all
 
-deps-demo deps-vm: deps-%:
+deps-demo deps-vm deps-vagrant: deps-%:
 	@.ci/deps $*
 
 demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
@@ -71,6 +71,9 @@ test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd
 
 test-vm: deps-vm bin/demo bin/bed $(VM_ROOTFS) ## the same in virtual machines, and what only a kernel of its own shows: OOM kills, limits, reboots
 	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=packaging/bed/vm BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
+
+test-vagrant: deps-vagrant bin/demo bin/bed $(VM_ROOTFS) ## the same by a real Vagrant with libvirt, in a box made here; BOX=generic/rocky9 and the like
+	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=vagrant/vagrant BOX="$(BOX)" BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(or $(BED_PARTS),configured limits reboot)" CI="$(CI)" packaging/bed/run
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
 	@.ci/lint
