@@ -156,6 +156,11 @@ func (w *watcher) begin(ctx context.Context) {
 		closed := w.base
 		closed.Closed = true
 		w.fail(w.apply(ctx, closed, State{}))
+		return
+	}
+	if s, err := ReadState(w.RunDir); err == nil && s.Desired == Installed {
+		w.wish = s
+		w.succeed() // they were read back: what waits for us as the node boots need not wait for another look
 	}
 }
 
