@@ -113,7 +113,7 @@ func TestClosedGuard(t *testing.T) {
 // TestRemoveWhileServing: who waits for an answer is told that there will be none, whether the connection was accepted or is in
 // the backlog of a listener that nobody accepts from.
 func TestRemoveWhileServing(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		idle := netip.MustParseAddrPort("169.254.169.252:989")
 		if _, err := b.Listen("tcp", idle.String()); err != nil {
 			t.Fatal(err)

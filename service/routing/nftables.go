@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"slices"
 	"strings"
 	"syscall"
@@ -288,28 +289,38 @@ func parseMarked(message []byte) (r standingRule) {
 
 // removeNFTables deletes our tables. A kernel without nf_tables has none.
 func removeNFTables(context.Context, Plan) error {
-	c := &nftables.Conn{}
-	some := false
-	for _, six := range []bool{false, true} {
-		t, err := readNFTable(xtablesFamily(six))
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read table %s: %w", nftTable, permission(err))
-		}
-		if t.exists {
-			some = true
-			c.DelTable(&nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))})
-		}
+	all, err := readNFTables()
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil // a kernel without nf_tables
 	}
-	if !some {
+	if err != nil {
+		return err
+	}
+	each := func(del func(*nftables.Conn, *nftables.Table, standingTable)) error {
+		c := &nftables.Conn{}
+		for i, six := range []bool{false, true} {
+			if all[i].exists {
+				del(c, &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, all[i])
+			}
+		}
+		if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete table %s: %w", nftTable, permission(err))
+		}
 		return nil
 	}
-	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("delete table %s: %w", nftTable, permission(err))
+	if !all[0].exists && !all[1].exists {
+		return nil
 	}
-	return nil
+	err = each(func(c *nftables.Conn, t *nftables.Table, was standingTable) {
+		for _, name := range []string{"prerouting", "output"} {
+			if was.heads[name] != "" {
+				c.FlushChain(&nftables.Chain{Name: name, Table: t})
+				c.DelChain(&nftables.Chain{Name: name, Table: t})
+			}
+		}
+	})
+	resetConnections(netip.Addr{}) // as removeIPTables does, and for its reason
+	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
 }
 
 // nftablesText is what put does, as nft reads it.
