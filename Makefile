@@ -77,7 +77,7 @@ test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd
 test-vm: deps-vm bin/demo bin/bed $(VM_ROOTFS) ## the same in virtual machines, and what only a kernel of its own shows: OOM kills, limits, reboots
 	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=packaging/bed/vm BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
 
-test-vagrant: deps-vagrant bin/demo bin/bed $(VM_ROOTFS) ## the same by a real Vagrant with libvirt, in a box made here; BOX=generic/rocky9 and the like
+test-vagrant: deps-vagrant bin/demo bin/bed $(VM_ROOTFS) ## the same by a real Vagrant with libvirt, in a box made here, or a public one with apt: BOX=generic/ubuntu2204
 	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=vagrant/vagrant BOX="$(BOX)" BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(or $(BED_PARTS),configured limits reboot)" CI="$(CI)" packaging/bed/run
 
 lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
