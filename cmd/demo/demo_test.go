@@ -11,6 +11,13 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
+// TestMain lets this binary be a pod's process too.
+func TestMain(m *testing.M) {
+	if !isPod() {
+		os.Exit(m.Run())
+	}
+}
+
 // TestDemo is the main job on real input, on both backends: what the README's first command shows.
 func TestDemo(t *testing.T) {
 	netnstest.Needs(t, "iptables-nft", "iptables-legacy", "nsenter", "ip")
@@ -29,6 +36,9 @@ func TestDemo(t *testing.T) {
 			for _, want := range []string{
 				"the access token of reader@my-project.iam.gserviceaccount.com for system:serviceaccount:default:reader",
 				"the access token of writer@my-project.iam.gserviceaccount.com for system:serviceaccount:default:writer",
+				"the access token of host@my-project.iam.gserviceaccount.com for system:serviceaccount:default:host",
+				"born in its network namespace and in its cgroup",
+				"by the kernel: ",
 				"stranger → 503",
 				"as before, byte for byte",
 				"reached the cloud's own metadata server: 0",
