@@ -33,7 +33,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	}
 	d := &demo{out: out, began: time.Now()}
 
-	d.say("1. A node with two pods and a stranger, and around it the cloud")
+	d.say("1. A node with pods and a stranger, and around it the cloud")
 	w, err := newWorld(ctx)
 	if err != nil {
 		if errors.Is(err, netnstest.ErrNeedsRoot) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +22,13 @@ func TestMain(m *testing.M) {
 // TestDemo is the main job on real input, on both backends: what the README's first command shows.
 func TestDemo(t *testing.T) {
 	netnstest.Needs(t, "iptables-nft", "iptables-legacy", "nsenter", "ip")
+	c, err := netnstest.NewCgroups("", fmt.Sprintf("gme-demo-probe-%d", os.Getpid()))
+	if err != nil { // it would fall back to addresses
+		netnstest.Lacks(t, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
 	binary := filepath.Join(t.TempDir(), "gke-metadata-emulator")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-race", "-o", binary, "../gke-metadata-emulator").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
