@@ -68,6 +68,7 @@ func (p *pod) start() error {
 		return err
 	}
 	p.cmd = exec.Command("/proc/self/exe")
+	p.cmd.Args = []string{"pod " + p.Name}
 	p.cmd.Env = append(os.Environ(), asPod+"="+p.Name)
 	p.cmd.Stderr = os.Stderr
 	p.cmd.ExtraFiles = []*os.File{theirs}

@@ -86,7 +86,6 @@ func newWorld(ctx context.Context) (_ *world, err error) {
 // that nobody else sees. Where there are neither, pods are known by their addresses.
 func (w *world) makeCgroups() error {
 	name := fmt.Sprintf("gke-metadata-emulator-demo-%d", os.Getpid())
-	var errs []error
 	for _, root := range []string{cgroupRoot, ""} {
 		c, err := netnstest.NewCgroups(root, name)
 		if err == nil {
@@ -96,9 +95,8 @@ func (w *world) makeCgroups() error {
 		if !errors.Is(err, netnstest.ErrNoCgroups) {
 			return err
 		}
-		errs = append(errs, err)
+		w.noCgroups = err
 	}
-	w.noCgroups = errors.Join(errs...)
 	return nil
 }
 
