@@ -158,7 +158,7 @@ func (w *world) orders() http.Handler {
 	}))
 	mux.Handle("/tell", order(func(r *http.Request) (string, error) {
 		if !w.kube.DeletePod("default", r.FormValue("name")) {
-			return "", errors.New("Kubernetes knows no such pod")
+			return "", errors.New("no such pod is known to Kubernetes")
 		}
 		return "it is told", nil
 	}))
