@@ -154,6 +154,9 @@ func (w *world) orders() http.Handler {
 			return "", fmt.Errorf("there is no pod %q", r.FormValue("name"))
 		}
 		p.die()
+		if p.HostNetwork {
+			return "it is dead", nil
+		}
 		return "it is dead", errors.Join(p.ns.Unplug(), p.ns.Close())
 	}))
 	mux.Handle("/tell", order(func(r *http.Request) (string, error) {
