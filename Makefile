@@ -68,7 +68,7 @@ $(RECIPES_ROOTFS):
 $(VM_ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@ vm
 
-test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, namespaces on both iptables backends, packages; with the race detector
+test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends

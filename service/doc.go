@@ -6,7 +6,9 @@
 //
 // A pod's client library sends GET /computeMetadata/v1/instance/service-accounts/default/token to 169.254.169.254:80.
 //
-//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo.
+//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo, or in mode
+//     loopback to the address itself; or, in mode ebpf, programs that had the connect() go there in the first place. What a
+//     mode is, is told once (mode.go); what all share is written once (router.go).
 //  2. accept (connections.go): before a byte is read, both ends of the socket are written down as the kernel sees them,
 //     before and after DNAT, and the kernel is asked whose socket the other one is: its cgroup names a pod's UID and a
 //     container, or a unit of the node ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
@@ -45,6 +47,9 @@
 //  8. ExecStopPost runs `routing remove`, and stops the socket, when the unit is stopped for good, unless routing.onStop is
 //     keep.
 //
+// Whether all of that works on a node is what `doctor` finds out: doctor_examine.go looks and tries, changing nothing that outlives it, and
+// doctor.go has the table of checks that judge what was seen.
+//
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, a copy
 // of kubelet's credential (credential.go), and sockets in pods' network namespaces, which a helper opens and hands over
 // ([attest.Helper]): each can ask the kernel about its namespace, and nothing else.
@@ -58,6 +63,6 @@
 //	cmd → service → {attest, kube, token, metadata, routing, config} → workload
 //
 // The six in the middle never import each other: each says in an interface of one to three methods what it needs, and
-// this package hands it in. Kubernetes' libraries are known to kube alone, iptables and processes to routing, netlink to
+// this package hands it in. Kubernetes' libraries are known to kube alone, iptables, programs and processes to routing, netlink to
 // routing and attest, systemd to this package, flags to cmd. imports_test.go holds all of this, with the reasons.
 package service

@@ -20,9 +20,11 @@ var importRules = []struct {
 	why      string
 }{
 	{"k8s.io/", []string{"service/kube"}, "Kubernetes' libraries are large and change often: one package knows them"},
+	{"github.com/cilium/ebpf", []string{"service/routing"}, "one package changes the node"},
 	{"github.com/google/nftables", []string{"service/routing"}, "one package changes the node"},
 	{"os/exec", []string{"service/routing", "packaging/gen"}, "the serving process starts no other: it has no right to, once it runs in its sandbox"},
 	{"github.com/vishvananda/netlink", []string{"service/routing"}, "what the kernel is told; attest asks it on the path of every connection, and its own questions are 60 times as fast (A-02)"},
+	{"github.com/vishvananda/netns", []string{"service/routing"}, "a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"}, "flags in, Config out: nothing below main knows how it was asked"},
 	{"github.com/coreos/go-systemd", []string{"service"}, "the life of the service is told in one place"},
 	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service"}, "one package serves"},

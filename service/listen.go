@@ -39,12 +39,20 @@ func inherited() (net.Listener, []*os.File, error) {
 	return one, others, nil
 }
 
+// metadataServer is where pods ask. We listen there in routing.mode loopback, where it is an address of this node for pods alone: only a
+// socket that is transparent may answer from it (R-29).
+var metadataServer = netip.MustParseAddr("169.254.169.254")
+
 // listen binds the address, also before it is there: the listener then waits for `routing install` to bring it, as the
 // socket unit's does (FreeBind=).
 func listen(ctx context.Context, a netip.AddrPort) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
-		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1) }); e != nil {
+		if e := c.Control(func(fd uintptr) {
+			if err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1); err == nil && a.Addr() == metadataServer {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1) // needs CAP_NET_ADMIN
+			}
+		}); e != nil {
 			return e
 		}
 		return err
@@ -85,19 +93,25 @@ func newProbe(l net.Listener) *probe {
 	// ours yet, the probe fails here, and does not ask the network for it.
 	p := &probe{url: "http://" + target.String() + "/"}
 	dialer := net.Dialer{Timeout: 5 * time.Second, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
-		return p.bind(c, loopback)
+		return p.bind(c, loopback, target.Addr() == metadataServer)
 	}}
 	p.client = http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}}
 	return p
 }
 
 // bind gives the socket its own end before it connects, so that the server can know it when it accepts.
-func (p *probe) bind(c syscall.RawConn, loopback net.IP) error {
+func (p *probe) bind(c syscall.RawConn, loopback net.IP, ours bool) error {
 	var err error
 	if e := c.Control(func(fd uintptr) {
 		var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte(loopback.To16()[12:])}
 		if loopback.To4() == nil {
 			sa = &unix.SockaddrInet6{Addr: [16]byte(loopback)}
+		}
+		// What this host sends to the metadata server goes to the cloud's, unless it cannot leave the host.
+		if ours {
+			if err = unix.BindToDevice(int(fd), "lo"); err != nil { // anybody's right since Linux 5.7
+				return
+			}
 		}
 		if err = unix.Bind(int(fd), sa); err != nil {
 			return

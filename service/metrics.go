@@ -8,6 +8,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
@@ -66,10 +67,11 @@ var (
 	rulesReadBack = prometheus.NewDesc("gke_metadata_emulator_routing_read_back_timestamp_seconds", "When the rules were read back.", nil, nil)
 	rulesInstalls = prometheus.NewDesc("gke_metadata_emulator_routing_installs_total", "Installations of the rules since the node booted.", nil, nil)
 	rulesRepairs  = prometheus.NewDesc("gke_metadata_emulator_routing_repairs_total", "Rules that were found gone and put back, by the layer they are of and what had somebody look.", []string{"layer", "cause"}, nil)
+	rulesObserved = prometheus.NewDesc("gke_metadata_emulator_routing_observed_connects", "Connections to the metadata server that mode observe counted, by the network of the client: pod or host.", []string{"network"}, nil)
 )
 
 func (ruleState) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{rulesGood, rulesReadBack, rulesInstalls, rulesRepairs} {
+	for _, d := range []*prometheus.Desc{rulesGood, rulesReadBack, rulesInstalls, rulesRepairs, rulesObserved} {
 		c <- d
 	}
 }
@@ -86,6 +88,19 @@ func (r ruleState) Collect(c chan<- prometheus.Metric) {
 	c <- prometheus.MustNewConstMetric(rulesGood, prometheus.GaugeValue, good)
 	c <- prometheus.MustNewConstMetric(rulesReadBack, prometheus.GaugeValue, float64(s.Standing.Time.Unix()))
 	c <- prometheus.MustNewConstMetric(rulesInstalls, prometheus.CounterValue, float64(s.Installs))
+	if s.Mode == routing.ModeObserve && s.Desired == routing.Installed {
+		var pod, host uint64
+		for _, o := range s.Observed {
+			if o.HostNetwork {
+				host += o.Connects
+			} else {
+				pod += o.Connects
+			}
+		}
+		// No counters: the kernel's table forgets the cgroups that asked longest ago.
+		c <- prometheus.MustNewConstMetric(rulesObserved, prometheus.GaugeValue, float64(pod), "pod")
+		c <- prometheus.MustNewConstMetric(rulesObserved, prometheus.GaugeValue, float64(host), "host")
+	}
 	for layer, causes := range s.Repairs {
 		for cause, times := range causes {
 			c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(times), layer, cause)
@@ -106,6 +121,19 @@ func (m *metrics) served(node string, status int, took time.Duration) {
 	}
 	s.Inc()
 	s.Observe(took.Seconds())
+}
+
+// asked is how many requests there were for anything but `/`, which our own probes, and doctor's, ask for too.
+func (m *metrics) asked() (n uint64) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for k, s := range m.series {
+		var now dto.Metric
+		if k.node != "/" && s.Write(&now) == nil {
+			n += uint64(now.GetCounter().GetValue())
+		}
+	}
+	return n
 }
 
 // series are found by outcome: to have the vectors hash labels costs more than to count.

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"bufio"
 	"encoding/json"
 	"net"
 	"net/netip"
@@ -168,8 +169,40 @@ func TestListenChanges(t *testing.T) {
 	other.Close()
 	b.hangUp()
 	b.eventually(t, "the new address is served", func() bool { return b.readiness(t.Context()) == nil })
-	b.listener = other // where ask asks
-	if res := b.ask(t, linked, "GET", accts+"default/email", ""); res.body != gsa {
-		t.Errorf("%d %s", res.StatusCode, res.body)
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(linked)}}
+	c, err := d.DialContext(t.Context(), "tcp", other.Addr().String())
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer c.Close()
+	if a := exchangeOn(c, bufio.NewReader(c), accts+"default/email"); a.Body != gsa {
+		t.Errorf("%+v", a)
+	}
+}
+
+// A reload to attestation by the kernel has it asked from then on, and ends what connections had by their address.
+func TestReloadToKernel(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	kept := b.dial(t, linked)
+	defer kept.Close()
+	r := bufio.NewReader(kept)
+	if a := exchangeOn(kept, r, accts+"default/email"); a.Status != 200 {
+		t.Fatalf("by address: %+v", a)
+	}
+	if st := b.Status().Attestation; st.Mode != "source-ip" || st.Kernel != nil {
+		t.Errorf("%+v", st)
+	}
+	b.replace(t, "config.yaml", "attestation: {mode: source-ip}", "attestation: {mode: kernel}")
+	b.hangUp()
+	b.eventually(t, "the kernel is asked", func() bool { k := b.Status().Attestation.Kernel; return k != nil && k.Hierarchy != "" })
+	if a := exchangeOn(kept, r, accts+"default/email"); a.Status != 503 || !a.Close || !strings.Contains(a.Body, "connect again") {
+		t.Errorf("the connection that was known by its address: %+v", a)
+	}
+	if res := b.ask(t, linked, "GET", accts+"default/email", ""); res.StatusCode == 200 {
+		t.Errorf("an address is believed: %s", res.body)
+	}
+	b.replace(t, "config.yaml", "attestation: {mode: kernel}", "attestation: {mode: source-ip}")
+	b.hangUp()
+	b.eventually(t, "pods are served by address again", func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
 }

@@ -132,7 +132,7 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		q.Caller = req.caller
 		a, err := place.Answer(ctx, q)
 		if err == nil {
-			err = site.attestor.Check(ctx, req.peer)
+			err = s.check(ctx, req.peer)
 		}
 		if err != nil || wait.Over(a.ETag) {
 			return a, err
@@ -146,6 +146,19 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 			return a, nil
 		case <-ctx.Done():
 			return metadata.Answer{}, ctx.Err()
+		}
+	}
+}
+
+// check looks at the evidence again, by the configuration in force now: the backend that attested may be no more.
+func (s *server) check(ctx context.Context, p *attest.Peer) error {
+	for {
+		site := s.site.Load()
+		if site.broken != nil {
+			return site.broken
+		}
+		if err := site.attestor.Check(ctx, p); !errors.Is(err, attest.ErrReplaced) {
+			return err
 		}
 	}
 }

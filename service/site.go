@@ -43,6 +43,7 @@ type backend struct {
 	replaced chan struct{} // closed when another backend took over
 	accounts accountReader
 	registry *prometheus.Registry
+	proxy    string // by which Google is asked
 	end      func() // and waits until it did
 }
 
@@ -197,6 +198,7 @@ func newBackend(n needs, c config.Config, tokens []byte, kernel *attest.Kernel, 
 	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.limits.MintsPerPod, KeysPerPod: n.limits.KeysPerPod,
 		Terminal: as[*kube.AnnotationError], Registerer: b.registry})
 	google.Federated = b.cache // one exchange a ServiceAccount (G-07)
+	b.proxy = google.Proxy()
 	if tokens != nil {
 		switch taken, err := b.cache.Restore(tokens); {
 		case err != nil:

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -34,9 +36,11 @@ type Status struct {
 	Listen      string              `json:"listen"`
 	Connections int                 `json:"connections"`
 	Attestation Attestation         `json:"attestation"`
+	Requests    uint64              `json:"requests"` // since Started, for anything but `/`
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
+	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
 }
 
@@ -57,7 +61,7 @@ type HostIdentity struct {
 // Status tells the state of the service now.
 func (s *Service) Status() Status {
 	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
-		Connections: s.server.connections.open()}
+		Connections: s.server.connections.open(), Requests: s.server.metrics.asked()}
 	if state, err := routing.ReadState(s.options.RunDir); err != nil {
 		st.RoutingErr = err.Error()
 	} else {
@@ -68,7 +72,7 @@ func (s *Service) Status() Status {
 		st.State, st.Reason = "not configured", site.broken.Error()
 	} else {
 		c := site.cluster.Status()
-		st.Cluster, st.Tokens = &c, site.cache.Status()
+		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
 		st.Attestation = s.attestation(site, &c)
 	}
 	select {
@@ -235,4 +239,42 @@ func (s *Service) serveInternal(ctx context.Context, l net.Listener, h http.Hand
 		return nil
 	})
 	return g.Wait()
+}
+
+// ErrNotRunning is wrapped by FetchStatus where there is no service to ask.
+var ErrNotRunning = errors.New("the service is not running")
+
+// FetchStatus asks the running service over its Unix socket for its Status, as JSON.
+func FetchStatus(ctx context.Context, socket string) ([]byte, error) {
+	const most = 64 << 20 // thousands of pods and their tokens' ages
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://service/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("%w: there is no %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
+	case err != nil:
+		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, most))
+	if err != nil {
+		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("asking the service at %s: %s", socket, resp.Status)
+	}
+	return text, nil
 }

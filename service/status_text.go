@@ -24,11 +24,15 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
-	line("listening", "%s, %d connections", s.Listen, s.Connections)
+	line("listening", "%s, %d connections, %d requests so far", s.Listen, s.Connections, s.Requests)
 	s.attestationText(line, now)
 	s.rulesText(line, now)
+	var pods []kube.PodStatus
 	if c := s.Cluster; c != nil {
 		s.clusterText(line, now)
+		if s.Proxy != "" {
+			line("google", "by proxy %s", s.Proxy)
+		}
 		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
 			for _, p := range c.Pods {
 				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),
@@ -58,9 +62,13 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as, strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), age(now, t.Minted), age(t.Expires, now), bounded(t.LastError))
 			}
 		})
+		pods = c.Pods
 		for _, g := range c.MissingGrants {
 			fmt.Fprintf(&b, "\nMISSING GRANT: %s %s: %s\n%s", g.Verb, g.Resource, g.Message, g.Manifest)
 		}
+	}
+	if r := s.Routing; r != nil && r.Mode == routing.ModeObserve && r.Desired == routing.Installed {
+		observedText(&b, r.Observed, pods)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -79,8 +87,16 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 		line("rules", "removed %s ago", age(now, r.Since))
 	case r.Closed:
 		line("rules", "the closed guard alone, since the configuration was broken")
+	case r.Mode == routing.ModeObserve:
+		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago", age(now, r.Since))
 	default:
 		line("rules", "mode %s to %s, installed %s ago", r.Mode, r.Listen, age(now, r.Since))
+		if r.Reason != "" {
+			line("", "auto: %s", r.Reason)
+		}
+	}
+	if r.HostNetwork != "" && r.Desired == routing.Installed && !r.Closed && r.Mode != routing.ModeObserve {
+		line("host pods", "%s", r.HostNetwork)
 	}
 	verdict := "all stand"
 	if r.Desired == routing.Removed {
@@ -116,6 +132,35 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 
 func accountText(a kube.AccountStatus) string {
 	return a.GoogleEmail + mark(a.AccountError != "", "error: "+a.AccountError)
+}
+
+// WriteObserved writes who would get our answers, as a table (U-36).
+func WriteObserved(w io.Writer, all []routing.Observation) error {
+	var b strings.Builder
+	observedText(&b, all, nil)
+	_, err := io.WriteString(w, strings.TrimPrefix(b.String(), "\n"))
+	return err
+}
+
+// observedText names the pods that it knows. A runtime may write a UID with underscores.
+func observedText(b *strings.Builder, all []routing.Observation, pods []kube.PodStatus) {
+	table(b, "OBSERVED", "CONNECTS\tNETWORK\tWHO\t", len(all), func(w io.Writer) {
+		for _, o := range all {
+			network, who := "pod", o.Cgroup
+			if o.HostNetwork {
+				network = "host"
+			}
+			if who == "" {
+				who = "a cgroup that is gone"
+			}
+			for _, p := range pods {
+				if p.UID != "" && strings.Contains(strings.ReplaceAll(o.Cgroup, "_", "-"), p.UID) {
+					who = p.Namespace + "/" + p.Name
+				}
+			}
+			_, _ = fmt.Fprintf(w, "%d\t%s\t%s\t\n", o.Connects, network, who)
+		}
+	})
 }
 
 func (s Status) clusterText(line func(string, string, ...any), now time.Time) {

@@ -30,7 +30,11 @@ func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error
 			} else {
 				log.WithError(err).Error("routing: the configuration is missing or broken: what stands stays, and where nothing does the guard alone goes up")
 			}
-			return plan(c, err)
+			p := plan(c, err)
+			if p.Reason != "" {
+				log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
+			}
+			return p
 		},
 		Reload: o.Reload,
 		Told: func(text string) {

@@ -35,7 +35,7 @@ const kubeletDir = "/var/lib/kubelet"
 //	churn?pods=20                        so many pods after each other, at one address
 //	begin                                load from two pods
 //	end                                  no more of it: what came of it, as name=number
-//	cloud                                how many requests the cloud's own metadata server has had since the last time
+//	cloud                                how many requests of pods the cloud's own metadata server has had since the last time
 //	calls                                how many there have been of Google's STS and IAM, as method=number
 //	rules                                the node's firewall, policy rules, routes and addresses, normalised
 //	rotate                               a new certificate for kubelet

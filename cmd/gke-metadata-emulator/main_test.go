@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -19,6 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube/kubetest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
 func TestMain(m *testing.M) {
@@ -110,6 +113,9 @@ func params(dir string) testscript.Params {
 			"exitcode":   exitCode,
 			"eventually": eventually,
 			"signal":     sendSignal,
+			"cluster":    cluster,
+			"grant":      grant,
+			"secrets":    secrets,
 		},
 	}
 }
@@ -167,9 +173,70 @@ func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(background[len(background)-1].Process.Signal(unix.SignalNum("SIG" + args[0])))
 }
 
+// cluster: `cluster FILE` runs a Kubernetes and a Google with one linked pod of node1, and writes a configuration for them, kubeconfig and
+// all, to the file.
+func cluster(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: cluster FILE")
+	}
+	const email, audience = "reader@my-project.iam.gserviceaccount.com", "//iam.googleapis.com/" + testProvider
+	kube, err := kubetest.New(kubetest.Options{})
+	ts.Check(err)
+	ts.Defer(kube.Close)
+	kube.GrantAudience(audience)
+	kube.SetServiceAccount("default", "reader", map[string]string{"iam.gke.io/gcp-service-account": email})
+	kube.SetPod(kubetest.Pod{Namespace: "default", Name: "pod", ServiceAccount: "reader", Node: "node1", Addresses: []string{"10.1.2.3"}})
+	google, err := googletest.New(googletest.Options{Providers: map[string]googletest.Provider{audience: {Issuer: kube.Issuer(), JWKS: kube.JWKS}}})
+	ts.Check(err)
+	ts.Defer(google.Close)
+	google.Allow("system:serviceaccount:default:reader", email)
+	ts.Check(google.WriteCA(ts.MkAbs("ca.pem")))
+	kubeconfig, err := kube.Kubeconfig("node1")
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs("kubeconfig"), kubeconfig, 0o600))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), fmt.Appendf(nil, "workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: kubeconfig\n"+
+		"google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}\nhealthListen: 127.0.0.1:16322\n", testProvider, google.STSURL(), google.URL()), 0o600))
+	world[ts.Getenv("WORK")] = standIns{kube, google}
+}
+
+// standIns are what `cluster` started, by the script's directory.
+type standIns struct {
+	kube   *kubetest.Server
+	google *googletest.Server
+}
+
+var world = map[string]standIns{}
+
+// grant: `grant` and `! grant` give and take the right to ask for tokens with Google's audience.
+func grant(ts *testscript.TestScript, neg bool, _ []string) {
+	const audience = "//iam.googleapis.com/" + testProvider
+	if neg {
+		world[ts.Getenv("WORK")].kube.RevokeAudience(audience)
+	} else {
+		world[ts.Getenv("WORK")].kube.GrantAudience(audience)
+	}
+}
+
+// secrets: `! secrets FILE…` wants none of the tokens that were given out in the files.
+func secrets(ts *testscript.TestScript, neg bool, files []string) {
+	w := world[ts.Getenv("WORK")]
+	given := append(w.kube.IssuedTokens(), w.google.Secrets()...)
+	if !neg || len(files) == 0 || len(given) == 0 {
+		ts.Fatalf("usage: ! secrets FILE…, after tokens were given out")
+	}
+	for _, f := range files {
+		text := ts.ReadFile(f)
+		for _, s := range given {
+			if strings.Contains(text, s) {
+				ts.Fatalf("%s holds a token", f)
+			}
+		}
+	}
+}
+
 // Flags are made of the table, and --help shows each with its default.
 func TestHelpOfEveryKey(t *testing.T) {
-	for _, args := range [][]string{{"serve"}, {"routing", "install"}, {"routing", "check"}, {"routing", "remove"}, {"routing", "show"}, {"routing", "watch"}, {"config", "check"}, {"config", "show"}} {
+	for _, args := range [][]string{{"serve"}, {"routing", "install"}, {"routing", "check"}, {"routing", "remove"}, {"routing", "show"}, {"routing", "watch"}, {"config", "check"}, {"config", "show"}, {"doctor"}} {
 		var out, errs bytes.Buffer
 		if code := run(append(args, "--help"), &out, &errs); code != 0 || errs.Len() > 0 {
 			t.Fatalf("%v --help: exit code %d, %s", args, code, &errs)

@@ -20,7 +20,7 @@ import (
 
 func routingCommand() *cobra.Command {
 	return group("routing", "Bring pods' requests to the service, or check, remove and show what does",
-		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(), routingWatchCommand())
+		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(), routingObserveCommand(), routingWatchCommand())
 }
 
 func routingInstallCommand() *cobra.Command {
@@ -34,9 +34,9 @@ server: that is said on standard error and is no failure.`,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard goes up")
-		if p.Mode == routing.ModeNone && !p.Closed {
-			return withRouter(cmd, anyMode(p), routing.Router.Remove) // of the mode before
+		p := plan(cmd, load, "only the guard goes up").Fitted(cmd.Context())
+		if p.Reason != "" {
+			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
 		return withRouter(cmd, p, routing.Router.Install)
 	}
@@ -55,10 +55,7 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	cmd.Flags().DurationVar(&wait, "wait", 0, "ask again until all stands, for this long at most (30s in front of kubelet)")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard is checked")
-		if p.Mode == routing.ModeNone && !p.Closed {
-			return nil
-		}
+		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
 			if errors.Is(err, routing.ErrMissing) {
@@ -110,7 +107,7 @@ From then on pods reach the cloud's own metadata server again.`,
 				say(cmd, "%v: the next connection starts the service again", err)
 			}
 		}
-		return withRouter(cmd, anyMode(plan(cmd, load, "removing all the same")), routing.Router.Remove)
+		return withRouter(cmd, plan(cmd, load, "removing all the same").AsInstalled(cmd.Context()), routing.Router.Remove)
 	}
 	return cmd
 }
@@ -144,10 +141,9 @@ func routingShowCommand() *cobra.Command {
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard would go up")
-		if p.Mode == routing.ModeNone && !p.Closed {
-			fmt.Fprintln(cmd.OutOrStdout(), "# routing.mode is none: nothing is done")
-			return nil
+		p := plan(cmd, load, "only the guard would go up").Fitted(cmd.Context())
+		if p.Reason != "" {
+			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
 		}
 		text, err := routing.Show(p)
 		if err != nil {
@@ -155,6 +151,32 @@ func routingShowCommand() *cobra.Command {
 		}
 		fmt.Fprint(cmd.OutOrStdout(), text)
 		return nil
+	}
+	return cmd
+}
+
+func routingObserveCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "observe",
+		Short: "Print who connected to the metadata server, where routing.mode is observe",
+		Long: `Print who connected to 169.254.169.254:80 since routing.mode: observe was installed: how often, from which network, and by
+which cgroup, which names the pod. Those are who gets this service's answers with mode iptables or ebpf; "host" only where pods
+on the host network are redirected too. The host's own daemons are not listed.
+Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends packets without connect().`,
+		Args: arguments,
+	}
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		c, err := load()
+		if err != nil {
+			return err
+		}
+		c.Routing.Mode = routing.ModeObserve
+		all, err := routing.Observed(planOf(c, false))
+		if err != nil {
+			return fmt.Errorf("routing: %w", err)
+		}
+		return service.WriteObserved(cmd.OutOrStdout(), all)
 	}
 	return cmd
 }
@@ -176,15 +198,9 @@ the guard alone. SIGHUP reads the configuration anew; one that does not load cha
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
 		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(), Stderr: cmd.ErrOrStderr()},
-			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil) })
+			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).Fitted(ctx) })
 	}
 	return cmd
-}
-
-// anyMode is a Plan to remove by: removing knows no mode but that of the rules.
-func anyMode(p routing.Plan) routing.Plan {
-	p.Mode = routing.ModeIPTables
-	return p
 }
 
 // plan is what the configuration says about routing; without one it is the closed guard (R-23), and consequence is said.
@@ -211,7 +227,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
-		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Closed: closed, RunDir: runDir(),
+		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force, Closed: closed, RunDir: runDir(),
 	}
 }
 

@@ -1,17 +1,10 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -44,7 +37,7 @@ func statusCommand() *cobra.Command {
 			if socket == "" {
 				socket = statusSocket()
 			}
-			text, err := fetchStatus(cmd.Context(), socket)
+			text, err := service.FetchStatus(cmd.Context(), socket)
 			if err != nil {
 				return err
 			}
@@ -63,39 +56,4 @@ func statusCommand() *cobra.Command {
 	cmd.Flags().StringVar(&socket, "socket", "", "the service's socket (default /run/"+program+"/serve/status.sock)")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
-}
-
-// fetchStatus asks the service over its Unix socket.
-func fetchStatus(ctx context.Context, socket string) ([]byte, error) {
-	const most = 64 << 20 // thousands of pods and their tokens' ages
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}}
-	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://service/status", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("the service is not running: there is no %s: systemctl start %s", socket, program)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("the service is not running: nobody answers at %s: systemctl start %s", socket, program)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
-	case err != nil:
-		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, most))
-	if err != nil {
-		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("asking the service at %s: %s", socket, resp.Status)
-	}
-	return text, nil
 }

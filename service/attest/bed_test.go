@@ -209,6 +209,17 @@ func (b *bed) startHelperAt(root string) {
 	b.t.Helper()
 	b.helper = self(context.Background(), "helper", "ROOT="+strings.Replace(root, fmt.Sprintf("/fd/%d/", b.mount.Fd()), "/fd/3/", 1), "SOCKET="+b.socket)
 	b.helper.ExtraFiles = []*os.File{b.mount}
+	// With the rights that the unit has, and no others.
+	setpriv, err := exec.LookPath("setpriv")
+	if err != nil {
+		netnstest.Lacks(b.t, err)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.helper.Path = setpriv
+	b.helper.Args = []string{"setpriv", "--no-new-privs", "--bounding-set=-all,+sys_admin,+sys_ptrace", "--inh-caps=-all", program}
 	b.start(b.node.NS, b.helper)
 	helper := b.helper
 	b.t.Cleanup(func() { kill(helper) })

@@ -2,6 +2,7 @@ package attest
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -9,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // BenchmarkLook is what a connection costs, with 110 pods on the node.
@@ -116,6 +119,60 @@ func BenchmarkPods(b *testing.B) {
 				b.StartTimer()
 			}
 		})
+	}
+}
+
+// BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110 pods and opens the sockets in them.
+func BenchmarkScan(b *testing.B) {
+	bed := newBed(b)
+	var node uint64
+	if err := bed.node.Do(func() (err error) { node, err = networkNamespace("thread-self"); return err }); err != nil {
+		b.Fatal(err)
+	}
+	for i := range 110 {
+		bed.sleeper(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
+	}
+	p, err := newPoller()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer p.close()
+	for b.Loop() {
+		g, err := newCgroups(bed.cgroups, quiet())
+		if err != nil {
+			b.Fatal(err)
+		}
+		h := &Helper{options: HelperOptions{Log: quiet()}, home: node, poller: p, cgroups: g, found: map[uint64]*anchor{}, pending: map[string]*look{}}
+		h.sweep()
+		opened := openIn(slices.Collect(maps.Values(h.found)))
+		b.StopTimer()
+		if len(opened) != 110 {
+			b.Fatalf("%d namespaces, %s", len(opened), h.problem)
+		}
+		for _, o := range opened {
+			if o.err != nil {
+				b.Fatal(o.err)
+			}
+			_, _ = unix.Close(o.diag), unix.Close(o.route)
+			h.lose(o.anchor)
+		}
+		g.close()
+		b.StartTimer()
+	}
+}
+
+// BenchmarkNewPod is the time from the start of a pod's first process until its namespace can be asked.
+func BenchmarkNewPod(b *testing.B) {
+	bed := newBed(b)
+	bed.startHelper()
+	for i := 0; b.Loop(); i++ {
+		b.StopTimer()
+		ns := bed.pod(fmt.Sprint("p", i))
+		b.StartTimer()
+		bed.sleeper(containerPath(i, i), ns)
+		for bed.kernel.Status().Namespaces <= i {
+			<-time.After(100 * time.Microsecond)
+		}
 	}
 }
 

@@ -72,8 +72,7 @@ func newCgroups(root string, log logrus.FieldLogger) (*cgroups, error) {
 
 func (g *cgroups) close() { _ = g.file.Close() }
 
-// walk brings what is known up to date, whatever events were missed: 5 ms for 500 cgroups. Who asks meanwhile does not wait for it, but
-// for the first time.
+// walk brings what is known up to date, whatever events were missed. Who asks meanwhile waits for it the first time only.
 func (g *cgroups) walk() {
 	g.mu.Lock()
 	g.problem = nil

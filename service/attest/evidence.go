@@ -13,8 +13,9 @@ var (
 	ErrNoNamespace = errors.New("no known network namespace has the address")
 	// ErrHelperAway is ErrNoNamespace while gke-metadata-emulator-attest.service does not run: nobody looks for new namespaces.
 	ErrHelperAway = errors.New("no known network namespace has the address, and gke-metadata-emulator-attest.service, which finds them, is not there")
-	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is gone, or forged its address;
-	// or the address is another pod's already, whose namespace is not known yet.
+	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is gone, or forged its address,
+	// or is behind a NAT of the pod's own, or in a sandbox with a network stack of its own; or the address is another pod's
+	// already, whose namespace is not known yet.
 	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
 	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or it is looked for now.
 	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")

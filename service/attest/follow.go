@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	walkInterval    = 250 * time.Millisecond // between walks for a cgroup that is not known
+	walkInterval    = time.Second            // between walks for a cgroup that is not known, of 40 ms where there are 1000
 	scanInterval    = 100 * time.Millisecond // between two looks that the helper is asked for
 	addressInterval = 20 * time.Millisecond  // between two looks at the addresses of one namespace, which its owner can change as he likes
 	retryInterval   = 250 * time.Millisecond // until a helper that is not there is tried again

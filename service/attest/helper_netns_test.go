@@ -80,6 +80,16 @@ func TestHelperKilledUnderLoad(t *testing.T) {
 	t.Logf("%d connections, %d wrong", asked.Load(), wrong.Load())
 }
 
+// Every helper here has the two capabilities that its unit has.
+func TestHelperCapabilities(t *testing.T) {
+	b := newBed(t)
+	b.startHelper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.helper.Process.Pid))
+	if err != nil || !strings.Contains(string(status), "CapEff:\t0000000000280000") || !strings.Contains(string(status), "CapBnd:\t0000000000280000") {
+		t.Errorf("%v: %s", err, status)
+	}
+}
+
 // Without a helper a pod is refused with the reason, and one on the host network is known.
 func TestHelperAway(t *testing.T) {
 	b := newBed(t)

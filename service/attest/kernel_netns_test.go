@@ -80,6 +80,30 @@ func TestIdentities(t *testing.T) {
 	}
 }
 
+// Clients that speak IPv6, where nothing is translated.
+func TestIPv6(t *testing.T) {
+	b := newBed(t)
+	pod := b.client(containerPath(1, 1), b.pod("one"))
+	host := b.client(containerPath(2, 2), b.node.NS)
+	b.startHelper()
+	const bridge = "[fd00:244::1]:988"
+	l, err := b.node.Listen("tcp6", bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for c, uid := range map[*client]string{pod: podUID(1), host: podUID(2)} {
+		own := c.do("dial tcp6 %s", bridge)
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if e, err := b.look(accepted(conn)); err != nil || e.PodUID != uid || conn.RemoteAddr().String() != own {
+			t.Errorf("%s is %+v, %v", own, e, err)
+		}
+	}
+}
+
 // A pod that starts while we run is known when it asks for the first time, or a moment later.
 func TestNewPod(t *testing.T) {
 	b := newBed(t)

@@ -60,6 +60,8 @@ type Routing struct {
 	Spare             []string // interfaces whose requests are left alone: docker0, virbr0
 	InterceptHostPods string   // auto | on | off
 	Guard             []netip.AddrPort
+	Link              string // mode loopback: the link that gets the metadata server's address
+	Force             bool   // mode loopback also where a metadata server answers this node
 	OnStop            string // remove | keep, when the service is stopped for good
 }
 

@@ -139,6 +139,8 @@ func TestResolved(t *testing.T) {
 			func(c Config) any { return c.Kubeconfig }, "/etc/node.conf"},
 		{"a mapped IPv4 address is one", minimal + "listen: '[::ffff:169.254.1.1]:80'", nil,
 			func(c Config) any { return c.Listen.String() }, "169.254.1.1:80"},
+		{"R-29 loopback listens where pods ask", minimal + "routing: {mode: loopback, force: true}", nil,
+			func(c Config) any { return []any{c.Listen.String(), c.Routing.Force} }, []any{"169.254.169.254:80", true}},
 		{"any free port on loopback", minimal + "routing: {mode: none}\nlisten: 127.0.0.1:0", nil,
 			func(c Config) any { return c.Listen.String() }, "127.0.0.1:0"},
 	} {

@@ -17,7 +17,7 @@ type Fault struct {
 	Remedy  string
 }
 
-// String returns one line: `config.yaml:12: routing.mode: "iptabels" is not one of iptables, none: …`.
+// String returns one line: `config.yaml:12: routing.mode: "iptabels" is not one of iptables, nftables, loopback, none: …`.
 func (f Fault) String() string {
 	var parts []string
 	switch {

@@ -88,7 +88,18 @@ func (l *loader) checkCA() {
 	}
 }
 
+// metadataServer is where pods ask.
+var metadataServer = netip.MustParseAddrPort("169.254.169.254:80")
+
 func (l *loader) checkListen() {
+	if at := l.Routing.Link; at != "" && l.Routing.Mode != "loopback" && !l.broken["routing.mode"] {
+		l.complain("routing.link", 0, bad("remove it", "routing.mode %s needs none", l.Routing.Mode))
+	} else if len(at) > 11 {
+		l.complain("routing.link", 0, bad("write a name of 11 letters at most, such as gme0", "%s is too long for the label of its address", quote(at)))
+	}
+	if l.Routing.Mode == "loopback" && l.Listen == Default().Listen {
+		l.Listen = metadataServer // it redirects nothing
+	}
 	for _, s := range []struct {
 		key string
 		at  netip.AddrPort
@@ -105,8 +116,23 @@ func (l *loader) checkListen() {
 		(a == l.HealthListen.Addr() || a.IsUnspecified() || l.HealthListen.Addr().IsUnspecified()) {
 		l.complain("healthListen", 0, bad("write another port", "is the listen address too"))
 	}
-	if l.Routing.Mode == "none" {
+	switch l.Routing.Mode {
+	case "none", "loopback":
+		if l.Routing.InterceptHostPods == "on" {
+			l.complain("routing.interceptHostPods", 0, bad("write off", "routing.mode %s cannot tell pods on the host network from the node itself", l.Routing.Mode))
+		}
+	}
+	switch l.Routing.Mode {
+	case "none":
 		return
+	case "loopback":
+		if l.Listen != metadataServer {
+			l.complain("listen", 0, bad("remove it, or use another routing.mode", "routing.mode loopback redirects nothing, so it listens where pods ask, at %s", metadataServer))
+		}
+		return
+	}
+	if l.Routing.Mode == "ebpf" && len(l.Routing.Spare) > 0 && !l.broken["routing.spare"] {
+		l.complain("routing.spare", 0, bad("leave it empty, or set routing.mode to iptables", "routing.mode ebpf sees who connects, and not by which interface"))
 	}
 	const remedy = "write an address that nobody else uses, such as 169.254.169.252:988, or set routing.mode to none"
 	switch { // the target of a DNAT rule
@@ -186,8 +212,8 @@ func (l *loader) warn() {
 	if !l.HealthListen.Addr().IsLoopback() {
 		say("healthListen: %s is not loopback: whoever reaches it reads the metrics", l.HealthListen)
 	}
-	if mds := netip.MustParseAddrPort("169.254.169.254:80"); !slices.Contains(l.Routing.Guard, mds) {
-		say("routing.guard: without %s in it pods may reach the cloud's own credentials", mds)
+	if !slices.Contains(l.Routing.Guard, metadataServer) {
+		say("routing.guard: without %s in it pods may reach the cloud's own credentials", metadataServer)
 	}
 	if l.ImpersonateUnlinked != "" {
 		say("impersonateUnlinked: every pod of this node that is not linked becomes %s", l.ImpersonateUnlinked)

@@ -16,9 +16,9 @@ numericProjectID: 42
 kubeconfig: /etc/node.conf
 nodeName: node-1
 tokenAudience: "https://example.com/a#b"
-listen: 10.1.2.3:80
+listen: 169.254.169.254:80
 healthListen: "[::1]:9000"
-routing: {mode: iptables, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, guard: ["169.254.169.254:80"], onStop: keep}
+routing: {mode: loopback, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}
 attestation: {mode: kernel, byAddress: [gvisor, kata]}
 hostIdentities:
 - {unit: "docker-[0-9]*.scope", serviceAccount: kube-system/image-puller}

@@ -64,7 +64,7 @@ func (c *Cluster) Status() Status {
 		s.LastContact = moment(time.Now())
 	}
 	if m := c.mismatch.Load(); m != nil {
-		s.NodeNameProblem = fmt.Sprintf("nodeName is %q, but the credential is node %q's", m.configured, m.credential)
+		s.NodeNameProblem = m.String()
 	}
 	c.accounts.mu.Lock()
 	for _, p := range x.pods {
@@ -94,6 +94,10 @@ func (a *account) status() AccountStatus {
 		return AccountStatus{}
 	}
 	return AccountStatus{a.value.GoogleEmail, moment(a.read), text(cmp.Or(a.failure, a.err))}
+}
+
+func (m *nameMismatch) String() string {
+	return fmt.Sprintf("nodeName is %q, but the credential is node %q's", m.configured, m.credential)
 }
 
 // moment is nil for a time that never was.

@@ -30,7 +30,9 @@ type localAddress struct {
 
 // wantsAddress says whether the address is ours to put on lo: one that needs no network, and that nothing else of the node has.
 // Any other address that is not local lives elsewhere: in another namespace, a container or a machine of the node.
-func (l localAddress) wants(a netip.Addr) bool { return a.IsLinkLocalUnicast() && !l.local }
+func (l localAddress) wants(a netip.Addr) bool {
+	return a.Is4() && a.IsLinkLocalUnicast() && a != metadataServer.Addr() && !l.local
+}
 
 func readAddress(a netip.Addr) (l localAddress, err error) {
 	lo, err := netlink.LinkByName("lo")
@@ -64,8 +66,18 @@ func isLocal(a netip.Addr) (bool, error) {
 	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
 }
 
-// installAddress puts the address on lo where it is wanted, and takes away one that an earlier Plan wanted.
-func installAddress(a netip.Addr) error {
+// installAddress puts the Plan's listen address on lo where it is wanted, or in mode loopback the route that makes the metadata server's
+// our own, and takes away what an earlier Plan wanted.
+func installAddress(p Plan) error {
+	a := p.Listen.Addr()
+	if p.Mode == ModeLoopback {
+		err := installLocalRoute()
+		if err == nil && p.Link != "" {
+			err = installLink(p.Link)
+		}
+		return errors.Join(err, removeLinks(p.Link), removeAddress(netip.Addr{}))
+	}
+	// What a mode loopback of before has left goes after its policy rules.
 	l, err := readAddress(a)
 	if err != nil {
 		return err
@@ -133,6 +145,13 @@ func removeAddress(keep netip.Addr) error {
 }
 
 func checkAddress(p Plan) []error {
+	if p.Mode == ModeLoopback {
+		errs := checkLocalRoute()
+		if p.Link != "" {
+			errs = append(errs, checkLink(p.Link)...)
+		}
+		return errs
+	}
 	l, err := readAddress(p.Listen.Addr())
 	switch {
 	case err != nil:
@@ -154,6 +173,9 @@ func metadataRoute(listen netip.Addr, listenIsLocal bool) *netlink.Route {
 	}
 	return r
 }
+
+// wantsRoute says whether there is to be such a route. Programs see connect() before it asks for a route.
+func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.dnats() }
 
 // routeText is the route as ip(8) adds it, without "ip route add".
 func routeText(r *netlink.Route) string {
@@ -192,7 +214,7 @@ func installRoute(p Plan, s surroundings) error {
 	if err != nil {
 		return err
 	}
-	if !interceptsHost(p, s) || other {
+	if !wantsRoute(p, s) || other {
 		return deleteRoute(ours)
 	}
 	local, err := isLocal(p.Listen.Addr())
@@ -237,13 +259,13 @@ func checkRoute(p Plan, s surroundings) []error {
 	switch {
 	case err != nil:
 		return []error{err}
-	case interceptsHost(p, s) && !other && ours == nil:
+	case wantsRoute(p, s) && !other && ours == nil:
 		local, err := isLocal(p.Listen.Addr())
 		if err != nil {
 			return []error{err}
 		}
 		return []error{missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
-	case ours != nil && (other || !interceptsHost(p, s)):
+	case ours != nil && (other || !wantsRoute(p, s)):
 		return []error{missing(layerRoute, "ip route: %s should not be there any more", routeText(ours))}
 	}
 	return nil

@@ -34,6 +34,15 @@ func TestMain(m *testing.M) {
 			}
 		}
 		end(err)
+	case "repeat":
+		end(repeat(arg))
+	case "load":
+		end(loadUntilEOF(arg))
+	case "pins":
+		dir, root, _ := strings.Cut(arg, " ")
+		end((pins{dir: dir, root: root, hooks: redirectHooks}).install(rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}))
+	case "connect":
+		end(connectAs(arg))
 	case "watch":
 		log := logrus.New()
 		log.SetOutput(os.Stdout)
@@ -43,6 +52,14 @@ func TestMain(m *testing.M) {
 		_, err := net.Listen("tcp", arg)
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
+		end(err)
+	case "trial": // which is killed in the middle of it
+		trial, err := NewTrial()
+		if err == nil {
+			_, err = startTrace(trial.Addr, trial.Link)
+		}
+		fmt.Println("on trial", err)
+		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
 	case "install":
 		r, err := New(bedPlan(filepath.Dir(arg), filepath.Base(arg)))
@@ -102,6 +119,12 @@ func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
 	}
 }
 
+// onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode nftables.
+func onEveryDNAT(t *testing.T, f func(t *testing.T, b *bed)) {
+	onBothBackends(t, f)
+	t.Run("nftables", func(t *testing.T) { f(t, nftBed(t)) })
+}
+
 func bedPlan(runDir, binary string) Plan {
 	return Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
 		InterceptHostPods: "auto", RunDir: runDir, Binary: binary}
@@ -133,26 +156,33 @@ func (b *bed) serve(ns *netnstest.NS, at, who string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				buf := make([]byte, 64)
-				for {
-					if _, err := c.Read(buf); err != nil {
-						return
-					}
-					if _, err := io.WriteString(c, who); err != nil {
-						return
-					}
-				}
-			}()
+	go answerAll(l, who)
+}
+
+func answerAll(l net.Listener, who string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
 		}
-	}()
+		go func() {
+			defer c.Close()
+			buf := make([]byte, 64)
+			for {
+				n, err := c.Read(buf)
+				if err != nil {
+					return
+				}
+				answer := who
+				if strings.HasPrefix(string(buf[:n]), "GET ") {
+					answer = "HTTP/1.0 401 Unauthorized\r\n\r\n" // as AWS's does
+				}
+				if _, err := io.WriteString(c, answer); err != nil {
+					return
+				}
+			}
+		}()
+	}
 }
 
 // How long a client waits for an answer that should come, and for one that should not.

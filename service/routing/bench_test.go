@@ -3,8 +3,12 @@ package routing
 import (
 	"context"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
 // serviceRules is a ruleset of kube-proxy's shape with n rules in table nat.
@@ -21,18 +25,25 @@ func serviceRules(n int) string {
 	return chains.String() + rules.String() + "COMMIT\n"
 }
 
+// addServices puts n rules of kube-proxy's shape on the node, by the bed's backend.
+func (b *bed) addServices(n int) {
+	b.t.Helper()
+	if n == 0 {
+		return
+	}
+	cmd := b.Command(context.Background(), b.plan.Binary+"-restore", "--noflush")
+	cmd.Stdin = strings.NewReader(serviceRules(n))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		b.t.Fatalf("%v: %s", err, out)
+	}
+}
+
 // BenchmarkRouter is install, repeated install, check and remove beside other people's rules.
 func BenchmarkRouter(b *testing.B) {
-	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
+	for _, binary := range []string{"iptables-nft", "iptables-legacy", ModeNFTables} {
 		for _, n := range []int{0, 10000} {
-			bed := newBed(b, binary)
-			if n > 0 {
-				cmd := bed.Command(context.Background(), binary+"-restore", "--noflush")
-				cmd.Stdin = strings.NewReader(serviceRules(n))
-				if out, err := cmd.CombinedOutput(); err != nil {
-					b.Fatalf("%v: %s", err, out)
-				}
-			}
+			bed := modeBed(b, binary)
+			bed.addServices(n)
 			r := bed.router(bed.plan)
 			step := func(b *testing.B, f func(context.Context) error) {
 				if err := bed.Do(func() error { return f(context.Background()) }); err != nil {
@@ -98,5 +109,63 @@ func BenchmarkWatch(b *testing.B) {
 				w.end()
 			})
 		}
+	}
+}
+
+// BenchmarkConnect is a fresh connection of a pod's with one question and its answer, in each mode, beside rules of kube-proxy's. The modes
+// take turns, so that what else the machine does falls on all alike: it is the ratios to a direct connection, on a node without any rules,
+// that count.
+func BenchmarkConnect(b *testing.B) {
+	names := []string{"direct", "iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone}
+	for _, n := range []int{0, 1000, 10000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			type path struct {
+				pod *netnstest.NS
+				to  string
+			}
+			var paths []path
+			for _, name := range names {
+				if name == "direct" {
+					bed := newBed(b, "iptables-nft")
+					bed.serve(bed.NS, "10.244.0.1:80", emulator)
+					paths = append(paths, path{bed.pod, "10.244.0.1:80"})
+					continue
+				}
+				bed := modeBed(b, name)
+				bed.addServices(n)
+				bed.install(bed.plan)
+				to := metadataServer.String()
+				if name == ModeNone {
+					to = bed.plan.Listen.String()
+				}
+				paths = append(paths, path{bed.pod, to})
+			}
+			took := make([]time.Duration, len(paths))
+			for b.Loop() {
+				for i, p := range paths {
+					if err := p.pod.Do(func() error {
+						start := time.Now()
+						c, err := net.DialTimeout("tcp", p.to, long)
+						if err != nil {
+							return err
+						}
+						defer c.Close()
+						who, err := talk(c, long)
+						took[i] += time.Since(start)
+						if who != emulator {
+							b.Errorf("%s: %q answered", names[i], who)
+						}
+						return err
+					}); err != nil {
+						b.Fatalf("%s: %v", names[i], err)
+					}
+				}
+			}
+			for i, name := range names[1:] {
+				b.ReportMetric(float64(took[i+1])/float64(took[0]), name+"/direct")
+			}
+			b.ReportMetric(float64(took[0].Microseconds())/float64(b.N), "direct-µs")
+			b.ReportMetric(0, "ns/op")
+		})
 	}
 }

@@ -14,16 +14,9 @@ func hostCgroups() []string {
 	return []string{"system.slice", "user.slice", "runtime.slice", "init.scope"}
 }
 
-// interceptsHost says whether pods on the host network are redirected. Without a slice that could be spared the node's own
-// daemons would be redirected with them: then it is off.
-func interceptsHost(p Plan, s surroundings) bool {
-	return p.InterceptHostPods == "on" && len(s.slices) > 0
-}
-
 // existing are those of the cgroups that exist: iptables refuses a path that does not (EINVAL), and a rule for one that went away makes
 // other people's restores of the whole table fail.
-func existing(cgroups []string) (found []string) {
-	root := cgroup2()
+func existing(root string, cgroups []string) (found []string) {
 	if root == "" {
 		return nil
 	}

@@ -29,7 +29,7 @@ func forgetEstablished(p Plan, s surroundings) error {
 		return fmt.Errorf("list addresses: %w", err)
 	}
 	f := notRedirected{}
-	if !interceptsHost(p, s) {
+	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
 			if ip, ok := netip.AddrFromSlice(a.IP); ok {

@@ -18,6 +18,7 @@ type causes uint16
 const (
 	causeNFTables causes = 1 << iota // a transaction of nf_tables
 	causeXTables                     // a legacy table is not as it was
+	causeEBPF                        // other programs are attached than were
 	causeRule
 	causeAddress
 	causeRoute
@@ -31,7 +32,7 @@ const (
 	causeEverything = causeReload | causeStart | causeSweep | causeRetry
 )
 
-var causeNames = []string{"nftables", "xtables", "ip-rule", "ip-address", "ip-route", "link", "reload", "start", "sweep", "retry"}
+var causeNames = []string{"nftables", "xtables", "ebpf", "ip-rule", "ip-address", "ip-route", "link", "reload", "start", "sweep", "retry"}
 
 // String returns the word for the metric's label.
 func (c causes) String() string {
@@ -45,7 +46,7 @@ func (c causes) String() string {
 
 // behind is the cause that is most likely behind a fault in the layer.
 func (c causes) behind(layer string) string {
-	own := map[string]causes{layerRule: causeRule, layerAddress: causeAddress, layerRoute: causeRoute}[layer]
+	own := map[string]causes{layerRule: causeRule, layerAddress: causeAddress, layerRoute: causeRoute, layerEBPF: causeEBPF}[layer]
 	if c&own != 0 {
 		return own.String()
 	}

@@ -12,6 +12,8 @@ const (
 	layerRoute     = "ip-route"
 	layerIPTables  = "iptables"
 	layerIP6Tables = "ip6tables"
+	layerNFTables  = "nftables"
+	layerEBPF      = "ebpf"
 )
 
 // sharedLayers are those that no mode has for itself alone.

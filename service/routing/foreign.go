@@ -13,23 +13,51 @@ import (
 	"strings"
 )
 
+// ListenedBy is who gets connections to an address.
+type ListenedBy struct {
+	At  netip.AddrPort // the address that it listens on; the zero AddrPort: nobody listens
+	PID string         // "" = a process of another namespace, or of another user where we are not root
+	Exe string         // the program; "systemd" for process 1
+	Own bool           // systemd in the emulator's name, or the emulator itself
+}
+
+// String names the program.
+func (l ListenedBy) String() string {
+	if l.PID == "" {
+		return "a process that cannot be seen from here"
+	}
+	return fmt.Sprintf("%s (process %s)", filepath.Base(l.Exe), l.PID)
+}
+
+// Listener finds out who gets connections to l in this network namespace.
+func Listener(l netip.AddrPort) ListenedBy {
+	inode, at := listener(l)
+	if inode == "" {
+		return ListenedBy{}
+	}
+	by := ListenedBy{At: at}
+	by.PID, by.Exe = owner(inode)
+	self, err := os.Readlink("/proc/self/exe")
+	// An upgrade may have replaced the file of a program that still runs.
+	by.Own = by.PID == "1" || err == nil && strings.TrimSuffix(by.Exe, " (deleted)") == strings.TrimSuffix(self, " (deleted)")
+	return by
+}
+
 // foreignListener returns an error when another program listens where the emulator wants to: GKE's own metadata server, or
 // whatever has 0.0.0.0:988 (Lustre's port: R-19). systemd listens in the emulator's name, and the emulator itself may.
 func foreignListener(l netip.AddrPort) error {
-	inode, at := listener(l)
-	if inode == "" {
-		return nil
-	}
-	pid, exe := owner(inode)
-	self, err := os.Readlink("/proc/self/exe")
+	by := Listener(l)
 	switch {
-	case pid == "1", err == nil && strings.TrimSuffix(exe, " (deleted)") == strings.TrimSuffix(self, " (deleted)"):
-		return nil // an upgrade may have replaced the file of a program that still runs
-	case pid == "":
-		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, at)
+	case !by.At.IsValid() || by.Own:
+		return nil
+	case by.PID == "":
+		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, by.At)
 	}
-	return fmt.Errorf("%s %w: %s (process %s) listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
-		l, ErrForeign, filepath.Base(exe), pid, at)
+	if l == metadataServer { // mode loopback
+		return fmt.Errorf("%s %w: %s listens on %s; stop it, or have it listen on an address of its own", l, ErrForeign, by, by.At)
+	}
+	return fmt.Errorf("%s %w: %s listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
+		l, ErrForeign, by, by.At)
 }
 
 // listener finds the socket that gets connections to l in this network namespace, by its inode.

@@ -1,7 +1,10 @@
 package routing
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
+	"os/exec"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -95,6 +98,28 @@ func parseNFTRule(message []byte) (r ruleGlance) {
 	}
 	r.plain = slices.Equal(shape, []string{"comment", "counter", "immediate"})
 	return r
+}
+
+// foreignRedirections finds who redirects the metadata server by rules of iptables, in either backend.
+func foreignRedirections(ctx context.Context) error {
+	var all []error
+	for _, x := range []*xtables{{command: "iptables-nft"}, {command: "iptables-legacy", legacy: true}} {
+		chains := slices.DeleteFunc(ownChains(false), func(c chain) bool { return c.table != "nat" })
+		stands, err := x.glances(chains)
+		if err != nil {
+			return err
+		}
+		odd := func(c chain) bool { return stands[c.name].odd }
+		if _, err := exec.LookPath(x.command); err != nil || !slices.ContainsFunc(chains, odd) {
+			continue
+		}
+		_, foreign, err := x.survey(ctx, chains)
+		if err != nil {
+			return err
+		}
+		all = append(all, foreign)
+	}
+	return errors.Join(all...)
 }
 
 // redirecting says whether a target of iptables changes where packets go.

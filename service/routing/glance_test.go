@@ -63,8 +63,8 @@ func TestGlances(t *testing.T) {
 	})
 }
 
-// nftRule builds the message of a rule as the kernel tells it.
-func nftRule(expressions ...*nl.RtAttr) []byte {
+// nftMessage builds the message of a rule as the kernel tells it.
+func nftMessage(expressions ...*nl.RtAttr) []byte {
 	list := nl.NewRtAttr(unix.NFTA_RULE_EXPRESSIONS, nil)
 	for _, e := range expressions {
 		list.AddChild(e)
@@ -91,7 +91,7 @@ func FuzzParseNFTRule(f *testing.F) {
 	verdict.AddRtAttr(unix.NFTA_VERDICT_CHAIN, nl.ZeroTerminated("GME-PRE"))
 	data := nl.NewRtAttr(unix.NFTA_IMMEDIATE_DATA, nil)
 	data.AddChild(verdict)
-	ours := nftRule(
+	ours := nftMessage(
 		nftExpression("match", nl.NewRtAttr(unix.NFTA_MATCH_NAME, nl.ZeroTerminated("comment")), nl.NewRtAttr(unix.NFTA_MATCH_INFO, append([]byte(comment), make([]byte, 40)...))),
 		nftExpression("counter"),
 		nftExpression("immediate", nl.NewRtAttr(unix.NFTA_IMMEDIATE_DREG, make([]byte, 4)), data))
@@ -99,7 +99,7 @@ func FuzzParseNFTRule(f *testing.F) {
 		f.Errorf("%+v", r)
 	}
 	f.Add(ours)
-	f.Add(nftRule(nftExpression("target", nl.NewRtAttr(unix.NFTA_TARGET_NAME, nl.ZeroTerminated("DNAT")))))
+	f.Add(nftMessage(nftExpression("target", nl.NewRtAttr(unix.NFTA_TARGET_NAME, nl.ZeroTerminated("DNAT")))))
 	f.Add([]byte{2, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, message []byte) { parseNFTRule(message) })
 }
@@ -132,6 +132,32 @@ func FuzzParseLegacy(f *testing.F) {
 		g, err := parseLegacy(entries, info, six)
 		if err == nil && len(g.base["PREROUTING"]) > len(entries)/112 {
 			t.Errorf("%d rules in %d bytes", len(g.base["PREROUTING"]), len(entries))
+		}
+	})
+}
+
+// FuzzParseNFTables: neither a chain's message nor a rule's makes the parsers panic, and a mark is no longer than its message.
+func FuzzParseNFTables(f *testing.F) {
+	hook := nl.NewRtAttr(unix.NFTA_CHAIN_HOOK, nil)
+	hook.AddRtAttr(unix.NFTA_HOOK_HOOKNUM, make([]byte, 4))
+	hook.AddRtAttr(unix.NFTA_HOOK_PRIORITY, binary.BigEndian.AppendUint32(nil, 1<<32-110))
+	chain := slices.Concat([]byte{unix.NFPROTO_IPV4, 0, 0, 0}, hook.Serialize(),
+		nl.NewRtAttr(unix.NFTA_CHAIN_POLICY, binary.BigEndian.AppendUint32(nil, 1)).Serialize(),
+		nl.NewRtAttr(unix.NFTA_CHAIN_TYPE, nl.ZeroTerminated("nat")).Serialize())
+	if got := parseNFTChain(chain); got != "type nat hook prerouting priority -110; policy accept;" {
+		f.Error(got)
+	}
+	marked := slices.Concat([]byte{unix.NFPROTO_IPV4, 0, 0, 0}, nl.NewRtAttr(unix.NFTA_RULE_HANDLE, binary.BigEndian.AppendUint64(nil, 7)).Serialize(),
+		nl.NewRtAttr(unix.NFTA_RULE_USERDATA, append([]byte{0, 2, 'x', 0, byte(markType), 4}, "drop"...)).Serialize())
+	if r := parseMarked(marked); r.mark != "drop" || r.handle != 7 {
+		f.Errorf("%+v", r)
+	}
+	f.Add(chain)
+	f.Add(marked)
+	f.Fuzz(func(t *testing.T, message []byte) {
+		parseNFTChain(message)
+		if r := parseMarked(message); len(r.mark) > len(message) {
+			t.Errorf("%q", r.mark)
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -23,69 +24,104 @@ import (
 // R-10b: iif lo is all that this host sends, its own daemons and pods on the host network alike. Those pods reach the real
 // server when only these rules are left; for them the promise holds while the netfilter rules stand.
 //
+// In mode loopback they bring requests to the emulator, too: what pods send to the metadata server's port is this node's own, and
+// what other hosts send there is refused, a door that does not depend on netfilter either.
+//
+//	97: from all to 169.254.169.254 iif lo lookup main proto kernel
+//	97: from all to 169.254.169.254 iif eth0 ipproto tcp dport 80 prohibit proto kernel
+//	98: from all to 169.254.169.254 ipproto tcp dport 80 lookup 988 proto kernel
+//	99: from all to 169.254.169.254 ipproto tcp dport 80 prohibit proto kernel
+//
 // proto kernel keeps networkd ≥ 248 from deleting the rules, and with the preference and the shape shows whose they are.
 const (
-	prefExempt   = 97
-	prefProhibit = 98
+	prefExempt  = 97
+	prefGuard   = 98
+	prefBehind  = 99  // what is prohibited where the table of 98 is empty
+	ourTable    = 988 // where mode loopback has its route
+	noTable     = 0   // a prohibition
+	mainTable   = unix.RT_TABLE_MAIN
+	lastOfPrefs = prefBehind
 )
 
-// policyRule is one rule of the guard: an exemption when iif is set, else a prohibition.
+// policyRule is one rule of the guard.
 type policyRule struct {
-	to   netip.Addr
-	iif  string
-	port uint16
-}
-
-func (r policyRule) pref() uint32 {
-	if r.iif != "" {
-		return prefExempt
-	}
-	return prefProhibit
+	pref  uint32
+	to    netip.Addr
+	iif   string // "" is any
+	port  uint16 // of TCP; 0 is any, and any protocol
+	table uint32 // noTable, mainTable or ourTable
 }
 
 // String returns the rule as ip(8) adds it, without "ip rule add".
 func (r policyRule) String() string {
-	to := netip.PrefixFrom(r.to, r.to.BitLen())
+	text := fmt.Sprintf("pref %d", r.pref)
 	if r.iif != "" {
-		return fmt.Sprintf("pref %d iif %s to %s lookup main protocol kernel", prefExempt, r.iif, to)
+		text += " iif " + r.iif
 	}
-	return fmt.Sprintf("pref %d to %s ipproto tcp dport %d prohibit protocol kernel", prefProhibit, to, r.port)
+	text += " to " + netip.PrefixFrom(r.to, r.to.BitLen()).String()
+	if r.port != 0 {
+		text += fmt.Sprintf(" ipproto tcp dport %d", r.port)
+	}
+	switch r.table {
+	case noTable:
+		text += " prohibit"
+	case mainTable:
+		text += " lookup main"
+	default:
+		text += fmt.Sprintf(" lookup %d", r.table)
+	}
+	return text + " protocol kernel"
 }
 
-// guardRules are the Plan's, exemptions first: nobody is cut off for the moment in between.
-func guardRules(p Plan) (rules []policyRule) {
-	for _, g := range p.Guard {
+// guardRules are the Plan's, exemptions first: nobody is cut off for the moment in between. Mode loopback needs the uplinks.
+func guardRules(p Plan, s surroundings) (rules []policyRule) {
+	exempt := p.Guard
+	if p.Mode == ModeLoopback && !p.Closed {
+		exempt = append(slices.Clone(exempt), metadataServer) // else the host's own requests came to us too
+	}
+	for _, g := range exempt {
 		for _, name := range append([]string{"lo"}, p.Spare...) {
-			if r := (policyRule{to: g.Addr(), iif: name}); !slices.Contains(rules, r) {
+			if r := (policyRule{pref: prefExempt, to: g.Addr(), iif: name, table: mainTable}); !slices.Contains(rules, r) {
 				rules = append(rules, r)
 			}
 		}
 	}
+	if p.Mode == ModeLoopback && !p.Closed {
+		to, port := metadataServer.Addr(), metadataServer.Port()
+		for _, name := range s.uplinks {
+			if !strings.HasSuffix(name, "+") { // policy rules know no pattern
+				rules = append(rules, policyRule{pref: prefExempt, to: to, iif: name, port: port})
+			}
+		}
+		rules = append(rules, policyRule{pref: prefGuard, to: to, port: port, table: ourTable}, policyRule{pref: prefBehind, to: to, port: port})
+	}
 	for _, g := range p.Guard {
-		rules = append(rules, policyRule{to: g.Addr(), port: g.Port()})
+		if r := (policyRule{pref: prefGuard, to: g.Addr(), port: g.Port()}); g != metadataServer || p.Mode != ModeLoopback || p.Closed {
+			rules = append(rules, r)
+		}
 	}
 	return rules
 }
 
 // installGuard adds what is missing and then deletes what an earlier Plan wanted.
-func installGuard(p Plan) error {
-	if err := addGuard(p); err != nil {
+func installGuard(p Plan, s surroundings) error {
+	if err := addGuard(p, s); err != nil {
 		return err
 	}
 	have, err := standingGuard()
 	if err != nil {
 		return err
 	}
-	return deleteGuard(have, guardRules(p))
+	return deleteGuard(have, guardRules(p, s))
 }
 
 // addGuard adds what is missing.
-func addGuard(p Plan) error {
+func addGuard(p Plan, s surroundings) error {
 	have, err := standingGuard()
 	if err != nil {
 		return err
 	}
-	for _, r := range guardRules(p) {
+	for _, r := range guardRules(p, s) {
 		if slices.Contains(have, r) {
 			continue
 		}
@@ -111,9 +147,9 @@ func removeGuard() error {
 // deleteGuard deletes those that are not wanted, prohibitions first.
 func deleteGuard(have, want []policyRule) error {
 	var errs []error
-	for _, pref := range []uint32{prefProhibit, prefExempt} {
+	for pref := uint32(lastOfPrefs); pref >= prefExempt; pref-- {
 		for _, r := range have {
-			if r.pref() != pref || slices.Contains(want, r) {
+			if r.pref != pref || slices.Contains(want, r) {
 				continue
 			}
 			if err := r.change(unix.RTM_DELRULE, 0); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -125,13 +161,13 @@ func deleteGuard(have, want []policyRule) error {
 }
 
 // checkGuard names the rules that are not there.
-func checkGuard(p Plan) []error {
+func checkGuard(p Plan, s surroundings) []error {
 	have, err := standingGuard()
 	if err != nil {
 		return []error{err}
 	}
 	var errs []error
-	for _, r := range guardRules(p) {
+	for _, r := range guardRules(p, s) {
 		if r.to.Is6() && !haveIPv6() {
 			continue
 		}
@@ -152,14 +188,19 @@ func (r policyRule) change(command, flags int) error {
 	}
 	attrs := []*nl.RtAttr{
 		nl.NewRtAttr(nl.FRA_DST, r.to.AsSlice()),
-		nl.NewRtAttr(nl.FRA_PRIORITY, nl.Uint32Attr(r.pref())),
+		nl.NewRtAttr(nl.FRA_PRIORITY, nl.Uint32Attr(r.pref)),
 		nl.NewRtAttr(nl.FRA_PROTOCOL, nl.Uint8Attr(unix.RTPROT_KERNEL)),
 	}
-	if r.iif != "" {
-		msg.Table, msg.Type = unix.RT_TABLE_MAIN, nl.FR_ACT_TO_TBL
-		attrs = append(attrs, nl.NewRtAttr(nl.FRA_IIFNAME, nl.ZeroTerminated(r.iif)))
-	} else {
+	if r.table == noTable {
 		msg.Type = nl.FR_ACT_PROHIBIT
+	} else {
+		msg.Type = nl.FR_ACT_TO_TBL
+		attrs = append(attrs, nl.NewRtAttr(nl.FRA_TABLE, nl.Uint32Attr(r.table)))
+	}
+	if r.iif != "" {
+		attrs = append(attrs, nl.NewRtAttr(nl.FRA_IIFNAME, nl.ZeroTerminated(r.iif)))
+	}
+	if r.port != 0 {
 		ports := binary.NativeEndian.AppendUint16(nil, r.port)
 		attrs = append(attrs,
 			nl.NewRtAttr(nl.FRA_IP_PROTO, nl.Uint8Attr(unix.IPPROTO_TCP)),
@@ -205,7 +246,7 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 	if msg.Src_len != 0 || msg.Tos != 0 || msg.Flags&netlink.FibRuleInvert != 0 {
 		return r, false
 	}
-	var pref, table uint32
+	var table uint32
 	var protocol, ipproto uint8
 	for rest := message[unix.SizeofRtMsg:]; len(rest) > 0; {
 		if len(rest) < unix.SizeofRtAttr {
@@ -225,7 +266,7 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 			}
 			r.to = to
 		case nl.FRA_PRIORITY:
-			pref = number(v)
+			r.pref = number(v)
 		case nl.FRA_TABLE:
 			table = number(v)
 		case nl.FRA_PROTOCOL:
@@ -254,13 +295,25 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 	if protocol != unix.RTPROT_KERNEL || !r.to.IsValid() {
 		return r, false
 	}
-	switch pref {
-	case prefExempt:
-		return r, msg.Type == nl.FR_ACT_TO_TBL && table == unix.RT_TABLE_MAIN && r.iif != "" && r.port == 0 && ipproto == 0
-	case prefProhibit:
-		return r, msg.Type == nl.FR_ACT_PROHIBIT && r.iif == "" && r.port != 0 && ipproto == unix.IPPROTO_TCP
+	switch msg.Type {
+	case nl.FR_ACT_PROHIBIT:
+	case nl.FR_ACT_TO_TBL:
+		if r.table = table; table == noTable {
+			return r, false
+		}
+	default:
+		return r, false
 	}
-	return r, false
+	if (r.port != 0) != (ipproto == unix.IPPROTO_TCP) || r.port == 0 && ipproto != 0 {
+		return r, false
+	}
+	switch shape := (policyRule{pref: r.pref, table: r.table}); {
+	case r.port == 0:
+		return r, shape == policyRule{pref: prefExempt, table: mainTable} && r.iif != ""
+	case r.iif != "":
+		return r, shape == policyRule{pref: prefExempt}
+	}
+	return r, r.pref == prefGuard && (r.table == noTable || r.table == ourTable) || r.pref == prefBehind && r.table == noTable
 }
 
 // fraDportMask is FRA_DPORT_MASK of linux/fib_rules.h, which kernels from 6.15 on tell for every port.

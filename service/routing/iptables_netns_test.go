@@ -158,7 +158,7 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 
 // TestEstablishedConnection: who talked to the real server before the install does not go on, and is told so at once.
 func TestEstablishedConnection(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		// As on any Kubernetes node connections are tracked: these are not redirected at their first packet.
 		b.sh("iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT")
 		open := func(ns *netnstest.NS, at string) net.Conn {

@@ -85,7 +85,7 @@ func TestRefusals(t *testing.T) {
 
 // TestClosedGuard is what stands while the configuration is broken.
 func TestClosedGuard(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		if got := len(faults(t, b.check(closed))); got != 4 {
@@ -138,7 +138,7 @@ func TestRemoveWhileServing(t *testing.T) {
 
 // TestInstallWhileServing repeats Install, eight at once, under load: 0 lost, and one result.
 func TestInstallWhileServing(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		var asked, lost atomic.Int64
@@ -179,9 +179,46 @@ func TestInstallWhileServing(t *testing.T) {
 	})
 }
 
+// TestReplaceWhileServing has other rules each time, so that what stands is replaced under load: 0 lost.
+func TestReplaceWhileServing(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		whole := b.ruleset()
+		var asked, lost atomic.Int64
+		done := make(chan struct{})
+		var clients sync.WaitGroup
+		for range 2 {
+			clients.Go(func() {
+				for {
+					select {
+					case <-done:
+						return
+					default:
+					}
+					asked.Add(1)
+					if who, err := ask(b.pod, "169.254.169.254:80", long); who != emulator {
+						lost.Add(1)
+						t.Errorf("%q answered (%v)", who, err)
+					}
+				}
+			})
+		}
+		for i := range 20 {
+			p := b.plan
+			p.Uplinks = []string{"eth0", fmt.Sprintf("wan%d", i)}
+			b.install(p)
+		}
+		b.install(b.plan)
+		close(done)
+		clients.Wait()
+		t.Logf("%d of %d requests lost", lost.Load(), asked.Load())
+		b.same("back", sorted(b.ruleset()), sorted(whole))
+	})
+}
+
 // TestConcurrentFirstInstalls converge from nothing.
 func TestConcurrentFirstInstalls(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		var installs sync.WaitGroup
 		for range 8 {

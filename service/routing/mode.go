@@ -27,8 +27,8 @@ type mode interface {
 	forget()
 }
 
-// modes are those that there is a Router for, each of which can have left something in the kernel.
-var modes = []string{ModeIPTables}
+// modes are those that there is a Router for.
+var modes = []string{ModeIPTables, ModeNFTables, ModeLoopback, ModeEBPF, ModeNone, ModeObserve}
 
 // openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
 // is to be chosen anew.
@@ -36,33 +36,59 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 	switch p.Mode {
 	case ModeIPTables:
 		return openIPTables(p, command)
+	case ModeNFTables, ModeLoopback, ModeNone:
+		return &nfTables{plan: p}, nil
+	case ModeEBPF:
+		return openEBPF(p)
+	case ModeObserve:
+		return openObserve(p)
 	}
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }
 
-// removeMode takes away all that any Install of the mode can have put into the kernel beside what all modes share. It needs no memory of
-// the Install, and p is any Plan.
-func removeMode(ctx context.Context, name string, p Plan) error {
-	switch name {
-	case ModeIPTables:
-		return removeIPTables(ctx, p)
-	}
-	return nil
+// parts are what modes have in the kernel beside what all share, and how all that any Install can have put there is taken away: without memory
+// of the Install, and by any Plan.
+var parts = []struct {
+	of     []string // modes
+	remove func(context.Context, Plan) error
+}{
+	{[]string{ModeEBPF}, func(_ context.Context, p Plan) error { return p.pins(ModeEBPF, redirectHooks).remove() }},
+	{[]string{ModeObserve}, func(_ context.Context, p Plan) error { return p.pins(ModeObserve, observeHooks).remove() }},
+	{[]string{ModeIPTables}, removeIPTables},
+	{[]string{ModeNFTables, ModeLoopback, ModeNone, ModeEBPF}, removeNFTables},
 }
 
 // modeText is what put does on a node that has nothing of it yet, as shell commands.
-func modeText(p Plan, s surroundings, command string) string {
+func modeText(p Plan, s surroundings, command string) (string, error) {
 	switch p.Mode {
 	case ModeIPTables:
-		return iptablesText(p, s, command)
+		return iptablesText(p, s, command), nil
+	case ModeNFTables, ModeLoopback:
+		return nftablesText(p, s)
+	case ModeNone:
+		rules, err := nftablesText(p, s)
+		return rules + environmentText(p), err
+	case ModeEBPF:
+		return ebpfText(p, s)
+	case ModeObserve:
+		return fmt.Sprintf("\n# Programs at %s, pinned below %s, which count who connects to %s. No command can type them.\n",
+			p.CgroupRoot, p.pins(ModeObserve, nil).dir, metadataServer), nil
 	}
-	return ""
+	return "", nil
 }
 
 // node is where a Plan stands, as far as it is known.
 type node struct {
 	surroundings
 	mode
+}
+
+// around is what is known of the node's surroundings.
+func (n *node) around() (s surroundings) {
+	if n != nil {
+		s = n.surroundings
+	}
+	return s
 }
 
 // silent says what of the mode tells nobody when it changes, "" if the kernel does.

@@ -71,6 +71,13 @@ func (w *watcher) round(ctx context.Context) {
 	case errors.Is(err, errOutdated):
 		w.pending |= why
 		return
+	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+		w.bad, w.unread, w.disturbed = true, true, true
+		w.pending |= why
+		if w.by == "" {
+			w.by = by
+		}
+		return
 	case err != nil:
 		w.bad = true
 		w.fail(fmt.Errorf("repair: %w", err))
@@ -118,23 +125,25 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			return nil, err
 		}
 	}
+	w.router.cloud = state.CloudServer
 	p := w.router.plan
-	if all || why&causeRule != 0 {
-		errs = append(errs, checkGuard(p)...)
+	read := all || w.unread
+	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
+	moved := false
+	if around && w.node != nil {
+		if moved, err = w.router.lookAgain(w.node); err != nil {
+			return nil, err
+		}
+		read = read || moved
+	}
+	if all || moved || why&causeRule != 0 {
+		errs = append(errs, checkGuard(p, w.node.around())...)
 	}
 	if p.Closed {
 		return errs, nil
 	}
-	read := all || w.unread
-	if all || why&causeKernel&^causeRule != 0 {
+	if around {
 		errs = append(errs, checkAddress(p)...)
-		if w.node != nil {
-			changed, err := w.router.lookAgain(w.node)
-			if err != nil {
-				return errs, err
-			}
-			read = read || changed
-		}
 	}
 	if w.node == nil {
 		read = true
@@ -166,7 +175,8 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		if err != nil {
 			return errs, err
 		}
-		if w.node = n; n.silent() != "" {
+		if w.node = n; n.silent() != "" && n.silent() != w.silent {
+			w.silent = n.silent()
 			w.Log.WithField("every", pollSilent.String()).Info("routing: " + n.silent() + " tells nobody of a change, so it is asked whether there is one; what that does not show waits for the next sweep")
 		}
 		errs = append(errs, checkRoute(p, n.surroundings)...)
@@ -219,6 +229,14 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	if err != nil || !s.wants(w.wish) {
 		return
 	}
+	if w.node != nil {
+		if m, ok := w.node.mode.(*observeMode); ok && !w.bad {
+			if s.Observed, err = m.observed(); err != nil {
+				w.Log.WithError(err).Warn("routing: what was observed is not published")
+			}
+			s.Observed = s.Observed[:min(len(s.Observed), publishedAtMost)]
+		}
+	}
 	s.Standing = Standing{Time: time.Now().UTC(), Good: !w.bad}
 	if w.bad {
 		s.Standing.Faults = strings.Split(errors.Join(errs...).Error(), "\n")
@@ -245,7 +263,7 @@ func (w *watcher) fail(err error) {
 }
 
 func (w *watcher) succeed() {
-	w.failures, w.retry, w.failed = 0, time.Time{}, ""
+	w.failures, w.retry, w.failed, w.disturbed = 0, time.Time{}, "", false
 	if w.wish.Closed {
 		w.tell("the closed guard stands: the configuration was broken")
 		return
@@ -275,5 +293,31 @@ func texts(errs []error) (all []string) {
 }
 
 func (s surroundings) equal(o surroundings) bool {
-	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.six == o.six
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods && s.six == o.six
+}
+
+// askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and the network may have changed.
+func (w *watcher) askCloud(why causes) {
+	if w.asking || w.router == nil || !w.router.asksCloud() || why&(causeAddress|causeRoute|causeLink|causeEverything) == 0 {
+		return
+	}
+	w.asking = true
+	q := askCloud() // on this thread, which is in the network namespace
+	go func() { w.answers <- q.answer() }()
+}
+
+// learn has the rules follow what was found.
+func (w *watcher) learn(ctx context.Context, found string) {
+	w.asking = false
+	if w.router == nil || !w.router.asksCloud() || w.router.cloud.with(found, time.Now()) == w.router.cloud {
+		return
+	}
+	n, err := w.router.install(ctx, &repair{of: w.wish, node: w.node, mode: true, found: found})
+	if w.node = n; errors.Is(err, errOutdated) {
+		w.pending |= causeRetry
+		return
+	}
+	if w.fail(err); err == nil {
+		w.Log.Info("routing: pods on the host network are " + n.hostWhy)
+	}
 }

@@ -16,6 +16,7 @@ import (
 type router struct {
 	plan        Plan
 	hostCgroups []string
+	cloud       CloudServer // as State has it
 }
 
 func (r *router) Install(ctx context.Context) error {
@@ -29,16 +30,24 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan)) // closed, whatever else is not to be had
+			err = errors.Join(err, addGuard(r.plan, surroundings{})) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
 	defer unlock()
+	plain := why == nil
 	before, state := r.state(Installed)
 	if why != nil && before.Desired != "" && !before.wants(why.of) {
 		return nil, errOutdated
 	}
+	r.cloud = state.CloudServer
 	if !r.plan.Closed {
+		if why != nil {
+			r.cloud = r.cloud.with(why.found, time.Now())
+		} else if r.asksCloud() {
+			r.cloud = r.cloud.with(askCloud().answer(), time.Now()) // before the rules: the answer is the cloud's own
+		}
+		state.CloudServer = r.cloud
 		if why.light() {
 			return why.node, r.repairLight(why, state)
 		}
@@ -48,6 +57,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		if n.mode != nil {
 			state.Command = n.command()
+			state.HostNetwork = n.hostWhy
 		}
 		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
 			why = &repair{causes: map[string]string{}}
@@ -62,8 +72,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
 		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
 		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan)); err == nil {
-			err = errors.Join(checkGuard(r.plan)...)
+		if err = errors.Join(err, addGuard(r.plan, surroundings{})); err == nil {
+			err = errors.Join(checkGuard(r.plan, surroundings{})...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -72,16 +82,23 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
 		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
-		for _, other := range modes {
-			if other == r.plan.Mode {
+		for _, p := range parts {
+			if slices.Contains(p.of, r.plan.Mode) {
 				continue
 			}
-			if err := removeMode(ctx, other, r.plan); err != nil {
-				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", other, err))
+			if err := p.remove(ctx, r.plan); err != nil {
+				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.of[0], err))
 			}
 		}
 	}
-	return n, r.readBack(state, errors.Join(r.check(ctx, n)...))
+	errs := r.check(ctx, n)
+	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
+		if err := r.putAgain(ctx, n); err != nil {
+			return n, r.readBack(state, err)
+		}
+		errs = r.check(ctx, n)
+	}
+	return n, r.readBack(state, errors.Join(errs...))
 }
 
 // open looks around without asking for rules.
@@ -100,7 +117,7 @@ func (r *router) open(ctx context.Context, command string, say bool) (n *node, e
 // survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
 func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []string, err error) {
 	if why != nil && why.node != nil {
-		n = why.node // nothing is opened anew: some ten processes less
+		n = why.node // nothing is opened anew
 		_, err = r.lookAgain(n)
 	} else {
 		n, err = r.open(ctx, "", why == nil)
@@ -119,7 +136,14 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 	if err != nil {
 		return n, nil, err
 	}
-	if l.local || l.wants(listen.Addr()) {
+	begins := why == nil || why.of.Desired == ""
+	if r.plan.Mode == ModeLoopback {
+		foreign = errors.Join(foreign, foreignAddress())
+		if begins && !r.plan.Force {
+			foreign = errors.Join(foreign, realServer())
+		}
+	}
+	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
@@ -141,32 +165,43 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(); err != nil {
+	if err := r.putClosed(n.surroundings); err != nil {
 		return err
 	}
 	if err := n.put(ctx, n.surroundings); err != nil {
 		return err
 	}
+	if r.plan.Mode != ModeLoopback {
+		if err := removeLocal(); err != nil {
+			return err
+		}
+	}
 	return installRoute(r.plan, n.surroundings)
 }
 
-func (r *router) putClosed() error {
-	if err := installAddress(r.plan.Listen.Addr()); err != nil {
+// putAgain puts everything, whatever was found to be right.
+func (r *router) putAgain(ctx context.Context, n *node) error {
+	n.forget()
+	if _, err := n.survey(ctx, n.surroundings); err != nil {
 		return err
 	}
-	return installGuard(r.plan)
+	return r.put(ctx, n)
+}
+
+func (r *router) putClosed(s surroundings) error {
+	return errors.Join(installAddress(r.plan), installGuard(r.plan, s)) // closed, whatever else is not to be had
 }
 
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := r.putClosed()
+	err := r.putClosed(why.node.surroundings)
 	if err == nil {
 		err = installRoute(r.plan, why.node.surroundings)
 	}
 	if err == nil {
-		err = errors.Join(slices.Concat(checkGuard(r.plan), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
+		err = errors.Join(slices.Concat(checkGuard(r.plan, why.node.surroundings), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
 	}
 	return r.readBack(state, err)
 }
@@ -178,22 +213,23 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan)...)
+		return errors.Join(checkGuard(r.plan, surroundings{})...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
 		return err
 	}
+	r.cloud = state.CloudServer
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkGuard(r.plan), err)...)
+		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
 	}
 	return errors.Join(r.check(ctx, n)...)
 }
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return slices.Concat(checkGuard(r.plan), checkAddress(r.plan), n.check(ctx, n.surroundings), checkRoute(r.plan, n.surroundings))
+	return slices.Concat(checkGuard(r.plan, n.surroundings), checkAddress(r.plan), n.check(ctx, n.surroundings), checkRoute(r.plan, n.surroundings))
 }
 
 func (r *router) Remove(ctx context.Context) error {
@@ -206,22 +242,27 @@ func (r *router) Remove(ctx context.Context) error {
 	if err := writeState(r.plan.RunDir, state); err != nil {
 		return err
 	}
-	var errs []error
-	for _, name := range modes {
-		errs = append(errs, removeMode(ctx, name, r.plan))
+	errs := []error{removeLinks("")} // else the doors were gone before the address
+	for _, p := range parts {
+		errs = append(errs, p.remove(ctx, r.plan))
 	}
 	if err := errors.Join(errs...); err != nil {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeAddress(netip.Addr{})))
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{})))
+}
+
+// asksCloud says whether something depends on the cloud's metadata server, and is not known.
+func (r *router) asksCloud() bool {
+	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && r.plan.Mode != ModeObserve && !r.cloud.known()
 }
 
 // look finds out what the rules must know of the node.
 func (r *router) look(say bool) (s surroundings, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
-	if len(s.uplinks) == 0 {
+	if len(s.uplinks) == 0 && r.plan.Mode != ModeObserve {
 		devices, err := readDevices()
 		if err != nil {
 			return s, err
@@ -238,15 +279,13 @@ func (r *router) look(say bool) (s surroundings, err error) {
 		}
 	}
 	s.six = reachesSix()
-	if r.plan.InterceptHostPods == "on" {
-		s.slices = existing(r.hostCgroups)
-		if len(s.slices) == 0 && say {
-			log.Error("pods on the host network are not redirected: none of the host's own cgroups was found, which needs cgroup v2 (R-22)")
-		}
+	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
+	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && r.plan.Mode != ModeObserve {
+		s.slices = nil // whichever comes and goes
 	}
 	if say {
 		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "spare": strings.Join(r.plan.Spare, " "),
-			"host_pods": interceptsHost(r.plan, s)}).Info("routing: installing")
+			"host_pods": s.hostWhy}).Info("routing: installing")
 	}
 	return s, nil
 }
@@ -254,17 +293,21 @@ func (r *router) look(say bool) (s surroundings, err error) {
 // state is what the Plan wants from now on.
 func (r *router) state(desired string) (before, now State) {
 	p := r.plan
-	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
+	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
 		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+		s.Link, s.Force = p.Link, p.Force
 	}
 	old, err := ReadState(p.RunDir)
 	if err != nil {
 		return State{}, s // it is written anew
 	}
-	s.Installs, s.Repairs = old.Installs, old.Repairs
+	s.Installs, s.Repairs, s.CloudServer = old.Installs, old.Repairs, old.CloudServer
 	if old.Desired == desired {
-		s.Since = old.Since
+		s.Since, s.HostNetwork = old.Since, old.HostNetwork
+	}
+	if s.Mode == ModeObserve {
+		s.Observed = old.Observed
 	}
 	return old, s
 }

@@ -2,8 +2,9 @@
 //
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is missing (Check) and takes it
 // away without a trace (Remove). Install converges from any earlier state and can be repeated while the emulator serves; Check
-// changes nothing; Remove needs no memory of an Install. Mode iptables owns chains named GME-*, policy rules at preferences 97
-// and 98 that are marked proto kernel, an address labelled lo:gme, and nothing else.
+// changes nothing; Remove needs no memory of an Install. All modes own policy rules at preferences 97 to 99 that are marked proto kernel,
+// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, loopback
+// one route in table 988, and ebpf and observe programs pinned below /sys/fs/bpf/gke-metadata-emulator; and nothing else.
 package routing
 
 import (
@@ -16,12 +17,21 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	// ModeIPTables is DNAT by iptables, whichever backend the node uses.
 	ModeIPTables = "iptables"
-	// ModeNone routes nothing; there is no Router for it.
+	// ModeNFTables is DNAT by a table of our own.
+	ModeNFTables = "nftables"
+	// ModeLoopback makes the metadata server's address this node's own for pods, by policy rules and without DNAT.
+	ModeLoopback = "loopback"
+	// ModeEBPF is programs that see each connect() of this node, for networks that bypass netfilter's DNAT.
+	ModeEBPF = "ebpf"
+	// ModeObserve is for before a rollout: it counts who connects to the metadata server, and changes nothing. See Observed.
+	ModeObserve = "observe"
+	// ModeNone routes nothing: pods are told by their environment where the emulator listens. Other hosts are kept out, and the guard stands.
 	ModeNone = "none"
 )
 
@@ -51,13 +61,18 @@ type Router interface {
 // Plan is what the configuration says about routing. It is plain data.
 type Plan struct {
 	Mode              string
+	Reason            string           // why auto came to the Mode; "" = it was asked for
 	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
 	Uplinks           []string         // interfaces that are not the pods'; none: found out (R-05). A trailing + stands for any ending
 	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0
-	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto is off
+	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	Closed            bool             // the guard alone: the configuration is broken (R-23). What stands besides is left as it is
 	RunDir            string           // "" is DefaultRunDir
+	Link              string           // mode loopback: a link that gets the metadata server's address, made as a dummy if it is not there
+	Force             bool             // mode loopback also where a metadata server answers this host
+	BPFDir            string           // where mode ebpf pins its programs; "" is DefaultBPFDir
+	CgroupRoot        string           // where the cgroup v2 hierarchy is mounted; "": found out
 	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
 	Log               logrus.FieldLogger
 }
@@ -86,6 +101,12 @@ func (p Plan) checked() (Plan, error) {
 	if p.RunDir == "" {
 		p.RunDir = DefaultRunDir
 	}
+	if p.BPFDir == "" {
+		p.BPFDir = DefaultBPFDir
+	}
+	if p.CgroupRoot == "" {
+		p.CgroupRoot = cgroup2()
+	}
 	if p.Log == nil {
 		quiet := logrus.New()
 		quiet.SetLevel(logrus.PanicLevel)
@@ -97,6 +118,9 @@ func (p Plan) checked() (Plan, error) {
 		if len(p.Guard) == 0 {
 			p.Guard = DefaultGuard()
 		}
+	}
+	if p.Mode == ModeObserve {
+		p.Guard, p.InterceptHostPods = nil, "off"
 	}
 	slices.SortFunc(p.Guard, netip.AddrPort.Compare)
 	p.Guard = slices.Compact(p.Guard)
@@ -113,10 +137,20 @@ func (p Plan) checked() (Plan, error) {
 		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, strings.Join(modes, ", "))
 	}
 	errs = append(errs, checkListen(p.Mode, p.Listen))
+	if !p.redirects() && p.InterceptHostPods == "on" {
+		errs = append(errs, fmt.Errorf("interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off", p.Mode))
+	}
 	switch p.InterceptHostPods {
 	case "", "auto", "on", "off":
 	default:
 		errs = append(errs, fmt.Errorf("interceptHostPods %q: use auto, on or off", p.InterceptHostPods))
+	}
+	switch {
+	case p.Link == "":
+	case p.Mode != ModeLoopback:
+		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
+	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
+		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
 	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
 		if !interfaceName.MatchString(name) {
@@ -128,8 +162,18 @@ func (p Plan) checked() (Plan, error) {
 			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
 		}
 	}
+	if p.Mode == ModeEBPF && len(p.Spare) > 0 {
+		errs = append(errs, fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
+			strings.Join(p.Spare, ", "), ModeEBPF, ModeIPTables))
+	}
 	return p, errors.Join(errs...)
 }
+
+// redirects says whether the mode changes where packets go, and listens elsewhere than pods ask.
+func (p Plan) redirects() bool { return p.dnats() || p.Mode == ModeEBPF }
+
+// dnats says whether a firewall's rules do that.
+func (p Plan) dnats() bool { return p.Mode == ModeIPTables || p.Mode == ModeNFTables }
 
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
@@ -138,6 +182,16 @@ func checkListen(mode string, l netip.AddrPort) error {
 	const remedy = "; the usual choice is 169.254.169.252:988"
 	a := l.Addr()
 	switch {
+	case mode == ModeLoopback:
+		if l != metadataServer {
+			return fmt.Errorf("listen %s: mode %s redirects nothing, so it listens where pods ask: %s", l, mode, metadataServer)
+		}
+		return nil
+	case mode == ModeNone:
+		if !l.IsValid() {
+			return errors.New("listen: an address and a port are needed")
+		}
+		return nil
 	case !l.IsValid() || l.Port() == 0:
 		return fmt.Errorf("listen %s: an address and a port are needed%s", l, remedy)
 	case !a.Is4():

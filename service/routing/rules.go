@@ -79,7 +79,7 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		case "GME-OUT":
 			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
 			// (no cgroup v2: R-22) there is no such chain.
-			if interceptsHost(p, s) {
+			if s.hostPods {
 				for _, slice := range s.slices {
 					c.rules = append(c.rules, "-m cgroup --path "+slice+" -j RETURN")
 				}

@@ -5,12 +5,16 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
+
+// cookie is the number of this network namespace in a program.
+var cookie = regexp.MustCompile(`(Call FnGetNetnsCookie\n#\s*\d+: LdImmDW dst: r1 imm: )\d+`)
 
 // TestShownText compares plans with the text that goes to iptables-restore and ip.
 func TestShownText(t *testing.T) {
@@ -24,16 +28,15 @@ func TestShownText(t *testing.T) {
 		"no-ipv6": {plain, surroundings{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
-			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}},
-		},
-		"host-pods-without-cgroup-v2": { // R-22
-			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"}, surroundings{uplinks: []string{"eth0"}},
+			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
 		},
 		"node-address-spare-and-guards": {
 			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
 			surroundings{uplinks: []string{"eth0"}, six: true},
 		},
+		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
+			surroundings{uplinks: []string{"bond0", "eth0"}, six: true}},
 		"closed": {Plan{Closed: true}, surroundings{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -41,7 +44,11 @@ func TestShownText(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := text(p, c.on, "iptables")
+			got, err := text(p, c.on, "iptables")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = cookie.ReplaceAllString(got, "${1}COOKIE")
 			file := filepath.Join("testdata", "show", name+".sh")
 			if *update {
 				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
@@ -139,6 +146,17 @@ func TestUplinks(t *testing.T) {
 	}
 }
 
+// TestLoopbackExemptsTheHost: whatever the guard names, the host's own requests are not ours (R-29).
+func TestLoopbackExemptsTheHost(t *testing.T) {
+	lo := policyRule{pref: prefExempt, to: metadataServer.Addr(), iif: "lo", table: mainTable}
+	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
+		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, surroundings{uplinks: []string{"eth0", "wan+"}})
+		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
+			t.Errorf("%v", rules)
+		}
+	}
+}
+
 func TestNewRefuses(t *testing.T) {
 	good := Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988")}
 	if _, err := New(good); err != nil {
@@ -153,7 +171,7 @@ func TestNewRefuses(t *testing.T) {
 		change func(*Plan)
 		want   string
 	}{
-		{"another mode", func(p *Plan) { p.Mode = "ebpf" }, `routing mode "ebpf" is not supported`},
+		{"another mode", func(p *Plan) { p.Mode = "xdp" }, `routing mode "xdp" is not supported`},
 		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
 		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},
 		{"no port", listen("169.254.169.252:0"), "an address and a port are needed"},
@@ -163,6 +181,10 @@ func TestNewRefuses(t *testing.T) {
 		{"the real server's", listen("169.254.169.254:80"), "cannot be redirected there"},
 		{"multicast", listen("224.0.0.1:80"), "cannot be redirected there"},
 		{"host pods", func(p *Plan) { p.InterceptHostPods = "yes" }, `interceptHostPods "yes"`},
+		{"a link in another mode", func(p *Plan) { p.Link = "gme0" }, "mode iptables needs none"},
+		{"a link's name too long", func(p *Plan) { p.Mode, p.Listen, p.Link = ModeLoopback, metadataServer, "abcdefghijkl" }, "11 letters at most"},
+		{"loopback elsewhere", func(p *Plan) { p.Mode = ModeLoopback }, "listens where pods ask"},
+		{"host pods in loopback", func(p *Plan) { p.Mode, p.Listen, p.InterceptHostPods = ModeLoopback, metadataServer, "on" }, "mode loopback cannot tell"},
 		{"a blank in an uplink", func(p *Plan) { p.Uplinks = []string{"eth0 -j ACCEPT"} }, "no name of a network interface"},
 		{"an uplink too long", func(p *Plan) { p.Uplinks = []string{"abcdefghijklmnop"} }, "no name of a network interface"},
 		{"a line in a spare", func(p *Plan) { p.Spare = []string{"a\nb"} }, "no name of a network interface"},
@@ -209,7 +231,7 @@ func FuzzParseRule(f *testing.F) {
 	f.Add(make([]byte, 12))
 	f.Fuzz(func(t *testing.T, message []byte) {
 		if r, ours := parseRule(message); ours {
-			if !r.to.IsValid() || (r.iif == "") == (r.port == 0) {
+			if !r.to.IsValid() || r.iif == "" && r.port == 0 || r.pref < prefExempt || r.pref > lastOfPrefs {
 				t.Errorf("%+v was taken for ours", r)
 			}
 		}

@@ -21,15 +21,20 @@ func Show(p Plan) (string, error) {
 	if p.Mode == ModeIPTables {
 		command, _ = backends(p)
 	}
-	return text(p, s, command), nil
+	return text(p, s, command)
 }
 
-func text(p Plan, s surroundings, command string) string {
+func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
-	if !p.Closed && p.Listen.Addr().IsLinkLocalUnicast() {
+	if p.Mode == ModeLoopback && !p.Closed {
+		fmt.Fprintf(&b, "# the metadata server's address is this node's own, for those whom the rules below send to that table\nip route add %s\n\n", localRouteText())
+		if p.Link != "" {
+			fmt.Fprintf(&b, "# and everybody's, by a link\nip link add %[1]s type dummy\nip link set %[1]s alias %[2]s up\nip address add %[3]s\n\n", p.Link, comment, linkAddressText(p.Link))
+		}
+	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && a.IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
 	}
-	for i, r := range guardRules(p) {
+	for i, r := range guardRules(p, s) {
 		if i == 0 {
 			b.WriteString("# the guard that survives a flush of the firewall\n")
 		}
@@ -40,12 +45,16 @@ func text(p Plan, s surroundings, command string) string {
 		fmt.Fprintf(&b, "%s rule add %s\n", ip, r)
 	}
 	if p.Closed {
-		return b.String()
+		return b.String(), nil
 	}
-	b.WriteString(modeText(p, s, command))
-	if interceptsHost(p, s) {
+	rules, err := modeText(p, s, command)
+	if err != nil {
+		return "", err
+	}
+	b.WriteString(rules)
+	if wantsRoute(p, s) {
 		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
 			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))
 	}
-	return b.String()
+	return b.String(), nil
 }

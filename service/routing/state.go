@@ -28,16 +28,25 @@ type State struct {
 	Desired  string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
 	Closed   bool             `json:"closed,omitempty"`
 	Mode     string           `json:"mode,omitempty"`
+	Reason   string           `json:"reason,omitempty"`  // why mode auto came to it
 	Command  string           `json:"command,omitempty"` // the iptables command that was used
 	Listen   string           `json:"listen,omitempty"`  // address:port
 	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
 	Spare    []string         `json:"spare,omitempty"`
 	HostPods string           `json:"interceptHostPods,omitempty"`
+	Link     string           `json:"link,omitempty"` // mode loopback's
+	Force    bool             `json:"force,omitempty"`
 	Guard    []netip.AddrPort `json:"guard,omitempty"`
-	Since    time.Time        `json:"since"`              // of Desired
-	Installs int              `json:"installs,omitempty"` // since the node booted, for metrics
-	Repairs  Repairs          `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
-	Standing Standing         `json:"standing"`
+
+	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
+	HostNetwork string      `json:"hostNetworkPods,omitempty"`    // what becomes of pods on the host network, and why, for people
+
+	Observed []Observation `json:"observed,omitempty"` // of mode observe, as of Standing.Time; no more than publishedAtMost
+
+	Since    time.Time `json:"since"`              // of Desired
+	Installs int       `json:"installs,omitempty"` // since the node booted, for metrics
+	Repairs  Repairs   `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
+	Standing Standing  `json:"standing"`
 }
 
 // Repairs counts what was found missing and put back: by layer, then by the cause that had somebody look. Both are words of this
@@ -60,6 +69,7 @@ type repair struct {
 	causes map[string]string // why somebody looked, by the layer in which something was found
 	node   *node             // where it was found; may be nil
 	mode   bool              // the mode's part may be among it
+	found  string            // no repair at all: this was found out of the cloud's metadata server
 }
 
 // light says whether the mode's part is known to be as it should be.
@@ -84,7 +94,7 @@ func (s *State) count(r *repair) {
 
 // wants reports whether s and o desire the same.
 func (s State) wants(o State) bool {
-	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods &&
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) && slices.Equal(s.Guard, o.Guard)
 }
 

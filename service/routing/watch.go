@@ -32,7 +32,7 @@ const (
 // it keeps from then on (R-24). Only if nobody installed or removed anything since the node booted does it install what the
 // configuration says. What it finds is published in the state file (R-25).
 type Watch struct {
-	// Load reads the configuration: what is to stand (ModeNone: nothing), as the closed guard's Plan if there is no valid one (R-23).
+	// Load reads the configuration: what is to stand, as the closed guard's Plan if there is no valid one (R-23).
 	Load   func() Plan
 	Reload <-chan os.Signal  // Load again; what it says is installed, unless the rules were removed or it is the closed guard's Plan
 	Told   func(text string) // called when the rules were first looked at, and whenever there is something else to say of them
@@ -65,7 +65,15 @@ type watcher struct {
 	node   *node // what the router knows of its surroundings; nil: open it anew
 	unread bool  // the mode's part has to be read, whether or not it says that it changed
 	bad    bool  // the last verdict
+
+	asking  bool        // the cloud's metadata server
+	answers chan string // of it
+
+	// disturbed is that something else was missing when the last repair was read back. Once is no failure.
+	disturbed bool
+
 	told   string
+	silent string // what was said to tell nobody of its changes
 	failed string // the last failure that was logged
 }
 
@@ -81,6 +89,7 @@ func (o Watch) Run(ctx context.Context) (err error) {
 	}
 	w.repairs, w.checks = rate.NewLimiter(rate.Every(refill), w.burst), rate.NewLimiter(rate.Every(refill), w.burst)
 	w.listen.Store(metadataServer.Addr())
+	w.answers = make(chan string, 1)
 	if w.events, err = watchEvents(func() netip.Addr { return w.listen.Load().(netip.Addr) }); err != nil {
 		return err
 	}
@@ -93,7 +102,9 @@ func (o Watch) Run(ctx context.Context) (err error) {
 	defer timer.Stop()
 	for {
 		if now := time.Now(); w.pending != 0 && !now.Before(w.notBefore) {
+			why := w.pending
 			w.round(ctx)
+			w.askCloud(why)
 		}
 		if w.Alive != nil {
 			w.Alive()
@@ -112,6 +123,8 @@ func (o Watch) Run(ctx context.Context) (err error) {
 			if w.pending |= c; by != "" {
 				w.by = by
 			}
+		case found := <-w.answers:
+			w.learn(ctx, found)
 		case now := <-timer.C:
 			if !now.Before(sweep) {
 				w.pending |= causeSweep
@@ -147,7 +160,7 @@ func (w *watcher) wake(sweep time.Time) time.Time {
 // begin installs what the configuration says if nobody has desired anything yet: the rules are there before any interface is up (R-17).
 func (w *watcher) begin(ctx context.Context) {
 	w.base = w.Load()
-	if s, err := ReadState(w.RunDir); err == nil && s.Desired != "" || w.base.Mode == ModeNone && !w.base.Closed {
+	if s, err := ReadState(w.RunDir); err == nil && s.Desired != "" {
 		return
 	}
 	if err := w.apply(ctx, w.base, State{}); err != nil {
@@ -163,11 +176,10 @@ func (w *watcher) begin(ctx context.Context) {
 	}
 }
 
-// reload installs what the configuration says now. Neither a broken configuration nor mode none takes away what stands: the first
-// changes nothing, and removing is what `routing install` does when the service is reloaded, which knows its own flags.
+// reload installs what the configuration says now. A broken configuration changes nothing.
 func (w *watcher) reload(ctx context.Context) {
 	p := w.Load()
-	if p.Closed || p.Mode == ModeNone {
+	if p.Closed {
 		return
 	}
 	w.base = p
@@ -197,7 +209,7 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 func (s State) plan(base Plan) (Plan, error) {
 	p := base
 	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
-	p.Uplinks, p.Spare, p.InterceptHostPods = s.Uplinks, s.Spare, s.HostPods
+	p.Uplinks, p.Spare, p.InterceptHostPods, p.Link, p.Force = s.Uplinks, s.Spare, s.HostPods, s.Link, s.Force
 	if s.Closed {
 		return p, nil
 	}

@@ -66,7 +66,7 @@ func (b *bed) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
 		if p.Closed {
-			return errors.Join(checkGuard(r.plan)...)
+			return errors.Join(checkGuard(r.plan, surroundings{})...)
 		}
 		n, err := r.open(context.Background(), p.Binary, false)
 		if err != nil {
@@ -370,7 +370,11 @@ func TestWatchCapabilities(t *testing.T) {
 		r := &running{bed: b, log: new(logtest.Hook)}
 		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 98", "ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
 			b.sh(flush)
-			r.until("a repair", func() bool { return b.stands(b.plan) && r.state().Standing.Good })
+			flushed := time.Now()
+			r.until("a repair", func() bool {
+				s := r.state().Standing // not one that is still read back: what is flushed next would be missing then
+				return s.Good && s.Time.After(flushed) && b.stands(b.plan)
+			})
 		}
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()

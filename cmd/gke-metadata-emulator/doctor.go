@@ -1,0 +1,55 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+)
+
+func doctorCommand() *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Try the whole way from a pod's request to its token on this node, and say what to do where it breaks",
+		Long: `Try the whole way from a pod's request to its token on this node, and say what to do where it breaks.
+
+One line for each check: ok; warn, where somebody should look; fail, with what to do; skip, where it could not be tried, and why. The
+exit status is 1 if a check failed. Configuration, listener, rules and what others have put beside them, the credential and what the
+API server grants it, Google's services, clocks and DNS are looked at; the running service is asked for what it knows.
+
+As root it connects from a throw-away network namespace as a pod would, and names the chain that drops the connection, if one does.
+One token of one pod of this node is requested and exchanged at Google, and thrown away: no token is printed.`,
+		Args: arguments,
+	}
+	cmd.Flags().StringVar(&output, "output", "text", "text for a person, json for a program")
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	load := settings(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if output != "text" && output != "json" {
+			return &usageError{fmt.Sprintf("--output is text or json, not %q", output)}
+		}
+		r := service.Doctor(cmd.Context(), service.DoctorOptions{
+			Load: load, File: configFile(cmd), RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
+			Plan: func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).AsInstalled(cmd.Context()) },
+		})
+		var err error
+		if output == "json" {
+			e := json.NewEncoder(cmd.OutOrStdout())
+			e.SetEscapeHTML(false)
+			e.SetIndent("", "  ")
+			err = e.Encode(r)
+		} else {
+			err = r.Text(cmd.OutOrStdout())
+		}
+		if failed := r.Failed(); err == nil && failed > 0 {
+			return fmt.Errorf("%d of %d checks failed", failed, len(r.Checks))
+		}
+		return err
+	}
+	return cmd
+}

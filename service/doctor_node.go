@@ -1,0 +1,427 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+)
+
+const (
+	installRules   = "gke-metadata-emulator routing install"
+	restartService = "systemctl restart gke-metadata-emulator"
+	restartSocket  = "systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket"
+)
+
+func configurationCheck(p *patient) Finding {
+	var broken *config.Error
+	switch {
+	case errors.As(p.broken, &broken) && len(broken.Faults) > 1:
+		return fail("pods are refused until it is mended", "%d faults: %v", len(broken.Faults), broken)
+	case p.broken != nil:
+		return fail("pods are refused until it is mended", "%v", p.broken)
+	case len(p.config.Warnings) > 0:
+		return warn("is that meant?", "%s", strings.Join(p.config.Warnings, "; "))
+	}
+	return good("%s", p.file)
+}
+
+func serviceCheck(p *patient) Finding {
+	switch {
+	case errors.Is(p.statusErr, ErrNotRunning):
+		return fail("systemctl start gke-metadata-emulator", "it is not running")
+	case errors.Is(p.statusErr, fs.ErrPermission):
+		return skip("only root and the service's group may ask it: %s", asRoot)
+	case p.statusErr != nil:
+		return fail(restartService, "%v", p.statusErr)
+	case p.status.State != "serving" && p.status.Reason != "":
+		return fail("what is in force is what the service last read: correct "+p.file, "%s: %s", p.status.State, p.status.Reason)
+	case p.status.State != "serving":
+		return warn("ask again when it has been started anew", "%s", p.status.State)
+	case p.status.Version != p.version:
+		return warn(restartService, "version %s is running, and version %s is installed", p.status.Version, p.version)
+	}
+	return good("serving, version %s, up %s, %d connections", p.status.Version, age(p.now, p.status.Started), p.status.Connections)
+}
+
+// listenerCheck says who has the address that the rules send pods to, and whether the service has adopted it.
+func listenerCheck(p *patient) Finding {
+	want, by := p.plan.Listen, p.node.Holder
+	adopted := ""
+	if p.status != nil {
+		adopted = p.status.Listen
+	}
+	switch {
+	case p.plan.Closed:
+		return skip("without a configuration no address is known")
+	case !p.node.Local:
+		return good("%s is not this node's: requests are forwarded there", want)
+	case !by.At.IsValid() && adopted != "":
+		return fail(restartSocket, "nobody listens on %s, where pods are sent: the service listens on %s", want, adopted)
+	case !by.At.IsValid():
+		return fail("systemctl start gke-metadata-emulator.socket", "nobody listens on %s, where pods are sent", want)
+	case adopted == by.At.String():
+		return good("%s, adopted by the service from %s", by.At, by)
+	case by.PID == "" && !p.root:
+		return skip("somebody listens on %s; to see who, %s", by.At, asRoot)
+	case by.Own && adopted != "":
+		return fail(restartSocket, "%s holds %s, and the service listens on %s", by, by.At, adopted)
+	case by.Own:
+		return good("%s holds %s", by, by.At)
+	case by.At.Addr().IsUnspecified() && want.Port() == 988:
+		return fail("name one address for the other program to listen on, or choose another listen address", "%s listens on %s: port 988 of every address is Lustre's as well", by, by.At)
+	}
+	return fail("choose another listen address, or stop it; this may be GKE's own metadata server", "%s listens on %s", by, by.At)
+}
+
+// portsCheck: a port that the kernel gives to connections may be taken when the service starts.
+func portsCheck(p *patient) Finding {
+	for key, a := range map[string]netip.AddrPort{"listen": p.config.Listen, "healthListen": p.config.HealthListen} {
+		if a.Port() != 0 && a.Port() >= p.ports[0] && a.Port() <= p.ports[1] {
+			return warn(fmt.Sprintf("choose another port, or reserve it: sysctl net.ipv4.ip_local_reserved_ports=%d", a.Port()),
+				"%s: port %d lies in the ephemeral range %d-%d, so another program's connection may hold it when the service starts", key, a.Port(), p.ports[0], p.ports[1])
+		}
+	}
+	return good("%d and %d are outside the ephemeral range %d-%d", p.config.Listen.Port(), p.config.HealthListen.Port(), p.ports[0], p.ports[1])
+}
+
+func rulesCheck(p *patient) Finding {
+	mode := p.state.Mode
+	if p.stateErr != nil {
+		return fail(installRules, "%v", p.stateErr)
+	}
+	faults := routing.Faults(p.node.Rules)
+	switch {
+	case p.state.Desired == routing.Removed:
+		return fail(installRules, "they were removed %s ago: pods reach the cloud's own metadata server", age(p.now, p.state.Since))
+	case p.state.Desired == "" && len(faults) > 0 && !routing.NotPermitted(p.node.Rules):
+		return fail(installRules, "they were never installed")
+	case p.state.Closed && !p.plan.Closed:
+		return fail(installRules, "the closed guard stands alone: the configuration was broken when it was put up")
+	case p.plan.Closed && len(faults) == 0:
+		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
+	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
+		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
+	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():
+		return skip("to read them, %s", asRoot)
+	case routing.NotPermitted(p.node.Rules) && !p.state.Standing.Good:
+		return fail(installRules, "%s before: %s", age(p.now, p.state.Standing.Time), some(p.state.Standing.Faults))
+	case routing.NotPermitted(p.node.Rules):
+		return good("mode %s to %s: all stood %s ago (to read them now, %s)", mode, p.state.Listen, age(p.now, p.state.Standing.Time), asRoot)
+	case len(faults) > 0:
+		return fail(installRules, "missing or wrong: %s", some(faults))
+	}
+	if p.state.Reason != "" {
+		mode += fmt.Sprintf(" (auto: %s)", p.state.Reason)
+	}
+	return good("mode %s to %s: all stand", mode, p.state.Listen)
+}
+
+// watcherFresh is how old what the watcher publishes every half minute may be.
+const watcherFresh = 2 * time.Minute
+
+func watcherCheck(p *patient) Finding {
+	const start = "systemctl enable --now gke-metadata-emulator-routing"
+	read := p.state.Standing
+	published := fmt.Sprintf("what stands was read %s ago: all of it", age(p.now, read.Time))
+	if !read.Good {
+		published = fmt.Sprintf("what stands was read %s ago: %s", age(p.now, read.Time), some(read.Faults))
+	}
+	if n := p.state.Repairs.Total(); n > 0 {
+		published += fmt.Sprintf("; what others flushed was put back %d times since the node booted", n)
+	}
+	switch {
+	case p.watcher != "" && p.watcher != "active":
+		return warn(start, "it is %s, so what others flush stays flushed", p.watcher)
+	case read.Time.IsZero():
+		return warn(start, "it has not run since this node booted, so what others flush stays flushed")
+	case p.state.Desired == routing.Installed && p.now.Sub(read.Time) > watcherFresh:
+		return warn(start, "it does not run, or hangs, so what others flush stays flushed: %s", published)
+	case !read.Good:
+		return fail("journalctl -u gke-metadata-emulator-routing", "%s", published)
+	}
+	return good("%s", published)
+}
+
+// some is the first of many lines, and how many more there are.
+func some(lines []string) string {
+	switch len(lines) {
+	case 0:
+		return "nothing"
+	case 1:
+		return lines[0]
+	}
+	return fmt.Sprintf("%s, and %d more", lines[0], len(lines)-1)
+}
+
+func guardCheck(p *patient) Finding {
+	var guarded []string
+	for _, g := range p.plan.Guard {
+		guarded = append(guarded, g.String())
+	}
+	switch {
+	case len(p.node.Guard) > 0:
+		return fail(installRules, "a pod may reach the cloud's own credentials when the firewall is flushed: missing %s", some(p.node.Guard))
+	case !p.plan.Closed && !slices.Contains(p.plan.Guard, routing.MetadataServer()):
+		return warn("add it to routing.guard", "%s is not guarded, so pods may reach the cloud's own credentials", routing.MetadataServer())
+	}
+	return good("closed for %s, whatever becomes of the firewall", strings.Join(guarded, ", "))
+}
+
+func uplinksCheck(p *patient) Finding {
+	var names []string
+	for _, u := range p.node.Uplinks {
+		names = append(names, fmt.Sprintf("%s (%s)", u.Name, u.Why))
+	}
+	text := "not pods' are " + strings.Join(names, ", ")
+	if len(p.plan.Spare) > 0 {
+		text += "; left alone: " + strings.Join(p.plan.Spare, ", ")
+	}
+	switch {
+	case len(names) == 0:
+		return warn("name them in routing.uplinks", "none was found: a host behind an interface of this node may be served like a pod")
+	case len(p.node.Remarks) > 0:
+		return warn("see routing.uplinks", "%s; %s", text, strings.Join(p.node.Remarks, "; "))
+	}
+	return good("%s", text)
+}
+
+// networkCheck compares the mode that is in force with what fits the node's network.
+func networkCheck(p *patient) Finding {
+	facts := p.node.Facts
+	if p.cloud.ours && p.status == nil {
+		facts.Server = p.cloud.server // no emulator of ours runs: it is GKE's
+	}
+	fits, reason := routing.Detect(facts)
+	mode := p.plan.Mode
+	if p.state.Desired == routing.Installed && p.state.Mode != "" {
+		mode = p.state.Mode
+	}
+	spoofed := p.status != nil && p.status.Attestation.Mode == "source-ip" && facts.Bridged
+	remedy := "routing.mode: " + fits
+	switch {
+	case facts.Cilium && !facts.Denied && fits == routing.ModeLoopback:
+		remedy = "bpf.hostLegacyRouting=true of Cilium has it use the host's stack; or routing.mode: loopback with routing.link: gme0, and for the listener to follow: " + restartSocket
+	case !routing.Supported(fits):
+		remedy = "this version has no mode " + fits + ": the network has to be set up otherwise"
+	case fits == routing.ModeLoopback:
+		remedy += ", and for the listener to follow: " + restartSocket
+	case p.config.Routing.Mode == routing.ModeAuto:
+		remedy = installRules + ": it takes over what fits now"
+	}
+	switch {
+	case facts.Cilium && fits == routing.ModeLoopback && mode == fits && p.plan.Link == "" && !p.plan.Closed:
+		return fail("routing.link: gme0", "%s", reason)
+	case p.plan.Closed || p.plan.Mode == routing.ModeNone && fits != routing.ModeNone:
+		return good("mode %s would fit: %s", fits, reason)
+	case fits == mode && spoofed:
+		return warn("see SECURITY.md", "%s; on a bridge a pod can speak with another's address, and the address is all the evidence", reason)
+	case fits == mode:
+		return good("%s", reason)
+	case fits == routing.ModeNone:
+		return fail(remedy+", or remove the package from this node", "%s", reason)
+	case fits == routing.ModeIPTables, mode != routing.ModeIPTables && mode != routing.ModeNFTables:
+		return good("mode %s; %s would do: %s", mode, fits, reason) // what iptables sees the others see too, and loopback and ebpf need no netfilter
+	case facts.CalicoBPF:
+		return warn("have Calico's bpfExcludeCIDRsFromNAT hold 169.254.169.254/32, or "+remedy, "%s", reason)
+	case facts.Cilium && facts.CiliumHost == nil:
+		return warn("see traffic below; "+remedy, "%s", reason)
+	}
+	return fail(remedy, "mode %s does not fit: %s", mode, reason)
+}
+
+// cloudCheck: a metadata server behind us, which only the guard and the rules keep pods from.
+func cloudCheck(p *patient) Finding {
+	a := p.cloud
+	switch {
+	case a.err != nil:
+		return good("no metadata server answers this node's own processes")
+	case a.ours && p.status == nil:
+		return warn("do not install it on nodes of GKE", "GKE's own metadata server answers, or another emulator")
+	case a.ours:
+		return good("the emulator answers this node's own processes too")
+	case len(p.node.Guard) > 0:
+		return fail(installRules, "%s answers, and the guard is not complete", answeredBy(a))
+	}
+	return good("%s answers this node's own processes; pods are kept from it", answeredBy(a))
+}
+
+// answeredBy names a metadata server by its header.
+func answeredBy(a answered) string {
+	for _, known := range []struct{ server, name string }{
+		{"EC2ws", "AWS's"}, {"Metadata Server for VM", "Google Compute Engine's"}, {"Microsoft-IIS", "Azure's"}, {"IMDS", "Azure's"},
+	} {
+		if strings.HasPrefix(a.server, known.server) {
+			return known.name + " metadata server"
+		}
+	}
+	if a.server == "" {
+		return fmt.Sprintf("a metadata server without a name (status %d)", a.status)
+	}
+	return fmt.Sprintf("a metadata server that calls itself %q (status %d)", a.server, a.status)
+}
+
+func ipv6Check(p *patient) Finding {
+	six := slices.ContainsFunc(p.plan.Guard, func(g netip.AddrPort) bool { return g.Addr().Is6() }) || p.plan.Closed
+	switch {
+	case !p.node.IPv6:
+		return good("this node has none")
+	case !six:
+		return warn("add [fd00:ec2::254]:80 to routing.guard", "this node has IPv6, and the guard closes no IPv6 address: on AWS pods reach the node's credentials there")
+	}
+	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
+}
+
+func six6(guard []netip.AddrPort) (texts []string) {
+	for _, g := range guard {
+		if g.Addr().Is6() {
+			texts = append(texts, g.String())
+		}
+	}
+	if texts == nil {
+		return []string{"no IPv6 address"}
+	}
+	return texts
+}
+
+// cgroupsCheck: pods on the host network are told apart by the v2 hierarchy only.
+func cgroupsCheck(p *patient) Finding {
+	wanted := p.config.Routing.InterceptHostPods == "on"
+	switch {
+	case p.node.CgroupV2 == "" && wanted:
+		return fail("boot with systemd.unified_cgroup_hierarchy=1, or routing.interceptHostPods: off", "no cgroup v2 hierarchy is mounted, so pods on the host network are not redirected")
+	case p.node.CgroupV2 == "":
+		return warn("boot with systemd.unified_cgroup_hierarchy=1", "no cgroup v2 hierarchy is mounted: pods on the host network cannot be told from the node's own processes")
+	case wanted && len(p.node.HostSlices) == 0:
+		return fail("routing.interceptHostPods: off", "none of the host's own slices is there, so pods on the host network are not redirected")
+	}
+	return good("version 2 at %s", p.node.CgroupV2)
+}
+
+// policiesCheck: ACCEPT is not final across base chains. Whether one that drops by its policy is in the way is for the connection to say.
+func policiesCheck(p *patient) Finding {
+	hook := "input"
+	if !p.node.Local {
+		hook = "forward"
+	}
+	switch {
+	case p.node.Policies == nil:
+		return skip("to read the chains of others, %s", asRoot)
+	case len(p.node.Policies) == 0:
+		return good("no chain at hook %s drops by its policy", hook)
+	case p.trial.ours:
+		return good("%s at hook %s drop by their policy, and let requests through", strings.Join(p.node.Policies, ", "), hook)
+	}
+	return warn("have them accept what goes to "+p.plan.Listen.String(), "%s at hook %s drop by their policy what they do not accept", strings.Join(p.node.Policies, ", "), hook)
+}
+
+// connectionCheck is a real connection by way of everybody's rules.
+func connectionCheck(p *patient) Finding {
+	t := p.trial
+	from := "from a throw-away namespace, " + t.from
+	if p.plan.Mode == routing.ModeNone {
+		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", p.door())
+	}
+	switch {
+	case p.plan.Closed:
+		return skip("without a configuration nothing leads to the service")
+	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
+		return skip("a throw-away namespace needs root: %s", asRoot)
+	case t.impossible != nil:
+		return warn("is another doctor running, or has the kernel no veth?", "%v", t.impossible)
+	case p.state.Mode == routing.ModeEBPF && !t.ours:
+		return skip("mode ebpf serves the processes of pods, of which doctor is none: see traffic")
+	case t.ours:
+		return good("%s: answered as GKE's metadata server", from)
+	case t.err == nil && p.state.Desired != routing.Installed:
+		return fail(installRules, "%s: %s answered", from, answeredBy(t.answered))
+	case t.err == nil:
+		return fail(installRules, "%s: %s answered in the emulator's place", from, answeredBy(t.answered))
+	case len(t.dropped) > 0:
+		return fail(fmt.Sprintf("have it accept what pods send to %s; where pods' interfaces or addresses are trusted there already, this one is not", p.plan.Listen),
+			"%s: dropped by %s", from, strings.Join(t.dropped, "; "))
+	case isRefused(t.err):
+		return fail("is somebody listening (see listener), and do the rules stand (see rules)?", "%s: refused, by no chain that can be seen", from)
+	}
+	reason := fmt.Sprintf("%v, and no chain was seen to drop it", inner(t.err))
+	if t.traceErr != nil {
+		reason = fmt.Sprintf("%v; who drops it could not be seen: %v", inner(t.err), t.traceErr)
+	}
+	return fail("do the rules stand (see rules), does the network go past netfilter (see network)?", "%s: %s", from, reason)
+}
+
+// inner is what went wrong, without what was asked.
+func inner(err error) error {
+	var asked *url.Error
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return errors.New("no answer")
+	case errors.As(err, &asked):
+		return asked.Err
+	}
+	return err
+}
+
+func isRefused(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && strings.Contains(op.Err.Error(), "refused")
+}
+
+// trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
+// anything. Doctor's own connections are counted by the rule, and not by the service.
+func trafficCheck(p *patient) Finding {
+	const remedy = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
+	pods := p.cluster.Pods
+	if p.status != nil && p.status.Cluster != nil && p.status.Cluster.Synced {
+		pods = 0
+		for _, q := range p.status.Cluster.Pods {
+			if !q.HostNetwork {
+				pods++
+			}
+		}
+	}
+	n := p.node.Redirected
+	switch {
+	case p.plan.Closed || p.state.Desired != routing.Installed:
+		return skip("nothing leads to the service")
+	case p.status != nil && p.status.Requests > 0:
+		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
+	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
+		return good("no pod runs here")
+	case n != nil && *n == 0:
+		return warn(remedy, "of the pods that run here (%d) no connection was ever redirected", pods)
+	case p.status != nil:
+		return warn(remedy, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, age(p.now, p.status.Started))
+	case n != nil:
+		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
+	case !p.root:
+		return skip("to read the counter of the rule that redirects, %s", asRoot)
+	}
+	return skip("mode %s counts no connections, and the service could not be asked: see service", p.state.Mode)
+}
+
+// dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
+func dnsCheck(p *patient) Finding {
+	const remedy = "give the name that address in the cluster's DNS (README, DNS for metadata.google.internal), for Go's, Python's and Java's clients"
+	switch {
+	case slices.Contains(p.names, routing.MetadataServer().Addr()):
+		return good("metadata.google.internal is %s for this node; pods ask the cluster's DNS", routing.MetadataServer().Addr())
+	case len(p.names) > 0:
+		return warn(remedy, "metadata.google.internal is %s for this node", p.names[0])
+	}
+	reason := "not known to"
+	var dns *net.DNSError
+	if errors.As(p.namesErr, &dns) && !dns.IsNotFound {
+		reason = "not to be had of"
+	}
+	return warn(remedy, "metadata.google.internal is %s this node's DNS; pods ask the cluster's, and need it", reason)
+}

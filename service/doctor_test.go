@@ -1,0 +1,313 @@
+package service
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"io/fs"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// healthy is a node on which all is well.
+func healthy() *patient {
+	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+	listen, mds := netip.MustParseAddrPort("169.254.169.252:988"), routing.MetadataServer()
+	seven := uint64(7)
+	c := config.Default()
+	c.WorkloadIdentity.Audience, c.TokenAudience = audience, audience
+	plan := routing.Plan{Mode: routing.ModeIPTables, Listen: listen, Guard: routing.DefaultGuard()}
+	return &patient{
+		root: true, now: now, file: "config.yaml", version: "1.2.3", config: c, plan: plan, ports: [2]uint16{32768, 60999},
+		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "source-ip"},
+			Cluster: &kube.Status{Server: "https://k:6443", User: "system:node:n1", Kubeconfig: "/etc/kubernetes/kubelet.conf", Synced: true, Watching: true,
+				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
+			Tokens: []token.EntryStatus{{ServiceAccount: "ns/a"}}},
+		watcher: "active",
+		state: routing.State{Desired: routing.Installed, Mode: routing.ModeIPTables, Listen: listen.String(), Since: now.Add(-time.Hour),
+			Standing: routing.Standing{Time: now.Add(-20 * time.Second), Good: true}},
+		node: routing.Examination{Uplinks: []routing.Uplink{{Name: "eth0", Why: "default route"}}, Local: true, IPv6: true,
+			Holder: routing.ListenedBy{At: listen, PID: "1", Exe: "systemd", Own: true}, CgroupV2: "/sys/fs/cgroup", HostSlices: []string{"system.slice"},
+			Redirected: &seven, Policies: []string{}, Facts: routing.Facts{IPTables: "1.8.9", Backend: "nf_tables", CgroupV2: true, CNI: []string{"ptp"}}},
+		cloud: answered{err: context.DeadlineExceeded},
+		trial: trial{answered: answered{status: 200, server: "GKE Metadata Server", ours: true}, from: "198.18.169.254 by interface gme-doctor"},
+		names: []netip.Addr{mds.Addr()},
+		cluster: kube.Attempt{Kubeconfig: "/etc/kubernetes/kubelet.conf", Credential: "client certificate", Server: "https://k:6443", User: "system:node:n1", Node: "n1",
+			Asked: now, Date: now, Pods: 1, HostPods: 1, Pod: "p", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "a"}, Account: workload.Account{GoogleEmail: gsa}},
+		sts:      token.Reached{URL: "https://sts.googleapis.com/v1/token", Status: 404, Asked: now, Date: now},
+		iam:      token.Reached{URL: "https://iamcredentials.googleapis.com", Status: 404, Asked: now, Date: now},
+		exchange: &exchanged{email: gsa},
+	}
+}
+
+func TestDoctorOfAHealthyNode(t *testing.T) {
+	r := diagnose(healthy())
+	for _, f := range r.Checks {
+		if f.Verdict != OK || f.Remedy != "" || f.Finding == "" {
+			t.Errorf("%+v", f)
+		}
+	}
+	if r.Failed() != 0 || len(r.Checks) != len(checks) {
+		t.Errorf("%d failed of %d", r.Failed(), len(r.Checks))
+	}
+}
+
+// Each check is made to fail, or to say why it cannot tell.
+func TestDoctorOfASickNode(t *testing.T) {
+	other := netip.MustParseAddrPort("127.0.0.1:1")
+	forbidden := &kube.ForbiddenError{User: "system:node:n1", Verb: "get", Resource: "serviceaccounts", Message: "no"}
+	yes := true
+	tried := map[string]bool{}
+	for _, c := range []struct {
+		check   string
+		sick    func(p *patient)
+		verdict Verdict
+		finding string // in it
+		remedy  string // in it
+	}{
+		{"configuration", func(p *patient) { p.broken = errors.New("config.yaml:3: x: bad: mend it") }, Fail, "config.yaml:3: x: bad: mend it", "pods are refused"},
+		{"configuration", func(p *patient) {
+			p.broken = &config.Error{Faults: []config.Fault{{File: "c", Line: 1, Problem: "a", Remedy: "b"}, {File: "c", Line: 2, Problem: "d", Remedy: "e"}}}
+		}, Fail, "2 faults: c:1: a: b\nc:2: d: e", "pods are refused"},
+		{"configuration", func(p *patient) { p.config.Warnings = []string{"hostCheck: off"} }, Warn, "hostCheck: off", "meant"},
+
+		{"service", func(p *patient) { p.status, p.statusErr = nil, ErrNotRunning }, Fail, "not running", "systemctl start gke-metadata-emulator"},
+		{"service", func(p *patient) { p.status, p.statusErr = nil, fs.ErrPermission }, Skip, "as root", ""},
+		{"service", func(p *patient) { p.status, p.statusErr = nil, errors.New("500") }, Fail, "500", "systemctl restart"},
+		{"service", func(p *patient) { p.status.State, p.status.Reason = "not configured", "line 3" }, Fail, "not configured: line 3", "correct config.yaml"},
+		{"service", func(p *patient) { p.status.State = "stopping" }, Warn, "stopping", "again"},
+		{"service", func(p *patient) { p.status.Version = "1.2.2" }, Warn, "1.2.2 is running, and version 1.2.3", "systemctl restart"},
+
+		{"listener", func(p *patient) { p.node.Holder = routing.ListenedBy{}; p.status = nil }, Fail, "nobody listens on 169.254.169.252:988", "gke-metadata-emulator.socket"},
+		{"listener", func(p *patient) { p.node.Holder = routing.ListenedBy{}; p.status.Listen = other.String() }, Fail, "the service listens on 127.0.0.1:1", "daemon-reload"},
+		{"listener", func(p *patient) { p.status.Listen = other.String() }, Fail, "systemd (process 1) holds 169.254.169.252:988, and the service listens on 127.0.0.1:1", "daemon-reload"},
+		{"listener", func(p *patient) {
+			p.node.Holder = routing.ListenedBy{At: p.plan.Listen, PID: "7", Exe: "/x/gke-metadata-server"}
+			p.status = nil
+		}, Fail, "gke-metadata-server (process 7) listens on 169.254.169.252:988", "GKE's own"},
+		{"listener", func(p *patient) {
+			p.node.Holder = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:988"), PID: "7", Exe: "lustre"}
+		}, Fail, "Lustre's", "one address"},
+		{"listener", func(p *patient) {
+			p.node.Holder, p.root, p.status = routing.ListenedBy{At: p.plan.Listen}, false, nil
+		}, Skip, "as root", ""},
+		{"listener", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
+		{"listener", func(p *patient) { p.node.Local = false }, OK, "forwarded", ""},
+		{"listener", func(p *patient) { p.status = nil }, OK, "systemd (process 1) holds", ""},
+
+		{"ports", func(p *patient) { p.config.Listen = netip.MustParseAddrPort("169.254.169.252:40000") }, Warn, "listen: port 40000 lies in the ephemeral range 32768-60999", "ip_local_reserved_ports=40000"},
+		{"ports", func(p *patient) { p.config.HealthListen = netip.MustParseAddrPort("127.0.0.1:60999") }, Warn, "healthListen: port 60999", "another port"},
+
+		{"rules", func(p *patient) { p.stateErr = errors.New("no JSON") }, Fail, "no JSON", installRules},
+		{"rules", func(p *patient) { p.state.Desired = routing.Removed }, Fail, "removed 1h0m0s ago", installRules},
+		{"rules", func(p *patient) { p.state = routing.State{}; p.node.Rules = errors.New("missing: a") }, Fail, "never installed", installRules},
+		{"rules", func(p *patient) { p.state.Closed = true }, Fail, "guard stands alone", installRules},
+		{"rules", func(p *patient) { p.plan.Closed, p.state.Closed = true, true }, Warn, "closed guard", "correct the configuration"},
+		{"rules", func(p *patient) { p.state.Listen = other.String() }, Fail, "lead to 127.0.0.1:1, and listen is 169.254.169.252:988", "flags"},
+		{"rules", func(p *patient) { p.node.Rules = errors.New("missing: a\nmissing: b\nmissing: c") }, Fail, "missing or wrong: a, and 2 more", installRules},
+		{"rules", func(p *patient) { p.node.Rules = unix.EPERM; p.state.Standing = routing.Standing{} }, Skip, "as root", ""},
+		{"rules", func(p *patient) {
+			p.node.Rules = routing.ErrPermission
+			p.state.Standing = routing.Standing{Time: p.now.Add(-time.Minute), Faults: []string{"missing: a"}}
+		}, Fail, "1m0s before: missing: a", installRules},
+		{"rules", func(p *patient) { p.node.Rules = routing.ErrPermission }, OK, "all stood 20s ago", ""},
+		{"rules", func(p *patient) { p.state.Reason = "it fits" }, OK, "auto: it fits", ""},
+
+		{"watcher", func(p *patient) { p.watcher = "failed" }, Warn, "it is failed", "systemctl enable --now"},
+		{"watcher", func(p *patient) { p.watcher = ""; p.state.Standing.Time = p.now.Add(-time.Hour) }, Warn, "does not run, or hangs", "systemctl enable --now"},
+		{"watcher", func(p *patient) { p.state.Standing = routing.Standing{} }, Warn, "has not run since", "systemctl enable --now"},
+		{"watcher", func(p *patient) { p.state.Standing.Good, p.state.Standing.Faults = false, []string{"a", "b"} }, Fail, "read 20s ago: a, and 1 more", "journalctl"},
+		{"watcher", func(p *patient) { p.state.Repairs = routing.Repairs{"iptables": {"nftables": 3}} }, OK, "put back 3 times", ""},
+
+		{"guard", func(p *patient) { p.node.Guard = []string{"ip rule: a"} }, Fail, "missing ip rule: a", installRules},
+		{"guard", func(p *patient) { p.plan.Guard = nil }, Warn, "169.254.169.254:80 is not guarded", "routing.guard"},
+
+		{"uplinks", func(p *patient) { p.node.Uplinks = nil }, Warn, "none was found", "routing.uplinks"},
+		{"uplinks", func(p *patient) { p.node.Remarks = []string{"bridge br0 has both"} }, Warn, "bridge br0 has both", "routing.uplinks"},
+		{"uplinks", func(p *patient) { p.plan.Spare = []string{"docker0"} }, OK, "left alone: docker0", ""},
+
+		{"network", func(p *patient) { p.node.Facts.Cilium, p.node.Facts.CiliumHost = true, &yes }, Fail, "mode iptables does not fit: Cilium routes", "bpf.hostLegacyRouting=true of Cilium"},
+		{"network", func(p *patient) {
+			p.node.Facts.Cilium, p.node.Facts.CiliumHost, p.state.Mode, p.plan.Mode = true, &yes, routing.ModeLoopback, routing.ModeLoopback
+		}, Fail, "wants routing.link", "routing.link: gme0"},
+		{"network", func(p *patient) {
+			p.node.Facts.Cilium, p.node.Facts.CiliumHost, p.state.Mode, p.plan.Mode, p.plan.Link = true, &yes, routing.ModeLoopback, routing.ModeLoopback, "gme0"
+		}, OK, "Cilium routes", ""},
+		{"network", func(p *patient) { p.node.Facts.Cilium = true }, Warn, "cannot be told", "hostLegacyRouting"},
+		{"network", func(p *patient) { p.node.Facts.CalicoBPF = true }, Warn, "Calico's eBPF", "bpfExcludeCIDRsFromNAT"},
+		{"network", func(p *patient) { p.node.Facts.GKE = true }, Fail, "node of GKE", "remove the package"},
+		{"network", func(p *patient) { p.cloud = answered{ours: true, server: "GKE Metadata Server"}; p.status = nil }, Fail, "node of GKE", "remove the package"},
+		{"network", func(p *patient) { p.node.Facts.OpenShift = true }, Fail, "OpenShift", "none"},
+		{"network", func(p *patient) { p.node.Facts.Denied = true }, Fail, "denies", "routing.mode: loopback, and for the listener to follow: systemctl daemon-reload"},
+		{"network", func(p *patient) { p.node.Facts.Bridged = true }, Warn, "speak with another's address", "SECURITY.md"},
+		{"network", func(p *patient) {
+			p.config.Routing.Mode, p.node.Facts.Denied = routing.ModeAuto, true
+		}, Fail, "denies", ""},
+		{"network", func(p *patient) { p.plan.Closed = true }, OK, "mode iptables would fit", ""},
+		{"network", func(p *patient) { p.state.Mode = routing.ModeLoopback }, OK, "mode loopback; iptables would do", ""},
+
+		{"cloud", func(p *patient) {
+			p.cloud = answered{status: 401, server: "EC2ws"}
+			p.node.Guard = []string{"ip rule: a"}
+		}, Fail, "AWS's metadata server answers, and the guard is not complete", installRules},
+		{"cloud", func(p *patient) { p.cloud = answered{status: 200, ours: true}; p.status = nil }, Warn, "GKE's own", "GKE"},
+		{"cloud", func(p *patient) { p.cloud = answered{status: 400, server: "nginx"} }, OK, `calls itself "nginx" (status 400) answers this node's own processes; pods are kept`, ""},
+
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "no IPv6 address", "[fd00:ec2::254]:80"},
+		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
+
+		{"cgroups", func(p *patient) { p.node.CgroupV2 = "" }, Warn, "no cgroup v2", "unified_cgroup_hierarchy"},
+		{"cgroups", func(p *patient) { p.node.CgroupV2, p.config.Routing.InterceptHostPods = "", "on" }, Fail, "not redirected", "interceptHostPods: off"},
+		{"cgroups", func(p *patient) { p.node.HostSlices, p.config.Routing.InterceptHostPods = nil, "on" }, Fail, "none of the host's own slices", "off"},
+
+		{"policies", func(p *patient) { p.node.Policies, p.trial.ours = []string{"inet foreign late"}, false }, Warn, "inet foreign late at hook input", "169.254.169.252:988"},
+		{"policies", func(p *patient) { p.node.Policies, p.node.Local = []string{"ip filter FORWARD"}, false }, OK, "ip filter FORWARD at hook forward drop by their policy, and let", ""},
+		{"policies", func(p *patient) { p.node.Policies = nil }, Skip, "as root", ""},
+
+		{"connection", func(p *patient) {
+			p.trial.answered, p.trial.dropped = answered{err: context.DeadlineExceeded}, []string{"nft chain inet foreign late (policy drop)"}
+		}, Fail, "dropped by nft chain inet foreign late (policy drop)", "accept what pods send to 169.254.169.252:988"},
+		{"connection", func(p *patient) { p.trial.answered = answered{err: context.DeadlineExceeded} }, Fail, "no answer, and no chain was seen to drop it", "rules"},
+		{"connection", func(p *patient) {
+			p.trial.answered, p.trial.traceErr = answered{err: errors.New("odd")}, errors.New("no tracing")
+		}, Fail, "odd; who drops it could not be seen: no tracing", "rules"},
+		{"connection", func(p *patient) { p.trial.answered = answered{err: &net.OpError{Err: unix.ECONNREFUSED}} }, Fail, "refused, by no chain", "listener"},
+		{"connection", func(p *patient) { p.trial.answered = answered{status: 200, server: "EC2ws"} }, Fail, "AWS's metadata server answered in the emulator's place", installRules},
+		{"connection", func(p *patient) {
+			p.trial.answered, p.state.Desired = answered{status: 200}, routing.Removed
+		}, Fail, "without a name (status 200) answered", installRules},
+		{"connection", func(p *patient) { p.trial = trial{impossible: routing.ErrPermission}; p.root = false }, Skip, "as root", ""},
+		{"connection", func(p *patient) { p.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists", "another doctor"},
+		{"connection", func(p *patient) { p.plan.Mode = routing.ModeNone }, OK, "at 169.254.169.252:988 as GCE_METADATA_HOST says: answered", ""},
+		{"connection", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
+		{"connection", func(p *patient) {
+			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
+		}, Skip, "ebpf", ""},
+
+		{"traffic", func(p *patient) { p.node.Redirected, p.status.Requests = new(uint64), 0 }, Warn, "of the pods that run here (1) no connection was ever redirected", "network"},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status = new(uint64), nil }, Warn, "run here (1) no connection", "network"},
+		{"traffic", func(p *patient) { p.status.Requests = 0 }, Warn, "run here (1) none has asked for anything since the service started 1h0m0s ago", "network"},
+		{"traffic", func(p *patient) { p.status = nil }, OK, "7 connections were redirected since", ""},
+		{"traffic", func(p *patient) { p.status.Requests, p.status.Cluster.Pods = 0, nil }, OK, "no pod runs here", ""},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.root = nil, nil, false }, Skip, "as root", ""},
+		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.state.Mode = nil, nil, routing.ModeEBPF }, Skip, "mode ebpf counts no", ""},
+		{"traffic", func(p *patient) { p.state.Desired = routing.Removed }, Skip, "nothing leads to the service", ""},
+
+		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsNotFound: true} }, Warn, "not known to this node's DNS", "cluster's DNS"},
+		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsTimeout: true} }, Warn, "not to be had", "cluster's DNS"},
+		{"dns", func(p *patient) { p.names = []netip.Addr{netip.MustParseAddr("192.0.2.1")} }, Warn, "is 192.0.2.1", "cluster's DNS"},
+
+		{"credential", func(p *patient) { p.status.Cluster.NodeNameProblem = "nodeName is a" }, Fail, "nodeName is a", "nodeName"},
+		{"credential", func(p *patient) { p.status.Cluster.Watching, p.status.Cluster.Problem = false, "permission denied" }, Fail, "the service says: permission denied; doctor itself", "gke-metadata-emulator-credential"},
+		{"credential", func(p *patient) { p.status.Cluster.Watching = false }, Warn, "does not watch this node's pods now", "journalctl"},
+		{"credential", func(p *patient) { p.status, p.cluster.Reach = nil, &kube.AwayError{Err: errors.New("refused")} }, Fail, "client certificate of /etc/kubernetes/kubelet.conf: refused", "still valid"},
+		{"credential", func(p *patient) { p.status, p.cluster.Reach = nil, kube.ErrNotConfigured }, Fail, "no kubeconfig", "kubelet writes it"},
+		{"credential", func(p *patient) { p.status, p.cluster.Reach, p.root = nil, kube.ErrNotConfigured, false }, Skip, "as root", ""},
+		{"credential", func(p *patient) { p.status, p.cluster.Mismatch = nil, "nodeName is b" }, Fail, "nodeName is b", "nodeName"},
+		{"credential", func(p *patient) { p.status = nil }, OK, "answers to system:node:n1, the client certificate of", ""},
+
+		{"pods", func(p *patient) { p.cluster.List = &kube.ForbiddenError{Verb: "list", Resource: "pods", Message: "no"} }, Fail, "missing grant: list pods: no", "rbac"},
+		{"pods", func(p *patient) { p.cluster.Watch = errors.New("cut") }, Fail, "cut", "watch"},
+		{"pods", func(p *patient) { p.cluster.Reach = kube.ErrNotConfigured }, Skip, "see credential", ""},
+		{"pods", func(p *patient) { p.status.Cluster.Pods[0].AccountError = "bad annotation" }, Warn, "pod ns/p is refused: bad annotation", "ServiceAccount"},
+
+		{"serviceaccounts", func(p *patient) { p.cluster.Get = forbidden }, Fail, "missing grant: get serviceaccounts: no", "apply rbac.yaml"},
+		{"serviceaccounts", func(p *patient) { p.cluster.Get = &kube.AnnotationError{Key: "k", Reason: "r"} }, Warn, "annotation k: r", "correct the annotation"},
+		{"serviceaccounts", func(p *patient) { p.cluster.Get = kube.ErrNotFound }, Fail, "no such ServiceAccount", "exist"},
+		{"serviceaccounts", func(p *patient) { p.cluster.Pod = "" }, Skip, "no pod runs", ""},
+		{"serviceaccounts", func(p *patient) { p.cluster.List = errors.New("x") }, Skip, "see pods", ""},
+
+		{"tokenrequest", func(p *patient) {
+			p.cluster.Mint = &kube.ForbiddenError{User: "system:serviceaccount:a:b", Verb: "create", Resource: "serviceaccounts/token", Message: "no"}
+		}, Fail, "create serviceaccounts/token", "apply rbac-dedicated.yaml"},
+		{"tokenrequest", func(p *patient) { p.cluster.Mint = kube.ErrNoPod }, Skip, "went away", ""},
+		{"tokenrequest", func(p *patient) { p.config.TokenAudience = "" }, Skip, "no audience", ""},
+
+		{"sts", func(p *patient) { p.sts.Err = errors.New("no such host") }, Fail, "no such host", "HTTPS_PROXY"},
+		{"sts", func(p *patient) { p.sts.Err = x509.UnknownAuthorityError{} }, Fail, "unknown authority", "google.caFile"},
+		{"sts", func(p *patient) { p.sts.Err = x509.CertificateInvalidError{Reason: x509.Expired} }, Fail, "expired", "clock"},
+		{"sts", func(p *patient) { p.sts.Proxy = "http://proxy:3128" }, OK, "by proxy http://proxy:3128", ""},
+		{"sts", func(p *patient) {
+			p.sts.Err, p.status.Proxy = errors.New("no such host"), "http://proxy:3128"
+		}, Warn, "the service goes there by proxy http://proxy:3128; doctor itself fails: ", "HTTPS_PROXY of the service's unit"},
+		{"sts", func(p *patient) {
+			p.sts.Err, p.sts.Proxy, p.status.Proxy = errors.New("no such host"), "http://proxy:3128", "http://proxy:3128"
+		}, Fail, "no such host", "HTTPS_PROXY"},
+		{"exchange", func(p *patient) {
+			p.exchange.err, p.sts.Proxy = token.ErrUnavailable, "http://proxy:3128"
+		}, Warn, "the service goes there without a proxy", "HTTPS_PROXY"},
+		{"iam", func(p *patient) { p.iam = token.Reached{Err: errors.New("google.caFile: no such file")} }, Fail, "google.caFile", ""},
+
+		{"exchange", func(p *patient) { p.exchange = nil }, Skip, "see tokenrequest", ""},
+		{"exchange", func(p *patient) {
+			p.exchange.err = &token.GoogleError{Step: "STS", Status: 400, Message: "bad audience"}
+		}, Fail, "bad audience", "providers describe"},
+		{"exchange", func(p *patient) {
+			p.exchange.err = &token.GoogleError{Step: "IAM", Status: 403, Message: "no binding", Hint: "gcloud this."}
+		}, Warn, "no binding Hint: gcloud this.", "one ServiceAccount"},
+		{"exchange", func(p *patient) { p.exchange.err = &token.GoogleError{Step: "STS", Status: 503} }, Fail, "503", "see sts"},
+		{"exchange", func(p *patient) { p.exchange.email = "" }, OK, "STS takes the token of ns/a", ""},
+
+		{"clock", func(p *patient) { p.cluster.Date, p.sts.Date = p.now.Add(5*time.Minute), p.now.Add(5*time.Minute) }, Fail, "5m0s off", "chrony"},
+		{"clock", func(p *patient) { p.cluster.Date = p.now.Add(-5 * time.Minute) }, Fail, "the API server's clock and STS's are 5m0s apart", "NTP"},
+		{"clock", func(p *patient) { p.sts.Date = p.now.Add(-20 * time.Second) }, Warn, "20s off from STS's", "chrony"},
+		{"clock", func(p *patient) { p.sts.Date, p.cluster.Date = time.Time{}, time.Time{} }, Skip, "what time it is", ""},
+
+		{"tokens", func(p *patient) { p.status.Tokens[0].LastError = "503" }, Warn, "1 of 1 could not be minted or refreshed the last time, such as that of ns/a: 503", "status"},
+		{"tokens", func(p *patient) { p.status = nil }, Skip, "see service", ""},
+	} {
+		tried[c.check] = tried[c.check] || c.verdict != OK
+		p := healthy()
+		c.sick(p)
+		if p.status == nil && p.statusErr == nil {
+			p.statusErr = ErrNotRunning
+		}
+		var got Finding
+		for _, f := range diagnose(p).Checks {
+			if f.Check == c.check {
+				got = f
+			}
+		}
+		if got.Verdict != c.verdict || !strings.Contains(got.Finding, c.finding) || !strings.Contains(got.Remedy, c.remedy) || (c.verdict == Warn || c.verdict == Fail) != (got.Remedy != "") {
+			t.Errorf("%s: %+v, want %s, … %s … and to do … %s …", c.check, got, c.verdict, c.finding, c.remedy)
+		}
+		if strings.HasPrefix(got.Remedy, "apply rbac") != (got.Manifest != "") {
+			t.Errorf("%s: the manifest of %+v", c.check, got)
+		}
+	}
+	for _, c := range checks {
+		if !tried[c.name] {
+			t.Errorf("nothing makes check %s fail", c.name)
+		}
+	}
+}
+
+func TestReportText(t *testing.T) {
+	p := healthy()
+	p.cluster.Get = &kube.ForbiddenError{User: "system:node:n1", Verb: "get", Resource: "serviceaccounts", Message: "no"}
+	p.cluster.Mint = p.cluster.Get
+	p.broken = errors.New("a\nb")
+	var b strings.Builder
+	r := diagnose(p)
+	if err := r.Text(&b); err != nil {
+		t.Fatal(err)
+	}
+	text := b.String()
+	if r.Failed() != 3 || strings.Count(text, "MISSING GRANT") != 1 || !strings.Contains(text, "\nkind: ClusterRole\n") {
+		t.Errorf("%d failed, and\n%s", r.Failed(), text)
+	}
+	if !strings.HasPrefix(text, "fail  configuration    a; b → pods are refused until it is mended\nok    service          serving, version 1.2.3, up 1h0m0s, 0 connections\n") {
+		t.Error(text)
+	}
+}

@@ -1,0 +1,162 @@
+package kube
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// Attempt is what each step from the credential to a pod's token came to, tried once. A step that was not tried since there was
+// nothing to try it with has no error and nothing else.
+type Attempt struct {
+	Kubeconfig string // the file, and root's copy of it where that was read
+	Credential string // its kind: client certificate, token, exec plugin
+	Server     string
+	User, Node string
+	Mismatch   string // nodeName is not the credential's
+	Reach      error  // *AwayError or ErrNotConfigured: nothing else was tried
+
+	Asked, Date time.Time // when the API server was asked, and what its clock said then; zero: it did not say
+
+	List, Watch error // of this node's pods
+	Pods        int   // live ones with an address of their own
+	HostPods    int   // and those on the host network
+
+	// One pod, linked to a Google service account if any of those that were looked at is, running if any is; "": none.
+	Pod            string
+	ServiceAccount workload.ServiceAccount
+	Get            error // of the ServiceAccount
+	Account        workload.Account
+	Mint           error // TokenRequest with Options.Audience
+}
+
+const (
+	accountsToTry = 10 // ServiceAccounts that are read to find one that is linked
+	watchProbe    = 5 * time.Second
+)
+
+// Try goes the way to a pod's token once, with the credential that a Cluster of these Options would use. It changes nothing; the API server
+// issues one token, which is bound to the pod and dies in an hour, and is returned beside what can be shown.
+func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
+	c := New(o)
+	defer c.end()
+	ctx = withLogger(ctx, c.log)
+	cred, err := c.find()
+	if err != nil {
+		a.Reach = err
+		return a, ""
+	}
+	a.Kubeconfig, a.Server, a.Credential = cred.path, cred.server, cred.kind()
+	k, err := newClient(cred.config, c.codec, c.userAgent)
+	if err != nil {
+		a.Reach = fmt.Errorf("%w: no client can be made of %s: %w", ErrNotConfigured, cred.path, err)
+		return a, ""
+	}
+	defer k.close()
+	c.path, c.server = cred.path, cred.server
+	if a.Reach = c.clock(ctx, k, &a); a.Reach != nil {
+		return a, ""
+	}
+	if a.Node, a.User, a.Reach = c.identify(ctx, k, cred); a.Reach != nil {
+		return a, ""
+	}
+	c.identity, c.node = a.User, a.Node
+	if m := c.mismatch.Load(); m != nil {
+		a.Mismatch = m.String()
+	}
+
+	selector := "spec.nodeName=" + a.Node
+	list, err := c.listPods(ctx, k, metav1.ListOptions{FieldSelector: selector, ResourceVersion: "0"})
+	a.List = c.judge(ctx, call{verb: "list", resource: "pods"}, err)
+	a.Watch = c.tryWatch(ctx, k, selector)
+	if a.List != nil {
+		return a, ""
+	}
+	var pods []*pod
+	for i := range list.Items {
+		if !live(&list.Items[i]) {
+			continue
+		}
+		p := convert(&list.Items[i])
+		if pods = append(pods, p); p.hostNetwork {
+			a.HostPods++
+		} else {
+			a.Pods++
+		}
+	}
+	slices.SortStableFunc(pods, func(p, q *pod) int { return p.rank() - q.rank() })
+	p := c.choose(ctx, k, pods, &a)
+	if p == nil {
+		return a, ""
+	}
+	a.Pod, a.ServiceAccount = p.caller.PodName, p.caller.ServiceAccount
+	if c.audience == "" {
+		return a, "" // a token for the API server itself is nobody's business
+	}
+	jwt, a.Mint = c.request(ctx, k, a.ServiceAccount, p)
+	return a, jwt
+}
+
+// clock asks the API server for its version, which tells that it is there, and its clock.
+func (c *Cluster) clock(ctx context.Context, k *client, a *Attempt) error {
+	cctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(cctx, http.MethodGet, k.core.Get().AbsPath("/version").URL().String(), nil)
+	if err != nil {
+		return err
+	}
+	a.Asked = time.Now()
+	res, err := k.http.Do(req)
+	if err != nil {
+		return c.lost(err)
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, 1<<20))
+	_ = res.Body.Close()
+	a.Date, _ = http.ParseTime(res.Header.Get("Date"))
+	if res.StatusCode == http.StatusUnauthorized {
+		return c.lost(fmt.Errorf("the credential of %s is not accepted: %s", a.Kubeconfig, res.Status))
+	}
+	return nil
+}
+
+func (c *Cluster) tryWatch(ctx context.Context, k *client, selector string) error {
+	cctx, cancel := context.WithTimeout(ctx, watchProbe)
+	defer cancel()
+	seconds := int64(1)
+	w, err := c.watch(cctx, k, "", "pods", metav1.ListOptions{FieldSelector: selector, ResourceVersion: "0", TimeoutSeconds: &seconds})
+	if err == nil {
+		w.Stop()
+	}
+	return c.judge(ctx, call{verb: "watch", resource: "pods"}, err)
+}
+
+// choose reads ServiceAccounts until one is linked, and returns a pod of it; else of the first.
+func (c *Cluster) choose(ctx context.Context, k *client, pods []*pod, a *Attempt) (chosen *pod) {
+	looked := map[workload.ServiceAccount]bool{}
+	for _, p := range pods {
+		sa := p.caller.ServiceAccount
+		if looked[sa] {
+			continue
+		}
+		looked[sa] = true
+		obj, err := c.get(ctx, k, sa, false)
+		var account workload.Account
+		if err == nil {
+			account, err = ParseAccount(sa, obj.Annotations)
+		}
+		if chosen == nil || a.Get != nil && err == nil || account.Linked() {
+			chosen, a.Get, a.Account = p, err, account
+		}
+		if account.Linked() || len(looked) == accountsToTry {
+			break
+		}
+	}
+	return chosen
+}

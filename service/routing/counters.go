@@ -1,0 +1,64 @@
+package routing
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// legacyDrops counts the packets that each rule and each policy of the legacy tables has dropped in this network namespace. Without such
+// tables it is empty: asking for one would make it.
+func legacyDrops(ctx context.Context) map[string]uint64 {
+	drops := map[string]uint64{}
+	save := "iptables-legacy-save"
+	if _, err := exec.LookPath(save); err != nil {
+		save = "iptables-save" // a node that has the legacy backend alone
+		if !isLegacy("iptables") {
+			return drops
+		}
+	}
+	for _, table := range []string{"raw", "mangle", "nat", "filter", "security"} {
+		if !legacyTable(table, false) {
+			continue
+		}
+		out, err := exec.CommandContext(ctx, save, "-c", "-t", table).Output()
+		if err == nil {
+			savedDrops(table, string(out), drops)
+		}
+	}
+	return drops
+}
+
+var (
+	savedPolicy = regexp.MustCompile(`^:(\S+) DROP \[(\d+):\d+\]`)
+	savedRule   = regexp.MustCompile(`^\[(\d+):\d+\] -A ((\S+) .*-j (?:DROP|REJECT)\b.*)$`)
+)
+
+// savedDrops reads the text of iptables-save -c.
+func savedDrops(table, text string, drops map[string]uint64) {
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if m := savedPolicy.FindStringSubmatch(line); m != nil {
+			drops[fmt.Sprintf("iptables chain %s of table %s (policy DROP)", m[1], table)], _ = strconv.ParseUint(m[2], 10, 64)
+		}
+		if m := savedRule.FindStringSubmatch(line); m != nil {
+			n, _ := strconv.ParseUint(m[1], 10, 64)
+			drops[fmt.Sprintf("iptables chain %s of table %s (rule: -A %s)", m[3], table, m[2])] += n
+		}
+	}
+}
+
+// risen names the counters that are higher than before, sorted.
+func risen(before, after map[string]uint64) (names []string) {
+	for _, name := range slices.Sorted(maps.Keys(after)) {
+		if after[name] > before[name] {
+			names = append(names, name)
+		}
+	}
+	return names
+}

@@ -1,0 +1,331 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// Programs stand as rules do, without the process that put them up: the link that attaches a program to the cgroup is pinned in the bpf
+// file system, and beside it the program, so that another process can compare what stands with what is wanted.
+//
+//	/sys/fs/bpf/gke-metadata-emulator/ebpf/
+//		connect4_link  connect4_program  connect6_link  …  getpeername6_program
+//
+// Names have no dots: this file system keeps them to itself. Links (Linux 5.7) leave other people's programs at the same cgroup alone, and theirs leave ours.
+type pins struct {
+	dir   string // below a directory in a bpf file system
+	root  string // the root of the cgroup v2 hierarchy
+	hooks []hook
+}
+
+// pins of one mode. What another has pinned is not theirs.
+func (p Plan) pins(mode string, hooks []hook) pins {
+	return pins{dir: filepath.Join(p.BPFDir, mode), root: p.CgroupRoot, hooks: hooks}
+}
+
+// DefaultBPFDir is where programs are pinned, in a directory for each mode.
+const DefaultBPFDir = "/sys/fs/bpf/gke-metadata-emulator"
+
+func (p pins) link(h hook) string    { return filepath.Join(p.dir, h.name+"_link") }
+func (p pins) program(h hook) string { return filepath.Join(p.dir, h.name+"_program") }
+
+// install makes the programs of r stand. One that stands already as it should is not touched; another is replaced at once, so that each
+// connect() sees the old or the new one.
+func (p pins) install(r rewriting) error {
+	if err := p.usable(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return fmt.Errorf("make the directory for eBPF programs: %w", permission(err))
+	}
+	for _, h := range p.hooks {
+		if err := p.installHook(h, r); err != nil {
+			return fmt.Errorf("eBPF program %s: %w", h.name, bpfPermission(err))
+		}
+	}
+	return nil
+}
+
+// usable says what is missing for eBPF programs at all, and the remedy.
+func (p pins) usable() error {
+	if p.root == "" {
+		return errors.New("programs are attached to the root of the cgroup v2 hierarchy, which is not mounted here: boot with systemd.unified_cgroup_hierarchy=1, or use routing mode iptables")
+	}
+	parent := filepath.Dir(filepath.Dir(p.dir))
+	var s unix.Statfs_t
+	if err := unix.Statfs(parent, &s); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("look at %s: %w", parent, permission(err))
+	} else if err != nil || s.Type != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("programs are pinned in a bpf file system, and %s is none: `mount -t bpf bpf %[1]s`, or use routing mode iptables", parent)
+	}
+	return nil
+}
+
+func (p pins) installHook(h hook, r rewriting) error {
+	if p.checkHook(h, r) == nil {
+		return nil
+	}
+	spec, err := r.spec(h)
+	if err != nil {
+		return err
+	}
+	program, err := ebpf.NewProgram(spec)
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	if err := p.attach(h, program); err != nil {
+		return err
+	}
+	// The pin of the program may lag behind its link for a moment, or for good after a crash: then checkHook finds two programs
+	// where one should be.
+	next := p.program(h) + "_next"
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := program.Pin(next); err != nil {
+		return err
+	}
+	return os.Rename(next, p.program(h))
+}
+
+// attach has the pinned link lead to the program, or makes one where there is none, or none that leads anywhere.
+func (p pins) attach(h hook, program *ebpf.Program) error {
+	l, err := link.LoadPinnedLink(p.link(h), nil)
+	if err == nil {
+		defer l.Close()
+		if id, err := cgroupOf(l); err == nil && id == cgroupID(p.root) && id != 0 {
+			return l.Update(program)
+		}
+	}
+	if err := os.Remove(p.link(h)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	cgroup, err := os.Open(p.root)
+	if err != nil {
+		return err
+	}
+	defer cgroup.Close()
+	made, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: program, Attach: h.attach})
+	if errors.Is(err, unix.EPERM) {
+		if others, err := p.attached(h); err == nil && len(others) > 0 {
+			return fmt.Errorf("%s %w, who lets no other program of this kind be attached there (`bpftool cgroup show %[1]s` names it)", p.root, ErrForeign)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("attach to %s: %w", p.root, err)
+	}
+	defer made.Close()
+	return made.Pin(p.link(h))
+}
+
+// check names every program that is not there, or not as it should be.
+func (p pins) check(r rewriting) (errs []error) {
+	if err := p.usable(); err != nil {
+		return []error{err}
+	}
+	for _, h := range p.hooks {
+		if err := p.checkHook(h, r); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errs
+}
+
+func (p pins) checkHook(h hook, r rewriting) error {
+	l, err := link.LoadPinnedLink(p.link(h), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return missing(layerEBPF, "eBPF program %s at %s, pinned as %s", h.name, p.root, p.link(h))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", p.link(h), bpfPermission(err))
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("%s: %w", p.link(h), err)
+	}
+	at := info.Cgroup()
+	if at == nil || ebpf.AttachType(at.AttachType) != h.attach || at.CgroupId != cgroupID(p.root) || at.CgroupId == 0 {
+		return missing(layerEBPF, "eBPF program %s at %s: %s leads nowhere, it was detached by force", h.name, p.root, p.link(h))
+	}
+	program, err := ebpf.LoadPinnedProgram(p.program(h), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return missing(layerEBPF, "eBPF program %s: its pin %s", h.name, p.program(h))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", p.program(h), bpfPermission(err))
+	}
+	defer program.Close()
+	is, err := program.Info()
+	if err != nil {
+		return fmt.Errorf("%s: %w", p.program(h), bpfPermission(err))
+	}
+	if id, _ := is.ID(); id != info.Program {
+		return missing(layerEBPF, "eBPF program %s at %s: number %d is attached, and %s is number %d", h.name, p.root, info.Program, p.program(h), id)
+	}
+	spec, err := r.spec(h)
+	if err != nil {
+		return err
+	}
+	if err := spec.Compatible(is); errors.Is(err, ebpf.ErrProgIncompatible) {
+		return missing(layerEBPF, "eBPF program %s at %s: it is another one, of tag %s", h.name, p.root, is.Tag)
+	} else if err != nil {
+		return err
+	}
+	if r.counts != nil {
+		table, err := r.counts.Info()
+		if err != nil {
+			return err
+		}
+		id, _ := table.ID()
+		if uses, _ := is.MapIDs(); !slices.Contains(uses, id) {
+			return missing(layerEBPF, "eBPF program %s at %s: it counts into another table than number %d", h.name, p.root, id)
+		}
+	}
+	return nil
+}
+
+// remove detaches whatever is pinned in our directory, the redirecting programs first, and takes the directory away.
+func (p pins) remove() error {
+	if _, err := os.Stat(filepath.Dir(p.dir)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var errs []error
+	for _, h := range slices.Backward(p.hooks) {
+		l, err := link.LoadPinnedLink(p.link(h), nil)
+		if err == nil {
+			// To remove the pin alone would leave the program running for some moments more.
+			err = errors.Join(l.Detach(), l.Close())
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("detach eBPF program %s: %w", h.name, bpfPermission(err)))
+		}
+	}
+	if err := errors.Join(append(errs, os.RemoveAll(p.dir))...); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Dir(p.dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return err // ENOTEMPTY: there is another mode's
+	}
+	return nil
+}
+
+// attached are the numbers of all programs at the hook, ours and others', in the order in which they run.
+func (p pins) attached(h hook) (ids []ebpf.ProgramID, err error) {
+	cgroup, err := os.Open(p.root)
+	if err != nil {
+		return nil, err
+	}
+	defer cgroup.Close()
+	found, err := link.QueryPrograms(link.QueryOptions{Target: int(cgroup.Fd()), Attach: h.attach})
+	if err != nil {
+		return nil, bpfPermission(err)
+	}
+	for _, a := range found.Programs {
+		ids = append(ids, a.ID)
+	}
+	return ids, nil
+}
+
+// order says where ours stand among others' programs, "" where there are none of others.
+func (p pins) order() string {
+	var all []string
+	for _, h := range p.hooks {
+		ids, err := p.attached(h)
+		program, err2 := ebpf.LoadPinnedProgram(p.program(h), nil)
+		if err != nil || err2 != nil {
+			continue // which check says better
+		}
+		if info, err := program.Info(); err == nil && len(ids) > 1 {
+			id, _ := info.ID()
+			all = append(all, fmt.Sprintf("%s %d of %d", h.name, slices.Index(ids, id)+1, len(ids)))
+		}
+		_ = program.Close()
+	}
+	return strings.Join(all, ", ")
+}
+
+// cgroupOf is the id of the cgroup that the link attaches to, 0 if it was detached.
+func cgroupOf(l link.Link) (uint64, error) {
+	info, err := l.Info()
+	if err != nil {
+		return 0, err
+	}
+	if c := info.Cgroup(); c != nil {
+		return c.CgroupId, nil
+	}
+	return 0, nil
+}
+
+// cgroupID is the id of the cgroup, by which the kernel and programs call it: the inode of its directory. 0 if it is not there.
+func cgroupID(path string) uint64 {
+	var s unix.Stat_t
+	if unix.Stat(path, &s) != nil {
+		return 0
+	}
+	return s.Ino
+}
+
+// cgroupIDs are those of the cgroups below the root that are there.
+func cgroupIDs(root string, cgroups []string) (ids []uint64) {
+	for _, c := range cgroups {
+		if id := cgroupID(filepath.Join(root, c)); id != 0 { // which is what programs get for a level that is not there
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// bpfPermission makes plain what the kernel's refusal means.
+func bpfPermission(err error) error {
+	var verifier *ebpf.VerifierError
+	if errors.As(err, &verifier) || !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) {
+		return err // the verifier says EACCES too: the program is at fault, which is ours
+	}
+	return &deniedError{err}
+}
+
+// deniedError is ErrPermission in the words of mode ebpf.
+type deniedError struct{ error }
+
+func (e *deniedError) Is(target error) bool { return target == ErrPermission }
+func (e *deniedError) Unwrap() error        { return e.error }
+func (e *deniedError) Error() string {
+	return "needs root with CAP_BPF and CAP_NET_ADMIN (a security module or a sandbox may deny it even then: use another routing mode): " + e.error.Error()
+}
+
+// hostNetwork is the cookie of the calling thread's network namespace.
+func hostNetwork() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if errors.Is(err, unix.ENOPROTOOPT) {
+		return 0, errors.New("programs at connect() need Linux 5.14 or newer: use routing mode iptables")
+	}
+	return cookie, err
+}
+
+// allAttached is attached for every hook.
+func (p pins) allAttached() (all [][]ebpf.ProgramID, err error) {
+	for _, h := range p.hooks {
+		ids, err := p.attached(h)
+		if err != nil {
+			return nil, fmt.Errorf("what is attached to %s at %s: %w", h.name, p.root, err)
+		}
+		all = append(all, ids)
+	}
+	return all, nil
+}

@@ -1,0 +1,190 @@
+package routing
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by it.
+type Examination struct {
+	Rules   error    // what Check says; ErrPermission is wrapped where the firewall cannot be read
+	Guard   []string // faults of the guard alone, which needs no privilege to be read
+	Uplinks []Uplink
+	Remarks []string // on interfaces that an operator should look at
+
+	Local      bool       // the listen address is the node's own, or will be
+	Holder     ListenedBy // who listens there
+	CgroupV2   string     // where the hierarchy is mounted; "" = it is not
+	HostSlices []string   // the host's own cgroups that exist
+	IPv6       bool       // the node has IPv6
+
+	Redirected *uint64  // connections that the rule which redirects has counted; nil: that cannot be read, or the mode counts none
+	Policies   []string // base chains on the way to the emulator that drop what they do not accept; nil without the privilege
+	Facts      Facts
+}
+
+// Uplink is an interface from which no pod of this node speaks, and why it is taken for one.
+type Uplink struct{ Name, Why string }
+
+// Examine looks at the node in the network namespace of the calling thread. state is what was installed last.
+func Examine(ctx context.Context, p Plan, state State) Examination {
+	p, err := p.checked()
+	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: haveIPv6(), CgroupV2: cgroup2(), HostSlices: existing(cgroup2(), hostCgroups())}
+	r := &router{plan: p, hostCgroups: hostCgroups()}
+	if err == nil {
+		x.Rules = r.Check(ctx)
+	}
+	s, _ := r.look(false) // what it could not read, whyUplinks says
+	for _, err := range checkGuard(p, s) {
+		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
+	}
+	x.Uplinks, x.Remarks = whyUplinks(p)
+	if p.Closed {
+		return x
+	}
+	if l, err := readAddress(p.Listen.Addr()); err == nil {
+		x.Local = l.local || l.wants(p.Listen.Addr()) || p.Mode == ModeLoopback // there it is for pods alone
+	}
+	x.Holder = Listener(p.Listen)
+	x.Redirected = redirected(ctx, p, state)
+	x.Policies = dropPolicies(ctx, x.Local)
+	return x
+}
+
+func whyUplinks(p Plan) (found []Uplink, remarks []string) {
+	if len(p.Uplinks) > 0 {
+		for _, name := range p.Uplinks {
+			found = append(found, Uplink{name, "routing.uplinks"})
+		}
+		return found, nil
+	}
+	devices, err := readDevices()
+	if err != nil {
+		return nil, []string{err.Error()}
+	}
+	names, remarks := uplinks(devices)
+	for _, name := range names {
+		i := slices.IndexFunc(devices, func(d device) bool { return d.name == name })
+		found = append(found, Uplink{name, devices[i].why()})
+	}
+	return found, remarks
+}
+
+// why says what makes an uplink of a device that is one.
+func (d device) why() string {
+	switch {
+	case d.defaultRoute:
+		return "default route"
+	case d.nodeAddress:
+		return "the node's address"
+	case d.kind == "":
+		return "hardware"
+	}
+	return d.kind
+}
+
+var counter = regexp.MustCompile(` -c (\d+) \d+ `)
+
+// redirected reads the counter of the rule that redirects pods.
+func redirected(ctx context.Context, p Plan, state State) *uint64 {
+	switch {
+	case p.Mode == ModeNFTables:
+		return redirectedByNFTables()
+	case p.Mode != ModeIPTables || state.Command == "":
+		return nil
+	}
+	if isLegacy(state.Command) && !legacyTable("nat", false) {
+		return nil // and listing it would make it
+	}
+	out, err := start(ctx, "", state.Command, "--wait", lockSeconds, "-t", "nat", "-v", "-S", "GME-PRE").end()
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(out) {
+		if m := counter.FindStringSubmatch(line); m != nil && strings.Contains(line, "-j DNAT") {
+			if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
+				return &n
+			}
+		}
+	}
+	return nil
+}
+
+func redirectedByNFTables() *uint64 {
+	rules, err := nftRules(unix.NFPROTO_IPV4, nftTable, "prerouting")
+	if err != nil {
+		return nil
+	}
+	for _, m := range rules {
+		for _, e := range attributes(attribute(m, unix.NFTA_RULE_EXPRESSIONS)) {
+			if unix.ByteSliceToString(within(e.value, unix.NFTA_EXPR_NAME)) != "counter" {
+				continue
+			}
+			if packets := within(within(e.value, unix.NFTA_EXPR_DATA), unix.NFTA_COUNTER_PACKETS); len(packets) == 8 {
+				n := binary.BigEndian.Uint64(packets)
+				return &n
+			}
+		}
+	}
+	return nil
+}
+
+// dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy iptables, that drop by their policy what
+// goes to an emulator of this node, or is forwarded to one elsewhere.
+func dropPolicies(ctx context.Context, local bool) (names []string) {
+	hook, legacy := uint32(unix.NF_INET_FORWARD), "FORWARD"
+	if local {
+		hook, legacy = unix.NF_INET_LOCAL_IN, "INPUT"
+	}
+	chains, err := askNFT(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, unix.NFT_MSG_NEWCHAIN, unix.AF_UNSPEC)
+	if err != nil {
+		return nil
+	}
+	names = []string{}
+	for _, c := range chains {
+		policy := attribute(c, unix.NFTA_CHAIN_POLICY)
+		family := nftFamily(c)
+		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" {
+			continue
+		}
+		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
+			continue
+		}
+		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE)), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))))
+	}
+	for name := range legacyDrops(ctx) {
+		if strings.HasPrefix(name, "iptables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {
+			names = append(names, strings.TrimSuffix(name, " (policy DROP)"))
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Faults are the lines of what Check said, without the word that they all begin with.
+func Faults(err error) (lines []string) {
+	if err == nil {
+		return nil
+	}
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		lines = append(lines, strings.TrimPrefix(line, ErrMissing.Error()+": "))
+	}
+	return lines
+}
+
+// NotPermitted says whether the error is that of a process without the privilege.
+func NotPermitted(err error) bool {
+	return errors.Is(err, ErrPermission) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
+}
+
+// MetadataServer is where clients send their requests.
+func MetadataServer() netip.AddrPort { return metadataServer }

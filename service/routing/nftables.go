@@ -1,0 +1,336 @@
+package routing
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/userdata"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever else knows only iptables leave alone.
+// It is put up and read by netlink, without a process: about a millisecond.
+type nfTables struct {
+	plan  Plan
+	good  string // what stood when all was right; "": it is not known
+	since uint32 // the generation of nf_tables at which good was read
+}
+
+func (m *nfTables) command() string                  { return "" }
+func (m *nfTables) wakes() (c causes, silent string) { return causeNFTables, "" }
+func (m *nfTables) forget()                          { m.good = "" }
+
+func (m *nfTables) changed() bool {
+	g, err := generation()
+	if err == nil && m.good != "" && g == m.since {
+		return false
+	}
+	now, readErr := readNFTables()
+	if err != nil || readErr != nil || m.good == "" || now.print() != m.good {
+		return true
+	}
+	m.since = g
+	return false
+}
+
+func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
+	m.check(ctx, s)
+	now, err := readNFTables()
+	if err != nil {
+		return nil, err
+	}
+	way := "forward" // where nothing is redirected
+	if m.plan.dnats() {
+		way = "prerouting"
+	}
+	if len(now[0].rules[way]) == 0 {
+		flushed = []string{layerNFTables}
+	}
+	return flushed, foreignRedirections(ctx)
+}
+
+// put replaces all in one transaction, so that a packet sees the rules of before or of after.
+func (m *nfTables) put(ctx context.Context, s surroundings) error {
+	if m.good != "" && !m.changed() {
+		return nil
+	}
+	before, err := readNFTables()
+	if err != nil {
+		return err
+	}
+	c := &nftables.Conn{}
+	for _, six := range []bool{false, true} {
+		chains, err := nftChainsFor(m.plan, s, six)
+		if err != nil {
+			return err
+		}
+		t := &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}
+		if len(chains) == 0 && !before.of(six).exists {
+			continue
+		}
+		c.AddTable(t) // else it could not be deleted
+		c.DelTable(t)
+		if len(chains) > 0 {
+			c.AddTable(t)
+		}
+		for _, chain := range chains {
+			policy, priority := nftables.ChainPolicyAccept, nftables.ChainPriority(chain.priority)
+			to := c.AddChain(&nftables.Chain{Name: chain.name, Table: t, Type: nftables.ChainType(chain.kind), Hooknum: hooks[chain.hook], Priority: &priority, Policy: &policy})
+			for _, r := range chain.rules {
+				c.AddRule(&nftables.Rule{Table: t, Chain: to, Exprs: r.exprs, UserData: userdata.Append(nil, markType, []byte(r.mark))})
+			}
+		}
+	}
+	if err := c.Flush(); err != nil {
+		hint := ""
+		if s.hostPods {
+			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: set routing.interceptHostPods to off, or routing.mode to iptables)"
+		}
+		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
+	}
+	if m.plan.dnats() && len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
+		if err := forgetEstablished(m.plan, s); err != nil {
+			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
+		}
+	}
+	return nil
+}
+
+// markType is the type of the userdata that holds a rule's mark: none that nft knows, so that it passes over it.
+const markType userdata.Type = 77
+
+func (m *nfTables) check(_ context.Context, s surroundings) (errs []error) {
+	m.good = ""
+	g, err := generation()
+	if err != nil {
+		return []error{fmt.Errorf("ask nf_tables: %w", permission(err))}
+	}
+	now, err := readNFTables()
+	if err != nil {
+		return []error{err}
+	}
+	for _, six := range []bool{false, true} {
+		family := map[bool]string{false: "ip", true: "ip6"}[six]
+		chains, err := nftChainsFor(m.plan, s, six)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a cgroup that went away this moment: the next look does not ask for it
+		} else if err != nil {
+			return append(errs, err)
+		}
+		errs = append(errs, now.of(six).compare(family, chains)...)
+	}
+	if len(errs) == 0 {
+		m.good, m.since = now.print(), g
+	}
+	return errs
+}
+
+// compare names what is not there, too much, or in the wrong order.
+func (t standingTable) compare(family string, chains []nftChain) (errs []error) {
+	fault := func(format string, args ...any) {
+		errs = append(errs, missing(layerNFTables, "nft "+format, args...))
+	}
+	if len(chains) == 0 {
+		if t.exists {
+			fault("table %s %s should not be there any more", family, nftTable)
+		}
+		return errs
+	}
+	rules := map[string][]standingRule{}
+	for name, of := range t.rules {
+		rules[name] = of
+	}
+	for _, c := range chains {
+		if head := t.heads[c.name]; head != c.head() {
+			fault("add chain %s %s %s { %s }", family, nftTable, c.name, c.head())
+		}
+		var have, want []string
+		for _, r := range rules[c.name] {
+			have = append(have, r.mark)
+		}
+		for _, r := range c.rules {
+			if want = append(want, r.mark); !slices.Contains(have, r.mark) {
+				fault("add rule %s %s %s %s", family, nftTable, c.name, r.text)
+			}
+		}
+		before := len(errs)
+		for _, r := range rules[c.name] {
+			if !slices.Contains(want, r.mark) {
+				fault("rule %s %s %s handle %d should not be there", family, nftTable, c.name, r.handle)
+			}
+		}
+		if len(errs) == before && len(have) >= len(want) && !slices.Equal(have, want) {
+			fault("the rules of %s %s %s are doubled or not in order", family, nftTable, c.name)
+		}
+		delete(rules, c.name)
+	}
+	for name := range rules {
+		fault("chain %s %s %s should not be there", family, nftTable, name)
+	}
+	return errs
+}
+
+// standingTable is what stands of our table in one family.
+type standingTable struct {
+	exists bool
+	flags  string            // with the table's handle: whether it is dormant
+	heads  map[string]string // of the chains that we know of, as nftChain.head
+	rules  map[string][]standingRule
+}
+
+type standingRule struct {
+	mark   string // "" is a rule of somebody else's
+	handle uint64
+}
+
+// standingTables are those of families ip and ip6.
+type standingTables [2]standingTable
+
+func (s standingTables) of(six bool) standingTable {
+	if six {
+		return s[1]
+	}
+	return s[0]
+}
+
+// print tells whether anything is other than it was.
+func (s standingTables) print() string { return fmt.Sprint(s) }
+
+func readNFTables() (s standingTables, err error) {
+	for i, six := range []bool{false, true} {
+		if s[i], err = readNFTable(xtablesFamily(six)); err != nil {
+			return s, fmt.Errorf("read table %s: %w", nftTable, permission(err))
+		}
+	}
+	return s, nil
+}
+
+func readNFTable(family uint8) (t standingTable, err error) {
+	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, family, nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(nftTable)))
+	if errors.Is(err, unix.ENOENT) {
+		return t, nil
+	}
+	if err != nil {
+		return t, err
+	}
+	t = standingTable{exists: true, heads: map[string]string{}, rules: map[string][]standingRule{}}
+	for _, m := range tables {
+		t.flags = fmt.Sprintf("%x %x", attribute(m, nftaTableHandle), attribute(m, unix.NFTA_TABLE_FLAGS))
+		if f := attribute(m, unix.NFTA_TABLE_FLAGS); len(f) == 4 && binary.BigEndian.Uint32(f)&unix.NFT_TABLE_F_DORMANT != 0 {
+			return t, nil // as if nothing were in it
+		}
+	}
+	for _, name := range []string{"raw", "forward", "input", "output", "prerouting"} {
+		chains, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, family,
+			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(nftTable)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return t, err
+		}
+		for _, m := range chains {
+			t.heads[name], t.rules[name] = parseNFTChain(m), nil
+		}
+	}
+	rules, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(nftTable)))
+	for _, m := range rules {
+		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != nftTable { // old kernels tell all rules of the family
+			continue
+		}
+		name := unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_CHAIN))
+		t.rules[name] = append(t.rules[name], parseMarked(m))
+	}
+	return t, err
+}
+
+// parseNFTChain reads a base chain's message into the words of nftChain.head.
+func parseNFTChain(message []byte) string {
+	hook := attribute(message, unix.NFTA_CHAIN_HOOK)
+	number, priority := within(hook, unix.NFTA_HOOK_HOOKNUM), within(hook, unix.NFTA_HOOK_PRIORITY)
+	policy := attribute(message, unix.NFTA_CHAIN_POLICY)
+	if len(number) != 4 || len(priority) != 4 || len(policy) != 4 {
+		return "no base chain"
+	}
+	c := nftChain{kind: unix.ByteSliceToString(attribute(message, unix.NFTA_CHAIN_TYPE)), hook: "?", priority: int(int32(binary.BigEndian.Uint32(priority)))}
+	for name, n := range hooks {
+		if uint32(*n) == binary.BigEndian.Uint32(number) {
+			c.hook = name
+		}
+	}
+	if nftables.ChainPolicy(binary.BigEndian.Uint32(policy)) != nftables.ChainPolicyAccept {
+		return c.head() + " but with another policy"
+	}
+	return c.head()
+}
+
+// parseMarked reads a rule's handle, and our mark of it.
+func parseMarked(message []byte) (r standingRule) {
+	if h := attribute(message, unix.NFTA_RULE_HANDLE); len(h) == 8 {
+		r.handle = binary.BigEndian.Uint64(h)
+	}
+	// A list of type, length, value, of one byte each but for the value.
+	for u := attribute(message, unix.NFTA_RULE_USERDATA); len(u) >= 2 && len(u) >= 2+int(u[1]); u = u[2+int(u[1]):] {
+		if userdata.Type(u[0]) == markType {
+			r.mark = string(u[2 : 2+int(u[1])])
+		}
+	}
+	return r
+}
+
+// removeNFTables deletes our tables. A kernel without nf_tables has none.
+func removeNFTables(context.Context, Plan) error {
+	c := &nftables.Conn{}
+	some := false
+	for _, six := range []bool{false, true} {
+		t, err := readNFTable(xtablesFamily(six))
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read table %s: %w", nftTable, permission(err))
+		}
+		if t.exists {
+			some = true
+			c.DelTable(&nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))})
+		}
+	}
+	if !some {
+		return nil
+	}
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("delete table %s: %w", nftTable, permission(err))
+	}
+	return nil
+}
+
+// nftablesText is what put does, as nft reads it.
+func nftablesText(p Plan, s surroundings) (string, error) {
+	var b strings.Builder
+	for _, six := range []bool{false, true} {
+		chains, err := nftChainsFor(p, s, six)
+		if err != nil {
+			return "", err
+		}
+		if len(chains) > 0 {
+			fmt.Fprintf(&b, "\n# the way to the emulator\nnft -f - <<'END'\n%sEND\n", nftText(chains, map[bool]string{false: "ip", true: "ip6"}[six]))
+		}
+	}
+	return strings.Replace(b.String(), "# the way to the emulator\nnft -f - <<'END'\nadd table ip6", "# the guard of the other family\nnft -f - <<'END'\nadd table ip6", 1), nil
+}
+
+func inode(info fs.FileInfo) (uint64, error) {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, fmt.Errorf("%s has no inode", info.Name())
+	}
+	return st.Ino, nil
+}

@@ -1,0 +1,189 @@
+package routing
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// observeMode is mode observe (U-36): mode ebpf's programs count who connects to 169.254.169.254:80, by cgroup, and change nothing. Of what all
+// modes share there is the listen address only, so that the service finds itself; no guard.
+type observeMode struct {
+	pins
+	plan Plan
+	good [][]ebpf.ProgramID // by hook, what was attached when all was last found right; nil: not known
+}
+
+// Observation is how often the processes of one cgroup connected to the metadata server since mode observe was installed.
+type Observation struct {
+	Cgroup      string `json:"cgroup"`                // from the root of the hierarchy; "" if it is gone
+	HostNetwork bool   `json:"hostNetwork,omitempty"` // it did so from the host's network namespace, and from outside the host's own slices
+	Connects    uint64 `json:"connects"`
+}
+
+// observedAtMost bounds the kernel's table: of more cgroups than that the ones that asked longest ago are forgotten.
+const observedAtMost = 4096
+
+// publishedAtMost bounds the file of the state. All of them are Observed's.
+const publishedAtMost = 200
+
+// count is a key of the table, as the programs write it.
+type count struct{ Cgroup, Network uint64 }
+
+func openObserve(p Plan) (*observeMode, error) {
+	m := &observeMode{pins: p.pins(ModeObserve, observeHooks), plan: p}
+	return m, m.usable()
+}
+
+func (m *observeMode) command() string { return "" }
+func (m *observeMode) wakes() (c causes, silent string) {
+	return causeEBPF, detaching
+}
+func (m *observeMode) forget()       { m.good = nil }
+func (m *observeMode) table() string { return filepath.Join(m.dir, "counts") }
+
+// counting is what the programs do here; without the table, which is nil, they cannot.
+func (m *observeMode) counting(s surroundings, table *ebpf.Map) (r rewriting, err error) {
+	r = rewriting{counts: table, hostPods: len(s.slices) > 0, spared: cgroupIDs(m.root, s.slices)}
+	r.hostNet, err = hostNetwork()
+	return r, err
+}
+
+func (m *observeMode) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
+	return layers(m.check(ctx, s)), nil
+}
+
+func (m *observeMode) put(_ context.Context, s surroundings) error {
+	table, err := ebpf.LoadPinnedMap(m.table(), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		table, err = m.newTable()
+	}
+	if err != nil {
+		return fmt.Errorf("table of mode observe: %w", bpfPermission(err))
+	}
+	defer table.Close()
+	r, err := m.counting(s, table)
+	if err != nil {
+		return err
+	}
+	return m.install(r)
+}
+
+func (m *observeMode) newTable() (*ebpf.Map, error) {
+	if err := os.MkdirAll(m.dir, 0o700); err != nil {
+		return nil, err
+	}
+	table, err := ebpf.NewMap(&ebpf.MapSpec{Name: "gme_counts", Type: ebpf.LRUHash, KeySize: uint32(binary.Size(count{})), ValueSize: 8, MaxEntries: observedAtMost})
+	if err != nil {
+		return nil, err
+	}
+	if err := table.Pin(m.table()); err != nil {
+		return nil, errors.Join(err, table.Close())
+	}
+	return table, nil
+}
+
+func (m *observeMode) check(_ context.Context, s surroundings) []error {
+	m.good = nil
+	table, err := ebpf.LoadPinnedMap(m.table(), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []error{missing(layerEBPF, "eBPF table, pinned as %s", m.table())}
+	}
+	if err != nil {
+		return []error{fmt.Errorf("%s: %w", m.table(), bpfPermission(err))}
+	}
+	defer table.Close()
+	r, err := m.counting(s, table)
+	if err != nil {
+		return []error{err}
+	}
+	before, err := m.allAttached()
+	if err != nil {
+		return []error{err}
+	}
+	errs := m.pins.check(r)
+	if len(errs) == 0 {
+		m.good = before
+	}
+	return errs
+}
+
+func (m *observeMode) changed() bool {
+	if m.good == nil {
+		return true
+	}
+	now, err := m.allAttached()
+	return err != nil || !reflect.DeepEqual(now, m.good)
+}
+
+// Observed reads what mode observe has counted, the most first. It needs the right to read the kernel's table.
+func Observed(p Plan) ([]Observation, error) {
+	p, err := p.checked()
+	if err != nil {
+		return nil, err
+	}
+	m, err := openObserve(p)
+	if err != nil {
+		return nil, err
+	}
+	return m.observed()
+}
+
+func (m *observeMode) observed() (all []Observation, err error) {
+	table, err := ebpf.LoadPinnedMap(m.table(), &ebpf.LoadPinOptions{ReadOnly: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("nothing is counted: %w: mode %s is not installed", ErrMissing, ModeObserve)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", m.table(), bpfPermission(err))
+	}
+	defer table.Close()
+	host, err := hostNetwork()
+	if err != nil {
+		return nil, err
+	}
+	names := cgroupNames(m.root)
+	found := map[Observation]uint64{} // a pod has several network namespaces if it makes them
+	var key count
+	var times uint64
+	for entries := table.Iterate(); entries.Next(&key, &times); err = entries.Err() {
+		found[Observation{Cgroup: names[key.Cgroup], HostNetwork: key.Network == host}] += times
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrIterationAborted) { // aborted: the table changed too fast, and what was read is good
+		return nil, err
+	}
+	for o, times := range found {
+		o.Connects = times
+		all = append(all, o)
+	}
+	slices.SortFunc(all, func(a, b Observation) int {
+		return cmp.Or(cmp.Compare(b.Connects, a.Connects), strings.Compare(a.Cgroup, b.Cgroup))
+	})
+	return all, nil
+}
+
+// cgroupNames are the paths of all cgroups below the root, by id.
+func cgroupNames(root string) map[uint64]string {
+	names := map[uint64]string{}
+	_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			var s unix.Stat_t
+			if unix.Stat(path, &s) == nil {
+				names[s.Ino] = "/" + strings.TrimPrefix(strings.TrimPrefix(path, root), "/")
+			}
+		}
+		return nil // one that is gone meanwhile has no name
+	})
+	return names
+}

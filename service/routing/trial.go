@@ -1,0 +1,183 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"runtime"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Trial is a pod that is none: a network namespace without a name, connected to the node as Calico and the cloud CNIs connect pods
+// (K-08). What connects from it goes the way of a pod's packets, through everybody's rules.
+//
+// The node gets an interface and a route to one address, and no address, sysctl or rule. The namespace lives as long as this process
+// holds it; with it the kernel takes away all the rest, also when the process is killed.
+type Trial struct {
+	Addr netip.Addr // the pod's
+	Link string     // the node's end
+
+	node, pod netns.NsHandle
+	linked    bool
+}
+
+// trialLink is the interface's name. Two trials at once are one too many.
+const trialLink = "gme-doctor"
+
+var (
+	// trialAddr is of the range for benchmarks (RFC 2544), which nobody routes.
+	trialAddr = netip.AddrFrom4([4]byte{198, 18, 169, 254})
+	// trialGateway is nobody's: the pod knows its hardware address, so no sysctl has to make the node answer for it.
+	trialGateway = netip.AddrFrom4([4]byte{169, 254, 1, 1})
+)
+
+// NewTrial makes one beside the network namespace of the calling thread. ErrPermission is wrapped where that is not allowed.
+func NewTrial() (_ *Trial, err error) {
+	t := &Trial{Addr: trialAddr, Link: trialLink, node: netns.None(), pod: netns.None()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("make a throw-away network namespace: %w", permission(err)), t.Close())
+		}
+	}()
+	runtime.LockOSThread()
+	if t.node, err = netns.Get(); err != nil {
+		runtime.UnlockOSThread()
+		return t, err
+	}
+	if t.pod, err = netns.New(); err != nil { // moves this thread
+		runtime.UnlockOSThread()
+		return t, err
+	}
+	if err := netns.Set(t.node); err != nil {
+		return t, err // the thread stays locked, and ends with its goroutine
+	}
+	defer runtime.UnlockOSThread()
+	return t, t.connect()
+}
+
+// connect makes the two ends of the pod's link.
+func (t *Trial) connect() error {
+	la := netlink.NewLinkAttrs()
+	la.Name = t.Link
+	veth := &netlink.Veth{LinkAttrs: la, PeerName: "eth0", PeerNamespace: netlink.NsFd(t.pod)}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return fmt.Errorf("ip link add %s type veth: %w", t.Link, err)
+	}
+	t.linked = true
+	here, err := netlink.LinkByName(t.Link)
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(here); err != nil {
+		return fmt.Errorf("ip link set %s up: %w", t.Link, err)
+	}
+	pod, err := netlink.NewHandleAt(t.pod, unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer pod.Close()
+	there, err := pod.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	index := there.Attrs().Index
+	for _, step := range []func() error{
+		func() error { return pod.LinkSetUp(there) },
+		func() error { return pod.AddrAdd(there, &netlink.Addr{IPNet: hostNet(t.Addr)}) },
+		func() error {
+			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: trialGateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+		},
+		func() error {
+			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: trialGateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
+		},
+		func() error {
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: hostNet(t.Addr), Scope: netlink.SCOPE_LINK})
+		},
+		func() error { // the first packet is to find the pod's address, too
+			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: t.Addr.AsSlice(), HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+		},
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Dial connects from the pod. The address is an IP address and a port.
+func (t *Trial) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	err = t.in(t.pod, func() error {
+		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
+}
+
+// in runs f with this thread in the namespace.
+func (t *Trial) in(there netns.NsHandle, f func() error) error {
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer func() { _ = home.Close() }()
+	if err := netns.Set(there); err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	err = f()
+	if back := netns.Set(home); back != nil {
+		return errors.Join(err, back) // the thread stays locked, and ends with its goroutine
+	}
+	runtime.UnlockOSThread()
+	return err
+}
+
+// Dropped says who drops what the pod sends, or what is sent back to it, while try runs: nf_tables' tracing tells for its chains, those of
+// iptables-nft among them, and counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
+func (t *Trial) Dropped(ctx context.Context, try func()) (by []string, err error) {
+	err = t.in(t.node, func() error {
+		before := legacyDrops(ctx)
+		trace, traceErr := startTrace(t.Addr, t.Link)
+		try()
+		if traceErr == nil {
+			by, traceErr = trace.drops(200 * time.Millisecond)
+			traceErr = errors.Join(traceErr, trace.close())
+		}
+		by = append(by, risen(before, legacyDrops(ctx))...)
+		if len(by) > 0 || errors.Is(traceErr, unix.ENOENT) || errors.Is(traceErr, unix.EOPNOTSUPP) || errors.Is(traceErr, unix.EPROTONOSUPPORT) {
+			return nil // a kernel without nf_tables has none of its chains
+		}
+		return traceErr
+	})
+	return by, err
+}
+
+// Close takes all away.
+func (t *Trial) Close() error {
+	var errs []error
+	if t.linked { // at once, where the kernel would take its time to free the namespace
+		t.linked = false
+		errs = append(errs, t.in(t.node, func() error {
+			l, err := netlink.LinkByName(t.Link)
+			if err != nil {
+				return err
+			}
+			return netlink.LinkDel(l)
+		}))
+	}
+	if t.node.IsOpen() {
+		errs = append(errs, t.node.Close())
+	}
+	if t.pod.IsOpen() {
+		errs = append(errs, t.pod.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,226 @@
+package routing
+
+import (
+	"bufio"
+	"context"
+	"net"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// try asks the metadata server from a throw-away pod on the bed's node, and returns who answered and who dropped.
+func (b *bed) try(t *testing.T) (answer string, dropped []string) {
+	t.Helper()
+	ask := func(trial *Trial, wait time.Duration) string {
+		ctx, cancel := context.WithTimeout(t.Context(), wait)
+		defer cancel()
+		c, err := trial.Dial(ctx, "tcp", metadataServer.String())
+		if err != nil {
+			return ""
+		}
+		defer func() { _ = c.Close() }()
+		answer, _ := talk(c, wait)
+		return answer
+	}
+	if err := b.Do(func() error {
+		trial, err := NewTrial()
+		if err != nil {
+			return err
+		}
+		if answer = ask(trial, short); answer != emulator {
+			dropped, err = trial.Dropped(t.Context(), func() { answer = ask(trial, short) })
+		} else {
+			answer = ask(trial, long)
+		}
+		if closed := trial.Close(); closed != nil {
+			t.Error(closed)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return answer, dropped
+}
+
+// R-30: a connection from a throw-away namespace tells what a check of our own rules cannot, names the chain, and leaves no trace.
+func TestTrial(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		netnstest.Needs(t, "nft")
+		b.install(b.plan)
+		nft := b.plan.Binary == "iptables-nft"
+		for _, c := range []struct {
+			name, rules, undo string
+			want              []string // of the nft backend, and of the legacy one
+		}{
+			{name: "nothing is in the way"},
+			{"a later chain with policy drop", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; policy drop; }'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (policy drop)", "nft chain inet foreign late (policy drop)"}},
+			{"a rule of a later chain", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late tcp dport 988 counter drop'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (rule: tcp dport 988 drop)", "nft chain inet foreign late (rule: tcp dport 988 drop)"}},
+			{"a rejection", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late tcp dport 988 reject with tcp reset'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)", "nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)"}},
+			{"the way back", "nft 'add table inet foreign; add chain inet foreign back { type filter hook output priority filter; }; add rule inet foreign back oifname gme-doctor drop'", "nft delete table inet foreign",
+				[]string{`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`, `nft chain inet foreign back (rule: oifname "gme-doctor" drop)`}},
+			{"iptables INPUT before ours", "iptables -I INPUT -i gme-doctor -j DROP", "iptables -D INPUT -i gme-doctor -j DROP",
+				[]string{`nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`, "iptables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"}},
+			{"iptables OUTPUT policy", "iptables -P OUTPUT DROP", "iptables -P OUTPUT ACCEPT",
+				[]string{"nft chain ip filter OUTPUT (policy drop)", "iptables chain OUTPUT of table filter (policy DROP)"}},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				b.t = t
+				before := b.ruleset()
+				if c.rules != "" {
+					b.sh(c.rules)
+					defer b.sh(c.undo)
+				}
+				standing := b.ruleset()
+				answer, dropped := b.try(t)
+				if c.want == nil {
+					if answer != emulator {
+						t.Errorf("%q answered, want %q", answer, emulator)
+					}
+				} else if want := c.want[map[bool]int{true: 0, false: 1}[nft]]; answer != "" || !slices.Contains(dropped, want) {
+					t.Errorf("%q answered, and dropped by %q, want %q", answer, dropped, want)
+				}
+				b.same("after the trial", b.ruleset(), standing)
+				if c.want == nil {
+					b.same("after the trial", b.ruleset(), before)
+				}
+			})
+		}
+		b.t = t
+
+		// Nothing of ours stands: the cloud is out of the trial's reach, or not, but it is not the emulator that answers.
+		b.remove(b.plan)
+		if answer, dropped := b.try(t); answer == emulator || len(dropped) > 0 {
+			t.Errorf("without rules %q answered, and dropped by %q", answer, dropped)
+		}
+	})
+}
+
+// A kernel without owners of tables, on which doctor was killed: the table that is left is replaced, and then goes.
+func TestTrialFindsATableThatIsLeft(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	netnstest.Needs(t, "nft")
+	b.install(b.plan)
+	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
+	before := b.ruleset()
+	if err := b.Do(func() error {
+		s, err := nl.Subscribe(unix.NETLINK_NETFILTER)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return (&trace{socket: s}).transaction(traceRules(trialLink, 0))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if text := b.sh("nft list ruleset"); !strings.Contains(text, traceTable) || !strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
+		t.Fatal(text)
+	}
+	if _, dropped := b.try(t); !slices.Contains(dropped, `nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`) {
+		t.Errorf("dropped by %q", dropped)
+	}
+	b.same("after the trial", b.ruleset(), before)
+}
+
+// Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its link and its table away.
+func TestTrialIsKilled(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	netnstest.Needs(t, "nft")
+	before := b.ruleset()
+	cmd := b.play("trial", "", b.self())
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = stdin.Close() }()
+	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial <nil>\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	if during := b.ruleset(); !strings.Contains(during, traceTable) || !strings.Contains(during, trialLink) {
+		t.Errorf("no trial:\n%s", during)
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	for deadline := time.Now().Add(long); b.ruleset() != before && time.Now().Before(deadline); {
+		runtime.Gosched()
+	}
+	b.same("after the kill", b.ruleset(), before)
+}
+
+// The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain may be in the way.
+func TestTrialIsForwarded(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		elsewhere, err := b.AddPod("emulator")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.plan.Listen = netip.AddrPortFrom(elsewhere.Addr, 8080)
+		b.serve(elsewhere, b.plan.Listen.String(), emulator)
+		b.install(b.plan)
+		if answer, dropped := b.try(t); answer != emulator {
+			t.Fatalf("%q answered, and dropped by %q", answer, dropped)
+		}
+		b.sh("iptables -P FORWARD DROP; iptables -I FORWARD 1 -i gme-doctor -j DROP")
+		_, dropped := b.try(t)
+		if len(dropped) == 0 || !strings.Contains(dropped[0], "FORWARD") || !strings.Contains(dropped[0], "(rule: ") {
+			t.Errorf("dropped by %q", dropped)
+		}
+	})
+}
+
+// Whatever ends a trial, nothing of it stays: here its namespace and link are gone with the process, or with Close.
+func TestTrialLeavesNothing(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	before := b.ruleset()
+	if err := b.Do(func() error {
+		for range 3 { // again and again
+			trial, err := NewTrial()
+			if err != nil {
+				return err
+			}
+			if _, err := NewTrial(); err == nil {
+				t.Error("two trials at once")
+			}
+			if _, err := net.InterfaceByName(trial.Link); err != nil {
+				t.Error(err) // the second, which failed, took the first one's link away
+			}
+			if err := trial.Close(); err != nil {
+				return err
+			}
+			if err := trial.Close(); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	b.same("after three trials", b.ruleset(), before)
+	if err := b.Do(func() error {
+		_, err := net.InterfaceByName(trialLink)
+		if err == nil {
+			t.Error(trialLink + " is left")
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
