@@ -55,7 +55,7 @@ deps: ## what test and lint need of the machine; demo needs less
 deps-demo deps-vm deps-vagrant: deps-%:
 	@.ci/deps $*
 
-demo: deps-demo build bin/demo ## two pods, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
+demo: deps-demo build bin/demo ## pods that are processes, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
 	$(SUDO) bin/demo --emulator bin/gke-metadata-emulator $(DEMO)
 
 $(ROOTFS):

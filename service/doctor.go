@@ -53,6 +53,7 @@ var checks = []struct {
 	{"cgroups", cgroupsCheck},
 	{"policies", policiesCheck},
 	{"connection", connectionCheck},
+	{"attestation", attestationCheck},
 	{"traffic", trafficCheck},
 	{"dns", dnsCheck},
 	{"credential", credentialCheck},

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
@@ -30,9 +31,9 @@ func healthy() *patient {
 	plan := routing.Plan{Mode: routing.ModeIPTables, Listen: listen, Guard: routing.DefaultGuard()}
 	return &patient{
 		root: true, now: now, file: "config.yaml", version: "1.2.3", config: c, plan: plan, ports: [2]uint16{32768, 60999},
-		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "source-ip"},
+		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{Helper: true}},
 			Cluster: &kube.Status{Server: "https://k:6443", User: "system:node:n1", Kubeconfig: "/etc/kubernetes/kubelet.conf", Synced: true, Watching: true,
-				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
+				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p", Evidence: "cgroup"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
 			Tokens: []token.EntryStatus{{ServiceAccount: "ns/a"}}},
 		watcher: "active",
 		state: routing.State{Desired: routing.Installed, Mode: routing.ModeIPTables, Listen: listen.String(), Since: now.Add(-time.Hour),
@@ -150,7 +151,9 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"network", func(p *patient) { p.cloud = answered{ours: true, server: "GKE Metadata Server"}; p.status = nil }, Fail, "node of GKE", "remove the package"},
 		{"network", func(p *patient) { p.node.Facts.OpenShift = true }, Fail, "OpenShift", "none"},
 		{"network", func(p *patient) { p.node.Facts.Denied = true }, Fail, "denies", "routing.mode: loopback, and for the listener to follow: systemctl daemon-reload"},
-		{"network", func(p *patient) { p.node.Facts.Bridged = true }, Warn, "speak with another's address", "SECURITY.md"},
+		{"network", func(p *patient) {
+			p.node.Facts.Bridged, p.status.Attestation = true, Attestation{Mode: "source-ip"}
+		}, Warn, "speak with another's address", "SECURITY.md"},
 		{"network", func(p *patient) {
 			p.config.Routing.Mode, p.node.Facts.Denied = routing.ModeAuto, true
 		}, Fail, "denies", ""},
@@ -194,6 +197,16 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"connection", func(p *patient) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
 		}, Skip, "ebpf", ""},
+
+		{"attestation", func(p *patient) {}, OK, "pods are known: 1 by cgroup, 1 by nothing", ""},
+		{"attestation", func(p *patient) { p.status.Cluster.Pods = nil }, OK, "pods are known: none", ""},
+		{"attestation", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
+		{"attestation", func(p *patient) { p.status.Attestation = Attestation{Mode: "source-ip"} }, Warn, "an address says who asks", "attestation.mode: kernel"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel = &attest.KernelStatus{Problem: "connection refused"}
+		}, Fail, "pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl start gke-metadata-emulator-attest"},
+		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Problem = "no such file" }, Warn, "no such file; pods", "journalctl"},
+		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Lacks = []string{"cgroup v2: x"} }, Warn, "the kernel lacks cgroup v2: x; pods", "cgroup v2"},
 
 		{"traffic", func(p *patient) { p.node.Redirected, p.status.Requests = new(uint64), 0 }, Warn, "of the pods that run here (1) no connection was ever redirected", "network"},
 		{"traffic", func(p *patient) { p.node.Redirected, p.status = new(uint64), nil }, Warn, "run here (1) no connection", "network"},

@@ -40,8 +40,7 @@ type kernelBed struct {
 	*bed
 	t       testing.TB
 	node    *netnstest.Node
-	mount   *os.File // a cgroup v2 mount that is nowhere in the file system
-	cgroups string   // our part of it: what the node takes for its root
+	cgroups *netnstest.Cgroups // what the node takes for its root
 	server  *exec.Cmd
 	helper  *exec.Cmd
 	uids    atomic.Uint32
@@ -53,7 +52,7 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables")
 	k := &kernelBed{t: t, node: netnstest.Start(t, "kernel")}
-	k.mountCgroups()
+	k.makeCgroups()
 	listen := func(port uint16) net.Listener {
 		l, err := k.node.Cloud.Listen("tcp4", netip.AddrPortFrom(k.node.Cloud.Addr, port).String())
 		if err != nil {
@@ -104,46 +103,23 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	return k
 }
 
-// mountCgroups mounts cgroup v2 where nobody else sees it, and makes a part of it ours.
-func (k *kernelBed) mountCgroups() {
+// makeCgroups makes cgroups where nobody else sees them.
+func (k *kernelBed) makeCgroups() {
 	t := k.t
 	t.Helper()
-	fs, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
-	if err == nil {
-		defer unix.Close(fs)
-		err = unix.FsconfigCreate(fs)
-	}
-	mount := -1
-	if err == nil {
-		mount, err = unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	c, err := netnstest.NewCgroups("", fmt.Sprintf("gme-service-%d-%s", os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-")))
+	if errors.Is(err, netnstest.ErrNoCgroups) {
+		netnstest.Lacks(t, err)
 	}
 	if err != nil {
-		netnstest.Lacks(t, fmt.Errorf("mount cgroup2: %w", err))
-	}
-	k.mount = os.NewFile(uintptr(mount), "cgroup2")
-	k.cgroups = fmt.Sprintf("/proc/self/fd/%d/gme-service-%d-%s", mount, os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-"))
-	if err := os.Mkdir(k.cgroups, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	k.cgroups = c
 	t.Cleanup(func() {
-		_ = os.WriteFile(k.cgroups+"/cgroup.kill", []byte("1"), 0)
-		k.bed.eventually(t, "the cgroups are removed", func() bool {
-			removeCgroups(k.cgroups)
-			_, err := os.Stat(k.cgroups)
-			return err != nil
-		})
-		_ = k.mount.Close()
-	})
-}
-
-func removeCgroups(path string) {
-	kids, _ := os.ReadDir(path)
-	for _, kid := range kids {
-		if kid.IsDir() {
-			removeCgroups(path + "/" + kid.Name())
+		if err := c.Close(); err != nil {
+			t.Error(err)
 		}
-	}
-	_ = unix.Rmdir(path)
+	})
 }
 
 // process starts this binary in a role, in the namespace and as a process of the node.
@@ -160,9 +136,9 @@ func (k *kernelBed) process(ns *netnstest.NS, role string) *exec.Cmd {
 
 func (k *kernelBed) command(role string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), benchServer+"="+role, cgroupRoot+"="+strings.Replace(k.cgroups, fmt.Sprintf("/fd/%d/", k.mount.Fd()), "/fd/3/", 1),
+	cmd.Env = append(os.Environ(), benchServer+"="+role, cgroupRoot+"="+strings.Replace(k.cgroups.Path, fmt.Sprintf("/fd/%d/", k.cgroups.Mount.Fd()), "/fd/3/", 1),
 		attestSocket+"="+namespaceSocket(k.dir))
-	cmd.ExtraFiles = []*os.File{k.mount}
+	cmd.ExtraFiles = []*os.File{k.cgroups.Mount}
 	return cmd
 }
 
@@ -221,14 +197,6 @@ func (p *podBed) tell() { p.k.kube.SetPod(p.Pod) }
 // start starts the pod's process.
 func (p *podBed) start() error {
 	k := p.k
-	if err := os.MkdirAll(k.cgroups+p.cgroup, 0o755); err != nil {
-		return err
-	}
-	dir, err := os.Open(k.cgroups + p.cgroup)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -244,7 +212,6 @@ func (p *podBed) start() error {
 	p.cmd = k.command("pod")
 	p.cmd.Stderr = os.Stderr
 	p.cmd.ExtraFiles = append(p.cmd.ExtraFiles, theirs)
-	p.cmd.SysProcAttr = &unix.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
 	in, err := p.cmd.StdinPipe()
 	if err != nil {
 		return err
@@ -254,7 +221,7 @@ func (p *podBed) start() error {
 		return err
 	}
 	p.in, p.out = in, bufio.NewReader(out)
-	if err := p.ns.Do(p.cmd.Start); err != nil {
+	if err := k.cgroups.Start(p.ns, p.cgroup, p.cmd); err != nil {
 		return err
 	}
 	k.t.Cleanup(func() { p.die() })

@@ -2,6 +2,7 @@ package service
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"regexp"
@@ -35,27 +36,20 @@ func TestKernelChurn(t *testing.T) {
 	var window time.Duration
 	for slot := range slots {
 		wg.Go(func() {
+			var before *netnstest.NS
 			for life := range lives {
 				name := fmt.Sprintf("churn-%d-%d", slot, life)
-				ns, err := k.node.AddPod(name)
+				add := k.node.AddPod
+				if before != nil {
+					add = func(name string) (*netnstest.NS, error) { return k.node.AddPodAs(name, before) }
+				}
+				ns, err := add(name)
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				// The bridge and the node know the address by this hardware address, whoever has it.
-				address := fmt.Sprintf("10.244.200.%d", slot+1)
-				for _, line := range []string{
-					fmt.Sprintf("ip link set eth0 address 02:00:00:00:00:%02x", slot+1), "ip address flush dev eth0",
-					"ip address add " + address + "/16 dev eth0", "ip route add default via 10.244.0.1",
-				} {
-					args := strings.Fields(line)
-					if out, err := ns.Command(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
-						t.Errorf("%s: %v: %s", line, err, out)
-						return
-					}
-				}
+				before = ns
 				p := k.newPod(name, ns)
-				p.Addresses = []string{address}
 				if err := p.start(); err != nil {
 					t.Error(err)
 					return
@@ -103,8 +97,7 @@ func TestKernelChurn(t *testing.T) {
 				mu.Unlock()
 				_ = kept.Close()
 				// As a CNI does before it gives the address to another: what is left of this namespace is not to answer for it.
-				_, _ = ns.Command(t.Context(), "ip", "link", "delete", "eth0").CombinedOutput()
-				if err := ns.Close(); err != nil {
+				if err := errors.Join(ns.Unplug(), ns.Close()); err != nil {
 					t.Error(err)
 				}
 				news.Go(func() {

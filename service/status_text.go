@@ -95,9 +95,6 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 			line("", "auto: %s", r.Reason)
 		}
 	}
-	if r.HostNetwork != "" && r.Desired == routing.Installed && !r.Closed && r.Mode != routing.ModeObserve {
-		line("host pods", "%s", r.HostNetwork)
-	}
 	verdict := "all stand"
 	if r.Desired == routing.Removed {
 		verdict = "nothing of ours stands"
@@ -108,6 +105,9 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 	line("", "read back %s ago: %s", age(now, r.Standing.Time), verdict)
 	for _, f := range r.Standing.Faults {
 		line("", "%s", f)
+	}
+	if r.HostNetwork != "" && r.Desired == routing.Installed && !r.Closed && r.Mode != routing.ModeObserve {
+		line("host pods", "%s", r.HostNetwork)
 	}
 }
 

@@ -33,7 +33,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	}
 	d := &demo{out: out, began: time.Now()}
 
-	d.say("1. A node with two pods and a stranger, and around it the cloud")
+	d.say("1. A node with pods and a stranger, and around it the cloud")
 	w, err := newWorld(ctx)
 	if err != nil {
 		if errors.Is(err, netnstest.ErrNeedsRoot) {
@@ -42,13 +42,21 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
-	d.done("namespaces %s, reader %s, writer %s, stranger %s", w.node.Name, w.reader.Addr, w.writer.Addr, w.stranger.Addr)
+	d.done("namespaces %s, reader %s, writer %s, stranger %s", w.node.Name, w.reader.ns.Addr, w.writer.ns.Addr, w.stranger.ns.Addr)
+	switch {
+	case w.cgroups == nil:
+		d.done("each pod is a process in its network namespace; it has no cgroup of its own, and is known by its address: %v", w.noCgroups)
+	case w.cgroups.Mount != nil:
+		d.done("each pod is a process, born in its network namespace and in its cgroup, in a cgroup v2 hierarchy that is mounted for this demo alone")
+	default:
+		d.done("each pod is a process, born in its network namespace and in its cgroup, below %s", w.cgroups.Path)
+	}
 	before, err := w.node.Ruleset()
 	if err != nil {
 		return err
 	}
-	leak, err := ask(ctx, w.reader, tokenPath)
-	if err != nil || leak.status != 200 || !strings.Contains(leak.body, nodeSecret) {
+	leak, err := w.reader.ask(ctx, tokenPath)
+	if err != nil || leak.Status != 200 || !strings.Contains(leak.Body, nodeSecret) {
 		return fmt.Errorf("the cloud's own metadata server should answer before there are rules: %v %v", leak, err)
 	}
 	d.done("without the emulator, a pod that asks 169.254.169.254 gets the node's own cloud credentials")
@@ -60,7 +68,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		return err
 	}
 	d.done("gke-metadata-emulator routing install")
-	closed, err := ask(ctx, w.reader, tokenPath)
+	closed, err := w.reader.ask(ctx, tokenPath)
 	if err == nil {
 		return fmt.Errorf("there are rules and nobody serves, and still a pod was answered: %v", closed)
 	}
@@ -74,23 +82,26 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 			err = errors.Join(err, e.stop(), e.command(context.WithoutCancel(ctx), "routing", "remove"))
 		}
 	}()
-	d.done("gke-metadata-emulator serve: READY=1 to systemd after %s", e.readyAfter.Round(time.Millisecond))
+	if e.helper != nil {
+		d.done("gke-metadata-emulator attest, which alone may enter pods' network namespaces: READY=1 to systemd after %s", e.helper.readyAfter.Round(time.Millisecond))
+	}
+	d.done("gke-metadata-emulator serve: READY=1 to systemd after %s", e.serve.readyAfter.Round(time.Millisecond))
 
 	d.say("3. Each pod asks http://169.254.169.254%s", tokenPath)
-	for _, p := range []struct {
-		pod  *netnstest.NS
-		name string
-		want string
-	}{{w.reader, "reader", readerEmail}, {w.writer, "writer", writerEmail}} {
-		if err := d.pod(ctx, w, p.pod, p.name, p.want); err != nil {
+	pods := []*pod{w.reader, w.writer}
+	if w.host != nil {
+		pods = append(pods, w.host)
+	}
+	for _, p := range pods {
+		if err := d.pod(ctx, p); err != nil {
 			return err
 		}
 	}
-	if err := d.stranger(ctx, w); err != nil {
+	if err := d.stranger(ctx, w, len(pods)); err != nil {
 		return err
 	}
 
-	d.say("4. gke-metadata-emulator status (these pods are namespaces without processes of their own, and so are known by address)")
+	d.say("4. gke-metadata-emulator status")
 	var status bytes.Buffer
 	if err := e.commandTo(ctx, &status, "status"); err != nil {
 		return err
@@ -121,7 +132,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	}
 	d.done("requests of pods that reached the cloud's own metadata server: 0")
 	for _, secret := range w.secrets() {
-		if strings.Contains(e.log.String(), secret) || strings.Contains(status.String(), secret) {
+		if strings.Contains(e.said(), secret) || strings.Contains(status.String(), secret) {
 			return errors.New("a token is in the log or in the status")
 		}
 	}
@@ -154,63 +165,72 @@ func (d *demo) quote(text string) {
 	d.last = time.Now()
 }
 
-// pod asks as a pod does, and looks at the stand-in whose the tokens are that it got.
-func (d *demo) pod(ctx context.Context, w *world, pod *netnstest.NS, name, email string) error {
+// pod asks as a pod does, and looks at the stand-in whose the tokens are that it got. One on the node's network asks where the
+// emulator listens: what it sends to the metadata server's address goes its own way (routing.interceptHostPods).
+func (d *demo) pod(ctx context.Context, p *pod) error {
+	host, name := metadataAddr, p.Name
+	if p.HostNetwork {
+		host, name = listenAddr, p.Name+" (a pod on the node's network, at "+listenAddr+")"
+	}
+	a, err := p.askAt(ctx, host, tokenPath)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
 	var got struct {
 		AccessToken string `json:"access_token"`
 		ExpiresIn   int    `json:"expires_in"`
 	}
-	a, err := ask(ctx, pod, tokenPath)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+	if err := json.Unmarshal([]byte(a.Body), &got); err != nil || a.Status != 200 {
+		return fmt.Errorf("%s was answered %d %s", name, a.Status, a.Body)
 	}
-	if err := json.Unmarshal([]byte(a.body), &got); err != nil || a.status != 200 {
-		return fmt.Errorf("%s was answered %d %s", name, a.status, a.body)
-	}
-	issued, ok := w.google.Lookup(got.AccessToken)
-	if !ok || issued.Email != email {
-		return fmt.Errorf("%s got a token of %q, and not of %s", name, issued.Email, email)
+	issued, ok := p.world.google.Lookup(got.AccessToken)
+	if !ok || issued.Email != p.email {
+		return fmt.Errorf("%s got a token of %q, and not of %s", name, issued.Email, p.email)
 	}
 	d.done("%s → 200, the access token of %s for %s, good for %d s", name, issued.Email, issued.Subject, got.ExpiresIn)
-	id, err := ask(ctx, pod, idPath)
-	if err != nil || id.status != 200 {
+	id, err := p.askAt(ctx, host, idPath)
+	if err != nil || id.Status != 200 {
 		return fmt.Errorf("%s: identity: %v %w", name, id, err)
 	}
-	if err := w.verifyIDToken(id.body, email); err != nil {
+	if err := p.world.verifyIDToken(id.Body, p.email); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	d.done("%s → 200, an ID token for https://run.example.com, its signature verified", name)
-	if again, err := ask(ctx, pod, emailPath); err != nil || again.body != email {
+	d.done("%s → 200, an ID token for https://run.example.com, its signature verified", p.Name)
+	if again, err := p.askAt(ctx, host, emailPath); err != nil || again.Body != p.email {
 		return fmt.Errorf("%s: email: %v %w", name, again, err)
 	}
-	d.done("%s → 200, email: %s", name, email)
+	d.done("%s → 200, email: %s", p.Name, p.email)
 	return nil
 }
 
-// stranger asks as something on the pod network that is no pod, and as another host on the LAN.
-func (d *demo) stranger(ctx context.Context, w *world) error {
-	a, err := ask(ctx, w.stranger, tokenPath)
-	if err != nil || a.status != 503 {
+// stranger asks as a pod that Kubernetes does not know, and as another host on the LAN.
+func (d *demo) stranger(ctx context.Context, w *world, served int) error {
+	a, err := w.stranger.ask(ctx, tokenPath)
+	if err != nil || a.Status != 503 {
 		return fmt.Errorf("the stranger was answered %v %w", a, err)
 	}
-	d.done("stranger → 503 after the hold: %s", strings.TrimSpace(a.body))
-	for _, host := range []string{"169.254.169.254", "169.254.169.252:988"} {
-		if a, err := askAt(ctx, w.neighbour, host, tokenPath); err == nil {
+	d.done("stranger → 503 after the hold: %s", strings.TrimSpace(a.Body))
+	for _, host := range []string{metadataAddr, listenAddr} {
+		if a, err := askBy(w.neighbour.Dial, Question{host, tokenPath}); err == nil {
 			return fmt.Errorf("a neighbour that sends to %s by way of the node was answered %v", host, a)
 		}
 		d.done("a neighbour host that sends to %s by way of the node → nothing", host)
 	}
-	if n, m := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); n != 2 || m != 2 {
-		return fmt.Errorf("%d exchanges and %d access tokens were asked for at Google, and not 2 and 2", n, m)
+	if n, m := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); n != served || m != served {
+		return fmt.Errorf("%d exchanges and %d access tokens were asked for at Google, and not %d of each", n, m, served)
 	}
-	d.done("calls to Google: 2 exchanges, 2 access tokens, 2 ID tokens: one exchange a ServiceAccount")
+	d.done("calls to Google: %[1]d exchanges, %[1]d access tokens, %[1]d ID tokens: one exchange a ServiceAccount", served)
 	return nil
 }
 
 func (d *demo) keep(w *world, binary string) {
 	d.say("Left standing. In another terminal, as root:")
-	for _, pod := range []*netnstest.NS{w.reader, w.writer, w.stranger} {
-		_, _ = fmt.Fprintf(d.out, "   ip netns exec %s curl -H 'Metadata-Flavor: Google' http://169.254.169.254%s\n", pod.Name, tokenPath)
+	for _, p := range []*pod{w.reader, w.writer, w.stranger} {
+		born := ""
+		if w.cgroups != nil {
+			born = "echo $$ >" + strings.Replace(w.cgroups.Path, "/proc/self/", fmt.Sprintf("/proc/%d/", os.Getpid()), 1) + "/" + p.cgroup + "/cgroup.procs; "
+		}
+		_, _ = fmt.Fprintf(d.out, "   sh -c '%sexec nsenter --net=%s curl -H \"Metadata-Flavor: Google\" http://%s%s'\n", born, p.ns.Path(), metadataAddr, tokenPath)
 	}
-	_, _ = fmt.Fprintf(d.out, "   GKE_METADATA_EMULATOR_RUN=%s %s status\n   ip netns exec %s iptables-save\nCtrl-C ends it.\n", w.dir, binary, w.node.Name)
+	_, _ = fmt.Fprintf(d.out, "   GKE_METADATA_EMULATOR_RUN=%s %s status\n   nsenter --net=%s iptables-save\nCtrl-C ends it.\n", w.dir, binary, w.node.Path())
 }

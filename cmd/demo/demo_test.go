@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,9 +12,23 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
+// TestMain lets this binary be a pod's process too.
+func TestMain(m *testing.M) {
+	if !isPod() {
+		os.Exit(m.Run())
+	}
+}
+
 // TestDemo is the main job on real input, on both backends: what the README's first command shows.
 func TestDemo(t *testing.T) {
 	netnstest.Needs(t, "iptables-nft", "iptables-legacy", "nsenter", "ip")
+	c, err := netnstest.NewCgroups("", fmt.Sprintf("gme-demo-probe-%d", os.Getpid()))
+	if err != nil { // it would fall back to addresses
+		netnstest.Lacks(t, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
 	binary := filepath.Join(t.TempDir(), "gke-metadata-emulator")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-race", "-o", binary, "../gke-metadata-emulator").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
@@ -29,6 +44,9 @@ func TestDemo(t *testing.T) {
 			for _, want := range []string{
 				"the access token of reader@my-project.iam.gserviceaccount.com for system:serviceaccount:default:reader",
 				"the access token of writer@my-project.iam.gserviceaccount.com for system:serviceaccount:default:writer",
+				"the access token of host@my-project.iam.gserviceaccount.com for system:serviceaccount:default:host",
+				"born in its network namespace and in its cgroup",
+				"by the kernel: ",
 				"stranger → 503",
 				"as before, byte for byte",
 				"reached the cloud's own metadata server: 0",

@@ -21,15 +21,18 @@ type emulator struct {
 	binary string
 	world  *world
 
-	serve      *exec.Cmd
-	notify     *net.UnixConn
-	log        syncBuffer
-	readyAfter time.Duration
+	serve  *daemon
+	helper *daemon // nil: there are no cgroups for it to look at
 }
 
-// in returns a command of the binary inside the node, with what systemd would give it.
+// in returns a command of the binary inside the node, with what systemd would give it: the cgroups too, where this machine has others.
 func (e *emulator) in(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := e.world.node.Command(ctx, e.binary, append(args, "--config", filepath.Join(e.world.dir, "config.yaml"))...)
+	line := append([]string{e.binary}, args...)
+	if g := e.world.cgroups; g != nil && g.Mount != nil {
+		line = append([]string{"unshare", "--mount", "--propagation=private", "sh", "-c",
+			`mount -t cgroup2 cgroup2 ` + cgroupRoot + ` && exec "$0" "$@"`}, line...)
+	}
+	cmd := e.world.node.Command(ctx, line[0], line[1:]...)
 	cmd.Env = append(os.Environ(), "GKE_METADATA_EMULATOR_RUN="+e.world.dir)
 	return cmd
 }
@@ -38,8 +41,9 @@ func (e *emulator) command(ctx context.Context, args ...string) error {
 	return e.commandTo(ctx, io.Discard, args...)
 }
 
+// commandTo runs a command to its end, which reads the configuration.
 func (e *emulator) commandTo(ctx context.Context, stdout io.Writer, args ...string) error {
-	cmd := e.in(ctx, args...)
+	cmd := e.in(ctx, append(args, e.configuration())...)
 	var stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = stdout, &stderr
 	if err := cmd.Run(); err != nil {
@@ -48,50 +52,89 @@ func (e *emulator) commandTo(ctx context.Context, stdout io.Writer, args ...stri
 	return nil
 }
 
-// start runs serve and waits for READY=1, as systemd does for Type=notify.
-func (e *emulator) start(ctx context.Context) error {
-	path := filepath.Join(e.world.dir, "notify.sock")
-	var err error
-	if e.notify, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"}); err != nil {
-		return err
+func (e *emulator) configuration() string {
+	return "--config=" + filepath.Join(e.world.dir, "config.yaml")
+}
+
+// start starts the helper and the service.
+func (e *emulator) start(ctx context.Context) (err error) {
+	if e.world.cgroups != nil {
+		if e.helper, err = e.daemon(ctx, "attest"); err != nil {
+			return err
+		}
 	}
-	e.serve = e.in(context.WithoutCancel(ctx), "serve")
-	e.serve.Env = append(e.serve.Env, "NOTIFY_SOCKET="+path)
-	e.serve.Stdout, e.serve.Stderr = &e.log, &e.log
+	if e.serve, err = e.daemon(ctx, "serve", e.configuration()); err != nil {
+		return errors.Join(err, e.stop())
+	}
+	return nil
+}
+
+func (e *emulator) stop() error { return errors.Join(e.serve.stop(), e.helper.stop()) }
+
+// said is what both have logged.
+func (e *emulator) said() string { return e.serve.said() + e.helper.said() }
+
+// daemon is one of the emulator's processes that stay.
+type daemon struct {
+	*exec.Cmd
+	notify     *net.UnixConn
+	log        syncBuffer
+	readyAfter time.Duration
+}
+
+// daemon starts one and waits for READY=1, as systemd does for Type=notify.
+func (e *emulator) daemon(ctx context.Context, args ...string) (*daemon, error) {
+	path := filepath.Join(e.world.dir, args[0]+"-notify.sock")
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return nil, err
+	}
+	d := &daemon{Cmd: e.in(context.WithoutCancel(ctx), args...), notify: notify}
+	d.Env = append(d.Env, "NOTIFY_SOCKET="+path)
+	d.Stdout, d.Stderr = &d.log, &d.log
 	began := time.Now()
-	if err := e.serve.Start(); err != nil {
-		return err
+	if err := d.Start(); err != nil {
+		return nil, errors.Join(err, notify.Close())
 	}
-	if err := e.notify.SetReadDeadline(began.Add(10 * time.Second)); err != nil {
-		return err
+	if err := notify.SetReadDeadline(began.Add(10 * time.Second)); err != nil {
+		return nil, errors.Join(err, d.stop())
 	}
 	for buf := make([]byte, 4096); ; {
-		n, err := e.notify.Read(buf)
+		n, err := notify.Read(buf)
 		if err != nil {
-			return errors.Join(fmt.Errorf("no READY=1: %w; it says:\n%s", err, e.log.String()), e.stop())
+			return nil, errors.Join(fmt.Errorf("no READY=1: %w; it says:\n%s", err, d.said()), d.stop())
 		}
 		if strings.Contains("\n"+string(buf[:n]), "\nREADY=1") {
-			e.readyAfter = time.Since(began)
-			return nil
+			d.readyAfter = time.Since(began)
+			_ = notify.SetReadDeadline(time.Time{})
+			go func() { _, _ = io.Copy(io.Discard, notify) }() // or it would wait for somebody to read
+			return d, nil
 		}
 	}
 }
 
-// stop ends serve as systemd does.
-func (e *emulator) stop() error {
-	if e.serve == nil || e.serve.Process == nil {
+// stop ends it as systemd does.
+func (d *daemon) stop() error {
+	if d == nil {
 		return nil
 	}
-	defer e.notify.Close()
-	if err := e.serve.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	defer func() { _ = d.notify.Close() }()
+	if err := d.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
-	kill := time.AfterFunc(10*time.Second, func() { _ = e.serve.Process.Kill() })
+	kill := time.AfterFunc(10*time.Second, func() { _ = d.Process.Kill() })
 	defer kill.Stop()
-	if err := e.serve.Wait(); err != nil {
-		return fmt.Errorf("gke-metadata-emulator serve: %w; it says:\n%s", err, e.log.String())
+	if err := d.Wait(); err != nil {
+		return fmt.Errorf("gke-metadata-emulator: %w; it says:\n%s", err, d.said())
 	}
 	return nil
+}
+
+func (d *daemon) said() string {
+	if d == nil {
+		return ""
+	}
+	return d.log.String()
 }
 
 // syncBuffer is a bytes.Buffer for a process that writes while it is read.

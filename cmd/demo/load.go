@@ -14,21 +14,25 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// load is what two pods ask without pause: two askers of each with a connection for each request, two that keep theirs.
+// load is what a pod asks without pause: two askers with a connection for each request, two that keep theirs.
 // They speak HTTP over connections of their own, since net/http's client asks again by itself where a connection was lost.
 type load struct {
-	world *world
+	email string
 	stop  context.CancelFunc
 	wait  sync.WaitGroup
 
-	mu       sync.Mutex
-	count    map[string]int
-	longest  time.Duration
-	examples []string
+	mu    sync.Mutex
+	count Counts
+}
+
+// Counts is what came of requests.
+type Counts struct {
+	Of       map[string]int // outcome
+	Tokens   map[string]int // of those answered, how many with which access token: whose it is, those know who gave it out
+	Longest  time.Duration
+	Examples []string // of errors
 }
 
 // What can come of a request. Each has a number in the end, also when that is 0.
@@ -43,66 +47,55 @@ const (
 	unreachable = "unreachable" // no connection, or no answer in time
 )
 
-// patience is for machines that are emulated too, where a restart takes 15 s.
-const patience = 40 * time.Second
+const (
+	// patience is for machines that are emulated too, where a restart takes 15 s.
+	patience    = 40 * time.Second
+	maxExamples = 5
+)
 
-func (w *world) beginLoad() *load {
+func beginLoad(email string) *load {
 	ctx, stop := context.WithCancel(context.Background())
-	l := &load{world: w, stop: stop, count: map[string]int{}}
-	for _, p := range []struct {
-		pod   *netnstest.NS
-		email string
-	}{{w.reader, readerEmail}, {w.writer, writerEmail}} {
-		for range 2 {
-			l.wait.Go(func() { l.askOn(ctx, p.pod, p.email, false, 5*time.Millisecond) })
-			l.wait.Go(func() { l.askOn(ctx, p.pod, p.email, true, time.Millisecond) })
-		}
+	l := &load{email: email, stop: stop, count: Counts{Of: map[string]int{}, Tokens: map[string]int{}}}
+	for range 2 {
+		l.wait.Go(func() { l.ask(ctx, false, 5*time.Millisecond) })
+		l.wait.Go(func() { l.ask(ctx, true, time.Millisecond) })
 	}
 	return l
 }
 
-// sinceThen is how many requests came to what so far, and examples of errors since it was last asked.
-func (l *load) sinceThen() (count map[string]int, examples []string) {
+func (l *load) counts() Counts {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	examples, l.examples = l.examples, nil
-	return maps.Clone(l.count), examples
+	c := l.count
+	c.Of, c.Tokens = maps.Clone(c.Of), maps.Clone(c.Tokens)
+	l.count.Examples = nil
+	return c
 }
 
-// end lets what is in flight come to its end.
-func (l *load) end() string {
+func (l *load) end() {
 	l.stop()
 	l.wait.Wait()
-	var b strings.Builder
-	for _, what := range []string{ok, leaked, wrong, unavailable, refused, reset, raced, unreachable} {
-		fmt.Fprintf(&b, "%s=%d ", what, l.count[what])
-	}
-	fmt.Fprintf(&b, "longest_ms=%d", l.longest.Milliseconds())
-	for _, e := range l.examples {
-		b.WriteString("\n# " + e)
-	}
-	return b.String()
 }
 
-// askOn asks, one request after the other.
-func (l *load) askOn(ctx context.Context, pod *netnstest.NS, email string, keep bool, pause time.Duration) {
+// ask asks, one request after the other.
+func (l *load) ask(ctx context.Context, keep bool, pause time.Duration) {
 	var c *connection
 	tick := time.NewTicker(pause)
 	defer tick.Stop()
 	for i := 0; ctx.Err() == nil; i++ {
 		began := time.Now()
-		what, err := "", error(nil)
+		what, token, err := "", "", error(nil)
 		if c == nil {
-			c, what, err = dial(pod)
+			c, what, err = dial()
 		}
 		if c != nil {
-			what, err = l.ask(c, email, i%2 == 0)
+			what, token, err = c.ask(l.email, i%2 == 0)
 			if what != ok || !keep || c.last {
 				_ = c.Close()
 				c = nil
 			}
 		}
-		l.note(what, err, time.Since(began))
+		l.note(what, token, err, time.Since(began))
 		<-tick.C
 	}
 	if c != nil {
@@ -110,13 +103,16 @@ func (l *load) askOn(ctx context.Context, pod *netnstest.NS, email string, keep 
 	}
 }
 
-func (l *load) note(what string, err error, took time.Duration) {
+func (l *load) note(what, token string, err error, took time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.count[what]++
-	l.longest = max(l.longest, took)
-	if err != nil && len(l.examples) < 5 {
-		l.examples = append(l.examples, fmt.Sprintf("%s %s: %v", time.Now().Format("15:04:05.000"), what, err))
+	l.count.Of[what]++
+	if token != "" {
+		l.count.Tokens[token]++
+	}
+	l.count.Longest = max(l.count.Longest, took)
+	if err != nil && len(l.count.Examples) < maxExamples {
+		l.count.Examples = append(l.count.Examples, fmt.Sprintf("%s %s: %v", time.Now().Format("15:04:05.000"), what, err))
 	}
 }
 
@@ -127,10 +123,8 @@ type connection struct {
 	last bool // the server said Connection: close
 }
 
-func dial(pod *netnstest.NS) (*connection, string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	c, err := pod.Dial(ctx, "tcp4", "169.254.169.254:80")
+func dial() (*connection, string, error) {
+	c, err := net.DialTimeout("tcp4", metadataAddr+":80", patience)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return nil, refused, err
@@ -140,58 +134,59 @@ func dial(pod *netnstest.NS) (*connection, string, error) {
 	return &connection{Conn: c, in: bufio.NewReader(c)}, "", nil
 }
 
-// ask sends one request and says what came of it.
-func (l *load) ask(c *connection, email string, token bool) (string, error) {
+// ask sends one request, for an access token or for the email, and says what came of it, and the token.
+func (c *connection) ask(email string, forToken bool) (what, token string, err error) {
 	path := emailPath
-	if token {
+	if forToken {
 		path = tokenPath
 	}
 	_ = c.SetDeadline(time.Now().Add(patience))
-	_, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: 169.254.169.254\r\nMetadata-Flavor: Google\r\n\r\n", path)
+	_, err = fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: 169.254.169.254\r\nMetadata-Flavor: Google\r\n\r\n", path)
 	if err == nil {
 		_, err = c.in.Peek(1)
 	}
 	switch {
 	case err == nil:
 	case isTimeout(err):
-		return unreachable, err
+		return unreachable, "", err
 	case c.used && (errors.Is(err, io.EOF) || errors.Is(err, syscall.EPIPE)):
-		return raced, err
+		return raced, "", err
 	default:
-		return reset, err
+		return reset, "", err
 	}
 	res, err := http.ReadResponse(c.in, nil)
 	if err != nil {
-		return reset, err
+		return reset, "", err
 	}
-	defer res.Body.Close()
+	defer func() { _ = res.Body.Close() }()
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
-		return reset, err
+		return reset, "", err
 	}
 	c.used, c.last = true, res.Close
 	text := strings.TrimSpace(string(body))
 	switch {
 	case text == nodeSecret:
-		return leaked, errors.New("the cloud's own metadata server answered")
+		return leaked, "", errors.New("the cloud's own metadata server answered")
 	case res.StatusCode != http.StatusOK:
-		return unavailable, fmt.Errorf("%s: %s", res.Status, text)
-	case token && l.tokenOf(body) != email, !token && text != email:
-		return wrong, fmt.Errorf("%s got what is not its own", email)
+		return unavailable, "", fmt.Errorf("%s: %s", res.Status, text)
+	case !forToken && text == email:
+		return ok, "", nil
+	case forToken:
+		if token := accessToken(text); token != "" {
+			return ok, token, nil
+		}
 	}
-	return ok, nil
+	return wrong, "", fmt.Errorf("%s got what is not its own", email)
 }
 
-// tokenOf is the account that a token is of, "" if it is none that was issued.
-func (l *load) tokenOf(body []byte) string {
+// accessToken is the one in an answer, "" if there is none.
+func accessToken(body string) string {
 	var got struct {
 		AccessToken string `json:"access_token"`
 	}
-	if json.Unmarshal(body, &got) != nil {
-		return ""
-	}
-	issued, _ := l.world.google.Lookup(got.AccessToken)
-	return issued.Email
+	_ = json.Unmarshal([]byte(body), &got)
+	return got.AccessToken
 }
 
 func isTimeout(err error) bool {

@@ -1,4 +1,4 @@
-// Command demo shows the emulator at work: a node, two pods and a stranger in network namespaces of their own, the real
+// Command demo shows the emulator at work: a node, pods and a stranger that are processes in cgroups and network namespaces, the real
 // binary with its real rules, and stand-ins for the Kubernetes API, for Google and for a cloud's own metadata server that
 // verify every signature and field. Everything is gone afterwards, and it says whether the node's rules are as before.
 package main
@@ -13,6 +13,9 @@ import (
 )
 
 func main() {
+	if isPod() {
+		return
+	}
 	emulator := flag.String("emulator", "bin/gke-metadata-emulator", "the binary to show")
 	keep := flag.Bool("keep", false, "leave everything standing until Ctrl-C, and say how to ask by hand")
 	world := flag.String("world", "", "make only what surrounds the emulator, around a machine that was booted to be the node, and take orders at this directory's control.sock")

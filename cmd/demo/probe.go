@@ -21,7 +21,7 @@ import (
 // "ended" too: without one nobody knows what came after it.
 type probe struct {
 	world *world
-	load  *load
+	load  loaded
 	file  *os.File
 	boot  string
 	stop  chan struct{}
@@ -42,7 +42,11 @@ func (w *world) beginProbe(path string) (*probe, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &probe{world: w, load: w.beginLoad(), file: f, boot: strings.TrimSpace(string(id)),
+	load, err := w.beginLoad()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	p := &probe{world: w, load: load, file: f, boot: strings.TrimSpace(string(id)),
 		stop: make(chan struct{}), done: make(chan struct{}), counted: map[string]int{}}
 	go p.write()
 	return p, nil
@@ -55,7 +59,7 @@ func (p *probe) write() {
 	for {
 		select {
 		case <-tick.C:
-			p.line()
+			p.line(p.load.counts())
 		case <-p.stop:
 			return
 		}
@@ -63,10 +67,10 @@ func (p *probe) write() {
 }
 
 // line writes down what came since the last one.
-func (p *probe) line(remarks ...string) {
+func (p *probe) line(c Counts, err error, remarks ...string) {
 	var up unix.Timespec
-	err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)
-	now, examples := p.load.sinceThen()
+	err = errors.Join(err, unix.ClockGettime(unix.CLOCK_BOOTTIME, &up))
+	now := c.Of
 	now["cloud"] = int(p.world.cloudAsked.Load())
 	var words []string
 	for what, n := range now {
@@ -76,8 +80,8 @@ func (p *probe) line(remarks ...string) {
 	}
 	sort.Strings(words)
 	words = append(words, remarks...)
-	if len(examples) > 0 {
-		words = append(words, "#", examples[0])
+	if len(c.Examples) > 0 {
+		words = append(words, "#", c.Examples[0])
 	}
 	p.counted = now
 	_, wrote := fmt.Fprintf(p.file, "boot=%s up=%.3f %s\n", p.boot, float64(up.Nano())/1e9, strings.Join(words, " "))
@@ -86,9 +90,9 @@ func (p *probe) line(remarks ...string) {
 
 // end lets what is in flight come to its end, and writes the last line.
 func (p *probe) end() error {
-	p.load.end()
+	c, err := p.load.end()
 	close(p.stop)
 	<-p.done
-	p.line("ended")
+	p.line(c, err, "ended")
 	return errors.Join(p.err, p.file.Close())
 }

@@ -9,11 +9,12 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
+	systemd "github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
@@ -26,7 +27,12 @@ const kubeletDir = "/var/lib/kubelet"
 // credential where it belongs, and takes orders until ctx is done. A script inside a booted machine gives them, by
 // `curl --unix-socket DIR/control.sock http://world/ORDER`:
 //
-//	ask?from=reader&at=169.254.169.254   one request of a pod (reader, writer, stranger) or the neighbour: "200 text", or the error
+//	ask?from=reader&at=169.254.169.254   one request of a pod (reader, writer, host, stranger, or one that was started) or the
+//	                                     neighbour: "200 text", or the error
+//	start?name=late                      a new pod, with a ServiceAccount of its name; &as=other: with the address of that one, which died
+//	kill?name=late                       it dies, and its address may be given to another
+//	tell?name=late                       Kubernetes says that it is no more
+//	churn?pods=20                        so many pods after each other, at one address
 //	begin                                load from two pods
 //	end                                  no more of it: what came of it, as name=number
 //	cloud                                how many requests of pods the cloud's own metadata server has had since the last time
@@ -43,6 +49,9 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 		return err
 	}
 	if w.node, err = netnstest.NewHere("world", beside); err != nil {
+		return err
+	}
+	if err := w.kubepods(); err != nil {
 		return err
 	}
 	if err := w.populate(ctx); err != nil {
@@ -66,7 +75,7 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	orders := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: w.orders()}
 	stop := context.AfterFunc(ctx, func() { _ = orders.Close() })
 	defer stop()
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+	if _, err := systemd.SdNotify(false, systemd.SdNotifyReady); err != nil {
 		return err
 	}
 	if err := orders.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -75,9 +84,29 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	return nil
 }
 
+// kubepods makes what kubelet makes at the root of the machine's cgroups, beside systemd's own slices.
+func (w *world) kubepods() (err error) {
+	w.cgroups, err = netnstest.NewCgroups(cgroupRoot, "kubepods.slice")
+	if errors.Is(err, netnstest.ErrNoCgroups) {
+		w.noCgroups = err
+		fmt.Fprintf(os.Stderr, "pods are known by their addresses: %v\n", err)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	// Pods that ask without pause leave the CPU to what they ask. Without the controller there is no such file.
+	_ = os.WriteFile(filepath.Join(w.cgroups.Path, "cpu.weight"), []byte("20"), 0)
+	return nil
+}
+
 func (w *world) orders() http.Handler {
 	var mu sync.Mutex
-	var running *load
+	var running loaded
+	pods := map[string]*pod{"reader": w.reader, "writer": w.writer, "stranger": w.stranger}
+	if w.host != nil {
+		pods["host"] = w.host
+	}
 	var told int32
 	order := func(do func(r *http.Request) (string, error)) http.HandlerFunc {
 		return func(rw http.ResponseWriter, r *http.Request) {
@@ -93,30 +122,72 @@ func (w *world) orders() http.Handler {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("/ask", order(func(r *http.Request) (string, error) {
-		from := map[string]*netnstest.NS{"reader": w.reader, "writer": w.writer, "stranger": w.stranger, "neighbour": w.neighbour}[r.FormValue("from")]
-		if from == nil {
-			return "", fmt.Errorf("there is nobody called %q", r.FormValue("from"))
+		var a Answer
+		var err error
+		if p := pods[r.FormValue("from")]; p != nil {
+			a, err = p.askAt(r.Context(), r.FormValue("at"), emailPath)
+		} else if r.FormValue("from") == "neighbour" {
+			a, err = askBy(w.neighbour.Dial, Question{r.FormValue("at"), emailPath})
+		} else {
+			err = fmt.Errorf("there is nobody called %q", r.FormValue("from"))
 		}
-		a, err := askAt(r.Context(), from, r.FormValue("at"), emailPath)
 		if err != nil {
 			return "", err
 		}
-		return fmt.Sprint(a.status, " ", a.body), nil
+		return fmt.Sprint(a.Status, " ", a.Body), nil
+	}))
+	mux.Handle("/start", order(func(r *http.Request) (string, error) {
+		name, as := r.FormValue("name"), pods[r.FormValue("as")]
+		if pods[name] != nil {
+			return "", fmt.Errorf("there is a pod %s", name)
+		}
+		ns, err := w.network(name, as)
+		if err != nil {
+			return "", err
+		}
+		pods[name], err = w.startPod(name, ns, true)
+		return fmt.Sprint(name, " at ", ns.Addr), err
+	}))
+	mux.Handle("/kill", order(func(r *http.Request) (string, error) {
+		p := pods[r.FormValue("name")]
+		if p == nil {
+			return "", fmt.Errorf("there is no pod %q", r.FormValue("name"))
+		}
+		p.die()
+		if p.HostNetwork {
+			return "it is dead", nil
+		}
+		return "it is dead", errors.Join(p.ns.Unplug(), p.ns.Close())
+	}))
+	mux.Handle("/tell", order(func(r *http.Request) (string, error) {
+		if !w.kube.DeletePod("default", r.FormValue("name")) {
+			return "", errors.New("no such pod is known to Kubernetes")
+		}
+		return "it is told", nil
+	}))
+	mux.Handle("/churn", order(func(r *http.Request) (string, error) {
+		n, err := strconv.Atoi(r.FormValue("pods"))
+		if err != nil {
+			return "", err
+		}
+		c, err := w.churn(r.Context(), n)
+		return c.String(), err
 	}))
 	mux.Handle("/begin", order(func(*http.Request) (string, error) {
 		if running != nil {
 			return "", errors.New("there is load already")
 		}
-		running = w.beginLoad()
-		return "load", nil
+		var err error
+		running, err = w.beginLoad()
+		return "load", err
 	}))
 	mux.Handle("/end", order(func(*http.Request) (string, error) {
 		if running == nil {
 			return "", errors.New("there is no load")
 		}
-		text := running.end()
+		c, err := running.end()
 		running = nil
-		return text, nil
+		return c.String(), err
 	}))
 	mux.Handle("/cloud", order(func(*http.Request) (string, error) {
 		since := w.cloudAsked.Load() - told

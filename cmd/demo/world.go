@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -22,26 +21,31 @@ import (
 )
 
 const (
-	readerEmail = "reader@my-project.iam.gserviceaccount.com"
-	writerEmail = "writer@my-project.iam.gserviceaccount.com"
-	provider    = "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
-	audience    = "//iam.googleapis.com/" + provider
-	nodeName    = "node1"
-	nodeSecret  = "the-node's-own-cloud-credentials" // what the cloud's own metadata server gives to whoever asks
+	provider     = "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
+	audience     = "//iam.googleapis.com/" + provider
+	nodeName     = "node1"
+	nodeSecret   = "the-node's-own-cloud-credentials" // what the cloud's own metadata server gives to whoever asks
+	metadataAddr = "169.254.169.254"
+	listenAddr   = "169.254.169.252:988"
+	cgroupRoot   = "/sys/fs/cgroup" // where the emulator looks
 )
 
 // world is a node and what surrounds it.
 type world struct {
 	node       *netnstest.Node
-	reader     *netnstest.NS // default/reader, linked to readerEmail
-	writer     *netnstest.NS // default/writer, linked to writerEmail
-	stranger   *netnstest.NS // on the pod network, and Kubernetes does not know it
+	cgroups    *netnstest.Cgroups // where pods are born; nil: nowhere, since no cgroups can be made
+	noCgroups  error              // why
+	reader     *pod
+	writer     *pod
+	host       *pod          // on the node's network; nil without cgroups
+	stranger   *pod          // a pod's process on the pod network, and Kubernetes does not know it
 	neighbour  *netnstest.NS // another host of the LAN
 	kube       *kubetest.Server
 	google     *googletest.Server
 	cloud      *http.Server
 	cloudAsked atomic.Int32
 	probe      *probe
+	all        []*pod // that were started
 	dir        string // configuration, kubeconfig, status socket
 	temporary  string // dir, where it is to go in the end
 }
@@ -61,6 +65,9 @@ func newWorld(ctx context.Context) (_ *world, err error) {
 		return nil, err
 	}
 	w.temporary = w.dir
+	if err := w.makeCgroups(); err != nil {
+		return nil, err
+	}
 	if err := w.populate(ctx); err != nil {
 		return nil, err
 	}
@@ -75,16 +82,26 @@ func newWorld(ctx context.Context) (_ *world, err error) {
 	return w, w.configure(path)
 }
 
-// populate puts pods, a neighbour and the stand-ins around the node.
-func (w *world) populate(ctx context.Context) (err error) {
-	for _, p := range []struct {
-		name string
-		ns   **netnstest.NS
-	}{{"reader", &w.reader}, {"writer", &w.writer}, {"stranger", &w.stranger}} {
-		if *p.ns, err = w.node.AddPod(p.name); err != nil {
+// makeCgroups has a place for pods beside what else is on this machine: in its own cgroups, or where it has none of version 2 in some
+// that nobody else sees. Where there are neither, pods are known by their addresses.
+func (w *world) makeCgroups() error {
+	name := fmt.Sprintf("gke-metadata-emulator-demo-%d", os.Getpid())
+	for _, root := range []string{cgroupRoot, ""} {
+		c, err := netnstest.NewCgroups(root, name)
+		if err == nil {
+			w.cgroups = c
+			return nil
+		}
+		if !errors.Is(err, netnstest.ErrNoCgroups) {
 			return err
 		}
+		w.noCgroups = err
 	}
+	return nil
+}
+
+// populate puts the stand-ins, a neighbour and pods around the node.
+func (w *world) populate(ctx context.Context) (err error) {
 	if w.neighbour, err = w.node.AddNeighbour("neighbour"); err != nil {
 		return err
 	}
@@ -99,7 +116,38 @@ func (w *world) populate(ctx context.Context) (err error) {
 	if err := w.startKubernetes(); err != nil {
 		return err
 	}
-	return w.startGoogle()
+	if err := w.startGoogle(); err != nil {
+		return err
+	}
+	for _, p := range []struct {
+		name string
+		pod  **pod
+	}{{"reader", &w.reader}, {"writer", &w.writer}, {"stranger", &w.stranger}} {
+		ns, err := w.node.AddPod(p.name)
+		if err != nil {
+			return err
+		}
+		if *p.pod, err = w.startPod(p.name, ns, p.name != "stranger"); err != nil {
+			return err
+		}
+	}
+	if w.cgroups != nil {
+		w.host, err = w.startPod("host", w.node.NS, true)
+	}
+	return err
+}
+
+// startPod starts a pod, of which Kubernetes knows before, or not at all.
+func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error) {
+	p := w.newPod(name, ns)
+	if known {
+		p.tell()
+	}
+	if err := p.start(); err != nil {
+		return nil, err
+	}
+	w.all = append(w.all, p)
+	return p, nil
 }
 
 // startCloud serves what many a cloud has at 169.254.169.254: the node's own credentials, for whoever asks.
@@ -128,13 +176,6 @@ func (w *world) startKubernetes() error {
 		return err
 	}
 	w.kube.GrantAudience(audience)
-	for _, p := range []struct {
-		name, email string
-		ns          *netnstest.NS
-	}{{"reader", readerEmail, w.reader}, {"writer", writerEmail, w.writer}} {
-		w.kube.SetServiceAccount("default", p.name, map[string]string{"iam.gke.io/gcp-service-account": p.email})
-		w.kube.SetPod(kubetest.Pod{Namespace: "default", Name: p.name, ServiceAccount: p.name, Node: nodeName, Addresses: []string{p.ns.Addr.String()}})
-	}
 	return nil
 }
 
@@ -148,26 +189,33 @@ func (w *world) startGoogle() error {
 	}}); err != nil {
 		return err
 	}
-	w.google.Allow("system:serviceaccount:default:reader", readerEmail)
-	w.google.Allow("system:serviceaccount:default:writer", writerEmail)
 	return w.google.WriteCA(filepath.Join(w.dir, "google-ca.pem"))
 }
 
 // configure writes what an operator would write.
 func (w *world) configure(kubeconfig string) error {
+	attestation := ""
+	if w.cgroups == nil {
+		attestation = "attestation: {mode: source-ip}\n"
+	}
 	return os.WriteFile(filepath.Join(w.dir, "config.yaml"), fmt.Appendf(nil, `workloadIdentityProvider: %s
 projectID: my-project
 kubeconfig: %q
-attestation: {mode: source-ip} # these pods are network namespaces, whose processes are all the demo's own
-google: {stsURL: %s, iamCredentialsURL: %s, caFile: %s/google-ca.pem}
+%sgoogle: {stsURL: %s, iamCredentialsURL: %s, caFile: %s/google-ca.pem}
 log: {format: text}
-`, provider, kubeconfig, w.google.STSURL(), w.google.URL(), w.dir), 0o644)
+`, provider, kubeconfig, attestation, w.google.STSURL(), w.google.URL(), w.dir), 0o644)
 }
 
 func (w *world) close() error {
 	var err error
 	if w.probe != nil {
 		err = w.probe.end()
+	}
+	for _, p := range w.all {
+		p.die()
+	}
+	if w.cgroups != nil {
+		err = errors.Join(err, w.cgroups.Close())
 	}
 	if w.google != nil {
 		w.google.Close()
@@ -210,36 +258,4 @@ func (w *world) verifyIDToken(token, email string) error {
 		return fmt.Errorf("the ID token is %s's, and not %s's", claims.Email, email)
 	}
 	return nil
-}
-
-// answered is what somebody got.
-type answered struct {
-	status int
-	body   string
-}
-
-// ask sends what a client library sends, from inside a namespace.
-func ask(ctx context.Context, from *netnstest.NS, path string) (answered, error) {
-	return askAt(ctx, from, "169.254.169.254", path)
-}
-
-func askAt(ctx context.Context, from *netnstest.NS, host, path string) (answered, error) {
-	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			return from.Dial(ctx, network, addr)
-		},
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+host+path, nil)
-	if err != nil {
-		return answered{}, err
-	}
-	req.Header.Set("Metadata-Flavor", "Google")
-	res, err := client.Do(req)
-	if err != nil {
-		return answered{}, err
-	}
-	defer func() { _ = res.Body.Close() }()
-	body, err := io.ReadAll(res.Body)
-	return answered{res.StatusCode, string(body)}, err
 }

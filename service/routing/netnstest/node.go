@@ -140,13 +140,32 @@ func (n *Node) defaultRoute(all netip.Prefix, metadata, via netip.Addr) func() e
 }
 
 // AddPod attaches a pod to the bridge cni0.
-func (n *Node) AddPod(name string) (*NS, error) { return n.addPod(name, "cni0") }
+func (n *Node) AddPod(name string) (*NS, error) { return n.addPod(name, "cni0", nil) }
+
+// AddPodAs attaches a pod to the bridge that gets the addresses of another one, which was unplugged: the node goes on knowing them by
+// the same hardware address.
+func (n *Node) AddPodAs(name string, before *NS) (*NS, error) { return n.addPod(name, "cni0", before) }
+
+// Unplug takes a pod's link away, as a CNI does before it gives the address to another: processes that are left in the namespace have
+// no address any more.
+func (ns *NS) Unplug() error {
+	return ns.Do(func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err == nil {
+			err = netlink.LinkDel(l)
+		}
+		if err != nil {
+			return fmt.Errorf("ip link delete eth0 in %s: %w", ns.Name, err)
+		}
+		return nil
+	})
+}
 
 // AddRoutedPod attaches a pod as Calico and the cloud CNIs do: a veth whose node side has no IPv4 address, a /32 route to the
 // pod and proxy ARP for its gateway (K-08).
-func (n *Node) AddRoutedPod(name string) (*NS, error) { return n.addPod(name, "") }
+func (n *Node) AddRoutedPod(name string) (*NS, error) { return n.addPod(name, "", nil) }
 
-func (n *Node) addPod(name, master string) (_ *NS, err error) {
+func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	pod, err := n.namespace("-" + name)
@@ -163,6 +182,9 @@ func (n *Node) addPod(name, master string) (_ *NS, err error) {
 	}
 	six[14], six[15] = byte(i>>8), byte(i)
 	pod.Six = netip.AddrFrom16(six)
+	if before != nil {
+		pod.Addr, pod.Six = before.Addr, before.Six
+	}
 	host := fmt.Sprintf("veth%d", n.pods)
 	if err := n.NS.veth(host, pod, "eth0", master); err != nil {
 		return nil, fmt.Errorf("add pod %s: %w", name, err)
@@ -170,6 +192,7 @@ func (n *Node) addPod(name, master string) (_ *NS, err error) {
 	if master != "" {
 		err = pod.Do(func() error {
 			return run(
+				hardware("eth0", pod.Addr),
 				address("eth0", netip.PrefixFrom(pod.Addr, 16)), address("eth0", netip.PrefixFrom(pod.Six, 64)), address("eth0", linkLocal(pod.Six)),
 				route(netip.MustParsePrefix("0.0.0.0/0"), bridgeAddr, "eth0"), route(netip.MustParsePrefix("::/0"), bridgeSix, "eth0"))
 		})
@@ -260,6 +283,21 @@ func up(link string) func() error {
 		}
 		if err != nil {
 			return fmt.Errorf("ip link set %s up: %w", link, err)
+		}
+		return nil
+	}
+}
+
+// hardware gives a link the hardware address that goes with an IPv4 address.
+func hardware(link string, a netip.Addr) func() error {
+	return func() error {
+		l, err := netlink.LinkByName(link)
+		if err == nil {
+			b := a.As4()
+			err = netlink.LinkSetHardwareAddr(l, append(net.HardwareAddr{2, 0}, b[:]...))
+		}
+		if err != nil {
+			return fmt.Errorf("ip link set %s address: %w", link, err)
 		}
 		return nil
 	}

@@ -1,0 +1,84 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// network makes a pod's, with the address of one that died, if there is such a one.
+func (w *world) network(name string, before *pod) (*netnstest.NS, error) {
+	if before != nil {
+		return w.node.AddPodAs(name, before.ns)
+	}
+	return w.node.AddPod(name)
+}
+
+// churn has n pods live one after the other at one address. Each asks for a token as soon as it is there, and dies then. Of its birth
+// Kubernetes tells up to a second late, and of its death when the next one was answered.
+func (w *world) churn(ctx context.Context, n int) (Counts, error) {
+	all := Counts{Of: map[string]int{}}
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	var before *pod
+	for i := range n {
+		name := fmt.Sprintf("churn%d", i)
+		ns, err := w.network(name, before)
+		if err != nil {
+			return all, err
+		}
+		p := w.newPod(name, ns)
+		if err := p.start(); err != nil {
+			return all, errors.Join(err, ns.Close())
+		}
+		told := make(chan struct{})
+		wait.Go(func() {
+			defer close(told)
+			<-time.After(rand.N(time.Second))
+			p.tell()
+		})
+		began := time.Now()
+		a, err := p.ask(ctx, tokenPath)
+		all.Longest = max(all.Longest, time.Since(began))
+		what, says := unreachable, fmt.Sprint(err)
+		if err == nil {
+			what, says = w.outcome(p, a)
+		}
+		all.Of[what]++
+		if what != ok {
+			all.Examples = append(all.Examples, fmt.Sprintf("%s %s: %s", name, what, says))
+		}
+		<-told
+		p.die()
+		if before != nil {
+			w.kube.DeletePod("default", before.Name)
+		}
+		before = p
+		if err := errors.Join(ns.Unplug(), ns.Close()); err != nil {
+			return all, err
+		}
+	}
+	if before != nil {
+		w.kube.DeletePod("default", before.Name)
+	}
+	return all, nil
+}
+
+// outcome is what an answer to a request for a token is to the pod that got it.
+func (w *world) outcome(p *pod, a Answer) (what, says string) {
+	issued, _ := w.google.Lookup(accessToken(a.Body))
+	switch {
+	case a.Body == nodeSecret:
+		return leaked, ""
+	case a.Status != 200:
+		return unavailable, a.Body
+	case issued.Email != p.email:
+		return wrong, fmt.Sprintf("a token of %q", issued.Email)
+	}
+	return ok, ""
+}
