@@ -26,10 +26,11 @@ func (x *xtables) survey(ctx context.Context, chains []chain) (stands map[string
 		if !g.odd {
 			continue
 		}
-		base, err := x.list(ctx, c.table, c.base, nil)
+		listed, err := x.list(ctx, nil, c.table, c.base)
 		if err != nil {
 			return nil, nil, err
 		}
+		base := listed[c.base]
 		var by string
 		g.jumps, by = jumps(base, c.name)
 		if by != "" {
@@ -59,23 +60,29 @@ func redirection(base []string) string {
 	return ""
 }
 
-// reading is a check that has begun: the listings of all chains run at once.
+// reading is a check that has begun: all listings run at once, on nf_tables one for each chain of ours, which is all that cannot be seen
+// without, and on the legacy backend one for each table, which it reads as a whole in any case.
 type reading struct {
 	*xtables
 	chains   []chain
-	stands   map[string]glance
-	listings map[string]*runningCommand
+	stands   map[string]glance              // of nf_tables
+	listings map[string]*runningCommand     // by chain, or by table of the legacy backend
+	tables   map[string]map[string][]string // what is in them, by chain
 	err      error
 }
 
 func (x *xtables) startCheck(ctx context.Context, chains []chain) *reading {
-	r := &reading{xtables: x, chains: chains, listings: map[string]*runningCommand{}}
-	if r.stands, r.err = x.glances(chains); r.err != nil {
-		return r
+	r := &reading{xtables: x, chains: chains, listings: map[string]*runningCommand{}, tables: map[string]map[string][]string{}}
+	if !x.legacy {
+		r.stands, r.err = x.glances(chains)
 	}
 	for _, c := range chains {
-		if !c.absent && r.stands[c.name].exists {
+		switch _, started := r.listings[c.table]; {
+		case r.err != nil, c.absent && !x.legacy:
+		case !x.legacy && r.stands[c.name].exists:
 			r.listings[c.name] = x.startList(ctx, c.table, c.name)
+		case x.legacy && !started && legacyTable(c.table, x.six): // else listing it would make it
+			r.listings[c.table] = x.startList(ctx, c.table)
 		}
 	}
 	return r
@@ -85,31 +92,53 @@ func (x *xtables) startCheck(ctx context.Context, chains []chain) *reading {
 func (r *reading) end(ctx context.Context) (faults map[string][]error, err error) {
 	faults, err = map[string][]error{}, r.err
 	for _, c := range r.chains {
-		var found []error
 		if err == nil {
-			found, err = r.endChain(ctx, c)
-			faults[c.name] = found
-		} else if l := r.listings[c.name]; l != nil {
-			_, _ = l.end()
+			faults[c.name], err = r.endChain(ctx, c)
 		}
+	}
+	for _, l := range r.listings { // those that nobody waited for
+		_, _ = l.end()
 	}
 	return faults, err
 }
 
-func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err error) {
-	var rules []string
-	if l := r.listings[c.name]; l != nil {
-		if rules, err = r.list(ctx, c.table, c.name, l); err != nil {
+// listed are the rules of one of the chains that were listed, by the listing's key.
+func (r *reading) listed(ctx context.Context, key, table string, chain ...string) (rules map[string][]string, err error) {
+	if l := r.listings[key]; l != nil {
+		delete(r.listings, key)
+		if r.tables[key], err = r.list(ctx, l, table, chain...); err != nil {
 			return nil, err
 		}
 	}
-	at := r.stands[c.name].jumps
-	if r.stands[c.name].odd {
-		base, err := r.list(ctx, c.table, c.base, nil)
+	return r.tables[key], nil
+}
+
+// standing are the rules of the chain, and the jumps of ours to it.
+func (r *reading) standing(ctx context.Context, c chain) (rules []string, at []jumpAt, err error) {
+	if r.legacy {
+		table, err := r.listed(ctx, c.table, c.table)
+		at, _ = jumps(table[c.base], c.name)
+		return table[c.name], at, err
+	}
+	own, err := r.listed(ctx, c.name, c.table, c.name)
+	if err != nil {
+		return nil, nil, err
+	}
+	g := r.stands[c.name]
+	if g.odd {
+		base, err := r.list(ctx, nil, c.table, c.base)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		at, _ = jumps(base, c.name)
+		g.jumps, _ = jumps(base[c.base], c.name)
+	}
+	return own[c.name], g.jumps, nil
+}
+
+func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err error) {
+	rules, at, err := r.standing(ctx, c)
+	if err != nil {
+		return nil, err
 	}
 	if c.absent {
 		if len(at) > 0 {

@@ -75,7 +75,11 @@ func (r policyRule) String() string {
 
 // guardRules are the Plan's, exemptions first: nobody is cut off for the moment in between. Mode loopback needs the uplinks.
 func guardRules(p Plan, s surroundings) (rules []policyRule) {
-	for _, g := range p.Guard {
+	exempt := p.Guard
+	if p.Mode == ModeLoopback && !p.Closed {
+		exempt = append(slices.Clone(exempt), metadataServer) // else the host's own requests came to us too
+	}
+	for _, g := range exempt {
 		for _, name := range append([]string{"lo"}, p.Spare...) {
 			if r := (policyRule{pref: prefExempt, to: g.Addr(), iif: name, table: mainTable}); !slices.Contains(rules, r) {
 				rules = append(rules, r)
@@ -294,7 +298,9 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 	switch msg.Type {
 	case nl.FR_ACT_PROHIBIT:
 	case nl.FR_ACT_TO_TBL:
-		r.table = table
+		if r.table = table; table == noTable {
+			return r, false
+		}
 	default:
 		return r, false
 	}

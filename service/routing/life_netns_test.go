@@ -151,6 +151,43 @@ func TestInstallWhileServing(t *testing.T) {
 	})
 }
 
+// TestReplaceWhileServing has other rules each time, so that what stands is replaced under load: 0 lost.
+func TestReplaceWhileServing(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		whole := b.ruleset()
+		var asked, lost atomic.Int64
+		done := make(chan struct{})
+		var clients sync.WaitGroup
+		for range 2 {
+			clients.Go(func() {
+				for {
+					select {
+					case <-done:
+						return
+					default:
+					}
+					asked.Add(1)
+					if who, err := ask(b.pod, "169.254.169.254:80", long); who != emulator {
+						lost.Add(1)
+						t.Errorf("%q answered (%v)", who, err)
+					}
+				}
+			})
+		}
+		for i := range 20 {
+			p := b.plan
+			p.Uplinks = []string{"eth0", fmt.Sprintf("wan%d", i)}
+			b.install(p)
+		}
+		b.install(b.plan)
+		close(done)
+		clients.Wait()
+		t.Logf("%d of %d requests lost", lost.Load(), asked.Load())
+		b.same("back", sorted(b.ruleset()), sorted(whole))
+	})
+}
+
 // TestConcurrentFirstInstalls converge from nothing.
 func TestConcurrentFirstInstalls(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *bed) {

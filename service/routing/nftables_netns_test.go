@@ -1,6 +1,7 @@
 package routing
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -134,7 +135,7 @@ func TestNFTablesStory(t *testing.T) {
 			said := len(w.repaired())
 			b.sh(c.flush) // and when it runs
 			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
-			if line := w.repaired()[said]; line.Data["layer"] != layerNFTables || line.Data["cause"] != "nftables" || !strings.HasPrefix(line.Data["by"].(string), "nft (") {
+			if line := w.repaired()[said]; line.Data["layer"] != layerNFTables || line.Data["cause"] != "nftables" || !strings.HasPrefix(fmt.Sprint(line.Data["by"]), "nft (") {
 				t.Errorf("%v", line.Data)
 			}
 			if c.name == "the ruleset" {

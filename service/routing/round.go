@@ -71,6 +71,13 @@ func (w *watcher) round(ctx context.Context) {
 	case errors.Is(err, errOutdated):
 		w.pending |= why
 		return
+	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+		w.bad, w.unread, w.disturbed = true, true, true
+		w.pending |= why
+		if w.by == "" {
+			w.by = by
+		}
+		return
 	case err != nil:
 		w.bad = true
 		w.fail(fmt.Errorf("repair: %w", err))
@@ -256,7 +263,7 @@ func (w *watcher) fail(err error) {
 }
 
 func (w *watcher) succeed() {
-	w.failures, w.retry, w.failed = 0, time.Time{}, ""
+	w.failures, w.retry, w.failed, w.disturbed = 0, time.Time{}, "", false
 	if w.wish.Closed {
 		w.tell("the closed guard stands: the configuration was broken")
 		return

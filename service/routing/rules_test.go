@@ -146,6 +146,17 @@ func TestUplinks(t *testing.T) {
 	}
 }
 
+// TestLoopbackExemptsTheHost: whatever the guard names, the host's own requests are not ours (R-29).
+func TestLoopbackExemptsTheHost(t *testing.T) {
+	lo := policyRule{pref: prefExempt, to: metadataServer.Addr(), iif: "lo", table: mainTable}
+	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
+		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, surroundings{uplinks: []string{"eth0", "wan+"}})
+		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
+			t.Errorf("%v", rules)
+		}
+	}
+}
+
 func TestNewRefuses(t *testing.T) {
 	good := Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988")}
 	if _, err := New(good); err != nil {
@@ -160,6 +171,7 @@ func TestNewRefuses(t *testing.T) {
 		change func(*Plan)
 		want   string
 	}{
+		{"no interface", func(p *Plan) { p.Mode, p.Spare = ModeEBPF, []string{"docker0"} }, "spare docker0: mode ebpf sees who connects, and not by which interface"},
 		{"another mode", func(p *Plan) { p.Mode = "xdp" }, `routing mode "xdp" is not supported`},
 		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
 		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},

@@ -65,13 +65,13 @@ type watcher struct {
 	node   *node // what the router knows of its surroundings; nil: open it anew
 	unread bool  // the mode's part has to be read, whether or not it says that it changed
 	bad    bool  // the last verdict
-
-	asking  bool        // the cloud's metadata server
-	answers chan string // of it
-
-	told   string
-	silent string // what was said to tell nobody of its changes
-	failed string // the last failure that was logged
+	// disturbed is that something else was missing when the last repair was read back. Once is no failure.
+	disturbed bool
+	asking    bool        // the cloud's metadata server
+	answers   chan string // of it
+	told      string
+	silent    string // what was said to tell nobody of its changes
+	failed    string // the last failure that was logged
 }
 
 // Run watches the network namespace of the calling thread until ctx is done. It returns an error if it may not, and if there are

@@ -82,17 +82,18 @@ func (x *xtables) restore(ctx context.Context, text string) error {
 	})
 }
 
-// startList begins to list a chain.
-func (x *xtables) startList(ctx context.Context, table, chain string) *runningCommand {
-	return start(ctx, "", x.command, "--wait", lockSeconds, "-t", table, "-S", chain)
+// startList begins to list a chain, or without one the table.
+func (x *xtables) startList(ctx context.Context, table string, chain ...string) *runningCommand {
+	return start(ctx, "", x.command, append([]string{"--wait", lockSeconds, "-t", table, "-S"}, chain...)...)
 }
 
-// list returns the rules of a chain without "-A CHAIN ". One that is not there has none. started is a startList of it, or nil.
-func (x *xtables) list(ctx context.Context, table, chain string, started *runningCommand) (rules []string, err error) {
+// list returns the rules of a chain, or without one of all of the table's, by chain and without "-A CHAIN ". One that is not there has none.
+// started is a startList of it, or nil.
+func (x *xtables) list(ctx context.Context, started *runningCommand, table string, chain ...string) (rules map[string][]string, err error) {
 	var out string
 	err = retry(ctx, func() error {
 		if started == nil {
-			started = x.startList(ctx, table, chain)
+			started = x.startList(ctx, table, chain...)
 		}
 		out, err = started.end()
 		started = nil
@@ -104,9 +105,11 @@ func (x *xtables) list(ctx context.Context, table, chain string, started *runnin
 	if err != nil {
 		return nil, err
 	}
+	rules = map[string][]string{}
 	for line := range strings.Lines(out) {
-		if rule, ok := strings.CutPrefix(line, "-A "+chain+" "); ok {
-			rules = append(rules, normal(rule))
+		name, rule, _ := strings.Cut(strings.TrimPrefix(line, "-A "), " ")
+		if strings.HasPrefix(line, "-A ") && !strings.HasPrefix(name, "KUBE-") { // which can be 10,000
+			rules[name] = append(rules[name], normal(rule))
 		}
 	}
 	return rules, nil

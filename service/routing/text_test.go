@@ -1,0 +1,74 @@
+package routing
+
+import (
+	"net/netip"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// Lines that iptables-restore and nft may get, whatever an operator writes.
+var (
+	restoreLine = regexp.MustCompile(`^(\*(filter|raw|nat)|COMMIT|:GME-[A-Z]+ - \[0:0\]|-A GME-[A-Z]+ [-!a-zA-Z0-9./:,_@+ ]+|-I (FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[A-Z]+)$`)
+	nftLine     = regexp.MustCompile(`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [a-z]+ \{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= )?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:. ]+)$`)
+)
+
+// FuzzRuleText: a Plan that is not refused becomes rules and nothing else, in every mode.
+func FuzzRuleText(f *testing.F) {
+	f.Add("eth0", "docker0", "169.254.169.252:988", "[fd00:ec2::254]:80")
+	f.Add("wan+", "a b", "10.0.0.5:18080", "168.63.129.16:32526")
+	f.Add("e\nth0", `x" accept`, "0.0.0.0:80", "169.254.169.254:80")
+	f.Add("+", "a;b", "[fe80::1%eth0]:80", "[::ffff:1.2.3.4]:80")
+	f.Fuzz(func(t *testing.T, uplink, spare, listen, guard string) {
+		at, err := netip.ParseAddrPort(listen)
+		if err != nil {
+			return
+		}
+		guarded, err := netip.ParseAddrPort(guard)
+		if err != nil {
+			return
+		}
+		for _, mode := range modes {
+			p := Plan{Mode: mode, Listen: at, Uplinks: []string{uplink}, Spare: []string{spare}, Guard: []netip.AddrPort{guarded}}
+			if mode == ModeLoopback {
+				p.Listen = metadataServer
+			}
+			if p, err = p.checked(); err != nil {
+				continue
+			}
+			s := surroundings{uplinks: p.Uplinks, six: true}
+			for _, six := range []bool{false, true} {
+				for line := range strings.Lines(restoreText(chainsFor(p, s, six), nil)) {
+					if p.redirects() && !restoreLine.MatchString(strings.TrimSuffix(line, "\n")) {
+						t.Errorf("%q", line)
+					}
+				}
+				chains, err := nftChainsFor(p, s, six)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for line := range strings.Lines(nftText(chains, "ip")) {
+					if !nftLine.MatchString(strings.TrimSuffix(line, "\n")) {
+						t.Errorf("%q", line)
+					}
+				}
+			}
+		}
+	})
+}
+
+// FuzzJumps: whatever a list of rules says, a jump of ours has our comment and stands where it is said to.
+func FuzzJumps(f *testing.F) {
+	f.Add("-m comment --comment gke-metadata-emulator -j GME-PRE\n-j KUBE-SERVICES")
+	f.Add("-g GME-PRE\n-m comment --comment mine -j GME-PRE\n-j")
+	f.Fuzz(func(t *testing.T, text string) {
+		base := lines(text)
+		ours, foreign := jumps(base, "GME-PRE")
+		for _, j := range ours {
+			if base[j.position-1] != j.rule || !strings.Contains(j.rule, comment) || j.rule == foreign {
+				t.Errorf("%+v", j)
+			}
+		}
+		redirection(base)
+	})
+}
