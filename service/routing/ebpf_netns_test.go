@@ -10,6 +10,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
 // TestRewriting: each way to connect, as a pod, as a pod on the host network and as a daemon of the host.
@@ -138,6 +140,7 @@ func TestPins(t *testing.T) {
 
 // TestPinsRefusals: each reason why programs cannot be had is told with the remedy.
 func TestPinsRefusals(t *testing.T) {
+	netnstest.Needs(t, "setpriv")
 	b := newBPFBed(t, newBed(t, "iptables-nft"))
 	p, r := b.pins(), b.rewriting()
 	for _, c := range []struct {

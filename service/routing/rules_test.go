@@ -171,6 +171,7 @@ func TestNewRefuses(t *testing.T) {
 		change func(*Plan)
 		want   string
 	}{
+		{"no interface", func(p *Plan) { p.Mode, p.Spare = ModeEBPF, []string{"docker0"} }, "spare docker0: mode ebpf sees who connects, and not by which interface"},
 		{"another mode", func(p *Plan) { p.Mode = "xdp" }, `routing mode "xdp" is not supported`},
 		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
 		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},
