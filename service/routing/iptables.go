@@ -182,7 +182,7 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 }
 
 // removeIPTables removes our chains from both backends.
-func removeIPTables(ctx context.Context, p Plan) error {
+func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 	use, other := backends(p)
 	var errs []error
 	remove := func(tables ...string) {
@@ -192,8 +192,11 @@ func removeIPTables(ctx context.Context, p Plan) error {
 		}
 	}
 	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
+	// Where another mode does the same instead it goes on translating, and they notice nothing.
 	remove("nat")
-	resetConnections(netip.Addr{})
+	if !instead || !p.dnats() {
+		resetConnections(netip.Addr{})
+	}
 	remove()
 	return errors.Join(errs...)
 }

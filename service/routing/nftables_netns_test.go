@@ -1,6 +1,7 @@
 package routing
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
@@ -236,4 +239,36 @@ func TestNFTablesShownText(t *testing.T) {
 	b.install(b.plan)
 	b.green(b.plan)
 	b.same("install after the shown text", b.ruleset(), byHand)
+}
+
+// TestAnotherDNATKeepsConnections: who has a connection by the rules of one mode keeps it by those of the other, and is told when those
+// of none translate it any more.
+func TestAnotherDNATKeepsConnections(t *testing.T) {
+	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
+		t.Run(binary, func(t *testing.T) {
+			b := newBed(t, binary)
+			plans := map[string]Plan{}
+			for _, mode := range []string{ModeIPTables, ModeNFTables, ModeNone} {
+				p := b.plan
+				p.Mode = mode
+				plans[mode] = p
+			}
+			b.install(plans[ModeIPTables])
+			c, err := b.pod.Dial(t.Context(), "tcp", metadataServer.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			for _, mode := range []string{ModeIPTables, ModeNFTables, ModeIPTables} {
+				b.install(plans[mode])
+				if who, err := talk(c, long); who != emulator {
+					t.Fatalf("in mode %s the connection has %q (%v)", mode, who, err)
+				}
+			}
+			b.install(plans[ModeNone])
+			if _, err := talk(c, long); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+				t.Errorf("in mode none the connection got %v", err)
+			}
+		})
+	}
 }
