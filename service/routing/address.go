@@ -75,6 +75,7 @@ func installAddress(p Plan) error {
 		if err == nil && p.Link != "" {
 			err = installLink(p.Link)
 		}
+		resetConnections(netip.Addr{})
 		return errors.Join(err, removeLinks(p.Link), removeAddress(netip.Addr{}))
 	}
 	// What a mode loopback of before has left goes after its policy rules.
@@ -105,12 +106,15 @@ func resetConnections(keep netip.Addr) {
 		return
 	}
 	going := slices.DeleteFunc(l.ours, func(n *net.IPNet) bool { return n.IP.Equal(keep.AsSlice()) })
-	if len(going) == 0 {
-		return
+	if len(going) > 0 {
+		resetAt(func(ip net.IP) bool {
+			return slices.ContainsFunc(going, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
+		})
 	}
-	goes := func(ip net.IP) bool {
-		return slices.ContainsFunc(going, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
-	}
+}
+
+// resetAt ends what this node has open at addresses of its own.
+func resetAt(goes func(net.IP) bool) {
 	sockets, err := netlink.SocketDiagTCP(unix.AF_INET)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return

@@ -3,6 +3,7 @@ package routing
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"time"
 
@@ -69,6 +70,8 @@ func removeLocal() error {
 	if err != nil || have == nil {
 		return err
 	}
+	// What pods have open here no packet of theirs comes to any more, now that the policy rules are gone.
+	resetAt(net.IP(metadataServer.Addr().AsSlice()).Equal)
 	if err := netlink.RouteDel(have); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("ip route del %s: %w", localRouteText(), permission(err))
 	}

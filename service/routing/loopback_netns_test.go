@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -233,4 +235,38 @@ sys.stdin.read()`)
 	_ = stdin.Close()
 	_ = cmd.Wait()
 	b.install(b.plan)
+}
+
+// TestLoopbackEndsConnections: who has a connection by DNAT or by mode loopback is told when the other takes over, or nobody does.
+func TestLoopbackEndsConnections(t *testing.T) {
+	b := modeBed(t, ModeLoopback)
+	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
+	loopback, dnat := b.plan, b.plan
+	dnat.Mode, dnat.Listen = ModeNFTables, netip.MustParseAddrPort("169.254.169.252:988")
+	for _, c := range []struct {
+		name   string
+		before Plan
+		then   func(Plan)
+		plan   Plan
+		by     string // is answered afterwards
+	}{
+		{"to loopback", dnat, b.install, loopback, emulator},
+		{"from loopback", loopback, b.install, dnat, emulator},
+		{"removed", loopback, b.remove, loopback, cloud},
+	} {
+		b.install(c.before)
+		conn, err := b.pod.Dial(t.Context(), "tcp", metadataServer.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if who, err := talk(conn, long); who != emulator {
+			t.Fatalf("%s: %q (%v)", c.name, who, err)
+		}
+		c.then(c.plan)
+		if _, err := talk(conn, long); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+			t.Errorf("%s: the connection of before got %v", c.name, err)
+		}
+		b.answers(b.pod, metadataServer.String(), c.by)
+	}
 }
