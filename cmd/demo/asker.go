@@ -20,6 +20,7 @@ const asPod = "GKE_METADATA_EMULATOR_DEMO_POD"
 type Asker struct {
 	mu   sync.Mutex
 	load *load
+	kept http.Client // with the connections of questions to be kept
 }
 
 // isPod reports whether this process is a pod's, and then was one until it was not needed any more.
@@ -40,7 +41,11 @@ func isPod() bool {
 }
 
 // Question is one request.
-type Question struct{ Host, Path string }
+type Question struct {
+	Host, Path string
+	As         string // the sender's address; "": the asker's own
+	Keep       bool   // the connection for the next such question, which goes by it if it is open still
+}
 
 // Answer is what somebody got.
 type Answer struct {
@@ -49,14 +54,32 @@ type Answer struct {
 }
 
 // Ask sends what a client library sends.
-func (*Asker) Ask(q Question, a *Answer) (err error) {
-	*a, err = askBy((&net.Dialer{}).DialContext, q)
+func (a *Asker) Ask(q Question, answer *Answer) (err error) {
+	if q.Keep {
+		a.kept.Timeout = 3 * time.Second
+		*answer, err = askBy(&a.kept, q)
+		return err
+	}
+	*answer, err = askOnce(q.dial, q)
 	return err
 }
 
-// askBy sends what a client library sends, on a connection that dial makes.
-func askBy(dial func(ctx context.Context, network, addr string) (net.Conn, error), q Question) (Answer, error) {
-	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}
+// dial connects as the one whose address it is, which has to be the asker's too.
+func (q Question) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	d := net.Dialer{}
+	if q.As != "" {
+		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(q.As)}
+	}
+	return d.DialContext(ctx, network, addr)
+}
+
+// askOnce asks on a connection that dial makes.
+func askOnce(dial func(ctx context.Context, network, addr string) (net.Conn, error), q Question) (Answer, error) {
+	return askBy(&http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}, q)
+}
+
+// askBy sends what a client library sends.
+func askBy(client *http.Client, q Question) (Answer, error) {
 	req, err := http.NewRequest(http.MethodGet, "http://"+q.Host+q.Path, nil)
 	if err != nil {
 		return Answer{}, err

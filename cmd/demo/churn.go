@@ -5,16 +5,24 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// network makes a pod's, with the address of one that died, if there is such a one.
-func (w *world) network(name string, before *pod) (*netnstest.NS, error) {
+// network makes a pod's: on a link of its own or on the bridge, there with the address of one that died, if there is such a one.
+func (w *world) network(name string, before *pod, routed bool) (*netnstest.NS, error) {
 	if before != nil {
 		return w.node.AddPodAs(name, before.ns)
+	}
+	if routed {
+		ns, err := w.node.AddRoutedPod(name)
+		if err == nil {
+			err = w.serveOther(ns, netip.AddrPortFrom(ns.Addr, 10250).String())
+		}
+		return ns, err
 	}
 	return w.node.AddPod(name)
 }
@@ -28,7 +36,7 @@ func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 	var before *pod
 	for i := range n {
 		name := fmt.Sprintf("churn%d", i)
-		ns, err := w.network(name, before)
+		ns, err := w.network(name, before, false)
 		if err != nil {
 			return all, err
 		}

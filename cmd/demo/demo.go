@@ -211,7 +211,7 @@ func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 	}
 	d.done("stranger → 503 after the hold: %s", strings.TrimSpace(a.Body))
 	for _, host := range []string{metadataAddr, listenAddr} {
-		if a, err := askBy(w.neighbour.Dial, Question{host, tokenPath}); err == nil {
+		if a, err := askOnce(w.neighbour.Dial, Question{Host: host, Path: tokenPath}); err == nil {
 			return fmt.Errorf("a neighbour that sends to %s by way of the node was answered %v", host, a)
 		}
 		d.done("a neighbour host that sends to %s by way of the node → nothing", host)

@@ -117,8 +117,13 @@ func (p *pod) ask(ctx context.Context, path string) (Answer, error) {
 }
 
 func (p *pod) askAt(ctx context.Context, host, path string) (Answer, error) {
+	return p.put(ctx, Question{Host: host, Path: path})
+}
+
+// put has the pod ask that question.
+func (p *pod) put(ctx context.Context, q Question) (Answer, error) {
 	a := new(Answer)
-	if err := p.call(ctx, "Ask", Question{host, path}, a); err != nil {
+	if err := p.call(ctx, "Ask", q, a); err != nil {
 		return Answer{}, err
 	}
 	return *a, nil
@@ -145,8 +150,7 @@ func (p *pod) counted(method string) (Counts, error) {
 // loaded are pods that ask without pause.
 type loaded []*pod
 
-func (w *world) beginLoad() (loaded, error) {
-	l := loaded{w.reader, w.writer}
+func beginLoads(l ...*pod) (loaded, error) {
 	for _, p := range l {
 		if err := p.call(context.Background(), "Begin", p.email, new(struct{})); err != nil {
 			return nil, fmt.Errorf("pod %s: %w", p.Name, err)

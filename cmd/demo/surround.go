@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
@@ -28,16 +29,19 @@ const kubeletDir = "/var/lib/kubelet"
 // `curl --unix-socket DIR/control.sock http://world/ORDER`:
 //
 //	ask?from=reader&at=169.254.169.254   one request of a pod (reader, writer, host, stranger, or one that was started) or the
-//	                                     neighbour: "200 text", or the error
-//	start?name=late                      a new pod, with a ServiceAccount of its name; &as=other: with the address of that one, which died
+//	                                     neighbour: "200 text", or the error; &as=writer: with the address of that pod as the
+//	                                     sender's; &keep=yes: by the connection of the last such request, if that is open still
+//	start?name=late                      a new pod, with a ServiceAccount of its name; &as=other: with the address of that one, which
+//	                                     died; &routed=yes: on a link of its own, not on the bridge
 //	kill?name=late                       it dies, and its address may be given to another
 //	tell?name=late                       Kubernetes says that it is no more
 //	churn?pods=20                        so many pods after each other, at one address
-//	begin                                load from two pods
-//	end                                  no more of it: what came of it, as name=number
+//	begin                                load from two pods; &host=yes: and from the one on the node's network
+//	end                                  no more of it: what came of it, as name=number, and as host_name=number
 //	cloud                                how many requests of pods the cloud's own metadata server has had since the last time
 //	calls                                how many there have been of Google's STS and IAM, as method=number
 //	rules                                the node's firewall, policy rules, routes and addresses, normalised (R-31)
+//	detach?pin=/sys/fs/bpf/some/link     by force, the program whose link is pinned there
 //	rotate                               a new certificate for kubelet
 //
 // Where beside is the name of a link, that is the machine's own and is left alone. Where probed is the name of a file, there
@@ -102,7 +106,7 @@ func (w *world) kubepods() (err error) {
 
 func (w *world) orders() http.Handler {
 	var mu sync.Mutex
-	var running loaded
+	var running, onHost loaded
 	pods := map[string]*pod{"reader": w.reader, "writer": w.writer, "stranger": w.stranger}
 	if w.host != nil {
 		pods["host"] = w.host
@@ -122,14 +126,34 @@ func (w *world) orders() http.Handler {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("/ask", order(func(r *http.Request) (string, error) {
+		from, as := r.FormValue("from"), r.FormValue("as")
+		q := Question{Host: r.FormValue("at"), Path: emailPath, Keep: r.FormValue("keep") != ""}
+		p, ns := pods[from], w.neighbour
+		if p != nil {
+			ns = p.ns
+		} else if from != "neighbour" {
+			return "", fmt.Errorf("there is nobody called %q", from)
+		}
+		if as != "" {
+			if pods[as] == nil {
+				return "", fmt.Errorf("there is no pod %q", as)
+			}
+			q.As = pods[as].ns.Addr.String()
+			undo, err := pretend(r.Context(), ns, q.As)
+			if err != nil {
+				return "", err
+			}
+			defer undo()
+		}
 		var a Answer
 		var err error
-		if p := pods[r.FormValue("from")]; p != nil {
-			a, err = p.askAt(r.Context(), r.FormValue("at"), emailPath)
-		} else if r.FormValue("from") == "neighbour" {
-			a, err = askBy(w.neighbour.Dial, Question{r.FormValue("at"), emailPath})
+		if p != nil {
+			a, err = p.put(r.Context(), q)
 		} else {
-			err = fmt.Errorf("there is nobody called %q", r.FormValue("from"))
+			a, err = askOnce(func(ctx context.Context, network, addr string) (c net.Conn, err error) {
+				err = ns.Do(func() error { c, err = q.dial(ctx, network, addr); return err })
+				return c, err
+			}, q)
 		}
 		if err != nil {
 			return "", err
@@ -141,7 +165,7 @@ func (w *world) orders() http.Handler {
 		if pods[name] != nil {
 			return "", fmt.Errorf("there is a pod %s", name)
 		}
-		ns, err := w.network(name, as)
+		ns, err := w.network(name, as, r.FormValue("routed") != "")
 		if err != nil {
 			return "", err
 		}
@@ -173,21 +197,31 @@ func (w *world) orders() http.Handler {
 		c, err := w.churn(r.Context(), n)
 		return c.String(), err
 	}))
-	mux.Handle("/begin", order(func(*http.Request) (string, error) {
+	mux.Handle("/begin", order(func(r *http.Request) (string, error) {
 		if running != nil {
 			return "", errors.New("there is load already")
 		}
 		var err error
-		running, err = w.beginLoad()
+		if running, err = beginLoads(w.reader, w.writer); err == nil && r.FormValue("host") != "" {
+			if w.host == nil {
+				return "", w.noCgroups
+			}
+			onHost, err = beginLoads(w.host)
+		}
 		return "load", err
 	}))
 	mux.Handle("/end", order(func(*http.Request) (string, error) {
 		if running == nil {
 			return "", errors.New("there is no load")
 		}
-		c, err := running.end()
-		running = nil
-		return c.String(), err
+		h, err1 := onHost.end()
+		c, err2 := running.end()
+		running, onHost = nil, nil
+		var line strings.Builder
+		for what, n := range h.Of {
+			fmt.Fprintf(&line, "host_%s=%d ", what, n)
+		}
+		return line.String() + c.String(), errors.Join(err1, err2)
 	}))
 	mux.Handle("/cloud", order(func(*http.Request) (string, error) {
 		since := w.cloudAsked.Load() - told
@@ -202,6 +236,13 @@ func (w *world) orders() http.Handler {
 		return strings.Join(calls, " "), nil
 	}))
 	mux.Handle("/rules", order(func(*http.Request) (string, error) { return w.node.Ruleset() }))
+	mux.Handle("/detach", order(func(r *http.Request) (string, error) {
+		l, err := link.LoadPinnedLink(r.FormValue("pin"), nil)
+		if err != nil {
+			return "", err
+		}
+		return "it is detached", errors.Join(l.Detach(), l.Close())
+	}))
 	mux.Handle("/rotate", order(func(*http.Request) (string, error) {
 		if _, err := w.kube.RotateNodeCert(nodeName); err != nil {
 			return "", err
@@ -209,4 +250,15 @@ func (w *world) orders() http.Handler {
 		return w.kube.WriteKubelet(kubeletDir, nodeName)
 	}))
 	return mux
+}
+
+// pretend gives a namespace an address that is another's too, so that it would get what is sent there in answer, until undo.
+func pretend(ctx context.Context, ns *netnstest.NS, addr string) (undo func(), err error) {
+	out, err := ns.Command(ctx, "ip", "address", "add", addr+"/32", "dev", "lo").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("ip address add %s: %w: %s", addr, err, out)
+	}
+	return func() {
+		_ = ns.Command(context.WithoutCancel(ctx), "ip", "address", "del", addr+"/32", "dev", "lo").Run()
+	}, nil
 }

@@ -43,6 +43,7 @@ type world struct {
 	kube       *kubetest.Server
 	google     *googletest.Server
 	cloud      *http.Server
+	others     *http.Server
 	cloudAsked atomic.Int32
 	probe      *probe
 	all        []*pod // that were started
@@ -105,7 +106,7 @@ func (w *world) populate(ctx context.Context) (err error) {
 	if w.neighbour, err = w.node.AddNeighbour("neighbour"); err != nil {
 		return err
 	}
-	for _, to := range []string{"169.254.169.254/32", "169.254.169.252/32"} {
+	for _, to := range []string{"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16", "10.245.0.0/16"} { // whatever it can
 		if out, err := w.neighbour.Command(ctx, "ip", "route", "add", to, "via", w.node.Addr.String()).CombinedOutput(); err != nil {
 			return fmt.Errorf("ip route add %s: %w: %s", to, err, out)
 		}
@@ -152,10 +153,6 @@ func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error
 
 // startCloud serves what many a cloud has at 169.254.169.254: the node's own credentials, for whoever asks.
 func (w *world) startCloud() error {
-	l, err := w.node.Cloud.Listen("tcp4", "169.254.169.254:80")
-	if err != nil {
-		return err
-	}
 	w.cloud = &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		// The node may ask what is there, and does so once; its pods' packets keep their own addresses.
 		if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr {
@@ -163,8 +160,29 @@ func (w *world) startCloud() error {
 		}
 		_, _ = io.WriteString(rw, nodeSecret)
 	})}
-	go func() { _ = w.cloud.Serve(l) }()
-	return nil
+	for _, at := range []string{"169.254.169.254:80", "169.254.169.254:443", "[fd00:ec2::254]:80"} { // R-32, H-25
+		l, err := w.node.Cloud.Listen("tcp", at)
+		if err != nil {
+			return err
+		}
+		go func() { _ = w.cloud.Serve(l) }()
+	}
+	// What is nobody's to keep from anybody: a name server beside it, and what node and pods have for other hosts.
+	w.others = &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(rw, "not the metadata server: "+r.Host)
+	})}
+	if err := w.serveOther(w.node.Cloud, "169.254.169.254:53"); err != nil {
+		return err
+	}
+	return w.serveOther(w.node.NS, netip.AddrPortFrom(w.node.Addr, 10250).String())
+}
+
+func (w *world) serveOther(ns *netnstest.NS, at string) error {
+	l, err := ns.Listen("tcp4", at)
+	if err == nil {
+		go func() { _ = w.others.Serve(l) }()
+	}
+	return err
 }
 
 func (w *world) startKubernetes() error {
@@ -225,6 +243,9 @@ func (w *world) close() error {
 	}
 	if w.cloud != nil {
 		_ = w.cloud.Close()
+	}
+	if w.others != nil {
+		_ = w.others.Close()
 	}
 	if w.node != nil {
 		err = errors.Join(err, w.node.Close())
