@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -25,6 +26,7 @@ type Trial struct {
 
 	node, pod netns.NsHandle
 	linked    bool
+	dialling  sync.RWMutex // held for writing when the namespaces go
 }
 
 // trialLink is the interface's name. Two trials at once are one too many.
@@ -112,6 +114,11 @@ func (t *Trial) connect() error {
 
 // Dial connects from the pod. The address is an IP address and a port.
 func (t *Trial) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	t.dialling.RLock()
+	defer t.dialling.RUnlock()
+	if !t.pod.IsOpen() {
+		return nil, net.ErrClosed
+	}
 	err = t.in(t.pod, func() error {
 		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 		return err
@@ -160,8 +167,10 @@ func (t *Trial) Dropped(ctx context.Context, try func()) (by []string, err error
 	return by, err
 }
 
-// Close takes all away.
+// Close takes all away, when nobody dials any more: an HTTP transport goes on with that for a client that has given up.
 func (t *Trial) Close() error {
+	t.dialling.Lock()
+	defer t.dialling.Unlock()
 	var errs []error
 	if t.linked { // at once, where the kernel would take its time to free the namespace
 		t.linked = false
