@@ -31,8 +31,8 @@ var since = map[string]int{
 	// what it may take
 	"LimitCORE": 0, "LimitNOFILE": 0, "MemoryHigh": 231, "MemoryMax": 231, "OOMScoreAdjust": 0, "TasksMax": 227,
 	// what it may do
-	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressDeny": 235, "KeyringMode": 235, "LockPersonality": 235,
-	"MemoryDenyWriteExecute": 231, "NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateIPC": 248, "PrivateNetwork": 0,
+	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressAllow": 235, "IPAddressDeny": 235, "KeyringMode": 235, "LockPersonality": 235,
+	"MemoryDenyWriteExecute": 231, "NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateIPC": 248, "PrivateMounts": 239, "PrivateNetwork": 0,
 	"PrivateTmp": 0, "ProcSubset": 247, "ProtectClock": 245, "ProtectControlGroups": 232, "ProtectHome": 214,
 	"ProtectHostname": 242, "ProtectKernelLogs": 244, "ProtectKernelModules": 232, "ProtectKernelTunables": 232,
 	"ProtectProc": 247, "ProtectSystem": 214, "ReadWritePaths": 231, "RemoveIPC": 232, "RestrictAddressFamilies": 211,
@@ -64,7 +64,8 @@ var values = map[string]string{
 	"MemoryHigh": `\d+M`, "MemoryMax": `\d+M`,
 	"SystemCallFilter": `@system-service|~@privileged @resources`,  // 239; groups at all, and several, 231
 	"ProtectHome":      `yes|read-only`, "ProtectSystem": `strict`, // 214, 232
-	"DevicePolicy": `closed`, "KeyringMode": `private`, "IPAddressDeny": `any`,
+	"DevicePolicy": `closed`, "KeyringMode": `private`, "IPAddressAllow": `[0-9.]+`, "IPAddressDeny": `any`,
+	"RestrictNamespaces":      `yes|net`,                                                      // names of namespaces: 233
 	"RestrictAddressFamilies": `AF_(UNIX|NETLINK|INET|INET6)( AF_(NETLINK|INET|INET6|UNIX))*`, // 211
 	"CapabilityBoundingSet":   `|CAP_[A-Z_]+( CAP_[A-Z_]+)*`, "SystemCallArchitectures": `native`, "SystemCallErrorNumber": `EPERM`,
 }
@@ -152,7 +153,7 @@ for sh in dash bash 'busybox sh'; do
 	nothing() { generate; test -z "$(ls /tmp/out)"; }
 	echo 'listen: 10.0.0.1:900' >$etc/config.yaml; nothing
 	cat /tmp/mine.yaml >>$etc/config.yaml; generate
-	printf '[Socket]\nListenStream=\nListenStream=10.0.0.1:900\n' | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
+	printf '[Socket]\nListenStream=\nListenStream=10.0.0.1:900\nTransparent=no\n' | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
 	mv $bin /tmp; nothing; mv /tmp/gke-metadata-emulator $bin
 	cp /tmp/mine.yaml $etc/config.yaml; nothing
 	rm $etc/config.yaml; nothing

@@ -6,7 +6,10 @@ import (
 	"io"
 	"strings"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
@@ -84,6 +87,9 @@ type DoctorOptions struct {
 // What it asks of others is what any pod would: GET / of the metadata server from a throw-away namespace, one TokenRequest for a
 // pod of this node and one exchange of that token, which are thrown away unseen.
 func Doctor(ctx context.Context, o DoctorOptions) Report {
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	kube.RouteKlog(quiet) // what client-go has to say is in its errors
 	return diagnose(examine(ctx, o))
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -15,7 +14,6 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
-	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
@@ -122,9 +120,6 @@ func (p *patient) door() netip.AddrPort {
 
 // askCluster tries the way to a pod's token, and from there to Google's.
 func (p *patient) askCluster(ctx context.Context, o DoctorOptions) {
-	quiet := logrus.New()
-	quiet.SetOutput(io.Discard)
-	kube.RouteKlog(quiet) // what client-go has to say is in its errors
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var all sync.WaitGroup

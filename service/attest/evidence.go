@@ -60,5 +60,5 @@ type Evidence struct {
 }
 
 // Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
-// in the same cgroup. It costs no system call: the kernel tells within 10 ms of its last process.
+// in the same cgroup. It costs no system call: the kernel tells of its last process in some 10 ms, more where we are not scheduled.
 func (e *Evidence) Alive() bool { return e.life.Load() }

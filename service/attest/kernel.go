@@ -29,7 +29,7 @@ const DefaultCgroupRoot = "/sys/fs/cgroup"
 // It has no privilege. Of our own network namespace it may ask; sockets that ask in pods' namespaces are handed over by a [Helper].
 //
 // What it knows is as old as the kernel's news of it. A new pod's cgroup and namespace are known some ms after they are there: until then
-// Look says that it does not know. The death of a cgroup's last process is told within 10 ms; what is written in between goes to a socket
+// Look says that it does not know. The death of a cgroup's last process is told in some 10 ms (at most once in ten, and then we have to be scheduled); what is written in between goes to a socket
 // that this process made, and that nobody else has but by having been given it. That a cgroup was removed is told at once, and
 // its id is never used again.
 type Kernel struct {

@@ -3,6 +3,7 @@ package kube
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -170,12 +171,16 @@ func TestAtAllocatesNothing(t *testing.T) {
 	b := run(t, newServer(t, kubetest.Options{}), nil)
 	a := netip.MustParseAddr("10.1.0.11")
 	b.at(t, "10.1.0.11", "p1")
-	if n := testing.AllocsPerRun(100, func() {
-		if cs, _, err := b.At(a); err != nil || len(cs) != 1 {
-			t.Error("not found")
-		}
-	}); n != 0 {
-		t.Errorf("%v allocations", n)
+	least := math.Inf(1)
+	for range 5 { // what others allocate meanwhile counts too, and does not always
+		least = min(least, testing.AllocsPerRun(100, func() {
+			if cs, _, err := b.At(a); err != nil || len(cs) != 1 {
+				t.Error("not found")
+			}
+		}))
+	}
+	if least != 0 {
+		t.Errorf("%v allocations", least)
 	}
 }
 

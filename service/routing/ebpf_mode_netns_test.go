@@ -162,7 +162,7 @@ func (b *bpfBed) detached(t *testing.T) {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(long); ; <-tick.C {
-		all, err := Plan{BPFDir: b.plan.BPFDir, CgroupRoot: b.cgroups}.pins(ModeEBPF, redirectHooks).allAttached()
+		all, err := b.pins().attached(redirectHooks...)
 		if err != nil || time.Now().After(deadline) {
 			t.Fatalf("still attached: %v, %v", all, err)
 		}

@@ -210,12 +210,12 @@ func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
 func (b *bpfBed) attachedText(t *testing.T) string {
 	t.Helper()
 	var text strings.Builder
-	for _, h := range redirectHooks {
-		ids, err := b.pins().attached(h)
-		if err != nil {
-			t.Fatal(err)
-		}
-		fmt.Fprintf(&text, "%s %v\n", h.name, ids)
+	all, err := b.pins().attached(redirectHooks...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, ids := range all {
+		fmt.Fprintf(&text, "%s %v\n", redirectHooks[i].name, ids)
 	}
 	return text.String()
 }

@@ -117,7 +117,7 @@ func (p pins) attach(h hook, program *ebpf.Program) error {
 	defer cgroup.Close()
 	made, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: program, Attach: h.attach})
 	if errors.Is(err, unix.EPERM) {
-		if others, err := p.attached(h); err == nil && len(others) > 0 {
+		if others, err := p.attached(h); err == nil && len(others[0]) > 0 {
 			return fmt.Errorf("%s %w, who lets no other program of this kind be attached there (`bpftool cgroup show %[1]s` names it)", p.root, ErrForeign)
 		}
 	}
@@ -220,35 +220,42 @@ func (p pins) remove() error {
 	return nil
 }
 
-// attached are the numbers of all programs at the hook, ours and others', in the order in which they run.
-func (p pins) attached(h hook) (ids []ebpf.ProgramID, err error) {
-	cgroup, err := os.Open(p.root)
+// attached are the numbers of all programs at each of the hooks, ours and others', in the order in which they run.
+func (p pins) attached(hooks ...hook) (all [][]ebpf.ProgramID, err error) {
+	cgroup, err := unix.Open(p.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open %s: %w", p.root, err)
 	}
-	defer cgroup.Close()
-	found, err := link.QueryPrograms(link.QueryOptions{Target: int(cgroup.Fd()), Attach: h.attach})
-	if err != nil {
-		return nil, bpfPermission(err)
+	defer unix.Close(cgroup)
+	for _, h := range hooks {
+		found, err := link.QueryPrograms(link.QueryOptions{Target: cgroup, Attach: h.attach})
+		if err != nil {
+			return nil, fmt.Errorf("what is attached to %s at %s: %w", h.name, p.root, bpfPermission(err))
+		}
+		ids := []ebpf.ProgramID{}
+		for _, a := range found.Programs {
+			ids = append(ids, a.ID)
+		}
+		all = append(all, ids)
 	}
-	for _, a := range found.Programs {
-		ids = append(ids, a.ID)
-	}
-	return ids, nil
+	return all, nil
 }
 
 // order says where ours stand among others' programs, "" where there are none of others.
 func (p pins) order() string {
+	attached, err := p.attached(p.hooks...)
+	if err != nil {
+		return "" // which check says better
+	}
 	var all []string
-	for _, h := range p.hooks {
-		ids, err := p.attached(h)
-		program, err2 := ebpf.LoadPinnedProgram(p.program(h), nil)
-		if err != nil || err2 != nil {
-			continue // which check says better
+	for i, h := range p.hooks {
+		program, err := ebpf.LoadPinnedProgram(p.program(h), nil)
+		if err != nil {
+			continue
 		}
-		if info, err := program.Info(); err == nil && len(ids) > 1 {
+		if info, err := program.Info(); err == nil && len(attached[i]) > 1 {
 			id, _ := info.ID()
-			all = append(all, fmt.Sprintf("%s %d of %d", h.name, slices.Index(ids, id)+1, len(ids)))
+			all = append(all, fmt.Sprintf("%s %d of %d", h.name, slices.Index(attached[i], id)+1, len(attached[i])))
 		}
 		_ = program.Close()
 	}
@@ -316,16 +323,4 @@ func hostNetwork() (uint64, error) {
 		return 0, errors.New("programs at connect() need Linux 5.14 or newer: use routing mode iptables")
 	}
 	return cookie, err
-}
-
-// allAttached is attached for every hook.
-func (p pins) allAttached() (all [][]ebpf.ProgramID, err error) {
-	for _, h := range p.hooks {
-		ids, err := p.attached(h)
-		if err != nil {
-			return nil, fmt.Errorf("what is attached to %s at %s: %w", h.name, p.root, err)
-		}
-		all = append(all, ids)
-	}
-	return all, nil
 }

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 
@@ -108,7 +107,7 @@ func (m *observeMode) check(_ context.Context, s surroundings) []error {
 	if err != nil {
 		return []error{err}
 	}
-	before, err := m.allAttached()
+	before, err := m.attached(m.hooks...)
 	if err != nil {
 		return []error{err}
 	}
@@ -123,8 +122,8 @@ func (m *observeMode) changed() bool {
 	if m.good == nil {
 		return true
 	}
-	now, err := m.allAttached()
-	return err != nil || !reflect.DeepEqual(now, m.good)
+	now, err := m.attached(m.hooks...)
+	return err != nil || !slices.EqualFunc(now, m.good, slices.Equal)
 }
 
 // Observed reads what mode observe has counted, the most first. It needs the right to read the kernel's table.

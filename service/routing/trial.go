@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -25,6 +26,10 @@ type Trial struct {
 
 	node, pod netns.NsHandle
 	linked    bool
+
+	dialling sync.RWMutex    // pod is in use: net/http dials on while nobody waits for it any more
+	closing  context.Context // until then
+	close    context.CancelFunc
 }
 
 // trialLink is the interface's name. Two trials at once are one too many.
@@ -40,6 +45,7 @@ var (
 // NewTrial makes one beside the network namespace of the calling thread. ErrPermission is wrapped where that is not allowed.
 func NewTrial() (_ *Trial, err error) {
 	t := &Trial{Addr: trialAddr, Link: trialLink, node: netns.None(), pod: netns.None()}
+	t.closing, t.close = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("make a throw-away network namespace: %w", permission(err)), t.Close())
@@ -112,6 +118,14 @@ func (t *Trial) connect() error {
 
 // Dial connects from the pod. The address is an IP address and a port.
 func (t *Trial) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	t.dialling.RLock()
+	defer t.dialling.RUnlock()
+	if !t.pod.IsOpen() {
+		return nil, net.ErrClosed
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(t.closing, cancel)()
 	err = t.in(t.pod, func() error {
 		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 		return err
@@ -160,7 +174,7 @@ func (t *Trial) Dropped(ctx context.Context, try func()) (by []string, err error
 	return by, err
 }
 
-// Close takes all away.
+// Close takes all away, and ends what dials.
 func (t *Trial) Close() error {
 	var errs []error
 	if t.linked { // at once, where the kernel would take its time to free the namespace
@@ -173,6 +187,9 @@ func (t *Trial) Close() error {
 			return netlink.LinkDel(l)
 		}))
 	}
+	t.close()
+	t.dialling.Lock()
+	defer t.dialling.Unlock()
 	if t.node.IsOpen() {
 		errs = append(errs, t.node.Close())
 	}

@@ -3,6 +3,7 @@ package routing
 import (
 	"bufio"
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"runtime"
@@ -131,6 +132,35 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 		t.Errorf("dropped by %q", dropped)
 	}
 	b.same("after the trial", b.ruleset(), before)
+}
+
+// A connection that nobody waits for any more is in nobody's way, and none is made in another's namespace.
+func TestTrialClosesWhileItDials(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
+	if err := b.Do(func() error {
+		trial, err := NewTrial()
+		if err != nil {
+			return err
+		}
+		begun := make(chan struct{})
+		go func() {
+			close(begun)
+			if _, err := trial.Dial(t.Context(), "tcp4", "169.254.169.254:80"); err == nil {
+				t.Error("it connected")
+			}
+		}()
+		<-begun
+		if err := trial.Close(); err != nil {
+			return err
+		}
+		if _, err := trial.Dial(t.Context(), "tcp4", "169.254.169.254:80"); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its link and its table away.
