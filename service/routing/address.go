@@ -1,6 +1,7 @@
 package routing
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -121,9 +123,28 @@ func resetAt(goes func(net.IP) bool) {
 	}
 	for _, s := range sockets {
 		if goes(s.ID.Source) && s.State != netlink.TCP_LISTEN && s.State != netlink.TCP_TIME_WAIT {
-			_ = netlink.SocketDestroy(&net.TCPAddr{IP: s.ID.Source, Port: int(s.ID.SourcePort)}, &net.TCPAddr{IP: s.ID.Destination, Port: int(s.ID.DestinationPort)})
+			_ = resetSocket(s.ID)
 		}
 	}
+}
+
+// resetSocket ends the very IPv4 socket that was listed. Without its cookie, which netlink v1.3.1's SocketDestroy does not send, the kernel
+// looks for whoever takes packets of such a connection: where that was closed meanwhile it is the listener, and the service with it.
+func resetSocket(id netlink.SocketID) error {
+	b := make([]byte, 56) // struct inet_diag_req_v2
+	b[0], b[1] = unix.AF_INET, unix.IPPROTO_TCP
+	binary.NativeEndian.PutUint32(b[4:], 1<<32-1) // whatever its state
+	binary.BigEndian.PutUint16(b[8:], id.SourcePort)
+	binary.BigEndian.PutUint16(b[10:], id.DestinationPort)
+	copy(b[12:28], id.Source.To4())
+	copy(b[28:44], id.Destination.To4())
+	binary.NativeEndian.PutUint32(b[44:], id.Interface)
+	binary.NativeEndian.PutUint32(b[48:], id.Cookie[0])
+	binary.NativeEndian.PutUint32(b[52:], id.Cookie[1])
+	req := nl.NewNetlinkRequest(nl.SOCK_DESTROY, unix.NLM_F_ACK)
+	req.AddRawData(b)
+	_, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
+	return err
 }
 
 // removeAddress takes away every address with our label but keep; none is kept when keep is the zero Addr.

@@ -9,12 +9,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
@@ -345,4 +349,44 @@ exec %[1]s "$@"
 	if err := b.Do(func() error { return b.router(b.plan).Install(ctx) }); err == nil {
 		t.Error("installed by a command that is always busy")
 	}
+}
+
+// TestResetSocket: a connection that was closed after it was listed is nobody's to reset, least of all its listener's.
+func TestResetSocket(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	at := netip.AddrPortFrom(b.Addr, 80)
+	b.serve(b.NS, at.String(), emulator)
+	c, err := b.pod.Dial(t.Context(), "tcp", at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if who, err := talk(c, long); who != emulator {
+		t.Fatalf("%q (%v)", who, err)
+	}
+	if err := b.Do(func() error {
+		sockets, err := netlink.SocketDiagTCP(unix.AF_INET)
+		if err != nil {
+			return err
+		}
+		i := slices.IndexFunc(sockets, func(s *netlink.Socket) bool {
+			return s.State == netlink.TCP_ESTABLISHED && s.ID.Source.Equal(at.Addr().AsSlice()) && s.ID.SourcePort == at.Port()
+		})
+		if i < 0 {
+			return errors.New("the connection is not listed")
+		}
+		if err := resetSocket(sockets[i].ID); err != nil {
+			return err
+		}
+		if err := resetSocket(sockets[i].ID); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESTALE) {
+			return fmt.Errorf("reset again: %v, want ENOENT or ESTALE", err)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := talk(c, long); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+		t.Errorf("the connection got %v", err)
+	}
+	b.answers(b.pod, at.String(), emulator)
 }
