@@ -192,9 +192,10 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 		}
 	}
 	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
-	// Where another mode does the same instead it goes on translating, and they notice nothing.
+	// Where another mode redirects instead they notice nothing: conntrack goes on translating, by that mode's rules or (ebpf) by anybody's, as
+	// there are on any node with kube-proxy or a network that masquerades.
 	remove("nat")
-	if !instead || !p.dnats() {
+	if !instead || !p.redirects() {
 		resetConnections(netip.Addr{})
 	}
 	remove()

@@ -319,7 +319,7 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 			}
 		}
 	})
-	if !instead || !p.dnats() { // as removeIPTables does, and for its reason
+	if !instead || !p.redirects() { // as removeIPTables does, and for its reason
 		resetConnections(netip.Addr{})
 	}
 	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
