@@ -51,7 +51,7 @@
 // doctor.go has the table of checks that judge what was seen.
 //
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, a copy
-// of kubelet's credential (credential.go), and sockets in pods' network namespaces, which a helper opens and hands over
+// of kubelet's credential (credential.go), and sockets in the network namespaces of pods and of other containers, which a helper opens and hands over
 // ([attest.Helper]): each can ask the kernel about its namespace, and nothing else.
 //
 // Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to rules, policy rules, addresses,

@@ -1,12 +1,10 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -376,35 +374,6 @@ func inner(err error) error {
 func isRefused(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op) && strings.Contains(op.Err.Error(), "refused")
-}
-
-// attestationCheck: who asks is what the kernel says, and for pods on the pod network the helper lets the service ask it.
-func attestationCheck(p *patient) Finding {
-	const helper = "gke-metadata-emulator-attest"
-	if p.status == nil || p.status.Cluster == nil {
-		return skip("the service would tell, and it does not serve")
-	}
-	by := map[string]int{}
-	for _, q := range p.status.Cluster.Pods {
-		by[cmp.Or(q.Evidence, "nothing")]++
-	}
-	var known []string
-	for _, evidence := range slices.Sorted(maps.Keys(by)) {
-		known = append(known, fmt.Sprintf("%d by %s", by[evidence], evidence))
-	}
-	pods := "pods are known: " + cmp.Or(strings.Join(known, ", "), "none")
-	k := p.status.Attestation.Kernel
-	switch {
-	case k == nil:
-		return warn("attestation.mode: kernel", "an address says who asks, which a dead pod shares with the next owner; %s", pods)
-	case !k.Helper:
-		return fail("systemctl start "+helper+"; journalctl -u "+helper, "pods that start now are refused, since %s.service is away: %s", helper, k.Problem)
-	case k.Problem != "":
-		return warn("journalctl -u "+helper, "%s; %s", k.Problem, pods)
-	case len(k.Lacks) > 0:
-		return warn("boot with cgroup v2 and Linux 5.9 or later", "the kernel lacks %s; %s", strings.Join(k.Lacks, "; "), pods)
-	}
-	return good("the kernel says who asks; %s", pods)
 }
 
 // trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for

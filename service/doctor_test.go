@@ -31,9 +31,9 @@ func healthy() *patient {
 	plan := routing.Plan{Mode: routing.ModeIPTables, Listen: listen, Guard: routing.DefaultGuard()}
 	return &patient{
 		root: true, now: now, file: "config.yaml", version: "1.2.3", config: c, plan: plan, ports: [2]uint16{32768, 60999},
-		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{Helper: true}},
+		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{Hierarchy: "cgroup2", Helper: true, Evidence: "cgroup"}},
 			Cluster: &kube.Status{Server: "https://k:6443", User: "system:node:n1", Kubeconfig: "/etc/kubernetes/kubelet.conf", Synced: true, Watching: true,
-				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p", Evidence: "cgroup"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
+				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p", ServiceAccount: "a", Evidence: "cgroup"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
 			Tokens: []token.EntryStatus{{ServiceAccount: "ns/a"}}},
 		watcher: "active",
 		state: routing.State{Desired: routing.Installed, Mode: routing.ModeIPTables, Listen: listen.String(), Since: now.Add(-time.Hour),
@@ -198,15 +198,39 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
 		}, Skip, "ebpf", ""},
 
-		{"attestation", func(p *patient) {}, OK, "pods are known: 1 by cgroup, 1 by nothing", ""},
+		{"attestation", func(p *patient) {}, OK, "mode kernel, by cgroup, and gke-metadata-emulator-attest.service is connected; pods are known: 1 by cgroup, 1 by nothing (ns/h: static, without a ServiceAccount)", ""},
 		{"attestation", func(p *patient) { p.status.Cluster.Pods = nil }, OK, "pods are known: none", ""},
-		{"attestation", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
-		{"attestation", func(p *patient) { p.status.Attestation = Attestation{Mode: "source-ip"} }, Warn, "an address says who asks", "attestation.mode: kernel"},
+		{"attestation", func(p *patient) { p.status = nil }, Skip, "does not answer: the service is not running", ""},
 		{"attestation", func(p *patient) {
-			p.status.Attestation.Kernel = &attest.KernelStatus{Problem: "connection refused"}
-		}, Fail, "pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl start gke-metadata-emulator-attest"},
+			p.status.Cluster, p.status.Reason = nil, "config.yaml: bad"
+		}, Skip, "does not serve: config.yaml: bad", ""},
+		{"attestation", func(p *patient) {
+			p.status.Attestation = Attestation{Mode: "source-ip"}
+			p.status.Cluster.Pods[0].Evidence = "source-ip"
+		}, Warn, "mode source-ip: an address says who asks, which a dead pod shares with the next owner; pods are known: 1 by nothing (ns/h: static, without a ServiceAccount), 1 by source-ip (ns/p: attestation.mode is source-ip)", "attestation.mode: kernel"},
+		{"attestation", func(p *patient) {
+			p.status.Cluster.Pods = []kube.PodStatus{{Namespace: "ns", Name: "a", ServiceAccount: "a", Evidence: "source-ip", RuntimeClass: "gvisor"},
+				{Namespace: "ns", Name: "b", ServiceAccount: "a", Evidence: "source-ip", RuntimeClass: "gvisor"}}
+		}, OK, "2 by source-ip (ns/a, and 1 more: RuntimeClass gvisor is in attestation.byAddress)", ""},
+		{"attestation", func(p *patient) {
+			p.status.Cluster.Pods[0].RuntimeClass = "kata-qemu"
+			p.status.Cluster.Pods = append(p.status.Cluster.Pods, kube.PodStatus{Namespace: "ns", Name: "g", ServiceAccount: "a", Evidence: "cgroup", RuntimeClass: "my-gvisor"},
+				kube.PodStatus{Namespace: "ns", Name: "w", ServiceAccount: "a", Evidence: "cgroup", RuntimeClass: "wasm"})
+		}, Warn, "RuntimeClass kata-qemu, my-gvisor looks like a sandbox with a network of its own, whose pods are refused then: ns/p, and 1 more; pods", "attestation.byAddress: [kata-qemu, my-gvisor]"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel.Evidence, p.status.Attestation.Kernel.Lacks = "netns", []string{"cgroup v2: x"}
+			p.status.Cluster.Pods = []kube.PodStatus{{Namespace: "ns", Name: "p", ServiceAccount: "a", Evidence: "netns"}, {Namespace: "ns", Name: "h", ServiceAccount: "a", HostNetwork: true}}
+		}, Warn, "mode kernel: lacking: cgroup v2: x; pods are known: 1 by netns, 1 by nothing (ns/h: on the host network", "cgroup v2 and Linux 5.9"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel = &attest.KernelStatus{Hierarchy: "cgroup2", Problem: "connection refused"}
+		}, Fail, "mode kernel, but pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl start gke-metadata-emulator-attest"},
 		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Problem = "no such file" }, Warn, "no such file; pods", "journalctl"},
-		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Lacks = []string{"cgroup v2: x"} }, Warn, "the kernel lacks cgroup v2: x; pods", "cgroup v2"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel.Lacks = []string{"cgroup /x cannot be watched"}
+		}, Warn, "lacking: cgroup /x cannot be watched; pods", "raise the limit"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel = &attest.KernelStatus{Lacks: []string{"no tcp_diag"}}
+		}, Fail, "the kernel cannot be asked: no tcp_diag", "journalctl -u gke-metadata-emulator"},
 
 		{"traffic", func(p *patient) { p.node.Redirected, p.status.Requests = new(uint64), 0 }, Warn, "of the pods that run here (1) no connection was ever redirected", "network"},
 		{"traffic", func(p *patient) { p.node.Redirected, p.status = new(uint64), nil }, Warn, "run here (1) no connection", "network"},

@@ -120,7 +120,7 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 		line("attestation", "by address alone, which a dead pod shares with the next owner")
 		return
 	case k.Helper:
-		line("attestation", "by the kernel: %d cgroups and %d network namespaces of pods are known", k.Cgroups, k.Namespaces)
+		line("attestation", "by the kernel: %d cgroups and %d network namespaces are known", k.Cgroups, k.Namespaces)
 	default:
 		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network namespace is not known are refused", mark(!k.Since.IsZero(), " for "+age(now, k.Since)))
 		line("", "%s", k.Problem)

@@ -35,6 +35,7 @@ var (
 type NoSocketError struct {
 	Conn   Conn
 	Holder string // UID of the one pod whose network namespace has the client's address; "" where there is none, or two
+	Others bool   // only namespaces of no pod have it
 }
 
 func (e *NoSocketError) Error() string {

@@ -140,6 +140,8 @@ func TestKernelEvidence(t *testing.T) {
 			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
 		"A-14: a sandbox's address that another pod's namespace has": {
 			look: &NoSocketError{Holder: "b"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
+		"A-14: a sandbox whose machine has a cgroup of no pod": {
+			look: &NoSocketError{Others: true}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
 		"A-14: a sandbox's address that two namespaces have": {
 			look: noSocket, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
 		"A-14: the search finds whose address it is now": {

@@ -11,16 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namespace is a network namespace whose sockets we can ask for: a pod's, or our own.
+// namespace is a network namespace whose sockets we can ask for: a pod's, another container's or unit's, or our own.
 type namespace struct {
 	inode      uint64 // 0: our own
 	generation int    // of the helper that handed it over
 	cgroups    []string
+	ofNode     bool      // no pod's process is in it
 	evidence   *Evidence // what it says by itself, where the kernel names no cgroups
 	fault      error     // why it says nothing
 	life       *atomic.Bool
 
-	process    int // pidfd of its oldest process; -1 for our own namespace
+	process    int // pidfd of a process in it; -1 for our own namespace
 	processKey uint64
 	route      *netlinkSocket
 	routeKey   uint64
@@ -88,9 +89,9 @@ func (n *namespace) closed() bool {
 	return n.diag == nil
 }
 
-// pods notes whose processes were found in the namespace, by the cgroups of their pods.
+// pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that is no pod's nothing can be said by it.
 func (n *namespace) pods(cgroups []string) {
-	n.cgroups = cgroups
+	n.cgroups, n.ofNode = cgroups, len(cgroups) > 0
 	var uid string
 	for _, path := range cgroups {
 		p, err := parsePath(path)
@@ -98,10 +99,11 @@ func (n *namespace) pods(cgroups []string) {
 		case err != nil:
 			n.fault = err
 		case p.pod == "":
-			n.fault = fmt.Errorf("%w: %s is no pod's cgroup", ErrNoCgroup, path)
+			n.fault = fmt.Errorf("%w: a process of %s, which is no pod's, is in %s", ErrNoCgroup, path, n)
 		case uid != "" && uid != p.pod:
 			n.fault = fmt.Errorf("%w: network namespace %d is that of %s and of %s", ErrPods, n.inode, cgroups[0], path)
 		}
+		n.ofNode = n.ofNode && err == nil && p.pod == ""
 		uid = p.pod
 	}
 	if n.fault == nil && uid != "" {
