@@ -57,6 +57,7 @@ type Evidence struct {
 	PodUID    string // as Kubernetes writes it; "" for a process that is no pod's
 	Container string // the container's id, "" where the path names none
 	Cgroup    string // from the root of the hierarchy: /system.slice/kubelet.service; "" for ByNamespace
+	OnHost    bool   // the socket is in the node's network namespace
 	life      *atomic.Bool
 }
 

@@ -364,3 +364,36 @@ func BenchmarkAttestKnownByKernel(b *testing.B) {
 		}
 	}
 }
+
+// TestHostPod: both the kernel and Kubernetes have to say so.
+func TestHostPod(t *testing.T) {
+	onHost := func(e *Evidence) *Evidence { e.OnHost = true; return e }
+	hostPod := pod("a", "")
+	hostPod.HostNetwork = true
+	byNamespace := onHost(alive(Evidence{Kind: ByNamespace, PodUID: "a"}))
+	for name, tt := range map[string]struct {
+		evidence *Evidence
+		err      error
+		caller   workload.Caller
+		maybe    bool // before it is attested
+		is       bool
+	}{
+		"it is":                                        {onHost(inPod("a")), nil, hostPod, true, true},
+		"a socket in a pod's namespace":                {inPod("a"), nil, hostPod, false, false},
+		"a pod on the pod network by Kubernetes":       {onHost(inPod("a")), nil, pod("a", ""), true, false},
+		"a process of the node":                        {onHost(inCgroup("/system.slice/x.service")), nil, workload.Caller{Unit: "x.service"}, false, false},
+		"a cgroup that is not known yet":               {nil, ErrUnknownCgroup, hostPod, true, false},
+		"an address":                                   {nil, nil, hostPod, false, false},
+		"a namespace that is not known yet":            {nil, ErrNoNamespace, hostPod, false, false},
+		"a namespace is no cgroup, whosever it may be": {byNamespace, nil, hostPod, true, false},
+	} {
+		p := &Peer{evidence: tt.evidence, err: tt.err}
+		if p.HostPod() || p.MaybeHostPod() != tt.maybe {
+			t.Errorf("%s: before it is attested: %v, maybe %v", name, p.HostPod(), p.MaybeHostPod())
+		}
+		p.binding.Store(&binding{tt.caller, tt.evidence})
+		if p.HostPod() != tt.is {
+			t.Errorf("%s: %v", name, p.HostPod())
+		}
+	}
+}

@@ -116,8 +116,13 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		return nil, fmt.Errorf("%w: it is in state %d", ErrNoCgroup, f.state)
 	}
 	e, err := cgroups.lookup(f.cgroup)
-	if errors.Is(err, ErrUnknownCgroup) {
+	switch {
+	case errors.Is(err, ErrUnknownCgroup):
 		signal(k.walk)
+	case err == nil && n == own: // a cgroup has sockets of more than one namespace
+		onHost := *e
+		onHost.OnHost = true
+		e = &onHost
 	}
 	return e, err
 }

@@ -26,6 +26,7 @@ type Config struct {
 	Routing              Routing
 	Attestation          Attestation
 	HostIdentities       []HostIdentity // the first that fits counts
+	Passthrough          []string       // ServiceAccounts, NAMESPACE/NAME, that may reach the cloud's metadata server from the host network (U-02)
 	Google               Google
 	Instance             Instance
 	Cluster              Cluster           // all three or none (E-16)

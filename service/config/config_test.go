@@ -131,6 +131,8 @@ func TestResolved(t *testing.T) {
 			func(c Config) any { return c.HostIdentities }, someIdentities},
 		{"processes of the node in a flag", minimal, map[string]string{"hostIdentities": "unit:kubelet.service=kube-system/image-puller, cgroup:/system.slice/docker-*.scope=ns/docker"},
 			func(c Config) any { return c.HostIdentities }, someIdentities},
+		{"U-02", minimal + "passthrough: [kube-system/aws-node, kube-system/ebs-csi-node-sa]", nil,
+			func(c Config) any { return c.Passthrough }, []string{"kube-system/aws-node", "kube-system/ebs-csi-node-sa"}},
 		{"A-14", minimal + "attestation: {byAddress: [gvisor, kata]}", nil,
 			func(c Config) any { return c.Attestation }, Attestation{Mode: "kernel", ByAddress: []string{"gvisor", "kata"}}},
 		{"R-05 uplinks by their beginning", minimal + "routing: {uplinks: [eth+, bond0]}", nil,
@@ -162,6 +164,11 @@ func TestWarnings(t *testing.T) {
 		{"H-16", "hostCheck: false", "hostCheck: off"},
 		{"attestation by address", "attestation: {mode: source-ip}", "attestation.mode is source-ip"},
 		{"N-07", "hostIdentities: [{unit: kubelet.service, serviceAccount: a/b}]", "hostIdentities: without a kubeconfig"},
+		{"U-02 auto", "passthrough: [a/b]", "passthrough: routing.interceptHostPods is auto, which redirects"},
+		{"U-02 off", "passthrough: [a/b]\nrouting: {interceptHostPods: off}", "passthrough: routing.interceptHostPods is off"},
+		{"U-02 loopback", "passthrough: [a/b]\nrouting: {mode: loopback}", "passthrough: routing.mode loopback redirects no pod on the host network"},
+		{"U-02 none", "passthrough: [a/b]\nrouting: {mode: none}", "passthrough: routing.mode none"},
+		{"U-02 on", "passthrough: [a/b]\nrouting: {interceptHostPods: on}", ""},
 		{"none", "listen: 169.254.169.252:39999", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -91,6 +91,10 @@ var keys = []Key{
 		Usage: "processes of the node that get a ServiceAccount's identity: {unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or {cgroup: /system.slice/docker-*.scope, serviceAccount: NAMESPACE/NAME}; the first that fits counts",
 		field: func(r *raw) any { return &r.HostIdentities }},
 
+	{Path: "passthrough", check: accountName,
+		Usage: "ServiceAccounts, NAMESPACE/NAME, whose pods on the host network may ask the cloud's own metadata server what is not Google's, where routing.interceptHostPods redirects them",
+		field: func(r *raw) any { return &r.Passthrough }},
+
 	{Path: "google.universeDomain", Default: "googleapis.com", check: domain,
 		Usage: "the domain of Google's services",
 		field: func(r *raw) any { return &r.Google.UniverseDomain }},

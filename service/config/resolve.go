@@ -25,6 +25,7 @@ func (l *loader) resolve() {
 	l.checkCluster()
 	l.checkExtraMetadata()
 	l.checkHostIdentities()
+	l.checkPassthrough()
 	l.warn()
 }
 
@@ -187,6 +188,19 @@ func (l *loader) checkExtraMetadata() {
 	}
 }
 
+// checkPassthrough refuses what could never be: who is on the host network is told by the kernel alone, and there has to be a server
+// beside us.
+func (l *loader) checkPassthrough() {
+	const key = "passthrough"
+	switch {
+	case len(l.Passthrough) == 0:
+	case l.Attestation.Mode == "source-ip" && !l.broken["attestation.mode"]:
+		l.complain(key, 0, bad("remove it, or set attestation.mode to kernel", "pods on the host network cannot be told by their address"))
+	case l.Routing.Link != "" && !l.broken["routing.link"]:
+		l.complain(key, 0, bad("remove it, or use another routing.mode", "with routing.link %s is this node's own, and the cloud's server out of reach", metadataServer.Addr()))
+	}
+}
+
 // warn notes what is allowed and still seldom meant.
 func (l *loader) warn() {
 	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
@@ -195,6 +209,15 @@ func (l *loader) warn() {
 		if l.Routing.InterceptHostPods == "on" {
 			say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since by address they cannot be told apart")
 		}
+	}
+	switch r := l.Routing; {
+	case len(l.Passthrough) == 0:
+	case slices.Contains([]string{"loopback", "none", "observe"}, r.Mode):
+		say("passthrough: routing.mode %s redirects no pod on the host network, so they reach the cloud's metadata server as it is", r.Mode)
+	case r.InterceptHostPods == "off":
+		say("passthrough: routing.interceptHostPods is off, so pods on the host network reach the cloud's metadata server as it is")
+	case r.InterceptHostPods == "auto":
+		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no metadata server of a cloud answers: write on")
 	}
 	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07
 		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; name one of an identity of its own")

@@ -47,6 +47,10 @@ func TestShow(t *testing.T) {
 	if !reflect.DeepEqual(c, again) {
 		t.Errorf("what is shown is another configuration:\n%+v\n%+v", c, again)
 	}
+	c.Passthrough = []string{"kube-system/aws-node"} // cannot be had with the link
+	if !strings.Contains(c.YAML(), "\npassthrough: [kube-system/aws-node]\n") {
+		t.Errorf("%s", c.YAML())
+	}
 	for _, k := range Keys() { // so that a key that is added to the table is added to this test
 		var had, has raw
 		has.Config, has.provider, has.impersonateUnlinked = c, "set", true
