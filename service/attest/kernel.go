@@ -91,7 +91,12 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	if own == nil {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
 	}
-	n, f, err := k.find(c, own, holders)
+	n, f, err := k.find(c, c.Original, own, holders)
+	if n == nil && err == nil && c.Original != c.Server {
+		// Conntrack goes on knowing a translated connection for a while after its end, and tells where that one went of the next one from
+		// the same port too, which was not translated (a change to mode ebpf). What is written goes to whoever has this very socket.
+		n, f, err = k.find(c, c.Server, own, holders)
+	}
 	switch {
 	case err != nil:
 		return nil, err
@@ -127,11 +132,11 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	return e, err
 }
 
-// find asks every namespace that has the client's address, and our own, where any address can be used. n is nil where none has
-// the socket. A namespace that cannot be asked leaves it open whether there is one.
-func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
+// find asks every namespace that has the client's address, and our own, where any address can be used, who has the client's socket
+// to the address it dialled. n is nil where none has it. A namespace that cannot be asked leaves it open whether there is one.
+func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
 	ask := func(h holder) error {
-		found, ok, err := h.socket(c.Client, c.Original, h.device)
+		found, ok, err := h.socket(c.Client, dialled, h.device)
 		switch {
 		case errors.Is(err, errClosed) || err == nil && (!ok || !found.connected()):
 			return nil
