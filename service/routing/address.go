@@ -105,13 +105,18 @@ func resetConnections(keep netip.Addr) {
 		return
 	}
 	going := slices.DeleteFunc(l.ours, func(n *net.IPNet) bool { return n.IP.Equal(keep.AsSlice()) })
-	if len(going) == 0 {
+	resetAt(unix.AF_INET, going)
+}
+
+// resetAt ends what is open at the addresses.
+func resetAt(family uint8, at []*net.IPNet) {
+	if len(at) == 0 {
 		return
 	}
 	goes := func(ip net.IP) bool {
-		return slices.ContainsFunc(going, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
+		return slices.ContainsFunc(at, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
 	}
-	sockets, err := netlink.SocketDiagTCP(unix.AF_INET)
+	sockets, err := netlink.SocketDiagTCP(family)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return
 	}
@@ -254,21 +259,23 @@ func deleteRoute(r *netlink.Route) error {
 	return nil
 }
 
+// checkRoute looks at both routes: this one, and the one that makes IPv6's listen address this node's own.
 func checkRoute(p Plan, s surroundings) []error {
+	errs := checkListenRoute(s.listen6.Addr())
 	ours, other, err := readRoute()
 	switch {
 	case err != nil:
-		return []error{err}
+		return append(errs, err)
 	case wantsRoute(p, s) && !other && ours == nil:
 		local, err := isLocal(p.Listen.Addr())
 		if err != nil {
-			return []error{err}
+			return append(errs, err)
 		}
-		return []error{missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
+		errs = append(errs, missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local))))
 	case ours != nil && (other || !wantsRoute(p, s)):
-		return []error{missing(layerRoute, "ip route: %s should not be there any more", routeText(ours))}
+		errs = append(errs, missing(layerRoute, "ip route: %s should not be there any more", routeText(ours)))
 	}
-	return nil
+	return errs
 }
 
 func hostNet(a netip.Addr) *net.IPNet {

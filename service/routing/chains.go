@@ -239,7 +239,7 @@ func (x *xtables) removeAll(ctx context.Context, tables ...string) (err error) {
 }
 
 func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign []error, err error) {
-	chains := ownChains(x.six)
+	chains := ownChains()
 	if len(tables) > 0 {
 		chains = slices.DeleteFunc(chains, func(c chain) bool { return !slices.Contains(tables, c.table) })
 	}

@@ -15,7 +15,7 @@ import (
 // a passing disturbance and waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of a
 // connection and redirects it, and the emulator's kernel resets what it does not know.
 //
-// Closed in any case; not reset but left hanging are IPv6 connections (nothing redirects them), those on which the server speaks
+// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
 // first, and all where nf_conntrack_tcp_loose is 0.
 
 // forgetEstablished deletes the conntrack entries of connections to the metadata server that were not redirected. Those
@@ -24,7 +24,7 @@ func forgetEstablished(p Plan, s surroundings) error {
 	if n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(n)) == "0" {
 		return nil // to walk through its empty table takes 10 ms
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
@@ -37,18 +37,26 @@ func forgetEstablished(p Plan, s surroundings) error {
 			}
 		}
 	}
-	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
-		return fmt.Errorf("forget connections to %s: %w", metadataServer, err)
+	for _, six := range []bool{false, true} {
+		if f.way = p.way(s, six); !f.listen.IsValid() {
+			continue
+		}
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+			return fmt.Errorf("forget connections to %s: %w", f.server, err)
+		}
 	}
 	return nil
 }
 
 // notRedirected picks connections to the real metadata server.
-type notRedirected struct{ host map[netip.Addr]bool }
+type notRedirected struct {
+	way
+	host map[netip.Addr]bool
+}
 
 func (f notRedirected) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != metadataServer || flow.Forward.Protocol != unix.IPPROTO_TCP {
+	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server || flow.Forward.Protocol != unix.IPPROTO_TCP {
 		return false
 	}
 	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)

@@ -320,6 +320,7 @@ func removeNFTables(context.Context, Plan) error {
 		}
 	})
 	resetConnections(netip.Addr{}) // as removeIPTables does, and for its reason
+	resetAllSix()
 	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
 }
 
@@ -331,11 +332,15 @@ func nftablesText(p Plan, s surroundings) (string, error) {
 		if err != nil {
 			return "", err
 		}
+		what, family := "the way to the emulator", "ip"
+		if six {
+			what, family = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()], "ip6"
+		}
 		if len(chains) > 0 {
-			fmt.Fprintf(&b, "\n# the way to the emulator\nnft -f - <<'END'\n%sEND\n", nftText(chains, map[bool]string{false: "ip", true: "ip6"}[six]))
+			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nftText(chains, family))
 		}
 	}
-	return strings.Replace(b.String(), "# the way to the emulator\nnft -f - <<'END'\nadd table ip6", "# the guard of the other family\nnft -f - <<'END'\nadd table ip6", 1), nil
+	return b.String(), nil
 }
 
 func inode(info fs.FileInfo) (uint64, error) {
