@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os/exec"
 	"slices"
 	"strings"
@@ -216,7 +217,7 @@ func removeChains(ctx context.Context, command string, tables ...string) error {
 	var errs []error
 	for _, six := range []bool{false, true} {
 		x, err := openXtables(command, legacy, six)
-		if errors.Is(err, exec.ErrNotFound) {
+		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) { // the second where the command is a path
 			continue // who has no such command has no such rules
 		}
 		if err == nil {

@@ -32,6 +32,8 @@ const comment = "gke-metadata-emulator"
 //	-A GME-PRE -i docker0 -j RETURN
 //	-A GME-PRE -i eth0 -j RETURN
 //	-A GME-PRE -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988
+//
+// Where IPv6 is served (H-24) ip6tables -S prints the same with fd20:ce::252 and fd20:ce::254.
 type chain struct {
 	table, base, name string
 	rules             []string // as iptables -S prints them, without -A and the chain

@@ -3,7 +3,9 @@ package routing
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -75,8 +77,8 @@ func TestSixStory(t *testing.T) {
 		}{
 			{"filter", "ip6tables -F", "nft flush chain ip6 gke-metadata-emulator input", nil},
 			{"raw", "ip6tables -t raw -F", "nft flush chain ip6 gke-metadata-emulator raw", nil},
-			{"nat", "ip6tables -t nat -F; ip6tables -t nat -X", "nft flush chain ip6 gke-metadata-emulator prerouting", nil},
-			{"all", "for t in filter raw nat; do ip6tables -t $t -F; ip6tables -t $t -X; done", "nft delete table ip6 gke-metadata-emulator", nil},
+			{"nat", "ip6tables -t nat -F", "nft flush chain ip6 gke-metadata-emulator prerouting", nil},
+			{"all", "for t in filter raw nat; do ip6tables -t $t -F; done", "nft delete table ip6 gke-metadata-emulator", nil},
 			{"address", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", []string{
 				"ip -6 route: local fd20:ce::252 dev lo table local protocol 252"}},
 			{"guard", "ip -6 rule del pref 98; ip -6 rule del pref 98", "ip -6 rule del pref 98; ip -6 rule del pref 98", []string{
@@ -201,6 +203,57 @@ func TestSixNowhere(t *testing.T) {
 		w.until("it is not any more", func() bool { s := w.state(); return s.IPv6 == noIPv6Here && s.Standing.Good && b.stands(b.plan) })
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 	})
+}
+
+// TestSixWithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has IPv4's rules and the guard.
+func TestSixWithoutTables(t *testing.T) {
+	for name, six := range map[string]string{
+		"no command": "",
+		"no nat":     "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho \"$text\" | exec ip6tables-nft-restore \"$@\"\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t, "iptables-nft")
+			dir := t.TempDir()
+			for _, command := range []string{"iptables-nft", "iptables-nft-restore", "ip6tables-nft"} {
+				path, err := exec.LookPath(command)
+				if err == nil && (six != "" || !strings.HasPrefix(command, "ip6")) {
+					err = os.Symlink(path, filepath.Join(dir, command))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if six != "" {
+				if err := os.WriteFile(filepath.Join(dir, "ip6tables-nft-restore"), []byte(six), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := b.ruleset()
+			b.plan.Binary = filepath.Join(dir, "iptables-nft")
+			sixBed(b)
+			b.install(b.plan)
+			b.green(b.plan)
+			b.answers(b.pod, "169.254.169.254:80", emulator)
+			b.answers(b.pod, "[fd20:ce::254]:80", "") // the guard
+			s, err := ReadState(b.plan.RunDir)
+			if err != nil || s.IPv6 == "" || !s.Standing.Good {
+				t.Errorf("%+v, %v", s, err)
+			}
+			t.Log(s.IPv6)
+			w := b.watch(b.plan, time.Hour)
+			if got := w.state(); !got.Standing.Good || got.Installs != s.Installs {
+				t.Errorf("the watcher tries again: %+v", got)
+			}
+			b.sh("ip rule del pref 98")
+			w.until("a repair", func() bool { return b.check(b.plan) == nil && w.state().Standing.Good })
+			if got := w.state(); got.IPv6 != s.IPv6 {
+				t.Errorf("%q became %q", s.IPv6, got.IPv6)
+			}
+			w.end()
+			b.remove(b.plan)
+			b.same("remove", b.ruleset(), before)
+		})
+	}
 }
 
 // TestSixRefused: where somebody else listens there, nothing is redirected to him.
