@@ -113,8 +113,8 @@ func rulesCheck(p *patient) Finding {
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
 	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
 		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
-	case p.state.Desired == routing.Installed && p.state.Listen6 != text(p.plan.Listen6):
-		return fail(installRules, "listen6 is %q, and they were put up for %q", text(p.plan.Listen6), p.state.Listen6)
+	case p.state.Desired == routing.Installed && p.state.Listen6 != addressText(p.plan.Listen6):
+		return fail(installRules, "listen6 is %q, and they were put up for %q", addressText(p.plan.Listen6), p.state.Listen6)
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():
 		return skip("to read them, %s", asRoot)
 	case routing.NotPermitted(p.node.Rules) && !p.state.Standing.Good:
@@ -299,8 +299,8 @@ func ipv6Check(p *patient) Finding {
 	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
 }
 
-// text is an address as the state has it.
-func text(a netip.AddrPort) string {
+// addressText is an address as the state has it.
+func addressText(a netip.AddrPort) string {
 	if !a.IsValid() {
 		return ""
 	}

@@ -38,7 +38,7 @@ func inherited() (all []net.Listener, others []*os.File, err error) {
 	return all, others, nil
 }
 
-// sort has the listener first that listen names, if there is one: the others are beside it.
+// sortListeners puts the one first that listens where listen says, if there is one.
 func sortListeners(all []net.Listener, listen netip.AddrPort) {
 	if i := slices.IndexFunc(all, func(l net.Listener) bool { return addrPortOf(l) == listen }); i > 0 {
 		all[0], all[i] = all[i], all[0]

@@ -18,9 +18,9 @@ import (
 // Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
 // first, and all where nf_conntrack_tcp_loose is 0.
 
-// forgetEstablished deletes the conntrack entries of connections to the metadata server that were not redirected. Those
+// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected. Those
 // of this host itself are left alone unless pods on the host network are redirected too.
-func forgetEstablished(p Plan, s surroundings) error {
+func forgetEstablished(p Plan, s surroundings, six bool) error {
 	if n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(n)) == "0" {
 		return nil // to walk through its empty table takes 10 ms
 	}
@@ -28,7 +28,7 @@ func forgetEstablished(p Plan, s surroundings) error {
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
-	f := notRedirected{}
+	f := notRedirected{way: p.way(s, six)}
 	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
@@ -37,13 +37,8 @@ func forgetEstablished(p Plan, s surroundings) error {
 			}
 		}
 	}
-	for _, six := range []bool{false, true} {
-		if f.way = p.way(s, six); !f.listen.IsValid() {
-			continue
-		}
-		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
-			return fmt.Errorf("forget connections to %s: %w", f.server, err)
-		}
+	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+		return fmt.Errorf("forget connections to %s: %w", f.server, err)
 	}
 	return nil
 }

@@ -139,8 +139,11 @@ func (m *iptables) put(ctx context.Context, s surroundings) error {
 
 // clean does what the Plan can do without.
 func (m *iptables) clean(ctx context.Context, s surroundings) {
-	if len(m.stands["GME-PRE"].jumps) == 0 && len(m.stale([]chain{{name: "GME-PRE"}}, false)) > 0 { // for some time pods were not redirected
-		if err := forgetEstablished(m.plan, s); err != nil {
+	for _, six := range m.families() {
+		if !m.plan.way(s, six).listen.IsValid() || len(m.standing(six)["GME-PRE"].jumps) > 0 || len(m.stale([]chain{{name: "GME-PRE"}}, six)) == 0 {
+			continue // else for some time pods were not redirected
+		}
+		if err := forgetEstablished(m.plan, s, six); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}
 	}
@@ -157,9 +160,12 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 	var readings []*reading
 	for _, six := range m.families() {
 		var unsure []chain
-		for _, c := range chainsFor(m.plan, s, six) {
-			key := printKey(c, six)
-			if right[key] = m.good.same(before, key); !right[key] {
+		chains := chainsFor(m.plan, s, six)
+		stands, err := m.xtables(six).glances(slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return !c.absent }))
+		for _, c := range chains {
+			key, g := printKey(c, six), stands[c.name]
+			gone := c.absent && err == nil && !g.exists && !g.odd && len(g.jumps) == 0 // which a look tells, and no command is run
+			if right[key] = gone || m.good.same(before, key); !right[key] {
 				unsure = append(unsure, c)
 			}
 		}

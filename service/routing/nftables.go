@@ -97,8 +97,11 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		}
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
-	if m.plan.dnats() && len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
-		if err := forgetEstablished(m.plan, s); err != nil {
+	for _, six := range []bool{false, true} {
+		if !m.plan.dnats() || !m.plan.way(s, six).listen.IsValid() || len(before.of(six).rules["prerouting"]) > 0 {
+			continue // else for some time pods were not redirected
+		}
+		if err := forgetEstablished(m.plan, s, six); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}
 	}

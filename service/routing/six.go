@@ -90,8 +90,8 @@ func (n *node) refuseSix(err error) {
 
 // surveySix sees to it that nobody else gets what is redirected.
 func (r *router) surveySix(n *node) {
-	if !n.listen6.IsValid() {
-		return
+	if local, err := isLocal(n.listen6.Addr()); !n.listen6.IsValid() || err == nil && !local && !network6.Contains(n.listen6.Addr()) {
+		return // nobody, or somebody elsewhere
 	}
 	if err := foreignListener(n.listen6); err != nil {
 		n.refuseSix(err)

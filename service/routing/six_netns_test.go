@@ -1,6 +1,8 @@
 package routing
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -39,11 +41,21 @@ func TestSixStory(t *testing.T) {
 		sixBed(b)
 		before := b.ruleset()
 		b.answers(b.pod, "[fd20:ce::254]:80", cloud) // the bed would show a leak
+		ctx, cancel := context.WithTimeout(t.Context(), long)
+		defer cancel()
+		open, err := b.pod.Dial(ctx, "tcp", "[fd20:ce::254]:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer open.Close()
 		b.install(b.plan)
 		b.green(b.plan)
 		first := b.ruleset()
 		if b.plan.Mode == ModeNFTables {
 			golden(t, "nft/ipv6.nft", b.sh("nft list table ip6 gke-metadata-emulator"))
+		}
+		if got, err := talk(open, long); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("on a connection from before %q answered (%v)", got, err)
 		}
 		served := func() {
 			t.Helper()
