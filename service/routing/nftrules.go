@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nftTable is the name of the one table that is ours, of family ip, and of family ip6 where something there is guarded or redirected (H-24). In mode nftables
-// with listen 169.254.169.252:988, the uplink eth0 and docker0 spared, nft list table prints
+// nftTable is the name of the one table that is ours, of family ip, and of family ip6 where something there is guarded or redirected
+// (H-24). In mode nftables with listen 169.254.169.252:988, the uplink eth0 and docker0 spared, nft list table prints
 //
 //	table ip gke-metadata-emulator {
 //		chain raw {

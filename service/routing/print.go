@@ -98,6 +98,9 @@ func nftHandles(c chain, six bool) (string, error) {
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return "", err
 	}
+	if len(table) == 0 {
+		return "", nil
+	}
 	for _, t := range table {
 		fmt.Fprintf(&text, "%x", attribute(t, nftaTableHandle))
 	}
