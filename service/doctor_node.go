@@ -112,6 +112,8 @@ func rulesCheck(p *patient) Finding {
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
 	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
 		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
+	case p.state.Desired == routing.Installed && p.state.Listen6 != addressText(p.plan.Listen6):
+		return fail(installRules, "listen6 is %q, and they were put up for %q", addressText(p.plan.Listen6), p.state.Listen6)
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():
 		return skip("to read them, %s", asRoot)
 	case routing.NotPermitted(p.node.Rules) && !p.state.Standing.Good:
@@ -274,12 +276,34 @@ func answeredBy(a answered) string {
 func ipv6Check(p *patient) Finding {
 	six := slices.ContainsFunc(p.plan.Guard, func(g netip.AddrPort) bool { return g.Addr().Is6() }) || p.plan.Closed
 	switch {
+	case !p.node.IPv6 && p.plan.Listen6.IsValid():
+		return warn("remove listen6", "this node has none, so requests by IPv6 are not redirected to %s", p.plan.Listen6)
 	case !p.node.IPv6:
 		return good("this node has none")
 	case !six:
 		return warn("add [fd00:ec2::254]:80 to routing.guard", "this node has IPv6, and the guard closes no IPv6 address: on AWS pods reach the node's credentials there")
 	}
+	if to := p.plan.Listen6; to.IsValid() {
+		closes := strings.Join(six6(p.plan.Guard), ", ")
+		switch {
+		case p.state.IPv6 != "":
+			return warn("mend that and run "+installRules+", or remove listen6", "requests by IPv6 are not redirected to %s: %s", to, p.state.IPv6)
+		case !p.node.Holder6.At.IsValid():
+			return fail(restartSocket, "nobody listens on %s, where pods are sent by IPv6", to)
+		case !p.node.Holder6.Own && p.node.Holder6.PID != "":
+			return fail("choose another listen6, or stop it", "%s listens on %s", p.node.Holder6, p.node.Holder6.At)
+		}
+		return good("requests to [fd20:ce::254]:80 go to %s, which %s holds; the guard closes %s", to, p.node.Holder6, closes)
+	}
 	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
+}
+
+// addressText is an address as the state has it.
+func addressText(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
 }
 
 func six6(guard []netip.AddrPort) (texts []string) {

@@ -52,6 +52,13 @@ func healthy() *patient {
 	}
 }
 
+// six has it serve IPv6 too.
+func six(p *patient) {
+	p.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+	p.state.Listen6 = p.plan.Listen6.String()
+	p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "1", Exe: "systemd", Own: true}
+}
+
 func TestDoctorOfAHealthyNode(t *testing.T) {
 	r := diagnose(healthy())
 	for _, f := range r.Checks {
@@ -169,6 +176,15 @@ func TestDoctorOfASickNode(t *testing.T) {
 
 		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "no IPv6 address", "[fd00:ec2::254]:80"},
 		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
+		{"ipv6", func(p *patient) { six(p); p.node.IPv6 = false }, Warn, "has none, so requests by IPv6 are not redirected to [fd20:ce::252]:988", "remove listen6"},
+		{"ipv6", func(p *patient) { six(p) }, OK, "requests to [fd20:ce::254]:80 go to [fd20:ce::252]:988, which systemd (process 1) holds", ""},
+		{"ipv6", func(p *patient) { six(p); p.state.IPv6 = "ip6tables: no nat" }, Warn, "not redirected to [fd20:ce::252]:988: ip6tables: no nat", "routing install"},
+		{"ipv6", func(p *patient) { six(p); p.node.Holder6 = routing.ListenedBy{} }, Fail, "nobody listens on [fd20:ce::252]:988", "daemon-reload"},
+		{"ipv6", func(p *patient) {
+			six(p)
+			p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "7", Exe: "/x/lustre"}
+		}, Fail, "lustre (process 7) listens on", "choose another listen6"},
+		{"rules", func(p *patient) { six(p); p.state.Listen6 = "" }, Fail, `listen6 is "[fd20:ce::252]:988", and they were put up for ""`, installRules},
 
 		{"cgroups", func(p *patient) { p.node.CgroupV2 = "" }, Warn, "no cgroup v2", "unified_cgroup_hierarchy"},
 		{"cgroups", func(p *patient) { p.node.CgroupV2, p.config.Routing.InterceptHostPods = "", "on" }, Fail, "not redirected", "interceptHostPods: off"},

@@ -2,6 +2,7 @@ package service
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -50,6 +51,12 @@ type kernelBed struct {
 // since a node's does not do for processes of the node (N-07).
 func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	t.Helper()
+	return newKernelBedIn(t, routing.ModeIPTables, more...)
+}
+
+// newKernelBedIn is newKernelBed in a mode that serves IPv6 too.
+func newKernelBedIn(t testing.TB, mode string, more ...string) *kernelBed {
+	t.Helper()
 	netnstest.Needs(t, "ip", "iptables")
 	k := &kernelBed{t: t, node: netnstest.Start(t, "kernel")}
 	k.makeCgroups()
@@ -61,7 +68,8 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 		return l
 	}
 	k.bed = newWorldAt(t, listen(6443), listen(443))
-	rules, err := routing.New(routing.Plan{Mode: routing.ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: routing.DefaultGuard(), RunDir: k.dir})
+	rules, err := routing.New(routing.Plan{Mode: mode, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Listen6: netip.MustParseAddrPort("[fd20:ce::252]:988"),
+		Guard: routing.DefaultGuard(), RunDir: k.dir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +88,8 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	}
 	k.write(t, "kubeconfig", string(kubeconfig))
 	k.write(t, "x.token", "dedicated-secret")
-	k.configure(t, append(more, "nodeName: "+node)...)
+	k.configure(t, append(more, "nodeName: "+node, "listen6: '[fd20:ce::252]:988'")...)
+	k.replace(t, "config.yaml", "routing: {mode: none}", "routing: {mode: "+mode+"}")
 	k.replace(t, "config.yaml", "listen: 127.0.0.1:0", "listen: 169.254.169.252:988")
 	k.replace(t, "config.yaml", "attestation: {mode: source-ip}", "attestation: {mode: kernel, byAddress: [gvisor]}")
 	k.server = k.process(k.node.NS, filepath.Join(k.dir, "config.yaml"))
@@ -248,7 +257,7 @@ type said struct {
 	Close  bool
 }
 
-// ask has the pod send a request: "kept" on its connection, "fresh" on another, "direct" on one to the listen address. It says what came.
+// ask has the pod send a request: "kept" on its connection, "fresh" on another, "six" on one by IPv6, "direct" on one to the listen address. It says what came.
 func (p *podBed) ask(how, path string) (a said, err error) {
 	if _, err = fmt.Fprintln(p.in, how, path); err != nil {
 		return a, err
@@ -311,7 +320,8 @@ func podProcess() error {
 			continue
 		}
 		if how != "kept" || conn == nil {
-			c, err := net.DialTimeout("tcp4", map[bool]string{false: "169.254.169.254:80", true: "169.254.169.252:988"}[how == "direct"], 10*time.Second)
+			to := map[string]string{"direct": "169.254.169.252:988", "six": "[fd20:ce::254]:80"}[how]
+			c, err := net.DialTimeout("tcp", cmp.Or(to, "169.254.169.254:80"), 10*time.Second)
 			if err != nil {
 				_ = say.Encode(said{Err: err.Error()})
 				continue
@@ -328,7 +338,11 @@ func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 	text, raw := strings.CutPrefix(path, "raw ")
 	if !raw {
-		text = "GET " + path + " HTTP/1.1|Host: metadata|Metadata-Flavor: Google||"
+		host := "metadata"
+		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok && a.IP.To4() == nil {
+			host = "[" + a.IP.String() + "]" // as clients have it (H-16)
+		}
+		text = "GET " + path + " HTTP/1.1|Host: " + host + "|Metadata-Flavor: Google||"
 	}
 	if _, err := io.WriteString(c, strings.ReplaceAll(text, "|", "\r\n")); err != nil {
 		return said{Err: err.Error()}

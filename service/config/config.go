@@ -22,6 +22,7 @@ type Config struct {
 	NodeName             string // "" = find out
 	TokenAudience        string // `aud` of the ServiceAccount's token (G-17); never ""
 	Listen               netip.AddrPort
+	Listen6              netip.AddrPort // invalid = IPv6 is not served (H-24)
 	HealthListen         netip.AddrPort
 	Routing              Routing
 	Attestation          Attestation

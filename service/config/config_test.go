@@ -154,6 +154,27 @@ func TestResolved(t *testing.T) {
 	}
 }
 
+// TestListen6: off by default; where it is on the guard closes the real server, unless the operator says what it is to close (H-24).
+func TestListen6(t *testing.T) {
+	if c := mustLoad(t, minimal, nil, nil); c.Listen6.IsValid() {
+		t.Error(c.Listen6)
+	}
+	const on = minimal + "listen6: '[fd20:ce::252]:988'\n"
+	for mode, text := range map[string]string{"iptables": on, "nftables": on + "routing: {mode: nftables}", "auto": on + "routing: {mode: auto}"} {
+		c := mustLoad(t, text, nil, nil)
+		if c.Listen6.String() != "[fd20:ce::252]:988" || !slices.Contains(c.Routing.Guard, metadataServer6) || len(c.Warnings) != 0 {
+			t.Errorf("%s: %v %v %q", mode, c.Listen6, c.Routing.Guard, c.Warnings)
+		}
+	}
+	c := mustLoad(t, on+"routing: {guard: ['169.254.169.254:80']}", nil, nil)
+	if len(c.Routing.Guard) != 1 || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "[fd20:ce::254]:80") {
+		t.Errorf("%v %q", c.Routing.Guard, c.Warnings)
+	}
+	if c := mustLoad(t, minimal, map[string]string{"listen6": "[fd20:ce::252]:988"}, nil); !c.Listen6.IsValid() {
+		t.Error("the flag is not heard")
+	}
+}
+
 func TestWarnings(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
 		{"R-19 ephemeral", "listen: 169.254.169.252:40000", "listen: port 40000 lies in the ephemeral range 40000-50000"},

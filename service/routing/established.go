@@ -15,20 +15,20 @@ import (
 // a passing disturbance and waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of a
 // connection and redirects it, and the emulator's kernel resets what it does not know.
 //
-// Closed in any case; not reset but left hanging are IPv6 connections (nothing redirects them), those on which the server speaks
+// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
 // first, and all where nf_conntrack_tcp_loose is 0.
 
-// forgetEstablished deletes the conntrack entries of connections to the metadata server that were not redirected. Those
+// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected. Those
 // of this host itself are left alone unless pods on the host network are redirected too.
-func forgetEstablished(p Plan, s surroundings) error {
+func forgetEstablished(p Plan, s surroundings, six bool) error {
 	if n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(n)) == "0" {
 		return nil // to walk through its empty table takes 10 ms
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
-	f := notRedirected{}
+	f := notRedirected{way: p.way(s, six)}
 	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
@@ -37,18 +37,21 @@ func forgetEstablished(p Plan, s surroundings) error {
 			}
 		}
 	}
-	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
-		return fmt.Errorf("forget connections to %s: %w", metadataServer, err)
+	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+		return fmt.Errorf("forget connections to %s: %w", f.server, err)
 	}
 	return nil
 }
 
 // notRedirected picks connections to the real metadata server.
-type notRedirected struct{ host map[netip.Addr]bool }
+type notRedirected struct {
+	way
+	host map[netip.Addr]bool
+}
 
 func (f notRedirected) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != metadataServer || flow.Forward.Protocol != unix.IPPROTO_TCP {
+	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server || flow.Forward.Protocol != unix.IPPROTO_TCP {
 		return false
 	}
 	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
