@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -23,6 +24,7 @@ type Trial struct {
 	Addr netip.Addr // the pod's
 	Link string     // the node's end
 
+	mu        sync.Mutex // held while a thread enters the pod's namespace: a dial that nobody waits for any more may come after Close
 	node, pod netns.NsHandle
 	linked    bool
 }
@@ -112,7 +114,11 @@ func (t *Trial) connect() error {
 
 // Dial connects from the pod. The address is an IP address and a port.
 func (t *Trial) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	t.mu.Lock()
+	entered := sync.OnceFunc(t.mu.Unlock)
+	defer entered()
 	err = t.in(t.pod, func() error {
+		entered()
 		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 		return err
 	})
@@ -162,6 +168,8 @@ func (t *Trial) Dropped(ctx context.Context, try func()) (by []string, err error
 
 // Close takes all away.
 func (t *Trial) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	var errs []error
 	if t.linked { // at once, where the kernel would take its time to free the namespace
 		t.linked = false
