@@ -171,10 +171,10 @@ func podOf(holders []holder) (uid string, others bool) {
 	switch {
 	case len(pods) == 0:
 		return "", len(holders) > 0
-	case len(pods) > 1 || pods[0].evidence == nil:
+	case len(pods) > 1:
 		return "", false
 	}
-	return pods[0].evidence.PodUID, false
+	return pods[0].pod, false
 }
 
 // Search returns the number of the next search for namespaces. The helper is asked for one by a Look that finds none.

@@ -17,6 +17,7 @@ type namespace struct {
 	generation int    // of the helper that handed it over
 	cgroups    []string
 	ofNode     bool      // no pod's process is in it
+	pod        string    // UID of the one pod whose processes are in it; "" where there is none, or two
 	evidence   *Evidence // what it says by itself, where the kernel names no cgroups
 	fault      error     // why it says nothing
 	life       *atomic.Bool
@@ -92,22 +93,23 @@ func (n *namespace) closed() bool {
 // pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that is no pod's nothing can be said by it.
 func (n *namespace) pods(cgroups []string) {
 	n.cgroups, n.ofNode = cgroups, len(cgroups) > 0
-	var uid string
+	uids := map[string]bool{}
 	for _, path := range cgroups {
 		p, err := parsePath(path)
 		switch {
 		case err != nil:
-			n.fault = err
+			uids[""], n.fault, n.ofNode = true, err, false
 		case p.pod == "":
 			n.fault = fmt.Errorf("%w: a process of %s, which is no pod's, is in %s", ErrNoCgroup, path, n)
-		case uid != "" && uid != p.pod:
-			n.fault = fmt.Errorf("%w: network namespace %d is that of %s and of %s", ErrPods, n.inode, cgroups[0], path)
+		default:
+			uids[p.pod], n.pod, n.ofNode = true, p.pod, false
 		}
-		n.ofNode = n.ofNode && err == nil && p.pod == ""
-		uid = p.pod
 	}
-	if n.fault == nil && uid != "" {
-		n.evidence = &Evidence{Kind: ByNamespace, PodUID: uid, life: n.life}
+	if len(uids) > 1 {
+		n.pod, n.fault = "", fmt.Errorf("%w: %s", ErrPods, n)
+	}
+	if n.fault == nil && n.pod != "" {
+		n.evidence = &Evidence{Kind: ByNamespace, PodUID: n.pod, life: n.life}
 	}
 }
 

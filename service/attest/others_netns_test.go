@@ -111,3 +111,34 @@ func TestTooManyOthers(t *testing.T) {
 		t.Errorf("%q when there is none", h.problem)
 	}
 }
+
+// Whose an address is, where the namespaces that have it have no socket.
+func TestPodOf(t *testing.T) {
+	in := func(cgroups ...string) holder {
+		n := &namespace{inode: 7}
+		n.pods(cgroups)
+		return holder{namespace: n}
+	}
+	one, two, other := containerPath(1, 1), containerPath(2, 2), "/kata_overhead/1"
+	for name, tt := range map[string]struct {
+		holders []holder
+		uid     string
+		others  bool
+	}{
+		"nobody's":                                {},
+		"a pod's":                                 {holders: []holder{in(one)}, uid: podUID(1)},
+		"a pod's that another process is in too":  {holders: []holder{in(one, other)}, uid: podUID(1)},
+		"the node's":                              {holders: []holder{in()}},
+		"two pods'":                               {holders: []holder{in(one, two)}},
+		"a pod's, and another's":                  {holders: []holder{in(one), in(two)}},
+		"one of no pod":                           {holders: []holder{in(other)}, others: true},
+		"one of no pod, and a pod's":              {holders: []holder{in(other), in(one)}, uid: podUID(1)},
+		"one of no pod, and the node's":           {holders: []holder{in(other), in()}},
+		"one whose cgroup names two pods (A-17)":  {holders: []holder{in(one + two)}},
+		"that, beside what would be a pod's else": {holders: []holder{in(one+two, one)}},
+	} {
+		if uid, others := podOf(tt.holders); uid != tt.uid || others != tt.others {
+			t.Errorf("%s: podOf = %q, %v; want %q, %v", name, uid, others, tt.uid, tt.others)
+		}
+	}
+}

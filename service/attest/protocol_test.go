@@ -115,7 +115,7 @@ func FuzzMessage(f *testing.F) {
 			if n.evidence != nil && !isPods(path) {
 				t.Errorf("%+v of %+v", n, m)
 			}
-			if n.ofNode && isPods(path) {
+			if (n.ofNode || n.pod == "" && n.evidence != nil) && isPods(path) {
 				t.Errorf("a namespace of no pod: %+v", m)
 			}
 		}
