@@ -15,6 +15,7 @@
 //  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered
 //     without knowing who asks, and waits for nothing: clients probe it and remember the answer for life.
 //  4. rules (guard.go): a table of what is refused for its header alone: proxies, foreign hosts, a missing flavor.
+//     What another cloud's server is asked for goes there (passthrough.go), if a pod on the host network asks that the operator named.
 //  5. who is it: package attest looks the evidence up in what package kube watches: the live pod of this node with that UID, or
 //     the identity that the operator gave the unit. What is not known yet is waited for, 2 s at most. No evidence, or two
 //     kinds of it, is a refusal and not a guess; an address counts for pods alone whom nothing else can name.

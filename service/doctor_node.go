@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
@@ -405,6 +406,35 @@ func attestationCheck(p *patient) Finding {
 		return warn("boot with cgroup v2 and Linux 5.9 or later", "the kernel lacks %s; %s", strings.Join(k.Lacks, "; "), pods)
 	}
 	return good("the kernel says who asks; %s", pods)
+}
+
+// nameThem is what to do for host pods that need the cloud's own server.
+const nameThem = "name it in passthrough, or set routing.interceptHostPods to off"
+
+// passthroughCheck: pods on the host network that need the cloud's own server and are redirected to us (U-02).
+func passthroughCheck(p *patient) Finding {
+	named := len(p.config.Passthrough)
+	switch {
+	case p.status == nil || p.status.Attestation.Mode == "":
+		return skip("the service would tell who asks for the cloud's own metadata, and it does not serve")
+	case len(p.status.Unnamed) > 0:
+		var who []string
+		for _, u := range p.status.Unnamed {
+			who = append(who, fmt.Sprintf("%s (%d)", u.ServiceAccount, u.Requests))
+		}
+		text := "pods on the host network asked for the cloud's own metadata, and are not let through: " + strings.Join(who, ", ")
+		if p.cloud.err != nil {
+			return good("%s; there is no server to let them through to", text)
+		}
+		return warn(nameThem, "%s", text)
+	case named == 0:
+		return good("no pod on the host network was kept from what the cloud's own metadata server has")
+	case p.config.Routing.InterceptHostPods != "on":
+		return good("pods on the host network are redirected only where there is no server to let them through to")
+	case p.status.Attestation.Kernel == nil || p.status.Attestation.Kernel.Evidence != attest.ByCgroup:
+		return fail("boot with cgroup v2 and Linux 5.9 or later, or routing.interceptHostPods: off", "the kernel does not tell who on the host network asks, so nobody is let through to the cloud's own metadata server")
+	}
+	return good("ServiceAccounts that are let through to the cloud's own metadata server from the host network: %d", named)
 }
 
 // trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for

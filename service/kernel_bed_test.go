@@ -237,6 +237,7 @@ func (p *podBed) die() {
 // said is what a pod was told.
 type said struct {
 	Status int
+	Header http.Header
 	Body   string
 	Err    string
 	Close  bool
@@ -317,10 +318,14 @@ func podProcess() error {
 	return nil
 }
 
-// exchangeOn sends a request and reads what comes.
+// exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole request, with | for the ends of its lines.
 func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n", path); err != nil {
+	text, raw := strings.CutPrefix(path, "raw ")
+	if !raw {
+		text = "GET " + path + " HTTP/1.1|Host: metadata|Metadata-Flavor: Google||"
+	}
+	if _, err := io.WriteString(c, strings.ReplaceAll(text, "|", "\r\n")); err != nil {
 		return said{Err: err.Error()}
 	}
 	res, err := http.ReadResponse(r, nil)
@@ -332,5 +337,5 @@ func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	if err != nil {
 		return said{Err: err.Error()}
 	}
-	return said{Status: res.StatusCode, Body: string(body), Close: res.Close}
+	return said{Status: res.StatusCode, Header: res.Header, Body: string(body), Close: res.Close}
 }

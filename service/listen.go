@@ -240,7 +240,7 @@ var (
 
 // Write recognises net/http's own refusals: a 4xx or 5xx that names its type with a charset, which ours never do (H-05).
 func (c flavouredConn) Write(b []byte) (int, error) {
-	if len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
+	if c.theirs || len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
 		return c.TCPConn.Write(b)
 	}
 	line, rest, _ := bytes.Cut(b, []byte("\r\n"))

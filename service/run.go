@@ -104,7 +104,7 @@ func (s *Service) load(old *site) (*site, error) {
 // run serves on l, first by what first says.
 func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 	s.listener, s.probe = l, newProbe(l)
-	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log)}
+	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log), cloud: newCloud()}
 	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.accepted)
 	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
 	s.server.site.Store(first)

@@ -42,6 +42,7 @@ type Status struct {
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
 	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
+	Unnamed     []Unnamed           `json:"notPassedThrough,omitempty"`
 }
 
 // Attestation is what tells who asks.
@@ -74,6 +75,7 @@ func (s *Service) Status() Status {
 		c := site.cluster.Status()
 		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
 		st.Attestation = s.attestation(site, &c)
+		st.Unnamed = s.server.unnamed.but(site.config.Passthrough)
 	}
 	select {
 	case <-s.server.draining:

@@ -27,6 +27,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	line("listening", "%s, %d connections, %d requests so far", s.Listen, s.Connections, s.Requests)
 	s.attestationText(line, now)
 	s.rulesText(line, now)
+	for _, u := range s.Unnamed {
+		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, nameThem)
+	}
 	var pods []kube.PodStatus
 	if c := s.Cluster; c != nil {
 		s.clusterText(line, now)
