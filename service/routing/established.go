@@ -43,6 +43,28 @@ func forgetEstablished(p Plan, s surroundings) error {
 	return nil
 }
 
+// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them: all are over, but entries last for
+// two minutes. Where another mode has packets look otherwise, conntrack would give a new connection from the same port another port,
+// and at that one the kernel of the client knows no socket.
+func forgetServed(p Plan) error {
+	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, served{p.Listen}); err != nil {
+		return fmt.Errorf("forget connections to %s: %w", p.Listen, err)
+	}
+	return nil
+}
+
+// served picks connections that go to the emulator, and those that were redirected there.
+type served struct{ at netip.AddrPort }
+
+func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	addr, ok := netip.AddrFromSlice(flow.Forward.DstIP)
+	if !ok || flow.Forward.Protocol != unix.IPPROTO_TCP {
+		return false
+	}
+	to := netip.AddrPortFrom(addr.Unmap(), flow.Forward.DstPort)
+	return to == f.at || to == metadataServer && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
+}
+
 // notRedirected picks connections to the real metadata server.
 type notRedirected struct{ host map[netip.Addr]bool }
 
