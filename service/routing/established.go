@@ -21,8 +21,8 @@ import (
 // forgetEstablished deletes the conntrack entries of connections to the metadata server that were not redirected. Those
 // of this host itself are left alone unless pods on the host network are redirected too.
 func forgetEstablished(p Plan, s surroundings) error {
-	if n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(n)) == "0" {
-		return nil // to walk through its empty table takes 10 ms
+	if noConnections() {
+		return nil
 	}
 	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -43,10 +43,19 @@ func forgetEstablished(p Plan, s surroundings) error {
 	return nil
 }
 
+// noConnections says that conntrack knows of none: to walk through its empty table takes 10 ms.
+func noConnections() bool {
+	n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+	return err == nil && strings.TrimSpace(string(n)) == "0"
+}
+
 // forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them: all are over, but entries last for
 // two minutes. Where another mode has packets look otherwise, conntrack would give a new connection from the same port another port,
 // and at that one the kernel of the client knows no socket.
 func forgetServed(p Plan) error {
+	if noConnections() {
+		return nil
+	}
 	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, served{p.Listen}); err != nil {
 		return fmt.Errorf("forget connections to %s: %w", p.Listen, err)
 	}

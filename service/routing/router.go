@@ -92,7 +92,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
 			if err := forgetServed(r.plan); err != nil {
-				return n, r.readBack(state, err)
+				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
 			}
 		}
 	}
