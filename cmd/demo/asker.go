@@ -34,7 +34,7 @@ func isPod() bool {
 	if c, err := net.FileConn(f); err == nil {
 		_ = f.Close()
 		s := rpc.NewServer()
-		_ = s.Register(&Asker{})
+		_ = s.Register(&Asker{kept: http.Client{Timeout: 3 * time.Second}})
 		s.ServeConn(c)
 	}
 	return true
@@ -56,7 +56,6 @@ type Answer struct {
 // Ask sends what a client library sends.
 func (a *Asker) Ask(q Question, answer *Answer) (err error) {
 	if q.Keep {
-		a.kept.Timeout = 3 * time.Second
 		*answer, err = askBy(&a.kept, q)
 		return err
 	}

@@ -2,14 +2,19 @@ package routing
 
 import (
 	"errors"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // ebpfBed is a bed of mode ebpf.
@@ -222,4 +227,51 @@ func (b *bpfBed) must(err error) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
+}
+
+// TestPortsAfterAnotherMode: a connection from a port that had one by another mode keeps its port, and so its client's socket is found.
+func TestPortsAfterAnotherMode(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // a network plugin's: conntrack translates
+	none := b.plan
+	none.Mode = ModeNone
+	talks := func(port uint16, to netip.AddrPort) {
+		t.Helper()
+		d := net.Dialer{Timeout: long, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(b.pod.Addr, port)),
+			Control: func(_, _ string, c syscall.RawConn) (err error) { // else the port is nobody's for a minute
+				_ = c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+				return err
+			}}
+		var c net.Conn
+		err := b.pod.Do(func() (err error) {
+			c, err = d.DialContext(t.Context(), "tcp", to.String())
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if who, err := talk(c, long); who != emulator {
+			t.Fatalf("%q (%v)", who, err)
+		}
+		var sockets []*netlink.Socket
+		if err := b.Do(func() (err error) {
+			sockets, err = netlink.SocketDiagTCP(unix.AF_INET)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.ContainsFunc(sockets, func(s *netlink.Socket) bool {
+			return s.ID.SourcePort == b.plan.Listen.Port() && s.ID.DestinationPort == port
+		}) {
+			t.Errorf("to %s: the emulator sees another port than %d", to, port)
+		}
+	}
+	b.install(b.plan)
+	talks(40000, metadataServer)
+	b.install(none)
+	talks(40000, none.Listen)
+	talks(40001, none.Listen)
+	b.install(b.plan)
+	talks(40001, metadataServer)
 }

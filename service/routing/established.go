@@ -21,8 +21,8 @@ import (
 // forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected. Those
 // of this host itself are left alone unless pods on the host network are redirected too.
 func forgetEstablished(p Plan, s surroundings, six bool) error {
-	if n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(n)) == "0" {
-		return nil // to walk through its empty table takes 10 ms
+	if noConnections() {
+		return nil
 	}
 	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
@@ -41,6 +41,37 @@ func forgetEstablished(p Plan, s surroundings, six bool) error {
 		return fmt.Errorf("forget connections to %s: %w", f.server, err)
 	}
 	return nil
+}
+
+// noConnections says that conntrack knows of none: to walk through its empty table takes 10 ms.
+func noConnections() bool {
+	n, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+	return err == nil && strings.TrimSpace(string(n)) == "0"
+}
+
+// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them: all are over, but entries last for
+// two minutes. Where another mode has packets look otherwise, conntrack would give a new connection from the same port another port,
+// and at that one the kernel of the client knows no socket.
+func forgetServed(p Plan) error {
+	if noConnections() {
+		return nil
+	}
+	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, served{p.Listen}); err != nil {
+		return fmt.Errorf("forget connections to %s: %w", p.Listen, err)
+	}
+	return nil
+}
+
+// served picks connections that go to the emulator, and those that were redirected there.
+type served struct{ at netip.AddrPort }
+
+func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	addr, ok := netip.AddrFromSlice(flow.Forward.DstIP)
+	if !ok || flow.Forward.Protocol != unix.IPPROTO_TCP {
+		return false
+	}
+	to := netip.AddrPortFrom(addr.Unmap(), flow.Forward.DstPort)
+	return to == f.at || to == metadataServer && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
 }
 
 // notRedirected picks connections to the real metadata server.

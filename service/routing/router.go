@@ -92,6 +92,11 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.of[0], err))
 			}
 		}
+		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
+			if err := forgetServed(r.plan); err != nil {
+				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
+			}
+		}
 	}
 	errs := r.check(ctx, n)
 	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
