@@ -192,7 +192,7 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 }
 
 // removeIPTables removes our chains from both backends.
-func removeIPTables(ctx context.Context, p Plan) error {
+func removeIPTables(ctx context.Context, p Plan, stay bool) error {
 	use, other := backends(p)
 	var errs []error
 	remove := func(tables ...string) {
@@ -203,8 +203,10 @@ func removeIPTables(ctx context.Context, p Plan) error {
 	}
 	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
 	remove("nat")
-	resetConnections(netip.Addr{})
-	resetAllSix()
+	if !stay {
+		resetConnections(netip.Addr{})
+		resetAllSix()
+	}
 	remove()
 	return errors.Join(errs...)
 }

@@ -47,13 +47,13 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 }
 
 // parts are what modes have in the kernel beside what all share, and how all that any Install can have put there is taken away: without memory
-// of the Install, and by any Plan.
+// of the Install, and by any Plan. Where another mode's rules go on translating what stays open, as stay says, nobody is reset.
 var parts = []struct {
 	of     []string // modes
-	remove func(context.Context, Plan) error
+	remove func(ctx context.Context, p Plan, stay bool) error
 }{
-	{[]string{ModeEBPF}, func(_ context.Context, p Plan) error { return p.pins(ModeEBPF, redirectHooks).remove() }},
-	{[]string{ModeObserve}, func(_ context.Context, p Plan) error { return p.pins(ModeObserve, observeHooks).remove() }},
+	{[]string{ModeEBPF}, func(_ context.Context, p Plan, _ bool) error { return p.pins(ModeEBPF, redirectHooks).remove() }},
+	{[]string{ModeObserve}, func(_ context.Context, p Plan, _ bool) error { return p.pins(ModeObserve, observeHooks).remove() }},
 	{[]string{ModeIPTables}, removeIPTables},
 	{[]string{ModeNFTables, ModeLoopback, ModeNone, ModeEBPF}, removeNFTables},
 }

@@ -291,7 +291,7 @@ func parseMarked(message []byte) (r standingRule) {
 }
 
 // removeNFTables deletes our tables. A kernel without nf_tables has none.
-func removeNFTables(context.Context, Plan) error {
+func removeNFTables(_ context.Context, _ Plan, stay bool) error {
 	all, err := readNFTables()
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
 		return nil // a kernel without nf_tables
@@ -322,8 +322,10 @@ func removeNFTables(context.Context, Plan) error {
 			}
 		}
 	})
-	resetConnections(netip.Addr{}) // as removeIPTables does, and for its reason
-	resetAllSix()
+	if !stay { // as removeIPTables does, and for its reason
+		resetConnections(netip.Addr{})
+		resetAllSix()
+	}
 	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
 }
 

@@ -84,11 +84,12 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
 		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
+		stay := r.plan.dnats() && before.Desired == Installed && !before.Closed && Plan{Mode: before.Mode}.dnats()
 		for _, p := range parts {
 			if slices.Contains(p.of, r.plan.Mode) {
 				continue
 			}
-			if err := p.remove(ctx, r.plan); err != nil {
+			if err := p.remove(ctx, r.plan, stay); err != nil {
 				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.of[0], err))
 			}
 		}
@@ -249,7 +250,7 @@ func (r *router) Remove(ctx context.Context) error {
 	}
 	errs := []error{removeLinks("")} // else the doors were gone before the address
 	for _, p := range parts {
-		errs = append(errs, p.remove(ctx, r.plan))
+		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
 	if err := errors.Join(errs...); err != nil {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
