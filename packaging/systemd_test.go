@@ -154,6 +154,9 @@ for sh in dash bash 'busybox sh'; do
 	echo 'listen: 10.0.0.1:900' >$etc/config.yaml; nothing
 	cat /tmp/mine.yaml >>$etc/config.yaml; generate
 	printf '[Socket]\nListenStream=\nListenStream=10.0.0.1:900\nTransparent=no\n' | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
+	{ cat /tmp/mine.yaml; echo "listen6: '[fd20:ce::252]:988'"; } >$etc/config.yaml; generate
+	six=; [ ! -e /proc/net/if_inet6 ] || six='ListenStream=[fd20:ce::252]:988\n'
+	printf "[Socket]\nListenStream=\nListenStream=169.254.169.252:988\n${six}Transparent=no\n" | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
 	mv $bin /tmp; nothing; mv /tmp/gke-metadata-emulator $bin
 	cp /tmp/mine.yaml $etc/config.yaml; nothing
 	rm $etc/config.yaml; nothing

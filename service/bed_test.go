@@ -150,7 +150,7 @@ func (b *bed) start(t testing.TB) {
 	}
 	go func() {
 		defer close(b.ended)
-		b.err = b.run(ctx, l, first)
+		b.err = b.run(ctx, first, l)
 	}()
 	t.Cleanup(func() {
 		b.end(t)

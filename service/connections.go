@@ -32,6 +32,8 @@ type connection struct {
 	open  *atomic.Int64 // how many that one has; nil for our own
 	idle  atomic.Bool
 
+	theirs bool // what is written is another server's answer, and no refusal of net/http's
+
 	toldOf handed   // the last token that was handed out on it: net/http has one request on a connection at a time
 	told   *telling // what the audit trail has of that
 }
@@ -71,6 +73,9 @@ func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 // state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then.
 func (x *connections) state(c net.Conn, state http.ConnState) {
 	f, ok := c.(flavouredConn)
+	if ok {
+		f.connection.theirs = false // it is written
+	}
 	if !ok || f.connection.open == nil {
 		return
 	}

@@ -15,6 +15,7 @@
 //  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered
 //     without knowing who asks, and waits for nothing: clients probe it and remember the answer for life.
 //  4. rules (guard.go): a table of what is refused for its header alone: proxies, foreign hosts, a missing flavor.
+//     What another cloud's server is asked for goes there (passthrough.go), if a pod on the host network asks that the operator named.
 //  5. who is it: package attest looks the evidence up in what package kube watches: the live pod of this node with that UID, or
 //     the identity that the operator gave the unit. What is not known yet is waited for, 2 s at most. No evidence, or two
 //     kinds of it, is a refusal and not a guess; an address counts for pods alone whom nothing else can name.
@@ -51,7 +52,7 @@
 // doctor.go has the table of checks that judge what was seen.
 //
 // The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, a copy
-// of kubelet's credential (credential.go), and sockets in pods' network namespaces, which a helper opens and hands over
+// of kubelet's credential (credential.go), and sockets in the network namespaces of pods and of other containers, which a helper opens and hands over
 // ([attest.Helper]): each can ask the kernel about its namespace, and nothing else.
 //
 // Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to rules, policy rules, addresses,

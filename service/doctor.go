@@ -57,6 +57,7 @@ var checks = []struct {
 	{"policies", policiesCheck},
 	{"connection", connectionCheck},
 	{"attestation", attestationCheck},
+	{"passthrough", passthroughCheck},
 	{"traffic", trafficCheck},
 	{"dns", dnsCheck},
 	{"credential", credentialCheck},

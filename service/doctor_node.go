@@ -1,12 +1,10 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -14,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
@@ -113,6 +112,8 @@ func rulesCheck(p *patient) Finding {
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
 	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
 		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
+	case p.state.Desired == routing.Installed && p.state.Listen6 != addressText(p.plan.Listen6):
+		return fail(installRules, "listen6 is %q, and they were put up for %q", addressText(p.plan.Listen6), p.state.Listen6)
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():
 		return skip("to read them, %s", asRoot)
 	case routing.NotPermitted(p.node.Rules) && !p.state.Standing.Good:
@@ -275,12 +276,34 @@ func answeredBy(a answered) string {
 func ipv6Check(p *patient) Finding {
 	six := slices.ContainsFunc(p.plan.Guard, func(g netip.AddrPort) bool { return g.Addr().Is6() }) || p.plan.Closed
 	switch {
+	case !p.node.IPv6 && p.plan.Listen6.IsValid():
+		return warn("remove listen6", "this node has none, so requests by IPv6 are not redirected to %s", p.plan.Listen6)
 	case !p.node.IPv6:
 		return good("this node has none")
 	case !six:
 		return warn("add [fd00:ec2::254]:80 to routing.guard", "this node has IPv6, and the guard closes no IPv6 address: on AWS pods reach the node's credentials there")
 	}
+	if to := p.plan.Listen6; to.IsValid() {
+		closes := strings.Join(six6(p.plan.Guard), ", ")
+		switch {
+		case p.state.IPv6 != "":
+			return warn("mend that and run "+installRules+", or remove listen6", "requests by IPv6 are not redirected to %s: %s", to, p.state.IPv6)
+		case !p.node.Holder6.At.IsValid():
+			return fail(restartSocket, "nobody listens on %s, where pods are sent by IPv6", to)
+		case !p.node.Holder6.Own && p.node.Holder6.PID != "":
+			return fail("choose another listen6, or stop it", "%s listens on %s", p.node.Holder6, p.node.Holder6.At)
+		}
+		return good("requests to [fd20:ce::254]:80 go to %s, which %s holds; the guard closes %s", to, p.node.Holder6, closes)
+	}
 	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
+}
+
+// addressText is an address as the state has it.
+func addressText(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
 }
 
 func six6(guard []netip.AddrPort) (texts []string) {
@@ -378,33 +401,33 @@ func isRefused(err error) bool {
 	return errors.As(err, &op) && strings.Contains(op.Err.Error(), "refused")
 }
 
-// attestationCheck: who asks is what the kernel says, and for pods on the pod network the helper lets the service ask it.
-func attestationCheck(p *patient) Finding {
-	const helper = "gke-metadata-emulator-attest"
-	if p.status == nil || p.status.Cluster == nil {
-		return skip("the service would tell, and it does not serve")
-	}
-	by := map[string]int{}
-	for _, q := range p.status.Cluster.Pods {
-		by[cmp.Or(q.Evidence, "nothing")]++
-	}
-	var known []string
-	for _, evidence := range slices.Sorted(maps.Keys(by)) {
-		known = append(known, fmt.Sprintf("%d by %s", by[evidence], evidence))
-	}
-	pods := "pods are known: " + cmp.Or(strings.Join(known, ", "), "none")
-	k := p.status.Attestation.Kernel
+// nameThem is what to do for host pods that need the cloud's own server.
+const nameThem = "name it in passthrough, or set routing.interceptHostPods to off"
+
+// passthroughCheck: pods on the host network that need the cloud's own server and are redirected to us (U-02).
+func passthroughCheck(p *patient) Finding {
+	named := len(p.config.Passthrough)
 	switch {
-	case k == nil:
-		return warn("attestation.mode: kernel", "an address says who asks, which a dead pod shares with the next owner; %s", pods)
-	case !k.Helper:
-		return fail("systemctl start "+helper+"; journalctl -u "+helper, "pods that start now are refused, since %s.service is away: %s", helper, k.Problem)
-	case k.Problem != "":
-		return warn("journalctl -u "+helper, "%s; %s", k.Problem, pods)
-	case len(k.Lacks) > 0:
-		return warn("boot with cgroup v2 and Linux 5.9 or later", "the kernel lacks %s; %s", strings.Join(k.Lacks, "; "), pods)
+	case p.status == nil || p.status.Attestation.Mode == "":
+		return skip("the service would tell who asks for the cloud's own metadata, and it does not serve")
+	case len(p.status.Unnamed) > 0:
+		var who []string
+		for _, u := range p.status.Unnamed {
+			who = append(who, fmt.Sprintf("%s (%d)", u.ServiceAccount, u.Requests))
+		}
+		text := "pods on the host network asked for the cloud's own metadata, and are not let through: " + strings.Join(who, ", ")
+		if p.cloud.err != nil {
+			return good("%s; there is no server to let them through to", text)
+		}
+		return warn(nameThem, "%s", text)
+	case named == 0:
+		return good("no pod on the host network was kept from what the cloud's own metadata server has")
+	case p.config.Routing.InterceptHostPods != "on":
+		return good("pods on the host network are redirected only where there is no server to let them through to")
+	case p.status.Attestation.Kernel == nil || p.status.Attestation.Kernel.Evidence != attest.ByCgroup:
+		return fail("boot with cgroup v2 and Linux 5.9 or later, or routing.interceptHostPods: off", "the kernel does not tell who on the host network asks, so nobody is let through to the cloud's own metadata server")
 	}
-	return good("the kernel says who asks; %s", pods)
+	return good("ServiceAccounts that are let through to the cloud's own metadata server from the host network: %d", named)
 }
 
 // trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for

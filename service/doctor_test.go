@@ -31,9 +31,9 @@ func healthy() *patient {
 	plan := routing.Plan{Mode: routing.ModeIPTables, Listen: listen, Guard: routing.DefaultGuard()}
 	return &patient{
 		root: true, now: now, file: "config.yaml", version: "1.2.3", config: c, plan: plan, ports: [2]uint16{32768, 60999},
-		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{Helper: true}},
+		status: &Status{Version: "1.2.3", Started: now.Add(-time.Hour), State: "serving", Listen: listen.String(), Requests: 3, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{Hierarchy: "cgroup2", Helper: true, Evidence: "cgroup"}},
 			Cluster: &kube.Status{Server: "https://k:6443", User: "system:node:n1", Kubeconfig: "/etc/kubernetes/kubelet.conf", Synced: true, Watching: true,
-				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p", Evidence: "cgroup"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
+				Pods: []kube.PodStatus{{Namespace: "ns", Name: "p", ServiceAccount: "a", Evidence: "cgroup"}, {Namespace: "ns", Name: "h", HostNetwork: true}}},
 			Tokens: []token.EntryStatus{{ServiceAccount: "ns/a"}}},
 		watcher: "active",
 		state: routing.State{Desired: routing.Installed, Mode: routing.ModeIPTables, Listen: listen.String(), Since: now.Add(-time.Hour),
@@ -50,6 +50,13 @@ func healthy() *patient {
 		iam:      token.Reached{URL: "https://iamcredentials.googleapis.com", Status: 404, Asked: now, Date: now},
 		exchange: &exchanged{email: gsa},
 	}
+}
+
+// six has it serve IPv6 too.
+func six(p *patient) {
+	p.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+	p.state.Listen6 = p.plan.Listen6.String()
+	p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "1", Exe: "systemd", Own: true}
 }
 
 func TestDoctorOfAHealthyNode(t *testing.T) {
@@ -169,6 +176,15 @@ func TestDoctorOfASickNode(t *testing.T) {
 
 		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "no IPv6 address", "[fd00:ec2::254]:80"},
 		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
+		{"ipv6", func(p *patient) { six(p); p.node.IPv6 = false }, Warn, "has none, so requests by IPv6 are not redirected to [fd20:ce::252]:988", "remove listen6"},
+		{"ipv6", func(p *patient) { six(p) }, OK, "requests to [fd20:ce::254]:80 go to [fd20:ce::252]:988, which systemd (process 1) holds", ""},
+		{"ipv6", func(p *patient) { six(p); p.state.IPv6 = "ip6tables: no nat" }, Warn, "not redirected to [fd20:ce::252]:988: ip6tables: no nat", "routing install"},
+		{"ipv6", func(p *patient) { six(p); p.node.Holder6 = routing.ListenedBy{} }, Fail, "nobody listens on [fd20:ce::252]:988", "daemon-reload"},
+		{"ipv6", func(p *patient) {
+			six(p)
+			p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "7", Exe: "/x/lustre"}
+		}, Fail, "lustre (process 7) listens on", "choose another listen6"},
+		{"rules", func(p *patient) { six(p); p.state.Listen6 = "" }, Fail, `listen6 is "[fd20:ce::252]:988", and they were put up for ""`, installRules},
 
 		{"cgroups", func(p *patient) { p.node.CgroupV2 = "" }, Warn, "no cgroup v2", "unified_cgroup_hierarchy"},
 		{"cgroups", func(p *patient) { p.node.CgroupV2, p.config.Routing.InterceptHostPods = "", "on" }, Fail, "not redirected", "interceptHostPods: off"},
@@ -198,15 +214,65 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
 		}, Skip, "ebpf", ""},
 
-		{"attestation", func(p *patient) {}, OK, "pods are known: 1 by cgroup, 1 by nothing", ""},
+		{"attestation", func(p *patient) {}, OK, "mode kernel, by cgroup, and gke-metadata-emulator-attest.service is connected; pods are known: 1 by cgroup, 1 by nothing (ns/h: static, without a ServiceAccount)", ""},
 		{"attestation", func(p *patient) { p.status.Cluster.Pods = nil }, OK, "pods are known: none", ""},
-		{"attestation", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
-		{"attestation", func(p *patient) { p.status.Attestation = Attestation{Mode: "source-ip"} }, Warn, "an address says who asks", "attestation.mode: kernel"},
+		{"attestation", func(p *patient) { p.status = nil }, Skip, "does not answer: the service is not running", ""},
 		{"attestation", func(p *patient) {
-			p.status.Attestation.Kernel = &attest.KernelStatus{Problem: "connection refused"}
-		}, Fail, "pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl start gke-metadata-emulator-attest"},
+			p.status.Cluster, p.status.Reason = nil, "config.yaml: bad"
+		}, Skip, "does not serve: config.yaml: bad", ""},
+		{"attestation", func(p *patient) {
+			p.status.Attestation = Attestation{Mode: "source-ip"}
+			p.status.Cluster.Pods[0].Evidence = "source-ip"
+		}, Warn, "mode source-ip: an address says who asks, which a dead pod shares with the next owner; pods are known: 1 by nothing (ns/h: static, without a ServiceAccount), 1 by source-ip (ns/p: attestation.mode is source-ip)", "attestation.mode: kernel"},
+		{"attestation", func(p *patient) {
+			p.status.Cluster.Pods = []kube.PodStatus{{Namespace: "ns", Name: "a", ServiceAccount: "a", Evidence: "source-ip", RuntimeClass: "gvisor"},
+				{Namespace: "ns", Name: "b", ServiceAccount: "a", Evidence: "source-ip", RuntimeClass: "gvisor"}}
+		}, OK, "2 by source-ip (ns/a, and 1 more: RuntimeClass gvisor is in attestation.byAddress)", ""},
+		{"attestation", func(p *patient) {
+			p.status.Cluster.Pods[0].RuntimeClass = "kata-qemu"
+			p.status.Cluster.Pods = append(p.status.Cluster.Pods, kube.PodStatus{Namespace: "ns", Name: "g", ServiceAccount: "a", Evidence: "cgroup", RuntimeClass: "my-gvisor"},
+				kube.PodStatus{Namespace: "ns", Name: "w", ServiceAccount: "a", Evidence: "cgroup", RuntimeClass: "wasm"})
+		}, Warn, "RuntimeClass kata-qemu, my-gvisor looks like a sandbox with a network of its own, whose pods are refused then: ns/p, and 1 more; pods", "attestation.byAddress: [kata-qemu, my-gvisor]"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel.Evidence, p.status.Attestation.Kernel.Lacks = "netns", []string{"cgroup v2: x"}
+			p.status.Cluster.Pods = []kube.PodStatus{{Namespace: "ns", Name: "p", ServiceAccount: "a", Evidence: "netns"}, {Namespace: "ns", Name: "h", ServiceAccount: "a", HostNetwork: true}}
+		}, Warn, "mode kernel: lacking: cgroup v2: x; pods are known: 1 by netns, 1 by nothing (ns/h: on the host network", "cgroup v2 and Linux 5.9"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel = &attest.KernelStatus{Hierarchy: "cgroup2", Problem: "connection refused"}
+		}, Fail, "mode kernel, but pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl start gke-metadata-emulator-attest"},
 		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Problem = "no such file" }, Warn, "no such file; pods", "journalctl"},
-		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Lacks = []string{"cgroup v2: x"} }, Warn, "the kernel lacks cgroup v2: x; pods", "cgroup v2"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel.Lacks = []string{"cgroup /x cannot be watched"}
+		}, Warn, "lacking: cgroup /x cannot be watched; pods", "raise the limit"},
+		{"attestation", func(p *patient) {
+			p.status.Attestation.Kernel = &attest.KernelStatus{Lacks: []string{"no tcp_diag"}}
+		}, Fail, "the kernel cannot be asked: no tcp_diag", "journalctl -u gke-metadata-emulator"},
+
+		{"passthrough", func(p *patient) { p.status.Unnamed = []Unnamed{{"kube-system/aws-node", 7}} }, OK, "no server to let them", ""},
+		{"passthrough", func(p *patient) {
+			p.cloud.err, p.status.Unnamed = nil, []Unnamed{{"kube-system/aws-node", 7}, {"kube-system/ebs", 1}}
+		}, Warn, "not let through: kube-system/aws-node (7), kube-system/ebs (1)", "name it in passthrough, or set routing.interceptHostPods to off"},
+		{"passthrough", func(p *patient) { p.config.Passthrough = []string{"a/b"} }, OK, "redirected only where there is no server", ""},
+		{"passthrough", func(p *patient) {
+			p.config.Passthrough, p.config.Routing.InterceptHostPods = []string{"a/b"}, "on"
+		}, Fail, "the kernel does not tell", "cgroup v2"},
+		{"passthrough", func(p *patient) {
+			p.config.Passthrough, p.config.Routing.InterceptHostPods, p.status.Attestation.Kernel.Evidence = []string{"a/b"}, "on", attest.ByCgroup
+		}, OK, "from the host network: 1", ""},
+		{"passthrough", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
+
+		{"passthrough", func(p *patient) { p.status.Unnamed = []Unnamed{{"kube-system/aws-node", 7}} }, OK, "no server to let them", ""},
+		{"passthrough", func(p *patient) {
+			p.cloud.err, p.status.Unnamed = nil, []Unnamed{{"kube-system/aws-node", 7}, {"kube-system/ebs", 1}}
+		}, Warn, "not let through: kube-system/aws-node (7), kube-system/ebs (1)", "name it in passthrough, or set routing.interceptHostPods to off"},
+		{"passthrough", func(p *patient) { p.config.Passthrough = []string{"a/b"} }, OK, "redirected only where there is no server", ""},
+		{"passthrough", func(p *patient) {
+			p.config.Passthrough, p.config.Routing.InterceptHostPods = []string{"a/b"}, "on"
+		}, Fail, "the kernel does not tell", "cgroup v2"},
+		{"passthrough", func(p *patient) {
+			p.config.Passthrough, p.config.Routing.InterceptHostPods, p.status.Attestation.Kernel.Evidence = []string{"a/b"}, "on", attest.ByCgroup
+		}, OK, "from the host network: 1", ""},
+		{"passthrough", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
 
 		{"traffic", func(p *patient) { p.node.Redirected, p.status.Requests = new(uint64), 0 }, Warn, "of the pods that run here (1) no connection was ever redirected", "network"},
 		{"traffic", func(p *patient) { p.node.Redirected, p.status = new(uint64), nil }, Warn, "run here (1) no connection", "network"},

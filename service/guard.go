@@ -15,7 +15,7 @@ type rule struct {
 }
 
 // rules are tried in order. `/` is answered without the last three: Go's and .NET's probes send no header there and
-// look only at the response's (E-02).
+// look only at the response's (E-02). What is for another cloud's server has that one's methods and headers (passthrough.go).
 var rules = []rule{
 	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Reason: "method not allowed: GET and HEAD are", Allow: "GET, HEAD"}},                      // H-14
 	{forwarded, refusal{Status: http.StatusForbidden, Reason: "X-Forwarded-For is present: requests must not come through a proxy"}},                      // H-13
@@ -23,8 +23,18 @@ var rules = []rule{
 	{flavorMissing, refusal{Status: http.StatusForbidden, Reason: `Missing required header "Metadata-Flavor": "Google"`}},                                 // H-01
 }
 
+// refusedBy returns the refusal of the first rule that refuses, or nil.
+func refusedBy(r *request) error {
+	for _, rule := range rules {
+		if rule.refuses(r) {
+			return rule.refusal
+		}
+	}
+	return nil
+}
+
 func notGetOrHead(r *request) bool {
-	return r.Method != http.MethodGet && r.Method != http.MethodHead
+	return !r.foreign && r.Method != http.MethodGet && r.Method != http.MethodHead
 }
 
 func forwarded(r *request) bool {
@@ -34,7 +44,7 @@ func forwarded(r *request) bool {
 
 func flavorMissing(r *request) bool {
 	f := r.Header["Metadata-Flavor"] // net/http made the name canonical; the value is compared as it is
-	return !r.open && (len(f) == 0 || f[0] != "Google")
+	return !r.open && !r.foreign && (len(f) == 0 || f[0] != "Google")
 }
 
 // foreignHost guards against DNS rebinding: a browser in a pod that was sent here by another name (H-16).

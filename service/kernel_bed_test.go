@@ -2,6 +2,7 @@ package service
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -50,6 +51,12 @@ type kernelBed struct {
 // since a node's does not do for processes of the node (N-07).
 func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	t.Helper()
+	return newKernelBedIn(t, routing.ModeIPTables, more...)
+}
+
+// newKernelBedIn is newKernelBed in a mode that serves IPv6 too.
+func newKernelBedIn(t testing.TB, mode string, more ...string) *kernelBed {
+	t.Helper()
 	netnstest.Needs(t, "ip", "iptables")
 	k := &kernelBed{t: t, node: netnstest.Start(t, "kernel")}
 	k.makeCgroups()
@@ -61,7 +68,8 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 		return l
 	}
 	k.bed = newWorldAt(t, listen(6443), listen(443))
-	rules, err := routing.New(routing.Plan{Mode: routing.ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: routing.DefaultGuard(), RunDir: k.dir})
+	rules, err := routing.New(routing.Plan{Mode: mode, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Listen6: netip.MustParseAddrPort("[fd20:ce::252]:988"),
+		Guard: routing.DefaultGuard(), RunDir: k.dir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +88,8 @@ func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	}
 	k.write(t, "kubeconfig", string(kubeconfig))
 	k.write(t, "x.token", "dedicated-secret")
-	k.configure(t, append(more, "nodeName: "+node)...)
+	k.configure(t, append(more, "nodeName: "+node, "listen6: '[fd20:ce::252]:988'")...)
+	k.replace(t, "config.yaml", "routing: {mode: none}", "routing: {mode: "+mode+"}")
 	k.replace(t, "config.yaml", "listen: 127.0.0.1:0", "listen: 169.254.169.252:988")
 	k.replace(t, "config.yaml", "attestation: {mode: source-ip}", "attestation: {mode: kernel, byAddress: [gvisor]}")
 	k.server = k.process(k.node.NS, filepath.Join(k.dir, "config.yaml"))
@@ -168,7 +177,7 @@ type podBed struct {
 	k *kernelBed
 	kubetest.Pod
 	container string
-	cgroup    string // from the node's root
+	cgroup    string // from the node's root; "": one that the node does not have, as a sandbox's processes are none of its kernel's
 	ns        *netnstest.NS
 
 	cmd *exec.Cmd
@@ -221,7 +230,12 @@ func (p *podBed) start() error {
 		return err
 	}
 	p.in, p.out = in, bufio.NewReader(out)
-	if err := k.cgroups.Start(p.ns, p.cgroup, p.cmd); err != nil {
+	if p.cgroup == "" {
+		err = p.ns.Do(p.cmd.Start)
+	} else {
+		err = k.cgroups.Start(p.ns, p.cgroup, p.cmd)
+	}
+	if err != nil {
 		return err
 	}
 	k.t.Cleanup(func() { p.die() })
@@ -237,12 +251,13 @@ func (p *podBed) die() {
 // said is what a pod was told.
 type said struct {
 	Status int
+	Header http.Header
 	Body   string
 	Err    string
 	Close  bool
 }
 
-// ask has the pod send a request: "kept" on its connection, "fresh" on another, "direct" on one to the listen address. It says what came.
+// ask has the pod send a request: "kept" on its connection, "fresh" on another, "six" on one by IPv6, "direct" on one to the listen address. It says what came.
 func (p *podBed) ask(how, path string) (a said, err error) {
 	if _, err = fmt.Fprintln(p.in, how, path); err != nil {
 		return a, err
@@ -305,7 +320,8 @@ func podProcess() error {
 			continue
 		}
 		if how != "kept" || conn == nil {
-			c, err := net.DialTimeout("tcp4", map[bool]string{false: "169.254.169.254:80", true: "169.254.169.252:988"}[how == "direct"], 10*time.Second)
+			to := map[string]string{"direct": "169.254.169.252:988", "six": "[fd20:ce::254]:80"}[how]
+			c, err := net.DialTimeout("tcp", cmp.Or(to, "169.254.169.254:80"), 10*time.Second)
 			if err != nil {
 				_ = say.Encode(said{Err: err.Error()})
 				continue
@@ -317,10 +333,18 @@ func podProcess() error {
 	return nil
 }
 
-// exchangeOn sends a request and reads what comes.
+// exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole request, with | for the ends of its lines.
 func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n", path); err != nil {
+	text, raw := strings.CutPrefix(path, "raw ")
+	if !raw {
+		host := "metadata"
+		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok && a.IP.To4() == nil {
+			host = "[" + a.IP.String() + "]" // as clients have it (H-16)
+		}
+		text = "GET " + path + " HTTP/1.1|Host: " + host + "|Metadata-Flavor: Google||"
+	}
+	if _, err := io.WriteString(c, strings.ReplaceAll(text, "|", "\r\n")); err != nil {
 		return said{Err: err.Error()}
 	}
 	res, err := http.ReadResponse(r, nil)
@@ -332,5 +356,5 @@ func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	if err != nil {
 		return said{Err: err.Error()}
 	}
-	return said{Status: res.StatusCode, Body: string(body), Close: res.Close}
+	return said{Status: res.StatusCode, Header: res.Header, Body: string(body), Close: res.Close}
 }

@@ -172,9 +172,9 @@ func TestKernel(t *testing.T) {
 
 	pod, other := start("a", network("a"), nil), start("b", network("b"), nil)
 	host := start("host", k.node.NS, nil)
-	// The helper finds namespaces by pods' cgroups, so this one stays unknown to it, as a sandbox's that has no address does.
-	sandbox := start("sandbox", network("sandbox"), func(p *podBed) { p.RuntimeClass, p.cgroup = "gvisor", "/sandbox" })
-	unnamed := start("unnamed", network("unnamed"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "/other-sandbox" })
+	// The helper finds namespaces by cgroups, so these stay unknown to it, as those of sandboxes that have no address do.
+	sandbox := start("sandbox", network("sandbox"), func(p *podBed) { p.RuntimeClass, p.cgroup = "gvisor", "" })
+	unnamed := start("unnamed", network("unnamed"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "" })
 	static := start("static", k.node.NS, func(p *podBed) { p.MirrorOf, p.UID, p.ServiceAccount = p.UID, "", "" })
 	for _, p := range []*podBed{pod, other, host, sandbox, unnamed, static} {
 		p.tell()
@@ -182,6 +182,8 @@ func TestKernel(t *testing.T) {
 	kubelet := start("kubelet", k.node.NS, in("/system.slice/kubelet.service"))
 	docker := start("docker", k.node.NS, in("/system.slice/docker-0abc.scope/init"))
 	sshd := start("sshd", k.node.NS, in("/system.slice/sshd.service"))
+	container := start("container", network("container"), in("/system.slice/docker-"+strings.Repeat("1f", 32)+".scope"))
+	stranger := start("stranger", network("stranger"), in("/machine.slice/libpod-"+strings.Repeat("2e", 32)+".scope/container"))
 	pretender := start("pretender", k.node.NS, in("/system.slice/evil.service/kubelet.service"))
 	k.google.Allow("system:serviceaccount:default:reader", gsa)
 
@@ -190,12 +192,15 @@ func TestKernel(t *testing.T) {
 	gets(host, "default:host")
 	gets(sandbox, "default:sandbox")
 	gets(kubelet, "default:plain")
-	if a := docker.mustAsk(t, accts+"default/email"); a.Body != gsa {
-		t.Errorf("docker: %+v", a)
+	for _, p := range []*podBed{docker, container} { // on the node's network, and on one of its own
+		if a := p.mustAsk(t, accts+"default/email"); a.Body != gsa {
+			t.Errorf("%s: %+v", p.Name, a)
+		}
 	}
 	refused(unnamed, 503, "RuntimeClass kata", "attestation.byAddress")
 	refused(static, 403, "default/static", "static pod")
 	refused(sshd, 403, "sshd.service", "hostIdentities")
+	refused(stranger, 403, "libpod-"+strings.Repeat("2e", 32)+".scope", "hostIdentities")
 	refused(pretender, 403, "evil.service")
 	if a, err := pod.ask("kept", accts+"default/token"); err != nil || k.subjectOf(t, a.Body) != "default:a" {
 		t.Errorf("on a kept connection: %+v, %v", a, err)

@@ -20,10 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inherited returns what systemd handed over: the listener, nil where there is none, and the descriptors that are none.
-func inherited() (net.Listener, []*os.File, error) {
-	var one net.Listener
-	var others []*os.File
+// inherited returns what systemd handed over: the listeners, IPv4's first, and the descriptors that are none.
+func inherited() (all []net.Listener, others []*os.File, err error) {
 	for _, f := range activation.Files(true) {
 		l, err := net.FileListener(f)
 		if err != nil {
@@ -31,12 +29,20 @@ func inherited() (net.Listener, []*os.File, error) {
 			continue
 		}
 		_ = f.Close() // l has a duplicate
-		if l.Addr().Network() != "tcp" || one != nil {
-			return nil, nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP", l.Addr().Network(), l.Addr())
+		all = append(all, l)
+		if l.Addr().Network() != "tcp" || len(all) > 2 {
+			return nil, nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP, and one more for listen6", l.Addr().Network(), l.Addr())
 		}
-		one = l
 	}
-	return one, others, nil
+	slices.SortStableFunc(all, func(a, b net.Listener) int { return addrPortOf(a).Compare(addrPortOf(b)) })
+	return all, others, nil
+}
+
+// sortListeners puts the one first that listens where listen says, if there is one.
+func sortListeners(all []net.Listener, listen netip.AddrPort) {
+	if i := slices.IndexFunc(all, func(l net.Listener) bool { return addrPortOf(l) == listen }); i > 0 {
+		all[0], all[i] = all[i], all[0]
+	}
 }
 
 // metadataServer is where pods ask. We listen there in routing.mode loopback, where it is an address of this node for pods alone: only a
@@ -216,6 +222,17 @@ func (l *listening) on(a netip.AddrPort) bool {
 	})
 }
 
+// String names the addresses.
+func (l *listening) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var texts []string
+	for _, a := range l.addrs {
+		texts = append(texts, a.String())
+	}
+	return strings.Join(texts, " and ")
+}
+
 // flavoured is a listener for net/http, which writes some refusals itself: of what is no HTTP, of headers that are too
 // long. They get our header too, since Node's client takes no answer without it for one (H-04).
 type flavoured struct{ net.Listener }
@@ -240,7 +257,7 @@ var (
 
 // Write recognises net/http's own refusals: a 4xx or 5xx that names its type with a charset, which ours never do (H-05).
 func (c flavouredConn) Write(b []byte) (int, error) {
-	if len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
+	if c.theirs || len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
 		return c.TCPConn.Write(b)
 	}
 	line, rest, _ := bytes.Cut(b, []byte("\r\n"))

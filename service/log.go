@@ -97,13 +97,13 @@ func journalName(k string) string {
 	}, k), "_")
 }
 
-// refusalLog bounds what one asker can write into the log: 5 lines, then one in 10 s.
-type refusalLog struct {
+// askerLog bounds what is logged because of one asker: 5 lines, then one in 10 s.
+type askerLog struct {
 	mu     sync.Mutex
-	askers map[string]*refusalRate
+	askers map[string]*askerRate
 }
 
-type refusalRate struct {
+type askerRate struct {
 	*rate.Limiter
 	suppressed int
 }
@@ -111,16 +111,16 @@ type refusalRate struct {
 // maxAskers bounds the books. When they are full they start anew: a few lines more are logged, and nothing is lost.
 const maxAskers = 1024
 
-// allow reports whether a refusal of the asker is to be logged, and how many were not since the last that was.
-func (l *refusalLog) allow(asker string) (suppressed int, ok bool) {
+// allow reports whether a line about the asker is to be logged, and how many were not since the last that was.
+func (l *askerLog) allow(asker string) (suppressed int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	r := l.askers[asker]
 	if r == nil {
 		if l.askers == nil || len(l.askers) >= maxAskers {
-			l.askers = map[string]*refusalRate{}
+			l.askers = map[string]*askerRate{}
 		}
-		r = &refusalRate{Limiter: rate.NewLimiter(rate.Every(10*time.Second), 5)}
+		r = &askerRate{Limiter: rate.NewLimiter(rate.Every(10*time.Second), 5)}
 		l.askers[asker] = r
 	}
 	if !r.Allow() {

@@ -55,7 +55,7 @@ func TestJournalName(t *testing.T) {
 
 func TestRefusalLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var l refusalLog
+		var l askerLog
 		logged := 0
 		for range 100 {
 			if _, ok := l.allow("pod"); ok {

@@ -58,16 +58,20 @@ type Service struct {
 // reason.
 func Run(ctx context.Context, o Options) error {
 	s := newService(o)
-	l, left, err := inherited()
+	all, left, err := inherited()
 	if err != nil {
 		return err
 	}
 	s.fdstore.inherit(left)
 	first, err := s.load(nil)
 	switch {
-	case err == nil && l == nil:
+	case err == nil && len(all) == 0:
+		var l net.Listener
 		l, err = listen(ctx, first.config.Listen)
-	case err != nil && l != nil:
+		all = []net.Listener{l}
+	case err == nil:
+		sortListeners(all, first.config.Listen)
+	case len(all) > 0:
 		first, err = brokenSite(err), nil
 	}
 	if err != nil {
@@ -76,7 +80,7 @@ func Run(ctx context.Context, o Options) error {
 		}
 		return err
 	}
-	return s.run(ctx, l, first)
+	return s.run(ctx, first, all...)
 }
 
 func newService(o Options) *Service {
@@ -101,10 +105,10 @@ func (s *Service) load(old *site) (*site, error) {
 	return newSite(c, old, s.fdstore, s.kernel, s.options, s.log)
 }
 
-// run serves on l, first by what first says.
-func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
-	s.listener, s.probe = l, newProbe(l)
-	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log)}
+// run serves on all listeners, first by what first says. The probe asks the first one.
+func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) error {
+	s.listener, s.probe = all[0], newProbe(all[0])
+	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log), cloud: newCloud()}
 	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.accepted)
 	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
 	s.server.site.Store(first)
@@ -141,9 +145,14 @@ func (s *Service) run(ctx context.Context, l net.Listener, first *site) error {
 			return nil
 		})
 	}
-	s.serve(l)
+	for _, l := range all {
+		s.serve(l)
+	}
 	if want := first.config.Listen; first.broken == nil && want.Port() != 0 && !s.listening.on(want) {
-		s.log.Error(s.elsewhere(want))
+		s.log.Error(s.elsewhere("listen", want))
+	}
+	if first.broken == nil {
+		s.listenSix(ctx, first.config.Listen6)
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.audit.run(gctx) })
@@ -246,6 +255,7 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 	default:
 		s.server.metrics.reloads.WithLabelValues("ok").Inc()
 		s.heed(next)
+		s.listenSix(ctx, next.config.Listen6)
 		if next.backend != old.backend && next.backend != nil {
 			next.settle(ctx) // until then the old one serves the pods that it knows
 		}
@@ -282,17 +292,30 @@ func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) e
 	}
 	l, err := listen(ctx, a)
 	if err != nil && old.broken != nil {
-		s.log.WithError(err).Error(s.elsewhere(a))
+		s.log.WithError(err).Error(s.elsewhere("listen", a))
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", s.elsewhere(a), err)
+		return fmt.Errorf("%s: %w", s.elsewhere("listen", a), err)
 	}
 	s.serve(l)
 	return nil
 }
 
-// elsewhere says that the listener is not where the configuration wants it, and what to do.
-func (s *Service) elsewhere(want netip.AddrPort) string {
-	return fmt.Sprintf("listen is %s in the configuration, and the listener is at %s (systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change listen back)", want, s.listener.Addr())
+// listenSix listens for IPv6 too (H-24), where systemd did not hand such a listener over. It is no reason for IPv4 not to be served.
+func (s *Service) listenSix(ctx context.Context, a netip.AddrPort) {
+	if !a.IsValid() || s.listening.on(a) {
+		return
+	}
+	l, err := listen(ctx, a)
+	if err != nil {
+		s.log.WithError(err).Error(s.elsewhere("listen6", a) + "; IPv4 is served meanwhile")
+		return
+	}
+	s.serve(l)
+}
+
+// elsewhere says that no listener is where the configuration's key wants it, and what to do.
+func (s *Service) elsewhere(key string, want netip.AddrPort) string {
+	return fmt.Sprintf("%s is %s in the configuration, and the listener is at %s (systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change %[1]s back)", key, want, s.listening.String())
 }

@@ -3,6 +3,7 @@ package service
 import (
 	"context"
 	"errors"
+	"maps"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -25,7 +26,10 @@ type server struct {
 	metrics     *metrics
 	log         *logrus.Logger
 	audit       *audit
-	refused     refusalLog // refusals that are logged, for each pod
+	refused     askerLog // refusals that are logged, for each pod
+	cloud       *cloud   // the metadata server of the cloud we run in,
+	passed      askerLog // what was passed to it,
+	unnamed     unnamed  // and who was not let through
 }
 
 // request is one request on its way through the server.
@@ -35,6 +39,8 @@ type request struct {
 	place     metadata.Match
 	open      bool // may be answered without knowing who asks
 	hostCheck bool
+	foreign   bool            // it is for another cloud's metadata server, and maybe a host pod's
+	passed    *passed         // what that one answered
 	caller    workload.Caller // once attested
 	handed    handed          // the token in the answer, if it holds one
 	started   time.Time
@@ -56,6 +62,9 @@ func noteHandedOut(q metadata.Query, r token.Request, t token.Token) {
 // ServeHTTP is the story of a request; doc.go tells it in words.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	req := &request{Request: r, connection: connectionOf(r.Context()), started: time.Now()}
+	if r.ContentLength != 0 { // nobody waits longer for a body
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(2 * cloudPatience))
+	}
 	a, err := s.answer(req)
 	status := statusGone
 	if err == nil || r.Context().Err() == nil {
@@ -72,13 +81,15 @@ func (s *server) answer(req *request) (metadata.Answer, error) {
 	site := s.site.Load()
 	req.place = site.tree.Find(req.URL.Path)
 	req.open, req.hostCheck = req.place.Open, site.config.HostCheck
-	for _, rule := range rules {
-		if rule.refuses(req) {
-			return metadata.Answer{}, rule.refusal
-		}
+	req.foreign = req.peer.MaybeHostPod() && foreign(req.Method, req.place.Path, req.Header)
+	if err := refusedBy(req); err != nil {
+		return metadata.Answer{}, err
 	}
 	if err := s.connections.check(req.connection); err != nil {
 		return metadata.Answer{}, err
+	}
+	if req.foreign {
+		return s.passThrough(req.Context(), req)
 	}
 	var q metadata.Query
 	if req.URL.RawQuery != "" {
@@ -177,6 +188,9 @@ var (
 
 // write turns an answer or an error into bytes and returns the status. Nothing else in the service does.
 func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, err error) int {
+	if req.passed != nil && err == nil {
+		return s.writePassed(w, req)
+	}
 	h, status, values := w.Header(), http.StatusOK, make([]string, 2)
 	h["Metadata-Flavor"], h["Server"], h["X-Xss-Protection"], h["X-Frame-Options"] = flavor, serverName, noXSS, sameOrigin
 	switch {
@@ -221,6 +235,27 @@ func (s *server) write(w http.ResponseWriter, req *request, a metadata.Answer, e
 	return status
 }
 
+// writePassed writes what the cloud's own server answered, with no header of ours.
+func (s *server) writePassed(w http.ResponseWriter, req *request) int {
+	req.theirs = true
+	h, a := w.Header(), req.passed
+	maps.Copy(h, a.header)
+	if h["Content-Type"] == nil {
+		h["Content-Type"] = nil // and no guess of net/http's
+	}
+	if len(a.body) > 0 {
+		h["Content-Length"] = []string{strconv.Itoa(len(a.body))}
+	}
+	select {
+	case <-s.draining:
+		h["Connection"] = closing
+	default:
+	}
+	w.WriteHeader(a.status)
+	_, _ = w.Write(a.body) // a client that left is no news
+	return a.status
+}
+
 // location is absolute, on the Host as sent and with the query as sent: never our own port (H-08).
 func location(req *request, path string) string {
 	host := req.Host
@@ -241,6 +276,10 @@ func (s *server) tell(req *request, status int, err error) {
 			req.told, req.toldOf = s.audit.handedOut(by, req.handed.request, req.handed.expires), req.handed
 		} else {
 			req.told.again.Add(1)
+		}
+	case err == nil && req.passed != nil:
+		if suppressed, ok := s.passed.allow(whose(req)); ok {
+			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Info("passed to the cloud's metadata server")
 		}
 	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
 		if suppressed, ok := s.refused.allow(whose(req)); ok {

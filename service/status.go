@@ -34,6 +34,7 @@ type Status struct {
 	State       string              `json:"state"`            // serving | not configured | stopping
 	Reason      string              `json:"reason,omitempty"` // why it is not serving
 	Listen      string              `json:"listen"`
+	Listen6     string              `json:"listen6,omitempty"` // "" = IPv6 is not served
 	Connections int                 `json:"connections"`
 	Attestation Attestation         `json:"attestation"`
 	Requests    uint64              `json:"requests"` // since Started, for anything but `/`
@@ -42,6 +43,7 @@ type Status struct {
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
 	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
+	Unnamed     []Unnamed           `json:"notPassedThrough,omitempty"`
 }
 
 // Attestation is what tells who asks.
@@ -71,9 +73,13 @@ func (s *Service) Status() Status {
 	if site.broken != nil {
 		st.State, st.Reason = "not configured", site.broken.Error()
 	} else {
+		if a := site.config.Listen6; a.IsValid() && s.listening.on(a) {
+			st.Listen6 = a.String()
+		}
 		c := site.cluster.Status()
 		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
 		st.Attestation = s.attestation(site, &c)
+		st.Unnamed = s.server.unnamed.but(site.config.Passthrough)
 	}
 	select {
 	case <-s.server.draining:
@@ -195,8 +201,14 @@ func (s *Service) readiness(ctx context.Context) error {
 		return err
 	}
 	if r, err := routing.ReadState(s.options.RunDir); err == nil && r.Desired == routing.Installed && !r.Closed {
-		if a, err := netip.ParseAddrPort(r.Listen); err == nil && !s.listening.on(a) {
-			return fmt.Errorf("the rules send pods to %s, and we listen on %s: restart gke-metadata-emulator", a, s.listener.Addr())
+		to := []string{r.Listen}
+		if r.IPv6 == "" && r.Listen6 != "" {
+			to = append(to, r.Listen6)
+		}
+		for _, text := range to {
+			if a, err := netip.ParseAddrPort(text); err == nil && !s.listening.on(a) {
+				return fmt.Errorf("the rules send pods to %s, and we listen on %s: restart gke-metadata-emulator", a, s.listening.String())
+			}
 		}
 	}
 	return s.probe.ask(ctx)

@@ -24,9 +24,12 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
-	line("listening", "%s, %d connections, %d requests so far", s.Listen, s.Connections, s.Requests)
+	line("listening", "%s%s, %d connections, %d requests so far", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests)
 	s.attestationText(line, now)
 	s.rulesText(line, now)
+	for _, u := range s.Unnamed {
+		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, nameThem)
+	}
 	var pods []kube.PodStatus
 	if c := s.Cluster; c != nil {
 		s.clusterText(line, now)
@@ -90,9 +93,12 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 	case r.Mode == routing.ModeObserve:
 		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago", age(now, r.Since))
 	default:
-		line("rules", "mode %s to %s, installed %s ago", r.Mode, r.Listen, age(now, r.Since))
+		line("rules", "mode %s to %s%s, installed %s ago", r.Mode, r.Listen, mark(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), age(now, r.Since))
 		if r.Reason != "" {
 			line("", "auto: %s", r.Reason)
+		}
+		if r.IPv6 != "" {
+			line("", "IPv6 is not redirected to %s: %s", r.Listen6, r.IPv6)
 		}
 	}
 	verdict := "all stand"
@@ -120,7 +126,7 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 		line("attestation", "by address alone, which a dead pod shares with the next owner")
 		return
 	case k.Helper:
-		line("attestation", "by the kernel: %d cgroups and %d network namespaces of pods are known", k.Cgroups, k.Namespaces)
+		line("attestation", "by the kernel: %d cgroups and %d network namespaces are known", k.Cgroups, k.Namespaces)
 	default:
 		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network namespace is not known are refused", mark(!k.Since.IsZero(), " for "+age(now, k.Since)))
 		line("", "%s", k.Problem)

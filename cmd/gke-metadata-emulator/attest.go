@@ -13,11 +13,11 @@ import (
 func attestCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "attest",
-		Short: "Let the service ask the kernel who in a pod asks, until SIGTERM",
-		Long: `Let the service ask the kernel who in a pod asks, until SIGTERM.
-The kernel tells of a socket only who stands in its network namespace, and the service may enter none. This finds the
-namespaces of the node's pods, opens a socket in each that can ask and do nothing else, and hands it to the service. It
-needs CAP_SYS_ADMIN and CAP_SYS_PTRACE. While it is away the service knows the pods that it knew; new ones wait for it.`,
+		Short: "Let the service ask the kernel which pod or container asks, until SIGTERM",
+		Long: `Let the service ask the kernel which pod or container asks, until SIGTERM.
+The kernel tells of a socket only who stands in its network namespace, and the service may enter none. This finds those of
+the node's processes, opens a socket in each that can ask and do nothing else, and hands it to the service. It needs
+CAP_SYS_ADMIN and CAP_SYS_PTRACE. While it is away the service knows the pods that it knew; new ones wait for it.`,
 		Args: arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"os/signal"
 	"syscall"
@@ -171,7 +172,7 @@ Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends
 		if err != nil {
 			return err
 		}
-		c.Routing.Mode = routing.ModeObserve
+		c.Routing.Mode, c.Listen6 = routing.ModeObserve, netip.AddrPort{}
 		all, err := routing.Observed(planOf(c, false))
 		if err != nil {
 			return fmt.Errorf("routing: %w", err)
@@ -226,7 +227,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 		c = config.Default()
 	}
 	return routing.Plan{
-		Mode: c.Routing.Mode, Listen: c.Listen, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
+		Mode: c.Routing.Mode, Listen: c.Listen, Listen6: c.Listen6, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
 		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force, Closed: closed, RunDir: runDir(),
 	}
 }

@@ -108,3 +108,56 @@ func TestServeWithSystemdsListener(t *testing.T) {
 		t.Log(log.String())
 	}
 }
+
+// TestServeWithTwoListeners: what systemd hands over for listen6 is served as well, in whatever order it comes (H-24).
+func TestServeWithTwoListeners(t *testing.T) {
+	dir := t.TempDir()
+	var files []*os.File
+	var urls []string
+	for _, at := range []string{"[::1]:0", "127.0.0.1:0"} {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatal(err)
+			}
+			t.Skip(err)
+		}
+		file, err := l.(*net.TCPListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		files, urls = append(files, file), append(urls, "http://"+l.Addr().String()+"/computeMetadata/v1/project/project-id")
+		l.Close()
+	}
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, program, "serve", "--config", filepath.Join(dir, "absent.yaml"))
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "GKE_METADATA_EMULATOR_RUN="+dir)
+	cmd.ExtraFiles = files
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("after SIGTERM: %v\n%s", err, &log)
+		}
+	}()
+	client := http.Client{Timeout: 20 * time.Second} // the descriptors listen already
+	for _, url := range urls {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Metadata-Flavor", "Google")
+		res, err := client.Do(req)
+		if err != nil {
+			t.Fatalf("%s: %v", url, err)
+		}
+		defer res.Body.Close()
+		if body, _ := io.ReadAll(res.Body); res.StatusCode != 503 || !strings.Contains(string(body), "not configured") {
+			t.Errorf("%s: %d %s", url, res.StatusCode, body)
+		}
+	}
+}

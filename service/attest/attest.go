@@ -240,15 +240,15 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 }
 
 // sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose sockets the node's kernel does not
-// have, and if no namespace has the address (gVisor), or only the pod's own (Kata). A search that began after the client came must
-// have come to its end: the address may be another pod's already, whose namespace was not known yet.
+// have, and if no namespace has the address (gVisor), or only the pod's own (Kata), or that of a process of no pod, as Kata's
+// virtual machine is where it has a cgroup of its own. A search that began after the client came must have come to its end: the address may be another pod's already, whose namespace was not known yet.
 func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
 	pods, changed, err := a.Pods.At(p.Client.Addr())
 	var held *NoSocketError
 	switch {
 	case err != nil && len(a.ByAddress) > 0:
 		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
-	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && held.Holder != pods[0].PodUID:
+	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && !held.Others && held.Holder != pods[0].PodUID:
 		return workload.Caller{}, changed, p.err
 	case !a.BelievesAddress(pods[0].RuntimeClass):
 		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0], pods[0].RuntimeClass)

@@ -122,7 +122,8 @@ func BenchmarkPods(b *testing.B) {
 	}
 }
 
-// BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110 pods and opens the sockets in them.
+// BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110 pods, among 60 units of the node, and
+// opens the sockets in them.
 func BenchmarkScan(b *testing.B) {
 	bed := newBed(b)
 	var node uint64
@@ -131,6 +132,9 @@ func BenchmarkScan(b *testing.B) {
 	}
 	for i := range 110 {
 		bed.sleeper(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
+	}
+	for i := range 60 {
+		bed.sleeper(fmt.Sprintf("/system.slice/unit-%d.service", i), bed.node.NS)
 	}
 	p, err := newPoller()
 	if err != nil {

@@ -42,6 +42,12 @@ func parsePath(path string) (place, error) {
 	return found, nil
 }
 
+// isPods reports whether the path of a cgroup is a pod's, or of one below it.
+func isPods(path string) bool {
+	p, err := parsePath(path)
+	return err != nil || p.pod != ""
+}
+
 // podSegment returns the UID if the segment is a pod's, and the container's id if the segment names that too.
 func podSegment(above []string, segment string) (uid, container string) {
 	if uid, ok := strings.CutPrefix(segment, "pod"); ok && underKubepods(above) {

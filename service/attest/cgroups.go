@@ -26,9 +26,10 @@ const (
 type cgroups struct {
 	root string // where it is mounted
 	log  logrus.FieldLogger
-	// Called with a pod's own cgroup when one in it came or went, or its first process or its last. The lock is held: it asks nothing of
-	// this. nil: nobody wants to know, and pods are not watched for processes.
-	podChanged func(*cgroup)
+	// Called with the path of a pod's own cgroup when one in it came or went, or its first process or its last, and with that of a cgroup
+	// of no pod when that came or went. The lock is held: it asks nothing of this. nil: nobody wants to know, and pods are not watched
+	// for processes.
+	changed func(path string)
 
 	fd   int // inotify
 	file *os.File
@@ -171,7 +172,7 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	}
 	if c.pod == c && c.fault == nil {
 		g.pods[c.path] = c
-		if g.podChanged != nil {
+		if g.changed != nil {
 			g.watchProcesses(c)
 		}
 	}
@@ -229,10 +230,17 @@ func (g *cgroups) drop(c *cgroup) {
 }
 
 func (g *cgroups) tell(c *cgroup) {
-	if g.podChanged != nil && c.pod != nil && c.pod.fault == nil {
-		g.podChanged(c.pod)
+	switch {
+	case g.changed == nil:
+	case c.pod != nil && c.pod.fault == nil:
+		g.changed(c.pod.path)
+	case c.ofNode():
+		g.changed(c.path)
 	}
 }
+
+// ofNode reports whether the cgroup is no pod's, nor named like one's.
+func (c *cgroup) ofNode() bool { return c.pod == nil && c.fault == nil }
 
 func (g *cgroups) die(c *cgroup) {
 	if c.evidence != nil {
@@ -323,6 +331,26 @@ func (g *cgroups) podPaths() []string {
 	return slices.Collect(maps.Keys(g.pods))
 }
 
+// nodePaths returns the paths of all cgroups that are no pod's, the oldest first.
+func (g *cgroups) nodePaths() (paths []string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var all []*cgroup
+	for _, c := range g.byID {
+		if c.ofNode() {
+			all = append(all, c)
+		}
+	}
+	slices.SortFunc(all, byAge)
+	for _, c := range all {
+		paths = append(paths, c.path)
+	}
+	return paths
+}
+
+// byAge orders cgroups: they are numbered as they are made.
+func byAge(a, b *cgroup) int { return cmp.Compare(a.id, b.id) }
+
 // inPod returns the paths of the pod's cgroups, the oldest first, up to n of them; none where the pod is no more.
 func (g *cgroups) inPod(path string, n int) (paths []string) {
 	g.mu.Lock()
@@ -334,7 +362,7 @@ func (g *cgroups) inPod(path string, n int) (paths []string) {
 	for i := 0; i < len(all) && len(all) < n; i++ {
 		all = slices.AppendSeq(all, maps.Values(all[i].kids))
 	}
-	slices.SortFunc(all, func(a, b *cgroup) int { return cmp.Compare(a.id, b.id) }) // they are numbered as they are made
+	slices.SortFunc(all, byAge)
 	for _, c := range all[:min(n, len(all))] {
 		paths = append(paths, c.path)
 	}

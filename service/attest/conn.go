@@ -2,6 +2,7 @@ package attest
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -51,6 +52,21 @@ func (p *Peer) Evidence() (kind, container string) {
 		return ByAddress, ""
 	}
 	return b.evidence.Kind, b.evidence.Container
+}
+
+// HostPod reports whether the connection was attested to a pod on the host network: the kernel found the socket in the node's network
+// namespace and in a cgroup of the pod's, and Kubernetes says that the pod is there. An address says neither.
+func (p *Peer) HostPod() bool {
+	b := p.binding.Load()
+	return b != nil && b.evidence != nil && b.evidence.Kind == ByCgroup && b.evidence.OnHost && b.caller.PodUID != "" && b.caller.HostNetwork
+}
+
+// MaybeHostPod reports whether [Attestor.Attest] could come to that.
+func (p *Peer) MaybeHostPod() bool {
+	if e := p.evidence; e != nil {
+		return e.OnHost && e.PodUID != ""
+	}
+	return errors.Is(p.err, ErrUnknownCgroup) // of a pod that has just started
 }
 
 // Party is whom a connection counts for before anybody knows who that is: a pod, a unit of the node, or an address. It is comparable.

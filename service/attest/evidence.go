@@ -35,6 +35,7 @@ var (
 type NoSocketError struct {
 	Conn   Conn
 	Holder string // UID of the one pod whose network namespace has the client's address; "" where there is none, or two
+	Others bool   // only namespaces of no pod have it
 }
 
 func (e *NoSocketError) Error() string {
@@ -56,6 +57,7 @@ type Evidence struct {
 	PodUID    string // as Kubernetes writes it; "" for a process that is no pod's
 	Container string // the container's id, "" where the path names none
 	Cgroup    string // from the root of the hierarchy: /system.slice/kubelet.service; "" for ByNamespace
+	OnHost    bool   // the socket is in the node's network namespace
 	life      *atomic.Bool
 }
 

@@ -140,6 +140,8 @@ func TestKernelEvidence(t *testing.T) {
 			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
 		"A-14: a sandbox's address that another pod's namespace has": {
 			look: &NoSocketError{Holder: "b"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
+		"A-14: a sandbox whose machine has a cgroup of no pod": {
+			look: &NoSocketError{Others: true}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
 		"A-14: a sandbox's address that two namespaces have": {
 			look: noSocket, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
 		"A-14: the search finds whose address it is now": {
@@ -359,6 +361,39 @@ func BenchmarkAttestKnownByKernel(b *testing.B) {
 	for b.Loop() {
 		if _, err := a.Attest(b.Context(), p); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// TestHostPod: both the kernel and Kubernetes have to say so.
+func TestHostPod(t *testing.T) {
+	onHost := func(e *Evidence) *Evidence { e.OnHost = true; return e }
+	hostPod := pod("a", "")
+	hostPod.HostNetwork = true
+	byNamespace := onHost(alive(Evidence{Kind: ByNamespace, PodUID: "a"}))
+	for name, tt := range map[string]struct {
+		evidence *Evidence
+		err      error
+		caller   workload.Caller
+		maybe    bool // before it is attested
+		is       bool
+	}{
+		"it is":                                        {onHost(inPod("a")), nil, hostPod, true, true},
+		"a socket in a pod's namespace":                {inPod("a"), nil, hostPod, false, false},
+		"a pod on the pod network by Kubernetes":       {onHost(inPod("a")), nil, pod("a", ""), true, false},
+		"a process of the node":                        {onHost(inCgroup("/system.slice/x.service")), nil, workload.Caller{Unit: "x.service"}, false, false},
+		"a cgroup that is not known yet":               {nil, ErrUnknownCgroup, hostPod, true, false},
+		"an address":                                   {nil, nil, hostPod, false, false},
+		"a namespace that is not known yet":            {nil, ErrNoNamespace, hostPod, false, false},
+		"a namespace is no cgroup, whosever it may be": {byNamespace, nil, hostPod, true, false},
+	} {
+		p := &Peer{evidence: tt.evidence, err: tt.err}
+		if p.HostPod() || p.MaybeHostPod() != tt.maybe {
+			t.Errorf("%s: before it is attested: %v, maybe %v", name, p.HostPod(), p.MaybeHostPod())
+		}
+		p.binding.Store(&binding{tt.caller, tt.evidence})
+		if p.HostPod() != tt.is {
+			t.Errorf("%s: %v", name, p.HostPod())
 		}
 	}
 }

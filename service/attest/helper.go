@@ -27,17 +27,20 @@ type HelperOptions struct {
 }
 
 const (
-	sweepInterval = 30 * time.Second     // between looks at all pods, whatever happens
-	askedInterval = time.Second          // between looks at all pods because somebody asks
-	firstLook     = 5 * time.Millisecond // until a pod that has no namespace of its own yet is looked at again; each look doubles it
+	sweepInterval = 30 * time.Second     // between looks at all cgroups, whatever happens
+	askedInterval = time.Second          // between looks at all cgroups because somebody asks
+	firstLook     = 5 * time.Millisecond // until one without a namespace of its own is looked at again; each look doubles it
 	lastLook      = 5 * time.Second
 	sendTimeout   = time.Second
 	maxServers    = 4
 )
 
-// Helper finds the network namespaces of this node's pods, opens sockets in them and hands these over to the server, which may do none of
-// that. All that it keeps of a namespace is a pidfd, so none outlives its processes. Nothing that a server says steers what
-// it does, but that it looks.
+// maxOthers bounds the network namespaces of no pod that are handed over: any user of the node may be allowed to make some.
+const maxOthers = 512
+
+// Helper finds the network namespaces of this node that pods, other containers and units live in, opens sockets in them and hands these
+// over to the server, which may do none of that. All that it keeps of a namespace is a pidfd, so none outlives its processes.
+// Nothing that a server says steers what it does, but that it looks.
 type Helper struct {
 	options HelperOptions
 	home    uint64 // our own network namespace
@@ -49,22 +52,23 @@ type Helper struct {
 
 	found   map[uint64]*anchor // by the namespace's inode
 	servers map[*server]bool
-	swept   time.Time // when all pods were looked at last
+	swept   time.Time // when all cgroups were looked at last
 	problem string    // what could not be done since then
 	warned  string    // the last of these that was logged
 
 	mu      sync.Mutex
-	pending map[string]*look // pods to look at, by path
+	pending map[string]*look // cgroups to look at, by path: pods' own, and those of no pod
 }
 
-// anchor is a process by which a namespace is found. It does not change, but for another.
+// anchor is a process by which a namespace is found. What is told of it does not change, but for another.
 type anchor struct {
 	process
-	key  uint64   // of the poller
-	pods []string // whose processes are in it, by path
+	key    uint64          // of the poller
+	pods   []string        // whose processes are in it, by path
+	others map[string]bool // cgroups of no pod that processes in it are of; a server is told of one
 }
 
-// look is when a pod is looked at next.
+// look is when a cgroup is looked at next.
 type look struct {
 	due  time.Time
 	wait time.Duration
@@ -100,7 +104,7 @@ func RunHelper(ctx context.Context, o HelperOptions) error {
 		return err
 	}
 	defer h.cgroups.close()
-	h.cgroups.podChanged = func(c *cgroup) { h.soon(c.path) }
+	h.cgroups.changed = h.soon
 	h.cgroups.walk()
 	l, err := listenHelper(ctx, o.Socket)
 	if err != nil {
@@ -162,7 +166,7 @@ func (h *Helper) accept(l *net.UnixListener) error {
 	}
 }
 
-// serve looks at all pods when a server comes, and when it asks.
+// serve looks at all cgroups when a server comes, and when it asks.
 func (h *Helper) serve(c *net.UnixConn) {
 	s := &server{conn: c, sent: map[uint64]*anchor{}}
 	h.do(func() {
@@ -187,7 +191,7 @@ func (h *Helper) serve(c *net.UnixConn) {
 			if time.Since(h.swept) > askedInterval {
 				h.sweep()
 			} else {
-				h.lookAt(h.pendingPods())
+				h.lookAt(h.allPending())
 			}
 			h.complete(s)
 		})
@@ -224,7 +228,7 @@ func (h *Helper) loop() error {
 			h.sweep()
 		}
 		timer.Reset(next)
-		text := fmt.Sprintf("%d network namespaces of pods, handed over to %d servers", len(h.found), len(h.servers))
+		text := fmt.Sprintf("%d network namespaces, handed over to %d servers", len(h.found), len(h.servers))
 		if h.problem != "" {
 			text = h.problem
 		}
@@ -235,38 +239,43 @@ func (h *Helper) loop() error {
 	}
 }
 
-// soon has a pod looked at now, and then again until it has a namespace of its own: its processes come into its cgroup before they enter
+// soon has a cgroup looked at now, and then again until it has a namespace of its own: its processes come into it before they enter
 // that, and a pod on the host network never has one.
-func (h *Helper) soon(pod string) {
+func (h *Helper) soon(path string) {
 	h.mu.Lock()
-	h.pending[pod] = &look{due: time.Now(), wait: firstLook}
+	h.pending[path] = &look{due: time.Now(), wait: firstLook}
 	h.mu.Unlock()
 	signal(h.wake)
 }
 
-// due returns the pods whose time has come, and how long there is nothing to do then.
-func (h *Helper) due() (pods []string, next time.Duration) {
+// due returns the cgroups whose time has come, and how long there is nothing to do then. One of no pod, as nearly all of a node are, is
+// left to the sweeps after 5 s.
+func (h *Helper) due() (paths []string, next time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
 	next = sweepInterval
-	for pod, l := range h.pending {
+	for path, l := range h.pending {
 		if !l.due.After(now) {
-			pods = append(pods, pod)
+			paths = append(paths, path)
+			if l.wait == lastLook && !isPods(path) {
+				delete(h.pending, path)
+				continue
+			}
 			l.due, l.wait = now.Add(l.wait), min(2*l.wait, lastLook)
 		}
 		next = min(next, l.due.Sub(now))
 	}
-	return pods, next
+	return paths, next
 }
 
-func (h *Helper) pendingPods() []string {
+func (h *Helper) allPending() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Collect(maps.Keys(h.pending))
 }
 
-// sweep looks at all pods, whatever events were missed.
+// sweep looks at all cgroups, whatever events were missed. A pod's process is the better anchor, so pods come first.
 func (h *Helper) sweep() {
 	h.swept, h.problem = time.Now(), ""
 	h.cgroups.walk()
@@ -275,63 +284,25 @@ func (h *Helper) sweep() {
 			h.lose(a)
 		}
 	}
-	h.lookAt(h.cgroups.podPaths())
+	h.lookAt(append(h.cgroups.podPaths(), h.cgroups.nodePaths()...))
 }
 
-// lookAt looks at the pods, and hands over what it finds.
-func (h *Helper) lookAt(pods []string) {
-	for _, pod := range pods {
-		if h.settle(pod) {
+// lookAt looks at the cgroups, and hands over what it finds.
+func (h *Helper) lookAt(paths []string) {
+	for _, path := range paths {
+		settle := h.settleOther
+		if isPods(path) {
+			settle = h.settlePod
+		}
+		if settle(path) {
 			h.mu.Lock()
-			delete(h.pending, pod)
+			delete(h.pending, path)
 			h.mu.Unlock()
 		}
 	}
 	for s := range h.servers {
 		h.handOver(s)
 	}
-}
-
-// settle finds the namespaces of a pod, and reports whether that is all: it has one, or is gone.
-func (h *Helper) settle(pod string) bool {
-	cgroups := h.cgroups.inPod(pod, 64)
-	if len(cgroups) == 0 {
-		for _, a := range slices.Collect(maps.Values(h.found)) {
-			if others := slices.DeleteFunc(slices.Clone(a.pods), func(p string) bool { return p == pod }); len(others) == 0 {
-				h.lose(a)
-			} else if len(others) < len(a.pods) {
-				h.keep(&anchor{process: a.process, key: a.key, pods: others})
-			}
-		}
-		return true
-	}
-	settled := false
-	for _, c := range cgroups {
-		p, err := firstProcess(h.cgroups.root + c)
-		if err != nil {
-			h.cannot(err)
-			continue
-		}
-		if p.namespace == 0 || p.namespace == h.home {
-			p.close()
-			continue
-		}
-		settled = true
-		a := h.found[p.namespace]
-		if a != nil && !a.there() {
-			h.lose(a)
-			a = nil
-		}
-		switch {
-		case a == nil:
-			h.keep(&anchor{process: p, pods: []string{pod}})
-			continue
-		case !slices.Contains(a.pods, pod):
-			h.keep(&anchor{process: a.process, key: a.key, pods: append(slices.Clone(a.pods), pod)})
-		}
-		p.close()
-	}
-	return settled
 }
 
 // keep notes by what a namespace is found, in the place of what was noted before.
@@ -358,15 +329,20 @@ func (h *Helper) ended(inode uint64, pidfd int) {
 		case a.there():
 			h.poller.again(pidfd, a.key)
 		default:
-			h.lose(a)
-			for _, pod := range a.pods {
-				h.soon(pod)
-			}
+			h.reanchor(a)
 		}
 	})
 }
 
-// lose forgets a namespace whose process is gone, or no longer a pod's, or no longer in it.
+// reanchor forgets a namespace by its process, and has it looked for by others: it may have some.
+func (h *Helper) reanchor(a *anchor) {
+	h.lose(a)
+	for _, path := range a.paths() {
+		h.soon(path)
+	}
+}
+
+// lose forgets a namespace whose process is gone, or no longer in it, or of no cgroup that counts.
 func (h *Helper) lose(a *anchor) {
 	delete(h.found, a.namespace)
 	h.poller.remove(a.pidfd, a.key)

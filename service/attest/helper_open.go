@@ -28,7 +28,7 @@ func podHierarchy(root string) (string, error) {
 	return "", fmt.Errorf("%s is no cgroup v2 hierarchy, and below it is none of v1 with the memory, cpu or pids controller", root)
 }
 
-// process is one of a pod's.
+// process is one that lives in a network namespace.
 type process struct {
 	pid       int
 	pidfd     int
@@ -47,8 +47,7 @@ func (p process) there() bool {
 	return err == nil && now == p.namespace && !ended(p.pidfd)
 }
 
-// firstProcess returns a process of the cgroup. Between two looks its number may become another process's: it is of the cgroup if it is
-// listed after the pidfd was made, and its namespace is what was read if it lives after that.
+// firstProcess returns a process of the cgroup.
 func firstProcess(cgroup string) (process, error) {
 	for range 3 {
 		procs, err := os.ReadFile(cgroup + "/cgroup.procs")
@@ -56,28 +55,37 @@ func firstProcess(cgroup string) (process, error) {
 			return process{}, nil // gone, empty, or a cgroup of threads
 		}
 		line, _, _ := bytes.Cut(procs, []byte("\n"))
-		pid, err := strconv.Atoi(string(line))
-		if err != nil || pid <= 0 {
-			return process{}, nil // 0: of another pid namespace than ours
+		if p, err := openProcess(cgroup, string(line)); err != nil || p.namespace != 0 {
+			return p, err
 		}
-		fd, err := unix.PidfdOpen(pid, 0)
-		if errors.Is(err, unix.ESRCH) {
-			continue
-		}
-		if err != nil {
-			return process{}, fmt.Errorf("pidfd_open: %w", err)
-		}
-		p := process{pid: pid, pidfd: fd}
-		p.namespace, err = networkNamespace(string(line))
-		procs, _ = os.ReadFile(cgroup + "/cgroup.procs")
-		listed := bytes.HasPrefix(procs, append(line, '\n')) || bytes.Contains(procs, append(append([]byte("\n"), line...), '\n'))
-		if err == nil && listed && !ended(fd) {
-			return p, nil
-		}
-		_ = unix.Close(fd)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
-			return process{}, err
-		}
+	}
+	return process{}, nil
+}
+
+// openProcess returns a process of the cgroup, or none if it is not there any more. Between two looks its number may become another
+// process's: it is of the cgroup if it is listed after the pidfd was made, and its namespace is what was read if it lives after that.
+func openProcess(cgroup, number string) (process, error) {
+	pid, err := strconv.Atoi(number)
+	if err != nil || pid <= 0 {
+		return process{}, nil // 0: of another pid namespace than ours
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return process{}, nil
+	}
+	if err != nil {
+		return process{}, fmt.Errorf("pidfd_open: %w", err)
+	}
+	p := process{pid: pid, pidfd: fd}
+	p.namespace, err = networkNamespace(number)
+	procs, _ := os.ReadFile(cgroup + "/cgroup.procs")
+	listed := bytes.HasPrefix(procs, []byte(number+"\n")) || bytes.Contains(procs, []byte("\n"+number+"\n"))
+	if err == nil && listed && !ended(fd) {
+		return p, nil
+	}
+	_ = unix.Close(fd)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+		return process{}, err
 	}
 	return process{}, nil
 }
@@ -155,7 +163,7 @@ func (h *Helper) handOver(s *server) {
 			h.cannot(o.err)
 			continue
 		}
-		if h.send(s, helperMessage{Namespace: o.namespace, Cgroups: o.pods}, o.pidfd, o.diag, o.route) {
+		if h.send(s, helperMessage{Namespace: o.namespace, Cgroups: o.told()}, o.pidfd, o.diag, o.route) {
 			s.sent[o.namespace] = o.anchor
 		}
 		_ = unix.Close(o.diag)
@@ -187,17 +195,23 @@ func (h *Helper) send(s *server, m helperMessage, fds ...int) bool {
 func (h *Helper) cannot(err error) {
 	var problem string
 	switch {
+	case err == nil:
+		return
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		problem = "pods' network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module that forbids it"
+		problem = "network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module that forbids it"
 	case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL):
-		problem = "pods' network namespaces cannot be asked: a kernel with setns(2) by pidfd is needed (Linux 5.8)"
+		problem = "network namespaces cannot be asked: a kernel with setns(2) by pidfd is needed (Linux 5.8)"
 	case errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist):
 		return
 	default:
-		problem = "pods' network namespaces cannot be asked"
+		problem = "network namespaces cannot be asked"
 	}
-	if h.problem = problem + ": " + err.Error(); h.problem != h.warned {
-		h.warned = h.problem
-		h.options.Log.Error("attest: " + h.problem)
+	h.problemIs(problem + ": " + err.Error())
+}
+
+func (h *Helper) problemIs(problem string) {
+	if h.problem = problem; problem != h.warned {
+		h.warned = problem
+		h.options.Log.Error("attest: " + problem)
 	}
 }

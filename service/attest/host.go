@@ -8,9 +8,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// Host gives the processes of a systemd unit of the node, or those in a cgroup and below it, the identity of a ServiceAccount, as far as
-// they are on the node's own network: nobody looks for the network namespaces of others than pods. In both patterns * and ? stand for what
-// [path.Match] takes them for, and so never for a /. One of the two is "".
+// Host gives the processes of a systemd unit of the node, or those in a cgroup and below it, the identity of a ServiceAccount, whatever
+// network namespace they are in. In both patterns * and ? stand for what [path.Match] takes them for, and so never for a /. One of the two
+// is "".
 type Host struct {
 	Unit           string // kubelet.service
 	Cgroup         string // from the root of the hierarchy: /system.slice/docker-*.scope

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,7 +27,7 @@ const DefaultCgroupRoot = "/sys/fs/cgroup"
 
 // Kernel asks the kernel which process made the socket at the other end of a connection.
 //
-// It has no privilege. Of our own network namespace it may ask; sockets that ask in pods' namespaces are handed over by a [Helper].
+// It has no privilege. Of our own network namespace it may ask; sockets that ask in others are handed over by a [Helper].
 //
 // What it knows is as old as the kernel's news of it. A new pod's cgroup and namespace are known some ms after they are there: until then
 // Look says that it does not know. The death of a cgroup's last process is told in some 10 ms (at most once in ten, and then we have to be scheduled); what is written in between goes to a socket
@@ -90,14 +91,20 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	if own == nil {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
 	}
-	n, f, err := k.find(c, own, holders)
+	n, f, err := k.find(c, c.Original, own, holders)
+	if n == nil && err == nil && c.Original != c.Server {
+		// Conntrack goes on knowing a translated connection for a while after its end, and tells where that one went of the next one from
+		// the same port too, which was not translated (a change to mode ebpf). What is written goes to whoever has this very socket.
+		n, f, err = k.find(c, c.Server, own, holders)
+	}
 	switch {
 	case err != nil:
 		return nil, err
 	case n == nil:
 		signal(k.scan)
 		if len(holders) > 0 || c.Client.Addr().IsLoopback() {
-			return nil, &NoSocketError{Conn: c, Holder: podOf(holders)}
+			holder, others := podOf(holders)
+			return nil, &NoSocketError{Conn: c, Holder: holder, Others: others}
 		}
 		if !helper {
 			return nil, fmt.Errorf("%w: %s", ErrHelperAway, c.Client.Addr())
@@ -106,22 +113,30 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	case !unified && n == own:
 		return nil, fmt.Errorf("%w: a process of the node or a pod on the host network asks, and the node has cgroup v1", ErrNoCgroup)
 	case !unified:
+		if n.fault != nil {
+			signal(k.scan) // a process that made it ambiguous may be gone
+		}
 		return n.evidence, n.fault
 	case f.cgroup == 0:
 		return nil, fmt.Errorf("%w: it is in state %d", ErrNoCgroup, f.state)
 	}
 	e, err := cgroups.lookup(f.cgroup)
-	if errors.Is(err, ErrUnknownCgroup) {
+	switch {
+	case errors.Is(err, ErrUnknownCgroup):
 		signal(k.walk)
+	case err == nil && n == own: // a cgroup has sockets of more than one namespace
+		onHost := *e
+		onHost.OnHost = true
+		e = &onHost
 	}
 	return e, err
 }
 
-// find asks every namespace that has the client's address, and our own, where any address can be used (A-12). n is nil where none has
-// the socket. A namespace that cannot be asked leaves it open whether there is one.
-func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
+// find asks every namespace that has the client's address, and our own, where any address can be used (A-12), who has the client's socket
+// to the address it dialled. n is nil where none has it. A namespace that cannot be asked leaves it open whether there is one.
+func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
 	ask := func(h holder) error {
-		found, ok, err := h.socket(c.Client, c.Original, h.device)
+		found, ok, err := h.socket(c.Client, dialled, h.device)
 		switch {
 		case errors.Is(err, errClosed) || err == nil && (!ok || !found.connected()):
 			return nil
@@ -150,12 +165,16 @@ func (k *Kernel) find(c Conn, own *namespace, holders []holder) (n *namespace, f
 	return n, f, nil
 }
 
-// podOf returns the one pod whose namespace has an address, "" where that is not so.
-func podOf(holders []holder) string {
-	if len(holders) != 1 || holders[0].evidence == nil {
-		return ""
+// podOf returns the one pod whose namespace has an address, "" where that is not so. others says that it is in namespaces of no pod alone.
+func podOf(holders []holder) (uid string, others bool) {
+	pods := slices.DeleteFunc(slices.Clone(holders), func(h holder) bool { return h.ofNode })
+	switch {
+	case len(pods) == 0:
+		return "", len(holders) > 0
+	case len(pods) > 1:
+		return "", false
 	}
-	return holders[0].evidence.PodUID
+	return pods[0].pod, false
 }
 
 // Search returns the number of the next search for namespaces. The helper is asked for one by a Look that finds none.
@@ -188,7 +207,7 @@ type KernelStatus struct {
 	Hierarchy  string    `json:"hierarchy"`         // cgroup2 or cgroup1; "" until Run found out
 	Evidence   string    `json:"evidence"`          // ByCgroup or ByNamespace: the most that this kernel says
 	Cgroups    int       `json:"cgroups"`           // known
-	Namespaces int       `json:"namespaces"`        // of pods, whose sockets can be asked for
+	Namespaces int       `json:"namespaces"`        // whose sockets can be asked for, beside our own
 	Helper     bool      `json:"helper"`            // connected
 	Since      time.Time `json:"since,omitzero"`    // when the helper came, or went
 	Problem    string    `json:"problem,omitempty"` // why the helper is not connected, or what it cannot do
@@ -260,7 +279,7 @@ func (k *Kernel) register(r prometheus.Registerer) {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "gke_metadata_emulator_attest_" + name, Help: help}, func() float64 { return value(k.Status()) })
 	}
 	r.MustRegister(k.lookups,
-		gauge("namespaces", "Network namespaces of pods whose sockets can be asked for.", func(s KernelStatus) float64 { return float64(s.Namespaces) }),
+		gauge("namespaces", "Network namespaces, beside our own, whose sockets can be asked for.", func(s KernelStatus) float64 { return float64(s.Namespaces) }),
 		gauge("cgroups", "Cgroups that are known.", func(s KernelStatus) float64 { return float64(s.Cgroups) }),
 		gauge("helper_connected", "1 if gke-metadata-emulator-attest.service hands over what it finds, else 0.", func(s KernelStatus) float64 {
 			if s.Helper {

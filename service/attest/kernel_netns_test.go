@@ -211,6 +211,22 @@ func TestClientsThatLeave(t *testing.T) {
 	b.refused("reset", accepted(conn), ErrNoSocket)
 }
 
+// TestOldTranslation: conntrack may tell of a connection where an earlier one from the same port went.
+func TestOldTranslation(t *testing.T) {
+	b := newBed(t)
+	host := b.client(containerPath(3, 4), b.node.NS)
+	b.startHelper()
+	from := host.do("dial tcp4 " + listenAddr + " 127.0.0.1:0")
+	conn := b.accept(from)
+	there := accepted(conn)
+	there.Original = netip.MustParseAddrPort(metadataAddr)
+	if e, err := b.look(there); err != nil || e.PodUID != podUID(3) {
+		t.Errorf("Look = %+v, %v", e, err)
+	}
+	host.do("reset %s", from)
+	b.refused("reset", there, ErrNoSocket)
+}
+
 // a neighbour on the bridge that has the node believe that a pod's address is its own.
 func TestSpoofedAddress(t *testing.T) {
 	b := newBed(t)

@@ -11,16 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namespace is a network namespace whose sockets we can ask for: a pod's, or our own.
+// namespace is a network namespace whose sockets we can ask for: a pod's, another container's or unit's, or our own.
 type namespace struct {
 	inode      uint64 // 0: our own
 	generation int    // of the helper that handed it over
 	cgroups    []string
+	ofNode     bool      // no pod's process is in it
+	pod        string    // UID of the one pod whose processes are in it; "" where there is none, or two
 	evidence   *Evidence // what it says by itself, where the kernel names no cgroups
 	fault      error     // why it says nothing
 	life       *atomic.Bool
 
-	process    int // pidfd of its oldest process; -1 for our own namespace
+	process    int // pidfd of a process in it; -1 for our own namespace
 	processKey uint64
 	route      *netlinkSocket
 	routeKey   uint64
@@ -88,24 +90,26 @@ func (n *namespace) closed() bool {
 	return n.diag == nil
 }
 
-// pods notes whose processes were found in the namespace, by the cgroups of their pods.
+// pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that is no pod's nothing can be said by it.
 func (n *namespace) pods(cgroups []string) {
-	n.cgroups = cgroups
-	var uid string
+	n.cgroups, n.ofNode = cgroups, len(cgroups) > 0
+	uids := map[string]bool{}
 	for _, path := range cgroups {
 		p, err := parsePath(path)
 		switch {
 		case err != nil:
-			n.fault = err
+			uids[""], n.fault, n.ofNode = true, err, false
 		case p.pod == "":
-			n.fault = fmt.Errorf("%w: %s is no pod's cgroup", ErrNoCgroup, path)
-		case uid != "" && uid != p.pod:
-			n.fault = fmt.Errorf("%w: network namespace %d is that of %s and of %s", ErrPods, n.inode, cgroups[0], path)
+			n.fault = fmt.Errorf("%w: a process of %s, which is no pod's, is in %s", ErrNoCgroup, path, n)
+		default:
+			uids[p.pod], n.pod, n.ofNode = true, p.pod, false
 		}
-		uid = p.pod
 	}
-	if n.fault == nil && uid != "" {
-		n.evidence = &Evidence{Kind: ByNamespace, PodUID: uid, life: n.life}
+	if len(uids) > 1 {
+		n.pod, n.fault = "", fmt.Errorf("%w: %s", ErrPods, n)
+	}
+	if n.fault == nil && n.pod != "" {
+		n.evidence = &Evidence{Kind: ByNamespace, PodUID: n.pod, life: n.life}
 	}
 }
 

@@ -19,11 +19,11 @@ const (
 
 // helperMessage is what the helper tells.
 type helperMessage struct {
-	// A network namespace of a pod, by its inode. With it come a pidfd of its oldest process, a SOCK_DIAG and a ROUTE socket in it.
+	// A network namespace, by its inode. With it come a pidfd of a process in it, a SOCK_DIAG and a ROUTE socket in it.
 	Namespace uint64   `json:"namespace,omitempty"`
-	Cgroups   []string `json:"cgroups,omitempty"` // of the pods whose processes were found in it
-	Gone      bool     `json:"gone,omitempty"`    // no pod's process is in it any more; no descriptors
-	// All pods were looked at, and all that was found was told.
+	Cgroups   []string `json:"cgroups,omitempty"` // of the pods whose processes were found in it, and one of no pod if there is any
+	Gone      bool     `json:"gone,omitempty"`    // no process is in it any more; no descriptors
+	// All cgroups were looked at, and all that was found was told.
 	Complete bool   `json:"complete,omitempty"`
 	Problem  string `json:"problem,omitempty"` // what cannot be done
 }
@@ -103,6 +103,9 @@ func receiveMessage(c *net.UnixConn, buffer []byte) (helperMessage, []int, error
 func parseMessage(b, control []byte, flags int) (m helperMessage, fds []int, err error) {
 	controls, err := unix.ParseSocketControlMessage(control)
 	for _, c := range controls {
+		if len(c.Data)%4 != 0 { // x/sys would panic
+			continue
+		}
 		if rights, e := unix.ParseUnixRights(&c); e == nil {
 			fds = append(fds, rights...)
 		}

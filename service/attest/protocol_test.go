@@ -96,7 +96,7 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// Whatever comes, a message has the descriptors that belong to it, and paths that are no pod's are nobody's evidence.
+// Whatever comes, a message has the descriptors that belong to it, and a namespace with a path that is no pod's is nobody's evidence.
 func FuzzMessage(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b, control []byte) {
 		m, fds, err := parseMessage(b, control, 0)
@@ -110,6 +110,14 @@ func FuzzMessage(f *testing.F) {
 		n.pods(m.Cgroups)
 		if n.evidence != nil && (n.fault != nil || n.evidence.PodUID == "") || n.fault != nil && n.evidence != nil {
 			t.Errorf("%+v of %+v", n, m)
+		}
+		for _, path := range m.Cgroups {
+			if n.evidence != nil && !isPods(path) {
+				t.Errorf("%+v of %+v", n, m)
+			}
+			if (n.ofNode || n.pod == "" && n.evidence != nil) && isPods(path) {
+				t.Errorf("a namespace of no pod: %+v", m)
+			}
 		}
 		if _, err := json.Marshal(m); err != nil {
 			t.Error(err)

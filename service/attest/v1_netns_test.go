@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -42,11 +43,12 @@ func newV1Bed(t *testing.T) *bed {
 		b.mount = unified
 	})
 	root := t.TempDir()
-	if err := os.Symlink("/proc/self/fd/3", root+"/systemd"); err != nil { // the helper's third
+	// In the hierarchy's own root all processes of this machine are.
+	if err := errors.Join(os.Mkdir(hierarchy+"/node", 0o755), os.Symlink("/proc/self/fd/3/node", root+"/systemd")); err != nil { // the helper's third
 		t.Fatal(err)
 	}
 	b.startKernel(root)
-	b.mount, b.v1 = v1, hierarchy
+	b.mount, b.v1 = v1, hierarchy+"/node"
 	b.startHelperAt(root)
 	b.connected()
 	return b
@@ -66,7 +68,7 @@ func (b *bed) v1Client(path string, ns *netnstest.NS) *client {
 	return c
 }
 
-// With cgroup v1 a pod's own network namespace is the evidence, and one of two pods is none.
+// With cgroup v1 a pod's own network namespace is the evidence, and one of two pods is none, nor is one that another process is in too.
 func TestCgroupV1(t *testing.T) {
 	b := newV1Bed(t)
 	one, shared := b.pod("one"), b.pod("shared")
@@ -94,6 +96,21 @@ func TestCgroupV1(t *testing.T) {
 		_, err := b.kernel.Look(accepted(conn))
 		return errors.Is(err, ErrPods)
 	})
+	container := b.v1Client("/system.slice/docker-0abc.scope", b.pod("container"))
+	b.refused("a container of no pod", accepted(b.accept(container.do(dial))), ErrNoCgroup)
+	guest := b.v1Client("/system.slice/guest.service", one)
+	conn = b.accept(a.do(dial))
+	eventually(t, "the namespace is ambiguous", func() bool {
+		_, err := b.kernel.Look(accepted(conn))
+		return errors.Is(err, ErrNoCgroup) && strings.Contains(err.Error(), "guest.service, which is no pod's") && !evidence.Alive()
+	})
+	kill(guest.cmd)
+	eventually(t, "it is the pod's again", func() bool {
+		e, err := b.kernel.Look(accepted(conn))
+		evidence = e
+		return err == nil && e.PodUID == podUID(1)
+	})
+	kill(container.cmd)
 	kill(side.cmd)
 	kill(a.cmd)
 	eventually(t, "the evidence is dead, and its namespace let go", func() bool { return !evidence.Alive() && b.kernel.Status().Namespaces == 1 })

@@ -22,10 +22,12 @@ type Config struct {
 	NodeName             string // "" = find out
 	TokenAudience        string // `aud` of the ServiceAccount's token (G-17); never ""
 	Listen               netip.AddrPort
+	Listen6              netip.AddrPort // invalid = IPv6 is not served (H-24)
 	HealthListen         netip.AddrPort
 	Routing              Routing
 	Attestation          Attestation
 	HostIdentities       []HostIdentity // the first that fits counts
+	Passthrough          []string       // ServiceAccounts, NAMESPACE/NAME, that may reach the cloud's metadata server from the host network (U-02)
 	Google               Google
 	Instance             Instance
 	Cluster              Cluster           // all three or none (E-16)

@@ -131,6 +131,8 @@ func TestResolved(t *testing.T) {
 			func(c Config) any { return c.HostIdentities }, someIdentities},
 		{"processes of the node in a flag", minimal, map[string]string{"hostIdentities": "unit:kubelet.service=kube-system/image-puller, cgroup:/system.slice/docker-*.scope=ns/docker"},
 			func(c Config) any { return c.HostIdentities }, someIdentities},
+		{"U-02", minimal + "passthrough: [kube-system/aws-node, kube-system/ebs-csi-node-sa]", nil,
+			func(c Config) any { return c.Passthrough }, []string{"kube-system/aws-node", "kube-system/ebs-csi-node-sa"}},
 		{"A-14", minimal + "attestation: {byAddress: [gvisor, kata]}", nil,
 			func(c Config) any { return c.Attestation }, Attestation{Mode: "kernel", ByAddress: []string{"gvisor", "kata"}}},
 		{"R-05 uplinks by their beginning", minimal + "routing: {uplinks: [eth+, bond0]}", nil,
@@ -152,6 +154,27 @@ func TestResolved(t *testing.T) {
 	}
 }
 
+// TestListen6: off by default; where it is on the guard closes the real server, unless the operator says what it is to close (H-24).
+func TestListen6(t *testing.T) {
+	if c := mustLoad(t, minimal, nil, nil); c.Listen6.IsValid() {
+		t.Error(c.Listen6)
+	}
+	const on = minimal + "listen6: '[fd20:ce::252]:988'\n"
+	for mode, text := range map[string]string{"iptables": on, "nftables": on + "routing: {mode: nftables}", "auto": on + "routing: {mode: auto}"} {
+		c := mustLoad(t, text, nil, nil)
+		if c.Listen6.String() != "[fd20:ce::252]:988" || !slices.Contains(c.Routing.Guard, metadataServer6) || len(c.Warnings) != 0 {
+			t.Errorf("%s: %v %v %q", mode, c.Listen6, c.Routing.Guard, c.Warnings)
+		}
+	}
+	c := mustLoad(t, on+"routing: {guard: ['169.254.169.254:80']}", nil, nil)
+	if len(c.Routing.Guard) != 1 || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "[fd20:ce::254]:80") {
+		t.Errorf("%v %q", c.Routing.Guard, c.Warnings)
+	}
+	if c := mustLoad(t, minimal, map[string]string{"listen6": "[fd20:ce::252]:988"}, nil); !c.Listen6.IsValid() {
+		t.Error("the flag is not heard")
+	}
+}
+
 func TestWarnings(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
 		{"R-19 ephemeral", "listen: 169.254.169.252:40000", "listen: port 40000 lies in the ephemeral range 40000-50000"},
@@ -162,6 +185,11 @@ func TestWarnings(t *testing.T) {
 		{"H-16", "hostCheck: false", "hostCheck: off"},
 		{"attestation by address", "attestation: {mode: source-ip}", "attestation.mode is source-ip"},
 		{"N-07", "hostIdentities: [{unit: kubelet.service, serviceAccount: a/b}]", "hostIdentities: without a kubeconfig"},
+		{"U-02 auto", "passthrough: [a/b]", "passthrough: routing.interceptHostPods is auto, which redirects"},
+		{"U-02 off", "passthrough: [a/b]\nrouting: {interceptHostPods: off}", "passthrough: routing.interceptHostPods is off"},
+		{"U-02 loopback", "passthrough: [a/b]\nrouting: {mode: loopback}", "passthrough: routing.mode loopback redirects no pod on the host network"},
+		{"U-02 none", "passthrough: [a/b]\nrouting: {mode: none}", "passthrough: routing.mode none"},
+		{"U-02 on", "passthrough: [a/b]\nrouting: {interceptHostPods: on}", ""},
 		{"none", "listen: 169.254.169.252:39999", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

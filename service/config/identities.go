@@ -92,7 +92,7 @@ func setIdentities(items []item, complain func(line int, t *trouble)) (all []Hos
 		if t != nil {
 			complain(it.line, t)
 		}
-		account, wrong := match(it.text, serviceAccount, "a ServiceAccount", "write NAMESPACE/NAME, as in kube-system/image-puller")
+		account, wrong := accountName(it.text)
 		if wrong != nil {
 			complain(it.line, wrong)
 		}
@@ -102,6 +102,10 @@ func setIdentities(items []item, complain func(line int, t *trouble)) (all []Hos
 		}
 	}
 	return all
+}
+
+func accountName(s string) (string, *trouble) {
+	return match(s, serviceAccount, "a ServiceAccount", "write NAMESPACE/NAME, as in kube-system/image-puller")
 }
 
 // hostIdentity reads unit:PATTERN or cgroup:PATTERN.

@@ -51,6 +51,9 @@ var keys = []Key{
 	{Path: "listen", Default: "169.254.169.252:988",
 		Usage: "address and port that pods' requests are sent on to; in routing.mode loopback it is 169.254.169.254:80",
 		field: func(r *raw) any { return &r.Listen }},
+	{Path: "listen6",
+		Usage: "in routing.mode iptables and nftables, address and port that requests to [fd20:ce::254]:80 are sent on to, such as [fd20:ce::252]:988; default: IPv6 is not served",
+		field: func(r *raw) any { return &r.Listen6 }},
 	{Path: "healthListen", Default: "127.0.0.1:16322",
 		Usage: "address and port of /healthz, /readyz and /metrics",
 		field: func(r *raw) any { return &r.HealthListen }},
@@ -90,6 +93,10 @@ var keys = []Key{
 	{Path: "hostIdentities",
 		Usage: "processes of the node that get a ServiceAccount's identity: {unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or {cgroup: /system.slice/docker-*.scope, serviceAccount: NAMESPACE/NAME}; the first that fits counts",
 		field: func(r *raw) any { return &r.HostIdentities }},
+
+	{Path: "passthrough", check: accountName,
+		Usage: "ServiceAccounts, NAMESPACE/NAME, whose pods on the host network may ask the cloud's own metadata server what is not Google's, where routing.interceptHostPods redirects them",
+		field: func(r *raw) any { return &r.Passthrough }},
 
 	{Path: "google.universeDomain", Default: "googleapis.com", check: domain,
 		Usage: "the domain of Google's services",

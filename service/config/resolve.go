@@ -22,9 +22,11 @@ func (l *loader) resolve() {
 	l.resolveURLs()
 	l.checkCA()
 	l.checkListen()
+	l.checkListen6()
 	l.checkCluster()
 	l.checkExtraMetadata()
 	l.checkHostIdentities()
+	l.checkPassthrough()
 	l.warn()
 }
 
@@ -147,6 +149,35 @@ func (l *loader) checkListen() {
 	}
 }
 
+// metadataServer6 is where pods ask by IPv6 (H-24).
+var metadataServer6 = netip.MustParseAddrPort("[fd20:ce::254]:80")
+
+// checkListen6 has the guard's default close the server that is redirected too.
+func (l *loader) checkListen6() {
+	const remedy = "write an address that nobody else uses, such as [fd20:ce::252]:988"
+	at, a := l.Listen6, l.Listen6.Addr()
+	if !at.IsValid() || l.broken["listen6"] || l.broken["routing.mode"] {
+		return
+	}
+	if slices.Equal(l.Routing.Guard, Default().Routing.Guard) {
+		l.Routing.Guard = append(l.Routing.Guard, metadataServer6)
+	}
+	switch mode := l.Routing.Mode; {
+	case mode != "iptables" && mode != "nftables" && mode != "auto":
+		l.complain("listen6", 0, bad("remove it, or set routing.mode to iptables or nftables", "routing.mode %s serves IPv4 alone", mode))
+	case !a.Is6():
+		l.complain("listen6", 0, bad(remedy, "%s is not IPv6", a))
+	case at.Port() == 0:
+		l.complain("listen6", 0, bad("write a port from 1 to 65535", "has no port"))
+	case !a.IsGlobalUnicast():
+		l.complain("listen6", 0, bad(remedy, "%s is no unicast address that reaches beyond a link", a))
+	case a == metadataServer6.Addr() || slices.ContainsFunc(l.Routing.Guard, func(g netip.AddrPort) bool { return g.Addr() == a }):
+		l.complain("listen6", 0, bad(remedy, "%s is a metadata server's own", a))
+	case at == l.HealthListen:
+		l.complain("healthListen", 0, bad("write another port", "is the listen6 address too"))
+	}
+}
+
 // checkCluster holds E-16: half of a cluster makes programs believe in GKE and then fail.
 func (l *loader) checkCluster() {
 	fields := []struct{ key, text string }{
@@ -187,6 +218,19 @@ func (l *loader) checkExtraMetadata() {
 	}
 }
 
+// checkPassthrough refuses what could never be: who is on the host network is told by the kernel alone, and there has to be a server
+// beside us.
+func (l *loader) checkPassthrough() {
+	const key = "passthrough"
+	switch {
+	case len(l.Passthrough) == 0:
+	case l.Attestation.Mode == "source-ip" && !l.broken["attestation.mode"]:
+		l.complain(key, 0, bad("remove it, or set attestation.mode to kernel", "pods on the host network cannot be told by their address"))
+	case l.Routing.Link != "" && !l.broken["routing.link"]:
+		l.complain(key, 0, bad("remove it, or use another routing.mode", "with routing.link %s is this node's own, and the cloud's server out of reach", metadataServer.Addr()))
+	}
+}
+
 // warn notes what is allowed and still seldom meant.
 func (l *loader) warn() {
 	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
@@ -196,12 +240,24 @@ func (l *loader) warn() {
 			say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since by address they cannot be told apart")
 		}
 	}
+	switch r := l.Routing; {
+	case len(l.Passthrough) == 0:
+	case slices.Contains([]string{"loopback", "none", "observe"}, r.Mode):
+		say("passthrough: routing.mode %s redirects no pod on the host network, so they reach the cloud's metadata server as it is", r.Mode)
+	case r.InterceptHostPods == "off":
+		say("passthrough: routing.interceptHostPods is off, so pods on the host network reach the cloud's metadata server as it is")
+	case r.InterceptHostPods == "auto":
+		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no metadata server of a cloud answers: write on")
+	}
 	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07
 		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; name one of an identity of its own")
 	}
 	low, high := l.ephemeral()
 	if p := l.Listen.Port(); p >= low && p <= high {
 		say("listen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
+	}
+	if p := l.Listen6.Port(); l.Listen6.IsValid() && p >= low && p <= high {
+		say("listen6: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
 	}
 	if p := l.HealthListen.Port(); p >= low && p <= high {
 		say("healthListen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
@@ -214,6 +270,9 @@ func (l *loader) warn() {
 	}
 	if !slices.Contains(l.Routing.Guard, metadataServer) {
 		say("routing.guard: without %s in it pods may reach the cloud's own credentials", metadataServer)
+	}
+	if l.Listen6.IsValid() && !slices.Contains(l.Routing.Guard, metadataServer6) {
+		say("routing.guard: without %s in it pods may reach the cloud's own credentials by IPv6", metadataServer6)
 	}
 	if l.ImpersonateUnlinked != "" {
 		say("impersonateUnlinked: every pod of this node that is not linked becomes %s", l.ImpersonateUnlinked)

@@ -47,18 +47,22 @@ func TestShow(t *testing.T) {
 	if !reflect.DeepEqual(c, again) {
 		t.Errorf("what is shown is another configuration:\n%+v\n%+v", c, again)
 	}
+	c.Passthrough = []string{"kube-system/aws-node"} // cannot be had with the link
+	if !strings.Contains(c.YAML(), "\npassthrough: [kube-system/aws-node]\n") {
+		t.Errorf("%s", c.YAML())
+	}
 	for _, k := range Keys() { // so that a key that is added to the table is added to this test
 		var had, has raw
 		has.Config, has.provider, has.impersonateUnlinked = c, "set", true
 		had = defaults()
-		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "attestation.mode" && k.Path != "google.universeDomain" {
+		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "attestation.mode" && k.Path != "google.universeDomain" && k.Path != "listen6" {
 			t.Errorf("%s has its default in this test", k.Path)
 		}
 	}
 }
 
 func TestShowMinimal(t *testing.T) {
-	for _, text := range []string{minimal, "projectID: my-project\nnumericProjectID: 5\nworkloadIdentityProvider: identitynamespace:my-project.svc.id.goog:https://x/y"} {
+	for _, text := range []string{minimal, minimal + "listen6: '[fd20:ce::252]:988'", "projectID: my-project\nnumericProjectID: 5\nworkloadIdentityProvider: identitynamespace:my-project.svc.id.goog:https://x/y"} {
 		c := mustLoad(t, text, nil, nil)
 		if again := mustLoad(t, c.YAML(), nil, nil); !reflect.DeepEqual(c, again) {
 			t.Errorf("what is shown is another configuration:\n%+v\n%+v", c, again)

@@ -27,12 +27,11 @@ type pod struct {
 	caller               workload.Caller
 	static               string       // what the cgroup of a static pod names instead of its UID in the API; "" for all others
 	addrs                []netip.Addr // none for a pod on the host network: its address is the node's (N-14)
-	hostNetwork          bool
 	running, terminating bool
 }
 
 func (p *pod) equal(q *pod) bool {
-	return p.caller == q.caller && p.static == q.static && slices.Equal(p.addrs, q.addrs) && p.hostNetwork == q.hostNetwork && p.running == q.running && p.terminating == q.terminating
+	return p.caller == q.caller && p.static == q.static && slices.Equal(p.addrs, q.addrs) && p.running == q.running && p.terminating == q.terminating
 }
 
 // index is one generation of what is known of this node's pods. It never changes, so readers need no lock.
@@ -164,9 +163,8 @@ func live(o *corev1.Pod) bool {
 
 func convert(o *corev1.Pod) *pod {
 	p := &pod{
-		caller: workload.Caller{PodUID: string(o.UID), PodName: o.Name,
+		caller: workload.Caller{PodUID: string(o.UID), PodName: o.Name, HostNetwork: o.Spec.HostNetwork,
 			ServiceAccount: workload.ServiceAccount{Namespace: o.Namespace, Name: o.Spec.ServiceAccountName}},
-		hostNetwork: o.Spec.HostNetwork,
 		running:     o.Status.Phase == corev1.PodRunning,
 		terminating: o.DeletionTimestamp != nil,
 	}
@@ -177,7 +175,7 @@ func convert(o *corev1.Pod) *pod {
 	if p.caller.ServiceAccount.Name == "" {
 		p.static = o.Annotations[corev1.MirrorPodAnnotationKey]
 	}
-	if p.hostNetwork {
+	if p.caller.HostNetwork {
 		return p
 	}
 	add := func(s string) {

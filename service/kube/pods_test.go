@@ -315,7 +315,7 @@ func TestOf(t *testing.T) {
 	} {
 		p.Namespace, p.Node = "ns1", "node1"
 		uid := s.SetPod(p)
-		b.of(t, uid, workload.Caller{PodUID: uid, PodName: p.Name, RuntimeClass: p.RuntimeClass, ServiceAccount: ksa})
+		b.of(t, uid, workload.Caller{PodUID: uid, PodName: p.Name, HostNetwork: p.HostNetwork, RuntimeClass: p.RuntimeClass, ServiceAccount: ksa})
 		p.Phase, p.Ended = "Succeeded", true
 		s.SetPod(p)
 		b.of(t, uid, workload.Caller{})

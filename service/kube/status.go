@@ -69,7 +69,7 @@ func (c *Cluster) Status() Status {
 	c.accounts.mu.Lock()
 	for _, p := range x.pods {
 		s.Pods = append(s.Pods, PodStatus{Namespace: p.caller.ServiceAccount.Namespace, Name: p.caller.PodName, UID: p.caller.PodUID, Addresses: p.addrs,
-			HostNetwork: p.hostNetwork, Terminating: p.terminating, RuntimeClass: p.caller.RuntimeClass, ServiceAccount: p.caller.ServiceAccount.Name,
+			HostNetwork: p.caller.HostNetwork, Terminating: p.terminating, RuntimeClass: p.caller.RuntimeClass, ServiceAccount: p.caller.ServiceAccount.Name,
 			AccountStatus: c.accounts.known[p.caller.ServiceAccount].status()})
 	}
 	for _, sa := range c.pods.hosts {

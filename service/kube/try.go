@@ -85,7 +85,7 @@ func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
 			continue
 		}
 		p := convert(&list.Items[i])
-		if pods = append(pods, p); p.hostNetwork {
+		if pods = append(pods, p); p.caller.HostNetwork {
 			a.HostPods++
 		} else {
 			a.Pods++

@@ -109,35 +109,39 @@ func resetConnections(keep netip.Addr) {
 	}
 	going := slices.DeleteFunc(l.ours, func(n *net.IPNet) bool { return n.IP.Equal(keep.AsSlice()) })
 	if len(going) > 0 {
-		resetAt(func(ip net.IP) bool {
+		resetAt(unix.AF_INET, func(ip net.IP) bool {
 			return slices.ContainsFunc(going, func(n *net.IPNet) bool { return n.IP.Equal(ip) })
 		})
 	}
 }
 
 // resetAt ends what this node has open at addresses of its own.
-func resetAt(goes func(net.IP) bool) {
-	sockets, err := netlink.SocketDiagTCP(unix.AF_INET)
+func resetAt(family uint8, goes func(net.IP) bool) {
+	sockets, err := netlink.SocketDiagTCP(family)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return
 	}
 	for _, s := range sockets {
 		if goes(s.ID.Source) && s.State != netlink.TCP_LISTEN && s.State != netlink.TCP_TIME_WAIT {
-			_ = resetSocket(s.ID)
+			_ = resetSocket(family, s.ID)
 		}
 	}
 }
 
-// resetSocket ends the very IPv4 socket that was listed. Without its cookie, which netlink v1.3.1's SocketDestroy does not send, the kernel
+// resetSocket ends the very socket that was listed. Without its cookie, which netlink v1.3.1's SocketDestroy does not send, the kernel
 // looks for whoever takes packets of such a connection: where that was closed meanwhile it is the listener, and the service with it.
-func resetSocket(id netlink.SocketID) error {
+func resetSocket(family uint8, id netlink.SocketID) error {
 	b := make([]byte, 56) // struct inet_diag_req_v2
-	b[0], b[1] = unix.AF_INET, unix.IPPROTO_TCP
+	b[0], b[1] = family, unix.IPPROTO_TCP
 	binary.NativeEndian.PutUint32(b[4:], 1<<32-1) // whatever its state
 	binary.BigEndian.PutUint16(b[8:], id.SourcePort)
 	binary.BigEndian.PutUint16(b[10:], id.DestinationPort)
-	copy(b[12:28], id.Source.To4())
-	copy(b[28:44], id.Destination.To4())
+	source, destination := id.Source, id.Destination
+	if family == unix.AF_INET {
+		source, destination = source.To4(), destination.To4()
+	}
+	copy(b[12:28], source)
+	copy(b[28:44], destination)
 	binary.NativeEndian.PutUint32(b[44:], id.Interface)
 	binary.NativeEndian.PutUint32(b[48:], id.Cookie[0])
 	binary.NativeEndian.PutUint32(b[52:], id.Cookie[1])
@@ -279,21 +283,23 @@ func deleteRoute(r *netlink.Route) error {
 	return nil
 }
 
+// checkRoute looks at both routes: this one, and the one that makes IPv6's listen address this node's own.
 func checkRoute(p Plan, s surroundings) []error {
+	errs := checkListenRoute(s.listen6.Addr())
 	ours, other, err := readRoute()
 	switch {
 	case err != nil:
-		return []error{err}
+		return append(errs, err)
 	case wantsRoute(p, s) && !other && ours == nil:
 		local, err := isLocal(p.Listen.Addr())
 		if err != nil {
-			return []error{err}
+			return append(errs, err)
 		}
-		return []error{missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local)))}
+		errs = append(errs, missing(layerRoute, "ip route: %s", routeText(metadataRoute(p.Listen.Addr(), local))))
 	case ours != nil && (other || !wantsRoute(p, s)):
-		return []error{missing(layerRoute, "ip route: %s should not be there any more", routeText(ours))}
+		errs = append(errs, missing(layerRoute, "ip route: %s should not be there any more", routeText(ours)))
 	}
-	return nil
+	return errs
 }
 
 func hostNet(a netip.Addr) *net.IPNet {

@@ -3,6 +3,7 @@ package routing
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 )
 
@@ -29,6 +30,15 @@ func (p Plan) fit(f Facts) Plan {
 		p.Reason = fmt.Sprintf("%s, which asks for mode %s, and this version has none", p.Reason, p.Mode)
 		p.Mode = ModeIPTables
 	}
+	return p.withoutSix()
+}
+
+// withoutSix is the Plan of a mode that was found out, and that may serve IPv4 alone.
+func (p Plan) withoutSix() Plan {
+	if p.Listen6.IsValid() && !p.dnats() {
+		p.Listen6 = netip.AddrPort{}
+		p.Reason += "; it serves IPv4 alone, so listen6 is not"
+	}
 	return p
 }
 
@@ -43,6 +53,9 @@ func (p Plan) AsInstalled(ctx context.Context) Plan {
 	}
 	if s, err := ReadState(p.RunDir); err == nil && s.Desired == Installed && s.Reason != "" {
 		p.Mode, p.Reason = s.Mode, s.Reason
+		if !p.dnats() {
+			p.Listen6 = netip.AddrPort{} // as the reason says
+		}
 		return p
 	}
 	return p.Fitted(ctx)

@@ -1,6 +1,7 @@
 package routing
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 )
@@ -39,6 +40,19 @@ func TestAuto(t *testing.T) {
 		}
 	}
 	modes = all
+
+	// A mode that serves IPv4 alone says so, and is no Plan that New refuses.
+	p.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+	for mode, facts := range map[string]Facts{ModeNFTables: {NFTables: true}, ModeEBPF: {Denied: true, CgroupV2: true, BPF: true}} {
+		got := p.fit(facts)
+		if got.Mode != mode || got.Listen6.IsValid() != got.dnats() || strings.HasSuffix(got.Reason, "listen6 is not") == got.dnats() {
+			t.Errorf("%s with listen6 %s: %s", got.Mode, got.Listen6, got.Reason)
+		}
+		if _, err := New(got); err != nil {
+			t.Error(err)
+		}
+	}
+	p.Listen6 = netip.AddrPort{}
 
 	// What was installed is what is checked, whatever would fit now.
 	if err := writeState(p.RunDir, State{Desired: Installed, Mode: "other", Reason: "of yesterday"}); err != nil {

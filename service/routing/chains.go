@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os/exec"
 	"slices"
 	"strings"
@@ -216,7 +217,7 @@ func removeChains(ctx context.Context, command string, tables ...string) error {
 	var errs []error
 	for _, six := range []bool{false, true} {
 		x, err := openXtables(command, legacy, six)
-		if errors.Is(err, exec.ErrNotFound) {
+		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) { // the second where the command is a path
 			continue // who has no such command has no such rules
 		}
 		if err == nil {
@@ -239,7 +240,7 @@ func (x *xtables) removeAll(ctx context.Context, tables ...string) (err error) {
 }
 
 func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign []error, err error) {
-	chains := ownChains(x.six)
+	chains := ownChains()
 	if len(tables) > 0 {
 		chains = slices.DeleteFunc(chains, func(c chain) bool { return !slices.Contains(tables, c.table) })
 	}

@@ -26,7 +26,7 @@ type bpfBed struct {
 
 func newBPFBed(t testing.TB, b *bed) *bpfBed {
 	t.Helper()
-	return &bpfBed{bed: b, cgroups: testCgroups(t), bpffs: testBPFFS(t)}
+	return &bpfBed{bed: b, cgroups: testCgroups(t), bpffs: netnstest.MountBPF(t)}
 }
 
 // testCgroups makes a cgroup with the host's slices and a pod's below it.
@@ -61,25 +61,6 @@ func removeCgroup(t testing.TB, dir string) {
 	if err := unix.Rmdir(dir); err != nil {
 		t.Errorf("remove cgroup %s: %v", dir, err)
 	}
-}
-
-// testBPFFS is a bpf file system that is mounted nowhere and goes when the test is over; the path is good in other processes too.
-func testBPFFS(t testing.TB) string {
-	t.Helper()
-	fs, err := unix.Fsopen("bpf", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		netnstest.Lacks(t, fmt.Errorf("bpf file system: %w", err))
-	}
-	defer unix.Close(fs)
-	if err := unix.FsconfigCreate(fs); err != nil {
-		t.Fatal(err)
-	}
-	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Close(mount) })
-	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), mount)
 }
 
 // in has the command start in a cgroup of the bed.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,20 +16,20 @@ import (
 // a passing disturbance and waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of a
 // connection and redirects it, and the emulator's kernel resets what it does not know.
 //
-// Closed in any case; not reset but left hanging are IPv6 connections (nothing redirects them), those on which the server speaks
+// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
 // first, and all where nf_conntrack_tcp_loose is 0.
 
-// forgetEstablished deletes the conntrack entries of connections to the metadata server that were not redirected. Those
+// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected. Those
 // of this host itself are left alone unless pods on the host network are redirected too.
-func forgetEstablished(p Plan, s surroundings) error {
+func forgetEstablished(p Plan, s surroundings, six bool) error {
 	if noConnections() {
 		return nil
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
-	f := notRedirected{}
+	f := notRedirected{way: p.way(s, six)}
 	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
@@ -37,8 +38,8 @@ func forgetEstablished(p Plan, s surroundings) error {
 			}
 		}
 	}
-	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, f); err != nil {
-		return fmt.Errorf("forget connections to %s: %w", metadataServer, err)
+	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+		return fmt.Errorf("forget connections to %s: %w", f.server, err)
 	}
 	return nil
 }
@@ -49,37 +50,52 @@ func noConnections() bool {
 	return err == nil && strings.TrimSpace(string(n)) == "0"
 }
 
-// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them: all are over, but entries last for
-// two minutes. Where another mode has packets look otherwise, conntrack would give a new connection from the same port another port,
-// and at that one the kernel of the client knows no socket.
-func forgetServed(p Plan) error {
+// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
+// the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
+// that one the kernel of the client knows no socket. Those that goOn are left until they are over.
+func forgetServed(p Plan, s surroundings, goOn bool) error {
 	if noConnections() {
 		return nil
 	}
-	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, served{p.Listen}); err != nil {
-		return fmt.Errorf("forget connections to %s: %w", p.Listen, err)
+	for _, six := range []bool{false, true} {
+		if six && !s.listen6.IsValid() {
+			continue
+		}
+		f := served{p.way(s, six), goOn}
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+			return fmt.Errorf("forget connections to %s: %w", f.listen, err)
+		}
 	}
 	return nil
 }
 
 // served picks connections that go to the emulator, and those that were redirected there.
-type served struct{ at netip.AddrPort }
+type served struct {
+	way
+	over bool // only those that are
+}
 
 func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	addr, ok := netip.AddrFromSlice(flow.Forward.DstIP)
 	if !ok || flow.Forward.Protocol != unix.IPPROTO_TCP {
 		return false
 	}
+	if tcp, known := flow.ProtoInfo.(*netlink.ProtoInfoTCP); f.over && known && tcp.State < nl.TCP_CONNTRACK_LAST_ACK {
+		return false
+	}
 	to := netip.AddrPortFrom(addr.Unmap(), flow.Forward.DstPort)
-	return to == f.at || to == metadataServer && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
+	return to == f.listen || to == f.server && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
 }
 
 // notRedirected picks connections to the real metadata server.
-type notRedirected struct{ host map[netip.Addr]bool }
+type notRedirected struct {
+	way
+	host map[netip.Addr]bool
+}
 
 func (f notRedirected) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != metadataServer || flow.Forward.Protocol != unix.IPPROTO_TCP {
+	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server || flow.Forward.Protocol != unix.IPPROTO_TCP {
 		return false
 	}
 	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 
@@ -65,8 +66,8 @@ type events struct {
 	by     string // the process behind the last transaction of nf_tables
 }
 
-// watchEvents subscribes in the network namespace of the calling thread. listen is where requests are redirected to.
-func watchEvents(listen func() netip.Addr) (*events, error) {
+// watchEvents subscribes in the network namespace of the calling thread. listen is where requests are redirected to, in each family.
+func watchEvents(listen func() []netip.Addr) (*events, error) {
 	e := &events{changed: make(chan struct{}, 1), failed: make(chan error, 2)}
 	for _, s := range []struct {
 		protocol int
@@ -75,7 +76,7 @@ func watchEvents(listen func() netip.Addr) (*events, error) {
 	}{
 		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
 			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE},
-			func(kind uint16, data []byte) (causes, string) { return routeEvent(kind, data, listen()), "" }},
+			func(kind uint16, data []byte) (causes, string) { return routeEvent(kind, data, listen()...), "" }},
 		{unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, generationEvent},
 	} {
 		socket, err := nl.Subscribe(s.protocol, s.groups...)
@@ -171,7 +172,7 @@ func generationEvent(kind uint16, data []byte) (causes, string) {
 
 // routeEvent says what a message of rtnetlink is about. Routes to pods come and go all day; only those matter that the metadata server,
 // the listen address or everything can be reached by.
-func routeEvent(kind uint16, data []byte, listen netip.Addr) causes {
+func routeEvent(kind uint16, data []byte, listen ...netip.Addr) causes {
 	switch kind {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		return causeRule
@@ -195,7 +196,7 @@ func routeEvent(kind uint16, data []byte, listen netip.Addr) causes {
 			if binary.NativeEndian.Uint16(rest[2:]) == unix.RTA_DST {
 				to, ok := netip.AddrFromSlice(rest[unix.SizeofRtAttr:size])
 				prefix := netip.PrefixFrom(to, bits)
-				if !ok || prefix.Contains(metadataServer.Addr()) || prefix.Contains(listen) {
+				if !ok || prefix.Contains(metadataServer.Addr()) || slices.ContainsFunc(listen, prefix.Contains) {
 					return causeRoute
 				}
 				return 0

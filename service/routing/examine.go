@@ -23,6 +23,7 @@ type Examination struct {
 
 	Local      bool       // the listen address is the node's own, or will be
 	Holder     ListenedBy // who listens there
+	Holder6    ListenedBy // who listens where requests by IPv6 are sent, if they are
 	CgroupV2   string     // where the hierarchy is mounted; "" = it is not
 	HostSlices []string   // the host's own cgroups that exist
 	IPv6       bool       // the node has IPv6
@@ -55,6 +56,9 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		x.Local = l.local || l.wants(p.Listen.Addr()) || p.Mode == ModeLoopback // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
+	if p.Listen6.IsValid() {
+		x.Holder6 = Listener(p.Listen6)
+	}
 	x.Redirected = redirected(ctx, p, state)
 	x.Policies = dropPolicies(ctx, x.Local)
 	return x

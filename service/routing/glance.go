@@ -104,7 +104,7 @@ func parseNFTRule(message []byte) (r ruleGlance) {
 func foreignRedirections(ctx context.Context) error {
 	var all []error
 	for _, x := range []*xtables{{command: "iptables-nft"}, {command: "iptables-legacy", legacy: true}} {
-		chains := slices.DeleteFunc(ownChains(false), func(c chain) bool { return c.table != "nat" })
+		chains := slices.DeleteFunc(ownChains(), func(c chain) bool { return c.table != "nat" })
 		stands, err := x.glances(chains)
 		if err != nil {
 			return err

@@ -12,7 +12,7 @@ import (
 // TestGlances compares what the kernel tells with what both backends' commands put there.
 func TestGlances(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
-		pre := ownChains(false)[4]
+		pre := ownChains()[4]
 		look := func() glance {
 			t.Helper()
 			var g glance
@@ -21,7 +21,7 @@ func TestGlances(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				all, err := x.glances(ownChains(false))
+				all, err := x.glances(ownChains())
 				g = all[pre.name]
 				return err
 			}); err != nil {

@@ -15,6 +15,7 @@ type iptables struct {
 	use       string // the iptables command
 	other     string // the other backend's, if rules of ours may be there
 	four, six *xtables
+	noSix     error // why there is no six
 	legacy    bool
 
 	stands    map[string]glance // what was surveyed of IPv4, by chain
@@ -38,8 +39,8 @@ func openIPTables(p Plan, command string) (*iptables, error) {
 		return nil, err
 	}
 	if haveIPv6() {
-		if m.six, err = openXtables(m.use, m.legacy, true); err != nil {
-			p.Log.WithError(err).Debug("no IPv6 rules")
+		if m.six, m.noSix = openXtables(m.use, m.legacy, true); m.noSix != nil {
+			p.Log.WithError(m.noSix).Debug("no IPv6 rules")
 		}
 	}
 	return m, nil
@@ -61,17 +62,17 @@ func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string
 	now := m.print()
 	m.fresh = map[string]bool{}
 	for _, six := range m.families() {
-		for _, c := range ownChains(six) {
+		for _, c := range ownChains() {
 			key := printKey(c, six)
 			m.fresh[key] = m.good.same(now, key)
 		}
 	}
 	var foreign, foreignSix error
-	if m.stands, foreign, err = m.four.survey(ctx, m.stale(ownChains(false), false)); err != nil {
+	if m.stands, foreign, err = m.four.survey(ctx, m.stale(ownChains(), false)); err != nil {
 		return nil, err
 	}
 	if m.six != nil {
-		if m.standsSix, foreignSix, err = m.six.survey(ctx, m.stale(ownChains(true), true)); err != nil {
+		if m.standsSix, foreignSix, err = m.six.survey(ctx, m.stale(ownChains(), true)); err != nil {
 			return nil, err
 		}
 	}
@@ -80,7 +81,7 @@ func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string
 		// Not the first install: to find out what is right takes 10 ms, to replace what is takes 60 on nft and 100 on legacy.
 		m.check(ctx, s)
 		for _, six := range m.families() {
-			for _, c := range ownChains(six) {
+			for _, c := range ownChains() {
 				key, at := printKey(c, six), m.standing(six)[c.name].jumps
 				_, right := m.good.chains[key]
 				m.fresh[key] = right && (len(at) == 0 || at[0].position == 1)
@@ -121,7 +122,10 @@ func (m *iptables) jumpsMissing(s surroundings) (layers []string) {
 }
 
 func (m *iptables) put(ctx context.Context, s surroundings) error {
-	if m.six != nil { // the other family has the guard's reset only
+	if m.six == nil && s.listen6.IsValid() {
+		return fmt.Errorf("install the IPv6 rules: %w", m.noSix)
+	}
+	if m.six != nil {
 		if err := m.six.restore(ctx, restoreText(m.stale(chainsFor(m.plan, s, true), true), m.standsSix)); err != nil {
 			return fmt.Errorf("install the IPv6 rules: %w", err)
 		}
@@ -135,8 +139,11 @@ func (m *iptables) put(ctx context.Context, s surroundings) error {
 
 // clean does what the Plan can do without.
 func (m *iptables) clean(ctx context.Context, s surroundings) {
-	if len(m.stands["GME-PRE"].jumps) == 0 && len(m.stale([]chain{{name: "GME-PRE"}}, false)) > 0 { // for some time pods were not redirected
-		if err := forgetEstablished(m.plan, s); err != nil {
+	for _, six := range m.families() {
+		if !m.plan.way(s, six).listen.IsValid() || len(m.standing(six)["GME-PRE"].jumps) > 0 || len(m.stale([]chain{{name: "GME-PRE"}}, six)) == 0 {
+			continue // else for some time pods were not redirected
+		}
+		if err := forgetEstablished(m.plan, s, six); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}
 	}
@@ -153,9 +160,12 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 	var readings []*reading
 	for _, six := range m.families() {
 		var unsure []chain
-		for _, c := range chainsFor(m.plan, s, six) {
-			key := printKey(c, six)
-			if right[key] = m.good.same(before, key); !right[key] {
+		chains := chainsFor(m.plan, s, six)
+		stands, err := m.xtables(six).glances(slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return !c.absent }))
+		for _, c := range chains {
+			key, g := printKey(c, six), stands[c.name]
+			gone := c.absent && err == nil && !g.exists && !g.odd && len(g.jumps) == 0 // which a look tells, and no command is run
+			if right[key] = gone || m.good.same(before, key); !right[key] {
 				unsure = append(unsure, c)
 			}
 		}
@@ -192,10 +202,12 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 		}
 	}
 	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
-	// Where another mode does the same instead it goes on translating, and they notice nothing.
+	// Where another mode redirects instead they notice nothing: conntrack goes on translating, by that mode's rules or (ebpf) by anybody's, as
+	// there are on any node with kube-proxy or a network that masquerades.
 	remove("nat")
-	if !instead || !p.dnats() {
+	if !instead || !p.redirects() {
 		resetConnections(netip.Addr{})
+		resetAllSix()
 	}
 	remove()
 	return errors.Join(errs...)
@@ -211,7 +223,8 @@ func iptablesText(p Plan, s surroundings, command string) string {
 		}
 		what, restore := "the way to the emulator", command+"-restore"
 		if six {
-			what, restore = "the guard of the other family", strings.Replace(command, "iptables", "ip6tables", 1)+"-restore"
+			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
+			restore = strings.Replace(command, "iptables", "ip6tables", 1) + "-restore"
 		}
 		var present []chain
 		for _, c := range chains {

@@ -375,10 +375,10 @@ func TestResetSocket(t *testing.T) {
 		if i < 0 {
 			return errors.New("the connection is not listed")
 		}
-		if err := resetSocket(sockets[i].ID); err != nil {
+		if err := resetSocket(unix.AF_INET, sockets[i].ID); err != nil {
 			return err
 		}
-		if err := resetSocket(sockets[i].ID); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESTALE) {
+		if err := resetSocket(unix.AF_INET, sockets[i].ID); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESTALE) {
 			return fmt.Errorf("reset again: %v, want ENOENT or ESTALE", err)
 		}
 		return nil

@@ -71,7 +71,7 @@ func removeLocal() error {
 		return err
 	}
 	// What pods have open here no packet of theirs comes to any more, now that the policy rules are gone.
-	resetAt(net.IP(metadataServer.Addr().AsSlice()).Equal)
+	resetAt(unix.AF_INET, net.IP(metadataServer.Addr().AsSlice()).Equal)
 	if err := netlink.RouteDel(have); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("ip route del %s: %w", localRouteText(), permission(err))
 	}

@@ -97,8 +97,11 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		}
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
-	if m.plan.dnats() && len(before[0].rules["prerouting"]) == 0 { // for some time pods were not redirected
-		if err := forgetEstablished(m.plan, s); err != nil {
+	for _, six := range []bool{false, true} {
+		if !m.plan.dnats() || !m.plan.way(s, six).listen.IsValid() || len(before.of(six).rules["prerouting"]) > 0 {
+			continue // else for some time pods were not redirected
+		}
+		if err := forgetEstablished(m.plan, s, six); err != nil {
 			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 		}
 	}
@@ -319,8 +322,9 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 			}
 		}
 	})
-	if !instead || !p.dnats() { // as removeIPTables does, and for its reason
+	if !instead || !p.redirects() { // as removeIPTables does, and for its reason
 		resetConnections(netip.Addr{})
+		resetAllSix()
 	}
 	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
 }
@@ -333,11 +337,15 @@ func nftablesText(p Plan, s surroundings) (string, error) {
 		if err != nil {
 			return "", err
 		}
+		what, family := "the way to the emulator", "ip"
+		if six {
+			what, family = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()], "ip6"
+		}
 		if len(chains) > 0 {
-			fmt.Fprintf(&b, "\n# the way to the emulator\nnft -f - <<'END'\n%sEND\n", nftText(chains, map[bool]string{false: "ip", true: "ip6"}[six]))
+			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nftText(chains, family))
 		}
 	}
-	return strings.Replace(b.String(), "# the way to the emulator\nnft -f - <<'END'\nadd table ip6", "# the guard of the other family\nnft -f - <<'END'\nadd table ip6", 1), nil
+	return b.String(), nil
 }
 
 func inode(info fs.FileInfo) (uint64, error) {

@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nftTable is the name of the one table that is ours, of family ip, and of family ip6 where something there is guarded. In mode nftables
-// with listen 169.254.169.252:988, the uplink eth0 and docker0 spared, nft list table prints
+// nftTable is the name of the one table that is ours, of family ip, and of family ip6 where something there is guarded or redirected
+// (H-24). In mode nftables with listen 169.254.169.252:988, the uplink eth0 and docker0 spared, nft list table prints
 //
 //	table ip gke-metadata-emulator {
 //		chain raw {
@@ -135,7 +135,11 @@ func toServer(a netip.AddrPort) nftPart {
 
 // originallyTo matches what was sent to the address before DNAT.
 func originallyTo(a netip.Addr) nftPart {
-	return nftPart{text: "ct original ip daddr " + a.String(), exprs: []expr.Any{&expr.Ct{Key: expr.CtKeyDST, Register: 1}, equals(a.AsSlice())}}
+	word := "ip"
+	if a.Is6() {
+		word = "ip6"
+	}
+	return nftPart{text: fmt.Sprintf("ct original %s daddr %s", word, a), exprs: []expr.Any{&expr.Ct{Key: expr.CtKeyDST, Register: 1}, equals(a.AsSlice())}}
 }
 
 // ofCgroup matches what sockets of a cgroup send. The rule holds the number of the cgroup: one that is made anew has another.
@@ -165,11 +169,15 @@ func reset() nftPart {
 
 // dnat counts, so that an operator sees whether anybody asks.
 func dnat(to netip.AddrPort) nftPart {
+	family := uint32(unix.NFPROTO_IPV4)
+	if to.Addr().Is6() {
+		family = unix.NFPROTO_IPV6
+	}
 	return nftPart{text: "counter dnat to " + to.String(), exprs: []expr.Any{
 		&expr.Counter{},
 		&expr.Immediate{Register: 1, Data: to.Addr().AsSlice()},
 		&expr.Immediate{Register: 2, Data: binary.BigEndian.AppendUint16(nil, to.Port())},
-		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegProtoMin: 2},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: family, RegAddrMin: 1, RegProtoMin: 2},
 	}}
 }
 
@@ -180,13 +188,14 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 		forward.rules = append(forward.rules, rule(byInterface(name), leave()))
 	}
 	guarded := false
-	for _, a := range resetServers(p) {
+	w := p.way(s, six)
+	for _, a := range resetServers(p, s) {
 		if a.Addr().Is6() == six {
 			guarded = true
 			forward.rules = append(forward.rules, rule(toServer(a), reset()))
 		}
 	}
-	if six && (p.dnats() || p.Listen.Addr().Is4()) {
+	if six && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
 		if guarded {
 			chains = append(chains, forward)
 		}
@@ -198,10 +207,10 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
 	// two doors, each of which holds alone.
-	raw.rules = []nftRule{rule(notLoopback(), toServer(p.Listen), drop())}
+	raw.rules = []nftRule{rule(notLoopback(), toServer(w.listen), drop())}
 	input.rules = []nftRule{
-		rule(toServer(p.Listen), originallyTo(metadataServer.Addr()), accept()),
-		rule(notLoopback(), toServer(p.Listen), drop()),
+		rule(toServer(w.listen), originallyTo(w.server.Addr()), accept()),
+		rule(notLoopback(), toServer(w.listen), drop()),
 	}
 	chains = []nftChain{raw, forward, input}
 	if s.hostPods {
@@ -213,14 +222,14 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 			}
 			output.rules = append(output.rules, rule(of, leave()))
 		}
-		output.rules = append(output.rules, rule(toServer(metadataServer), dnat(p.Listen)))
+		output.rules = append(output.rules, rule(toServer(w.server), dnat(w.listen)))
 		chains = append(chains, output)
 	}
 	prerouting := nftChain{name: "prerouting", kind: "nat", hook: "prerouting", priority: priorityDestNAT}
 	for _, name := range spared(p, s) {
 		prerouting.rules = append(prerouting.rules, rule(byInterface(name), leave()))
 	}
-	prerouting.rules = append(prerouting.rules, rule(toServer(metadataServer), dnat(p.Listen)))
+	prerouting.rules = append(prerouting.rules, rule(toServer(w.server), dnat(w.listen)))
 	return append(chains, prerouting), nil
 }
 
@@ -266,8 +275,11 @@ func environmentText(p Plan) string {
 
 // resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata server's other doors (H-25, H-26). DNS
 // on 53 passes.
-func resetServers(p Plan) []netip.AddrPort {
+func resetServers(p Plan, s surroundings) []netip.AddrPort {
 	servers := []netip.AddrPort{metadataServer, netip.AddrPortFrom(metadataServer.Addr(), 443), netip.AddrPortFrom(metadataServer.Addr(), 8080)}
+	if s.listen6.IsValid() {
+		servers = append(servers, metadataServer6, netip.AddrPortFrom(metadataServer6.Addr(), 443), netip.AddrPortFrom(metadataServer6.Addr(), 8080))
+	}
 	servers = append(servers, p.Guard...)
 	slices.SortFunc(servers, netip.AddrPort.Compare)
 	return slices.Compact(servers)

@@ -51,7 +51,7 @@ func (m *iptables) print() print {
 func (m *iptables) changed() bool {
 	var keys []string
 	for _, six := range m.families() {
-		for _, c := range ownChains(six) {
+		for _, c := range ownChains() {
 			keys = append(keys, printKey(c, six))
 		}
 	}
@@ -81,7 +81,7 @@ func nftPrint(m *iptables, chains map[string]string) (uint32, error) {
 		return 0, err
 	}
 	for _, six := range m.families() {
-		for _, c := range ownChains(six) {
+		for _, c := range ownChains() {
 			if chains[printKey(c, six)], err = nftHandles(c, six); err != nil {
 				return 0, err
 			}
@@ -97,6 +97,9 @@ func nftHandles(c chain, six bool) (string, error) {
 	table, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, family, nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(c.table)))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return "", err
+	}
+	if len(table) == 0 {
+		return "", nil
 	}
 	for _, t := range table {
 		fmt.Fprintf(&text, "%x", attribute(t, nftaTableHandle))
@@ -122,7 +125,7 @@ func legacyPrint(m *iptables, chains map[string]string) error {
 			return err
 		}
 		tables := map[string]string{}
-		for _, c := range ownChains(six) {
+		for _, c := range ownChains() {
 			if _, asked := tables[c.table]; !asked && legacyTable(c.table, six) {
 				var info tableInfo
 				if info, err = legacyTableInfo(s, level, c.table); err != nil {
@@ -130,9 +133,7 @@ func legacyPrint(m *iptables, chains map[string]string) error {
 				}
 				tables[c.table] = fmt.Sprint(info.HookEntry, info.Underflow, info.Entries, info.Size)
 			}
-			if text, ok := tables[c.table]; ok {
-				chains[printKey(c, six)] = text
-			}
+			chains[printKey(c, six)] = tables[c.table] // "" is a table that is not there: nothing of ours is in it
 		}
 		_ = unix.Close(s)
 		if err != nil {

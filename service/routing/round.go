@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -125,7 +126,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			return nil, err
 		}
 	}
-	w.router.cloud = state.CloudServer
+	w.router.remember(state)
 	p := w.router.plan
 	read := all || w.unread
 	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
@@ -198,7 +199,7 @@ func (w *watcher) follow(state State) error {
 		return err
 	}
 	if p.Listen.IsValid() {
-		w.listen.Store(p.Listen.Addr())
+		w.listen.Store([]netip.Addr{p.Listen.Addr(), p.Listen6.Addr()})
 	}
 	return nil
 }
@@ -293,7 +294,7 @@ func texts(errs []error) (all []string) {
 }
 
 func (s surroundings) equal(o surroundings) bool {
-	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods && s.six == o.six
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods && s.six == o.six && s.listen6 == o.listen6
 }
 
 // askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and the network may have changed.

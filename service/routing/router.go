@@ -17,6 +17,7 @@ type router struct {
 	plan        Plan
 	hostCgroups []string
 	cloud       CloudServer // as State has it
+	sixRefused  string      // why IPv6 cannot be redirected, which was found out
 }
 
 func (r *router) Install(ctx context.Context) error {
@@ -57,7 +58,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		if n.mode != nil {
 			state.Command = n.command()
-			state.HostNetwork = n.hostWhy
+			state.HostNetwork, state.IPv6 = n.hostWhy, n.whyNot6
 		}
 		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
 			why = &repair{causes: map[string]string{}}
@@ -77,7 +78,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		return n, r.readBack(state, err)
 	}
-	if err := r.put(ctx, n); err != nil {
+	err = r.putSix(ctx, n)
+	if state.IPv6 = n.whyNot6; err != nil {
 		return n, r.readBack(state, err)
 	}
 	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
@@ -91,7 +93,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
-			if err := forgetServed(r.plan); err != nil {
+			if err := forgetServed(r.plan, n.surroundings, was.dnats() && r.plan.redirects()); err != nil {
 				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
 			}
 		}
@@ -155,6 +157,9 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 	} else if why == nil {
 		r.plan.Log.WithField("listen", listen).Info("the listen address is not this node's own: requests are forwarded there")
 	}
+	if why == nil {
+		r.surveySix(n)
+	}
 	return n, flushed, foreign
 }
 
@@ -194,7 +199,7 @@ func (r *router) putAgain(ctx context.Context, n *node) error {
 }
 
 func (r *router) putClosed(s surroundings) error {
-	return errors.Join(installAddress(r.plan), installGuard(r.plan, s)) // closed, whatever else is not to be had
+	return errors.Join(installAddress(r.plan), installGuard(r.plan, s), installListenRoute(s.listen6.Addr())) // closed, whatever else is not to be had
 }
 
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
@@ -224,7 +229,7 @@ func (r *router) Check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.cloud = state.CloudServer
+	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
 		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
@@ -255,7 +260,7 @@ func (r *router) Remove(ctx context.Context) error {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{})))
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{}), removeListenRoutes(netip.Addr{})))
 }
 
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
@@ -284,6 +289,9 @@ func (r *router) look(say bool) (s surroundings, err error) {
 		}
 	}
 	s.six = reachesSix()
+	if s.listen6, s.whyNot6 = r.sixAround(); s.whyNot6 != "" && say {
+		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
+	}
 	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
 	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && r.plan.Mode != ModeObserve {
 		s.slices = nil // whichever comes and goes
@@ -302,6 +310,9 @@ func (r *router) state(desired string) (before, now State) {
 	if !p.Closed && p.Listen.IsValid() {
 		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
 		s.Link, s.Force = p.Link, p.Force
+		if p.Listen6.IsValid() {
+			s.Listen6 = p.Listen6.String()
+		}
 	}
 	old, err := ReadState(p.RunDir)
 	if err != nil {
@@ -309,7 +320,7 @@ func (r *router) state(desired string) (before, now State) {
 	}
 	s.Installs, s.Repairs, s.CloudServer = old.Installs, old.Repairs, old.CloudServer
 	if old.Desired == desired {
-		s.Since, s.HostNetwork = old.Since, old.HostNetwork
+		s.Since, s.HostNetwork, s.IPv6 = old.Since, old.HostNetwork, old.IPv6
 	}
 	if s.Mode == ModeObserve {
 		s.Observed = old.Observed

@@ -3,8 +3,9 @@
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is missing (Check) and takes it
 // away without a trace (Remove). Install converges from any earlier state and can be repeated while the emulator serves; Check
 // changes nothing; Remove needs no memory of an Install. All modes own policy rules at preferences 97 to 99 that are marked proto kernel,
-// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, loopback
-// one route in table 988, and ebpf and observe programs pinned below /sys/fs/bpf/gke-metadata-emulator; and nothing else.
+// and an address labelled lo:gme; mode iptables chains named GME-*, the others a table gke-metadata-emulator of nf_tables, where IPv6
+// is served a local route marked proto 252, loopback one route in table 988, and ebpf and observe programs pinned below
+// /sys/fs/bpf/gke-metadata-emulator; and nothing else.
 package routing
 
 import (
@@ -63,6 +64,7 @@ type Plan struct {
 	Mode              string
 	Reason            string           // why auto came to the Mode; "" = it was asked for
 	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
+	Listen6           netip.AddrPort   // modes iptables and nftables: where it listens for what is sent to [fd20:ce::254]:80; invalid: nowhere
 	Uplinks           []string         // interfaces that are not the pods'; none: found out. A trailing + stands for any ending
 	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0
 	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
@@ -136,7 +138,7 @@ func (p Plan) checked() (Plan, error) {
 	if !slices.Contains(modes, p.Mode) {
 		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, strings.Join(modes, ", "))
 	}
-	errs = append(errs, checkListen(p.Mode, p.Listen))
+	errs = append(errs, checkListen(p.Mode, p.Listen), checkListen6(p))
 	if !p.redirects() && p.InterceptHostPods == "on" {
 		errs = append(errs, fmt.Errorf("interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off", p.Mode))
 	}

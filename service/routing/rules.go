@@ -32,6 +32,8 @@ const comment = "gke-metadata-emulator"
 //	-A GME-PRE -i docker0 -j RETURN
 //	-A GME-PRE -i eth0 -j RETURN
 //	-A GME-PRE -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988
+//
+// Where IPv6 is served (H-24) ip6tables -S prints the same with fd20:ce::252 and fd20:ce::254.
 type chain struct {
 	table, base, name string
 	rules             []string // as iptables -S prints them, without -A and the chain
@@ -41,15 +43,11 @@ type chain struct {
 // jump is what stands at position 1 of the base chain.
 func (c chain) jump() string { return "-m comment --comment " + comment + " -j " + c.name }
 
-// ownChains are all chains that any Plan can have made, in the order in which they are put up: closed before open. Removing goes
-// the other way round.
-func ownChains(six bool) []chain {
-	forward := chain{table: "filter", base: "FORWARD", name: "GME-FWD", absent: true}
-	if six {
-		return []chain{forward} // the emulator serves IPv4; only the guard has both families
-	}
+// ownChains are all chains that any Plan can have made in either family, in the order in which they are put up: closed before open.
+// Removing goes the other way round.
+func ownChains() []chain {
 	return []chain{
-		forward,
+		{table: "filter", base: "FORWARD", name: "GME-FWD", absent: true},
 		{table: "filter", base: "INPUT", name: "GME-IN", absent: true},
 		{table: "raw", base: "PREROUTING", name: "GME-RAW", absent: true},
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
@@ -57,39 +55,40 @@ func ownChains(six bool) []chain {
 	}
 }
 
-// chainsFor is the Plan as chains of one family.
+// chainsFor is the Plan as chains of one family. IPv6 has the guard's alone where nothing is redirected there.
 func chainsFor(p Plan, s surroundings, six bool) []chain {
-	chains := ownChains(six)
+	chains, w := ownChains(), p.way(s, six)
 	for i := range chains {
 		c := &chains[i]
-		switch c.name {
-		case "GME-FWD":
-			if !six || s.six {
-				c.rules = forwardRules(p, six)
+		switch {
+		case c.name == "GME-FWD":
+			if !six || s.six || w.listen.IsValid() {
+				c.rules = forwardRules(p, w, six)
 			}
-		case "GME-IN":
+		case !w.listen.IsValid():
+		case c.name == "GME-IN":
 			// only what was redirected, never what was sent here directly.
 			c.rules = []string{
-				to(p.Listen) + " -m conntrack --ctorigdst " + metadataServer.Addr().String() + " -j ACCEPT",
-				notLocal(p.Listen) + " -j DROP",
+				to(w.listen) + " -m conntrack --ctorigdst " + w.server.Addr().String() + " -j ACCEPT",
+				notLocal(w.listen) + " -j DROP",
 			}
-		case "GME-RAW":
+		case c.name == "GME-RAW":
 			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
-			c.rules = []string{notLocal(p.Listen) + " -j DROP"}
-		case "GME-OUT":
+			c.rules = []string{notLocal(w.listen) + " -j DROP"}
+		case c.name == "GME-OUT":
 			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
 			// (no cgroup v2: R-22) there is no such chain.
 			if s.hostPods {
 				for _, slice := range s.slices {
 					c.rules = append(c.rules, "-m cgroup --path "+slice+" -j RETURN")
 				}
-				c.rules = append(c.rules, redirect(p.Listen))
+				c.rules = append(c.rules, w.redirect())
 			}
-		case "GME-PRE":
+		case c.name == "GME-PRE":
 			for _, name := range spared(p, s) {
 				c.rules = append(c.rules, "-i "+name+" -j RETURN")
 			}
-			c.rules = append(c.rules, redirect(p.Listen))
+			c.rules = append(c.rules, w.redirect())
 		}
 		c.absent = len(c.rules) == 0
 	}
@@ -98,21 +97,22 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 
 // forwardRules let redirected packets through to an emulator that lives in another namespace, container or machine of the node,
 // and back; and reset what still talks to a real metadata server (R-08: connections that were opened before).
-func forwardRules(p Plan, six bool) (rules []string) {
+func forwardRules(p Plan, w way, six bool) (rules []string) {
 	for _, name := range p.Spare {
 		rules = append(rules, "-i "+name+" -j RETURN")
 	}
 	ports := map[netip.Addr][]uint16{}
-	if !six {
-		l := netip.PrefixFrom(p.Listen.Addr(), 32)
+	guard := p.Guard
+	if w.listen.IsValid() {
 		rules = append(rules,
-			to(p.Listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
-			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", l, p.Listen.Port()))
+			to(w.listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
+			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", single(w.listen), w.listen.Port()))
 		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
-		ports[metadataServer.Addr()] = []uint16{80, 443, 8080}
+		ports[w.server.Addr()] = []uint16{80, 443, 8080}
+		guard = append([]netip.AddrPort{w.server}, guard...)
 	}
 	var order []netip.Addr
-	for _, g := range append([]netip.AddrPort{metadataServer}, p.Guard...) {
+	for _, g := range guard {
 		if g.Addr().Is6() != six {
 			continue
 		}
@@ -136,16 +136,19 @@ func forwardRules(p Plan, six bool) (rules []string) {
 	return rules
 }
 
+// single is the prefix of one address.
+func single(l netip.AddrPort) netip.Prefix { return netip.PrefixFrom(l.Addr(), l.Addr().BitLen()) }
+
 func to(l netip.AddrPort) string {
-	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", netip.PrefixFrom(l.Addr(), 32), l.Port())
+	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", single(l), l.Port())
 }
 
 func notLocal(l netip.AddrPort) string {
-	return fmt.Sprintf("-d %s ! -i lo -p tcp -m tcp --dport %d", netip.PrefixFrom(l.Addr(), 32), l.Port())
+	return fmt.Sprintf("-d %s ! -i lo -p tcp -m tcp --dport %d", single(l), l.Port())
 }
 
-func redirect(l netip.AddrPort) string {
-	return to(metadataServer) + " -j DNAT --to-destination " + l.String()
+func (w way) redirect() string {
+	return to(w.server) + " -j DNAT --to-destination " + w.listen.String()
 }
 
 // spared are the interfaces from which no pod of this node speaks.

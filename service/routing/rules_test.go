@@ -37,6 +37,11 @@ func TestShownText(t *testing.T) {
 		},
 		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
 			surroundings{uplinks: []string{"bond0", "eth0"}, six: true}},
+		"ipv6": {
+			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), Spare: []string{"docker0"},
+				Guard: append(DefaultGuard(), metadataServer6), InterceptHostPods: "on"},
+			surroundings{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
+		},
 		"closed": {Plan{Closed: true}, surroundings{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -166,6 +171,7 @@ func TestNewRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	listen := func(s string) func(*Plan) { return func(p *Plan) { p.Listen = netip.MustParseAddrPort(s) } }
+	listen6 := func(s string) func(*Plan) { return func(p *Plan) { p.Listen6 = netip.MustParseAddrPort(s) } }
 	for _, c := range []struct {
 		name   string
 		change func(*Plan)
@@ -179,6 +185,13 @@ func TestNewRefuses(t *testing.T) {
 		{"every address", listen("0.0.0.0:988"), "cannot redirect to every address"},
 		{"loopback, R-04", listen("127.0.0.1:988"), "127.0.0.0/8"},
 		{"IPv6", listen("[fd20:ce::254]:80"), "IPv4"},
+		{"IPv6 in another mode", func(p *Plan) { p.Mode, p.Listen6 = ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988") }, "mode ebpf serves IPv4 alone"},
+		{"IPv4 for IPv6", listen6("169.254.169.252:988"), "an IPv6 address and a port are needed"},
+		{"no port for IPv6", listen6("[fd20:ce::252]:0"), "an IPv6 address and a port are needed"},
+		{"a link's own", listen6("[fe80::1]:988"), "a unicast address that reaches beyond a link"},
+		{"loopback for IPv6", listen6("[::1]:988"), "a unicast address that reaches beyond a link"},
+		{"every IPv6 address", listen6("[::]:988"), "a unicast address that reaches beyond a link"},
+		{"the real server's for IPv6", listen6("[fd20:ce::254]:80"), "cannot be redirected to a metadata server"},
 		{"the real server's", listen("169.254.169.254:80"), "cannot be redirected there"},
 		{"multicast", listen("224.0.0.1:80"), "cannot be redirected there"},
 		{"host pods", func(p *Plan) { p.InterceptHostPods = "yes" }, `interceptHostPods "yes"`},

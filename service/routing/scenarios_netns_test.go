@@ -198,18 +198,20 @@ func TestHostPods(t *testing.T) {
 				}
 			})
 		}
-		askFrom := func(cgroup string) string {
+		sixBed(b)
+		askAt := func(cgroup, at string) string {
 			t.Helper()
 			dir, err := os.Open(filepath.Join(root, cgroup))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer dir.Close()
-			cmd := b.play("ask", "169.254.169.254:80", b.self())
+			cmd := b.play("ask", at, b.self())
 			cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
 			out, _ := cmd.Output()
 			return string(out)
 		}
+		askFrom := func(cgroup string) string { t.Helper(); return askAt(cgroup, "169.254.169.254:80") }
 		b.plan.InterceptHostPods = "on"
 		r := b.router(b.plan).(*router)
 		r.hostCgroups = []string{slice, filepath.Join(own, "user.slice")} // the second does not exist
@@ -227,6 +229,11 @@ func TestHostPods(t *testing.T) {
 		}
 		if got := askFrom(slice); got != cloud {
 			t.Errorf("a daemon of the node was answered by %q", got)
+		}
+		for cgroup, want := range map[string]string{pods: emulator, slice: cloud} {
+			if got := askAt(cgroup, "[fd20:ce::254]:80"); got != want {
+				t.Errorf("by IPv6 %s was answered by %q, want %q", cgroup, got, want)
+			}
 		}
 		if strings.Contains(b.sh("ip route"), "169.254.169.254") {
 			t.Error("the node has a default route, and was given one more to the metadata server")

@@ -34,6 +34,9 @@ func text(p Plan, s surroundings, command string) (string, error) {
 	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && a.IsLinkLocalUnicast() {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n", addressText(p.Listen.Addr()))
 	}
+	if a := s.listen6.Addr(); network6.Contains(a) {
+		fmt.Fprintf(&b, "# its IPv6 address, unless the node has it already\nip -6 route add %s\n\n", listenRouteText(a))
+	}
 	for i, r := range guardRules(p, s) {
 		if i == 0 {
 			b.WriteString("# the guard that survives a flush of the firewall\n")

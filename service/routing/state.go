@@ -31,6 +31,7 @@ type State struct {
 	Reason   string           `json:"reason,omitempty"`  // why mode auto came to it
 	Command  string           `json:"command,omitempty"` // the iptables command that was used
 	Listen   string           `json:"listen,omitempty"`  // address:port
+	Listen6  string           `json:"listen6,omitempty"` // as configured, whether or not IPv6 says why it is not served
 	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
 	Spare    []string         `json:"spare,omitempty"`
 	HostPods string           `json:"interceptHostPods,omitempty"`
@@ -40,6 +41,8 @@ type State struct {
 
 	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
 	HostNetwork string      `json:"hostNetworkPods,omitempty"`    // what becomes of pods on the host network, and why, for people
+
+	IPv6 string `json:"ipv6,omitempty"` // why requests by IPv6 are not redirected though Listen6 is set
 
 	Observed []Observation `json:"observed,omitempty"` // of mode observe, as of Standing.Time; no more than publishedAtMost
 
@@ -94,7 +97,7 @@ func (s *State) count(r *repair) {
 
 // wants reports whether s and o desire the same.
 func (s State) wants(o State) bool {
-	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) && slices.Equal(s.Guard, o.Guard)
 }
 

@@ -50,7 +50,7 @@ type Watch struct {
 type watcher struct {
 	Watch
 	events          *events
-	listen          atomic.Value // netip.Addr, for the readers of events
+	listen          atomic.Value // []netip.Addr, for the readers of events
 	repairs, checks *rate.Limiter
 
 	pending   causes
@@ -88,9 +88,9 @@ func (o Watch) Run(ctx context.Context) (err error) {
 		w.burst = burst
 	}
 	w.repairs, w.checks = rate.NewLimiter(rate.Every(refill), w.burst), rate.NewLimiter(rate.Every(refill), w.burst)
-	w.listen.Store(metadataServer.Addr())
+	w.listen.Store([]netip.Addr{metadataServer.Addr()})
 	w.answers = make(chan string, 1)
-	if w.events, err = watchEvents(func() netip.Addr { return w.listen.Load().(netip.Addr) }); err != nil {
+	if w.events, err = watchEvents(func() []netip.Addr { return w.listen.Load().([]netip.Addr) }); err != nil {
 		return err
 	}
 	defer w.events.close()
@@ -216,6 +216,12 @@ func (s State) plan(base Plan) (Plan, error) {
 	var err error
 	if p.Listen, err = netip.ParseAddrPort(s.Listen); err != nil {
 		return p, fmt.Errorf("routing state: listen: %w", err)
+	}
+	p.Listen6 = netip.AddrPort{}
+	if s.Listen6 != "" {
+		if p.Listen6, err = netip.ParseAddrPort(s.Listen6); err != nil {
+			return p, fmt.Errorf("routing state: listen6: %w", err)
+		}
 	}
 	return p, nil
 }

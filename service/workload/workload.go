@@ -16,6 +16,7 @@ func (s ServiceAccount) Subject() string {
 // comes from a request. It is comparable.
 type Caller struct {
 	PodUID, PodName string         // of a pod
+	HostNetwork     bool           // the pod is on the node's network
 	RuntimeClass    string         // the pod's; "" is the node's default
 	Unit            string         // of a process of the node: its systemd unit, else its cgroup
 	ServiceAccount  ServiceAccount // its namespace is the pod's too; without a name, the pod has none (a static pod)

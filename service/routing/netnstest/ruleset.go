@@ -109,7 +109,7 @@ func canonicalNFT(s string) string {
 
 var (
 	volatile = regexp.MustCompile(` (linkdown|tentative|dadfailed)\b| expires \d+sec| cache\b`)
-	derived  = regexp.MustCompile(`(?m)^(local|anycast|multicast) \S*:.*\n`)
+	derived  = regexp.MustCompile(`(?m)^(local|anycast|multicast) \S*:.* proto kernel .*\n`)
 )
 
 // steady drops from ip(8)'s text what changes by itself, and the IPv6 routes that the kernel derives, a little later, from addresses.

@@ -2,8 +2,11 @@ package netnstest
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+
+	"golang.org/x/sys/unix"
 )
 
 // TB is what Start needs of a *testing.T or *testing.B.
@@ -51,4 +54,23 @@ func Lacks(tb TB, reason error) {
 		tb.Fatal(reason)
 	}
 	tb.Skip(reason)
+}
+
+// MountBPF makes a bpf file system that is mounted nowhere and goes when the test is over; the path is good in other processes too.
+func MountBPF(tb TB) string {
+	tb.Helper()
+	fs, err := unix.Fsopen("bpf", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		Lacks(tb, fmt.Errorf("bpf file system: %w", err))
+	}
+	defer func() { _ = unix.Close(fs) }()
+	if err := unix.FsconfigCreate(fs); err != nil {
+		tb.Fatal(err)
+	}
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = unix.Close(mount) })
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), mount)
 }

@@ -1,0 +1,312 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// sixBed is a bed that serves IPv6 too.
+func sixBed(b *bed) {
+	b.t.Helper()
+	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+	b.plan.Guard = append(DefaultGuard(), metadataServer6)
+	b.serveAnywhere(b.plan.Listen6.String())
+}
+
+// serveAnywhere answers at an address that the node has not yet.
+func (b *bed) serveAnywhere(at string) {
+	b.t.Helper()
+	b.sh("sysctl -qw net.ipv6.ip_nonlocal_bind=1")
+	b.serve(b.NS, at, emulator)
+	b.sh("sysctl -qw net.ipv6.ip_nonlocal_bind=0")
+}
+
+// TestSixStory is a node's life where IPv6 is served (H-24), in both modes and on both backends: install, a request arrives, the neighbour
+// is kept out, others flush, nothing leaks, check names what is missing, the watcher repairs, remove leaves no trace.
+func TestSixStory(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		routed, err := b.AddRoutedPod("routed")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sixBed(b)
+		before := b.ruleset()
+		b.answers(b.pod, "[fd20:ce::254]:80", cloud) // the bed would show a leak
+		ctx, cancel := context.WithTimeout(t.Context(), long)
+		defer cancel()
+		open, err := b.pod.Dial(ctx, "tcp", "[fd20:ce::254]:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer open.Close()
+		b.install(b.plan)
+		b.green(b.plan)
+		first := b.ruleset()
+		if b.plan.Mode == ModeNFTables {
+			golden(t, "nft/ipv6.nft", b.sh("nft list table ip6 gke-metadata-emulator"))
+		}
+		if got, err := talk(open, long); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("on a connection from before %q answered (%v)", got, err)
+		}
+		served := func() {
+			t.Helper()
+			b.answers(b.pod, "[fd20:ce::254]:80", emulator)
+			b.answers(routed, "[fd20:ce::254]:80", emulator)
+			b.answers(b.pod, "169.254.169.254:80", emulator)
+			b.answers(b.NS, "[fd20:ce::254]:80", cloud) // the node's own daemons do not notice
+			b.answers(b.pod, "[fd00:ec2::254]:80", "")
+			b.answers(b.pod, "[fd20:ce::252]:988", "") // not directly
+		}
+		served()
+		b.install(b.plan)
+		b.same("second install", sorted(b.ruleset()), sorted(first))
+
+		// a neighbour that takes the node for a router is served by neither address, nor by either door alone.
+		b.neighbourRoutes("fd20:ce::254", "fd20:ce::252")
+		outside := func(what string) {
+			t.Helper()
+			for _, at := range []string{"[fd20:ce::254]:80", "[fd20:ce::252]:988"} {
+				if got, _ := ask(b.neighbour, at, short); got == emulator {
+					t.Errorf("%s: the neighbour was served at %s", what, at)
+				}
+			}
+		}
+		outside("all stands")
+
+		w := b.watch(b.plan, time.Hour)
+		for _, c := range []struct {
+			name, xtables, nft string
+			want               []string // what Check names
+		}{
+			{"filter", "ip6tables -F", "nft flush chain ip6 gke-metadata-emulator input", nil},
+			{"raw", "ip6tables -t raw -F", "nft flush chain ip6 gke-metadata-emulator raw", nil},
+			{"nat", "ip6tables -t nat -F", "nft flush chain ip6 gke-metadata-emulator prerouting", nil},
+			{"all", "for t in filter raw nat; do ip6tables -t $t -F; done", "nft delete table ip6 gke-metadata-emulator", nil},
+			{"address", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", []string{
+				"ip -6 route: local fd20:ce::252 dev lo table local protocol 252"}},
+			{"guard", "ip -6 rule del pref 98; ip -6 rule del pref 98", "ip -6 rule del pref 98; ip -6 rule del pref 98", []string{
+				"ip rule: pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip rule: pref 98 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel"}},
+		} {
+			flush := c.xtables
+			if b.plan.Mode == ModeNFTables {
+				flush = c.nft
+			}
+			w.end()
+			b.sh(flush)
+			var got []string
+			for _, f := range faults(t, b.check(b.plan)) {
+				got = append(got, strings.TrimPrefix(f, "missing: "))
+			}
+			if len(got) == 0 || c.want != nil && !slices.Equal(got, c.want) {
+				t.Errorf("%s: check named\n%s\nwant\n%s", c.name, strings.Join(got, "\n"), strings.Join(c.want, "\n"))
+			}
+			if got, err := ask(b.pod, "[fd20:ce::254]:80", short); got == cloud {
+				t.Errorf("%s: the real server answered (%v)", c.name, err)
+			}
+			if c.name != "all" { // with both doors
+				outside(c.name)
+			}
+			w = b.watch(b.plan, time.Hour) // finds it when it starts
+			w.until("a repair of "+c.name, func() bool { return b.stands(b.plan) && w.state().Standing.Good })
+			b.same("repair of "+c.name, sorted(b.ruleset()), sorted(first))
+			served()
+			said := len(w.repaired())
+			if !strings.HasSuffix(b.plan.Binary, "legacy") {
+				b.sh(flush) // and when it runs
+				w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
+			}
+		}
+		w.end()
+		if s := w.state(); s.Listen6 != b.plan.Listen6.String() || s.IPv6 != "" {
+			t.Errorf("state: %q %q", s.Listen6, s.IPv6)
+		}
+		off := b.plan
+		off.Listen6 = netip.AddrPort{}
+		b.install(off)
+		b.green(off)
+		if s := b.ruleset(); strings.Contains(s, "fd20:ce::252") {
+			t.Errorf("left of listen6:\n%s", s)
+		}
+		b.answers(b.pod, "169.254.169.254:80", emulator)
+		b.install(b.plan)
+		served()
+		b.remove(off)
+		b.same("remove", sorted(b.ruleset()), sorted(before))
+		b.answers(b.pod, "[fd20:ce::254]:80", cloud)
+	})
+}
+
+func (b *bed) neighbourRoutes(to ...string) {
+	b.t.Helper()
+	for _, a := range to {
+		if out, err := b.neighbour.Command(b.t.Context(), "ip", "-6", "route", "add", a, "via", b.Six.String()).CombinedOutput(); err != nil {
+			b.t.Fatalf("%v: %s", err, out)
+		}
+	}
+}
+
+// TestSixDoors: each of the two doors keeps a neighbour out by itself.
+func TestSixDoors(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		sixBed(b)
+		b.install(b.plan)
+		b.neighbourRoutes("fd20:ce::252")
+		for door, open := range map[string][2]string{
+			"input": {"ip6tables -t raw -F GME-RAW", "nft flush chain ip6 gke-metadata-emulator raw"},
+			"raw":   {"ip6tables -F GME-IN", "nft flush chain ip6 gke-metadata-emulator input"},
+		} {
+			b.install(b.plan)
+			b.sh(open[map[bool]int{true: 1}[b.plan.Mode == ModeNFTables]])
+			if got, _ := ask(b.neighbour, "[fd20:ce::252]:988", short); got != "" {
+				t.Errorf("the door %s alone: %s answered the neighbour", door, got)
+			}
+		}
+		b.sh(map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW", true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator raw"}[b.plan.Mode == ModeNFTables])
+		b.answers(b.neighbour, "[fd20:ce::252]:988", emulator) // the bed would show an open door
+	})
+}
+
+// TestSixShownText runs the shown commands by a shell, as TestNFTablesShownText does.
+func TestSixShownText(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		sixBed(b)
+		var shown string
+		if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
+			t.Fatal(err)
+		}
+		b.sh(shown)
+		byHand := b.ruleset()
+		b.answers(b.pod, "[fd20:ce::254]:80", emulator)
+		b.install(b.plan)
+		b.green(b.plan)
+		b.same("install after the shown text", sorted(b.ruleset()), sorted(byHand))
+	})
+}
+
+// TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the same, says why once, and Check is content.
+func TestSixNowhere(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+		b.plan.Guard = append(DefaultGuard(), metadataServer6)
+		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+		b.install(b.plan)
+		b.green(b.plan)
+		b.answers(b.pod, "169.254.169.254:80", emulator)
+		if s, err := ReadState(b.plan.RunDir); err != nil || s.IPv6 != noIPv6Here || !s.Standing.Good {
+			t.Errorf("%+v, %v", s, err)
+		}
+		w := b.watch(b.plan, time.Hour)
+		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=0")
+		w.until("IPv6 is served", func() bool {
+			s := w.state()
+			return s.IPv6 == "" && s.Standing.Good && b.stands(b.plan) && strings.Contains(b.ruleset(), "fd20:ce::252")
+		})
+		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+		w.until("it is not any more", func() bool { s := w.state(); return s.IPv6 == noIPv6Here && s.Standing.Good && b.stands(b.plan) })
+		b.answers(b.pod, "169.254.169.254:80", emulator)
+	})
+}
+
+// TestSixWithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has IPv4's rules and the guard.
+func TestSixWithoutTables(t *testing.T) {
+	for name, six := range map[string]string{
+		"no command": "",
+		"no nat":     "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho \"$text\" | exec ip6tables-nft-restore \"$@\"\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t, "iptables-nft")
+			dir := t.TempDir()
+			for _, command := range []string{"iptables-nft", "iptables-nft-restore", "ip6tables-nft"} {
+				path, err := exec.LookPath(command)
+				if err == nil && (six != "" || !strings.HasPrefix(command, "ip6")) {
+					err = os.Symlink(path, filepath.Join(dir, command))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if six != "" {
+				if err := os.WriteFile(filepath.Join(dir, "ip6tables-nft-restore"), []byte(six), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := b.ruleset()
+			b.plan.Binary = filepath.Join(dir, "iptables-nft")
+			sixBed(b)
+			b.install(b.plan)
+			b.green(b.plan)
+			b.answers(b.pod, "169.254.169.254:80", emulator)
+			b.answers(b.pod, "[fd20:ce::254]:80", "") // the guard
+			s, err := ReadState(b.plan.RunDir)
+			if err != nil || s.IPv6 == "" || !s.Standing.Good {
+				t.Errorf("%+v, %v", s, err)
+			}
+			t.Log(s.IPv6)
+			w := b.watch(b.plan, time.Hour)
+			if got := w.state(); !got.Standing.Good || got.Installs != s.Installs {
+				t.Errorf("the watcher tries again: %+v", got)
+			}
+			b.sh("ip rule del pref 98")
+			w.until("a repair", func() bool { return b.check(b.plan) == nil && w.state().Standing.Good })
+			if got := w.state(); got.IPv6 != s.IPv6 {
+				t.Errorf("%q became %q", s.IPv6, got.IPv6)
+			}
+			w.end()
+			b.remove(b.plan)
+			b.same("remove", b.ruleset(), before)
+		})
+	}
+}
+
+// TestSixRefused: where somebody else listens there, nothing is redirected to him.
+func TestSixRefused(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	sixBed(b)
+	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::253]:1988")
+	cmd := b.play("listen", "[::]:1988", b.copyOfSelf())
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = in.Close(); _ = cmd.Wait() }()
+	var word string
+	if _, err := fmt.Fscan(out, &word); err != nil {
+		t.Fatal(err)
+	}
+	b.install(b.plan)
+	b.green(b.plan)
+	b.answers(b.pod, "169.254.169.254:80", emulator)
+	if s, err := ReadState(b.plan.RunDir); err != nil || !strings.Contains(s.IPv6, "belongs to somebody else") {
+		t.Errorf("%q, %v", s.IPv6, err)
+	}
+	if s := b.ruleset(); strings.Contains(s, "fd20:ce::253") {
+		t.Errorf("%s", s)
+	}
+}
+
+// copyOfSelf is another program.
+func (b *bed) copyOfSelf() string {
+	b.t.Helper()
+	to := b.t.TempDir() + "/other"
+	if out, err := exec.Command("cp", b.self(), to).CombinedOutput(); err != nil {
+		b.t.Fatalf("%v: %s", err, out)
+	}
+	return to
+}
