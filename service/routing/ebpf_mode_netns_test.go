@@ -14,6 +14,7 @@ import (
 
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -274,4 +275,32 @@ func TestPortsAfterAnotherMode(t *testing.T) {
 	talks(40001, none.Listen)
 	b.install(b.plan)
 	talks(40001, metadataServer)
+}
+
+// What goes on by another mode is not forgotten before its end, and what goes elsewhere never.
+func TestServedFlows(t *testing.T) {
+	flow := func(to, by string, state uint8) *netlink.ConntrackFlow {
+		f := &netlink.ConntrackFlow{ProtoInfo: &netlink.ProtoInfoTCP{State: state}}
+		dst := netip.MustParseAddrPort(to)
+		f.Forward.Protocol, f.Forward.DstIP, f.Forward.DstPort, f.Reverse.SrcIP = unix.IPPROTO_TCP, dst.Addr().AsSlice(), dst.Port(), net.ParseIP(by)
+		return f
+	}
+	w := way{metadataServer, netip.MustParseAddrPort("169.254.169.252:988")}
+	for _, c := range []struct {
+		flow        *netlink.ConntrackFlow
+		picks, over bool
+	}{
+		{flow("169.254.169.254:80", "169.254.169.252", nl.TCP_CONNTRACK_ESTABLISHED), true, false},
+		{flow("169.254.169.254:80", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), true, true},
+		{flow("169.254.169.252:988", "169.254.169.252", nl.TCP_CONNTRACK_CLOSE), true, true},
+		{flow("169.254.169.254:80", "169.254.169.254", nl.TCP_CONNTRACK_TIME_WAIT), false, false}, // the cloud's
+		{flow("169.254.169.254:53", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), false, false},
+	} {
+		if got := (served{w, false}).MatchConntrackFlow(c.flow); got != c.picks {
+			t.Errorf("%v: %t", c.flow.Forward, got)
+		}
+		if got := (served{w, true}).MatchConntrackFlow(c.flow); got != c.over {
+			t.Errorf("%v, over: %t", c.flow.Forward, got)
+		}
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -49,29 +50,41 @@ func noConnections() bool {
 	return err == nil && strings.TrimSpace(string(n)) == "0"
 }
 
-// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them: all are over, but entries last for
-// two minutes. Where another mode has packets look otherwise, conntrack would give a new connection from the same port another port,
-// and at that one the kernel of the client knows no socket.
-func forgetServed(p Plan) error {
+// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
+// the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
+// that one the kernel of the client knows no socket. Those that goOn are left until they are over.
+func forgetServed(p Plan, s surroundings, goOn bool) error {
 	if noConnections() {
 		return nil
 	}
-	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, served{p.Listen}); err != nil {
-		return fmt.Errorf("forget connections to %s: %w", p.Listen, err)
+	for _, six := range []bool{false, true} {
+		if six && !s.listen6.IsValid() {
+			continue
+		}
+		f := served{p.way(s, six), goOn}
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+			return fmt.Errorf("forget connections to %s: %w", f.listen, err)
+		}
 	}
 	return nil
 }
 
 // served picks connections that go to the emulator, and those that were redirected there.
-type served struct{ at netip.AddrPort }
+type served struct {
+	way
+	over bool // only those that are
+}
 
 func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	addr, ok := netip.AddrFromSlice(flow.Forward.DstIP)
 	if !ok || flow.Forward.Protocol != unix.IPPROTO_TCP {
 		return false
 	}
+	if tcp, known := flow.ProtoInfo.(*netlink.ProtoInfoTCP); f.over && known && tcp.State < nl.TCP_CONNTRACK_LAST_ACK {
+		return false
+	}
 	to := netip.AddrPortFrom(addr.Unmap(), flow.Forward.DstPort)
-	return to == f.at || to == metadataServer && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
+	return to == f.listen || to == f.server && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
 }
 
 // notRedirected picks connections to the real metadata server.

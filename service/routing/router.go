@@ -93,7 +93,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
-			if err := forgetServed(r.plan); err != nil {
+			if err := forgetServed(r.plan, n.surroundings, was.dnats() && r.plan.redirects()); err != nil {
 				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
 			}
 		}
