@@ -254,23 +254,10 @@ func TestDoctorOfASickNode(t *testing.T) {
 		}, Warn, "not let through: kube-system/aws-node (7), kube-system/ebs (1)", "name it in passthrough, or set routing.interceptHostPods to off"},
 		{"passthrough", func(p *patient) { p.config.Passthrough = []string{"a/b"} }, OK, "redirected only where there is no server", ""},
 		{"passthrough", func(p *patient) {
-			p.config.Passthrough, p.config.Routing.InterceptHostPods = []string{"a/b"}, "on"
+			p.config.Passthrough, p.config.Routing.InterceptHostPods, p.status.Attestation.Kernel.Evidence = []string{"a/b"}, "on", attest.ByNamespace
 		}, Fail, "the kernel does not tell", "cgroup v2"},
 		{"passthrough", func(p *patient) {
-			p.config.Passthrough, p.config.Routing.InterceptHostPods, p.status.Attestation.Kernel.Evidence = []string{"a/b"}, "on", attest.ByCgroup
-		}, OK, "from the host network: 1", ""},
-		{"passthrough", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
-
-		{"passthrough", func(p *patient) { p.status.Unnamed = []Unnamed{{"kube-system/aws-node", 7}} }, OK, "no server to let them", ""},
-		{"passthrough", func(p *patient) {
-			p.cloud.err, p.status.Unnamed = nil, []Unnamed{{"kube-system/aws-node", 7}, {"kube-system/ebs", 1}}
-		}, Warn, "not let through: kube-system/aws-node (7), kube-system/ebs (1)", "name it in passthrough, or set routing.interceptHostPods to off"},
-		{"passthrough", func(p *patient) { p.config.Passthrough = []string{"a/b"} }, OK, "redirected only where there is no server", ""},
-		{"passthrough", func(p *patient) {
 			p.config.Passthrough, p.config.Routing.InterceptHostPods = []string{"a/b"}, "on"
-		}, Fail, "the kernel does not tell", "cgroup v2"},
-		{"passthrough", func(p *patient) {
-			p.config.Passthrough, p.config.Routing.InterceptHostPods, p.status.Attestation.Kernel.Evidence = []string{"a/b"}, "on", attest.ByCgroup
 		}, OK, "from the host network: 1", ""},
 		{"passthrough", func(p *patient) { p.status = nil }, Skip, "does not serve", ""},
 
