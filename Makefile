@@ -72,7 +72,7 @@ test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network nam
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
-	$(SUDO) env BED_ROOTFS="$(ROOTFS)" CI="$(CI)" packaging/bed/run
+	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
 
 test-vm: deps-vm bin/demo bin/bed $(VM_ROOTFS) ## the same in virtual machines, and what only a kernel of its own shows: OOM kills, limits, reboots
 	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=packaging/bed/vm BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
