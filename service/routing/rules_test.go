@@ -2,6 +2,7 @@ package routing
 
 import (
 	"flag"
+	"golang.org/x/sys/unix"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -252,14 +253,27 @@ func FuzzParseRule(f *testing.F) {
 	})
 }
 
-// FuzzParseProc: likewise for the lines of /proc/net/tcp.
-func FuzzParseProc(f *testing.F) {
-	for _, s := range []string{"FCA9FEA9:03DC", "00000000000000000000000000000000:03DC", "0100007F:", ":", "zz:0001"} {
+// FuzzParseSocket: likewise for the sockets that sock_diag lists.
+func FuzzParseSocket(f *testing.F) {
+	four := make([]byte, 72)
+	four[0], four[1] = unix.AF_INET, 10
+	copy(four[4:], []byte{3, 220, 0, 0, 169, 254, 169, 252})
+	copy(four[68:], []byte{210, 4, 0, 0})
+	six := slices.Clone(four)
+	six[0] = unix.AF_INET6
+	copy(six[8:], netip.MustParseAddr("fd20:ce::252").AsSlice())
+	for _, s := range [][]byte{four, six, make([]byte, 72), four[:71], nil} {
 		f.Add(s)
 	}
-	f.Fuzz(func(t *testing.T, s string) {
-		if a, err := parseProc(s); err == nil && !a.IsValid() {
-			t.Errorf("%q: invalid %v without an error", s, a)
+	if at, inode := parseSocket(four); at.String() != "169.254.169.252:988" || inode != "1234" {
+		f.Errorf("%v, %s", at, inode)
+	}
+	if at, _ := parseSocket(six); at.String() != "[fd20:ce::252]:988" {
+		f.Errorf("%v", at)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if at, inode := parseSocket(b); at.IsValid() != (inode != "") {
+			t.Errorf("%x: %v, %q", b, at, inode)
 		}
 	})
 }
