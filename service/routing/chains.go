@@ -4,12 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os/exec"
 	"slices"
 	"strings"
-
-	"github.com/google/nftables"
 )
 
 // survey looks at what leads to the chains: what stands of ours, by chain of ours, and as foreign who else uses our chains or redirects the
@@ -209,80 +205,6 @@ func (x *xtables) layer() string {
 // missing names the command and table in front of the rule, so that the text can be typed.
 func (x *xtables) missing(c chain, format string, args ...any) error {
 	return missing(x.layer(), "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
-}
-
-// removeChains removes our chains of the tables (none: all) and of both families from one backend.
-func removeChains(ctx context.Context, command string, tables ...string) error {
-	legacy := isLegacy(command)
-	var errs []error
-	for _, six := range []bool{false, true} {
-		x, err := openXtables(command, legacy, six)
-		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) { // the second where the command is a path
-			continue // who has no such command has no such rules
-		}
-		if err == nil {
-			err = x.removeAll(ctx, tables...)
-		}
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
-}
-
-// removeAll removes our chains of the tables (none: all), the redirecting ones first. Where nothing of ours stands no command is run.
-func (x *xtables) removeAll(ctx context.Context, tables ...string) (err error) {
-	for range 3 { // what was seen may have been flushed meanwhile
-		var foreign []error
-		if foreign, err = x.tryRemove(ctx, tables); err == nil {
-			return errors.Join(foreign...)
-		}
-	}
-	return err
-}
-
-func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign []error, err error) {
-	chains := ownChains()
-	if len(tables) > 0 {
-		chains = slices.DeleteFunc(chains, func(c chain) bool { return !slices.Contains(tables, c.table) })
-	}
-	slices.Reverse(chains)
-	stands, _, err := x.survey(ctx, chains)
-	if err != nil {
-		return nil, err
-	}
-	odd := slices.ContainsFunc(chains, func(c chain) bool { return stands[c.name].odd })
-	if x.legacy || odd {
-		err = x.restore(ctx, restoreText(chains, stands))
-	} else {
-		err = permission(removeNFT(chains, stands, x.six))
-	}
-	for _, c := range chains {
-		foreign = append(foreign, stands[c.name].foreign)
-	}
-	return foreign, err
-}
-
-// removeNFT removes chains of nf_tables, and the jumps to them by their handles, in one transaction: 5 ms, where iptables-restore takes 40,
-// since it has one transaction a table and each waits until nobody reads what the one before deleted.
-func removeNFT(chains []chain, stands map[string]glance, six bool) error {
-	c, something := &nftables.Conn{}, false
-	for _, own := range chains {
-		table := &nftables.Table{Name: own.table, Family: nftables.TableFamily(xtablesFamily(six))}
-		for _, j := range stands[own.name].jumps {
-			something = true
-			if err := c.DelRule(&nftables.Rule{Table: table, Chain: &nftables.Chain{Name: own.base}, Handle: j.handle}); err != nil {
-				return err
-			}
-		}
-		if stands[own.name].exists {
-			something = true
-			c.FlushChain(&nftables.Chain{Name: own.name, Table: table})
-			c.DelChain(&nftables.Chain{Name: own.name, Table: table})
-		}
-	}
-	if !something {
-		return nil
-	}
-	return c.Flush()
 }
 
 // jumps returns the jumps to a chain of ours that are ours, and whether somebody else jumps there too.

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -19,15 +20,20 @@ import (
 // Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
 // first, and all where nf_conntrack_tcp_loose is 0.
 
-// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected. Those
-// of this host itself are left alone unless pods on the host network are redirected too.
-func forgetEstablished(p Plan, s surroundings, six bool) error {
+// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected, in the
+// background: to walk through conntrack's table takes 10 ms, however few there are. Those of this host itself are left alone unless pods on
+// the host network are redirected too.
+func forgetEstablished(p Plan, s surroundings, six bool, background *sync.WaitGroup) {
 	if noConnections() {
-		return nil
+		return
+	}
+	failed := func(err error) {
+		p.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
 	}
 	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
-		return fmt.Errorf("list addresses: %w", err)
+		failed(fmt.Errorf("list addresses: %w", err))
+		return
 	}
 	f := notRedirected{way: p.way(s, six)}
 	if !s.hostPods {
@@ -38,10 +44,17 @@ func forgetEstablished(p Plan, s surroundings, six bool) error {
 			}
 		}
 	}
-	if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
-		return fmt.Errorf("forget connections to %s: %w", f.server, err)
+	conntrack, err := netlink.NewHandle(unix.NETLINK_NETFILTER) // of this thread's network namespace
+	if err != nil {
+		failed(err)
+		return
 	}
-	return nil
+	background.Go(func() {
+		defer closeLater(conntrack.Close)
+		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+			failed(fmt.Errorf("forget connections to %s: %w", f.server, err))
+		}
+	})
 }
 
 // noConnections says that conntrack knows of none: to walk through its empty table takes 10 ms.
@@ -57,12 +70,17 @@ func forgetServed(p Plan, s surroundings, goOn bool) error {
 	if noConnections() {
 		return nil
 	}
+	conntrack, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("forget connections: %w", err)
+	}
+	defer closeLater(conntrack.Close)
 	for _, six := range []bool{false, true} {
 		if six && !s.listen6.IsValid() {
 			continue
 		}
 		f := served{p.way(s, six), goOn}
-		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
 			return fmt.Errorf("forget connections to %s: %w", f.listen, err)
 		}
 	}

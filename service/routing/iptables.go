@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // iptables is mode iptables: DNAT by whichever backend the node uses.
@@ -22,6 +23,8 @@ type iptables struct {
 	standsSix map[string]glance
 	good      print           // of the chains that were as they should be when they were last read
 	fresh     map[string]bool // chains that still were at the survey, by printKey
+
+	background sync.WaitGroup // what put began and check waits for
 }
 
 // openIPTables looks for the commands. command is the one that Install chose: it is not chosen anew.
@@ -143,12 +146,10 @@ func (m *iptables) clean(ctx context.Context, s surroundings) {
 		if !m.plan.way(s, six).listen.IsValid() || len(m.standing(six)["GME-PRE"].jumps) > 0 || len(m.stale([]chain{{name: "GME-PRE"}}, six)) == 0 {
 			continue // else for some time pods were not redirected
 		}
-		if err := forgetEstablished(m.plan, s, six); err != nil {
-			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
-		}
+		forgetEstablished(m.plan, s, six, &m.background)
 	}
 	if m.other != "" { // where an earlier choice of the backend may have left something
-		if err := removeChains(ctx, m.other); err != nil {
+		if err := openRemoval(m.other).all(ctx); err != nil {
 			m.plan.Log.WithError(err).WithField("command", m.other).Warn("rules of ours may be left in the other iptables backend")
 		}
 	}
@@ -156,6 +157,7 @@ func (m *iptables) clean(ctx context.Context, s surroundings) {
 
 // check reads back the chains that are not known to be as they should be, and remembers in good those that are.
 func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
+	defer m.background.Wait()
 	before, right := m.print(), map[string]bool{}
 	var readings []*reading
 	for _, six := range m.families() {
@@ -194,22 +196,28 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 // removeIPTables removes our chains from both backends.
 func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 	use, other := backends(p)
+	removals := []*removal{openRemoval(use)}
+	if other != "" {
+		removals = append(removals, openRemoval(other))
+	}
 	var errs []error
-	remove := func(tables ...string) {
-		errs = append(errs, removeChains(ctx, use, tables...))
-		if other != "" {
-			errs = append(errs, removeChains(ctx, other, tables...))
+	step := func(part ...string) {
+		for _, r := range removals {
+			errs = append(errs, r.remove(ctx, part...))
 		}
 	}
 	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate what they are sent.
 	// Where another mode redirects instead they notice nothing: conntrack goes on translating, by that mode's rules or (ebpf) by anybody's, as
 	// there are on any node with kube-proxy or a network that masquerades.
-	remove("nat")
+	step("nat")
 	if !instead || !p.redirects() {
 		resetConnections(netip.Addr{})
 		resetAllSix()
 	}
-	remove()
+	step("filter", "raw")
+	for _, r := range removals {
+		r.close()
+	}
 	return errors.Join(errs...)
 }
 

@@ -3,7 +3,9 @@ package routing
 import (
 	"encoding/binary"
 	"errors"
+	"sync"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -56,7 +58,16 @@ func nftRules(family uint8, table, name string) (rules [][]byte, err error) {
 // askNFT sends one question to nf_tables and returns the answers of the wanted type.
 func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][]byte, error) {
 	return retryDump(func() ([][]byte, error) {
+		s, err := nl.Subscribe(unix.NETLINK_NETFILTER)
+		if err != nil {
+			return nil, err
+		}
+		defer closeLater(s.Close)
+		if err := s.SetReceiveTimeout(&nl.SocketTimeoutTv); err != nil {
+			return nil, err
+		}
 		req := nl.NewNetlinkRequest(subsysNFT|question, flags)
+		req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: s}}
 		req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
 		for _, a := range attrs {
 			req.AddData(a)
@@ -64,6 +75,25 @@ func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][
 		return req.Execute(unix.NETLINK_NETFILTER, uint16(subsysNFT|answer))
 	})
 }
+
+// transactions opens a connection to nf_tables for one transaction or several. Its end is closeTransactions.
+func transactions() (*nftables.Conn, error) { return nftables.New(nftables.AsLasting()) }
+
+func closeTransactions(c *nftables.Conn) { closeLater(func() { _ = c.CloseLasting() }) }
+
+// closeLater closes a socket of netfilter's behind the caller's back, in its turn. Until nf_tables has let go of what transactions
+// deleted, which takes 10 ms and more, the kernel holds whoever closes one, and with it the next transaction.
+func closeLater(closing func()) { closer() <- closing }
+
+var closer = sync.OnceValue(func() chan<- func() {
+	queue := make(chan func(), 128)
+	go func() {
+		for closing := range queue {
+			closing()
+		}
+	}()
+	return queue
+})
 
 // attribute finds one attribute of a netfilter message, nil if it is not there.
 func attribute(message []byte, kind uint16) []byte {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/google/nftables"
@@ -23,6 +24,8 @@ type nfTables struct {
 	plan  Plan
 	good  string // what stood when all was right; "": it is not known
 	since uint32 // the generation of nf_tables at which good was read
+
+	background sync.WaitGroup // what put began and check waits for
 }
 
 func (m *nfTables) command() string                  { return "" }
@@ -67,7 +70,11 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 	if err != nil {
 		return err
 	}
-	c := &nftables.Conn{}
+	c, err := transactions()
+	if err != nil {
+		return err
+	}
+	defer closeTransactions(c)
 	for _, six := range []bool{false, true} {
 		chains, err := nftChainsFor(m.plan, s, six)
 		if err != nil {
@@ -77,10 +84,12 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		if len(chains) == 0 && !before.of(six).exists {
 			continue
 		}
-		c.AddTable(t) // else it could not be deleted
-		c.DelTable(t)
-		if len(chains) > 0 {
-			c.AddTable(t)
+		c.AddTable(t)
+		if before.of(six).exists {
+			c.DelTable(t) // which is an error where there is none any more, but for the line before
+			if len(chains) > 0 {
+				c.AddTable(t)
+			}
 		}
 		for _, chain := range chains {
 			policy, priority := nftables.ChainPolicyAccept, nftables.ChainPriority(chain.priority)
@@ -101,9 +110,7 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		if !m.plan.dnats() || !m.plan.way(s, six).listen.IsValid() || len(before.of(six).rules["prerouting"]) > 0 {
 			continue // else for some time pods were not redirected
 		}
-		if err := forgetEstablished(m.plan, s, six); err != nil {
-			m.plan.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
-		}
+		forgetEstablished(m.plan, s, six, &m.background)
 	}
 	return nil
 }
@@ -112,6 +119,7 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 const markType userdata.Type = 77
 
 func (m *nfTables) check(_ context.Context, s surroundings) (errs []error) {
+	defer m.background.Wait()
 	m.good = ""
 	g, err := generation()
 	if err != nil {
@@ -299,8 +307,12 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 	if err != nil {
 		return err
 	}
+	c, err := transactions()
+	if err != nil {
+		return err
+	}
+	defer closeTransactions(c)
 	each := func(del func(*nftables.Conn, *nftables.Table, standingTable)) error {
-		c := &nftables.Conn{}
 		for i, six := range []bool{false, true} {
 			if all[i].exists {
 				del(c, &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, all[i])
