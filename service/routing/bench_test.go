@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -38,12 +39,30 @@ func (b *bed) addServices(n int) {
 	}
 }
 
+// memoryDir is a directory in memory, as /run is.
+func memoryDir(b *testing.B) string {
+	dir, err := os.MkdirTemp("/dev/shm", "gme-bench-")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// settle waits until the kernel has let go of what was deleted.
+func settle() {
+	done := make(chan struct{})
+	closeLater(func() { close(done) })
+	<-done
+}
+
 // BenchmarkRouter is install, repeated install, check and remove beside other people's rules.
 func BenchmarkRouter(b *testing.B) {
 	for _, binary := range []string{"iptables-nft", "iptables-legacy", ModeNFTables} {
 		for _, n := range []int{0, 10000} {
 			bed := modeBed(b, binary)
 			bed.addServices(n)
+			bed.plan.RunDir = memoryDir(b)
 			r := bed.router(bed.plan)
 			step := func(b *testing.B, f func(context.Context) error) {
 				if err := bed.Do(func() error { return f(context.Background()) }); err != nil {
@@ -55,6 +74,7 @@ func BenchmarkRouter(b *testing.B) {
 				for b.Loop() {
 					b.StopTimer()
 					step(b, r.Remove)
+					settle()
 					b.StartTimer()
 					step(b, r.Install)
 				}
@@ -74,6 +94,7 @@ func BenchmarkRouter(b *testing.B) {
 				for b.Loop() {
 					b.StopTimer()
 					step(b, r.Install)
+					settle()
 					b.StartTimer()
 					step(b, r.Remove)
 				}
