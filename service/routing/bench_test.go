@@ -3,13 +3,12 @@ package routing
 import (
 	"context"
 	"fmt"
-	"net"
 	"os"
+	"os/exec"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
 // serviceRules is a ruleset of kube-proxy's shape with n rules in table nat.
@@ -135,58 +134,68 @@ func BenchmarkWatch(b *testing.B) {
 
 // BenchmarkConnect is a fresh connection of a pod's with one question and its answer, in each mode, beside rules of kube-proxy's. The modes
 // take turns, so that what else the machine does falls on all alike: it is the ratios to a direct connection, on a node without any rules,
-// that count.
+// that count, of which the medians are told.
 func BenchmarkConnect(b *testing.B) {
-	names := []string{"direct", "iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone}
+	const each = 300 // connections in a turn
 	for _, n := range []int{0, 1000, 10000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			type path struct {
-				pod *netnstest.NS
-				to  string
-			}
-			var paths []path
+			names := []string{"direct", "iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeEBPF, ModeNone}
+			turns := map[string]func() float64{} // each gives nanoseconds for a connection
 			for _, name := range names {
-				if name == "direct" {
-					bed := newBed(b, "iptables-nft")
-					bed.serve(bed.NS, "10.244.0.1:80", emulator)
-					paths = append(paths, path{bed.pod, "10.244.0.1:80"})
-					continue
-				}
-				bed := modeBed(b, name)
-				bed.addServices(n)
-				bed.install(bed.plan)
 				to := metadataServer.String()
+				var bed *bed
+				var pod func() *exec.Cmd
+				switch name {
+				case "direct":
+					bed, to = newBed(b, "iptables-nft"), "10.244.0.1:80"
+					bed.serve(bed.NS, to, emulator)
+				case ModeEBPF: // which knows pods by their cgroup, too
+					in := ebpfBed(b)
+					bed = in.bed
+					pod = func() *exec.Cmd { return in.in(podCgroup, bed.pod.Command(b.Context(), bed.self())) }
+				default:
+					bed = modeBed(b, name)
+				}
+				if pod == nil {
+					pod = func() *exec.Cmd { return bed.pod.Command(b.Context(), bed.self()) }
+				}
+				if name != "direct" {
+					bed.addServices(n)
+					bed.install(bed.plan)
+				}
 				if name == ModeNone {
 					to = bed.plan.Listen.String()
 				}
-				paths = append(paths, path{bed.pod, to})
-			}
-			took := make([]time.Duration, len(paths))
-			for b.Loop() {
-				for i, p := range paths {
-					if err := p.pod.Do(func() error {
-						start := time.Now()
-						c, err := net.DialTimeout("tcp", p.to, long)
-						if err != nil {
-							return err
-						}
-						defer c.Close()
-						who, err := talk(c, long)
-						took[i] += time.Since(start)
-						if who != emulator {
-							b.Errorf("%s: %q answered", names[i], who)
-						}
-						return err
-					}); err != nil {
-						b.Fatalf("%s: %v", names[i], err)
+				turns[name] = func() float64 {
+					cmd := pod()
+					cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=repeat", fmt.Sprintf("ROUTING_TEST_ARG=%d %s", each, to))
+					out, err := cmd.Output()
+					took, err2 := strconv.ParseFloat(string(out), 64)
+					if err != nil || err2 != nil {
+						b.Fatalf("%s: %v, %v: %s", name, err, err2, out)
 					}
+					return took
 				}
 			}
-			for i, name := range names[1:] {
-				b.ReportMetric(float64(took[i+1])/float64(took[0]), name+"/direct")
+			var direct []float64
+			ratios := map[string][]float64{}
+			for b.Loop() {
+				base := turns["direct"]()
+				direct = append(direct, base)
+				for _, name := range names[1:] {
+					ratios[name] = append(ratios[name], turns[name]()/base)
+				}
 			}
-			b.ReportMetric(float64(took[0].Microseconds())/float64(b.N), "direct-µs")
+			for name, all := range ratios {
+				b.ReportMetric(median(all), name+"/direct")
+			}
+			b.ReportMetric(median(direct)/1000, "direct-µs")
 			b.ReportMetric(0, "ns/op")
 		})
 	}
+}
+
+func median(all []float64) float64 {
+	all = slices.Sorted(slices.Values(all))
+	return all[len(all)/2]
 }
