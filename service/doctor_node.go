@@ -274,17 +274,17 @@ func answeredBy(a answered) string {
 }
 
 func ipv6Check(p *patient) Finding {
-	six := slices.ContainsFunc(p.plan.Guard, func(g netip.AddrPort) bool { return g.Addr().Is6() }) || p.plan.Closed
+	open := sixOf(slices.DeleteFunc(routing.DefaultGuard(), func(g netip.AddrPort) bool { return slices.Contains(p.plan.Guard, g) || p.plan.Closed }))
 	switch {
 	case !p.node.IPv6 && p.plan.Listen6.IsValid():
 		return warn("remove listen6", "this node has none, so requests by IPv6 are not redirected to %s", p.plan.Listen6)
 	case !p.node.IPv6:
 		return good("this node has none")
-	case !six:
-		return warn("add [fd00:ec2::254]:80 to routing.guard", "this node has IPv6, and the guard closes no IPv6 address: on AWS pods reach the node's credentials there")
+	case open != "":
+		return warn(fmt.Sprintf("add %s to routing.guard", open), "this node has IPv6, and the guard does not close %s, where a cloud may give pods the node's credentials", open)
 	}
 	if to := p.plan.Listen6; to.IsValid() {
-		closes := strings.Join(six6(p.plan.Guard), ", ")
+		closes := sixOf(p.plan.Guard)
 		switch {
 		case p.state.IPv6 != "":
 			return warn("mend that and run "+installRules+", or remove listen6", "requests by IPv6 are not redirected to %s: %s", to, p.state.IPv6)
@@ -295,7 +295,7 @@ func ipv6Check(p *patient) Finding {
 		}
 		return good("requests to [fd20:ce::254]:80 go to %s, which %s holds; the guard closes %s", to, p.node.Holder6, closes)
 	}
-	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
+	return good("requests are IPv4; the guard closes %s", sixOf(p.plan.Guard))
 }
 
 // addressText is an address as the state has it.
@@ -306,16 +306,15 @@ func addressText(a netip.AddrPort) string {
 	return a.String()
 }
 
-func six6(guard []netip.AddrPort) (texts []string) {
-	for _, g := range guard {
-		if g.Addr().Is6() {
-			texts = append(texts, g.String())
+// sixOf are those of IPv6, as text.
+func sixOf(all []netip.AddrPort) string {
+	var texts []string
+	for _, a := range all {
+		if a.Addr().Is6() {
+			texts = append(texts, a.String())
 		}
 	}
-	if texts == nil {
-		return []string{"no IPv6 address"}
-	}
-	return texts
+	return strings.Join(texts, ", ")
 }
 
 // cgroupsCheck: pods on the host network are told apart by the v2 hierarchy only.

@@ -174,7 +174,8 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"cloud", func(p *patient) { p.cloud = answered{status: 200, ours: true}; p.status = nil }, Warn, "GKE's own", "GKE"},
 		{"cloud", func(p *patient) { p.cloud = answered{status: 400, server: "nginx"} }, OK, `calls itself "nginx" (status 400) answers this node's own processes; pods are kept`, ""},
 
-		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "no IPv6 address", "[fd00:ec2::254]:80"},
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "does not close [fd00:ec2::254]:80, [fd20:ce::254]:80", "[fd00:ec2::254]:80"},
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:2] }, Warn, "does not close [fd20:ce::254]:80, ", "[fd20:ce::254]:80 to routing.guard"},
 		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
 		{"ipv6", func(p *patient) { six(p); p.node.IPv6 = false }, Warn, "has none, so requests by IPv6 are not redirected to [fd20:ce::252]:988", "remove listen6"},
 		{"ipv6", func(p *patient) { six(p) }, OK, "requests to [fd20:ce::254]:80 go to [fd20:ce::252]:988, which systemd (process 1) holds", ""},

@@ -18,7 +18,6 @@ import (
 func sixBed(b *bed) {
 	b.t.Helper()
 	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
-	b.plan.Guard = append(DefaultGuard(), metadataServer6)
 	b.serveAnywhere(b.plan.Listen6.String())
 }
 
@@ -193,11 +192,51 @@ func TestSixShownText(t *testing.T) {
 	})
 }
 
+// TestSixIsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either, in each mode, whatever becomes of the
+// firewall; the node's own processes do. A node without IPv6 has the same rules, or none, and no fault.
+func TestSixIsGuarded(t *testing.T) {
+	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone, ModeEBPF} {
+		t.Run(mode, func(t *testing.T) {
+			b := modeBed(t, mode)
+			routed, err := b.AddRoutedPod("routed")
+			if err != nil {
+				t.Fatal(err)
+			}
+			servers := []string{"[fd00:ec2::254]:80", "[fd20:ce::254]:80"}
+			for _, at := range servers {
+				b.answers(b.pod, at, cloud) // the bed would show a leak
+			}
+			b.install(b.plan)
+			b.green(b.plan)
+			guarded := func() {
+				t.Helper()
+				for _, at := range servers {
+					b.answers(b.pod, at, "")
+					b.answers(routed, at, "")
+					b.answers(b.NS, at, cloud)
+				}
+			}
+			guarded()
+			b.sh("ip6tables -F; nft flush ruleset")
+			guarded()
+			b.install(b.plan)
+			b.sh("for p in 98 98; do ip -6 rule del pref $p; done")
+			if got := faults(t, b.check(b.plan)); len(got) != 2 {
+				t.Errorf("missing: %q", got)
+			}
+			guarded() // by the firewall alone
+			b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+			b.install(b.plan)
+			b.green(b.plan)
+			b.remove(b.plan)
+		})
+	}
+}
+
 // TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the same, says why once, and Check is content.
 func TestSixNowhere(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
-		b.plan.Guard = append(DefaultGuard(), metadataServer6)
 		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 		b.install(b.plan)
 		b.green(b.plan)
