@@ -30,7 +30,7 @@ func TestStory(t *testing.T) {
 		b.answers(b.pod, "169.254.169.254:443", "")
 		b.answers(b.pod, "[fd00:ec2::254]:80", "")
 		b.answers(b.pod, "[fd20:ce::254]:80", "")
-		b.answers(b.pod, "169.254.169.252:988", "")   // not directly
+		b.answers(b.pod, "169.254.169.252:988", "") // not directly
 		first := b.ruleset()
 		b.install(b.plan)
 		b.same("second install", b.ruleset(), first)
