@@ -1,13 +1,11 @@
 package service
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
-	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -331,75 +329,6 @@ func cgroupsCheck(p *patient) Finding {
 	return good("version 2 at %s", p.node.CgroupV2)
 }
 
-// policiesCheck: ACCEPT is not final across base chains. Whether one that drops by its policy is in the way is for the connection to say.
-func policiesCheck(p *patient) Finding {
-	hook := "input"
-	if !p.node.Local {
-		hook = "forward"
-	}
-	switch {
-	case p.node.Policies == nil:
-		return skip("to read the chains of others, %s", asRoot)
-	case len(p.node.Policies) == 0:
-		return good("no chain at hook %s drops by its policy", hook)
-	case p.trial.ours:
-		return good("%s at hook %s drop by their policy, and let requests through", strings.Join(p.node.Policies, ", "), hook)
-	}
-	return warn("have them accept what goes to "+p.plan.Listen.String(), "%s at hook %s drop by their policy what they do not accept", strings.Join(p.node.Policies, ", "), hook)
-}
-
-// connectionCheck is a real connection by way of everybody's rules.
-func connectionCheck(p *patient) Finding {
-	t := p.trial
-	from := "from a throw-away namespace, " + t.from
-	if p.plan.Mode == routing.ModeNone {
-		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", p.door())
-	}
-	switch {
-	case p.plan.Closed:
-		return skip("without a configuration nothing leads to the service")
-	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
-		return skip("a throw-away namespace needs root: %s", asRoot)
-	case t.impossible != nil:
-		return warn("is another doctor running, or has the kernel no veth?", "%v", t.impossible)
-	case p.state.Mode == routing.ModeEBPF && !t.ours:
-		return skip("mode ebpf serves the processes of pods, of which doctor is none: see traffic")
-	case t.ours:
-		return good("%s: answered as GKE's metadata server", from)
-	case t.err == nil && p.state.Desired != routing.Installed:
-		return fail(installRules, "%s: %s answered", from, answeredBy(t.answered))
-	case t.err == nil:
-		return fail(installRules, "%s: %s answered in the emulator's place", from, answeredBy(t.answered))
-	case len(t.dropped) > 0:
-		return fail(fmt.Sprintf("have it accept what pods send to %s; where pods' interfaces or addresses are trusted there already, this one is not", p.plan.Listen),
-			"%s: dropped by %s", from, strings.Join(t.dropped, "; "))
-	case isRefused(t.err):
-		return fail("is somebody listening (see listener), and do the rules stand (see rules)?", "%s: refused, by no chain that can be seen", from)
-	}
-	reason := fmt.Sprintf("%v, and no chain was seen to drop it", inner(t.err))
-	if t.traceErr != nil {
-		reason = fmt.Sprintf("%v; who drops it could not be seen: %v", inner(t.err), t.traceErr)
-	}
-	return fail("do the rules stand (see rules), does the network go past netfilter (see network)?", "%s: %s", from, reason)
-}
-
-// inner is what went wrong, without what was asked.
-func inner(err error) error {
-	var asked *url.Error
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return errors.New("no answer")
-	case errors.As(err, &asked):
-		return asked.Err
-	}
-	return err
-}
-
-func isRefused(err error) bool {
-	var op *net.OpError
-	return errors.As(err, &op) && strings.Contains(op.Err.Error(), "refused")
-}
-
 // nameThem is what to do for host pods that need the cloud's own server.
 const nameThem = "name it in passthrough, or set routing.interceptHostPods to off"
 
@@ -427,39 +356,6 @@ func passthroughCheck(p *patient) Finding {
 		return fail("boot with cgroup v2 and Linux 5.9 or later, or routing.interceptHostPods: off", "the kernel does not tell who on the host network asks, so nobody is let through to the cloud's own metadata server")
 	}
 	return good("ServiceAccounts that are let through to the cloud's own metadata server from the host network: %d", named)
-}
-
-// trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
-// anything. Doctor's own connections are counted by the rule, and not by the service.
-func trafficCheck(p *patient) Finding {
-	const remedy = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
-	pods := p.cluster.Pods
-	if p.status != nil && p.status.Cluster != nil && p.status.Cluster.Synced {
-		pods = 0
-		for _, q := range p.status.Cluster.Pods {
-			if !q.HostNetwork {
-				pods++
-			}
-		}
-	}
-	n := p.node.Redirected
-	switch {
-	case p.plan.Closed || p.state.Desired != routing.Installed:
-		return skip("nothing leads to the service")
-	case p.status != nil && p.status.Requests > 0:
-		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
-	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
-		return good("no pod runs here")
-	case n != nil && *n == 0:
-		return warn(remedy, "of the pods that run here (%d) no connection was ever redirected", pods)
-	case p.status != nil:
-		return warn(remedy, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, age(p.now, p.status.Started))
-	case n != nil:
-		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
-	case !p.root:
-		return skip("to read the counter of the rule that redirects, %s", asRoot)
-	}
-	return skip("mode %s counts no connections, and the service could not be asked: see service", p.state.Mode)
 }
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
