@@ -170,6 +170,8 @@ func guardCheck(p *patient) Finding {
 		guarded = append(guarded, g.String())
 	}
 	switch {
+	case p.plan.Mode == routing.ModeObserve:
+		return skip("mode %s guards nothing", routing.ModeObserve)
 	case len(p.node.Guard) > 0:
 		return fail(installRules, "a pod may reach the cloud's own credentials when the firewall is flushed: missing %s", some(p.node.Guard))
 	case !p.plan.Closed && !slices.Contains(p.plan.Guard, routing.MetadataServer()):
@@ -273,7 +275,10 @@ func answeredBy(a answered) string {
 
 func ipv6Check(p *patient) Finding {
 	open := sixOf(slices.DeleteFunc(routing.DefaultGuard(), func(g netip.AddrPort) bool { return slices.Contains(p.plan.Guard, g) || p.plan.Closed }))
+	mode := p.plan.Mode
 	switch {
+	case mode == routing.ModeObserve:
+		return skip("mode %s redirects and guards nothing", mode)
 	case !p.node.IPv6 && p.plan.Listen6.IsValid():
 		return warn("remove listen6", "this node has none, so requests by IPv6 are not redirected to %s", p.plan.Listen6)
 	case !p.node.IPv6:
@@ -292,6 +297,12 @@ func ipv6Check(p *patient) Finding {
 			return fail("choose another listen6, or stop it", "%s listens on %s", p.node.Holder6, p.node.Holder6.At)
 		}
 		return good("requests to [fd20:ce::254]:80 go to %s, which %s holds; the guard closes %s", to, p.node.Holder6, closes)
+	}
+	switch {
+	case p.config.Listen6.IsValid() && !p.plan.Closed: // auto's choice
+		return warn("remove listen6, or set routing.mode to iptables or nftables", "mode %s serves IPv4 alone, so listen6 is not in force; the guard closes %s", mode, sixOf(p.plan.Guard))
+	case mode != routing.ModeIPTables && mode != routing.ModeNFTables && !p.plan.Closed:
+		return good("mode %s serves IPv4 alone; the guard closes %s", mode, sixOf(p.plan.Guard))
 	}
 	return good("requests are IPv4; the guard closes %s", sixOf(p.plan.Guard))
 }

@@ -198,6 +198,13 @@ func TestDoctorOfASickNode(t *testing.T) {
 			six(p)
 			p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "7", Exe: "/x/lustre"}
 		}, Fail, "lustre (process 7) listens on", "choose another listen6"},
+		{"ipv6", func(p *patient) {}, OK, "requests are IPv4; the guard closes [fd00:ec2::254]:80, [fd20:ce::254]:80", ""},
+		{"ipv6", func(p *patient) { p.plan.Mode = routing.ModeEBPF }, OK, "mode ebpf serves IPv4 alone; the guard closes", ""},
+		{"ipv6", func(p *patient) {
+			p.plan.Mode, p.config.Listen6 = routing.ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988")
+		}, Warn, "mode ebpf serves IPv4 alone, so listen6 is not in force; the guard closes", "routing.mode to iptables or nftables"},
+		{"ipv6", func(p *patient) { p.plan.Mode = routing.ModeObserve }, Skip, "guards nothing", ""},
+		{"guard", func(p *patient) { p.plan.Mode = routing.ModeObserve }, Skip, "guards nothing", ""},
 		{"rules", func(p *patient) { six(p); p.state.Listen6 = "" }, Fail, `listen6 is "[fd20:ce::252]:988", and they were put up for ""`, installRules},
 
 		{"cgroups", func(p *patient) { p.node.CgroupV2 = "" }, Warn, "no cgroup v2", "unified_cgroup_hierarchy"},
@@ -236,7 +243,12 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.trial6.answered, p.trial6.dropped = answered{err: context.DeadlineExceeded}, []string{"nft chain ip6 foreign late (policy drop)"}
 		}, Fail, "2001:2::a9fe:a9fe by interface gme-doctor: dropped by nft chain ip6 foreign late (policy drop)", "accept what pods send to [fd20:ce::252]:988"},
 		{"connection6", func(p *patient) { six(p); p.trial6.answered = answered{status: 200, server: "Metadata Server for VM"} }, Fail, "Google Compute Engine's metadata server answered in the emulator's place", installRules},
-		{"connection6", func(p *patient) { six(p); p.trial6 = trial{impossible: errors.New("no IPv6 on gme-doctor")} }, Warn, "no IPv6 on gme-doctor", "another doctor"},
+		{"connection6", func(p *patient) { six(p); p.trial6 = trial{impossible: errors.New("no IPv6 on gme-doctor")} }, Warn, "no IPv6 on gme-doctor", "default.disable_ipv6"},
+		{"connection6", func(p *patient) {
+			six(p)
+			p.trial = trial{impossible: routing.ErrPermission}
+			p.trial6, p.root = p.trial, false
+		}, Skip, "as root", ""},
 		{"connection6", func(p *patient) { six(p); p.node.IPv6 = false }, Skip, "not redirected: this node has no IPv6", ""},
 		{"connection6", func(p *patient) { six(p); p.state.IPv6 = "ip6tables: no nat" }, Skip, "not redirected: ip6tables: no nat", ""},
 		{"connection", func(p *patient) { six(p); p.trial6.answered = answered{err: context.DeadlineExceeded} }, OK, "answered", ""},

@@ -42,6 +42,8 @@ func connection6Check(p *patient) Finding {
 		return Finding{}
 	case why != "":
 		return skip("requests by IPv6 are not redirected: %s", why)
+	case p.trial6.impossible != nil && p.trial.impossible == nil:
+		return warn("do new interfaces get no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6)?", "%v", p.trial6.impossible)
 	}
 	return p.connection(p.trial6, p.plan.Listen6)
 }

@@ -92,7 +92,7 @@ func (t *Trial) connect() error {
 // AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an error.
 func (t *Trial) AddSix() error {
 	if err := t.in(t.node, func() error { return t.address(trialAddr6, trialGateway6) }); err != nil {
-		return fmt.Errorf("give the throw-away network namespace IPv6: %w", permission(err))
+		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
 	}
 	t.Addr6 = trialAddr6
 	return nil

@@ -24,6 +24,15 @@ func (b *bed) try(t *testing.T) (answer string, dropped []string) {
 	return b.tryAt(t, metadataServer)
 }
 
+// tried is tryAt again and again, where a machine is too busy to answer and nobody is in the way.
+func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
+	t.Helper()
+	for end := time.Now().Add(long); answer == "" && len(dropped) == 0 && time.Now().Before(end); {
+		answer, dropped = b.tryAt(t, at)
+	}
+	return answer, dropped
+}
+
 // tryAt is try of that one of the server's addresses.
 func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
@@ -53,9 +62,6 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 		}
 		if answer = ask(trial, short); answer != emulator {
 			dropped, err = trial.Dropped(t.Context(), from, func() { answer = ask(trial, short) })
-			if answer == "" && len(dropped) == 0 { // nobody is in the way: it takes its time
-				answer = ask(trial, long)
-			}
 		} else {
 			answer = ask(trial, long)
 		}
@@ -223,7 +229,7 @@ func TestTrialIsForwarded(t *testing.T) {
 		b.plan.Listen = netip.AddrPortFrom(elsewhere.Addr, 8080)
 		b.serve(elsewhere, b.plan.Listen.String(), emulator)
 		b.install(b.plan)
-		if answer, dropped := b.try(t); answer != emulator {
+		if answer, dropped := b.tried(t, metadataServer); answer != emulator {
 			t.Fatalf("%q answered, and dropped by %q", answer, dropped)
 		}
 		b.sh("iptables -P FORWARD DROP; iptables -I FORWARD 1 -i gme-doctor -j DROP")

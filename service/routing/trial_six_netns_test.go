@@ -30,6 +30,8 @@ func TestTrialSix(t *testing.T) {
 				`nft chain ip6 foreign back (rule: oifname "gme-doctor" drop)`, `nft chain ip6 foreign back (rule: oifname "gme-doctor" drop)`},
 			{"ip6tables INPUT before ours", "ip6tables -I INPUT -i gme-doctor -j DROP", "ip6tables -D INPUT -i gme-doctor -j DROP",
 				`nft chain ip6 filter INPUT (rule: iifname "gme-doctor" drop)`, "ip6tables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"},
+			{"a table that IPv4 does not have", "ip6tables -t mangle -I PREROUTING -i gme-doctor -j DROP", "ip6tables -t mangle -D PREROUTING -i gme-doctor -j DROP",
+				`nft chain ip6 mangle PREROUTING (rule: iifname "gme-doctor" drop)`, "ip6tables chain PREROUTING of table mangle (rule: -A PREROUTING -i gme-doctor -j DROP)"},
 			{"ip6tables OUTPUT policy", "ip6tables -P OUTPUT DROP", "ip6tables -P OUTPUT ACCEPT",
 				"nft chain ip6 filter OUTPUT (policy drop)", "ip6tables chain OUTPUT of table filter (policy DROP)"},
 		} {
@@ -41,7 +43,7 @@ func TestTrialSix(t *testing.T) {
 					defer b.sh(c.undo)
 				}
 				standing := b.ruleset()
-				answer, dropped := b.tryAt(t, metadataServer6)
+				answer, dropped := b.tried(t, metadataServer6)
 				want := c.legacy
 				if nft {
 					want = c.nft
@@ -52,7 +54,7 @@ func TestTrialSix(t *testing.T) {
 				case c.rules != "" && (answer != "" || !slices.Contains(dropped, want)):
 					t.Errorf("%q answered, and dropped by %q, want %q", answer, dropped, want)
 				}
-				if answer, dropped := b.try(t); answer != emulator {
+				if answer, dropped := b.tried(t, metadataServer); answer != emulator {
 					t.Errorf("by IPv4 %q answered, and dropped by %q", answer, dropped)
 				}
 				b.same("after the trial", b.ruleset(), standing)
