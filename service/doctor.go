@@ -37,7 +37,8 @@ type Report struct {
 	Checks []Finding `json:"checks"`
 }
 
-// checks are all of Doctor's. Each reads what examine saw, and does nothing.
+// checks are all of Doctor's. Each reads what examine saw, and does nothing. Those of IPv6 have no verdict, and so no line, where listen6 is
+// not set.
 var checks = []struct {
 	name  string
 	judge func(*patient) Finding
@@ -56,9 +57,11 @@ var checks = []struct {
 	{"cgroups", cgroupsCheck},
 	{"policies", policiesCheck},
 	{"connection", connectionCheck},
+	{"connection6", connection6Check},
 	{"attestation", attestationCheck},
 	{"passthrough", passthroughCheck},
 	{"traffic", trafficCheck},
+	{"traffic6", traffic6Check},
 	{"dns", dnsCheck},
 	{"credential", credentialCheck},
 	{"pods", podsCheck},
@@ -96,9 +99,10 @@ func Doctor(ctx context.Context, o DoctorOptions) Report {
 
 func diagnose(p *patient) (r Report) {
 	for _, c := range checks {
-		f := c.judge(p)
-		f.Check = c.name
-		r.Checks = append(r.Checks, f)
+		if f := c.judge(p); f.Verdict != "" {
+			f.Check = c.name
+			r.Checks = append(r.Checks, f)
+		}
 	}
 	return r
 }

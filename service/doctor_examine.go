@@ -42,6 +42,7 @@ type patient struct {
 	node      routing.Examination
 	cloud     answered // from the node itself
 	trial     trial
+	trial6    trial        // by IPv6, where its requests are redirected
 	names     []netip.Addr // metadata.google.internal as this node resolves it
 	namesErr  error
 
@@ -106,8 +107,16 @@ func (p *patient) askNode(ctx context.Context) {
 	p.node = routing.Examine(ctx, p.plan, p.state)
 	p.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
 	if !p.plan.Closed {
-		p.trial = tryConnection(ctx, p.door())
+		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "")
 	}
+}
+
+// notSix is why requests by IPv6 are not redirected though they should be; "": they are.
+func (p *patient) notSix() string {
+	if !p.node.IPv6 {
+		return "this node has no IPv6"
+	}
+	return p.state.IPv6
 }
 
 // door is where pods ask: by its own address the emulator is asked only where nothing is routed.
@@ -187,21 +196,33 @@ func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dia
 		ours: res.Header.Get("Server") == "GKE Metadata Server" && res.Header.Get("Metadata-Flavor") == "Google"}
 }
 
-// tryConnection connects as a pod would. What fails is done once more while it is looked at who drops it.
-func tryConnection(ctx context.Context, at netip.AddrPort) (t trial) {
+// tryConnections connects as a pod would, and if that is wanted by IPv6 after that.
+func tryConnections(ctx context.Context, at netip.AddrPort, six bool) (t, t6 trial) {
 	pod, err := routing.NewTrial()
 	if err != nil {
-		return trial{impossible: err}
+		return trial{impossible: err}, trial{impossible: err}
 	}
 	defer func() {
 		if err := pod.Close(); err != nil && t.impossible == nil {
 			t.impossible = fmt.Errorf("the throw-away namespace could not be cleaned up: %w", err)
 		}
 	}()
-	t.from = fmt.Sprintf("%s by interface %s", pod.Addr, pod.Link)
+	t = tryConnection(ctx, pod, pod.Addr, at)
+	if !six {
+		return t, t6
+	}
+	if err := pod.AddSix(); err != nil {
+		return t, trial{impossible: err}
+	}
+	return t, tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6())
+}
+
+// tryConnection connects from that address of the pod's. What fails is done once more while it is looked at who drops it.
+func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at netip.AddrPort) (t trial) {
+	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
 	const patience = 3 * time.Second // a client's
 	if t.answered = askRoot(ctx, at, patience, pod.Dial); t.err != nil {
-		t.dropped, t.traceErr = pod.Dropped(ctx, func() { t.answered = askRoot(ctx, at, time.Second, pod.Dial) })
+		t.dropped, t.traceErr = pod.Dropped(ctx, from, func() { t.answered = askRoot(ctx, at, time.Second, pod.Dial) })
 	}
 	return t
 }

@@ -1,13 +1,11 @@
 package service
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
-	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -172,6 +170,8 @@ func guardCheck(p *patient) Finding {
 		guarded = append(guarded, g.String())
 	}
 	switch {
+	case p.plan.Mode == routing.ModeObserve:
+		return skip("mode %s guards nothing", routing.ModeObserve)
 	case len(p.node.Guard) > 0:
 		return fail(installRules, "a pod may reach the cloud's own credentials when the firewall is flushed: missing %s", some(p.node.Guard))
 	case !p.plan.Closed && !slices.Contains(p.plan.Guard, routing.MetadataServer()):
@@ -274,17 +274,20 @@ func answeredBy(a answered) string {
 }
 
 func ipv6Check(p *patient) Finding {
-	six := slices.ContainsFunc(p.plan.Guard, func(g netip.AddrPort) bool { return g.Addr().Is6() }) || p.plan.Closed
+	open := sixOf(slices.DeleteFunc(routing.DefaultGuard(), func(g netip.AddrPort) bool { return slices.Contains(p.plan.Guard, g) || p.plan.Closed }))
+	mode := p.plan.Mode
 	switch {
+	case mode == routing.ModeObserve:
+		return skip("mode %s redirects and guards nothing", mode)
 	case !p.node.IPv6 && p.plan.Listen6.IsValid():
 		return warn("remove listen6", "this node has none, so requests by IPv6 are not redirected to %s", p.plan.Listen6)
 	case !p.node.IPv6:
 		return good("this node has none")
-	case !six:
-		return warn("add [fd00:ec2::254]:80 to routing.guard", "this node has IPv6, and the guard closes no IPv6 address: on AWS pods reach the node's credentials there")
+	case open != "":
+		return warn(fmt.Sprintf("add %s to routing.guard", open), "this node has IPv6, and the guard does not close %s, where a cloud may give pods the node's credentials", open)
 	}
 	if to := p.plan.Listen6; to.IsValid() {
-		closes := strings.Join(six6(p.plan.Guard), ", ")
+		closes := sixOf(p.plan.Guard)
 		switch {
 		case p.state.IPv6 != "":
 			return warn("mend that and run "+installRules+", or remove listen6", "requests by IPv6 are not redirected to %s: %s", to, p.state.IPv6)
@@ -295,7 +298,13 @@ func ipv6Check(p *patient) Finding {
 		}
 		return good("requests to [fd20:ce::254]:80 go to %s, which %s holds; the guard closes %s", to, p.node.Holder6, closes)
 	}
-	return good("requests are IPv4; the guard closes %s", strings.Join(six6(p.plan.Guard), ", "))
+	switch {
+	case p.config.Listen6.IsValid() && !p.plan.Closed: // auto's choice
+		return warn("remove listen6, or set routing.mode to iptables or nftables", "mode %s serves IPv4 alone, so listen6 is not in force; the guard closes %s", mode, sixOf(p.plan.Guard))
+	case mode != routing.ModeIPTables && mode != routing.ModeNFTables && !p.plan.Closed:
+		return good("mode %s serves IPv4 alone; the guard closes %s", mode, sixOf(p.plan.Guard))
+	}
+	return good("requests are IPv4; the guard closes %s", sixOf(p.plan.Guard))
 }
 
 // addressText is an address as the state has it.
@@ -306,16 +315,15 @@ func addressText(a netip.AddrPort) string {
 	return a.String()
 }
 
-func six6(guard []netip.AddrPort) (texts []string) {
-	for _, g := range guard {
-		if g.Addr().Is6() {
-			texts = append(texts, g.String())
+// sixOf are those of IPv6, as text.
+func sixOf(all []netip.AddrPort) string {
+	var texts []string
+	for _, a := range all {
+		if a.Addr().Is6() {
+			texts = append(texts, a.String())
 		}
 	}
-	if texts == nil {
-		return []string{"no IPv6 address"}
-	}
-	return texts
+	return strings.Join(texts, ", ")
 }
 
 // cgroupsCheck: pods on the host network are told apart by the v2 hierarchy only.
@@ -330,75 +338,6 @@ func cgroupsCheck(p *patient) Finding {
 		return fail("routing.interceptHostPods: off", "none of the host's own slices is there, so pods on the host network are not redirected")
 	}
 	return good("version 2 at %s", p.node.CgroupV2)
-}
-
-// policiesCheck: ACCEPT is not final across base chains. Whether one that drops by its policy is in the way is for the connection to say.
-func policiesCheck(p *patient) Finding {
-	hook := "input"
-	if !p.node.Local {
-		hook = "forward"
-	}
-	switch {
-	case p.node.Policies == nil:
-		return skip("to read the chains of others, %s", asRoot)
-	case len(p.node.Policies) == 0:
-		return good("no chain at hook %s drops by its policy", hook)
-	case p.trial.ours:
-		return good("%s at hook %s drop by their policy, and let requests through", strings.Join(p.node.Policies, ", "), hook)
-	}
-	return warn("have them accept what goes to "+p.plan.Listen.String(), "%s at hook %s drop by their policy what they do not accept", strings.Join(p.node.Policies, ", "), hook)
-}
-
-// connectionCheck is a real connection by way of everybody's rules.
-func connectionCheck(p *patient) Finding {
-	t := p.trial
-	from := "from a throw-away namespace, " + t.from
-	if p.plan.Mode == routing.ModeNone {
-		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", p.door())
-	}
-	switch {
-	case p.plan.Closed:
-		return skip("without a configuration nothing leads to the service")
-	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
-		return skip("a throw-away namespace needs root: %s", asRoot)
-	case t.impossible != nil:
-		return warn("is another doctor running, or has the kernel no veth?", "%v", t.impossible)
-	case p.state.Mode == routing.ModeEBPF && !t.ours:
-		return skip("mode ebpf serves the processes of pods, of which doctor is none: see traffic")
-	case t.ours:
-		return good("%s: answered as GKE's metadata server", from)
-	case t.err == nil && p.state.Desired != routing.Installed:
-		return fail(installRules, "%s: %s answered", from, answeredBy(t.answered))
-	case t.err == nil:
-		return fail(installRules, "%s: %s answered in the emulator's place", from, answeredBy(t.answered))
-	case len(t.dropped) > 0:
-		return fail(fmt.Sprintf("have it accept what pods send to %s; where pods' interfaces or addresses are trusted there already, this one is not", p.plan.Listen),
-			"%s: dropped by %s", from, strings.Join(t.dropped, "; "))
-	case isRefused(t.err):
-		return fail("is somebody listening (see listener), and do the rules stand (see rules)?", "%s: refused, by no chain that can be seen", from)
-	}
-	reason := fmt.Sprintf("%v, and no chain was seen to drop it", inner(t.err))
-	if t.traceErr != nil {
-		reason = fmt.Sprintf("%v; who drops it could not be seen: %v", inner(t.err), t.traceErr)
-	}
-	return fail("do the rules stand (see rules), does the network go past netfilter (see network)?", "%s: %s", from, reason)
-}
-
-// inner is what went wrong, without what was asked.
-func inner(err error) error {
-	var asked *url.Error
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return errors.New("no answer")
-	case errors.As(err, &asked):
-		return asked.Err
-	}
-	return err
-}
-
-func isRefused(err error) bool {
-	var op *net.OpError
-	return errors.As(err, &op) && strings.Contains(op.Err.Error(), "refused")
 }
 
 // nameThem is what to do for host pods that need the cloud's own server.
@@ -428,39 +367,6 @@ func passthroughCheck(p *patient) Finding {
 		return fail("boot with cgroup v2 and Linux 5.9 or later, or routing.interceptHostPods: off", "the kernel does not tell who on the host network asks, so nobody is let through to the cloud's own metadata server")
 	}
 	return good("ServiceAccounts that are let through to the cloud's own metadata server from the host network: %d", named)
-}
-
-// trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
-// anything. Doctor's own connections are counted by the rule, and not by the service.
-func trafficCheck(p *patient) Finding {
-	const remedy = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
-	pods := p.cluster.Pods
-	if p.status != nil && p.status.Cluster != nil && p.status.Cluster.Synced {
-		pods = 0
-		for _, q := range p.status.Cluster.Pods {
-			if !q.HostNetwork {
-				pods++
-			}
-		}
-	}
-	n := p.node.Redirected
-	switch {
-	case p.plan.Closed || p.state.Desired != routing.Installed:
-		return skip("nothing leads to the service")
-	case p.status != nil && p.status.Requests > 0:
-		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
-	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
-		return good("no pod runs here")
-	case n != nil && *n == 0:
-		return warn(remedy, "of the pods that run here (%d) no connection was ever redirected", pods)
-	case p.status != nil:
-		return warn(remedy, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, age(p.now, p.status.Started))
-	case n != nil:
-		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
-	case !p.root:
-		return skip("to read the counter of the rule that redirects, %s", asRoot)
-	}
-	return skip("mode %s counts no connections, and the service could not be asked: see service", p.state.Mode)
 }
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).

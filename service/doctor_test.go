@@ -57,17 +57,30 @@ func six(p *patient) {
 	p.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 	p.state.Listen6 = p.plan.Listen6.String()
 	p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "1", Exe: "systemd", Own: true}
+	p.trial6 = trial{answered: p.trial.answered, from: "2001:2::a9fe:a9fe by interface gme-doctor"}
+	p.node.Redirected6, p.status.Requests6 = new(uint64), 2
+}
+
+// sixAlone has the pod on the pod network have no IPv4.
+func sixAlone(p *patient) {
+	six(p)
+	p.status.Requests6 = 0
+	p.status.Cluster.Pods[0].Addresses = []netip.Addr{netip.MustParseAddr("fd00:244::2")}
 }
 
 func TestDoctorOfAHealthyNode(t *testing.T) {
-	r := diagnose(healthy())
-	for _, f := range r.Checks {
-		if f.Verdict != OK || f.Remedy != "" || f.Finding == "" {
-			t.Errorf("%+v", f)
+	four, both := healthy(), healthy()
+	six(both)
+	for p, lines := range map[*patient]int{four: len(checks) - 2, both: len(checks)} { // those of IPv6 are for who serves it
+		r := diagnose(p)
+		for _, f := range r.Checks {
+			if f.Verdict != OK || f.Remedy != "" || f.Finding == "" {
+				t.Errorf("%+v", f)
+			}
 		}
-	}
-	if r.Failed() != 0 || len(r.Checks) != len(checks) {
-		t.Errorf("%d failed of %d", r.Failed(), len(r.Checks))
+		if r.Failed() != 0 || len(r.Checks) != lines {
+			t.Errorf("%d failed of %d, want none of %d", r.Failed(), len(r.Checks), lines)
+		}
 	}
 }
 
@@ -174,7 +187,8 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"cloud", func(p *patient) { p.cloud = answered{status: 200, ours: true}; p.status = nil }, Warn, "GKE's own", "GKE"},
 		{"cloud", func(p *patient) { p.cloud = answered{status: 400, server: "nginx"} }, OK, `calls itself "nginx" (status 400) answers this node's own processes; pods are kept`, ""},
 
-		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "no IPv6 address", "[fd00:ec2::254]:80"},
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "does not close [fd00:ec2::254]:80, [fd20:ce::254]:80", "[fd00:ec2::254]:80"},
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:2] }, Warn, "does not close [fd20:ce::254]:80, ", "[fd20:ce::254]:80 to routing.guard"},
 		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
 		{"ipv6", func(p *patient) { six(p); p.node.IPv6 = false }, Warn, "has none, so requests by IPv6 are not redirected to [fd20:ce::252]:988", "remove listen6"},
 		{"ipv6", func(p *patient) { six(p) }, OK, "requests to [fd20:ce::254]:80 go to [fd20:ce::252]:988, which systemd (process 1) holds", ""},
@@ -184,6 +198,13 @@ func TestDoctorOfASickNode(t *testing.T) {
 			six(p)
 			p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "7", Exe: "/x/lustre"}
 		}, Fail, "lustre (process 7) listens on", "choose another listen6"},
+		{"ipv6", func(p *patient) {}, OK, "requests are IPv4; the guard closes [fd00:ec2::254]:80, [fd20:ce::254]:80", ""},
+		{"ipv6", func(p *patient) { p.plan.Mode = routing.ModeEBPF }, OK, "mode ebpf serves IPv4 alone; the guard closes", ""},
+		{"ipv6", func(p *patient) {
+			p.plan.Mode, p.config.Listen6 = routing.ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988")
+		}, Warn, "mode ebpf serves IPv4 alone, so listen6 is not in force; the guard closes", "routing.mode to iptables or nftables"},
+		{"ipv6", func(p *patient) { p.plan.Mode = routing.ModeObserve }, Skip, "guards nothing", ""},
+		{"guard", func(p *patient) { p.plan.Mode = routing.ModeObserve }, Skip, "guards nothing", ""},
 		{"rules", func(p *patient) { six(p); p.state.Listen6 = "" }, Fail, `listen6 is "[fd20:ce::252]:988", and they were put up for ""`, installRules},
 
 		{"cgroups", func(p *patient) { p.node.CgroupV2 = "" }, Warn, "no cgroup v2", "unified_cgroup_hierarchy"},
@@ -213,6 +234,25 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"connection", func(p *patient) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
 		}, Skip, "ebpf", ""},
+
+		{"connection6", func(p *patient) {}, "", "", ""},
+		{"connection6", six, OK, "from a throw-away namespace, 2001:2::a9fe:a9fe by interface gme-doctor: answered", ""},
+		{"connection6", func(p *patient) { six(p); p.trial = trial{impossible: errors.New("x")} }, OK, "answered", ""},
+		{"connection6", func(p *patient) {
+			six(p)
+			p.trial6.answered, p.trial6.dropped = answered{err: context.DeadlineExceeded}, []string{"nft chain ip6 foreign late (policy drop)"}
+		}, Fail, "2001:2::a9fe:a9fe by interface gme-doctor: dropped by nft chain ip6 foreign late (policy drop)", "accept what pods send to [fd20:ce::252]:988"},
+		{"connection6", func(p *patient) { six(p); p.trial6.answered = answered{status: 200, server: "Metadata Server for VM"} }, Fail, "Google Compute Engine's metadata server answered in the emulator's place", installRules},
+		{"connection6", func(p *patient) { six(p); p.trial6 = trial{impossible: errors.New("no IPv6 on gme-doctor")} }, Warn, "no IPv6 on gme-doctor", "default.disable_ipv6"},
+		{"connection6", func(p *patient) {
+			six(p)
+			p.trial = trial{impossible: routing.ErrPermission}
+			p.trial6, p.root = p.trial, false
+		}, Skip, "as root", ""},
+		{"connection6", func(p *patient) { six(p); p.node.IPv6 = false }, Skip, "not redirected: this node has no IPv6", ""},
+		{"connection6", func(p *patient) { six(p); p.state.IPv6 = "ip6tables: no nat" }, Skip, "not redirected: ip6tables: no nat", ""},
+		{"connection", func(p *patient) { six(p); p.trial6.answered = answered{err: context.DeadlineExceeded} }, OK, "answered", ""},
+		{"policies", func(p *patient) { six(p); p.node.Policies, p.trial6.ours = []string{"ip6 foreign late"}, false }, Warn, "ip6 foreign late", "accept"},
 
 		{"attestation", func(p *patient) {}, OK, "mode kernel, by cgroup, and gke-metadata-emulator-attest.service is connected; pods are known: 1 by cgroup, 1 by nothing (ns/h: static, without a ServiceAccount)", ""},
 		{"attestation", func(p *patient) { p.status.Cluster.Pods = nil }, OK, "pods are known: none", ""},
@@ -269,6 +309,19 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.root = nil, nil, false }, Skip, "as root", ""},
 		{"traffic", func(p *patient) { p.node.Redirected, p.status, p.state.Mode = nil, nil, routing.ModeEBPF }, Skip, "mode ebpf counts no", ""},
 		{"traffic", func(p *patient) { p.state.Desired = routing.Removed }, Skip, "nothing leads to the service", ""},
+
+		{"traffic6", func(p *patient) {}, "", "", ""},
+		{"traffic6", six, OK, "2 requests by IPv6 since the service started 1h0m0s ago", ""},
+		{"traffic6", func(p *patient) { six(p); p.status.Requests6 = 0 }, OK, "no pod that runs here has IPv6 alone", ""},
+		{"traffic6", sixAlone, Warn, "with IPv6 alone (1) no connection was ever redirected", "netfilter"},
+		{"traffic6", func(p *patient) { sixAlone(p); *p.node.Redirected6 = 3 }, Warn, "with IPv6 alone (1) none has asked for anything by IPv6 since the service started 1h0m0s ago", "netfilter"},
+		{"traffic6", func(p *patient) { sixAlone(p); p.node.Redirected6 = nil }, Warn, "none has asked for anything by IPv6", "netfilter"},
+		{"traffic6", func(p *patient) { six(p); *p.node.Redirected6, p.status = 4, nil }, OK, "4 connections by IPv6 were redirected", ""},
+		{"traffic6", func(p *patient) { six(p); p.node.Redirected6, p.status, p.root = nil, nil, false }, Skip, "as root", ""},
+		{"traffic6", func(p *patient) { six(p); p.node.Redirected6, p.status = nil, nil }, Skip, "see service", ""},
+		{"traffic6", func(p *patient) { six(p); p.node.IPv6 = false }, Skip, "this node has no IPv6", ""},
+		{"traffic6", func(p *patient) { six(p); p.state.Desired = routing.Removed }, Skip, "nothing leads", ""},
+		{"traffic", func(p *patient) { sixAlone(p) }, OK, "3 requests", ""},
 
 		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsNotFound: true} }, Warn, "not known to this node's DNS", "cluster's DNS"},
 		{"dns", func(p *patient) { p.names, p.namesErr = nil, &net.DNSError{IsTimeout: true} }, Warn, "not to be had", "cluster's DNS"},

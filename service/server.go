@@ -269,6 +269,9 @@ func location(req *request, path string) string {
 // at a bounded rate for each asker; all else where somebody debugs.
 func (s *server) tell(req *request, status int, err error) {
 	s.metrics.served(req.place.Node, status, time.Since(req.started))
+	if req.place.Node != "/" && req.peer.Server.Addr().Is6() {
+		s.metrics.six.Add(1)
+	}
 	switch {
 	case err == nil && !req.handed.expires.IsZero():
 		if req.told == nil || req.toldOf != req.handed { // else this connection got the same token a moment ago

@@ -65,11 +65,14 @@ func TestSix(t *testing.T) {
 				}
 			}
 			st := statusOf(t, k.dir)
+			if st.Requests != 6 || st.Requests6 != 4 {
+				t.Errorf("%d requests, and %d of them by IPv6, want 6 and 4", st.Requests, st.Requests6)
+			}
 			var text strings.Builder
 			if err := st.Text(&text, time.Now()); err != nil {
 				t.Fatal(err)
 			}
-			for _, want := range []string{"169.254.169.252:988 and [fd20:ce::252]:988, ", "mode " + mode + " to 169.254.169.252:988 and [fd20:ce::252]:988"} {
+			for _, want := range []string{"6 requests so far, 4 of them by IPv6", "169.254.169.252:988 and [fd20:ce::252]:988, ", "mode " + mode + " to 169.254.169.252:988 and [fd20:ce::252]:988"} {
 				if !strings.Contains(text.String(), want) {
 					t.Errorf("status has no %q:\n%s", want, &text)
 				}

@@ -37,7 +37,8 @@ type Status struct {
 	Listen6     string              `json:"listen6,omitempty"` // "" = IPv6 is not served
 	Connections int                 `json:"connections"`
 	Attestation Attestation         `json:"attestation"`
-	Requests    uint64              `json:"requests"` // since Started, for anything but `/`
+	Requests    uint64              `json:"requests"`            // since Started, for anything but `/`
+	Requests6   uint64              `json:"requests6,omitempty"` // those of them that came by IPv6
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
@@ -63,7 +64,7 @@ type HostIdentity struct {
 // Status tells the state of the service now.
 func (s *Service) Status() Status {
 	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
-		Connections: s.server.connections.open(), Requests: s.server.metrics.asked()}
+		Connections: s.server.connections.open(), Requests: s.server.metrics.asked(), Requests6: s.server.metrics.six.Load()}
 	if state, err := routing.ReadState(s.options.RunDir); err != nil {
 		st.RoutingErr = err.Error()
 	} else {

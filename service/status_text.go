@@ -24,7 +24,8 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
-	line("listening", "%s%s, %d connections, %d requests so far", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests)
+	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
+		mark(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
 	s.attestationText(line, now)
 	s.rulesText(line, now)
 	for _, u := range s.Unnamed {

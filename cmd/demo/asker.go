@@ -93,11 +93,11 @@ func askBy(client *http.Client, q Question) (Answer, error) {
 	return Answer{res.StatusCode, string(body)}, err
 }
 
-// Begin begins to ask without pause, as the one with that email.
-func (a *Asker) Begin(email string, _ *struct{}) error {
+// Begin begins to ask without pause.
+func (a *Asker) Begin(t Task, _ *struct{}) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.load = beginLoad(email)
+	a.load = beginLoad(t)
 	return nil
 }
 

@@ -19,12 +19,18 @@ import (
 // load is what a pod asks without pause: two askers with a connection for each request, two that keep theirs.
 // They speak HTTP over connections of their own, since net/http's client asks again by itself where a connection was lost.
 type load struct {
-	email string
-	stop  context.CancelFunc
-	wait  sync.WaitGroup
+	Task
+	stop context.CancelFunc
+	wait sync.WaitGroup
 
 	mu    sync.Mutex
 	count Counts
+}
+
+// Task is what a pod is to ask without pause.
+type Task struct {
+	Email string // of the one who asks
+	At    string // metadataAddr or metadataAddr6
 }
 
 // Counts is what came of requests.
@@ -53,9 +59,9 @@ const (
 	maxExamples = 5
 )
 
-func beginLoad(email string) *load {
+func beginLoad(t Task) *load {
 	ctx, stop := context.WithCancel(context.Background())
-	l := &load{email: email, stop: stop, count: Counts{Of: map[string]int{}, Tokens: map[string]int{}}}
+	l := &load{Task: t, stop: stop, count: Counts{Of: map[string]int{}, Tokens: map[string]int{}}}
 	for range 2 {
 		l.wait.Go(func() { l.ask(ctx, false, 5*time.Millisecond) })
 		l.wait.Go(func() { l.ask(ctx, true, time.Millisecond) })
@@ -86,10 +92,10 @@ func (l *load) ask(ctx context.Context, keep bool, pause time.Duration) {
 		began := time.Now()
 		what, token, err := "", "", error(nil)
 		if c == nil {
-			c, what, err = dial()
+			c, what, err = dial(l.At)
 		}
 		if c != nil {
-			what, token, err = c.ask(l.email, i%2 == 0)
+			what, token, err = c.ask(l.Email, i%2 == 0)
 			if what != ok || !keep || c.last {
 				_ = c.Close()
 				c = nil
@@ -119,19 +125,20 @@ func (l *load) note(what, token string, err error, took time.Duration) {
 type connection struct {
 	net.Conn
 	in   *bufio.Reader
+	host string
 	used bool // a request was answered on it
 	last bool // the server said Connection: close
 }
 
-func dial() (*connection, string, error) {
-	c, err := net.DialTimeout("tcp4", metadataAddr+":80", patience)
+func dial(host string) (*connection, string, error) {
+	c, err := net.DialTimeout("tcp", host+":80", patience)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return nil, refused, err
 	case err != nil:
 		return nil, unreachable, err
 	}
-	return &connection{Conn: c, in: bufio.NewReader(c)}, "", nil
+	return &connection{Conn: c, host: host, in: bufio.NewReader(c)}, "", nil
 }
 
 // ask sends one request, for an access token or for the email, and says what came of it, and the token.
@@ -141,7 +148,7 @@ func (c *connection) ask(email string, forToken bool) (what, token string, err e
 		path = tokenPath
 	}
 	_ = c.SetDeadline(time.Now().Add(patience))
-	_, err = fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: 169.254.169.254\r\nMetadata-Flavor: Google\r\n\r\n", path)
+	_, err = fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: %s\r\nMetadata-Flavor: Google\r\n\r\n", path, c.host)
 	if err == nil {
 		_, err = c.in.Peek(1)
 	}

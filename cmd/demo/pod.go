@@ -150,9 +150,10 @@ func (p *pod) counted(method string) (Counts, error) {
 // loaded are pods that ask without pause.
 type loaded []*pod
 
-func beginLoads(l ...*pod) (loaded, error) {
+// beginLoads has them ask at metadataAddr or metadataAddr6.
+func beginLoads(at string, l ...*pod) (loaded, error) {
 	for _, p := range l {
-		if err := p.call(context.Background(), "Begin", p.email, new(struct{})); err != nil {
+		if err := p.call(context.Background(), "Begin", Task{p.email, at}, new(struct{})); err != nil {
 			return nil, fmt.Errorf("pod %s: %w", p.Name, err)
 		}
 	}

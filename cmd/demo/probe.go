@@ -42,7 +42,7 @@ func (w *world) beginProbe(path string) (*probe, error) {
 	if err != nil {
 		return nil, err
 	}
-	load, err := beginLoads(w.reader, w.writer)
+	load, err := beginLoads(metadataAddr, w.reader, w.writer)
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}

@@ -36,7 +36,8 @@ const kubeletDir = "/var/lib/kubelet"
 //	kill?name=late                       it dies, and its address may be given to another
 //	tell?name=late                       Kubernetes says that it is no more
 //	churn?pods=20                        so many pods after each other, at one address
-//	begin                                load from two pods; &host=yes: and from the one on the node's network
+//	begin                                load from two pods; &host=yes: and from the one on the node's network;
+//	                                     &six=yes: by IPv6, in place of IPv4
 //	end                                  no more of it: what came of it, as name=number, and as host_name=number
 //	cloud                                how many requests of pods the cloud's own metadata server has had since the last time
 //	calls                                how many there have been of Google's STS and IAM, as method=number
@@ -202,11 +203,15 @@ func (w *world) orders() http.Handler {
 			return "", errors.New("there is load already")
 		}
 		var err error
-		if running, err = beginLoads(w.reader, w.writer); err == nil && r.FormValue("host") != "" {
+		at := metadataAddr
+		if r.FormValue("six") != "" {
+			at = metadataAddr6
+		}
+		if running, err = beginLoads(at, w.reader, w.writer); err == nil && r.FormValue("host") != "" {
 			if w.host == nil {
 				return "", w.noCgroups
 			}
-			onHost, err = beginLoads(w.host)
+			onHost, err = beginLoads(at, w.host)
 		}
 		return "load", err
 	}))

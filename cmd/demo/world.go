@@ -21,13 +21,14 @@ import (
 )
 
 const (
-	provider     = "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
-	audience     = "//iam.googleapis.com/" + provider
-	nodeName     = "node1"
-	nodeSecret   = "the-node's-own-cloud-credentials" // what the cloud's own metadata server gives to whoever asks
-	metadataAddr = "169.254.169.254"
-	listenAddr   = "169.254.169.252:988"
-	cgroupRoot   = "/sys/fs/cgroup" // where the emulator looks
+	provider      = "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
+	audience      = "//iam.googleapis.com/" + provider
+	nodeName      = "node1"
+	nodeSecret    = "the-node's-own-cloud-credentials" // what the cloud's own metadata server gives to whoever asks
+	metadataAddr  = "169.254.169.254"
+	metadataAddr6 = "[fd20:ce::254]" // as a URL has it
+	listenAddr    = "169.254.169.252:988"
+	cgroupRoot    = "/sys/fs/cgroup" // where the emulator looks
 )
 
 // world is a node and what surrounds it.
@@ -106,9 +107,15 @@ func (w *world) populate(ctx context.Context) (err error) {
 	if w.neighbour, err = w.node.AddNeighbour("neighbour"); err != nil {
 		return err
 	}
-	for _, to := range []string{"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16", "10.245.0.0/16"} { // whatever it can
-		if out, err := w.neighbour.Command(ctx, "ip", "route", "add", to, "via", w.node.Addr.String()).CombinedOutput(); err != nil {
-			return fmt.Errorf("ip route add %s: %w: %s", to, err, out)
+	ways := map[netip.Addr][]string{w.node.Addr: {"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16", "10.245.0.0/16"}} // whatever it can
+	if haveIPv6() {
+		ways[w.node.Six] = []string{"fd20:ce::254/128", "fd20:ce::252/128", "fd00:244::/64", "fd00:245::/64"}
+	}
+	for via, all := range ways {
+		for _, to := range all {
+			if out, err := w.neighbour.Command(ctx, "ip", "route", "add", to, "via", via.String()).CombinedOutput(); err != nil {
+				return fmt.Errorf("ip route add %s: %w: %s", to, err, out)
+			}
 		}
 	}
 	if err := w.startCloud(); err != nil {
@@ -155,12 +162,16 @@ func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error
 func (w *world) startCloud() error {
 	w.cloud = &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		// The node may ask what is there, and does so once; its pods' packets keep their own addresses.
-		if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr {
+		if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr && from.Addr() != w.node.Six {
 			w.cloudAsked.Add(1)
 		}
 		_, _ = io.WriteString(rw, nodeSecret)
 	})}
-	for _, at := range []string{"169.254.169.254:80", "169.254.169.254:443", "[fd00:ec2::254]:80"} { // R-32, H-25
+	servers := []string{"169.254.169.254:80", "169.254.169.254:443"} // H-25
+	if haveIPv6() {
+		servers = append(servers, "[fd00:ec2::254]:80", "[fd20:ce::254]:80") // R-32, H-24
+	}
+	for _, at := range servers {
 		l, err := w.node.Cloud.Listen("tcp", at)
 		if err != nil {
 			return err
@@ -175,6 +186,12 @@ func (w *world) startCloud() error {
 		return err
 	}
 	return w.serveOther(w.node.NS, netip.AddrPortFrom(w.node.Addr, 10250).String())
+}
+
+// haveIPv6 says whether the kernel has it.
+func haveIPv6() bool {
+	_, err := os.Stat("/proc/net/if_inet6")
+	return err == nil
 }
 
 func (w *world) serveOther(ns *netnstest.NS, at string) error {

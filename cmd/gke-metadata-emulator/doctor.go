@@ -22,7 +22,8 @@ One line for each check: ok; warn, where somebody should look; fail, with what t
 exit status is 1 if a check failed. Configuration, listener, rules and what others have put beside them, the credential and what the
 API server grants it, Google's services, clocks and DNS are looked at; the running service is asked for what it knows.
 
-As root it connects from a throw-away network namespace as a pod would, and names the chain that drops the connection, if one does.
+As root it connects from a throw-away network namespace as a pod would, by IPv6 too where listen6 is set, and names the chain that drops
+the connection, if one does.
 One token of one pod of this node is requested and exchanged at Google, and thrown away: no token is printed.`,
 		Args: arguments,
 	}

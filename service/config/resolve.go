@@ -152,15 +152,11 @@ func (l *loader) checkListen() {
 // metadataServer6 is where pods ask by IPv6 (H-24).
 var metadataServer6 = netip.MustParseAddrPort("[fd20:ce::254]:80")
 
-// checkListen6 has the guard's default close the server that is redirected too.
 func (l *loader) checkListen6() {
 	const remedy = "write an address that nobody else uses, such as [fd20:ce::252]:988"
 	at, a := l.Listen6, l.Listen6.Addr()
 	if !at.IsValid() || l.broken["listen6"] || l.broken["routing.mode"] {
 		return
-	}
-	if slices.Equal(l.Routing.Guard, Default().Routing.Guard) {
-		l.Routing.Guard = append(l.Routing.Guard, metadataServer6)
 	}
 	switch mode := l.Routing.Mode; {
 	case mode != "iptables" && mode != "nftables" && mode != "auto":

@@ -11,24 +11,27 @@ import (
 	"strings"
 )
 
-// legacyDrops counts the packets that each rule and each policy of the legacy tables has dropped in this network namespace. Without such
-// tables it is empty: asking for one would make it.
-func legacyDrops(ctx context.Context) map[string]uint64 {
-	drops := map[string]uint64{}
-	save := "iptables-legacy-save"
+// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables has dropped in this network namespace.
+// Without such tables it is empty: asking for one would make it.
+func legacyDrops(ctx context.Context, six bool) map[string]uint64 {
+	drops, command := map[string]uint64{}, "iptables"
+	if six {
+		command = sixCommand(command)
+	}
+	save := command + "-legacy-save"
 	if _, err := exec.LookPath(save); err != nil {
-		save = "iptables-save" // a node that has the legacy backend alone
-		if !isLegacy("iptables") {
+		save = command + "-save" // a node that has the legacy backend alone
+		if !isLegacy(command) {
 			return drops
 		}
 	}
 	for _, table := range []string{"raw", "mangle", "nat", "filter", "security"} {
-		if !legacyTable(table, false) {
+		if !legacyTable(table, six) {
 			continue
 		}
 		out, err := exec.CommandContext(ctx, save, "-c", "-t", table).Output()
 		if err == nil {
-			savedDrops(table, string(out), drops)
+			savedDrops(command, table, string(out), drops)
 		}
 	}
 	return drops
@@ -39,16 +42,16 @@ var (
 	savedRule   = regexp.MustCompile(`^\[(\d+):\d+\] -A ((\S+) .*-j (?:DROP|REJECT)\b.*)$`)
 )
 
-// savedDrops reads the text of iptables-save -c.
-func savedDrops(table, text string, drops map[string]uint64) {
+// savedDrops reads the text of iptables-save -c, or ip6tables-save.
+func savedDrops(command, table, text string, drops map[string]uint64) {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		if m := savedPolicy.FindStringSubmatch(line); m != nil {
-			drops[fmt.Sprintf("iptables chain %s of table %s (policy DROP)", m[1], table)], _ = strconv.ParseUint(m[2], 10, 64)
+			drops[fmt.Sprintf("%s chain %s of table %s (policy DROP)", command, m[1], table)], _ = strconv.ParseUint(m[2], 10, 64)
 		}
 		if m := savedRule.FindStringSubmatch(line); m != nil {
 			n, _ := strconv.ParseUint(m[1], 10, 64)
-			drops[fmt.Sprintf("iptables chain %s of table %s (rule: -A %s)", m[3], table, m[2])] += n
+			drops[fmt.Sprintf("%s chain %s of table %s (rule: -A %s)", command, m[3], table, m[2])] += n
 		}
 	}
 }

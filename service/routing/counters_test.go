@@ -28,8 +28,8 @@ COMMIT
 COMMIT
 `
 	was, is := map[string]uint64{}, map[string]uint64{}
-	savedDrops("filter", before, was)
-	savedDrops("filter", after, is)
+	savedDrops("iptables", "filter", before, was)
+	savedDrops("iptables", "filter", after, is)
 	want := []string{
 		"iptables chain FORWARD of table filter (rule: -A FORWARD -d 10.1.0.0/16 -p tcp -j REJECT --reject-with icmp-port-unreachable)",
 		"iptables chain INPUT of table filter (policy DROP)",

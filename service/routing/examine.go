@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -28,9 +29,10 @@ type Examination struct {
 	HostSlices []string   // the host's own cgroups that exist
 	IPv6       bool       // the node has IPv6
 
-	Redirected *uint64  // connections that the rule which redirects has counted; nil: that cannot be read, or the mode counts none
-	Policies   []string // base chains on the way to the emulator that drop what they do not accept; nil without the privilege
-	Facts      Facts
+	Redirected  *uint64  // connections that the rule which redirects has counted; nil: that cannot be read, or the mode counts none
+	Redirected6 *uint64  // the same of IPv6; nil as well where its requests are not redirected
+	Policies    []string // base chains on the way to the emulator that drop what they do not accept; nil without the privilege
+	Facts       Facts
 }
 
 // Uplink is an interface from which no pod of this node speaks, and why it is taken for one.
@@ -56,11 +58,13 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		x.Local = l.local || l.wants(p.Listen.Addr()) || p.Mode == ModeLoopback // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
-	if p.Listen6.IsValid() {
+	six := p.Listen6.IsValid()
+	if six {
 		x.Holder6 = Listener(p.Listen6)
+		x.Redirected6 = redirected(ctx, p, state, true)
 	}
-	x.Redirected = redirected(ctx, p, state)
-	x.Policies = dropPolicies(ctx, x.Local)
+	x.Redirected = redirected(ctx, p, state, false)
+	x.Policies = dropPolicies(ctx, x.Local, six)
 	return x
 }
 
@@ -98,18 +102,22 @@ func (d device) why() string {
 
 var counter = regexp.MustCompile(` -c (\d+) \d+ `)
 
-// redirected reads the counter of the rule that redirects pods.
-func redirected(ctx context.Context, p Plan, state State) *uint64 {
+// redirected reads the counter of the rule that redirects pods in one family.
+func redirected(ctx context.Context, p Plan, state State, six bool) *uint64 {
 	switch {
 	case p.Mode == ModeNFTables:
-		return redirectedByNFTables()
+		return redirectedByNFTables(six)
 	case p.Mode != ModeIPTables || state.Command == "":
 		return nil
 	}
-	if isLegacy(state.Command) && !legacyTable("nat", false) {
+	command := state.Command
+	if six {
+		command = sixCommand(command)
+	}
+	if isLegacy(command) && !legacyTable("nat", six) {
 		return nil // and listing it would make it
 	}
-	out, err := start(ctx, "", state.Command, "--wait", lockSeconds, "-t", "nat", "-v", "-S", "GME-PRE").end()
+	out, err := start(ctx, "", command, "--wait", lockSeconds, "-t", "nat", "-v", "-S", "GME-PRE").end()
 	if err != nil {
 		return nil
 	}
@@ -123,8 +131,8 @@ func redirected(ctx context.Context, p Plan, state State) *uint64 {
 	return nil
 }
 
-func redirectedByNFTables() *uint64 {
-	rules, err := nftRules(unix.NFPROTO_IPV4, nftTable, "prerouting")
+func redirectedByNFTables(six bool) *uint64 {
+	rules, err := nftRules(xtablesFamily(six), nftTable, "prerouting")
 	if err != nil {
 		return nil
 	}
@@ -143,8 +151,8 @@ func redirectedByNFTables() *uint64 {
 }
 
 // dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy iptables, that drop by their policy what
-// goes to an emulator of this node, or is forwarded to one elsewhere.
-func dropPolicies(ctx context.Context, local bool) (names []string) {
+// goes to an emulator of this node, or is forwarded to one elsewhere, by IPv6 too where that is served.
+func dropPolicies(ctx context.Context, local, six bool) (names []string) {
 	hook, legacy := uint32(unix.NF_INET_FORWARD), "FORWARD"
 	if local {
 		hook, legacy = unix.NF_INET_LOCAL_IN, "INPUT"
@@ -157,7 +165,7 @@ func dropPolicies(ctx context.Context, local bool) (names []string) {
 	for _, c := range chains {
 		policy := attribute(c, unix.NFTA_CHAIN_POLICY)
 		family := nftFamily(c)
-		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" {
+		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" && (family != "ip6" || !six) {
 			continue
 		}
 		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
@@ -165,8 +173,12 @@ func dropPolicies(ctx context.Context, local bool) (names []string) {
 		}
 		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE)), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))))
 	}
-	for name := range legacyDrops(ctx) {
-		if strings.HasPrefix(name, "iptables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {
+	drops := legacyDrops(ctx, false)
+	if six {
+		maps.Copy(drops, legacyDrops(ctx, true))
+	}
+	for name := range drops {
+		if strings.Contains(name, "tables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {
 			names = append(names, strings.TrimSuffix(name, " (policy DROP)"))
 		}
 	}
@@ -192,3 +204,6 @@ func NotPermitted(err error) bool {
 
 // MetadataServer is where clients send their requests.
 func MetadataServer() netip.AddrPort { return metadataServer }
+
+// MetadataServer6 is where they do by IPv6 (H-24).
+func MetadataServer6() netip.AddrPort { return metadataServer6 }

@@ -232,7 +232,7 @@ func iptablesText(p Plan, s surroundings, command string) string {
 		what, restore := "the way to the emulator", command+"-restore"
 		if six {
 			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
-			restore = strings.Replace(command, "iptables", "ip6tables", 1) + "-restore"
+			restore = sixCommand(command) + "-restore"
 		}
 		var present []chain
 		for _, c := range chains {

@@ -29,7 +29,8 @@ func TestStory(t *testing.T) {
 		b.answers(b.pod, "169.254.169.254:53", cloud) // DNS passes
 		b.answers(b.pod, "169.254.169.254:443", "")
 		b.answers(b.pod, "[fd00:ec2::254]:80", "")
-		b.answers(b.pod, "169.254.169.252:988", "")   // not directly
+		b.answers(b.pod, "[fd20:ce::254]:80", "")
+		b.answers(b.pod, "169.254.169.252:988", "") // not directly
 		first := b.ruleset()
 		b.install(b.plan)
 		b.same("second install", b.ruleset(), first)
@@ -75,14 +76,17 @@ func TestStory(t *testing.T) {
 				"-t nat the rules of GME-PRE are doubled or not in order",
 			}},
 			{"guard", "ip rule del pref 98", []string{"ip rule: pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-			{"guard of IPv6", "ip -6 rule del pref 97; ip -6 rule del pref 98", []string{
+			{"guard of IPv6", "for p in 97 97 98 98; do ip -6 rule del pref $p; done", []string{
 				"ip rule: pref 97 iif lo to fd00:ec2::254/128 lookup main protocol kernel",
+				"ip rule: pref 97 iif lo to fd20:ce::254/128 lookup main protocol kernel",
 				"ip rule: pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip rule: pref 98 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
 			}},
 			{"address", "ip address del 169.254.169.252/32 dev lo", []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
 			{"IPv6 filter", "ip6tables -F; ip6tables -X", []string{
 				"-t filter -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD",
 				"-t filter -A GME-FWD -d fd00:ec2::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset",
+				"-t filter -A GME-FWD -d fd20:ce::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset",
 			}},
 		} {
 			t.Run(c.name, func(t *testing.T) {
@@ -101,8 +105,10 @@ func TestStory(t *testing.T) {
 				if got, err := ask(b.pod, "169.254.169.254:80", short); got == cloud {
 					t.Errorf("the real server answered (%v)", err)
 				}
-				if got, err := ask(b.pod, "[fd00:ec2::254]:80", short); got == cloud {
-					t.Errorf("the real IPv6 server answered (%v)", err)
+				for _, six := range []string{"[fd00:ec2::254]:80", "[fd20:ce::254]:80"} {
+					if got, err := ask(b.pod, six, short); got == cloud {
+						t.Errorf("the real server at %s answered (%v)", six, err)
+					}
 				}
 				b.install(b.plan)
 				b.green(b.plan)
@@ -128,8 +134,8 @@ func TestNftFlushRuleset(t *testing.T) {
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft flush ruleset")
-	if got := len(faults(t, b.check(b.plan))); got != 15 {
-		t.Errorf("%d faults named, want 15: %v", got, b.check(b.plan))
+	if got := len(faults(t, b.check(b.plan))); got != 16 {
+		t.Errorf("%d faults named, want 16: %v", got, b.check(b.plan))
 	}
 	b.answers(b.pod, "169.254.169.254:80", "")
 	b.answers(b.pod, "[fd00:ec2::254]:80", "")

@@ -65,6 +65,7 @@ func TestNFTablesStory(t *testing.T) {
 		b.answers(b.pod, "169.254.169.254:53", cloud)
 		b.answers(b.pod, "169.254.169.254:443", "")
 		b.answers(b.pod, "[fd00:ec2::254]:80", "")
+		b.answers(b.pod, "[fd20:ce::254]:80", "")
 		b.answers(b.pod, "169.254.169.252:988", "")
 	}
 	served()
@@ -94,6 +95,7 @@ func TestNFTablesStory(t *testing.T) {
 			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to 169.254.169.252:988",
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset",
+			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd20:ce::254 tcp dport 80 reject with tcp reset",
 		}},
 		{"the table's rules", "nft flush chain ip gke-metadata-emulator prerouting", []string{
 			"add rule ip gke-metadata-emulator prerouting iifname \"lo\" return",
@@ -109,6 +111,7 @@ func TestNFTablesStory(t *testing.T) {
 		{"IPv6", "nft delete table ip6 gke-metadata-emulator", []string{
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset",
+			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd20:ce::254 tcp dport 80 reject with tcp reset",
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

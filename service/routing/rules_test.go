@@ -40,7 +40,7 @@ func TestShownText(t *testing.T) {
 			surroundings{uplinks: []string{"bond0", "eth0"}, six: true}},
 		"ipv6": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), Spare: []string{"docker0"},
-				Guard: append(DefaultGuard(), metadataServer6), InterceptHostPods: "on"},
+				Guard: DefaultGuard(), InterceptHostPods: "on"},
 			surroundings{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
 		},
 		"closed": {Plan{Closed: true}, surroundings{}},

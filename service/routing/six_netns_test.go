@@ -18,7 +18,6 @@ import (
 func sixBed(b *bed) {
 	b.t.Helper()
 	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
-	b.plan.Guard = append(DefaultGuard(), metadataServer6)
 	b.serveAnywhere(b.plan.Listen6.String())
 }
 
@@ -121,10 +120,8 @@ func TestSixStory(t *testing.T) {
 			b.same("repair of "+c.name, sorted(b.ruleset()), sorted(first))
 			served()
 			said := len(w.repaired())
-			if !strings.HasSuffix(b.plan.Binary, "legacy") {
-				b.sh(flush) // and when it runs
-				w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
-			}
+			b.sh(flush) // and when it runs
+			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
 		}
 		w.end()
 		if s := w.state(); s.Listen6 != b.plan.Listen6.String() || s.IPv6 != "" {
@@ -193,11 +190,51 @@ func TestSixShownText(t *testing.T) {
 	})
 }
 
+// TestSixIsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either, in each mode, whatever becomes of the
+// firewall; the node's own processes do. A node without IPv6 has the same rules, or none, and no fault.
+func TestSixIsGuarded(t *testing.T) {
+	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone, ModeEBPF} {
+		t.Run(mode, func(t *testing.T) {
+			b := modeBed(t, mode)
+			routed, err := b.AddRoutedPod("routed")
+			if err != nil {
+				t.Fatal(err)
+			}
+			servers := []string{"[fd00:ec2::254]:80", "[fd20:ce::254]:80"}
+			for _, at := range servers {
+				b.answers(b.pod, at, cloud) // the bed would show a leak
+			}
+			b.install(b.plan)
+			b.green(b.plan)
+			guarded := func() {
+				t.Helper()
+				for _, at := range servers {
+					b.answers(b.pod, at, "")
+					b.answers(routed, at, "")
+					b.answers(b.NS, at, cloud)
+				}
+			}
+			guarded()
+			b.sh("ip6tables -F; nft flush ruleset")
+			guarded()
+			b.install(b.plan)
+			b.sh("for p in 98 98; do ip -6 rule del pref $p; done")
+			if got := faults(t, b.check(b.plan)); len(got) != 2 {
+				t.Errorf("missing: %q", got)
+			}
+			guarded() // by the firewall alone
+			b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+			b.install(b.plan)
+			b.green(b.plan)
+			b.remove(b.plan)
+		})
+	}
+}
+
 // TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the same, says why once, and Check is content.
 func TestSixNowhere(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
-		b.plan.Guard = append(DefaultGuard(), metadataServer6)
 		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 		b.install(b.plan)
 		b.green(b.plan)
@@ -309,4 +346,90 @@ func (b *bed) copyOfSelf() string {
 		b.t.Fatalf("%v: %s", err, out)
 	}
 	return to
+}
+
+// sixFlushes are what others do to IPv6's part of it.
+var sixFlushes = []struct {
+	name, xtables, nft string
+	layer, cause       string // of the mode's own rules where layer is ""
+}{
+	{"filter", "ip6tables -F", "nft flush chain ip6 gke-metadata-emulator input", "", ""},
+	{"filter and its chains", "ip6tables -F; ip6tables -X", "nft flush table ip6 gke-metadata-emulator", "", ""},
+	{"raw", "ip6tables -t raw -F", "nft flush chain ip6 gke-metadata-emulator raw", "", ""},
+	{"nat", "ip6tables -t nat -F", "nft flush chain ip6 gke-metadata-emulator prerouting", "", ""},
+	{"nat and its chains", "ip6tables -t nat -F; ip6tables -t nat -X", "nft delete chain ip6 gke-metadata-emulator prerouting", "", ""},
+	{"base chain only", "ip6tables -t nat -F PREROUTING", "nft 'add table ip6 gke-metadata-emulator { flags dormant; }'", "", ""},
+	{"one rule", "ip6tables -t nat -D GME-PRE -i eth0 -j RETURN", "nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p')", "", ""},
+	{"a rule too much", "ip6tables -t nat -I GME-PRE -p tcp -j ACCEPT", "nft insert rule ip6 gke-metadata-emulator prerouting accept", "", ""},
+	{"all", "for t in filter raw nat; do ip6tables -t $t -F; ip6tables -t $t -X; done", "nft delete table ip6 gke-metadata-emulator", "", ""},
+	{"both families", "for t in filter raw nat; do iptables -t $t -F; ip6tables -t $t -F; done", "nft delete table ip gke-metadata-emulator; nft delete table ip6 gke-metadata-emulator", "", ""},
+	{"guard", "for p in 97 97 98 98; do ip -6 rule del pref $p; done", "for p in 97 97 98 98; do ip -6 rule del pref $p; done", layerRule, "ip-rule"},
+	{"listen route", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", layerRoute, "ip-route"},
+}
+
+// TestSixWatchRepairs: a watcher that never sweeps notices each by itself, legacy tables too, and puts it back; no pod gets to the real server
+// by IPv6 meanwhile.
+func TestSixWatchRepairs(t *testing.T) {
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		sixBed(b)
+		b.install(b.plan)
+		whole := sorted(b.ruleset())
+		layer, cause := layerIP6Tables, "nftables"
+		switch {
+		case b.plan.Mode == ModeNFTables:
+			layer = layerNFTables
+		case b.plan.Binary == "iptables-legacy":
+			cause = "xtables"
+		}
+		w := b.watch(b.plan, time.Hour)
+		leaks := b.asking("[fd20:ce::254]:80")
+		for _, c := range sixFlushes {
+			t.Run(c.name, func(t *testing.T) {
+				b.t = t
+				said, flush := len(w.repaired()), c.xtables
+				if b.plan.Mode == ModeNFTables {
+					flush = c.nft
+				}
+				b.sh(flush)
+				w.until("a repair", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
+				b.same("repair", sorted(b.ruleset()), whole)
+				b.answers(b.pod, "[fd20:ce::254]:80", emulator)
+				b.answers(b.pod, "169.254.169.254:80", emulator)
+				line, wantLayer, wantCause := w.repaired()[said], layer, cause
+				if c.layer != "" {
+					wantLayer, wantCause = c.layer, c.cause
+				}
+				if got := fmt.Sprint(line.Data["layer"]); !slices.Contains(strings.Split(got, ","), wantLayer) || line.Data["cause"] != wantCause {
+					t.Errorf("want layer %s and cause %s in %v", wantLayer, wantCause, line.Data)
+				}
+			})
+			w.bed.t = t
+		}
+		b.t = t
+		if asked, answered := leaks(); answered > 0 || asked == 0 {
+			t.Errorf("of %d connections meanwhile the real server answered %d", asked, answered)
+		}
+		w.end()
+		b.remove(b.plan)
+	})
+}
+
+// asking has the pod ask without pause until it is told to end; then it says how often, and how often the real server answered.
+func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
+	ctx, cancel := context.WithCancel(b.t.Context())
+	over := make(chan struct{})
+	asked, leaked := 0, 0
+	go func() {
+		defer close(over)
+		for ; ctx.Err() == nil; asked++ {
+			if who, _ := ask(b.pod, at, short); who == cloud {
+				leaked++
+			}
+		}
+	}()
+	return func() (int, int) {
+		cancel()
+		<-over
+		return asked, leaked
+	}
 }

@@ -18,7 +18,7 @@ import (
 // trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it. Whether a packet is traced says a table of
 // ours, in front of all others:
 //
-//	table ip gke-metadata-emulator-doctor {
+//	table ip gke-metadata-emulator-doctor {       (or ip6)
 //		chain from-pod { type filter hook prerouting priority -2147483648; iifname "gme-doctor" meta nftrace set 1 }
 //		chain to-pod   { type filter hook output priority -2147483648; oifname "gme-doctor" meta nftrace set 1 }
 //	}
@@ -42,10 +42,10 @@ func startTrace(addr netip.Addr, link string) (*trace, error) {
 		return nil, fmt.Errorf("listen to the traces of nf_tables: %w", permission(err))
 	}
 	t := &trace{socket: s, addr: addr, owned: true}
-	if err := t.transaction(traceRules(link, tableOwner)); err != nil {
+	if err := t.transaction(t.rules(link, tableOwner)); err != nil {
 		t.owned = false
-		_ = t.transaction(removeTrace()) // left behind on a kernel without owners
-		err = t.transaction(traceRules(link, 0))
+		_ = t.transaction(t.remove()) // left behind on a kernel without owners
+		err = t.transaction(t.rules(link, 0))
 		if err != nil {
 			s.Close()
 			return nil, fmt.Errorf("have nf_tables trace packets: %w", permission(err))
@@ -57,7 +57,7 @@ func startTrace(addr netip.Addr, link string) (*trace, error) {
 func (t *trace) close() error {
 	var err error
 	if !t.owned {
-		err = t.transaction(removeTrace())
+		err = t.transaction(t.remove())
 	}
 	t.socket.Close()
 	return err
@@ -117,6 +117,8 @@ func parseTrace(message []byte) (e traced) {
 	}
 	if h := attribute(message, unix.NFTA_TRACE_NETWORK_HEADER); len(h) >= 20 && h[0]>>4 == 4 {
 		e.from, e.to = netip.AddrFrom4([4]byte(h[12:])), netip.AddrFrom4([4]byte(h[16:]))
+	} else if len(h) >= 40 && h[0]>>4 == 6 {
+		e.from, e.to = netip.AddrFrom16([16]byte(h[8:])), netip.AddrFrom16([16]byte(h[24:]))
 	}
 	switch be32(attribute(message, unix.NFTA_TRACE_TYPE)) {
 	case unix.NFT_TRACETYPE_POLICY:
@@ -216,21 +218,21 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 	return nil
 }
 
-func nftRequest(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
+func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_IPV4, Version: nl.NFNETLINK_V0})
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: xtablesFamily(t.addr.Is6()), Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
 		r.AddData(a)
 	}
 	return r
 }
 
-func removeTrace() []*nl.NetlinkRequest {
-	return []*nl.NetlinkRequest{nftRequest(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, traceTable))}
+func (t *trace) remove() []*nl.NetlinkRequest {
+	return []*nl.NetlinkRequest{t.request(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, traceTable))}
 }
 
-func traceRules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
-	messages = []*nl.NetlinkRequest{nftRequest(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
+func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
+	messages = []*nl.NetlinkRequest{t.request(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
 		textAttr(unix.NFTA_TABLE_NAME, traceTable), numberAttr(unix.NFTA_TABLE_FLAGS, flags))}
 	for _, c := range []struct {
 		name       string
@@ -238,10 +240,10 @@ func traceRules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
 	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME}, {"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
 		const first = 1 << 31 // the lowest priority: -2147483648
 		messages = append(messages,
-			nftRequest(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE,
+			t.request(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE,
 				textAttr(unix.NFTA_CHAIN_TABLE, traceTable), textAttr(unix.NFTA_CHAIN_NAME, c.name), textAttr(unix.NFTA_CHAIN_TYPE, "filter"),
 				nested(unix.NFTA_CHAIN_HOOK, numberAttr(unix.NFTA_HOOK_HOOKNUM, c.hook), numberAttr(unix.NFTA_HOOK_PRIORITY, first))),
-			nftRequest(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
+			t.request(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
 				textAttr(unix.NFTA_RULE_TABLE, traceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
 				nested(unix.NFTA_RULE_EXPRESSIONS,
 					expression("meta", numberAttr(unix.NFTA_META_KEY, c.meta), numberAttr(unix.NFTA_META_DREG, unix.NFT_REG_1)),

@@ -18,11 +18,11 @@ import (
 // Trial is a pod that is none: a network namespace without a name, connected to the node as Calico and the cloud CNIs connect pods
 // (K-08). What connects from it goes the way of a pod's packets, through everybody's rules.
 //
-// The node gets an interface and a route to one address, and no address, sysctl or rule. The namespace lives as long as this process
-// holds it; with it the kernel takes away all the rest, also when the process is killed.
+// The node gets an interface and a route to one address of each family, and no address, sysctl or rule. The namespace lives as long as this
+// process holds it; with it the kernel takes away all the rest, also when the process is killed.
 type Trial struct {
-	Addr netip.Addr // the pod's
-	Link string     // the node's end
+	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddSix
+	Link        string     // the node's end
 
 	node, pod netns.NsHandle
 	linked    bool
@@ -40,6 +40,9 @@ var (
 	trialAddr = netip.AddrFrom4([4]byte{198, 18, 169, 254})
 	// trialGateway is nobody's: the pod knows its hardware address, so no sysctl has to make the node answer for it.
 	trialGateway = netip.AddrFrom4([4]byte{169, 254, 1, 1})
+	// The same of IPv6 (RFC 5180).
+	trialAddr6    = netip.MustParseAddr("2001:2::a9fe:a9fe")
+	trialGateway6 = netip.MustParseAddr("fe80::1")
 )
 
 // NewTrial makes one beside the network namespace of the calling thread. ErrPermission is wrapped where that is not allowed.
@@ -83,6 +86,24 @@ func (t *Trial) connect() error {
 	if err := netlink.LinkSetUp(here); err != nil {
 		return fmt.Errorf("ip link set %s up: %w", t.Link, err)
 	}
+	return t.address(t.Addr, trialGateway)
+}
+
+// AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an error.
+func (t *Trial) AddSix() error {
+	if err := t.in(t.node, func() error { return t.address(trialAddr6, trialGateway6) }); err != nil {
+		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
+	}
+	t.Addr6 = trialAddr6
+	return nil
+}
+
+// address has both ends find each other at the address without a question: the first packet is to get through, too.
+func (t *Trial) address(a, gateway netip.Addr) error {
+	here, err := netlink.LinkByName(t.Link)
+	if err != nil {
+		return err
+	}
 	pod, err := netlink.NewHandleAt(t.pod, unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
@@ -93,20 +114,24 @@ func (t *Trial) connect() error {
 		return err
 	}
 	index := there.Attrs().Index
+	flags := 0
+	if a.Is6() {
+		flags = unix.IFA_F_NODAD
+	}
 	for _, step := range []func() error{
 		func() error { return pod.LinkSetUp(there) },
-		func() error { return pod.AddrAdd(there, &netlink.Addr{IPNet: hostNet(t.Addr)}) },
+		func() error { return pod.AddrAdd(there, &netlink.Addr{IPNet: hostNet(a), Flags: flags}) },
 		func() error {
-			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: trialGateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: gateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
 		},
 		func() error {
-			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: trialGateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
+			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: gateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
 		},
 		func() error {
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: hostNet(t.Addr), Scope: netlink.SCOPE_LINK})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: hostNet(a), Scope: netlink.SCOPE_LINK})
 		},
-		func() error { // the first packet is to find the pod's address, too
-			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: t.Addr.AsSlice(), HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+		func() error {
+			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: a.AsSlice(), HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
 		},
 	} {
 		if err := step(); err != nil {
@@ -154,18 +179,18 @@ func (t *Trial) in(there netns.NsHandle, f func() error) error {
 	return err
 }
 
-// Dropped says who drops what the pod sends, or what is sent back to it, while try runs: nf_tables' tracing tells for its chains, those of
+// Dropped says who drops what the pod sends from one of its addresses, or what is sent back there, while try runs: nf_tables' tracing tells for its chains, those of
 // iptables-nft among them, and counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
-func (t *Trial) Dropped(ctx context.Context, try func()) (by []string, err error) {
+func (t *Trial) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
 	err = t.in(t.node, func() error {
-		before := legacyDrops(ctx)
-		trace, traceErr := startTrace(t.Addr, t.Link)
+		before := legacyDrops(ctx, from.Is6())
+		trace, traceErr := startTrace(from, t.Link)
 		try()
 		if traceErr == nil {
 			by, traceErr = trace.drops(200 * time.Millisecond)
 			traceErr = errors.Join(traceErr, trace.close())
 		}
-		by = append(by, risen(before, legacyDrops(ctx))...)
+		by = append(by, risen(before, legacyDrops(ctx, from.Is6()))...)
 		if len(by) > 0 || errors.Is(traceErr, unix.ENOENT) || errors.Is(traceErr, unix.EOPNOTSUPP) || errors.Is(traceErr, unix.EPROTONOSUPPORT) {
 			return nil // a kernel without nf_tables has none of its chains
 		}

@@ -32,8 +32,7 @@ type xtables struct {
 // openXtables finds the command, or returns an error that wraps exec.ErrNotFound.
 func openXtables(command string, legacy, six bool) (*xtables, error) {
 	if six {
-		dir, name := filepath.Split(command)
-		command = dir + strings.Replace(name, "iptables", "ip6tables", 1)
+		command = sixCommand(command)
 	}
 	for _, c := range []string{command, command + "-restore"} {
 		if _, err := exec.LookPath(c); err != nil {
@@ -41,6 +40,12 @@ func openXtables(command string, legacy, six bool) (*xtables, error) {
 		}
 	}
 	return &xtables{command: command, legacy: legacy, six: six}, nil
+}
+
+// sixCommand is the command of the same backend for IPv6.
+func sixCommand(command string) string {
+	dir, name := filepath.Split(command)
+	return dir + strings.Replace(name, "iptables", "ip6tables", 1)
 }
 
 // runningCommand is a command that was started. It was started by the calling thread, whose network namespace it is in.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -348,6 +349,9 @@ func (ns *NS) veth(name string, peer *NS, peerName, master string) error {
 
 func address(link string, p netip.Prefix) func() error {
 	return func() error {
+		if p.Addr().Is6() && withoutSix() {
+			return nil
+		}
 		l, err := netlink.LinkByName(link)
 		if err == nil {
 			a := &netlink.Addr{IPNet: ipNet(p)}
@@ -370,6 +374,9 @@ func route(to netip.Prefix, via netip.Addr, link string) func() error {
 // routeAt is route with a metric; 0 is the kernel's default.
 func routeAt(metric int, to netip.Prefix, via netip.Addr, link string) func() error {
 	return func() error {
+		if to.Addr().Is6() && withoutSix() {
+			return nil
+		}
 		l, err := netlink.LinkByName(link)
 		if err == nil {
 			r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(to), Priority: metric}
@@ -387,9 +394,21 @@ func routeAt(metric int, to netip.Prefix, via netip.Addr, link string) func() er
 	}
 }
 
+// withoutSix says whether IPv6 is disabled in the calling thread's namespace, or in the kernel, as a machine may be booted that was made a node:
+// then what is of IPv6 is left out.
+func withoutSix() bool {
+	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+	return err != nil || strings.TrimSpace(string(b)) == "1"
+}
+
 // sysctl writes below /proc/sys/net, which shows the calling thread's namespace.
 func sysctl(key, value string) func() error {
-	return func() error { return os.WriteFile("/proc/sys/net/"+key, []byte(value), 0) }
+	return func() error {
+		if strings.HasPrefix(key, "ipv6/") && withoutSix() {
+			return nil
+		}
+		return os.WriteFile("/proc/sys/net/"+key, []byte(value), 0)
+	}
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {

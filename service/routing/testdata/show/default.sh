@@ -4,14 +4,17 @@ ip address add 169.254.169.252/32 dev lo scope host label lo:gme
 # the guard that survives a flush of the firewall
 ip rule add pref 97 iif lo to 169.254.169.254/32 lookup main protocol kernel
 ip -6 rule add pref 97 iif lo to fd00:ec2::254/128 lookup main protocol kernel
+ip -6 rule add pref 97 iif lo to fd20:ce::254/128 lookup main protocol kernel
 ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
 ip -6 rule add pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel
+ip -6 rule add pref 98 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel
 
 # the guard of the other family
 ip6tables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]
 -A GME-FWD -d fd00:ec2::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset
+-A GME-FWD -d fd20:ce::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset
 -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD
 COMMIT
 END

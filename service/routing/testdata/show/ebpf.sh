@@ -4,8 +4,10 @@ ip address add 169.254.169.252/32 dev lo scope host label lo:gme
 # the guard that survives a flush of the firewall
 ip rule add pref 97 iif lo to 169.254.169.254/32 lookup main protocol kernel
 ip -6 rule add pref 97 iif lo to fd00:ec2::254/128 lookup main protocol kernel
+ip -6 rule add pref 97 iif lo to fd20:ce::254/128 lookup main protocol kernel
 ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
 ip -6 rule add pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel
+ip -6 rule add pref 98 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel
 
 # other hosts are kept out
 nft -f - <<'END'
@@ -39,6 +41,7 @@ table ip6 gke-metadata-emulator {
 	chain forward {
 		type filter hook forward priority -10; policy accept;
 		ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset
+		ip6 daddr fd20:ce::254 tcp dport 80 reject with tcp reset
 	}
 }
 END
