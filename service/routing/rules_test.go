@@ -245,7 +245,7 @@ func FuzzParseRule(f *testing.F) {
 	f.Add(make([]byte, 12))
 	f.Fuzz(func(t *testing.T, message []byte) {
 		if r, ours := parseRule(message); ours {
-			if !r.to.IsValid() || r.iif == "" && r.port == 0 || r.pref < prefExempt || r.pref > lastOfPrefs {
+			if !r.to.IsValid() || !r.shaped() || r.pref < prefExempt || r.pref > lastOfPrefs || r.iif == "" && r.port == 0 && r.pref < prefPass {
 				t.Errorf("%+v was taken for ours", r)
 			}
 		}
