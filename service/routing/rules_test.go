@@ -1,9 +1,11 @@
 package routing
 
 import (
+	"errors"
 	"flag"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -135,6 +137,9 @@ func TestUplinks(t *testing.T) {
 		{"the node's address elsewhere", []device{{name: "dummy0", index: 4, kind: "dummy", nodeAddress: true}, {name: "nodelocaldns", index: 5, kind: "dummy"}}, []string{"dummy0"}, ""},
 		{"overlays", []device{{name: "flannel.1", index: 4, kind: "vxlan"}, {name: "tunl0", index: 5, kind: "ipip"}, {name: "wg0", index: 6, kind: "wireguard"}},
 			[]string{"flannel.1", "tunl0", "wg0"}, ""},
+		{"a VPN", []device{{name: "tun0", index: 4, kind: "tun"}, {name: "tap0", index: 5, kind: "tuntap"}}, []string{"tun0"}, ""},
+		{"links on a link", []device{{name: "mv0", index: 4, kind: "macvlan"}, {name: "ipv0", index: 5, kind: "ipvlan"}, {name: "sec0", index: 6, kind: "macsec"}},
+			[]string{"ipv0", "mv0", "sec0"}, ""},
 		{"a bridge to the LAN with machines", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"},
 			{name: "vnet0", index: 5, master: 4, kind: "tuntap"}}, []string{"eth0"}, "machines at vnet0"},
 		{"a name like a pattern", []device{{name: "eth+", index: 4}, {name: `a"b`, index: 5}}, nil, "no rule can say"},
@@ -218,6 +223,14 @@ func TestNewRefuses(t *testing.T) {
 	both.InterceptHostPods, both.Uplinks = "x", []string{"/"}
 	if _, err := New(both); err == nil || strings.Count(err.Error(), "\n") != 1 {
 		t.Errorf("%v, want both faults", err)
+	}
+}
+
+// TestNoCommand: who has no iptables is told what to do.
+func TestNoCommand(t *testing.T) {
+	_, err := openIPTables(Plan{Binary: "iptables-none"}, "")
+	if !errors.Is(err, exec.ErrNotFound) || !strings.Contains(err.Error(), "routing mode nftables") {
+		t.Error(err)
 	}
 }
 

@@ -135,7 +135,7 @@ var flushes = []struct {
 }{
 	{"filter", "iptables -F", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"nat", "iptables -t nat -F", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"nat and its chains", "iptables -t nat -F; iptables -t nat -X", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"nat and its chains", "iptables -t nat -F; iptables -t nat -X || true", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"raw", "iptables -t raw -F", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"base chain only", "iptables -t nat -F PREROUTING", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", "xtables"}},
