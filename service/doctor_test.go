@@ -59,6 +59,9 @@ func six(p *patient) {
 	p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "1", Exe: "systemd", Own: true}
 }
 
+// observing has it be a node before a rollout.
+func observing(p *patient) { p.plan.Mode, p.state.Mode = routing.ModeObserve, routing.ModeObserve }
+
 func TestDoctorOfAHealthyNode(t *testing.T) {
 	r := diagnose(healthy())
 	for _, f := range r.Checks {
@@ -110,6 +113,10 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"listener", func(p *patient) {
 			p.node.Holder, p.root, p.status = routing.ListenedBy{At: p.plan.Listen}, false, nil
 		}, Skip, "as root", ""},
+		{"listener", func(p *patient) {
+			p.plan.Listen = routing.MetadataServer()
+			p.node.Holder = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:80"), PID: "7", Exe: "nginx"}
+		}, Fail, "nginx (process 7) listens on 0.0.0.0:80, and mode loopback needs 169.254.169.254:80", "an address of its own"},
 		{"listener", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"listener", func(p *patient) { p.node.Local = false }, OK, "forwarded", ""},
 		{"listener", func(p *patient) { p.status = nil }, OK, "systemd (process 1) holds", ""},
@@ -131,6 +138,13 @@ func TestDoctorOfASickNode(t *testing.T) {
 		}, Fail, "1m0s before: missing: a", installRules},
 		{"rules", func(p *patient) { p.node.Rules = routing.ErrPermission }, OK, "all stood 20s ago", ""},
 		{"rules", func(p *patient) { p.state.Reason = "it fits" }, OK, "auto: it fits", ""},
+
+		{"rules", observing, OK, "nothing is redirected", ""},
+		{"guard", observing, Warn, "guards nothing", "another routing.mode"},
+		{"cloud", func(p *patient) { observing(p); p.cloud = answered{server: "EC2ws", status: 401} }, OK, "AWS's metadata server answers this node's own processes, and pods", ""},
+		{"ipv6", observing, OK, "nothing is guarded", ""},
+		{"connection", func(p *patient) { observing(p); p.trial.answered = answered{server: "EC2ws", status: 401} }, Skip, "redirects nobody", ""},
+		{"traffic", observing, Skip, "routing observe", ""},
 
 		{"watcher", func(p *patient) { p.watcher = "failed" }, Warn, "it is failed", "systemctl enable --now"},
 		{"watcher", func(p *patient) { p.watcher = ""; p.state.Standing.Time = p.now.Add(-time.Hour) }, Warn, "does not run, or hangs", "systemctl enable --now"},
