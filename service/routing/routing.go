@@ -95,7 +95,7 @@ func newRouter(p Plan) (*router, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &router{plan: p, hostCgroups: hostCgroups()}, nil
+	return &router{plan: p, hostCgroups: HostCgroups()}, nil
 }
 
 // checked returns the Plan with its defaults filled in.
