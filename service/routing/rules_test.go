@@ -226,6 +226,21 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// TestEnvironmentText: in mode none pods are told an address at which they reach the emulator.
+func TestEnvironmentText(t *testing.T) {
+	for listen, want := range map[string]string{
+		"169.254.169.252:988": "# what pods need in their environment\n#   env:\n#   - name: GCE_METADATA_HOST\n#     value: 169.254.169.252:988\n",
+		"0.0.0.0:8988":        "{fieldPath: status.hostIP}}\n#   - name: GCE_METADATA_HOST\n#     value: $(NODE_IP):8988\n",
+		"198.51.100.10:8988":  "#     value: $(NODE_IP):8988\n",
+		"[fd00:51::10]:8988":  "#     value: [$(NODE_IP)]:8988\n",
+		"127.0.0.1:988":       "# what pods on the host network, who alone reach it, need in their environment\n#   env:\n#   - name: GCE_METADATA_HOST\n#     value: 127.0.0.1:988\n",
+	} {
+		if got := environmentText(Plan{Listen: netip.MustParseAddrPort(listen)}); !strings.HasSuffix(got, want) {
+			t.Errorf("%s: %s", listen, got)
+		}
+	}
+}
+
 // TestNoCommand: who has no iptables is told what to do.
 func TestNoCommand(t *testing.T) {
 	_, err := openIPTables(Plan{Binary: "iptables-none"}, "")
