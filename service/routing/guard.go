@@ -26,10 +26,10 @@ import (
 // server's other ports are let go on by name, and the rest of TCP is not; of IPv6, where headers can lie between the fragment's and
 // TCP's, the rest of everything:
 //
-//	100: from all to 169.254.169.254 ipproto tcp dport 1-79 goto 102 proto kernel
-//	100: from all to 169.254.169.254 ipproto tcp dport 81-65534 goto 102 proto kernel
-//	101: from all to 169.254.169.254 ipproto tcp prohibit proto kernel
-//	102: from all to 169.254.169.254 nop proto kernel
+//	101: from all to 169.254.169.254 ipproto tcp dport 1-79 goto 103 proto kernel
+//	101: from all to 169.254.169.254 ipproto tcp dport 81-65534 goto 103 proto kernel
+//	102: from all to 169.254.169.254 ipproto tcp prohibit proto kernel
+//	103: from all to 169.254.169.254 nop proto kernel
 //
 // R-10b: iif lo is all that this host sends, its own daemons and pods on the host network alike. Those pods reach the real
 // server when only these rules are left; for them the promise holds while the netfilter rules stand.
@@ -47,9 +47,9 @@ const (
 	prefExempt  = 97
 	prefGuard   = 98
 	prefBehind  = 99  // what is prohibited where the table of 98 is empty
-	prefPass    = 100 // what goes on at prefOnward,
-	prefRest    = 101 // since all else is prohibited
-	prefOnward  = 102
+	prefPass    = 101 // what goes on at prefOnward (Cilium has table local at 100, which nothing is to go past),
+	prefRest    = 102 // since all else is prohibited
+	prefOnward  = 103
 	ourTable    = 988 // where mode loopback has its route
 	noTable     = 0   // a prohibition, but at prefPass and prefOnward
 	mainTable   = unix.RT_TABLE_MAIN
