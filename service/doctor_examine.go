@@ -51,6 +51,11 @@ type patient struct {
 	exchange *exchanged // nil: there was no token to try it with
 }
 
+// observes says whether mode observe is what stands: it leaves all as it was, and guards nothing.
+func (p *patient) observes() bool {
+	return p.state.Desired == routing.Installed && !p.state.Closed && p.state.Mode == routing.ModeObserve
+}
+
 // answered is what GET / came to.
 type answered struct {
 	err    error

@@ -78,6 +78,8 @@ func listenerCheck(p *patient) Finding {
 		return good("%s holds %s", by, by.At)
 	case by.At.Addr().IsUnspecified() && want.Port() == 988:
 		return fail("name one address for the other program to listen on, or choose another listen address", "%s listens on %s: port 988 of every address is Lustre's as well", by, by.At)
+	case want == routing.MetadataServer(): // mode loopback, which listens nowhere else
+		return fail("stop it, or have it listen on an address of its own", "%s listens on %s, and mode loopback needs %s", by, by.At, want)
 	}
 	return fail("choose another listen address, or stop it; this may be GKE's own metadata server", "%s listens on %s", by, by.At)
 }
@@ -120,6 +122,9 @@ func rulesCheck(p *patient) Finding {
 		return good("mode %s to %s: all stood %s ago (to read them now, %s)", mode, p.state.Listen, age(p.now, p.state.Standing.Time), asRoot)
 	case len(faults) > 0:
 		return fail(installRules, "missing or wrong: %s", some(faults))
+	}
+	if p.observes() {
+		return good("mode observe: nothing is redirected, those who would be are counted: gke-metadata-emulator routing observe")
 	}
 	if p.state.Reason != "" {
 		mode += fmt.Sprintf(" (auto: %s)", p.state.Reason)
@@ -170,8 +175,8 @@ func guardCheck(p *patient) Finding {
 		guarded = append(guarded, g.String())
 	}
 	switch {
-	case p.plan.Mode == routing.ModeObserve:
-		return skip("mode %s guards nothing", routing.ModeObserve)
+	case p.observes():
+		return warn("choose another routing.mode for that", "mode observe guards nothing: pods reach the cloud's own metadata server as they did before")
 	case len(p.node.Guard) > 0:
 		return fail(installRules, "a pod may reach the cloud's own credentials when the firewall is flushed: missing %s", some(p.node.Guard))
 	case !p.plan.Closed && !slices.Contains(p.plan.Guard, routing.MetadataServer()):
@@ -254,6 +259,8 @@ func cloudCheck(p *patient) Finding {
 		return good("the emulator answers this node's own processes too")
 	case len(p.node.Guard) > 0:
 		return fail(installRules, "%s answers, and the guard is not complete", answeredBy(a))
+	case p.observes():
+		return good("%s answers this node's own processes, and pods: see guard", answeredBy(a))
 	}
 	return good("%s answers this node's own processes; pods are kept from it", answeredBy(a))
 }
@@ -277,12 +284,12 @@ func ipv6Check(p *patient) Finding {
 	open := sixOf(slices.DeleteFunc(routing.DefaultGuard(), func(g netip.AddrPort) bool { return slices.Contains(p.plan.Guard, g) || p.plan.Closed }))
 	mode := p.plan.Mode
 	switch {
-	case mode == routing.ModeObserve:
-		return skip("mode %s redirects and guards nothing", mode)
 	case !p.node.IPv6 && p.plan.Listen6.IsValid():
 		return warn("remove listen6", "this node has none, so requests by IPv6 are not redirected to %s", p.plan.Listen6)
 	case !p.node.IPv6:
 		return good("this node has none")
+	case p.observes():
+		return skip("mode observe redirects and guards nothing")
 	case open != "":
 		return warn(fmt.Sprintf("add %s to routing.guard", open), "this node has IPv6, and the guard does not close %s, where a cloud may give pods the node's credentials", open)
 	}

@@ -68,6 +68,9 @@ func sixAlone(p *patient) {
 	p.status.Cluster.Pods[0].Addresses = []netip.Addr{netip.MustParseAddr("fd00:244::2")}
 }
 
+// observing has it be a node before a rollout.
+func observing(p *patient) { p.plan.Mode, p.state.Mode = routing.ModeObserve, routing.ModeObserve }
+
 func TestDoctorOfAHealthyNode(t *testing.T) {
 	four, both := healthy(), healthy()
 	six(both)
@@ -123,6 +126,10 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"listener", func(p *patient) {
 			p.node.Holder, p.root, p.status = routing.ListenedBy{At: p.plan.Listen}, false, nil
 		}, Skip, "as root", ""},
+		{"listener", func(p *patient) {
+			p.plan.Listen = routing.MetadataServer()
+			p.node.Holder = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:80"), PID: "7", Exe: "nginx"}
+		}, Fail, "nginx (process 7) listens on 0.0.0.0:80, and mode loopback needs 169.254.169.254:80", "an address of its own"},
 		{"listener", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"listener", func(p *patient) { p.node.Local = false }, OK, "forwarded", ""},
 		{"listener", func(p *patient) { p.status = nil }, OK, "systemd (process 1) holds", ""},
@@ -144,6 +151,12 @@ func TestDoctorOfASickNode(t *testing.T) {
 		}, Fail, "1m0s before: missing: a", installRules},
 		{"rules", func(p *patient) { p.node.Rules = routing.ErrPermission }, OK, "all stood 20s ago", ""},
 		{"rules", func(p *patient) { p.state.Reason = "it fits" }, OK, "auto: it fits", ""},
+
+		{"rules", observing, OK, "nothing is redirected", ""},
+		{"guard", observing, Warn, "guards nothing", "another routing.mode"},
+		{"cloud", func(p *patient) { observing(p); p.cloud = answered{server: "EC2ws", status: 401} }, OK, "AWS's metadata server answers this node's own processes, and pods", ""},
+		{"connection", func(p *patient) { observing(p); p.trial.answered = answered{server: "EC2ws", status: 401} }, Skip, "redirects nobody", ""},
+		{"traffic", observing, Skip, "routing observe", ""},
 
 		{"watcher", func(p *patient) { p.watcher = "failed" }, Warn, "it is failed", "systemctl enable --now"},
 		{"watcher", func(p *patient) { p.watcher = ""; p.state.Standing.Time = p.now.Add(-time.Hour) }, Warn, "does not run, or hangs", "systemctl enable --now"},
@@ -203,8 +216,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"ipv6", func(p *patient) {
 			p.plan.Mode, p.config.Listen6 = routing.ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988")
 		}, Warn, "mode ebpf serves IPv4 alone, so listen6 is not in force; the guard closes", "routing.mode to iptables or nftables"},
-		{"ipv6", func(p *patient) { p.plan.Mode = routing.ModeObserve }, Skip, "guards nothing", ""},
-		{"guard", func(p *patient) { p.plan.Mode = routing.ModeObserve }, Skip, "guards nothing", ""},
+		{"ipv6", observing, Skip, "guards nothing", ""},
 		{"rules", func(p *patient) { six(p); p.state.Listen6 = "" }, Fail, `listen6 is "[fd20:ce::252]:988", and they were put up for ""`, installRules},
 
 		{"cgroups", func(p *patient) { p.node.CgroupV2 = "" }, Warn, "no cgroup v2", "unified_cgroup_hierarchy"},

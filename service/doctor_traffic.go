@@ -57,6 +57,8 @@ func (p *patient) connection(t trial, listen netip.AddrPort) Finding {
 	switch {
 	case p.plan.Closed:
 		return skip("without a configuration nothing leads to the service")
+	case p.observes():
+		return skip("mode observe redirects nobody")
 	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
 		return skip("a throw-away namespace needs root: %s", asRoot)
 	case t.impossible != nil:
@@ -118,6 +120,8 @@ func trafficCheck(p *patient) Finding {
 	switch {
 	case p.plan.Closed || p.state.Desired != routing.Installed:
 		return skip("nothing leads to the service")
+	case p.observes():
+		return skip("mode observe redirects nobody; whom it would is told by gke-metadata-emulator routing observe")
 	case p.status != nil && p.status.Requests > 0:
 		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
 	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):

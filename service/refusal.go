@@ -48,6 +48,7 @@ var refusals = []struct {
 	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
 	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrSpared), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
 	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrPods), refusal{Status: http.StatusForbidden}},
 	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00

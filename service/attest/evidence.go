@@ -23,6 +23,10 @@ var (
 	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
 	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
+	// ErrSpared says that the connection was redirected, and that the socket it seems to come from is of a process of the node that nobody
+	// redirects. Conntrack gives a connection another port where two of one port come to the same address, and at that one the process has
+	// a connection to the real metadata server.
+	ErrSpared = errors.New("the client's socket is of a process of the node that is not redirected, and the connection was")
 	// ErrEmptyCgroup says that no process is left where the socket was made.
 	ErrEmptyCgroup = errors.New("no process is left in the cgroup of the client's socket")
 	// ErrOwner says that a cgroup has a pod's name and is not root's, as kubelet's are.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,8 +17,9 @@ import (
 
 // KernelOptions are what a Kernel needs to know.
 type KernelOptions struct {
-	CgroupRoot string // where the cgroups are mounted; "": /sys/fs/cgroup
-	Socket     string // where the helper listens
+	CgroupRoot string   // where the cgroups are mounted; "": /sys/fs/cgroup
+	Socket     string   // where the helper listens
+	Spared     []string // cgroups, from the root: what their processes send from the node's network namespace nobody redirects
 	Log        logrus.FieldLogger
 	Registerer prometheus.Registerer // nil: nothing is counted
 }
@@ -92,6 +94,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
 	}
 	n, f, err := k.find(c, c.Original, own, holders)
+	redirected := n != nil && c.Original != c.Server
 	if n == nil && err == nil && c.Original != c.Server {
 		// Conntrack goes on knowing a translated connection for a while after its end, and tells where that one went of the next one from
 		// the same port too, which was not translated (a change to mode ebpf). What is written goes to whoever has this very socket.
@@ -124,12 +127,19 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	switch {
 	case errors.Is(err, ErrUnknownCgroup):
 		signal(k.walk)
+	case err == nil && n == own && redirected && k.spares(e.Cgroup):
+		return nil, fmt.Errorf("%w: it is in %s", ErrSpared, e.Cgroup)
 	case err == nil && n == own: // a cgroup has sockets of more than one namespace
 		onHost := *e
 		onHost.OnHost = true
 		e = &onHost
 	}
 	return e, err
+}
+
+// spares reports whether the cgroup is one of those that are not redirected, or below one.
+func (k *Kernel) spares(path string) bool {
+	return slices.ContainsFunc(k.options.Spared, func(s string) bool { return strings.HasPrefix(path+"/", "/"+s+"/") })
 }
 
 // find asks every namespace that has the client's address, and our own, where any address can be used, who has the client's socket
@@ -255,7 +265,7 @@ var outcomes = []struct {
 	name string
 }{
 	{nil, "ok"}, {ErrNoNamespace, "no-namespace"}, {ErrHelperAway, "helper-away"}, {ErrNoSocket, "no-socket"}, {ErrSockets, "sockets"},
-	{ErrUnknownCgroup, "unknown-cgroup"}, {ErrNoCgroup, "no-cgroup"}, {ErrEmptyCgroup, "empty-cgroup"}, {ErrOwner, "owner"}, {ErrPods, "pods"},
+	{ErrUnknownCgroup, "unknown-cgroup"}, {ErrNoCgroup, "no-cgroup"}, {ErrEmptyCgroup, "empty-cgroup"}, {ErrOwner, "owner"}, {ErrSpared, "spared"}, {ErrPods, "pods"},
 }
 
 func outcome(err error) string {

@@ -80,6 +80,37 @@ func TestIdentities(t *testing.T) {
 	}
 }
 
+// A pod on the host network that connects to the listen address and then, from the same port, to the metadata server: conntrack gives the
+// second connection another port. If that is one of which a process of the node has a connection to the real server, the pod is not that process.
+func TestPortOfAnother(t *testing.T) {
+	b := newBed(t)
+	if _, err := b.node.Cloud.Listen("tcp4", metadataAddr); err != nil {
+		t.Fatal(err)
+	}
+	port := netip.AddrPortFrom(b.node.Addr, 33333)
+	b.in(b.node.NS, "iptables -t nat -I OUTPUT -p tcp --sport 33333 -j RETURN") // as the rules spare the node's slices
+	unit, host := b.client("/system.slice/backup.service", b.node.NS), b.client(containerPath(1, 1), b.node.NS)
+	b.startHelper()
+	if own := unit.do("dial tcp4 %s %s", metadataAddr, port); own != port.String() {
+		t.Fatal(own)
+	}
+	b.in(b.node.NS, "iptables -t nat -A POSTROUTING -p tcp -d 169.254.169.252 --dport 988 -j SNAT --to-source %s", port) // conntrack takes one at random
+	host.do(dial)
+	conn := accepted(b.accept(port.String()))
+	if conn.Original.String() != metadataAddr {
+		t.Fatalf("%+v", conn)
+	}
+	if e, err := b.look(conn); err != nil || e.Unit() != "backup.service" {
+		t.Fatalf("%+v, %v: the port is not that of the unit", e, err)
+	}
+	b.kernel.options.Spared = []string{"system.slice"}
+	b.refused("a pod with a unit's port", conn, ErrSpared)
+	b.kernel.options.Spared = []string{"system", "user.slice"}
+	if e, err := b.look(conn); err != nil || e.Unit() != "backup.service" {
+		t.Errorf("%+v, %v", e, err)
+	}
+}
+
 // Clients that speak IPv6, where nothing is translated.
 func TestIPv6(t *testing.T) {
 	b := newBed(t)

@@ -8,9 +8,9 @@ import (
 	"strings"
 )
 
-// hostCgroups are the cgroups in which a host's own processes live, from the root of the cgroup v2 hierarchy. What is not in
+// HostCgroups are the cgroups in which a host's own processes live, from the root of the cgroup v2 hierarchy. What is not in
 // one of them is a pod on the host network.
-func hostCgroups() []string {
+func HostCgroups() []string {
 	return []string{"system.slice", "user.slice", "runtime.slice", "init.scope"}
 }
 

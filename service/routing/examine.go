@@ -41,8 +41,8 @@ type Uplink struct{ Name, Why string }
 // Examine looks at the node in the network namespace of the calling thread. state is what was installed last.
 func Examine(ctx context.Context, p Plan, state State) Examination {
 	p, err := p.checked()
-	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: haveIPv6(), CgroupV2: cgroup2(), HostSlices: existing(cgroup2(), hostCgroups())}
-	r := &router{plan: p, hostCgroups: hostCgroups()}
+	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: haveIPv6(), CgroupV2: cgroup2(), HostSlices: existing(cgroup2(), HostCgroups())}
+	r := &router{plan: p, hostCgroups: HostCgroups()}
 	if err == nil {
 		x.Rules = r.Check(ctx)
 	}

@@ -21,6 +21,16 @@ import (
 // Redirected packets have another destination by the time they are routed, so these rules see only what would leak. DNS at
 // 169.254.169.254:53 passes. "not iif lo … prohibit" would negate the whole selector and cut pods off.
 //
+// A rule that names a port matches no fragment, not even the first, in which the port is, and who may send packets of his own making can
+// have any be one. Netfilter puts fragments together before they are routed, if it does anything at all. So behind these rules the
+// server's other ports are let go on by name, and the rest of TCP is not; of IPv6, where headers can lie between the fragment's and
+// TCP's, the rest of everything:
+//
+//	101: from all to 169.254.169.254 ipproto tcp dport 1-79 goto 103 proto kernel
+//	101: from all to 169.254.169.254 ipproto tcp dport 81-65534 goto 103 proto kernel
+//	102: from all to 169.254.169.254 ipproto tcp prohibit proto kernel
+//	103: from all to 169.254.169.254 nop proto kernel
+//
 // R-10b: iif lo is all that this host sends, its own daemons and pods on the host network alike. Those pods reach the real
 // server when only these rules are left; for them the promise holds while the netfilter rules stand.
 //
@@ -37,10 +47,14 @@ const (
 	prefExempt  = 97
 	prefGuard   = 98
 	prefBehind  = 99  // what is prohibited where the table of 98 is empty
+	prefPass    = 101 // what goes on at prefOnward (Cilium has table local at 100, which nothing is to go past),
+	prefRest    = 102 // since all else is prohibited
+	prefOnward  = 103
 	ourTable    = 988 // where mode loopback has its route
-	noTable     = 0   // a prohibition
+	noTable     = 0   // a prohibition, but at prefPass and prefOnward
 	mainTable   = unix.RT_TABLE_MAIN
-	lastOfPrefs = prefBehind
+	lastOfPrefs = prefOnward
+	lastPort    = 65534 // that a rule can name
 )
 
 // policyRule is one rule of the guard.
@@ -48,9 +62,27 @@ type policyRule struct {
 	pref  uint32
 	to    netip.Addr
 	iif   string // "" is any
-	port  uint16 // of TCP; 0 is any, and any protocol
+	port  uint16 // of TCP; 0 is any
+	last  uint16 // of the ports from port on; 0: that one
+	proto uint8  // where no port is given; 0 is any
 	table uint32 // noTable, mainTable or ourTable
 }
+
+// action is what the kernel calls what the rule does.
+func (r policyRule) action() uint8 {
+	switch {
+	case r.pref == prefPass:
+		return nl.FR_ACT_GOTO
+	case r.pref == prefOnward:
+		return nl.FR_ACT_NOP
+	case r.table == noTable:
+		return nl.FR_ACT_PROHIBIT
+	}
+	return nl.FR_ACT_TO_TBL
+}
+
+// protocols are those of rules without a port, in the words of ip(8).
+var protocols = map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMPV6: "ipv6-icmp"}
 
 // String returns the rule as ip(8) adds it, without "ip rule add".
 func (r policyRule) String() string {
@@ -59,13 +91,22 @@ func (r policyRule) String() string {
 		text += " iif " + r.iif
 	}
 	text += " to " + netip.PrefixFrom(r.to, r.to.BitLen()).String()
-	if r.port != 0 {
+	switch {
+	case r.last != 0:
+		text += fmt.Sprintf(" ipproto tcp dport %d-%d", r.port, r.last)
+	case r.port != 0:
 		text += fmt.Sprintf(" ipproto tcp dport %d", r.port)
+	case r.proto != 0:
+		text += " ipproto " + protocols[r.proto]
 	}
-	switch r.table {
-	case noTable:
+	switch action := r.action(); {
+	case action == nl.FR_ACT_GOTO:
+		text += fmt.Sprintf(" goto %d", prefOnward)
+	case action == nl.FR_ACT_NOP:
+		text += " nop"
+	case action == nl.FR_ACT_PROHIBIT:
 		text += " prohibit"
-	case mainTable:
+	case r.table == mainTable:
 		text += " lookup main"
 	default:
 		text += fmt.Sprintf(" lookup %d", r.table)
@@ -99,6 +140,39 @@ func guardRules(p Plan, s surroundings) (rules []policyRule) {
 		if r := (policyRule{pref: prefGuard, to: g.Addr(), port: g.Port()}); g != metadataServer || p.Mode != ModeLoopback || p.Closed {
 			rules = append(rules, r)
 		}
+	}
+	return append(rules, restRules(exempt)...)
+}
+
+// restRules prohibit what is sent to the guarded addresses and of which no rule can tell the port, whoever begins with what passes.
+func restRules(guarded []netip.AddrPort) (rules []policyRule) {
+	var order []netip.Addr
+	ports := map[netip.Addr][]uint16{}
+	for _, g := range guarded {
+		if !slices.Contains(order, g.Addr()) {
+			order = append(order, g.Addr())
+		}
+		ports[g.Addr()] = append(ports[g.Addr()], g.Port())
+	}
+	for _, to := range order {
+		rules = append(rules, policyRule{pref: prefOnward, to: to})
+		rest := policyRule{pref: prefRest, to: to, proto: unix.IPPROTO_TCP}
+		if to.Is6() {
+			rest.proto = 0
+			rules = append(rules, policyRule{pref: prefPass, to: to, proto: unix.IPPROTO_UDP}, policyRule{pref: prefPass, to: to, proto: unix.IPPROTO_ICMPV6})
+		}
+		slices.Sort(ports[to])
+		from := uint16(1)
+		for _, port := range append(ports[to], lastPort+1) {
+			switch {
+			case port == from+1:
+				rules = append(rules, policyRule{pref: prefPass, to: to, port: from})
+			case port > from:
+				rules = append(rules, policyRule{pref: prefPass, to: to, port: from, last: port - 1})
+			}
+			from = max(from, port+1)
+		}
+		rules = append(rules, rest)
 	}
 	return rules
 }
@@ -147,7 +221,7 @@ func removeGuard() error {
 // deleteGuard deletes those that are not wanted, prohibitions first.
 func deleteGuard(have, want []policyRule) error {
 	var errs []error
-	for pref := uint32(lastOfPrefs); pref >= prefExempt; pref-- {
+	for _, pref := range []uint32{prefRest, prefPass, prefOnward, prefBehind, prefGuard, prefExempt} {
 		for _, r := range have {
 			if r.pref != pref || slices.Contains(want, r) {
 				continue
@@ -191,20 +265,23 @@ func (r policyRule) change(command, flags int) error {
 		nl.NewRtAttr(nl.FRA_PRIORITY, nl.Uint32Attr(r.pref)),
 		nl.NewRtAttr(nl.FRA_PROTOCOL, nl.Uint8Attr(unix.RTPROT_KERNEL)),
 	}
-	if r.table == noTable {
-		msg.Type = nl.FR_ACT_PROHIBIT
-	} else {
-		msg.Type = nl.FR_ACT_TO_TBL
+	switch msg.Type = r.action(); msg.Type {
+	case nl.FR_ACT_TO_TBL:
 		attrs = append(attrs, nl.NewRtAttr(nl.FRA_TABLE, nl.Uint32Attr(r.table)))
+	case nl.FR_ACT_GOTO:
+		attrs = append(attrs, nl.NewRtAttr(nl.FRA_GOTO, nl.Uint32Attr(prefOnward)))
 	}
 	if r.iif != "" {
 		attrs = append(attrs, nl.NewRtAttr(nl.FRA_IIFNAME, nl.ZeroTerminated(r.iif)))
 	}
-	if r.port != 0 {
+	switch {
+	case r.port != 0:
 		ports := binary.NativeEndian.AppendUint16(nil, r.port)
 		attrs = append(attrs,
 			nl.NewRtAttr(nl.FRA_IP_PROTO, nl.Uint8Attr(unix.IPPROTO_TCP)),
-			nl.NewRtAttr(nl.FRA_DPORT_RANGE, binary.NativeEndian.AppendUint16(ports, r.port)))
+			nl.NewRtAttr(nl.FRA_DPORT_RANGE, binary.NativeEndian.AppendUint16(ports, max(r.port, r.last))))
+	case r.proto != 0:
+		attrs = append(attrs, nl.NewRtAttr(nl.FRA_IP_PROTO, nl.Uint8Attr(r.proto)))
 	}
 	req.AddData(msg)
 	for _, a := range attrs {
@@ -246,8 +323,8 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 	if msg.Src_len != 0 || msg.Tos != 0 || msg.Flags&netlink.FibRuleInvert != 0 {
 		return r, false
 	}
-	var table uint32
-	var protocol, ipproto uint8
+	var table, onward uint32
+	var protocol uint8
 	for rest := message[unix.SizeofRtMsg:]; len(rest) > 0; {
 		if len(rest) < unix.SizeofRtAttr {
 			return r, false
@@ -272,14 +349,18 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 		case nl.FRA_PROTOCOL:
 			protocol = uint8(number(v))
 		case nl.FRA_IP_PROTO:
-			ipproto = uint8(number(v))
+			r.proto = uint8(number(v))
 		case nl.FRA_IIFNAME:
 			r.iif = unix.ByteSliceToString(v)
 		case nl.FRA_DPORT_RANGE:
-			if len(v) != 4 || binary.NativeEndian.Uint16(v) != binary.NativeEndian.Uint16(v[2:]) {
+			if len(v) != 4 {
 				return r, false
 			}
-			r.port = binary.NativeEndian.Uint16(v)
+			if r.port, r.last = binary.NativeEndian.Uint16(v), binary.NativeEndian.Uint16(v[2:]); r.last == r.port {
+				r.last = 0
+			}
+		case nl.FRA_GOTO:
+			onward = number(v)
 		case fraDportMask:
 			if len(v) != 2 || binary.NativeEndian.Uint16(v) != 1<<16-1 {
 				return r, false
@@ -295,25 +376,38 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 	if protocol != unix.RTPROT_KERNEL || !r.to.IsValid() {
 		return r, false
 	}
-	switch msg.Type {
-	case nl.FR_ACT_PROHIBIT:
-	case nl.FR_ACT_TO_TBL:
+	if msg.Type == nl.FR_ACT_TO_TBL {
 		if r.table = table; table == noTable {
 			return r, false
 		}
-	default:
-		return r, false
 	}
-	if (r.port != 0) != (ipproto == unix.IPPROTO_TCP) || r.port == 0 && ipproto != 0 {
-		return r, false
+	if r.port != 0 {
+		if r.proto != unix.IPPROTO_TCP {
+			return r, false
+		}
+		r.proto = 0
 	}
-	switch shape := (policyRule{pref: r.pref, table: r.table}); {
-	case r.port == 0:
-		return r, shape == policyRule{pref: prefExempt, table: mainTable} && r.iif != ""
-	case r.iif != "":
-		return r, shape == policyRule{pref: prefExempt}
+	return r, msg.Type == r.action() && (onward == prefOnward) == (r.pref == prefPass) && r.shaped()
+}
+
+// shaped says whether ours have a rule of this form at its preference.
+func (r policyRule) shaped() bool {
+	any := r.port == 0 && r.proto == 0
+	switch r.pref {
+	case prefExempt:
+		return r.iif != "" && (any && r.table == mainTable || r.port != 0 && r.last == 0 && r.table == noTable)
+	case prefGuard:
+		return r.iif == "" && r.port != 0 && r.last == 0 && (r.table == noTable || r.table == ourTable)
+	case prefBehind:
+		return r.iif == "" && r.port != 0 && r.last == 0 && r.table == noTable
+	case prefPass:
+		return r.iif == "" && !any && (r.last == 0 || r.last > r.port)
+	case prefRest:
+		return r.iif == "" && r.port == 0 && r.table == noTable && (any == r.to.Is6()) && (any || r.proto == unix.IPPROTO_TCP)
+	case prefOnward:
+		return r.iif == "" && any
 	}
-	return r, r.pref == prefGuard && (r.table == noTable || r.table == ourTable) || r.pref == prefBehind && r.table == noTable
+	return false
 }
 
 // fraDportMask is FRA_DPORT_MASK of linux/fib_rules.h, which kernels from 6.15 on tell for every port.

@@ -39,7 +39,7 @@ func openIPTables(p Plan, command string) (*iptables, error) {
 	var err error
 	m.legacy = isLegacy(m.use)
 	if m.four, err = openXtables(m.use, m.legacy, false); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("mode %s: %w: install it, or use routing mode %s, which needs no command", ModeIPTables, err, ModeNFTables)
 	}
 	if haveIPv6() {
 		if m.six, m.noSix = openXtables(m.use, m.legacy, true); m.noSix != nil {

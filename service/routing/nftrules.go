@@ -264,13 +264,18 @@ func toPort(port uint16) nftPart {
 
 // environmentText tells what pods need where nothing is routed.
 func environmentText(p Plan) string {
-	host := "$(NODE_IP)"
+	host, who := "$(NODE_IP)", "pods need"
 	field := "\n#   - name: NODE_IP\n#     valueFrom: {fieldRef: {fieldPath: status.hostIP}}"
-	if a := p.Listen.Addr(); a.IsLinkLocalUnicast() {
+	switch a := p.Listen.Addr(); {
+	case a.IsLoopback():
+		host, field, who = a.String(), "", "pods on the host network, who alone reach it, need"
+	case a.IsLinkLocalUnicast():
 		host, field = a.String(), ""
+	case a.Is6() && !a.IsUnspecified():
+		host = "[$(NODE_IP)]"
 	}
-	return fmt.Sprintf("\n# what pods need in their environment\n#   env:%s\n#   - name: GCE_METADATA_HOST\n#     value: %s\n",
-		field, net.JoinHostPort(host, strconv.Itoa(int(p.Listen.Port()))))
+	return fmt.Sprintf("\n# what %s in their environment\n#   env:%s\n#   - name: GCE_METADATA_HOST\n#     value: %s\n",
+		who, field, net.JoinHostPort(host, strconv.Itoa(int(p.Listen.Port()))))
 }
 
 // resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata server's other doors (H-25, H-26). DNS

@@ -1,10 +1,12 @@
 package routing
 
 import (
+	"errors"
 	"flag"
 	"golang.org/x/sys/unix"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -136,6 +138,9 @@ func TestUplinks(t *testing.T) {
 		{"the node's address elsewhere", []device{{name: "dummy0", index: 4, kind: "dummy", nodeAddress: true}, {name: "nodelocaldns", index: 5, kind: "dummy"}}, []string{"dummy0"}, ""},
 		{"overlays", []device{{name: "flannel.1", index: 4, kind: "vxlan"}, {name: "tunl0", index: 5, kind: "ipip"}, {name: "wg0", index: 6, kind: "wireguard"}},
 			[]string{"flannel.1", "tunl0", "wg0"}, ""},
+		{"a VPN", []device{{name: "tun0", index: 4, kind: "tun"}, {name: "tap0", index: 5, kind: "tuntap"}}, []string{"tun0"}, ""},
+		{"links on a link", []device{{name: "mv0", index: 4, kind: "macvlan"}, {name: "ipv0", index: 5, kind: "ipvlan"}, {name: "sec0", index: 6, kind: "macsec"}},
+			[]string{"ipv0", "mv0", "sec0"}, ""},
 		{"a bridge to the LAN with machines", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"},
 			{name: "vnet0", index: 5, master: 4, kind: "tuntap"}}, []string{"eth0"}, "machines at vnet0"},
 		{"a name like a pattern", []device{{name: "eth+", index: 4}, {name: `a"b`, index: 5}}, nil, "no rule can say"},
@@ -222,6 +227,29 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// TestEnvironmentText: in mode none pods are told an address at which they reach the emulator.
+func TestEnvironmentText(t *testing.T) {
+	for listen, want := range map[string]string{
+		"169.254.169.252:988": "# what pods need in their environment\n#   env:\n#   - name: GCE_METADATA_HOST\n#     value: 169.254.169.252:988\n",
+		"0.0.0.0:8988":        "{fieldPath: status.hostIP}}\n#   - name: GCE_METADATA_HOST\n#     value: $(NODE_IP):8988\n",
+		"198.51.100.10:8988":  "#     value: $(NODE_IP):8988\n",
+		"[fd00:51::10]:8988":  "#     value: [$(NODE_IP)]:8988\n",
+		"127.0.0.1:988":       "# what pods on the host network, who alone reach it, need in their environment\n#   env:\n#   - name: GCE_METADATA_HOST\n#     value: 127.0.0.1:988\n",
+	} {
+		if got := environmentText(Plan{Listen: netip.MustParseAddrPort(listen)}); !strings.HasSuffix(got, want) {
+			t.Errorf("%s: %s", listen, got)
+		}
+	}
+}
+
+// TestNoCommand: who has no iptables is told what to do.
+func TestNoCommand(t *testing.T) {
+	_, err := openIPTables(Plan{Binary: "iptables-none"}, "")
+	if !errors.Is(err, exec.ErrNotFound) || !strings.Contains(err.Error(), "routing mode nftables") {
+		t.Error(err)
+	}
+}
+
 func TestJumps(t *testing.T) {
 	base := []string{
 		"-j KUBE-SERVICES",
@@ -246,7 +274,7 @@ func FuzzParseRule(f *testing.F) {
 	f.Add(make([]byte, 12))
 	f.Fuzz(func(t *testing.T, message []byte) {
 		if r, ours := parseRule(message); ours {
-			if !r.to.IsValid() || r.iif == "" && r.port == 0 || r.pref < prefExempt || r.pref > lastOfPrefs {
+			if !r.to.IsValid() || !r.shaped() || r.pref < prefExempt || r.pref > lastOfPrefs || r.iif == "" && r.port == 0 && r.pref < prefPass {
 				t.Errorf("%+v was taken for ours", r)
 			}
 		}

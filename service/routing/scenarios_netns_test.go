@@ -86,14 +86,14 @@ func TestAddressOfSomebodyElse(t *testing.T) {
 // TestReadDevices compares what the kernel calls its links with what the table of R-05 calls them.
 func TestReadDevices(t *testing.T) {
 	b := newBed(t, "iptables-nft")
-	b.sh(`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0
-		ip link add mv0 link eth0 type macvlan; ip link set mv0 up; ip link add br0 type bridge; ip route add default dev mv0 table 7
+	b.sh(`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0; ip tuntap add dev tun0 mode tun
+		ip link add mv0 link eth0 type macvlan; ip link set mv0 up; ip link add br0 type bridge
 		ip address add 198.51.100.99/32 dev br0; ip link set br0 up; ip route add default via 198.51.100.1 dev eth0 src 198.51.100.99 table 8`)
 	var found []string
 	if err := b.Do(func() error {
 		devices, err := readDevices()
 		for _, d := range devices {
-			want := map[string]string{"flannel.1": "vxlan", "tap0": "tuntap", "cni0": "bridge", "veth1": "veth", "eth0": "veth", "mv0": "macvlan"}[d.name]
+			want := map[string]string{"flannel.1": "vxlan", "tap0": "tuntap", "tun0": "tun", "cni0": "bridge", "veth1": "veth", "eth0": "veth", "mv0": "macvlan"}[d.name]
 			if want != "" && d.kind != want {
 				t.Errorf("%s is a %q, want %q", d.name, d.kind, want)
 			}
@@ -103,9 +103,28 @@ func TestReadDevices(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// eth0 and, in a table of its own, mv0 have default routes; br0 holds the address that one of them sends from.
-	if want := []string{"br0", "eth0", "flannel.1", "mv0"}; !slices.Equal(found, want) {
+	// eth0 has a default route, and mv0 is a way to it; br0 holds the address that one of them sends from.
+	if want := []string{"br0", "eth0", "flannel.1", "mv0", "tun0"}; !slices.Equal(found, want) {
 		t.Errorf("uplinks %q, want %q", found, want)
+	}
+}
+
+// TestNeighbourByAnotherLink: a link that the node has on its uplink is no way in either (R-05).
+func TestNeighbourByAnotherLink(t *testing.T) {
+	for _, mode := range []string{"iptables-nft", ModeNFTables, ModeLoopback, ModeNone} {
+		t.Run(mode, func(t *testing.T) {
+			b := modeBed(t, mode)
+			b.sh("ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl -qw net.ipv4.conf.eth0.arp_ignore=1")
+			if out, err := b.neighbour.Command(t.Context(), "sh", "-c", "ip route add 169.254.169.254 via 198.51.100.99; ip route add 169.254.169.252 via 198.51.100.99").CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			b.install(b.plan)
+			for _, at := range []string{"169.254.169.254:80", b.plan.Listen.String()} {
+				if who, _ := ask(b.neighbour, at, short); who != "" {
+					t.Errorf("%s answered the neighbour at %s", who, at)
+				}
+			}
+		})
 	}
 }
 

@@ -13,7 +13,7 @@ func Show(p Plan) (string, error) {
 	}
 	var s surroundings
 	if !p.Closed {
-		if s, err = (&router{plan: p, hostCgroups: hostCgroups()}).look(false); err != nil {
+		if s, err = (&router{plan: p, hostCgroups: HostCgroups()}).look(false); err != nil {
 			return "", err
 		}
 	}

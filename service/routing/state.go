@@ -180,7 +180,7 @@ func lock(ctx context.Context, runDir string, how int) (unlock func(), err error
 		return func() {}, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the routing lock: %w", err)
+		return nil, fmt.Errorf("open the routing lock: %w", permission(err))
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)

@@ -32,12 +32,16 @@ type device struct {
 	nodeAddress  bool // holds the address that the node uses towards its default route
 }
 
-// Kinds behind which there are other hosts, never a pod of this node. Tunnels count: an overlay can be spoken to from the LAN.
+// Kinds behind which there are other hosts, never a pod of this node. Tunnels count: an overlay can be spoken to from the LAN; and
+// so does tun, which a VPN has. What a macvlan or ipvlan of the node's is spoken to by is the LAN of the link below it.
 var (
-	hardwareKinds = []string{"", "bond", "team", "vlan", "ipoib"}
-	tunnelKinds   = []string{"vxlan", "geneve", "gre", "gretap", "erspan", "ipip", "sit", "ip6tnl", "ip6gre", "ip6gretap", "wireguard", "vti", "vti6", "xfrm"}
+	hardwareKinds = []string{"", "bond", "team", "vlan", "ipoib", "macvlan", "ipvlan", "macsec"}
+	tunnelKinds   = []string{"vxlan", "geneve", "gre", "gretap", "erspan", "ipip", "sit", "ip6tnl", "ip6gre", "ip6gretap", "wireguard", "vti", "vti6", "xfrm", tunKind}
 	podKinds      = []string{"veth", "tuntap", "netkit"}
 )
+
+// tunKind is that of links which carry packets and no frames; the library calls them tuntap, as those of machines.
+const tunKind = "tun"
 
 // uplinks picks from the devices those of R-05, sorted, and says what an operator should look at.
 func uplinks(devices []device) (names, remarks []string) {
@@ -126,6 +130,9 @@ func readDevices() ([]device, error) {
 		kind := l.Type()
 		if kind == "device" { // the library's name for a link without a kind
 			kind = ""
+		}
+		if t, ok := l.(*netlink.Tuntap); ok && t.Mode == netlink.TUNTAP_MODE_TUN {
+			kind = tunKind
 		}
 		at := l.Attrs()
 		devices = append(devices, device{name: at.Name, index: at.Index, master: at.MasterIndex, kind: kind,
