@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
 // TestSix has pods ask at [fd20:ce::254]:80 (H-24): they are known by the kernel's evidence, which finds an IPv6 socket too, and whose
@@ -12,7 +14,7 @@ import (
 func TestSix(t *testing.T) {
 	for _, mode := range []string{"iptables", "nftables"} {
 		t.Run(mode, func(t *testing.T) {
-			k := newKernelBedIn(t, mode)
+			k := newKernelBedIn(t, routing.Plan{Mode: mode})
 			var pods []*podBed
 			for _, name := range []string{"a", "b"} {
 				ns, err := k.node.AddPod(name)
