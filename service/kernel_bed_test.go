@@ -2,7 +2,6 @@ package service
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -73,8 +72,11 @@ func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed 
 	}
 	k.bed = newWorldAt(t, listen(6443), listen(443))
 	k.plan = k.usual(plan)
-	// As on any node with kube-proxy: without somebody's rule nothing is tracked, and what is not has no original destination in any mode.
-	k.sh("iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
+	if k.plan.Link != "" {
+		k.sh("ip link add " + k.plan.Link + " type bridge") // whether the kernel has dummy links or not
+	}
+	// A network plugin's, which has connections tracked: what is not has no original destination in any mode.
+	k.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
 	k.route(k.plan, "install", "check")
 	k.kube.AddUser("gke-metadata-emulator", "dedicated-secret")
 	kubeconfig, err := k.kube.TokenKubeconfig("dedicated-secret")
@@ -327,7 +329,7 @@ type said struct {
 	Close  bool
 }
 
-// ask has the pod send a request: "kept" on its connection, "fresh" on another, "six" on one by IPv6, "direct" on one to the listen address. It says what came.
+// ask has the pod send a request on its connection, "kept", or on another one, as dial has it. It says what came.
 func (p *podBed) ask(how, path string) (a said, err error) {
 	if _, err = fmt.Fprintln(p.in, how, path); err != nil {
 		return a, err
@@ -394,10 +396,9 @@ func podProcess() error {
 			continue
 		}
 		if how != "kept" || conn == nil {
-			to := map[string]string{"direct": "169.254.169.252:988", "six": "[fd20:ce::254]:80"}[how]
-			c, err := net.DialTimeout("tcp", cmp.Or(to, "169.254.169.254:80"), 10*time.Second)
+			c, err := dial(how)
 			if err != nil {
-				_ = say.Encode(said{Err: err.Error()})
+				_ = say.Encode(saidOf(err))
 				continue
 			}
 			conn, r = c.(*net.TCPConn), bufio.NewReader(c)
@@ -407,15 +408,50 @@ func podProcess() error {
 	return nil
 }
 
+// dial connects to where pods ask ("fresh"), to the listen address ("direct"), or to "ADDRESS:PORT,SOURCE,PATIENCE", of which SOURCE may
+// be empty.
+func dial(how string) (net.Conn, error) {
+	if to := map[string]string{"fresh": "169.254.169.254:80", "kept": "169.254.169.254:80", "direct": "169.254.169.252:988"}[how]; to != "" {
+		how = to + ",,10s"
+	}
+	f := strings.Split(how, ",")
+	if len(f) != 3 {
+		return nil, errors.New("dial how? " + how)
+	}
+	patience, err := time.ParseDuration(f[2])
+	if err != nil {
+		return nil, err
+	}
+	d := net.Dialer{Timeout: patience}
+	if f[1] != "" {
+		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(f[1])}
+	}
+	return d.Dial("tcp", f[0])
+}
+
+// saidOf is what a connection said that did not come about: reset, noroute, drop, or what else it was.
+func saidOf(err error) (a said) {
+	var timeout net.Error
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET):
+		a.Err = "reset"
+	case errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EACCES):
+		a.Err = "noroute"
+	case errors.As(err, &timeout) && timeout.Timeout():
+		a.Err = "drop"
+	default:
+		a.Err = err.Error()
+	}
+	return a
+}
+
 // exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole request, with | for the ends of its lines.
 func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 	text, raw := strings.CutPrefix(path, "raw ")
 	if !raw {
-		host := "metadata"
-		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok && a.IP.To4() == nil {
-			host = "[" + a.IP.String() + "]" // as clients have it (H-16)
-		}
+		host := strings.TrimSuffix(c.RemoteAddr().String(), ":80") // as clients have it (H-16)
 		text = "GET " + path + " HTTP/1.1|Host: " + host + "|Metadata-Flavor: Google||"
 	}
 	if _, err := io.WriteString(c, strings.ReplaceAll(text, "|", "\r\n")); err != nil {
