@@ -30,7 +30,7 @@ import (
 // The benchmarks run the emulator and a bare net/http server that writes the same bytes as processes of their own,
 // and this one asks both in turn.
 const (
-	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, or a configuration file
+	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, routing, or a configuration file
 	benchListen = "GME_BENCH_LISTEN"
 	benchAnswer = "GME_BENCH_ANSWER" // what bare writes: a file that holds header and body as JSON
 	pairs       = 20
@@ -48,6 +48,12 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, helperProcess())
 	case "pod":
 		fmt.Fprintln(os.Stderr, podProcess())
+	case "routing":
+		err := routingProcess()
+		if err == nil {
+			return
+		}
+		fmt.Fprintln(os.Stderr, err)
 	default:
 		go answerMallocs()
 		if os.Getenv("LISTEN_FDS") != "" {

@@ -2,7 +2,6 @@ package service
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,6 +33,8 @@ import (
 const (
 	cgroupRoot   = "GME_CGROUP_ROOT"
 	attestSocket = "GME_ATTEST_SOCKET"
+	routingPlan  = "GME_ROUTING_PLAN"
+	routingVerbs = "GME_ROUTING_VERBS"
 )
 
 // kernelBed is the node.
@@ -42,22 +43,24 @@ type kernelBed struct {
 	t       testing.TB
 	node    *netnstest.Node
 	cgroups *netnstest.Cgroups // what the node takes for its root
+	plan    routing.Plan       // what stands
 	server  *exec.Cmd
 	helper  *exec.Cmd
 	uids    atomic.Uint32
 }
 
-// newKernelBed starts the service, with more lines of configuration if there are any, and the helper. An identity of its own is used,
-// since a node's does not do for processes of the node (N-07).
+// newKernelBed starts the service in mode iptables, with more lines of configuration if there are any, and the helper.
 func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	t.Helper()
-	return newKernelBedIn(t, routing.ModeIPTables, more...)
+	return newKernelBedIn(t, routing.Plan{Mode: routing.ModeIPTables}, more...)
 }
 
-// newKernelBedIn is newKernelBed in a mode that serves IPv6 too.
-func newKernelBedIn(t testing.TB, mode string, more ...string) *kernelBed {
+// newKernelBedIn is newKernelBed with another Plan, to which the usual is added: pods on the host network are redirected and the node's
+// own slices spared where a mode can, and IPv6 is served. An identity of its own is used, since a node's does not do for processes of
+// the node (N-07).
+func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed {
 	t.Helper()
-	netnstest.Needs(t, "ip", "iptables")
+	netnstest.Needs(t, "ip", "iptables", "unshare", "mount")
 	k := &kernelBed{t: t, node: netnstest.Start(t, "kernel")}
 	k.makeCgroups()
 	listen := func(port uint16) net.Listener {
@@ -68,19 +71,13 @@ func newKernelBedIn(t testing.TB, mode string, more ...string) *kernelBed {
 		return l
 	}
 	k.bed = newWorldAt(t, listen(6443), listen(443))
-	rules, err := routing.New(routing.Plan{Mode: mode, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Listen6: netip.MustParseAddrPort("[fd20:ce::252]:988"),
-		Guard: routing.DefaultGuard(), RunDir: k.dir})
-	if err != nil {
-		t.Fatal(err)
+	k.plan = k.usual(plan)
+	if k.plan.Link != "" {
+		k.sh("ip link add " + k.plan.Link + " type bridge") // whether the kernel has dummy links or not
 	}
-	if err := k.node.Do(func() error { return rules.Install(t.Context()) }); err != nil {
-		t.Fatal(err)
-	}
-	// What routing.interceptHostPods adds where there are slices to spare.
-	args := strings.Fields("-t nat -A OUTPUT -d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988")
-	if out, err := k.node.Command(t.Context(), "iptables", args...).CombinedOutput(); err != nil {
-		t.Fatalf("iptables: %v: %s", err, out)
-	}
+	// A network plugin's, which has connections tracked: what is not has no original destination in any mode.
+	k.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
+	k.route(k.plan, "install", "check")
 	k.kube.AddUser("gke-metadata-emulator", "dedicated-secret")
 	kubeconfig, err := k.kube.TokenKubeconfig("dedicated-secret")
 	if err != nil {
@@ -88,11 +85,14 @@ func newKernelBedIn(t testing.TB, mode string, more ...string) *kernelBed {
 	}
 	k.write(t, "kubeconfig", string(kubeconfig))
 	k.write(t, "x.token", "dedicated-secret")
-	k.configure(t, append(more, "nodeName: "+node, "listen6: '[fd20:ce::252]:988'")...)
-	k.replace(t, "config.yaml", "routing: {mode: none}", "routing: {mode: "+mode+"}")
-	k.replace(t, "config.yaml", "listen: 127.0.0.1:0", "listen: 169.254.169.252:988")
+	if k.plan.Listen6.IsValid() {
+		more = append(more, fmt.Sprintf("listen6: '%s'", k.plan.Listen6))
+	}
+	k.configure(t, append(more, "nodeName: "+node)...)
+	k.replace(t, "config.yaml", "mode: none", fmt.Sprintf("mode: %s, link: %q, force: %t", k.plan.Mode, k.plan.Link, k.plan.Force))
+	k.replace(t, "config.yaml", "listen: 127.0.0.1:0", "listen: "+k.plan.Listen.String())
 	k.replace(t, "config.yaml", "attestation: {mode: source-ip}", "attestation: {mode: kernel, byAddress: [gvisor]}")
-	k.server = k.process(k.node.NS, filepath.Join(k.dir, "config.yaml"))
+	k.server = k.process(filepath.Join(k.dir, "config.yaml"), "/system.slice/gke-metadata-emulator.service")
 	k.startHelper()
 	t.Cleanup(func() {
 		k.kill(k.server)
@@ -112,6 +112,75 @@ func newKernelBedIn(t testing.TB, mode string, more ...string) *kernelBed {
 	return k
 }
 
+// usual adds to a Plan what every one of the bed's has.
+func (k *kernelBed) usual(p routing.Plan) routing.Plan {
+	p.Guard, p.RunDir = routing.DefaultGuard(), k.dir
+	switch p.Mode {
+	case routing.ModeLoopback:
+		p.Listen, p.Force = netip.MustParseAddrPort("169.254.169.254:80"), true // the cloud's metadata server answers the node
+	case routing.ModeIPTables, routing.ModeNFTables:
+		p.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+		p.InterceptHostPods = "on"
+	case routing.ModeEBPF:
+		p.InterceptHostPods = "on"
+	}
+	if !p.Listen.IsValid() {
+		p.Listen = netip.MustParseAddrPort("169.254.169.252:988")
+	}
+	p.BPFDir = filepath.Join(netnstest.MountBPF(k.t), "gme")
+	return p
+}
+
+// route does what `routing install`, check and remove do, where /sys/fs/cgroup shows the node's cgroups, and their root is the node's: so
+// system.slice is the node's own.
+func (k *kernelBed) route(p routing.Plan, verbs ...string) {
+	k.t.Helper()
+	text, err := json.Marshal(p)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	cmd := exec.CommandContext(k.t.Context(), "unshare", "--cgroup", "--mount", "sh", "-ec", `mount -t cgroup2 none /sys/fs/cgroup; exec "$0"`, self)
+	cmd.Env = append(os.Environ(), benchServer+"=routing", routingPlan+"="+string(text), routingVerbs+"="+strings.Join(verbs, " "))
+	var out strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err = k.cgroups.Start(k.node.NS, "", cmd); err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		k.t.Fatalf("routing %v: %v: %s", verbs, err, &out)
+	}
+}
+
+func routingProcess() error {
+	var p routing.Plan
+	if err := json.Unmarshal([]byte(os.Getenv(routingPlan)), &p); err != nil {
+		return err
+	}
+	r, err := routing.New(p)
+	if err != nil {
+		return err
+	}
+	do := map[string]func(context.Context) error{"install": r.Install, "check": r.Check, "remove": r.Remove}
+	for _, verb := range strings.Fields(os.Getenv(routingVerbs)) {
+		if err := do[verb](context.Background()); err != nil {
+			return fmt.Errorf("%s: %w", verb, err)
+		}
+	}
+	return nil
+}
+
+// sh runs shell commands in the node's network namespace.
+func (k *kernelBed) sh(script string) {
+	k.t.Helper()
+	if out, err := k.node.Command(k.t.Context(), "sh", "-ec", script).CombinedOutput(); err != nil {
+		k.t.Fatalf("%s: %v: %s", script, err, out)
+	}
+}
+
 // makeCgroups makes cgroups where nobody else sees them.
 func (k *kernelBed) makeCgroups() {
 	t := k.t
@@ -129,14 +198,17 @@ func (k *kernelBed) makeCgroups() {
 			t.Error(err)
 		}
 	})
+	if err := os.Mkdir(filepath.Join(c.Path, "system.slice"), 0o755); err != nil { // rules name what is there (R-06)
+		t.Fatal(err)
+	}
 }
 
-// process starts this binary in a role, in the namespace and as a process of the node.
-func (k *kernelBed) process(ns *netnstest.NS, role string) *exec.Cmd {
+// process starts this binary in a role, as a unit of the node.
+func (k *kernelBed) process(role, cgroup string) *exec.Cmd {
 	k.t.Helper()
 	cmd := k.command(role)
 	cmd.Stderr = k.log
-	if err := ns.Do(cmd.Start); err != nil {
+	if err := k.cgroups.Start(k.node.NS, cgroup, cmd); err != nil {
 		k.t.Fatal(err)
 	}
 	k.t.Cleanup(func() { k.kill(cmd) })
@@ -163,7 +235,7 @@ func (k *kernelBed) startHelper() {
 	if err := os.MkdirAll(filepath.Dir(namespaceSocket(k.dir)), 0o750); err != nil {
 		k.t.Fatal(err)
 	}
-	k.helper = k.process(k.node.NS, "helper")
+	k.helper = k.process("helper", "/system.slice/gke-metadata-emulator-attest.service")
 }
 
 func helperProcess() error {
@@ -257,7 +329,7 @@ type said struct {
 	Close  bool
 }
 
-// ask has the pod send a request: "kept" on its connection, "fresh" on another, "six" on one by IPv6, "direct" on one to the listen address. It says what came.
+// ask has the pod send a request on its connection, "kept", or on another one, as dial has it. It says what came.
 func (p *podBed) ask(how, path string) (a said, err error) {
 	if _, err = fmt.Fprintln(p.in, how, path); err != nil {
 		return a, err
@@ -269,7 +341,7 @@ func (p *podBed) ask(how, path string) (a said, err error) {
 	return a, json.Unmarshal(line, &a)
 }
 
-// mustAsk is ask on a fresh connection.
+// mustAsk is ask on a fresh connection, of a daemon of the node where the service listens: the rules spare it.
 func (p *podBed) mustAsk(t testing.TB, path string) said {
 	t.Helper()
 	how := "fresh"
@@ -324,10 +396,9 @@ func podProcess() error {
 			continue
 		}
 		if how != "kept" || conn == nil {
-			to := map[string]string{"direct": "169.254.169.252:988", "six": "[fd20:ce::254]:80"}[how]
-			c, err := net.DialTimeout("tcp", cmp.Or(to, "169.254.169.254:80"), 10*time.Second)
+			c, err := dial(how)
 			if err != nil {
-				_ = say.Encode(said{Err: err.Error()})
+				_ = say.Encode(saidOf(err))
 				continue
 			}
 			conn, r = c.(*net.TCPConn), bufio.NewReader(c)
@@ -337,15 +408,50 @@ func podProcess() error {
 	return nil
 }
 
+// dial connects to where pods ask ("fresh"), to the listen address ("direct"), or to "ADDRESS:PORT,SOURCE,PATIENCE", of which SOURCE may
+// be empty.
+func dial(how string) (net.Conn, error) {
+	if to := map[string]string{"fresh": "169.254.169.254:80", "kept": "169.254.169.254:80", "direct": "169.254.169.252:988"}[how]; to != "" {
+		how = to + ",,10s"
+	}
+	f := strings.Split(how, ",")
+	if len(f) != 3 {
+		return nil, errors.New("dial how? " + how)
+	}
+	patience, err := time.ParseDuration(f[2])
+	if err != nil {
+		return nil, err
+	}
+	d := net.Dialer{Timeout: patience}
+	if f[1] != "" {
+		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(f[1])}
+	}
+	return d.Dial("tcp", f[0])
+}
+
+// saidOf is what a connection said that did not come about: reset, noroute, drop, or what else it was.
+func saidOf(err error) (a said) {
+	var timeout net.Error
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET):
+		a.Err = "reset"
+	case errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EACCES):
+		a.Err = "noroute"
+	case errors.As(err, &timeout) && timeout.Timeout():
+		a.Err = "drop"
+	default:
+		a.Err = err.Error()
+	}
+	return a
+}
+
 // exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole request, with | for the ends of its lines.
 func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 	text, raw := strings.CutPrefix(path, "raw ")
 	if !raw {
-		host := "metadata"
-		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok && a.IP.To4() == nil {
-			host = "[" + a.IP.String() + "]" // as clients have it (H-16)
-		}
+		host := strings.TrimSuffix(c.RemoteAddr().String(), ":80") // as clients have it (H-16)
 		text = "GET " + path + " HTTP/1.1|Host: " + host + "|Metadata-Flavor: Google||"
 	}
 	if _, err := io.WriteString(c, strings.ReplaceAll(text, "|", "\r\n")); err != nil {

@@ -256,6 +256,7 @@ func TestKernel(t *testing.T) {
 		refused(late, 503, "gke-metadata-emulator-attest.service")
 		refused(sandbox, 503, "gke-metadata-emulator-attest.service") // a namespace may have the address, for all that is known
 		k.startHelper()
-		gets(late, "default:later") // within the hold, or after it
+		k.eventually(t, "it is there again", func() bool { return statusOf(t, k.dir).Attestation.Kernel.Helper })
+		gets(late, "default:later")
 	})
 }

@@ -1,12 +1,10 @@
 package service
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -56,49 +54,13 @@ func (m *imds) take() []string {
 // TestPassthrough has everybody ask for AWS's metadata by way of rules that redirect pods on the host network and spare the node's own
 // slices, as which the service itself asks: it has to get there, and nobody by it who was not named.
 func TestPassthrough(t *testing.T) {
-	command := func(k *kernelBed, text string) {
-		k.t.Helper()
-		if out, err := k.node.Command(k.t.Context(), "sh", "-c", text).CombinedOutput(); err != nil {
-			k.t.Fatalf("%s: %v: %s", text, err, out)
-		}
-	}
-	for mode, spare := range map[string]func(k *kernelBed, slice string){
-		routing.ModeIPTables: func(k *kernelBed, slice string) {
-			command(k, "iptables -t nat -I OUTPUT 1 -m cgroup --path "+slice+" -j RETURN")
-		},
-		routing.ModeNFTables: func(k *kernelBed, slice string) {
-			command(k, "iptables -t nat -F OUTPUT")
-			k.write(k.t, "rules.nft", `table ip host-pods { chain output { type nat hook output priority -100
-				socket cgroupv2 level 2 "`+slice+`" return
-				ip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.252:988
-			}; }`)
-			// nft looks for cgroups there and nowhere else.
-			command(k, "unshare --mount sh -ec 'mount -t cgroup2 none /sys/fs/cgroup; nft -f "+k.dir+"/rules.nft'")
-		},
-		routing.ModeEBPF: func(k *kernelBed, _ string) {
-			command(k, "iptables -t nat -F OUTPUT")
-			rules, err := routing.New(routing.Plan{Mode: routing.ModeEBPF, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: routing.DefaultGuard(),
-				RunDir: k.dir, InterceptHostPods: "on", CgroupRoot: k.cgroups.Path, BPFDir: filepath.Join(netnstest.MountBPF(k.t), "gme")})
-			if err != nil {
-				k.t.Fatal(err)
-			}
-			if err := k.node.Do(func() error { return rules.Install(k.t.Context()) }); err != nil {
-				k.t.Fatal(err)
-			}
-			k.t.Cleanup(func() {
-				if err := k.node.Do(func() error { return rules.Remove(context.Background()) }); err != nil {
-					k.t.Error(err)
-				}
-			})
-		},
-	} {
-		t.Run(mode, func(t *testing.T) { testPassthrough(t, spare) })
+	for _, mode := range []string{routing.ModeIPTables, routing.ModeNFTables, routing.ModeEBPF} {
+		t.Run(mode, func(t *testing.T) { testPassthrough(t, mode) })
 	}
 }
 
-func testPassthrough(t *testing.T, spare func(k *kernelBed, slice string)) {
-	netnstest.Needs(t, "nft", "unshare")
-	k := newKernelBed(t, "passthrough: [default/aws]")
+func testPassthrough(t *testing.T, mode string) {
+	k := newKernelBedIn(t, routing.Plan{Mode: mode}, "passthrough: [default/aws]")
 	aws := new(imds)
 	l, err := k.node.Cloud.Listen("tcp4", "169.254.169.254:80")
 	if err != nil {
@@ -107,16 +69,6 @@ func testPassthrough(t *testing.T, spare func(k *kernelBed, slice string)) {
 	web := &http.Server{Handler: aws}
 	go func() { _ = web.Serve(l) }()
 	t.Cleanup(func() { _ = web.Close() })
-
-	// The service is a unit of the node.
-	k.kill(k.server)
-	k.server = k.command(filepath.Join(k.dir, "config.yaml"))
-	k.server.Stderr = k.log
-	if err := k.cgroups.Start(k.node.NS, "system.slice/gke-metadata-emulator.service", k.server); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { k.kill(k.server) })
-	spare(k, filepath.Base(k.cgroups.Path)+"/system.slice")
 	start := func(name string, ns *netnstest.NS, change func(*podBed)) *podBed {
 		t.Helper()
 		p := k.newPod(name, ns)
@@ -139,12 +91,6 @@ func testPassthrough(t *testing.T, spare func(k *kernelBed, slice string)) {
 		return ns
 	}
 	named := start("aws", k.node.NS, nil)
-	k.eventually(t, "the service serves", func() bool {
-		a, err := named.ask("fresh", "/")
-		kernel := statusOf(t, k.dir).Attestation.Kernel
-		return err == nil && a.Status == 200 && a.Header.Get("Metadata-Flavor") == "Google" && kernel != nil && kernel.Helper
-	})
-	aws.take()
 
 	ask := func(p *podBed, how, request string) said {
 		t.Helper()

@@ -291,13 +291,18 @@ func up(link string) func() error {
 	}
 }
 
+// Hardware is the hardware address of the pod on the bridge that has the IPv4 address.
+func Hardware(a netip.Addr) net.HardwareAddr {
+	b := a.As4()
+	return append(net.HardwareAddr{2, 0}, b[:]...)
+}
+
 // hardware gives a link the hardware address that goes with an IPv4 address.
 func hardware(link string, a netip.Addr) func() error {
 	return func() error {
 		l, err := netlink.LinkByName(link)
 		if err == nil {
-			b := a.As4()
-			err = netlink.LinkSetHardwareAddr(l, append(net.HardwareAddr{2, 0}, b[:]...))
+			err = netlink.LinkSetHardwareAddr(l, Hardware(a))
 		}
 		if err != nil {
 			return fmt.Errorf("ip link set %s address: %w", link, err)
