@@ -67,6 +67,11 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 	if err != nil {
 		return err
 	}
+	if !m.plan.redirects() {
+		if err := before.endRedirection(); err != nil {
+			return err
+		}
+	}
 	c := &nftables.Conn{}
 	for _, six := range []bool{false, true} {
 		chains, err := nftChainsFor(m.plan, s, six)
@@ -299,34 +304,43 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 	if err != nil {
 		return err
 	}
-	each := func(del func(*nftables.Conn, *nftables.Table, standingTable)) error {
-		c := &nftables.Conn{}
-		for i, six := range []bool{false, true} {
-			if all[i].exists {
-				del(c, &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, all[i])
-			}
-		}
-		if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("delete table %s: %w", nftTable, permission(err))
-		}
-		return nil
+	if !instead || !p.redirects() {
+		err = all.endRedirection()
 	}
-	if !all[0].exists && !all[1].exists {
-		return nil
+	return errors.Join(err, all.each("delete", func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
+}
+
+// each changes the tables that are there, in one transaction.
+func (s standingTables) each(what string, change func(*nftables.Conn, *nftables.Table, standingTable)) error {
+	c := &nftables.Conn{}
+	for i, six := range []bool{false, true} {
+		if s[i].exists {
+			change(c, &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, s[i])
+		}
 	}
-	err = each(func(c *nftables.Conn, t *nftables.Table, was standingTable) {
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("%s table %s: %w", what, nftTable, permission(err))
+	}
+	return nil
+}
+
+// endRedirection has nobody redirected any more, and tells those who were: as long as chains of type nat stand, conntrack translates what they
+// are sent.
+func (s standingTables) endRedirection() error {
+	redirects := false
+	err := s.each("change", func(c *nftables.Conn, t *nftables.Table, was standingTable) {
 		for _, name := range []string{"prerouting", "output"} {
-			if was.heads[name] != "" {
+			if len(was.rules[name]) > 0 {
+				redirects = true
 				c.FlushChain(&nftables.Chain{Name: name, Table: t})
-				c.DelChain(&nftables.Chain{Name: name, Table: t})
 			}
 		}
 	})
-	if !instead || !p.redirects() { // as removeIPTables does, and for its reason
+	if redirects {
 		resetConnections(netip.Addr{})
 		resetAllSix()
 	}
-	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
+	return err
 }
 
 // nftablesText is what put does, as nft reads it.

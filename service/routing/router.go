@@ -82,8 +82,9 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if state.IPv6 = n.whyNot6; err != nil {
 		return n, r.readBack(state, err)
 	}
-	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
-		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
+	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good {
+		// Of another mode something may stand, or may still where a change did not come to its end. It goes last: until then requests had a way,
+		// by whichever of the two.
 		for _, p := range parts {
 			if slices.Contains(p.of, r.plan.Mode) {
 				continue
@@ -93,10 +94,13 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
-			if err := forgetServed(r.plan, n.surroundings, was.dnats() && r.plan.redirects()); err != nil {
+			if err := forgetServed(r.plan, n.surroundings, was); err != nil {
 				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
 			}
 		}
+	}
+	if err := removeEarlier(r.plan, n.surroundings); err != nil {
+		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
 	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
@@ -181,11 +185,6 @@ func (r *router) put(ctx context.Context, n *node) error {
 	if err := n.put(ctx, n.surroundings); err != nil {
 		return err
 	}
-	if r.plan.Mode != ModeLoopback {
-		if err := removeLocal(); err != nil {
-			return err
-		}
-	}
 	return installRoute(r.plan, n.surroundings)
 }
 
@@ -208,7 +207,7 @@ func (r *router) repairLight(why *repair, state State) error {
 	state.Installs++
 	err := r.putClosed(why.node.surroundings)
 	if err == nil {
-		err = installRoute(r.plan, why.node.surroundings)
+		err = errors.Join(installRoute(r.plan, why.node.surroundings), removeEarlier(r.plan, why.node.surroundings))
 	}
 	if err == nil {
 		err = errors.Join(slices.Concat(checkGuard(r.plan, why.node.surroundings), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
