@@ -17,6 +17,7 @@ type router struct {
 	plan        Plan
 	hostCgroups []string
 	cloud       CloudServer // as State has it
+	asked       string      // what came of asking the cloud's metadata server
 	sixRefused  string      // why IPv6 cannot be redirected, which was found out
 }
 
@@ -46,7 +47,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		if why != nil {
 			r.cloud = r.cloud.with(why.found, time.Now())
 		} else if r.asksCloud() {
-			r.cloud = r.cloud.with(askCloud().answer(), time.Now()) // before the rules: the answer is the cloud's own
+			r.cloud = r.cloud.with(r.ask(), time.Now()) // before the rules: the answer is the cloud's own
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
@@ -151,7 +152,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 	if r.plan.Mode == ModeLoopback {
 		foreign = errors.Join(foreign, foreignAddress())
 		if begins && !r.plan.Force {
-			foreign = errors.Join(foreign, realServer())
+			foreign = errors.Join(foreign, r.realServer())
 		}
 	}
 	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
@@ -265,6 +266,14 @@ func (r *router) Remove(ctx context.Context) error {
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
 func (r *router) asksCloud() bool {
 	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && r.plan.Mode != ModeObserve && !r.cloud.known()
+}
+
+// ask has the cloud's metadata server asked once, from the calling thread's network namespace.
+func (r *router) ask() string {
+	if r.asked == cloudUnknown {
+		r.asked = askCloud().answer()
+	}
+	return r.asked
 }
 
 // look finds out what the rules must know of the node.
