@@ -68,34 +68,45 @@ func isLocal(a netip.Addr) (bool, error) {
 	return len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
 }
 
-// installAddress puts the Plan's listen address on lo where it is wanted, or in mode loopback the route that makes the metadata server's
-// our own, and takes away what an earlier Plan wanted.
+// installAddress puts the Plan's listen address on lo where it is wanted, or in mode loopback makes the metadata server's our own. What an
+// earlier Plan wanted goes when nothing leads there any more (see removeEarlier).
 func installAddress(p Plan) error {
-	a := p.Listen.Addr()
 	if p.Mode == ModeLoopback {
 		err := installLocalRoute()
 		if err == nil && p.Link != "" {
 			err = installLink(p.Link)
 		}
-		resetConnections(netip.Addr{})
-		return errors.Join(err, removeLinks(p.Link), removeAddress(netip.Addr{}))
-	}
-	// What a mode loopback of before has left goes after its policy rules.
-	l, err := readAddress(a)
-	if err != nil {
 		return err
 	}
-	if l.wants(a) {
-		lo, err := netlink.LinkByName("lo")
-		if err == nil {
-			err = netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(a), Scope: int(netlink.SCOPE_HOST), Label: addressLabel})
-		}
-		if err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("ip address add %s: %w", addressText(a), permission(err))
-		}
+	a := p.Listen.Addr()
+	l, err := readAddress(a)
+	if err != nil || !l.wants(a) {
+		return err
 	}
-	resetConnections(a)
-	return removeAddress(a)
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(a), Scope: int(netlink.SCOPE_HOST), Label: addressLabel})
+	}
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("ip address add %s: %w", addressText(a), permission(err))
+	}
+	return nil
+}
+
+// removeEarlier takes away the ways to the emulator that an earlier Plan wanted, last of all that Install does. As long as rules, or conntrack by
+// rules of before, lead to an address, it has to be this node's: else the packets are forwarded, and a connect() fails by what a
+// router says of them.
+func removeEarlier(p Plan, s surroundings) error {
+	keep := p.Listen.Addr()
+	var errs []error
+	if p.Mode == ModeLoopback {
+		keep = netip.Addr{}
+		errs = append(errs, removeLinks(p.Link))
+	} else {
+		errs = append(errs, removeLocal())
+	}
+	resetConnections(keep)
+	return errors.Join(append(errs, removeAddress(keep), removeListenRoutes(s.listen6.Addr()))...)
 }
 
 // resetConnections ends what is open at the addresses of ours that are about to go, all but keep. Without its address the

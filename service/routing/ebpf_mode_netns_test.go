@@ -287,20 +287,23 @@ func TestServedFlows(t *testing.T) {
 	}
 	w := way{metadataServer, netip.MustParseAddrPort("169.254.169.252:988")}
 	for _, c := range []struct {
-		flow        *netlink.ConntrackFlow
-		picks, over bool
+		flow                    *netlink.ConntrackFlow
+		picks, over, redirected bool
 	}{
-		{flow("169.254.169.254:80", "169.254.169.252", nl.TCP_CONNTRACK_ESTABLISHED), true, false},
-		{flow("169.254.169.254:80", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), true, true},
-		{flow("169.254.169.252:988", "169.254.169.252", nl.TCP_CONNTRACK_CLOSE), true, true},
-		{flow("169.254.169.254:80", "169.254.169.254", nl.TCP_CONNTRACK_TIME_WAIT), false, false}, // the cloud's
-		{flow("169.254.169.254:53", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), false, false},
+		{flow("169.254.169.254:80", "169.254.169.252", nl.TCP_CONNTRACK_ESTABLISHED), true, false, true},
+		{flow("169.254.169.254:80", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), true, true, true},
+		{flow("169.254.169.252:988", "169.254.169.252", nl.TCP_CONNTRACK_CLOSE), true, true, false},
+		{flow("169.254.169.254:80", "169.254.169.254", nl.TCP_CONNTRACK_TIME_WAIT), false, false, false}, // the cloud's
+		{flow("169.254.169.254:53", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), false, false, false},
 	} {
-		if got := (served{w, false}).MatchConntrackFlow(c.flow); got != c.picks {
+		if got := (served{way: w}).MatchConntrackFlow(c.flow); got != c.picks {
 			t.Errorf("%v: %t", c.flow.Forward, got)
 		}
-		if got := (served{w, true}).MatchConntrackFlow(c.flow); got != c.over {
+		if got := (served{way: w, over: true}).MatchConntrackFlow(c.flow); got != c.over {
 			t.Errorf("%v, over: %t", c.flow.Forward, got)
+		}
+		if got := (served{way: w, redirected: true}).MatchConntrackFlow(c.flow); got != c.redirected {
+			t.Errorf("%v, redirected: %t", c.flow.Forward, got)
 		}
 	}
 }

@@ -65,8 +65,9 @@ func noConnections() bool {
 
 // forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
 // the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
-// that one the kernel of the client knows no socket. Those that goOn are left until they are over.
-func forgetServed(p Plan, s surroundings, goOn bool) error {
+// that one the kernel of the client knows no socket, or go on translating to an address that is gone. Where redirection follows on
+// redirection they are left until they are over.
+func forgetServed(p Plan, s surroundings, was Plan) error {
 	if noConnections() {
 		return nil
 	}
@@ -79,7 +80,7 @@ func forgetServed(p Plan, s surroundings, goOn bool) error {
 		if six && !s.listen6.IsValid() {
 			continue
 		}
-		f := served{p.way(s, six), goOn}
+		f := served{p.way(s, six), was.dnats() && p.redirects(), was.Mode == p.Mode}
 		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
 			return fmt.Errorf("forget connections to %s: %w", f.listen, err)
 		}
@@ -87,10 +88,11 @@ func forgetServed(p Plan, s surroundings, goOn bool) error {
 	return nil
 }
 
-// served picks connections that go to the emulator, and those that were redirected there.
+// served picks connections that were redirected to the emulator, and those that went there directly.
 type served struct {
 	way
-	over bool // only those that are
+	over       bool // only those that are
+	redirected bool // only those that were
 }
 
 func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
@@ -102,7 +104,7 @@ func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 		return false
 	}
 	to := netip.AddrPortFrom(addr.Unmap(), flow.Forward.DstPort)
-	return to == f.listen || to == f.server && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
+	return to == f.server && !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP) || !f.redirected && to == f.listen
 }
 
 // notRedirected picks connections to the real metadata server.

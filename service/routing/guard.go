@@ -177,7 +177,7 @@ func restRules(guarded []netip.AddrPort) (rules []policyRule) {
 	return rules
 }
 
-// installGuard adds what is missing and then deletes what an earlier Plan wanted.
+// installGuard adds what is missing and then deletes what an earlier Plan wanted, but for the way of mode loopback: see removeWay.
 func installGuard(p Plan, s surroundings) error {
 	if err := addGuard(p, s); err != nil {
 		return err
@@ -186,7 +186,25 @@ func installGuard(p Plan, s surroundings) error {
 	if err != nil {
 		return err
 	}
-	return deleteGuard(have, guardRules(p, s))
+	want := guardRules(p, s)
+	if p.Mode != ModeLoopback {
+		have = slices.DeleteFunc(have, policyRule.ofWay)
+	}
+	return deleteGuard(have, want)
+}
+
+// ofWay says whether the rule is one of those that bring requests to the emulator in mode loopback, or that keep others from that.
+func (r policyRule) ofWay() bool {
+	return r.table == ourTable || r.table == noTable && (r.pref == prefBehind || r.pref == prefExempt)
+}
+
+// removeWay deletes the rules that mode loopback has besides the guard. Where another mode follows, that one's way stands by then.
+func removeWay() error {
+	have, err := standingGuard()
+	if err != nil {
+		return err
+	}
+	return deleteGuard(slices.DeleteFunc(have, func(r policyRule) bool { return !r.ofWay() }), nil)
 }
 
 // addGuard adds what is missing.

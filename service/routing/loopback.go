@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -63,7 +61,7 @@ func installLocalRoute() error {
 
 // removeLocal takes away what makes the metadata server's address this node's own.
 func removeLocal() error {
-	if err := removeLinks(""); err != nil {
+	if err := errors.Join(removeLinks(""), removeWay()); err != nil {
 		return err
 	}
 	have, err := standingLocalRoute()
@@ -89,43 +87,12 @@ func checkLocalRoute() []error {
 	return nil
 }
 
-// realServerPatience is how long the real metadata server has for its answer. It is a link away, or there is none.
-const realServerPatience = time.Second
-
-// realServer returns an error if a metadata server answers this host. If somebody flushes the policy rules pods talk to it again, which
-// mode loopback has no second guard for; and with a link the node's own daemons would lose it.
-func realServer() error {
-	if local, err := isLocal(metadataServer.Addr()); err != nil || local {
-		return err // we would answer ourselves
-	}
-	answers, err := connects(metadataServer, realServerPatience)
-	if err != nil || !answers {
-		return err
+// realServer returns an error if a metadata server of the cloud answers this host. If somebody flushes the policy rules pods talk to it again,
+// which mode loopback has no second guard for; and with a link the node's own daemons would lose it.
+func (r *router) realServer() error {
+	if r.ask() != cloudAnswers {
+		return nil
 	}
 	return fmt.Errorf("%s %w: a metadata server answers this host there, and in mode %s policy rules alone keep pods from it; use another mode, or set routing.force to true",
 		metadataServer, ErrForeign, ModeLoopback)
-}
-
-// connects says whether a connection from the calling thread's network namespace comes about.
-func connects(to netip.AddrPort, patience time.Duration) (bool, error) {
-	s, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return false, fmt.Errorf("ask %s: %w", to, err)
-	}
-	defer func() { _ = unix.Close(s) }()
-	if err := unix.Connect(s, &unix.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}); !errors.Is(err, unix.EINPROGRESS) {
-		return err == nil, nil // no route, or refused
-	}
-	over := time.Now().Add(patience)
-	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(s), Events: unix.POLLOUT}}, int(max(0, time.Until(over)).Milliseconds()))
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil || n == 0 {
-			return false, nil
-		}
-		code, err := unix.GetsockoptInt(s, unix.SOL_SOCKET, unix.SO_ERROR)
-		return err == nil && code == 0, nil
-	}
 }

@@ -75,6 +75,11 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		return err
 	}
 	defer closeTransactions(c)
+	if !m.plan.redirects() {
+		if err := before.endRedirection(c); err != nil {
+			return err
+		}
+	}
 	for _, six := range []bool{false, true} {
 		chains, err := nftChainsFor(m.plan, s, six)
 		if err != nil {
@@ -304,7 +309,7 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
 		return nil // a kernel without nf_tables
 	}
-	if err != nil {
+	if err != nil || !all[0].exists && !all[1].exists {
 		return err
 	}
 	c, err := transactions()
@@ -312,33 +317,42 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 		return err
 	}
 	defer closeTransactions(c)
-	each := func(del func(*nftables.Conn, *nftables.Table, standingTable)) error {
-		for i, six := range []bool{false, true} {
-			if all[i].exists {
-				del(c, &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, all[i])
-			}
-		}
-		if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("delete table %s: %w", nftTable, permission(err))
-		}
-		return nil
+	if !instead || !p.redirects() {
+		err = all.endRedirection(c)
 	}
-	if !all[0].exists && !all[1].exists {
-		return nil
+	return errors.Join(err, all.each(c, "delete", func(t *nftables.Table, _ standingTable) { c.DelTable(t) }))
+}
+
+// each changes the tables that are there, in one transaction.
+func (s standingTables) each(c *nftables.Conn, what string, change func(*nftables.Table, standingTable)) error {
+	for i, six := range []bool{false, true} {
+		if s[i].exists {
+			change(&nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, s[i])
+		}
 	}
-	err = each(func(c *nftables.Conn, t *nftables.Table, was standingTable) {
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("%s table %s: %w", what, nftTable, permission(err))
+	}
+	return nil
+}
+
+// endRedirection has nobody redirected any more, and tells those who were: as long as chains of type nat stand, conntrack translates what they
+// are sent.
+func (s standingTables) endRedirection(c *nftables.Conn) error {
+	redirects := false
+	err := s.each(c, "change", func(t *nftables.Table, was standingTable) {
 		for _, name := range []string{"prerouting", "output"} {
-			if was.heads[name] != "" {
+			if len(was.rules[name]) > 0 {
+				redirects = true
 				c.FlushChain(&nftables.Chain{Name: name, Table: t})
-				c.DelChain(&nftables.Chain{Name: name, Table: t})
 			}
 		}
 	})
-	if !instead || !p.redirects() { // as removeIPTables does, and for its reason
+	if redirects {
 		resetConnections(netip.Addr{})
 		resetAllSix()
 	}
-	return errors.Join(err, each(func(c *nftables.Conn, t *nftables.Table, _ standingTable) { c.DelTable(t) }))
+	return err
 }
 
 // nftablesText is what put does, as nft reads it.

@@ -17,6 +17,7 @@ type router struct {
 	plan        Plan
 	hostCgroups []string
 	cloud       CloudServer // as State has it
+	asked       string      // what came of asking the cloud's metadata server
 	sixRefused  string      // why IPv6 cannot be redirected, which was found out
 }
 
@@ -46,7 +47,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		if why != nil {
 			r.cloud = r.cloud.with(why.found, time.Now())
 		} else if r.asksCloud() {
-			r.cloud = r.cloud.with(askCloud().answer(), time.Now()) // before the rules: the answer is the cloud's own
+			r.cloud = r.cloud.with(r.ask(), time.Now()) // before the rules: the answer is the cloud's own
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
@@ -82,8 +83,9 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if state.IPv6 = n.whyNot6; err != nil {
 		return n, r.readBack(state, err)
 	}
-	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode {
-		// Of another mode something may stand. It goes last: until then requests had a way, by whichever of the two.
+	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good {
+		// Of another mode something may stand, or may still where a change did not come to its end. It goes last: until then requests had a way,
+		// by whichever of the two.
 		for _, p := range parts {
 			if slices.Contains(p.of, r.plan.Mode) {
 				continue
@@ -93,10 +95,13 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
-			if err := forgetServed(r.plan, n.surroundings, was.dnats() && r.plan.redirects()); err != nil {
+			if err := forgetServed(r.plan, n.surroundings, was); err != nil {
 				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
 			}
 		}
+	}
+	if err := removeEarlier(r.plan, n.surroundings); err != nil {
+		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
 	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
@@ -147,7 +152,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 	if r.plan.Mode == ModeLoopback {
 		foreign = errors.Join(foreign, foreignAddress())
 		if begins && !r.plan.Force {
-			foreign = errors.Join(foreign, realServer())
+			foreign = errors.Join(foreign, r.realServer())
 		}
 	}
 	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
@@ -181,11 +186,6 @@ func (r *router) put(ctx context.Context, n *node) error {
 	if err := n.put(ctx, n.surroundings); err != nil {
 		return err
 	}
-	if r.plan.Mode != ModeLoopback {
-		if err := removeLocal(); err != nil {
-			return err
-		}
-	}
 	return installRoute(r.plan, n.surroundings)
 }
 
@@ -208,7 +208,7 @@ func (r *router) repairLight(why *repair, state State) error {
 	state.Installs++
 	err := r.putClosed(why.node.surroundings)
 	if err == nil {
-		err = installRoute(r.plan, why.node.surroundings)
+		err = errors.Join(installRoute(r.plan, why.node.surroundings), removeEarlier(r.plan, why.node.surroundings))
 	}
 	if err == nil {
 		err = errors.Join(slices.Concat(checkGuard(r.plan, why.node.surroundings), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
@@ -266,6 +266,14 @@ func (r *router) Remove(ctx context.Context) error {
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
 func (r *router) asksCloud() bool {
 	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && r.plan.Mode != ModeObserve && !r.cloud.known()
+}
+
+// ask has the cloud's metadata server asked once, from the calling thread's network namespace.
+func (r *router) ask() string {
+	if r.asked == cloudUnknown {
+		r.asked = askCloud().answer()
+	}
+	return r.asked
 }
 
 // look finds out what the rules must know of the node.

@@ -143,24 +143,22 @@ func wantsListenRoute(a netip.Addr) (bool, error) {
 	return !local, err
 }
 
-// installListenRoute makes the address this node's own where that is wanted, and takes away what an earlier Plan wanted.
+// installListenRoute makes the address this node's own where that is wanted.
 func installListenRoute(a netip.Addr) error {
 	wanted, err := wantsListenRoute(a)
-	if err != nil {
+	if err != nil || !wanted {
 		return err
 	}
-	if wanted {
-		route := listenRoute(a)
-		lo, err := netlink.LinkByName("lo")
-		if err == nil {
-			route.LinkIndex = lo.Attrs().Index
-			err = netlink.RouteAdd(route)
-		}
-		if err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("ip -6 route add %s: %w", listenRouteText(a), permission(err))
-		}
+	route := listenRoute(a)
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		route.LinkIndex = lo.Attrs().Index
+		err = netlink.RouteAdd(route)
 	}
-	return removeListenRoutes(a)
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("ip -6 route add %s: %w", listenRouteText(a), permission(err))
+	}
+	return nil
 }
 
 // removeListenRoutes takes away every route of ours but keep's, and ends what is open there first (see resetConnections).
