@@ -2,7 +2,6 @@ package service
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -10,11 +9,9 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -167,65 +164,6 @@ type discardResponse http.Header
 func (w discardResponse) Header() http.Header         { return http.Header(w) }
 func (w discardResponse) Write(b []byte) (int, error) { return len(b), nil }
 func (w discardResponse) WriteHeader(int)             {}
-
-func median(f []float64) float64 {
-	slices.Sort(f)
-	return f[len(f)/2]
-}
-
-// process is one of the two servers.
-type process struct {
-	cmd  *exec.Cmd
-	in   io.Writer
-	out  *bufio.Reader
-	addr string
-	size int // of the whole answer
-}
-
-type measured struct{ rate, cpu, allocs float64 }
-
-func (p *process) measure(b *testing.B, load func(string, int, time.Time) (int, error)) measured {
-	cpu, mallocs, start := p.cpu(b), p.mallocs(b), time.Now()
-	n, err := load(p.addr, p.size, start.Add(turn))
-	if err != nil {
-		b.Fatal(err)
-	}
-	took := time.Since(start)
-	return measured{float64(n) / took.Seconds(), (p.cpu(b) - cpu).Seconds() / float64(n), (p.mallocs(b) - mallocs) / float64(n)}
-}
-
-// cpu is the time that the process spent so far, by /proc/PID/stat (proc_pid_stat(5): utime and stime, in 1/100 s).
-func (p *process) cpu(b *testing.B) time.Duration {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	var ticks int
-	for _, s := range f[11:13] {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			b.Fatal(err)
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond
-}
-
-func (p *process) mallocs(b *testing.B) float64 {
-	if _, err := io.WriteString(p.in, "\n"); err != nil {
-		b.Fatal(err)
-	}
-	line, err := p.out.ReadString('\n')
-	if err != nil {
-		b.Fatal(err)
-	}
-	n, err := strconv.ParseFloat(strings.TrimSpace(line), 64)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return n
-}
 
 const benchRequest = "GET /computeMetadata/v1/instance/service-accounts/default/token HTTP/1.1\r\nHost: 169.254.169.254\r\nUser-Agent: bench\r\nMetadata-Flavor: Google\r\n\r\n"
 
@@ -444,101 +382,4 @@ func BenchmarkTenThousandConnections(b *testing.B) {
 	}
 	b.ReportMetric(median(resident), "MB-resident")
 	b.ReportMetric(0, "ns/op")
-}
-
-// statusOf asks the emulator as `status` does.
-func statusOf(b testing.TB, dir string) (st Status) {
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
-	}}}
-	res, err := client.Get("http://status/status")
-	if err != nil {
-		return st
-	}
-	defer res.Body.Close()
-	if err := json.NewDecoder(res.Body).Decode(&st); err != nil {
-		b.Fatal(err)
-	}
-	return st
-}
-
-// resident is VmRSS in MB (proc_pid_status(5)).
-func (p *process) resident(b *testing.B) float64 {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	_, after, _ := strings.Cut(string(status), "VmRSS:")
-	kB, err := strconv.ParseFloat(strings.Fields(after)[0], 64)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return kB / 1024
-}
-
-func (p *process) end() {
-	_ = p.cmd.Process.Kill()
-	_ = p.cmd.Wait()
-}
-
-func freeAddr(b *testing.B) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
-// spawn runs this binary as one of the servers. What it logs goes into a file, as it would.
-func spawn(b *testing.B, addr string, env ...string) *process {
-	log, err := os.Create(filepath.Join(b.TempDir(), "log"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), env...)
-	cmd.Stderr = log
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	p := &process{cmd: cmd, in: in, out: bufio.NewReader(out), addr: addr}
-	b.Cleanup(func() {
-		p.end()
-		_ = log.Close()
-	})
-	return p
-}
-
-// answerSize is how many bytes an answer has on the wire: the same for each, since all that varies is a date.
-func answerSize(b *testing.B, addr string) int {
-	deadline := time.Now().Add(10 * time.Second)
-	c, err := net.Dial("tcp", addr)
-	for err != nil {
-		if time.Now().After(deadline) {
-			b.Fatal(err)
-		}
-		c, err = net.Dial("tcp", addr)
-	}
-	defer c.Close()
-	if _, err := io.WriteString(c, benchRequest); err != nil {
-		b.Fatal(err)
-	}
-	var all bytes.Buffer
-	res, err := http.ReadResponse(bufio.NewReader(io.TeeReader(c, &all)), nil)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, res.Body); err != nil {
-		b.Fatal(err)
-	}
-	return all.Len()
 }
