@@ -45,7 +45,10 @@ func TestShownText(t *testing.T) {
 				Guard: DefaultGuard(), InterceptHostPods: "on"},
 			surroundings{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
 		},
-		"closed": {Plan{Closed: true}, surroundings{}},
+		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer}, Link: "gme0"}, surroundings{uplinks: []string{"eth0"}, six: true}},
+		"none":          {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}}, surroundings{uplinks: []string{"eth0"}}},
+		"observe":       {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"}, surroundings{}},
+		"closed":        {Plan{Closed: true}, surroundings{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := c.plan.checked()
