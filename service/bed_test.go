@@ -203,7 +203,7 @@ func (b *bed) eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.After(10 * time.Second); !is(); {
+	for deadline := time.After(30 * time.Second); !is(); {
 		select {
 		case <-tick.C:
 		case <-deadline:

@@ -32,11 +32,12 @@ import (
 //
 // Who asks: pod is on the node's bridge, routed on a link of its own; hostpod is one on the node's network (off: with
 // routing.interceptHostPods: off), daemon a unit of system.slice; neighbour is another host, which sends by way of the node what it can,
-// and lan one that does not. X-as-Y asks with Y's address as its own. Neither Y nor the node is fooled, but for arp's: the node takes it
-// for the victim by its hardware address, so that the answers come back to it.
+// and lan one that does not. X-as-Y asks with Y's address as its own, and what comes back goes to Y; arp is thief where the node takes it
+// for the victim by its hardware address, so that it comes back to the thief.
 //
 // Where: listen is where the emulator listens (loopback, linked: at metadata:80), env what `routing show` has pods of mode none write into
-// their environment (GCE_METADATA_HOST); node: and cni0: are addresses of the node's, with the port of listen.
+// their environment (GCE_METADATA_HOST); node: and cni0: are addresses of the node's, with the port of listen. google6 is guarded where it
+// is served, by listen6, and elsewhere if routing.guard names it.
 const outcomes = `
 who              asks           iptables legacy  nftables loopback linked  ebpf    none    none-node none-any observe
 pod              metadata:80    own      own     own      own      own     own     noroute noroute   noroute  cloud
@@ -74,7 +75,8 @@ thief-as-victim  metadata:80    drop     drop    drop     drop     drop    drop 
 thief-as-victim  listen         drop     drop    drop     ~        ~       drop    drop    drop      drop     drop
 arp-as-victim    metadata:80    own      own     own      own      own     own     noroute noroute   noroute  cloud
 arp-as-victim    listen         drop     drop    drop     ~        ~       own     own     own       own      own
-victim           metadata:80    own      own     own      own      own     own     noroute noroute   noroute  cloud
+victim           metadata:80    own      own     own      own      own     own     ~       ~         ~        cloud
+victim           listen         ~        ~       ~        ~        ~       ~       own     own       own      own
 off              metadata:80    cloud    cloud   cloud    ~        ~       cloud   ~       ~         ~        ~
 `
 
@@ -240,6 +242,29 @@ func (o *outcomeBed) in(who, script string, args ...any) {
 	}
 }
 
+// take makes somebody's address one of the link's, or has the node take whoever has the hardware for it, until end.
+func (o *outcomeBed) take(ns *netnstest.NS, link, whose, hardware string) (end func()) {
+	o.t.Helper()
+	a := o.spaces[whose].Addr
+	change := func(address func(netlink.Link, *netlink.Addr) error, neighbour func(*netlink.Neigh) error) {
+		o.t.Helper()
+		if err := ns.Do(func() error {
+			l, err := netlink.LinkByName(link)
+			switch {
+			case err != nil:
+				return err
+			case hardware == "":
+				return address(l, &netlink.Addr{IPNet: netlink.NewIPNet(a.AsSlice())})
+			}
+			return neighbour(&netlink.Neigh{LinkIndex: l.Attrs().Index, IP: a.AsSlice(), State: netlink.NUD_PERMANENT, HardwareAddr: netnstest.Hardware(o.spaces[hardware].Addr)})
+		}); err != nil {
+			o.t.Fatalf("%s of %s: %v", a, link, err)
+		}
+	}
+	change(netlink.AddrAdd, netlink.NeighSet)
+	return func() { change(netlink.AddrDel, netlink.NeighDel) }
+}
+
 // asks returns what comes of a request, in the words of the table.
 func (o *outcomeBed) asks(who, to, want string) string {
 	o.t.Helper()
@@ -259,11 +284,9 @@ func (o *outcomeBed) asks(who, to, want string) string {
 		}
 		source = o.spaces[as].Addr.String()
 		if as == "victim" {
-			o.sh(fmt.Sprintf("ip neigh replace %s lladdr %s dev cni0 nud permanent", source, netnstest.Hardware(o.spaces[hardware].Addr)))
-			defer o.sh(fmt.Sprintf("ip neigh del %s dev cni0", source))
+			defer o.take(o.node.NS, "cni0", as, hardware)()
 		}
-		o.in(name, "ip address add %s/32 dev lo", source)
-		defer o.in(name, "ip address del %s/32 dev lo", source)
+		defer o.take(o.spaces[name], "lo", as, "")()
 	}
 	how := fmt.Sprintf("%s,%s,%s", to, source, wait)
 	var a said
