@@ -120,7 +120,6 @@ func (k *kernelBed) usual(p routing.Plan) routing.Plan {
 		p.Listen, p.Force = netip.MustParseAddrPort("169.254.169.254:80"), true // the cloud's metadata server answers the node
 	case routing.ModeIPTables, routing.ModeNFTables:
 		p.Listen6, p.InterceptHostPods = netip.MustParseAddrPort("[fd20:ce::252]:988"), "on"
-		p.Guard = append(p.Guard, netip.MustParseAddrPort("[fd20:ce::254]:80")) // as the configuration has it
 	case routing.ModeEBPF:
 		p.InterceptHostPods = "on"
 	}

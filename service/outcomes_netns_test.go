@@ -36,8 +36,7 @@ import (
 // for the victim by its hardware address, so that it comes back to the thief.
 //
 // Where: listen is where the emulator listens (loopback, linked: at metadata:80), env what `routing show` has pods of mode none write into
-// their environment (GCE_METADATA_HOST); node: and cni0: are addresses of the node's, with the port of listen. google6 is guarded where it
-// is served, by listen6, and elsewhere if routing.guard names it.
+// their environment (GCE_METADATA_HOST); node: and cni0: are addresses of the node's, with the port of listen.
 const outcomes = `
 who              asks           iptables legacy  nftables loopback linked  ebpf    none    none-node none-any observe
 pod              metadata:80    own      own     own      own      own     own     noroute noroute   noroute  cloud

@@ -99,6 +99,7 @@ func TestClosedGuard(t *testing.T) {
 		b.green(closed)
 		b.answers(b.pod, "169.254.169.254:80", "")
 		b.answers(b.pod, "[fd00:ec2::254]:80", "")
+		b.answers(b.pod, "[fd20:ce::254]:80", "")
 		b.answers(b.pod, "169.254.169.254:53", cloud)
 		b.answers(b.NS, "169.254.169.254:80", cloud)
 		if s, err := ReadState(closed.RunDir); err != nil || s.Desired != Installed || !s.Closed || !s.Standing.Good {
