@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // serviceRules is a ruleset of kube-proxy's shape with n rules in table nat.
@@ -130,6 +132,39 @@ func BenchmarkWatch(b *testing.B) {
 			})
 		}
 	}
+}
+
+// BenchmarkWatchChurn is the processor time that the watcher takes while a thousand interfaces come and go, as those of pods do.
+func BenchmarkWatchChurn(b *testing.B) {
+	bed := newBed(b, "iptables-nft")
+	bed.install(bed.plan)
+	var comes, goes strings.Builder
+	for i := range 500 {
+		fmt.Fprintf(&comes, "link add churn%d type veth peer name nruhc%d\n", i, i)
+		fmt.Fprintf(&goes, "link del churn%d\n", i)
+	}
+	var took, used time.Duration
+	for b.Loop() {
+		watcher := bed.play("watch", filepath.Join(bed.plan.RunDir, bed.plan.Binary), bed.self())
+		if err := watcher.Start(); err != nil {
+			b.Fatal(err)
+		}
+		start := time.Now()
+		for _, batch := range []string{comes.String(), goes.String()} {
+			ip := bed.Command(context.Background(), "ip", "-batch", "-")
+			ip.Stdin = strings.NewReader(batch)
+			if out, err := ip.CombinedOutput(); err != nil {
+				b.Fatalf("%v: %s", err, out)
+			}
+		}
+		took += time.Since(start)
+		_ = watcher.Process.Kill()
+		_ = watcher.Wait()
+		used += watcher.ProcessState.UserTime() + watcher.ProcessState.SystemTime()
+	}
+	b.ReportMetric(used.Seconds()/float64(b.N), "cpu-s")
+	b.ReportMetric(took.Seconds()/float64(b.N), "churn-s")
+	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkConnect is a fresh connection of a pod's with one question and its answer, in each mode, beside rules of kube-proxy's. The modes

@@ -29,7 +29,8 @@ const (
 	causeSweep
 	causeRetry // what failed before
 
-	causeKernel     = causeRule | causeAddress | causeRoute | causeLink // what rtnetlink tells
+	causeAround     = causeAddress | causeRoute | causeLink // what comes by the dozen as pods come and go
+	causeKernel     = causeRule | causeAround               // what rtnetlink tells
 	causeEverything = causeReload | causeStart | causeSweep | causeRetry
 )
 

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -84,5 +85,21 @@ func TestCauses(t *testing.T) {
 	}
 	if got := len(causeNames); 1<<(got-1) != causeRetry {
 		t.Errorf("%d names: one for each cause", got)
+	}
+}
+
+// TestDue: a flush is looked at whatever pods' interfaces do; looks at these alone leave time for others.
+func TestDue(t *testing.T) {
+	bucket, rest := time.Unix(1, 0), time.Unix(2, 0)
+	for _, c := range []struct {
+		pending causes
+		want    time.Time
+	}{
+		{causeLink, rest}, {causeLink | causeAddress | causeRoute, rest}, {causeLink | causeNFTables, bucket}, {causeRule, bucket}, {causeSweep | causeLink, bucket},
+	} {
+		w := &watcher{pending: c.pending, notBefore: bucket, rest: rest}
+		if got := w.due(); got != c.want {
+			t.Errorf("%b: %v, want %v", c.pending, got, c.want)
+		}
 	}
 }

@@ -56,6 +56,7 @@ type watcher struct {
 	pending   causes
 	by        string    // the process behind the last change of nf_tables
 	notBefore time.Time // no look until then: the bucket is empty
+	rest      time.Time // nor until then at what is around the rules alone
 	retry     time.Time // if nothing happens; zero: there is nothing to try again
 	failures  int
 
@@ -101,9 +102,12 @@ func (o Watch) Run(ctx context.Context) (err error) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		if now := time.Now(); w.pending != 0 && !now.Before(w.notBefore) {
+		if now := time.Now(); w.pending != 0 && !now.Before(w.due()) {
 			why := w.pending
 			w.round(ctx)
+			if why&^causeAround == 0 { // where a thousand interfaces come and go, each look at them takes 10 ms: a tenth of the time is for that
+				w.rest = time.Now().Add(min(9*time.Since(now), time.Second))
+			}
 			w.askCloud(why)
 		}
 		if w.Alive != nil {
@@ -148,13 +152,21 @@ func (w *watcher) wake(sweep time.Time) time.Time {
 	if !w.retry.IsZero() && w.retry.Before(next) {
 		next = w.retry
 	}
-	if w.pending != 0 && w.notBefore.Before(next) {
-		next = w.notBefore
+	if w.pending != 0 && w.due().Before(next) {
+		next = w.due()
 	}
 	if poll := time.Now().Add(pollSilent); w.node.silent() != "" && poll.Before(next) {
 		next = poll
 	}
 	return next
+}
+
+// due is when there may be a look at what is pending.
+func (w *watcher) due() time.Time {
+	if w.pending&^causeAround == 0 && w.rest.After(w.notBefore) {
+		return w.rest
+	}
+	return w.notBefore
 }
 
 // begin installs what the configuration says if nobody has desired anything yet: the rules are there before any interface is up.
