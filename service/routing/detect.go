@@ -89,5 +89,5 @@ func Detect(f Facts) (mode, reason string) {
 	if len(f.CNI) > 0 {
 		network = strings.Join(f.CNI, ", ")
 	}
-	return ModeIPTables, fmt.Sprintf("iptables (%s) sees what pods send on %s", cmp.Or(f.Backend, "backend not known"), network)
+	return ModeIPTables, fmt.Sprintf("iptables %s (%s) sees what pods send on %s", f.IPTables, cmp.Or(f.Backend, "backend not known"), network)
 }
