@@ -165,3 +165,43 @@ func TestChangeThatWasKilled(t *testing.T) {
 	b.remove(loopback)
 	b.same("remove", b.ruleset(), before)
 }
+
+// TestInstallForgetsRedirections: where nothing is redirected and conntrack still knows of a redirection, the next connect() from that port goes
+// to an address that is not this node's, and fails by what a router says. Install heals that, whoever left it.
+func TestInstallForgetsRedirections(t *testing.T) {
+	b := modeBed(t, ModeLoopback)
+	b.install(b.plan)
+	connect := func() error {
+		t.Helper()
+		var result error
+		if err := b.pod.Do(func() error {
+			s, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = unix.Close(s) }()
+			_ = unix.SetsockoptLinger(s, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+			if err := unix.Bind(s, &unix.SockaddrInet4{Port: 40000}); err != nil {
+				return err
+			}
+			result = unix.Connect(s, &unix.SockaddrInet4{Addr: metadataServer.Addr().As4(), Port: int(metadataServer.Port())})
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return result
+	}
+	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
+	b.sh(`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.252:988; }; }'`)
+	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
+		t.Fatalf("redirected to nobody: %v", err)
+	}
+	b.sh("nft flush chain ip other pre") // others have chains of type nat
+	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
+		t.Fatalf("conntrack remembers it: %v", err)
+	}
+	b.install(b.plan)
+	if err := connect(); err != nil {
+		t.Errorf("after another install: %v", err)
+	}
+}

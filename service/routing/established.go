@@ -65,8 +65,9 @@ func noConnections() bool {
 
 // forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
 // the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
-// that one the kernel of the client knows no socket (A-01), or go on translating to an address that is gone. Where redirection follows on
-// redirection they are left until they are over.
+// that one the kernel of the client knows no socket (A-01), or go on translating to an address that is gone, where routers say "network is
+// unreachable". Where redirection follows on redirection they are left until they are over; and where there is none, an Install that follows
+// on its like looks for those of redirections all the same.
 func forgetServed(p Plan, s surroundings, was Plan) error {
 	if noConnections() {
 		return nil

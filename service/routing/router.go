@@ -83,7 +83,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if state.IPv6 = n.whyNot6; err != nil {
 		return n, r.readBack(state, err)
 	}
-	if before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good {
+	changed := before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good
+	if changed {
 		// Of another mode something may stand, or may still where a change did not come to its end. It goes last: until then requests had a way,
 		// by whichever of the two.
 		for _, p := range parts {
@@ -94,10 +95,10 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.of[0], err))
 			}
 		}
-		if was := (Plan{Mode: before.Mode}); was.Mode != "" && !(was.dnats() && r.plan.dnats()) {
-			if err := forgetServed(r.plan, n.surroundings, was); err != nil {
-				r.plan.Log.WithError(err).Warn("for two minutes pods may be told to ask again where they use a port anew")
-			}
+	}
+	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || plain && !r.plan.redirects()) {
+		if err := forgetServed(r.plan, n.surroundings, was); err != nil {
+			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
 	if err := removeEarlier(r.plan, n.surroundings); err != nil {
