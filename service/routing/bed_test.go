@@ -61,6 +61,12 @@ func TestMain(m *testing.M) {
 		fmt.Println("on trial", err)
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
+	case "remove without IPv6":
+		err := denySix()
+		if err == nil {
+			err = removeIPTables(context.Background(), bedPlan(filepath.Dir(arg), filepath.Base(arg)), false)
+		}
+		end(err)
 	case "install":
 		r, err := New(bedPlan(filepath.Dir(arg), filepath.Base(arg)))
 		if err == nil {

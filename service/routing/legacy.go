@@ -98,6 +98,9 @@ type legacyTableGlance struct {
 // glanceLegacy looks at a table of the legacy backend. One that is not there is empty: asking for it would make it.
 func glanceLegacy(table string, six bool) (g legacyTableGlance, err error) {
 	s, level, err := legacySocket(six)
+	if errors.Is(err, unix.EAFNOSUPPORT) {
+		return g, nil // a kernel without IPv6 has no such tables either
+	}
 	if err != nil {
 		return g, err
 	}

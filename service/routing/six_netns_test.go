@@ -12,8 +12,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 // sixBed is a bed that serves IPv6 too.
@@ -436,4 +438,37 @@ func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
 		<-over
 		return asked, leaked
 	}
+}
+
+// TestRemoveWithoutSix: on a kernel that was booted without IPv6 there is no socket of it for the legacy backend's tables, and that keeps nobody
+// from removing IPv4's.
+func TestRemoveWithoutSix(t *testing.T) {
+	b := newBed(t, "iptables-legacy")
+	b.sh("iptables -t nat -N GME-PRE")
+	out, err := b.play("remove without IPv6", filepath.Join(b.plan.RunDir, b.plan.Binary), b.self()).CombinedOutput()
+	if err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	if s := b.ruleset(); strings.Contains(s, "GME-") {
+		t.Errorf("left:\n%s", s)
+	}
+}
+
+// denySix has this process get no sockets of IPv6, as such a kernel's processes do.
+func denySix() error {
+	const nr, family = 0, 16 // in struct seccomp_data
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SOCKET, Jf: 3},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: family},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AF_INET6, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EAFNOSUPPORT)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
