@@ -2,6 +2,7 @@ package routing
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"strings"
 	"sync"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -203,5 +205,51 @@ func TestInstallForgetsRedirections(t *testing.T) {
 	b.install(b.plan)
 	if err := connect(); err != nil {
 		t.Errorf("after another install: %v", err)
+	}
+}
+
+// TestInstallForgetsWhatIsOver: a connection that DNAT brought goes on in mode ebpf. When it is over conntrack knows it for two minutes more, and
+// would give the next one from its port another port, by which no client is found.
+func TestInstallForgetsWhatIsOver(t *testing.T) {
+	b := ebpfBed(t)
+	dnat := b.plan
+	dnat.Mode = ModeNFTables
+	redirections := func() (n int) {
+		t.Helper()
+		if err := b.Do(func() error {
+			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+			for _, f := range flows {
+				if (served{way: b.plan.way(surroundings{}, false), redirected: true}).MatchConntrackFlow(f) {
+					n++
+				}
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // others have conntrack on
+	b.install(dnat)
+	var c net.Conn
+	if err := b.pod.Do(func() (err error) {
+		c, err = net.DialTimeout("tcp", metadataServer.String(), long)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // a change of the mode, and the same again
+		b.install(b.plan)
+		if who, err := talk(c, long); who != emulator || err != nil {
+			t.Fatalf("what was open goes on: %q, %v", who, err)
+		}
+		if n := redirections(); n != 1 {
+			t.Errorf("%d redirections are known, want 1", n)
+		}
+	}
+	_ = c.Close()
+	b.install(b.plan)
+	if n := redirections(); n != 0 {
+		t.Errorf("%d redirections are known of what is over, want 0", n)
 	}
 }

@@ -66,8 +66,8 @@ func noConnections() bool {
 // forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
 // the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
 // that one the kernel of the client knows no socket (A-01), or go on translating to an address that is gone, where routers say "network is
-// unreachable". Where redirection follows on redirection they are left until they are over; and where there is none, an Install that follows
-// on its like looks for those of redirections all the same.
+// unreachable". Where pods are redirected as before, by whatever, those of redirections are left until they are over. An Install that follows
+// on its like looks for those again, unless there is DNAT: some were not over then.
 func forgetServed(p Plan, s surroundings, was Plan) error {
 	if noConnections() {
 		return nil
@@ -81,7 +81,7 @@ func forgetServed(p Plan, s surroundings, was Plan) error {
 		if six && !s.listen6.IsValid() {
 			continue
 		}
-		f := served{p.way(s, six), was.dnats() && p.redirects(), was.Mode == p.Mode}
+		f := served{p.way(s, six), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
 		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
 			return fmt.Errorf("forget connections to %s: %w", f.listen, err)
 		}
