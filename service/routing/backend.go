@@ -3,7 +3,6 @@ package routing
 import (
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 )
 
@@ -41,7 +40,7 @@ func kubeletChains() map[bool]bool {
 		if yes, err := nftChainExists(xtablesFamily(false), "mangle", name); err == nil && yes {
 			found[false] = true
 		}
-		if slices.Contains(legacy.chains, name) {
+		if _, yes := legacy.chains[name]; yes {
 			found[true] = true
 		}
 	}

@@ -14,6 +14,7 @@ import (
 // iptables takes 2 ms and on the legacy backend 20 ms beside 10,000 rules. What only a command can put into words is odd; then it is run.
 type glance struct {
 	exists  bool     // the chain
+	rules   int      // in it
 	jumps   []jumpAt // ours to it
 	foreign error    // whoever else jumps to it, which is known after a survey
 	odd     bool     // the base chain has a jump to it that install does not write, or a redirection of somebody's
@@ -30,8 +31,7 @@ type ruleGlance struct {
 }
 
 // at makes a glance of the rules of a base chain.
-func (c chain) at(rules []ruleGlance, exists bool) glance {
-	g := glance{exists: exists}
+func (c chain) at(rules []ruleGlance) (g glance) {
 	for i, r := range rules {
 		switch {
 		case r.to == c.name && r.ours:
@@ -59,7 +59,15 @@ func glanceNFT(c chain, six bool) (g glance, err error) {
 	for _, m := range messages {
 		rules = append(rules, parseNFTRule(m))
 	}
-	return c.at(rules, exists), nil
+	g = c.at(rules)
+	if g.exists = exists; exists {
+		own, err := nftRules(family, c.table, c.name)
+		if err != nil {
+			return g, err
+		}
+		g.rules = len(own)
+	}
+	return g, nil
 }
 
 func xtablesFamily(six bool) uint8 {
@@ -98,6 +106,11 @@ func parseNFTRule(message []byte) (r ruleGlance) {
 	}
 	r.plain = slices.Equal(shape, []string{"comment", "counter", "immediate"})
 	return r
+}
+
+// as says whether the chain has as many rules as are wanted, and the one jump to it in its place.
+func (g glance) as(c chain) bool {
+	return g.exists && g.rules == len(c.rules) && !g.odd && len(g.jumps) == 1 && g.jumps[0].position == 1
 }
 
 // foreignRedirections finds who redirects the metadata server by rules of iptables, in either backend.
@@ -148,7 +161,9 @@ func (x *xtables) glances(chains []chain) (map[string]glance, error) {
 			}
 			tables[c.table] = t
 		}
-		all[c.name] = c.at(t.base[c.base], slices.Contains(t.chains, c.name))
+		g := c.at(t.base[c.base])
+		g.rules, g.exists = t.chains[c.name]
+		all[c.name] = g
 	}
 	return all, nil
 }

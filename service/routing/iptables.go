@@ -23,6 +23,7 @@ type iptables struct {
 	standsSix map[string]glance
 	good      print           // of the chains that were as they should be when they were last read
 	fresh     map[string]bool // chains that still were at the survey, by printKey
+	written   map[string]bool // by put, and not looked at since
 
 	background sync.WaitGroup // what put began and check waits for
 }
@@ -128,15 +129,28 @@ func (m *iptables) put(ctx context.Context, s surroundings) error {
 	if m.six == nil && s.listen6.IsValid() {
 		return fmt.Errorf("install the IPv6 rules: %w", m.noSix)
 	}
+	m.written = map[string]bool{}
 	if m.six != nil {
-		if err := m.six.restore(ctx, restoreText(m.stale(chainsFor(m.plan, s, true), true), m.standsSix)); err != nil {
+		if err := m.restore(ctx, s, true); err != nil {
 			return fmt.Errorf("install the IPv6 rules: %w", err)
 		}
 	}
-	if err := m.four.restore(ctx, restoreText(m.stale(chainsFor(m.plan, s, false), false), m.stands)); err != nil {
+	if err := m.restore(ctx, s, false); err != nil {
 		return fmt.Errorf("install the rules: %w", err)
 	}
 	m.clean(ctx, s)
+	return nil
+}
+
+// restore writes the chains of one family that are not known to be as they should be.
+func (m *iptables) restore(ctx context.Context, s surroundings, six bool) error {
+	chains := m.stale(chainsFor(m.plan, s, six), six)
+	if err := m.xtables(six).restore(ctx, restoreText(chains, m.standing(six))); err != nil {
+		return err
+	}
+	for _, c := range chains {
+		m.written[printKey(c, six)] = true
+	}
 	return nil
 }
 
@@ -155,7 +169,9 @@ func (m *iptables) clean(ctx context.Context, s surroundings) {
 	}
 }
 
-// check reads back the chains that are not known to be as they should be, and remembers in good those that are.
+// check reads back the chains that are not known to be as they should be, and remembers in good those that are. Of chains that iptables-restore
+// wrote a moment ago it counts the rules: that takes 0.1 ms, where to have them all listed takes 12 on nf_tables and 60 on a legacy backend
+// with 10,000 rules. The next sweep reads them.
 func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 	defer m.background.Wait()
 	before, right := m.print(), map[string]bool{}
@@ -163,11 +179,15 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 	for _, six := range m.families() {
 		var unsure []chain
 		chains := chainsFor(m.plan, s, six)
-		stands, err := m.xtables(six).glances(slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return !c.absent }))
+		told := func(c chain) bool { return c.absent || m.written[printKey(c, six)] } // by a look, and no command is run
+		stands, err := m.xtables(six).glances(slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return !told(c) }))
 		for _, c := range chains {
 			key, g := printKey(c, six), stands[c.name]
-			gone := c.absent && err == nil && !g.exists && !g.odd && len(g.jumps) == 0 // which a look tells, and no command is run
-			if right[key] = gone || m.good.same(before, key); !right[key] {
+			is := g.as(c)
+			if c.absent {
+				is = !g.exists && !g.odd && len(g.jumps) == 0
+			}
+			if right[key] = told(c) && err == nil && is || m.good.same(before, key); !right[key] {
 				unsure = append(unsure, c)
 			}
 		}
@@ -183,6 +203,7 @@ func (m *iptables) check(ctx context.Context, s surroundings) (errs []error) {
 			errs = append(errs, err)
 		}
 	}
+	m.written = nil
 	now := m.print()
 	m.good = print{generation: now.generation, chains: map[string]string{}}
 	for key := range right {

@@ -194,3 +194,39 @@ func TestEstablishedConnection(t *testing.T) {
 		}
 	})
 }
+
+// TestWrittenIsCounted: what somebody changes between the writing and the first look, which counts rules, is noticed and named all the same.
+func TestWrittenIsCounted(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		for _, c := range []struct{ harm, want string }{
+			{"true", ""},
+			{"iptables -t nat -D GME-PRE -i eth0 -j RETURN", "-A GME-PRE -i eth0 -j RETURN"},
+			{"iptables -t nat -A GME-PRE -p tcp -j ACCEPT", "-A GME-PRE -p tcp -j ACCEPT should not be there"},
+			{"iptables -D INPUT -m comment --comment gke-metadata-emulator -j GME-IN", "-I INPUT 1 "},
+			{"iptables -t raw -F; iptables -t raw -X", "-A GME-RAW "},
+		} {
+			var errs []error
+			if err := b.Do(func() error {
+				r := b.router(b.plan).(*router)
+				n, err := r.open(t.Context(), "", false)
+				if err != nil {
+					return err
+				}
+				if _, err := n.survey(t.Context(), n.surroundings); err != nil {
+					return err
+				}
+				if err := n.put(t.Context(), n.surroundings); err != nil {
+					return err
+				}
+				b.sh(c.harm)
+				errs = n.check(t.Context(), n.surroundings)
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if text := errors.Join(errs...); (text == nil) != (c.want == "") || text != nil && !strings.Contains(text.Error(), c.want) {
+				t.Errorf("after %s: %v, want %q", c.harm, text, c.want)
+			}
+		}
+	})
+}

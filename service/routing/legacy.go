@@ -92,7 +92,7 @@ var legacyHooks = []string{"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUT
 // legacyTableGlance is a table of the legacy backend.
 type legacyTableGlance struct {
 	base   map[string][]ruleGlance
-	chains []string // that somebody made
+	chains map[string]int // that somebody made, and how many rules each has
 }
 
 // glanceLegacy looks at a table of the legacy backend. One that is not there is empty: asking for it would make it.
@@ -142,8 +142,8 @@ var errLegacyTable = errors.New("a table of the legacy backend is not to be unde
 func parseLegacy(entries []byte, info tableInfo, six bool) (g legacyTableGlance, err error) {
 	layout := legacyLayouts[six]
 	names := map[uint32]string{} // by where the chain's first rule is
-	named := ""
-	g.base = map[string][]ruleGlance{}
+	named, in := "", ""          // whose name was told last, and the chain that its rules are of
+	g.base, g.chains = map[string][]ruleGlance{}, map[string]int{}
 	for at := uint32(0); int(at) < len(entries); {
 		e := entries[at:]
 		if len(e) < layout.matches {
@@ -154,13 +154,14 @@ func parseLegacy(entries []byte, info tableInfo, six bool) (g legacyTableGlance,
 			return g, errLegacyTable
 		}
 		if named != "" {
-			names[at], named = named, ""
+			names[at], in, named = named, named, ""
+			g.chains[in] = -1 // the last of its entries is its end
 		}
 		name, data := xtName(e[target:]), e[target+xtHeader:next]
 		if name == "ERROR" {
-			if named = unix.ByteSliceToString(data); int(at)+next < len(entries) {
-				g.chains = append(g.chains, named)
-			}
+			named = unix.ByteSliceToString(data)
+		} else if in != "" {
+			g.chains[in]++
 		} else if base := info.baseChain(at); base != "" {
 			r := ruleGlance{redirects: redirecting(name)}
 			comments, others := xtComments(e[layout.matches:target])
