@@ -63,11 +63,10 @@ func (m *iptables) forget() { m.good = print{} }
 
 // survey finds what stands, and refuses chains and redirections of others. What is right already put leaves alone.
 func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
-	now := m.print()
 	m.fresh = map[string]bool{}
-	for _, six := range m.families() {
-		for _, c := range ownChains() {
-			key := printKey(c, six)
+	if len(m.good.chains) > 0 {
+		now := m.print()
+		for key := range m.good.chains {
 			m.fresh[key] = m.good.same(now, key)
 		}
 	}

@@ -81,8 +81,16 @@ func nftPrint(m *iptables, chains map[string]string) (uint32, error) {
 		return 0, err
 	}
 	for _, six := range m.families() {
+		tables := map[string]string{}
 		for _, c := range ownChains() {
-			if chains[printKey(c, six)], err = nftHandles(c, six); err != nil {
+			table, known := tables[c.table]
+			if !known {
+				if table, err = nftTableHandle(c.table, six); err != nil {
+					return 0, err
+				}
+				tables[c.table] = table
+			}
+			if chains[printKey(c, six)], err = nftHandles(c, six, table); err != nil {
 				return 0, err
 			}
 		}
@@ -90,20 +98,26 @@ func nftPrint(m *iptables, chains map[string]string) (uint32, error) {
 	return g, nil
 }
 
-// nftHandles are those of the chain's table, of what jumps to it with all around that, and of what is in it.
-func nftHandles(c chain, six bool) (string, error) {
-	family := xtablesFamily(six)
-	var text strings.Builder
-	table, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, family, nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(c.table)))
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return "", err
-	}
-	if len(table) == 0 {
+// nftTableHandle is a table's handle, "" if there is no such table.
+func nftTableHandle(name string, six bool) (string, error) {
+	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, xtablesFamily(six), nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(name)))
+	if errors.Is(err, unix.ENOENT) || err == nil && len(tables) == 0 {
 		return "", nil
 	}
-	for _, t := range table {
-		fmt.Fprintf(&text, "%x", attribute(t, nftaTableHandle))
+	if err != nil {
+		return "", err
 	}
+	return fmt.Sprintf("table %x", attribute(tables[0], nftaTableHandle)), nil
+}
+
+// nftHandles are those of the chain's table, of what jumps to it with all around that, and of what is in it; "" where there is no table.
+func nftHandles(c chain, six bool, table string) (string, error) {
+	if table == "" {
+		return "", nil
+	}
+	family := xtablesFamily(six)
+	var text strings.Builder
+	text.WriteString(table)
 	for _, name := range []string{c.base, c.name} {
 		fmt.Fprintf(&text, " %s", name)
 		rules, err := nftRules(family, c.table, name)
