@@ -1,11 +1,13 @@
 package routing
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -68,7 +70,7 @@ func noConnections() bool {
 // that one the kernel of the client knows no socket (A-01), or go on translating to an address that is gone, where routers say "network is
 // unreachable". Where pods are redirected as before, by whatever, those of redirections are left until they are over. An Install that follows
 // on its like looks for those again, unless there is DNAT: some were not over then.
-func forgetServed(p Plan, s surroundings, was Plan) error {
+func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 	if noConnections() {
 		return nil
 	}
@@ -82,8 +84,18 @@ func forgetServed(p Plan, s surroundings, was Plan) error {
 			continue
 		}
 		f := served{p.way(s, six), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
-		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
-			return fmt.Errorf("forget connections to %s: %w", f.listen, err)
+		for tries := 5; ; tries-- {
+			n, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f)
+			if err != nil {
+				return fmt.Errorf("forget connections to %s: %w", f.listen, err)
+			}
+			if !f.over || f.redirected && (n == 0 || was.Mode == p.Mode) || tries == 0 {
+				break
+			}
+			f.redirected = true
+			if err := pause(ctx, 100*time.Millisecond); err != nil { // what was being answered is over in a moment
+				return err
+			}
 		}
 	}
 	return nil

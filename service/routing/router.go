@@ -98,7 +98,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	again := plain && !r.plan.dnats() && r.plan.Mode != ModeObserve // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
-		if err := forgetServed(r.plan, n.surroundings, was); err != nil {
+		if err := forgetServed(ctx, r.plan, n.surroundings, was); err != nil {
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
