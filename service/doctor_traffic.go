@@ -104,17 +104,25 @@ func isRefused(err error) bool {
 // countedNothing is what to do where nobody's requests arrive.
 const countedNothing = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
 
+// podsOn counts the pods on the pod network that have such addresses, as far as the service knows of pods.
+func (p *patient) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
+	if p.status == nil || p.status.Cluster == nil || !p.status.Cluster.Synced {
+		return 0, false
+	}
+	for _, q := range p.status.Cluster.Pods {
+		if !q.HostNetwork && such(q.Addresses) {
+			n++
+		}
+	}
+	return n, true
+}
+
 // trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
 // anything. Doctor's own connections are counted by the rule, and not by the service.
 func trafficCheck(p *patient) Finding {
-	pods := p.cluster.Pods
-	if p.status != nil && p.status.Cluster != nil && p.status.Cluster.Synced {
-		pods = 0
-		for _, q := range p.status.Cluster.Pods {
-			if !q.HostNetwork {
-				pods++
-			}
-		}
+	pods, known := p.podsOn(func([]netip.Addr) bool { return true })
+	if !known {
+		pods = p.cluster.Pods
 	}
 	n := p.node.Redirected
 	switch {
@@ -140,14 +148,7 @@ func trafficCheck(p *patient) Finding {
 
 // traffic6Check is the same of IPv6. Clients ask by it where there is no IPv4: that pods which have both never did tells nothing.
 func traffic6Check(p *patient) Finding {
-	pods, known := 0, p.status != nil && p.status.Cluster != nil && p.status.Cluster.Synced
-	if known {
-		for _, q := range p.status.Cluster.Pods {
-			if !q.HostNetwork && len(q.Addresses) > 0 && !slices.ContainsFunc(q.Addresses, netip.Addr.Is4) {
-				pods++
-			}
-		}
-	}
+	pods, known := p.podsOn(func(at []netip.Addr) bool { return len(at) > 0 && !slices.ContainsFunc(at, netip.Addr.Is4) })
 	n, why := p.node.Redirected6, p.notSix()
 	switch {
 	case !p.plan.Listen6.IsValid():

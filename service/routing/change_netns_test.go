@@ -20,7 +20,9 @@ import (
 // connectUntil connects and hangs up, until stop says so; with pauses, since what conntrack knows of each connection is looked through at a change.
 func connectUntil(ns *netnstest.NS, stop *atomic.Bool, note func(error)) error {
 	return ns.Do(func() error {
-		for !stop.Load() {
+		tick := time.NewTicker(2 * time.Millisecond)
+		defer tick.Stop()
+		for ; !stop.Load(); <-tick.C {
 			s, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			if err != nil {
 				return err
@@ -28,7 +30,6 @@ func connectUntil(ns *netnstest.NS, stop *atomic.Bool, note func(error)) error {
 			_ = unix.SetsockoptLinger(s, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 			note(unix.Connect(s, &unix.SockaddrInet4{Addr: metadataServer.Addr().As4(), Port: int(metadataServer.Port())}))
 			_ = unix.Close(s)
-			time.Sleep(2 * time.Millisecond)
 		}
 		return nil
 	})

@@ -410,20 +410,20 @@ func parseRule(message []byte) (r policyRule, ours bool) {
 
 // shaped says whether ours have a rule of this form at its preference.
 func (r policyRule) shaped() bool {
-	any := r.port == 0 && r.proto == 0
+	all := r.port == 0 && r.proto == 0
 	switch r.pref {
 	case prefExempt:
-		return r.iif != "" && (any && r.table == mainTable || r.port != 0 && r.last == 0 && r.table == noTable)
+		return r.iif != "" && (all && r.table == mainTable || r.port != 0 && r.last == 0 && r.table == noTable)
 	case prefGuard:
 		return r.iif == "" && r.port != 0 && r.last == 0 && (r.table == noTable || r.table == ourTable)
 	case prefBehind:
 		return r.iif == "" && r.port != 0 && r.last == 0 && r.table == noTable
 	case prefPass:
-		return r.iif == "" && !any && (r.last == 0 || r.last > r.port)
+		return r.iif == "" && !all && (r.last == 0 || r.last > r.port)
 	case prefRest:
-		return r.iif == "" && r.port == 0 && r.table == noTable && (any == r.to.Is6()) && (any || r.proto == unix.IPPROTO_TCP)
+		return r.iif == "" && r.port == 0 && r.table == noTable && (all == r.to.Is6()) && (all || r.proto == unix.IPPROTO_TCP)
 	case prefOnward:
-		return r.iif == "" && any
+		return r.iif == "" && all
 	}
 	return false
 }

@@ -236,6 +236,7 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 	}
 	step("filter", "raw")
 	for _, r := range removals {
+		errs = append(errs, r.err)
 		r.close()
 	}
 	return errors.Join(errs...)

@@ -15,7 +15,7 @@ type removal struct {
 	families []*xtables
 	stands   []map[string]glance // by family; nil: it has to be surveyed
 	conn     *nftables.Conn      // one, since nobody waits between transactions then
-	err      error
+	err      error               // of commands that are there and cannot be run
 }
 
 func openRemoval(command string) *removal {
@@ -38,7 +38,7 @@ func openRemoval(command string) *removal {
 // all removes all.
 func (r *removal) all(ctx context.Context) error {
 	defer r.close()
-	return r.remove(ctx, "nat", "filter", "raw")
+	return errors.Join(r.err, r.remove(ctx, "nat", "filter", "raw"))
 }
 
 // remove removes the chains of the tables, the redirecting ones first. Where nothing of ours stands no command is run.
@@ -50,12 +50,12 @@ func (r *removal) remove(ctx context.Context, tables ...string) (err error) {
 			err = r.try(ctx, chains)
 		}
 		if err == nil {
-			return errors.Join(r.err, r.foreign(chains))
+			return r.foreign(chains)
 		}
 		r.stands = nil
 		r.close() // answers may be left in it
 	}
-	return errors.Join(r.err, err)
+	return err
 }
 
 // survey looks at all chains, unless they are known.
