@@ -36,7 +36,7 @@ var importRules = []struct {
 var layers = map[string][]string{
 	"cmd/gke-metadata-emulator": {"service", "service/config", "service/routing"},
 	"packaging":                 nil,
-	"packaging/gen":             {"service/config"}, // not shipped
+	"packaging/gen":             nil, // not shipped
 	"service":                   {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing", "service/token", "service/workload"},
 	"service/attest":            {"service/workload"},
 	"service/config":            {"service/workload"},

@@ -18,7 +18,8 @@ func attestCommand() *cobra.Command {
 The kernel tells of a socket only who stands in its network namespace, and the service may enter none. This finds those of
 the node's processes, opens a socket in each that can ask and do nothing else, and hands it to the service. It needs
 CAP_SYS_ADMIN and CAP_SYS_PTRACE. While it is away the service knows the pods that it knew; new ones wait for it.`,
-		Args: arguments,
+		Example: `  sudo gke-metadata-emulator attest`,
+		Args:    arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()

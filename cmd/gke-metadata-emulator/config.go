@@ -16,6 +16,8 @@ func configCheckCommand() *cobra.Command {
 		Short: "Say everything that is wrong with the configuration",
 		Long: `Say everything that is wrong with the configuration, with file, line and remedy, and exit with 78;
 or say ok. Warnings, on standard error, are about what is allowed and seldom meant.`,
+		Example: `  gke-metadata-emulator config check
+  gke-metadata-emulator config check --config ./config.yaml --routing-mode nftables`,
 		Args: arguments,
 	}
 	load := settings(cmd)
@@ -35,9 +37,10 @@ or say ok. Warnings, on standard error, are about what is allowed and seldom mea
 
 func configShowCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "show",
-		Short: "Print the configuration with defaults and flags in it, as YAML",
-		Args:  arguments,
+		Use:     "show",
+		Short:   "Print the configuration with defaults and flags in it, as YAML",
+		Example: `  gke-metadata-emulator config show`,
+		Args:    arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

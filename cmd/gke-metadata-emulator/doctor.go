@@ -25,6 +25,8 @@ API server grants it, Google's services, clocks and DNS are looked at; the runni
 As root it connects from a throw-away network namespace as a pod would, by IPv6 too where listen6 is set, and names the chain that drops
 the connection, if one does.
 One token of one pod of this node is requested and exchanged at Google, and thrown away: no token is printed.`,
+		Example: `  sudo gke-metadata-emulator doctor
+  sudo gke-metadata-emulator doctor --output json | jq '.checks[] | select(.verdict == "fail")'`,
 		Args: arguments,
 	}
 	cmd.Flags().StringVar(&output, "output", "text", "text for a person, json for a program")

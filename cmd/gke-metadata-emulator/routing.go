@@ -31,7 +31,8 @@ func routingInstallCommand() *cobra.Command {
 		Long: `Put up the rules, whatever stands already, and read them back.
 Where the configuration is missing or broken, only the guard goes up, so that no pod reaches the cloud's own metadata
 server: that is said on standard error and is no failure.`,
-		Args: arguments,
+		Example: `  sudo gke-metadata-emulator routing install`,
+		Args:    arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -51,6 +52,8 @@ func routingCheckCommand() *cobra.Command {
 		Short: "Say what of the rules is missing, and change nothing",
 		Long: `Say what of the rules is missing, one a line, and exit with 1; say nothing when all stands. Nothing is changed.
 Where the configuration is missing or broken, the guard is what has to stand.`,
+		Example: `  sudo gke-metadata-emulator routing check
+  sudo gke-metadata-emulator routing check --wait=30s`,
 		Args: arguments,
 	}
 	cmd.Flags().DurationVar(&wait, "wait", 0, "ask again until all stands, for this long at most (30s in front of kubelet)")
@@ -95,7 +98,8 @@ func routingRemoveCommand() *cobra.Command {
 		Short: "Take the rules away without a trace",
 		Long: `Take the rules away without a trace, whoever put them up and whatever the configuration says.
 From then on pods reach the cloud's own metadata server again.`,
-		Args: arguments,
+		Example: `  sudo gke-metadata-emulator routing remove`,
+		Args:    arguments,
 	}
 	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good, and routing.onStop is not keep: not to restart it, not after a crash, not at poweroff; the socket is stopped too")
 	load := settings(cmd)
@@ -138,7 +142,9 @@ func routingShowCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show",
 		Short: "Print what install does on this node, as shell commands",
-		Args:  arguments,
+		Example: `  gke-metadata-emulator routing show
+  gke-metadata-emulator routing show --routing-mode auto`,
+		Args: arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -164,6 +170,8 @@ func routingObserveCommand() *cobra.Command {
 which cgroup, which names the pod. Those are who gets this service's answers with mode iptables or ebpf; "host" only where pods
 on the host network are redirected too. The host's own daemons are not listed.
 Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends packets without connect().`,
+		Example: `  sudo gke-metadata-emulator routing install --routing-mode observe
+  sudo gke-metadata-emulator routing observe`,
 		Args: arguments,
 	}
 	load := settings(cmd)
@@ -189,7 +197,8 @@ func routingWatchCommand() *cobra.Command {
 		Long: `Put back what others flush, until SIGTERM: what install put up last, whoever ran it. What remove took away stays away.
 Where neither was run since the node booted, what the configuration says goes up, and where it is missing or broken
 the guard alone. SIGHUP reads the configuration anew; one that does not load changes nothing.`,
-		Args: arguments,
+		Example: `  sudo gke-metadata-emulator routing watch`,
+		Args:    arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

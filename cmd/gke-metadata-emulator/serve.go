@@ -17,7 +17,8 @@ func serveCommand() *cobra.Command {
 		Long: `Answer pods' requests until SIGTERM; SIGHUP reads the configuration anew.
 With a listener handed over by systemd a missing or broken configuration is a state and not an end:
 pods are answered 503 with the reason until it is mended.`,
-		Args: arguments,
+		Example: `  sudo gke-metadata-emulator routing install && sudo gke-metadata-emulator serve --log-level debug`,
+		Args:    arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

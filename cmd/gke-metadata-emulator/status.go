@@ -29,7 +29,9 @@ func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Say what the running service does: listener, rules, pods, tokens (never their values), errors",
-		Args:  arguments,
+		Example: `  sudo gke-metadata-emulator status
+  sudo gke-metadata-emulator status --output json | jq .cluster.pods`,
+		Args: arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
 				return &usageError{fmt.Sprintf("--output is text or json, not %q", output)}

@@ -1,6 +1,6 @@
 // Command gen writes what the packages hold and nobody writes by hand: manual pages, completions, changelogs, licences, SBOM.
 //
-//	gen manual PROGRAM DIR        manual pages and completions, of what the program says about itself
+//	gen manual PAGES PROGRAM DIR  the manual pages of a folder, with date and version, compressed, and PROGRAM's completions
 //	gen changelog FILE DIR        the changelog as nfpm wants it, and compressed
 //	gen copyright DIR             the licences of all that is linked in
 //	gen sbom PROGRAM FILE         CycloneDX, of what the program's build information says
@@ -38,8 +38,8 @@ func run(args []string) error {
 		return errors.New("VERSION is not set")
 	}
 	switch {
-	case len(args) == 3 && args[0] == "manual":
-		return r.manual(args[1], args[2])
+	case len(args) == 4 && args[0] == "manual":
+		return r.manual(args[1], args[2], args[3])
 	case len(args) == 3 && args[0] == "changelog":
 		return r.changelog(args[1], args[2])
 	case len(args) == 2 && args[0] == "copyright":
