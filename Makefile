@@ -1,4 +1,4 @@
-# Everything that a clone needs is here: `make demo` shows the product at work, `make test` says whether it works.
+# Everything that a clone needs is here: `make demo` shows the product at work, `make check` and `make test` say whether it works.
 # Targets that need Debian or Ubuntu packages install the missing ones (deps), and say which; elsewhere they say what is lacking.
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -14,11 +14,14 @@ ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all build install packages release deps demo test test-booted test-vm test-vagrant lint bench fuzz clean deps-demo deps-vm deps-vagrant
+.PHONY: all help build install packages release deps demo check golden test test-booted test-vm test-vagrant lint bench fuzz clean deps-demo deps-vm deps-vagrant
 
 all: build
 
-build: bin/gke-metadata-emulator ## the binary
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
+
+build: bin/gke-metadata-emulator ## the binary, bin/gke-metadata-emulator
 
 .PHONY: bin/gke-metadata-emulator bin/demo bin/bed
 bin/gke-metadata-emulator:
@@ -68,6 +71,12 @@ $(RECIPES_ROOTFS):
 $(VM_ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@ vm
 
+check: ## everything that needs neither root nor network: gofmt, vet, staticcheck, documents, unit and script tests
+	@.ci/check
+
+golden: ## write anew what the code makes: documents, manual pages, reference configuration, golden files of scripts
+	@.ci/golden
+
 test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
 
@@ -89,5 +98,5 @@ bench: ## cached tokens against a bare net/http server, and the benchmarks of ev
 fuzz: ## each fuzz target for FUZZTIME
 	@.ci/fuzz $(or $(FUZZTIME),30s)
 
-clean:
+clean: ## remove bin
 	rm -rf bin

@@ -260,7 +260,7 @@ func TestContents(t *testing.T) {
 			want = append(want, here.Replace(f))
 		}
 	}
-	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/examples",
+	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/docs", "/usr/share/doc/"+program+"/examples",
 		"/usr/share/doc/"+program+"/recipes", "/usr/share/doc/"+program+"/recipes/ansible", "/usr/share/doc/"+program+"/recipes/ansible/roles",
 		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator", "/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/defaults",
 		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/tasks",

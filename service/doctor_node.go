@@ -378,7 +378,7 @@ func passthroughCheck(p *patient) Finding {
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
 func dnsCheck(p *patient) Finding {
-	const remedy = "give the name that address in the cluster's DNS (README, DNS for metadata.google.internal), for Go's, Python's and Java's clients"
+	const remedy = "give the name that address in the cluster's DNS (docs/clients.md), for Go's, Python's and Java's clients"
 	switch {
 	case slices.Contains(p.names, routing.MetadataServer().Addr()):
 		return good("metadata.google.internal is %s for this node; pods ask the cluster's DNS", routing.MetadataServer().Addr())

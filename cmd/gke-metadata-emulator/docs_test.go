@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -16,7 +17,7 @@ import (
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	texts := map[string]string{}
-	for _, pattern := range []string{"../../*.md", "../../systemd/*", "../../packaging/*.yaml"} {
+	for _, pattern := range []string{"../../*.md", "../../docs/*.md", "../../.github/*.md", "../../systemd/*", "../../packaging/*.yaml"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
 			t.Fatalf("%s: %v, %v", pattern, files, err)
@@ -26,7 +27,7 @@ func documents(t *testing.T) map[string]string {
 			if err != nil {
 				t.Fatal(err)
 			}
-			texts[filepath.Base(f)] = string(text)
+			texts[strings.TrimPrefix(f, "../../")] = string(text)
 		}
 	}
 	return texts
@@ -106,5 +107,104 @@ func TestDocsConfiguration(t *testing.T) {
 	}
 	if found == 0 {
 		t.Error("no document shows a configuration")
+	}
+}
+
+// Docs: a link leads to a document that the packages have too, and to a heading that is there.
+func TestDocsLinks(t *testing.T) {
+	texts := documents(t)
+	link := regexp.MustCompile(`\]\(([^)#\s]*)(?:#([^)\s]*))?\)`)
+	found := 0
+	for name, text := range texts {
+		if !strings.HasSuffix(name, ".md") {
+			continue
+		}
+		for _, m := range link.FindAllStringSubmatch(text, -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			found++
+			to := name
+			if m[1] != "" {
+				to = filepath.Join(filepath.Dir(name), m[1])
+			}
+			there, known := texts[to]
+			if !known {
+				t.Errorf("%s links to %s, which is no document", name, to)
+			}
+			if m[2] != "" && !slices.Contains(anchors(there), m[2]) {
+				t.Errorf("%s links to %s#%s, which is no heading", name, to, m[2])
+			}
+		}
+	}
+	if found < 40 {
+		t.Errorf("only %d links found: does the pattern still fit?", found)
+	}
+}
+
+// anchors are what GitHub makes of headings.
+func anchors(text string) (all []string) {
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
+		words := regexp.MustCompile(`[^a-z0-9 _-]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		all = append(all, strings.ReplaceAll(words, " ", "-"))
+	}
+	return all
+}
+
+// Docs: the README is short, and the packages put each document of docs beside it.
+func TestDocsAreShipped(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(readme), "\n"); n > 150 {
+		t.Errorf("README.md has %d lines, 150 are allowed", n)
+	}
+	nfpm, err := os.ReadFile("../../nfpm.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const doc = "/usr/share/doc/" + program
+	for name, text := range documents(t) {
+		if strings.HasPrefix(name, "docs/") && !strings.Contains(string(nfpm), fmt.Sprintf("- {dst: %s/%s, src: %s,", doc, name, name)) {
+			t.Errorf("nfpm.yaml lacks %s", name)
+		}
+		for _, path := range regexp.MustCompile(doc+`/[a-z0-9/._-]*[a-z0-9]`).FindAllString(text, -1) {
+			if !strings.Contains(string(nfpm), "dst: "+path+",") {
+				t.Errorf("%s names %s, which no package has", name, path)
+			}
+		}
+	}
+}
+
+// Docs: the files that CONTRIBUTING.md names are there.
+func TestDocsPaths(t *testing.T) {
+	text, err := os.ReadFile("../../CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	paths := regexp.MustCompile(`\b(?:cmd|service|packaging|systemd|docs)/[A-Za-z0-9/._-]*[A-Za-z0-9]`).FindAllString(string(text), -1)
+	if len(paths) < 60 {
+		t.Errorf("only %d paths found: does the pattern still fit?", len(paths))
+	}
+	for _, p := range paths {
+		if _, err := os.Stat(filepath.Join("../..", p)); err != nil {
+			t.Errorf("CONTRIBUTING.md: %v", err)
+		}
+	}
+}
+
+// Docs: the targets of make that documents name are there, and each says what it does.
+func TestDocsTargets(t *testing.T) {
+	makefile, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range documents(t) {
+		for _, m := range regexp.MustCompile("(?m)(?:^|`|\" |=\\S+ )make ([a-z-]+)").FindAllStringSubmatch(text, -1) {
+			if !regexp.MustCompile(`(?m)^` + m[1] + `:.*## `).Match(makefile) {
+				t.Errorf("%s names make %s, which is no target that make help shows", name, m[1])
+			}
+		}
 	}
 }

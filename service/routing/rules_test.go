@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-var update = flag.Bool("update", false, "write the golden files anew")
+var update = flag.Bool("update", os.Getenv("UPDATE_GOLDEN") != "", "write the golden files anew")
 
 // cookie is the number of this network namespace in a program.
 var cookie = regexp.MustCompile(`(Call FnGetNetnsCookie\n#\s*\d+: LdImmDW dst: r1 imm: )\d+`)
