@@ -23,13 +23,15 @@ const (
 	troubleshootingPage = "../docs/troubleshooting.md"
 )
 
-var describedMetric = regexp.MustCompile(`^Desc\{fqName: "([^"]*)", help: ("(?:[^"\\]|\\.)*")(?:, unit: "[^"]*")?, constLabels: \{([^}]*)\}, variableLabels: \{([^}]*)\}\}$`)
+var describedMetric = regexp.MustCompile(`^Desc\{fqName: "([^"]*)", help: ("(?:[^"\\]|\\.)*")` +
+	`(?:, unit: "[^"]*")?, constLabels: \{([^}]*)\}, variableLabels: \{([^}]*)\}\}$`)
 
 // Docs: docs/metrics.md has each metric that the registries know, with its labels and its help.
 func TestDocsMetrics(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
-	b.ask(t, linked, http.MethodGet, "/computeMetadata/v1/instance/service-accounts/default/token", "Metadata-Flavor: Google")
+	const path = "/computeMetadata/v1/instance/service-accounts/default/token"
+	b.ask(t, linked, http.MethodGet, path, "Metadata-Flavor: Google")
 	kernel := prometheus.NewRegistry()
 	attest.NewKernel(attest.KernelOptions{Registerer: kernel, Log: logrus.New()})
 	registries := []*prometheus.Registry{b.server.metrics.registry, b.site().registry, kernel}
@@ -67,7 +69,8 @@ func TestDocsMetrics(t *testing.T) {
 			if kind == "" && strings.HasSuffix(m[1], "_total") {
 				kind = "counter"
 			}
-			rows[m[1]] = fmt.Sprintf("| `%s` | %s | %s | %s |\n", m[1], kindOr(kind), strings.Join(labels, ", "), strings.Trim(m[2], `"`))
+			help := strings.Trim(m[2], `"`)
+			rows[m[1]] = fmt.Sprintf("| `%s` | %s | %s | %s |\n", m[1], kindOr(kind), strings.Join(labels, ", "), help)
 		}
 	}
 	for name, file := range metricNames(t) {

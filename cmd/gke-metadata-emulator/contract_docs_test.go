@@ -39,12 +39,16 @@ func TestDocsContract(t *testing.T) {
 // cited returns the IDs that the tree's files cite, each with one of the files.
 func cited(t *testing.T) map[string]string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "git", "-C", "../..", "ls-files", "--cached", "--others", "--exclude-standard").Output()
+	list := exec.CommandContext(t.Context(), "git", "ls-files", "--cached", "--others", "--exclude-standard")
+	list.Dir = "../.."
+	out, err := list.Output()
 	if err != nil {
 		t.Fatalf("git ls-files: %v", err)
 	}
 	files := strings.Fields(string(out))
-	files = slices.DeleteFunc(files, func(f string) bool { return strings.Contains(f, "/testdata/fuzz/") || strings.HasSuffix(f, ".sum") })
+	files = slices.DeleteFunc(files, func(f string) bool {
+		return strings.Contains(f, "/testdata/fuzz/") || strings.HasSuffix(f, ".sum")
+	})
 	ids := map[string]string{}
 	for _, f := range files {
 		text, err := os.ReadFile("../../" + f)

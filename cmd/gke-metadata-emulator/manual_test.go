@@ -111,14 +111,18 @@ var sections = map[string]string{
 
 **gke-metadata-emulator-attest.service** runs it.
 `,
-	program + "-doctor":          optionsAreKeys + exitStatus,
-	program + "-config-check":    optionsAreKeys,
-	program + "-config-show":     optionsAreKeys,
-	program + "-routing-install": optionsAreKeys + "# UNITS\n**gke-metadata-emulator.service** runs it before the service starts, and at each reload.\n",
+	program + "-doctor":       optionsAreKeys + exitStatus,
+	program + "-config-check": optionsAreKeys,
+	program + "-config-show":  optionsAreKeys,
+	program + "-routing-install": optionsAreKeys + `# UNITS
+**gke-metadata-emulator.service** runs it before the service starts, and at each reload.
+`,
 	program + "-routing-check":   optionsAreKeys,
 	program + "-routing-show":    optionsAreKeys,
 	program + "-routing-observe": optionsAreKeys,
-	program + "-routing-remove":  optionsAreKeys + "# UNITS\n**gke-metadata-emulator.service** runs it with **--on-stop** when it has stopped.\n",
+	program + "-routing-remove": optionsAreKeys + `# UNITS
+**gke-metadata-emulator.service** runs it with **--on-stop** when it has stopped.
+`,
 	program + "-routing-watch": optionsAreKeys + `# SIGNALS
 
 **SIGHUP**
@@ -188,7 +192,7 @@ func TestDocsManual(t *testing.T) {
 	}
 }
 
-// keepFromManual leaves out the options that are keys of the configuration, which are in section 5, and cobra's history.
+// keepFromManual leaves out the options that are keys of the configuration, which are in section 5, and the history.
 func keepFromManual(c *cobra.Command) {
 	c.DisableAutoGenTag = true
 	c.Flags().VisitAll(func(f *pflag.Flag) {
@@ -224,7 +228,8 @@ var (
 
 // finish puts more sections in front of the last one, and says where the page comes from.
 func finish(page, more string) string {
-	_, more, _ = strings.Cut(string(md2man.Render([]byte("% \"page\" \"8\"\n\n"+more))), "\n.TH ") // a title keeps headings small
+	titled := md2man.Render([]byte("% \"page\" \"8\"\n\n" + more)) // a title keeps headings small
+	_, more, _ = strings.Cut(string(titled), "\n.TH ")
 	_, more, _ = strings.Cut(more, "\n")
 	page = strings.Replace(page, "\n.SH EXAMPLE\n", "\n.SH EXAMPLES\n", 1)
 	page = strings.ReplaceAll(page, "OPTIONS INHERITED FROM PARENT COMMANDS", "OPTIONS OF EACH COMMAND")
@@ -253,8 +258,8 @@ func configurationPage() string {
 **%[4]s**
 
 # DESCRIPTION
-The file is YAML. Two keys have to be set: workloadIdentityProvider and projectID. An empty value stands for the default.
-An unknown key is an error. Keys with a dot are nested: routing.mode is mode below routing.
+The file is YAML. Two keys have to be set: workloadIdentityProvider and projectID. An empty value stands for the
+default. An unknown key is an error. Keys with a dot are nested: routing.mode is mode below routing.
 
 A missing or broken file is a state: pods are answered 503 with the reason until it is mended. A change is taken over
 without a restart, by **systemctl reload gke-metadata-emulator**.
@@ -273,9 +278,10 @@ Each key is an option of the commands as well, which wins over the file: google.
 		}
 		fmt.Fprintf(&b, "**%s** (%s)\n: %s\n\n", k.Path, k.Type(), text.Replace(meaning))
 	}
-	b.WriteString("# EXAMPLES\n```\nworkloadIdentityProvider: projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster\n" +
-		"projectID: my-project\n```\n\n# FILES\n**/usr/share/doc/gke-metadata-emulator/docs/configuration.md**\n: The same, with an example of each key.\n\n" +
-		"# SEE ALSO\n**gke-metadata-emulator(8)**, **gke-metadata-emulator-config-check(8)**, (5)\n")
+	b.WriteString("# EXAMPLES\n```\nworkloadIdentityProvider: " +
+		"projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster\n" +
+		"projectID: my-project\n```\n\n# FILES\n\n**/usr/share/doc/gke-metadata-emulator/docs/configuration.md**\n" +
+		": The same, with an example of each key.\n\n# SEE ALSO\n**gke-metadata-emulator(8)**, **gke-metadata-emulator-config-check(8)**, (5)\n")
 	page := finish(string(md2man.Render(b.Bytes())), "")
 	return strings.Replace(page, ", (5)", "", 1)
 }
@@ -293,7 +299,9 @@ func TestDocsUnits(t *testing.T) {
 			t.Fatal(err)
 		}
 		documentation := slices.Collect(strings.Lines(string(text)))
-		documentation = slices.DeleteFunc(documentation, func(l string) bool { return !strings.HasPrefix(l, "Documentation=") })
+		documentation = slices.DeleteFunc(documentation, func(l string) bool {
+			return !strings.HasPrefix(l, "Documentation=")
+		})
 		pages := named.FindAllStringSubmatch(strings.Join(documentation, " "), -1)
 		if len(pages) == 0 {
 			t.Errorf("%s has no Documentation=man:PAGE(SECTION)", filepath.Base(u))

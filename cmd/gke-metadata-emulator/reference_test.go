@@ -23,17 +23,18 @@ projectID: my-project
 ` + "```" + `
 
 - An empty value stands for the default. An unknown key is an error.
-- Each key is a flag as well, and the flag wins over the file. Flags for the service go to /etc/default/gke-metadata-emulator
-  (Debian) or /etc/sysconfig/gke-metadata-emulator (Red Hat).
+- Each key is a flag as well, and the flag wins over the file. Flags for the service go to
+  /etc/default/gke-metadata-emulator (Debian) or /etc/sysconfig/gke-metadata-emulator (Red Hat).
 - Relative paths start at the directory of the file.
 - ` + "`gke-metadata-emulator config check`" + ` names every fault at once, with file, line and remedy.
   ` + "`gke-metadata-emulator config show`" + ` prints what is in force.
-- ` + "`systemctl reload gke-metadata-emulator`" + ` takes a change over without a restart. A file that is broken changes nothing, and the
-  reload fails. A change of ` + "`listen`, `listen6`" + ` or of routing.mode to or from loopback also needs
-  ` + "`systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket`" + `.
+- ` + "`systemctl reload gke-metadata-emulator`" + ` takes a change over without a restart. A file that is broken
+  changes nothing, and the reload fails. A change of ` + "`listen`, `listen6`" + ` or of routing.mode to or from
+  loopback also needs ` + "`systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket`" + `.
 - Without a valid file pods are refused, and the guard against the cloud's own metadata server stands.
 
-The same text is in gke-metadata-emulator(5), in ` + "`gke-metadata-emulator serve --help`" + ` and in the file that the packages install.
+The same text is in gke-metadata-emulator(5), in ` + "`gke-metadata-emulator serve --help`" + ` and in the file that
+the packages install.
 `
 
 // Docs: docs/configuration.md is the table of keys, with an example of each.
@@ -79,13 +80,17 @@ func exampleLine(k config.Key) string {
 // Docs: each key has an example, and a configuration with it loads.
 func TestDocsExamplesLoad(t *testing.T) {
 	with := map[string]string{ // what an example is of no use without
-		"credentialConfigFile": "", "impersonateUnlinked": "credentialConfigFile: credential.json", "passthrough": "routing: {interceptHostPods: on}",
-		"routing.link": "routing: {mode: loopback}", "cluster.name": "cluster: {location: europe-west4, uid: 5f3a}", "cluster.location": "cluster: {name: my-cluster, uid: 5f3a}",
-		"cluster.uid": "cluster: {name: my-cluster, location: europe-west4}", "hostIdentities": "kubeconfig: kubeconfig",
+		"impersonateUnlinked": "credentialConfigFile: credential.json",
+		"passthrough":         "routing: {interceptHostPods: on}",
+		"routing.link":        "routing: {mode: loopback}",
+		"cluster.name":        "cluster: {location: europe-west4, uid: 5f3a}",
+		"cluster.location":    "cluster: {name: my-cluster, uid: 5f3a}",
+		"cluster.uid":         "cluster: {name: my-cluster, location: europe-west4}", "hostIdentities": "kubeconfig: kubeconfig",
 	}
-	credential := `{"type": "external_account", "audience": "//iam.googleapis.com/projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster",
+	credential := `{"type": "external_account", "audience": "//iam.googleapis.com/` + testProvider + `",
 		"subject_token_type": "urn:ietf:params:oauth:token-type:jwt", "token_url": "https://sts.googleapis.com/v1/token",
-		"service_account_impersonation_url": "https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/all@my-project.iam.gserviceaccount.com:generateAccessToken",
+		"service_account_impersonation_url": "https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/` +
+		`all@my-project.iam.gserviceaccount.com:generateAccessToken",
 		"credential_source": {"file": "/unused"}}`
 	for _, k := range config.Keys() {
 		if k.Example() == "" {
@@ -127,7 +132,8 @@ func TestDocsExamplesLoad(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for name, text := range map[string]string{"config.yaml": string(text), "credential.json": credential, "kubeconfig": ""} {
+		files := map[string]string{"config.yaml": string(text), "credential.json": credential, "kubeconfig": ""}
+		for name, text := range files {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
