@@ -281,7 +281,8 @@ Each key is an option of the commands as well, which wins over the file: google.
 	b.WriteString("# EXAMPLES\n```\nworkloadIdentityProvider: " +
 		"projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster\n" +
 		"projectID: my-project\n```\n\n# FILES\n\n**/usr/share/doc/gke-metadata-emulator/docs/configuration.md**\n" +
-		": The same, with an example of each key.\n\n# SEE ALSO\n**gke-metadata-emulator(8)**, **gke-metadata-emulator-config-check(8)**, (5)\n")
+		": The same, with an example of each key.\n\n# SEE ALSO\n" +
+		"**gke-metadata-emulator(8)**, **gke-metadata-emulator-config-check(8)**, (5)\n")
 	page := finish(string(md2man.Render(b.Bytes())), "")
 	return strings.Replace(page, ", (5)", "", 1)
 }

@@ -85,7 +85,8 @@ func TestDocsExamplesLoad(t *testing.T) {
 		"routing.link":        "routing: {mode: loopback}",
 		"cluster.name":        "cluster: {location: europe-west4, uid: 5f3a}",
 		"cluster.location":    "cluster: {name: my-cluster, uid: 5f3a}",
-		"cluster.uid":         "cluster: {name: my-cluster, location: europe-west4}", "hostIdentities": "kubeconfig: kubeconfig",
+		"cluster.uid":         "cluster: {name: my-cluster, location: europe-west4}",
+		"hostIdentities":      "kubeconfig: kubeconfig",
 	}
 	credential := `{"type": "external_account", "audience": "//iam.googleapis.com/` + testProvider + `",
 		"subject_token_type": "urn:ietf:params:oauth:token-type:jwt", "token_url": "https://sts.googleapis.com/v1/token",
