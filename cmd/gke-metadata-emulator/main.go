@@ -54,7 +54,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:     program,
-		Version: versionLine(), // for --version
+		Version: buildVersion(), // for --version; a template of our own would link text/template and a megabyte with it
 		Short:   "Google credentials for every pod of this node",
 		Long: `On any Linux node, every Google client library works with no key and no per-pod setting:
 what pods send to 169.254.169.254:80 is answered as GKE's own metadata server would.`,
@@ -64,7 +64,6 @@ what pods send to 169.254.169.254:80 is answered as GKE's own metadata server wo
 		SilenceUsage:      true, // a failure is no reason to explain the flags
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
-	root.SetVersionTemplate("{{.Version}}\n")
 	root.PersistentFlags().String("config", config.DefaultFile, "the configuration file")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{fmt.Sprintf("%v; see %s --help", err, cmd.CommandPath())}

@@ -23,11 +23,6 @@ func buildVersion() string {
 	return "(unknown)"
 }
 
-// versionLine is what version and --version print.
-func versionLine() string {
-	return fmt.Sprintf("%s %s %s %s/%s", program, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
-}
-
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
@@ -36,7 +31,7 @@ func versionCommand() *cobra.Command {
   gke-metadata-emulator --version`,
 		Args: arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			fmt.Fprintln(cmd.OutOrStdout(), versionLine())
+			fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %s/%s\n", program, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 			return nil
 		},
 	}
