@@ -24,7 +24,8 @@ const (
 
 // cgroups is a hierarchy of cgroups by id, kept as it is by inotify, which needs no privilege.
 type cgroups struct {
-	root string // where it is mounted
+	root string   // where it is mounted
+	node nodeRoot // where our node is in it
 	log  logrus.FieldLogger
 	// Called with the path of a pod's own cgroup when one in it came or went, or its first process or its last, and with that of a cgroup
 	// of no pod when that came or went. The lock is held: it asks nothing of this. nil: nobody wants to know, and pods are not watched
@@ -66,7 +67,7 @@ func newCgroups(root string, log logrus.FieldLogger) (*cgroups, error) {
 		return nil, fmt.Errorf("inotify: %w (fs.inotify.max_user_instances may be too small)", err)
 	}
 	return &cgroups{
-		root: root, log: log, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
+		root: root, node: findNode(root), log: log, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
 		byID: map[uint64]*cgroup{}, pods: map[string]*cgroup{}, byWatch: map[int32]*cgroup{},
 	}, nil
 }
@@ -191,7 +192,7 @@ func (g *cgroups) identify(c *cgroup, owner uint32) {
 		c.fault = c.parent.fault
 		return
 	}
-	if c.place, c.fault = parsePath(c.path); c.fault != nil {
+	if c.place, c.fault = g.node.parse(c.path); c.fault != nil {
 		return
 	}
 	if c.place.pod != "" && c.pod == nil {
@@ -309,7 +310,7 @@ func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	case !g.watchProcesses(c):
 		return nil, fmt.Errorf("%w: %s", ErrEmptyCgroup, c.path)
 	}
-	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path, life: new(atomic.Bool)}
+	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path, node: g.node, life: new(atomic.Bool)}
 	if c.path == "" {
 		c.evidence.Cgroup = "/"
 	}

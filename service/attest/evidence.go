@@ -62,6 +62,7 @@ type Evidence struct {
 	Container string // the container's id, "" where the path names none
 	Cgroup    string // from the root of the hierarchy: /system.slice/kubelet.service; "" for ByNamespace
 	OnHost    bool   // the socket is in the node's network namespace
+	node      nodeRoot
 	life      *atomic.Bool
 }
 

@@ -258,7 +258,7 @@ func (h *Helper) due() (paths []string, next time.Duration) {
 	for path, l := range h.pending {
 		if !l.due.After(now) {
 			paths = append(paths, path)
-			if l.wait == lastLook && !isPods(path) {
+			if l.wait == lastLook && !h.cgroups.node.isPods(path) {
 				delete(h.pending, path)
 				continue
 			}
@@ -291,7 +291,7 @@ func (h *Helper) sweep() {
 func (h *Helper) lookAt(paths []string) {
 	for _, path := range paths {
 		settle := h.settleOther
-		if isPods(path) {
+		if h.cgroups.node.isPods(path) {
 			settle = h.settlePod
 		}
 		if settle(path) {

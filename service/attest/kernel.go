@@ -44,6 +44,7 @@ type Kernel struct {
 	done    atomic.Int64  // and the last of them that came to its end
 
 	poller *poller
+	node   nodeRoot
 
 	routing sync.Mutex // of the namespaces' route sockets and the buffer; taken before mu
 	buffer  []byte

@@ -91,11 +91,11 @@ func (n *namespace) closed() bool {
 }
 
 // pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that is no pod's nothing can be said by it.
-func (n *namespace) pods(cgroups []string) {
+func (n *namespace) pods(node nodeRoot, cgroups []string) {
 	n.cgroups, n.ofNode = cgroups, len(cgroups) > 0
 	uids := map[string]bool{}
 	for _, path := range cgroups {
-		p, err := parsePath(path)
+		p, err := node.parse(path)
 		switch {
 		case err != nil:
 			uids[""], n.fault, n.ofNode = true, err, false
