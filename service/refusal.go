@@ -49,6 +49,8 @@ var refusals = []struct {
 	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrSpared), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
+	{is(attest.ErrNamespaceOwner), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(attest.ErrOtherNamespace), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrPods), refusal{Status: http.StatusForbidden}},
 	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00

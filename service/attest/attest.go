@@ -36,7 +36,7 @@ var (
 )
 
 // final are the errors that waiting does not mend.
-var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods, ErrSpared}
+var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods, ErrSpared, ErrOtherNamespace}
 
 func isFinal(err error) bool {
 	return slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) })
@@ -70,6 +70,7 @@ type Options struct {
 	Pods       Pods
 	Kernel     Witness               // nil: the address is all that is looked at
 	ByAddress  []string              // RuntimeClasses of pods that only their address can name
+	Proxies    []string              // ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are in
 	Hosts      []Host                // processes of the node that have an identity; the first that fits counts
 	Replaced   <-chan struct{}       // when it is closed, those who are held get ErrReplaced
 	Registerer prometheus.Registerer // nil: nothing is counted
@@ -86,7 +87,7 @@ type Attestor struct {
 func New(o Options) *Attestor {
 	a := &Attestor{Options: o, ownAddrs: net.InterfaceAddrs, count: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_attestations_total",
-		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, source-ip; none) and asker (pod, host; nobody).",
+		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) and asker (pod, host; nobody).",
 	}, []string{"evidence", "asker"})}
 	if o.Registerer != nil {
 		o.Registerer.MustRegister(a.count)
@@ -165,6 +166,11 @@ func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err erro
 			return nil, ErrChanged
 		}
 	default:
+		if by := b.evidence.proxy; by != nil {
+			if proxy, known, _, _ := a.Pods.Of(by.PodUID); !known || !a.isProxy(proxy) {
+				return nil, ErrChanged
+			}
+		}
 		if _, known, _, _ := a.Pods.Of(b.evidence.PodUID); !known {
 			return nil, ErrChanged
 		}
@@ -211,7 +217,10 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 		}
 		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
+	var other *OtherNamespaceError
 	switch e := p.evidence; {
+	case errors.As(p.err, &other):
+		b, changed, err = a.proxied(other)
 	case e == nil && a.Kernel == nil:
 		b.caller, changed, err = a.byAddress(p.Client.Addr())
 	case errors.Is(p.err, ErrNoNamespace), errors.Is(p.err, ErrNoSocket):
@@ -237,6 +246,35 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 		err = fmt.Errorf("%s: %w", b.caller, ErrNoAccount)
 	}
 	return b, changed, err
+}
+
+// proxied returns the pod whose network namespace it is, where the operator named the pod that made the socket there.
+func (a *Attestor) proxied(other *OtherNamespaceError) (b binding, changed <-chan struct{}, err error) {
+	if len(a.Proxies) == 0 || other.Pod == "" {
+		return b, nil, other
+	}
+	proxy, known, changed, err := a.Pods.Of(other.Cgroup.PodUID)
+	switch {
+	case err != nil:
+		return b, changed, err
+	case !known:
+		return b, changed, fmt.Errorf("%w: %s", ErrUnknown, other)
+	case !a.isProxy(proxy):
+		return b, nil, other
+	}
+	b.evidence = &Evidence{Kind: ByProxy, PodUID: other.Pod, life: other.life, proxy: other.Cgroup}
+	if b.caller, known, changed, err = a.Pods.Of(other.Pod); err == nil && !known {
+		err = fmt.Errorf("%w: a proxy asks in the network namespace of pod %s", ErrUnknown, other.Pod)
+	}
+	if err == nil && !b.evidence.Alive() {
+		err = ErrChanged
+	}
+	return b, changed, err
+}
+
+// isProxy reports whether the pod is one of those that ask for others.
+func (a *Attestor) isProxy(pod workload.Caller) bool {
+	return slices.Contains(a.Proxies, pod.ServiceAccount.String())
 }
 
 // sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose sockets the node's kernel does not

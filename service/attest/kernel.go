@@ -130,12 +130,36 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		signal(k.walk)
 	case err == nil && n == own && redirected && k.spares(e.Cgroup):
 		return nil, fmt.Errorf("%w: it is in %s", ErrSpared, e.Cgroup)
+	case err == nil && n != own && e.PodUID != "":
+		return k.within(n, e)
 	case err == nil && n == own: // a cgroup has sockets of more than one namespace
 		onHost := *e
 		onHost.OnHost = true
 		e = &onHost
 	}
 	return e, err
+}
+
+// within refuses what the cgroup of a socket says of a pod, unless the socket is in that pod's network namespace and in no other pod's.
+func (k *Kernel) within(n *namespace, e *Evidence) (*Evidence, error) {
+	var others []string
+	for uid := range n.uids {
+		if uid != e.PodUID {
+			others = append(others, uid)
+		}
+	}
+	switch {
+	case len(n.uids) == 0:
+		signal(k.scan)
+		return nil, fmt.Errorf("%w: a process of %s made it in %s", ErrNamespaceOwner, e.Cgroup, n)
+	case len(others) == 0:
+		return e, nil
+	}
+	other := &OtherNamespaceError{Cgroup: e, namespace: n.String(), life: n.life}
+	if len(others) == 1 {
+		other.Pod = others[0]
+	}
+	return nil, other
 }
 
 // spares reports whether the cgroup is one of those that are not redirected, or below one.
@@ -267,6 +291,7 @@ var outcomes = []struct {
 }{
 	{nil, "ok"}, {ErrNoNamespace, "no-namespace"}, {ErrHelperAway, "helper-away"}, {ErrNoSocket, "no-socket"}, {ErrSockets, "sockets"},
 	{ErrUnknownCgroup, "unknown-cgroup"}, {ErrNoCgroup, "no-cgroup"}, {ErrEmptyCgroup, "empty-cgroup"}, {ErrOwner, "owner"}, {ErrSpared, "spared"}, {ErrPods, "pods"},
+	{ErrNamespaceOwner, "namespace-owner"}, {ErrOtherNamespace, "other-namespace"},
 }
 
 func outcome(err error) string {
