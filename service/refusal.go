@@ -42,6 +42,7 @@ var refusals = []struct {
 	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
 	{is(attest.ErrHelperAway), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
 	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(attest.ErrNotRead), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
 	{is(attest.ErrNotPod), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrNoAccount), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true}},

@@ -140,7 +140,7 @@ func (a *Attestor) Check(ctx context.Context, p *Peer) error {
 		return ErrUnknown
 	}
 	changed, err := a.check(p, b)
-	if err == nil || changed == nil {
+	if err == nil || changed == nil && !errors.Is(err, ErrNotRead) {
 		return err
 	}
 	return a.hold(ctx, func() (<-chan struct{}, error) { return a.check(p, b) })
@@ -159,6 +159,8 @@ func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err erro
 		if len(pods) != 1 || pods[0].PodUID != b.caller.PodUID {
 			return nil, ErrChanged
 		}
+	case b.evidence.inDoubt(): // before the next: what is read anew may be dead
+		return nil, ErrNotRead
 	case !b.evidence.Alive():
 		return nil, ErrChanged
 	case b.evidence.PodUID == "":
@@ -227,6 +229,8 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 		b.caller, changed, err = a.sandbox(p)
 	case e == nil:
 		err = p.err
+	case e.inDoubt(): // before the next: what is read anew may be dead
+		err = ErrNotRead
 	case !e.Alive():
 		err = ErrChanged
 	case e.PodUID == "":
@@ -266,7 +270,11 @@ func (a *Attestor) proxied(other *OtherNamespaceError) (b binding, changed <-cha
 	if b.caller, known, changed, err = a.Pods.Of(other.Pod); err == nil && !known {
 		err = fmt.Errorf("%w: a proxy asks in the network namespace of pod %s", ErrUnknown, other.Pod)
 	}
-	if err == nil && !b.evidence.Alive() {
+	switch {
+	case err != nil:
+	case b.evidence.inDoubt():
+		err = ErrNotRead
+	case !b.evidence.Alive():
 		err = ErrChanged
 	}
 	return b, changed, err

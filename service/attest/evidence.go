@@ -6,7 +6,7 @@ import (
 	"sync/atomic"
 )
 
-// What Look says when it has no evidence. The first five may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
+// What Look says when it has no evidence. The first six may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
 // others are final for the connection.
 var (
 	// ErrNoNamespace says that no network namespace that we know holds the client's address. The helper was asked to look for new ones.
@@ -24,6 +24,8 @@ var (
 	ErrNamespaceOwner = errors.New("whose network namespace the client's socket is in is not known yet")
 	// ErrOtherNamespace says that the socket was made by a process of one pod in the network namespace of another.
 	ErrOtherNamespace = errors.New("the client's socket is in the network namespace of another pod than that of the process that made it")
+	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that all are read anew.
+	ErrNotRead = errors.New("the cgroups of the node are being read anew")
 	// ErrSockets says that two network namespaces have a socket that could be the other end.
 	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
@@ -85,9 +87,15 @@ type Evidence struct {
 	OnHost    bool   // the socket is in the node's network namespace
 	node      nodeRoot
 	life      *atomic.Bool
-	proxy     *Evidence // for ByProxy: of whose cgroup the socket is
+	doubt     *atomic.Bool // whether life is up to date cannot be told; nil: it is
+	proxy     *Evidence    // for ByProxy: of whose cgroup the socket is
 }
 
 // Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
 // in the same cgroup. It costs no system call: the kernel tells of its last process in some 10 ms, more where we are not scheduled.
 func (e *Evidence) Alive() bool { return e.life.Load() && (e.proxy == nil || e.proxy.Alive()) }
+
+// inDoubt reports whether Alive may be wrong, since the kernel's news is not all taken.
+func (e *Evidence) inDoubt() bool {
+	return e.doubt != nil && e.doubt.Load() || e.proxy != nil && e.proxy.inDoubt()
+}

@@ -259,7 +259,7 @@ func (k *Kernel) Status() KernelStatus {
 	s.Lacks = append([]string(nil), s.Lacks...)
 	if cgroups != nil {
 		var problem error
-		if s.Cgroups, problem = cgroups.count(); problem != nil {
+		if s.Cgroups, problem = cgroups.known(); problem != nil {
 			s.Lacks = append(s.Lacks, problem.Error())
 		}
 	}
