@@ -1,7 +1,7 @@
 // Package attest answers one question: who is behind this connection?
 //
 // The evidence is what the kernel's record of the client's socket says: the cgroup of the process that made it, and
-// so the pod, or the unit of the node. [Kernel] asks it, [Accept] has it asked before a byte is read, and an [Attestor] looks it up in
+// so the pod, or the unit of the node. [Kernel] asks it before a byte is read, and an [Attestor] looks it up in
 // what Kubernetes says of this node's pods. An address is no evidence, but for pods that the operator says are known by nothing else.
 package attest
 
@@ -95,13 +95,12 @@ func New(o Options) *Attestor {
 	return a
 }
 
-// Accept writes down who is on the other end of c, before a byte is read from it. It waits for nothing.
-func (a *Attestor) Accept(c net.Conn) *Peer {
-	p := Accept(c)
+// Look asks the kernel who is on the other end. It is to be called once, before a byte is read from the connection, and not from where
+// connections are accepted: it waits for nothing, but takes some µs for each network namespace that has the client's address.
+func (a *Attestor) Look(p *Peer) {
 	if a.Kernel != nil {
 		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
-	return p
 }
 
 // Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first answer binds the

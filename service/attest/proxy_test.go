@@ -3,6 +3,7 @@ package attest
 import (
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 
@@ -34,11 +35,11 @@ func TestProxyNamespace(t *testing.T) {
 	x.live(nil, pod(podUID(1), ""), pod(podUID(2), ""))
 	name := pod(podUID(1), "").ServiceAccount.String()
 	a := New(Options{Pods: x, Kernel: b.kernel, Proxies: []string{"ns/another"}})
-	if _, err := a.Attest(t.Context(), a.Accept(b.accept(inApp.do(dial)))); !errors.Is(err, ErrOtherNamespace) {
+	if _, err := a.Attest(t.Context(), seen(a, b.accept(inApp.do(dial)))); !errors.Is(err, ErrOtherNamespace) {
 		t.Errorf("a proxy that nobody named: %v", err)
 	}
 	a = New(Options{Pods: x, Kernel: b.kernel, Proxies: []string{name}})
-	peer := a.Accept(b.accept(inApp.do(dial)))
+	peer := seen(a, b.accept(inApp.do(dial)))
 	if c, err := a.Attest(t.Context(), peer); err != nil || c.PodUID != podUID(2) {
 		t.Fatalf("through the proxy: %v, %v", c, err)
 	}
@@ -50,7 +51,7 @@ func TestProxyNamespace(t *testing.T) {
 	}
 
 	// It lasts as long as both: the proxy's cgroup, and the pod's namespace.
-	second := a.Accept(b.accept(inApp.do(dial)))
+	second := seen(a, b.accept(inApp.do(dial)))
 	if _, err := a.Attest(t.Context(), second); err != nil {
 		t.Fatal(err)
 	}
@@ -58,6 +59,13 @@ func TestProxyNamespace(t *testing.T) {
 	kill(proxy.cmd)
 	eventually(t, "it dies with the proxy", func() bool { return errors.Is(a.Check(t.Context(), peer), ErrChanged) })
 	b.mustBe(app, dial, podUID(2), containerIDOf(2))
+}
+
+// seen is a connection whose other end was asked for.
+func seen(a *Attestor, c net.Conn) *Peer {
+	p := Accept(c)
+	a.Look(p)
+	return p
 }
 
 // What the operator's list of proxies makes of a socket in another pod's namespace.
