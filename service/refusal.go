@@ -40,7 +40,7 @@ var refusals = []struct {
 	{is(attest.ErrUnknown), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "Kubernetes has named no such pod on this node yet; ask again"}},     // H-22
 	{is(attest.ErrAmbiguous), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "more than one live pod of this node has the address; ask again"}}, // U-06
 	{is(attest.ErrChanged), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: attest.ErrChanged.Error()}},
-	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address; ask again"}},
+	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address; ask again; a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"}},
 	{is(attest.ErrHelperAway), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address, and gke-metadata-emulator-attest.service, which finds them, is not there"}},
 	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cgroup of the client's socket is not known; ask again"}},
 	{is(attest.ErrNotRead), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cgroups of the node are being read anew; ask again"}},
@@ -55,8 +55,8 @@ var refusals = []struct {
 	{is(attest.ErrOtherNamespace), refusal{Status: http.StatusForbidden, Reason: "the client's socket is in the network namespace of another pod than that of the process that made it: a mesh's node proxy belongs into attestation.proxies"}}, // A-20
 	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden, Reason: "the kernel names no cgroup of the client's socket that is a pod's"}},
 	{is(attest.ErrPods), refusal{Status: http.StatusForbidden, Reason: "the kernel's record of the client's socket names two pods"}},
-	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},                                                              // K-00
-	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}},                                                       // the operator can mend it
+	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00
+	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}}, // the operator can mend it
 	{is(kube.ErrNotConfigured), refusal{Status: http.StatusServiceUnavailable}},
 	{as[*kube.AwayError], refusal{Status: http.StatusServiceUnavailable}},
 	{as[*token.LimitError], refusal{Status: http.StatusServiceUnavailable, Retry: true}},

@@ -178,8 +178,8 @@ func TestMakerOfTheSocket(t *testing.T) {
 	if e, err := b.look(accepted(conn)); err != nil || e.PodUID != podUID(1) || !e.Alive() {
 		t.Errorf("the connection of a process that was moved is %+v, %v", e, err)
 	}
-	maker.group = containerPath(3, 3)
-	b.mustBe(maker, dial, podUID(3), containerIDOf(3)) // what it makes from now on is its new cgroup's
+	// What it makes from now on is its new cgroup's, which is another pod's than the namespace it is in.
+	b.refused("a process that was moved", accepted(b.accept(maker.do(dial))), ErrOtherNamespace)
 }
 
 // of a cgroup that was removed nothing is known, whoever still has a socket that was made in it.
