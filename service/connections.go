@@ -3,6 +3,7 @@ package service
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -15,9 +16,9 @@ import (
 // connections counts the open connections of each pod, of each unit of the node, and of each address where that is all that
 // is known at accept, so that nobody can take those of the others.
 type connections struct {
-	limit  func() int                  // limits.connectionsPerPod
-	ours   func(netip.AddrPort) bool   // our own, which count for nothing
-	attest func(net.Conn) *attest.Peer // who is on the other end
+	limit func() int                // limits.connectionsPerPod
+	ours  func(netip.AddrPort) bool // our own, which count for nothing
+	look  func(*attest.Peer)        // finds out who is on the other end
 
 	opened, idle atomic.Int64 // of all; idle are those between two requests
 
@@ -28,8 +29,10 @@ type connections struct {
 // connection is what we know of one.
 type connection struct {
 	peer  *attest.Peer
+	look  func() error  // finds that out, once
 	party attest.Party  // whom it counts for
-	open  *atomic.Int64 // how many that one has; nil for our own
+	open  *atomic.Int64 // how many that one has; nil for our own, and until that one is known
+	ours  bool
 	idle  atomic.Bool
 
 	theirs bool // what is written is another server's answer, and no refusal of net/http's
@@ -38,25 +41,38 @@ type connection struct {
 	told   *telling // what the audit trail has of that
 }
 
-func newConnections(limit func() int, ours func(netip.AddrPort) bool, at func(net.Conn) *attest.Peer) *connections {
-	return &connections{limit: limit, ours: ours, attest: at, parties: map[attest.Party]*atomic.Int64{}}
+func newConnections(limit func() int, ours func(netip.AddrPort) bool, look func(*attest.Peer)) *connections {
+	return &connections{limit: limit, ours: ours, look: look, parties: map[attest.Party]*atomic.Int64{}}
 }
 
 type connectionKey struct{}
 
-// accept runs between accept() and the first read: who is on the other end is written down now.
+// accept runs between accept() and the first read: both ends are written down now. Who is on the other one is looked up by the connection's
+// own goroutine, before it reads a byte: others do not wait for it.
 func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	known := new(connection)
 	if f, ok := c.(flavouredConn); ok {
 		known = f.connection
 	}
-	known.peer = x.attest(c)
-	known.party = known.peer.Party()
-	ctx = context.WithValue(ctx, connectionKey{}, known)
-	if x.ours(known.peer.Client) {
-		return ctx
+	known.peer = attest.Accept(c)
+	known.ours = x.ours(known.peer.Client)
+	if !known.ours {
+		x.opened.Add(1)
 	}
-	x.opened.Add(1)
+	known.look = sync.OnceValue(func() error { return x.identify(known) })
+	if _, ok := c.(flavouredConn); !ok { // nobody else does
+		_ = known.look()
+	}
+	return context.WithValue(ctx, connectionKey{}, known)
+}
+
+// identify finds out who is on the other end, and counts the connection for that one. An error means that it is to be closed.
+func (x *connections) identify(known *connection) error {
+	x.look(known.peer)
+	known.party = known.peer.Party()
+	if known.ours {
+		return nil
+	}
 	x.mu.Lock()
 	if x.parties[known.party] == nil {
 		x.parties[known.party] = new(atomic.Int64)
@@ -65,9 +81,9 @@ func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	n := known.open.Add(1)
 	x.mu.Unlock()
 	if n > int64(2*x.limit()) { // one that does not even read its refusals gets no more of them
-		_ = c.Close()
+		return io.EOF // net/http closes it without a word
 	}
-	return ctx
+	return nil
 }
 
 // state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then.
@@ -76,7 +92,7 @@ func (x *connections) state(c net.Conn, state http.ConnState) {
 	if ok {
 		f.connection.theirs = false // it is written
 	}
-	if !ok || f.connection.open == nil {
+	if !ok || f.connection.peer == nil || f.connection.ours {
 		return
 	}
 	known := f.connection
@@ -91,6 +107,9 @@ func (x *connections) state(c net.Conn, state http.ConnState) {
 		return
 	}
 	x.opened.Add(-1)
+	if known.open == nil {
+		return
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if known.open.Add(-1) == 0 {

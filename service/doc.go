@@ -9,8 +9,8 @@
 //  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo, or in mode
 //     loopback to the address itself; or, in mode ebpf, programs that had the connect() go there in the first place. What a
 //     mode is, is told once (mode.go); what all share is written once (router.go).
-//  2. accept (connections.go): before a byte is read, both ends of the socket are written down as the kernel sees them,
-//     before and after DNAT, and the kernel is asked whose socket the other one is: its cgroup names a pod's UID and a
+//  2. accept (connections.go): both ends of the socket are written down as the kernel sees them,
+//     before and after DNAT. Before a byte is read, the kernel is asked whose socket the other one is: its cgroup names a pod's UID and a
 //     container, or a unit of the node ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
 //  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered
 //     without knowing who asks, and waits for nothing: clients probe it and remember the answer for life.

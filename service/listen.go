@@ -250,6 +250,16 @@ type flavouredConn struct {
 	*connection // what we know of it, where ConnState finds it
 }
 
+// Read finds out first who is on the other end.
+func (c flavouredConn) Read(b []byte) (int, error) {
+	if c.look != nil {
+		if err := c.look(); err != nil {
+			return 0, err
+		}
+	}
+	return c.TCPConn.Read(b)
+}
+
 var (
 	refusalPrefix  = []byte("HTTP/1.1 ")
 	flavourHeaders = []byte("Metadata-Flavor: Google\r\nServer: GKE Metadata Server\r\nX-XSS-Protection: 0\r\nX-Frame-Options: SAMEORIGIN\r\nContent-Type: application/text\r\n")

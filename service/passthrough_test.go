@@ -84,7 +84,7 @@ func passingBed(t *testing.T, cloudSays http.HandlerFunc) (ask func(request stri
 	s := &server{draining: make(chan struct{}), log: logrus.New(), cloud: newCloud()}
 	s.log.SetOutput(io.Discard)
 	s.site.Store(&site{config: config.Default()})
-	s.connections = newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, attest.Accept)
+	s.connections = newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
 	s.cloud.at = behind.Listener.Addr().String()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -10,7 +10,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
-// refusal is an answer that is not what was asked for. Its reason goes to the pod (U-18) and never holds a secret.
+// refusal is an answer that is not what was asked for. Its reason goes to the pod (U-18) and never holds a secret, nor anything of another
+// pod or process: that of attest's errors is a text of the table, and the error itself is for the log.
 type refusal struct {
 	Status int
 	Reason string
@@ -34,23 +35,26 @@ var refusals = []struct {
 }{
 	{is(metadata.ErrNotFound), refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
 	{is(metadata.ErrBadQuery), refusal{Status: http.StatusBadRequest}},
-	{is(errNoAudience), refusal{Status: http.StatusBadRequest}},                            // I-02
-	{is(errNotLinked), refusal{Status: http.StatusNotFound}},                               // I-04
-	{is(attest.ErrUnknown), refusal{Status: http.StatusServiceUnavailable, Retry: true}},   // H-22
-	{is(attest.ErrAmbiguous), refusal{Status: http.StatusServiceUnavailable, Retry: true}}, // U-06
-	{is(attest.ErrChanged), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
-	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
-	{is(attest.ErrHelperAway), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
-	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
-	{is(attest.ErrNotPod), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrNoAccount), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
-	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
-	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrSpared), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
-	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrPods), refusal{Status: http.StatusForbidden}},
+	{is(errNoAudience), refusal{Status: http.StatusBadRequest}},                                                                                                      // I-02
+	{is(errNotLinked), refusal{Status: http.StatusNotFound}},                                                                                                         // I-04
+	{is(attest.ErrUnknown), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "Kubernetes has named no such pod on this node yet; ask again"}},     // H-22
+	{is(attest.ErrAmbiguous), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "more than one live pod of this node has the address; ask again"}}, // U-06
+	{is(attest.ErrChanged), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: attest.ErrChanged.Error()}},
+	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address; ask again; a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"}},
+	{is(attest.ErrHelperAway), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address, and gke-metadata-emulator-attest.service, which finds them, is not there"}},
+	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cgroup of the client's socket is not known; ask again"}},
+	{is(attest.ErrNotRead), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cgroups of the node are being read anew; ask again"}},
+	{is(attest.ErrNotPod), refusal{Status: http.StatusForbidden, Reason: "not a pod of this node, nor a process that hostIdentities names"}},
+	{is(attest.ErrNoAccount), refusal{Status: http.StatusForbidden, Reason: attest.ErrNoAccount.Error()}},
+	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the kernel knows no socket at the other end of this connection; a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"}}, // A-08, A-13
+	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: "no process is left in the cgroup of the client's socket; connect again"}},
+	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden, Reason: "the cgroup of the client's socket has a pod's name and was not made by kubelet"}},
+	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden, Reason: "sockets of two network namespaces could be the other end of this connection"}},
+	{is(attest.ErrSpared), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: "the client's socket is of a process of the node that is not redirected, and the connection was; connect again"}},
+	{is(attest.ErrNamespaceOwner), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "whose network namespace the client's socket is in is not known yet; ask again"}},
+	{is(attest.ErrOtherNamespace), refusal{Status: http.StatusForbidden, Reason: "the client's socket is in the network namespace of another pod than that of the process that made it: a mesh's node proxy belongs into attestation.proxies"}}, // A-20
+	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden, Reason: "the kernel names no cgroup of the client's socket that is a pod's"}},
+	{is(attest.ErrPods), refusal{Status: http.StatusForbidden, Reason: "the kernel's record of the client's socket names two pods"}},
 	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00
 	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}}, // the operator can mend it
 	{is(kube.ErrNotConfigured), refusal{Status: http.StatusServiceUnavailable}},
@@ -61,7 +65,9 @@ var refusals = []struct {
 	{googleSays("IAM", http.StatusForbidden), refusal{Status: http.StatusForbidden}},   // T-07
 	{googleSays("IAM", http.StatusNotFound), refusal{Status: http.StatusNotFound}},     // T-07
 	{googleSays("STS", anyStatus), refusal{Status: http.StatusForbidden}},
-	{func(error) bool { return true }, refusal{Status: http.StatusServiceUnavailable}},
+	{is(kube.ErrNoPod), refusal{Status: http.StatusServiceUnavailable}},
+	{is(kube.ErrNotFound), refusal{Status: http.StatusServiceUnavailable}},
+	{func(error) bool { return true }, refusal{Status: http.StatusServiceUnavailable, Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}},
 }
 
 // refusalOf returns what a pod is told of err.

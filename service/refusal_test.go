@@ -4,6 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -61,5 +65,47 @@ func TestRefusals(t *testing.T) {
 	}
 	if r := refusalOf(fmt.Errorf("x: %w", refusal{Status: http.StatusTeapot, Reason: "as it is"})); r.Status != http.StatusTeapot || r.Reason != "as it is" {
 		t.Errorf("%+v", r)
+	}
+}
+
+// A pod is told nothing of others: not what the errors of attest name for the log, nor what nobody has thought of. No sentinel is forgotten.
+func TestRefusalsNameNobody(t *testing.T) {
+	const others = "pod 11111111-2222 of ns/victim in /kubepods/pod11111111-2222/c0ffee and network namespace 4026531840 at 10.9.8.7"
+	sentinels := map[string]error{
+		"ErrUnknown": attest.ErrUnknown, "ErrAmbiguous": attest.ErrAmbiguous, "ErrNotPod": attest.ErrNotPod, "ErrNoAccount": attest.ErrNoAccount,
+		"ErrReplaced": attest.ErrReplaced, "ErrChanged": attest.ErrChanged, "ErrNoNamespace": attest.ErrNoNamespace, "ErrHelperAway": attest.ErrHelperAway,
+		"ErrNoSocket": attest.ErrNoSocket, "ErrUnknownCgroup": attest.ErrUnknownCgroup, "ErrSockets": attest.ErrSockets, "ErrNoCgroup": attest.ErrNoCgroup,
+		"ErrSpared": attest.ErrSpared, "ErrEmptyCgroup": attest.ErrEmptyCgroup, "ErrOwner": attest.ErrOwner, "ErrPods": attest.ErrPods,
+		"ErrNamespaceOwner": attest.ErrNamespaceOwner, "ErrOtherNamespace": attest.ErrOtherNamespace, "ErrNotRead": attest.ErrNotRead,
+		"": errors.New("netlink"),
+	}
+	var all []string
+	files, err := filepath.Glob("attest/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?m)^\t(Err\w+) += errors\.New`).FindAllSubmatch(text, -1) {
+			all = append(all, string(m[1]))
+		}
+	}
+	if len(all) != len(sentinels)-1 {
+		t.Errorf("attest has %d sentinels, and %d are tried here", len(all), len(sentinels)-1)
+	}
+	for _, name := range append(all, "") {
+		if sentinels[name] == nil {
+			t.Errorf("%s is not tried", name)
+			continue
+		}
+		r := refusalOf(fmt.Errorf("%w: %s", sentinels[name], others))
+		for _, word := range strings.Fields(others) {
+			if strings.ContainsAny(word, "0123456789/") && strings.Contains(r.Reason, word) {
+				t.Errorf("%s: the pod is told of %s: %s", name, word, r.Reason)
+			}
+		}
 	}
 }

@@ -110,7 +110,7 @@ func (s *Service) load(old *site) (*site, error) {
 func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) error {
 	s.listener, s.probe = all[0], newProbe(all[0])
 	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log), cloud: newCloud()}
-	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.accepted)
+	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.look)
 	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
 	s.server.site.Store(first)
 	s.describe(first)
@@ -181,12 +181,11 @@ func (s *Service) heed(next *site) {
 	}
 }
 
-// accepted has a new connection's other end looked at; without a configuration nobody is told anything that depends on it.
-func (s *Service) accepted(c net.Conn) *attest.Peer {
+// look has a new connection's other end looked at; without a configuration nobody is told anything that depends on it.
+func (s *Service) look(p *attest.Peer) {
 	if b := s.site().backend; b != nil {
-		return b.attestor.Accept(c)
+		b.attestor.Look(p)
 	}
-	return attest.Accept(c)
 }
 
 // drain ends without losing a request: answers say Connection: close for a while and long polls are released,

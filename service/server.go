@@ -286,7 +286,7 @@ func (s *server) tell(req *request, status int, err error) {
 		}
 	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
 		if suppressed, ok := s.refused.allow(whose(req)); ok {
-			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Warn("refused: " + refusalOf(err).Reason)
+			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Warn("refused: " + err.Error())
 		}
 	case debugging(s.log):
 		s.log.WithFields(s.fields(req, status)).Debug("served")

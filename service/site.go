@@ -225,7 +225,7 @@ func newBackend(n needs, c config.Config, tokens []byte, kernel *attest.Kernel, 
 
 // attestation says what askers are known by.
 func attestation(c config.Config, b *backend, kernel *attest.Kernel) attest.Options {
-	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Replaced: b.replaced, Registerer: b.registry}
+	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Proxies: c.Attestation.Proxies, Replaced: b.replaced, Registerer: b.registry}
 	if c.Attestation.Mode == "kernel" {
 		o.Kernel = kernel
 	}

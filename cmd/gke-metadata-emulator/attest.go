@@ -23,6 +23,9 @@ CAP_SYS_ADMIN and CAP_SYS_PTRACE. While it is away the service knows the pods th
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
+			if err := keepMemoryPrivate(); err != nil {
+				return err
+			}
 			return service.HandOverNamespaces(ctx, service.Options{RunDir: runDir(), Stderr: cmd.ErrOrStderr()})
 		},
 	}

@@ -28,6 +28,9 @@ pods are answered 503 with the reason until it is mended.`,
 		reload := make(chan os.Signal, 1)
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
+		if err := keepMemoryPrivate(); err != nil {
+			return err
+		}
 		return service.Run(ctx, service.Options{
 			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
 		})

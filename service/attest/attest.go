@@ -1,7 +1,7 @@
 // Package attest answers one question: who is behind this connection?
 //
 // The evidence is what the kernel's record of the client's socket says: the cgroup of the process that made it, and
-// so the pod, or the unit of the node. [Kernel] asks it, [Accept] has it asked before a byte is read, and an [Attestor] looks it up in
+// so the pod, or the unit of the node. [Kernel] asks it before a byte is read, and an [Attestor] looks it up in
 // what Kubernetes says of this node's pods. An address is no evidence, but for pods that the operator says are known by nothing else.
 package attest
 
@@ -36,7 +36,7 @@ var (
 )
 
 // final are the errors that waiting does not mend.
-var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods, ErrSpared}
+var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods, ErrSpared, ErrOtherNamespace}
 
 func isFinal(err error) bool {
 	return slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) })
@@ -70,6 +70,7 @@ type Options struct {
 	Pods       Pods
 	Kernel     Witness               // nil: the address is all that is looked at
 	ByAddress  []string              // RuntimeClasses of pods that only their address can name
+	Proxies    []string              // ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are in
 	Hosts      []Host                // processes of the node that have an identity; the first that fits counts
 	Replaced   <-chan struct{}       // when it is closed, those who are held get ErrReplaced
 	Registerer prometheus.Registerer // nil: nothing is counted
@@ -86,7 +87,7 @@ type Attestor struct {
 func New(o Options) *Attestor {
 	a := &Attestor{Options: o, ownAddrs: net.InterfaceAddrs, count: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_attestations_total",
-		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, source-ip; none) and asker (pod, host; nobody).",
+		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) and asker (pod, host; nobody).",
 	}, []string{"evidence", "asker"})}
 	if o.Registerer != nil {
 		o.Registerer.MustRegister(a.count)
@@ -94,13 +95,12 @@ func New(o Options) *Attestor {
 	return a
 }
 
-// Accept writes down who is on the other end of c, before a byte is read from it. It waits for nothing.
-func (a *Attestor) Accept(c net.Conn) *Peer {
-	p := Accept(c)
+// Look asks the kernel who is on the other end. It is to be called once, before a byte is read from the connection, and not from where
+// connections are accepted: it waits for nothing, but takes some µs for each network namespace that has the client's address.
+func (a *Attestor) Look(p *Peer) {
 	if a.Kernel != nil {
 		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
-	return p
 }
 
 // Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first answer binds the
@@ -139,7 +139,7 @@ func (a *Attestor) Check(ctx context.Context, p *Peer) error {
 		return ErrUnknown
 	}
 	changed, err := a.check(p, b)
-	if err == nil || changed == nil {
+	if err == nil || changed == nil && !errors.Is(err, ErrNotRead) {
 		return err
 	}
 	return a.hold(ctx, func() (<-chan struct{}, error) { return a.check(p, b) })
@@ -158,6 +158,8 @@ func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err erro
 		if len(pods) != 1 || pods[0].PodUID != b.caller.PodUID {
 			return nil, ErrChanged
 		}
+	case b.evidence.inDoubt(): // before the next: what is read anew may be dead
+		return nil, ErrNotRead
 	case !b.evidence.Alive():
 		return nil, ErrChanged
 	case b.evidence.PodUID == "":
@@ -165,6 +167,11 @@ func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err erro
 			return nil, ErrChanged
 		}
 	default:
+		if by := b.evidence.proxy; by != nil {
+			if proxy, known, _, _ := a.Pods.Of(by.PodUID); !known || !a.isProxy(proxy) {
+				return nil, ErrChanged
+			}
+		}
 		if _, known, _, _ := a.Pods.Of(b.evidence.PodUID); !known {
 			return nil, ErrChanged
 		}
@@ -211,13 +218,18 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 		}
 		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
+	var other *OtherNamespaceError
 	switch e := p.evidence; {
+	case errors.As(p.err, &other):
+		b, changed, err = a.proxied(other)
 	case e == nil && a.Kernel == nil:
 		b.caller, changed, err = a.byAddress(p.Client.Addr())
 	case errors.Is(p.err, ErrNoNamespace), errors.Is(p.err, ErrNoSocket):
 		b.caller, changed, err = a.sandbox(p)
 	case e == nil:
 		err = p.err
+	case e.inDoubt(): // before the next: what is read anew may be dead
+		err = ErrNotRead
 	case !e.Alive():
 		err = ErrChanged
 	case e.PodUID == "":
@@ -237,6 +249,39 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 		err = fmt.Errorf("%s: %w", b.caller, ErrNoAccount)
 	}
 	return b, changed, err
+}
+
+// proxied returns the pod whose network namespace it is, where the operator named the pod that made the socket there.
+func (a *Attestor) proxied(other *OtherNamespaceError) (b binding, changed <-chan struct{}, err error) {
+	if len(a.Proxies) == 0 || other.Pod == "" {
+		return b, nil, other
+	}
+	proxy, known, changed, err := a.Pods.Of(other.Cgroup.PodUID)
+	switch {
+	case err != nil:
+		return b, changed, err
+	case !known:
+		return b, changed, fmt.Errorf("%w: %s", ErrUnknown, other)
+	case !a.isProxy(proxy):
+		return b, nil, other
+	}
+	b.evidence = &Evidence{Kind: ByProxy, PodUID: other.Pod, life: other.life, proxy: other.Cgroup}
+	if b.caller, known, changed, err = a.Pods.Of(other.Pod); err == nil && !known {
+		err = fmt.Errorf("%w: a proxy asks in the network namespace of pod %s", ErrUnknown, other.Pod)
+	}
+	switch {
+	case err != nil:
+	case b.evidence.inDoubt():
+		err = ErrNotRead
+	case !b.evidence.Alive():
+		err = ErrChanged
+	}
+	return b, changed, err
+}
+
+// isProxy reports whether the pod is one of those that ask for others.
+func (a *Attestor) isProxy(pod workload.Caller) bool {
+	return slices.Contains(a.Proxies, pod.ServiceAccount.String())
 }
 
 // sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose sockets the node's kernel does not

@@ -2,6 +2,7 @@ package attest
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -12,23 +13,30 @@ type place struct {
 	podPath   string // the path up to the pod's own segment
 }
 
-// parsePath finds the pod in a cgroup's path: the outermost pod segment directly under a root of kubelet's, since a workload that owns
-// its cgroup can make pod<VICTIM> below itself, but not above. It is not anchored: seen from outside, a node in a container has its
-// container's path before its own (N-15). Another pod's segment further down is ErrPods.
+// parse finds the pod in the path of a cgroup: a pod segment directly under kubelet's own root, which is where nobody but the root of the
+// node makes cgroups. What a container, a service or a user names like a pod below itself is no pod: it is that container, service
+// or user. Another pod's segment below a pod is ErrPods. Paths below the node's root cgroup:
 //
 //	/kubepods/burstable/pod<UID>/<ID>
+//	/kubelet/kubepods/burstable/pod<UID>/<ID>
 //	/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<UID>.slice/cri-containerd-<ID>.scope
 //	/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod<UID>.slice/crio-<ID>.scope/container
 //	/system.slice/containerd.service/kubepods-burstable-pod<UID>.slice:cri-containerd:<ID>
-func parsePath(path string) (place, error) {
+func (n nodeRoot) parse(path string) (place, error) {
+	below, ok := n.below(path)
+	if !ok {
+		return place{}, nil
+	}
 	var found place
-	segments := strings.Split(path, "/")
-	end := 0 // of the segment in path
+	segments := strings.Split(below, "/")
+	end := len(n) // of the segment in path
 	for i, segment := range segments {
 		end += len(segment)
 		uid, container := podSegment(segments[:i], segment)
 		switch {
 		case uid == "":
+		case found.pod == "" && !kubeletsOwn(segments[1:i], segment):
+			return place{}, nil
 		case found.pod == "":
 			found = place{pod: uid, podPath: path[:end], container: container}
 			if container == "" && i+1 < len(segments) {
@@ -43,9 +51,32 @@ func parsePath(path string) (place, error) {
 }
 
 // isPods reports whether the path of a cgroup is a pod's, or of one below it.
-func isPods(path string) bool {
-	p, err := parsePath(path)
+func (n nodeRoot) isPods(path string) bool {
+	p, err := n.parse(path)
 	return err != nil || p.pod != ""
+}
+
+// kubeletsOwn reports whether above, the segments from the node's root down to a pod's, are a place where kubelet has its pods.
+func kubeletsOwn(above []string, segment string) bool {
+	switch {
+	case strings.HasPrefix(segment, "pod"): // kubelet itself makes these
+		return above[0] == "kubepods" && len(above) <= 2 || above[0] == "kubelet" && above[1] == "kubepods" && len(above) <= 3
+	case !strings.HasSuffix(segment, ".slice"):
+		// The runtime puts a path that is relative below its own cgroup. A container of Docker's that this befalls too has its own
+		// segment there, so its root can make nothing beside that.
+		return slices.Equal(above, []string{"system.slice", "containerd.service"})
+	}
+	// Slices are systemd's, which makes x-y.slice in x.slice alone, for root.
+	for i, s := range append(above[:len(above):len(above)], segment) {
+		name, ok := strings.CutSuffix(s, ".slice")
+		if ok && i > 0 {
+			name, ok = strings.CutPrefix(name, strings.TrimSuffix(above[i-1], ".slice")+"-")
+		}
+		if !ok || name == "" || strings.Contains(name, "-") {
+			return false
+		}
+	}
+	return above[0] != "user.slice" && above[0] != "machine.slice"
 }
 
 // podSegment returns the UID if the segment is a pod's, and the container's id if the segment names that too.
@@ -120,11 +151,12 @@ func cutLast(s, separator string) (before, after string, found bool) {
 	return "", s, false
 }
 
-// Unit returns the systemd unit that the cgroup is of: kubelet.service; a slice where it lies in no other unit; "" where systemd made
-// none of it. A unit's own processes may make cgroups below it and name them as they like, so nothing below a unit counts.
+// Unit returns the systemd unit that the cgroup is of: kubelet.service; a slice where it lies in no other unit; "" where the node's
+// systemd made none of it. A unit's own processes may make cgroups below it and name them as they like, so nothing below a unit counts.
 func (e *Evidence) Unit() string {
+	path, _ := e.node.below(e.Cgroup)
 	unit := ""
-	for segment := range strings.SplitSeq(strings.TrimPrefix(e.Cgroup, "/"), "/") {
+	for segment := range strings.SplitSeq(strings.TrimPrefix(path, "/"), "/") {
 		switch name, kind, _ := cutLast(segment, "."); {
 		case name == "":
 			return unit

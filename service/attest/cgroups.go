@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -16,15 +15,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Limits of what is followed, in cgroups. A workload that owns its cgroup can make as many below it as it likes; those beyond are not known.
+// Limits of what is followed below pods, units and other cgroups of the node that are no slices: who owns such a cgroup can make as many
+// below it as it likes. Those beyond are not known, and what asks from there is refused. What kubelet, its runtime and systemd make for
+// the node, which is pods, their containers, slices and units, counts for neither.
 const (
-	maxCgroups       = 32 << 10
-	maxCgroupsPerPod = 1 << 10
+	maxCgroups         = 32 << 10 // in all
+	maxCgroupsPerParty = 1 << 10
 )
 
 // cgroups is a hierarchy of cgroups by id, kept as it is by inotify, which needs no privilege.
 type cgroups struct {
-	root string // where it is mounted
+	root string   // where it is mounted
+	node nodeRoot // where our node is in it
 	log  logrus.FieldLogger
 	// Called with the path of a pod's own cgroup when one in it came or went, or its first process or its last, and with that of a cgroup
 	// of no pod when that came or went. The lock is held: it asks nothing of this. nil: nobody wants to know, and pods are not watched
@@ -39,8 +41,11 @@ type cgroups struct {
 	byID    map[uint64]*cgroup
 	pods    map[string]*cgroup // by path; those that are root's
 	byWatch map[int32]*cgroup  // both of a cgroup's
+	deep    int                // how many count for maxCgroups
 	problem error              // why not all is followed
 	warned  bool               // of that, in the log
+
+	doubt *atomic.Bool // what is known to be alive may be dead: the kernel's events are not all taken
 }
 
 // cgroup is one of them. All but path, place and fault may change, under the lock.
@@ -52,7 +57,8 @@ type cgroup struct {
 	id           uint64 // the inode of its directory
 	parent       *cgroup
 	pod          *cgroup            // the pod's own, if this is in a pod
-	below        int                // of a pod: how many
+	party        *cgroup            // the pod, or the unit or other cgroup outside of slices, that this is or is in; nil for a slice
+	below        int                // of a party: how many
 	kids         map[string]*cgroup // by name
 	watch        int32              // of the directory
 	processWatch int32              // of cgroup.events; 0: not watched
@@ -66,8 +72,9 @@ func newCgroups(root string, log logrus.FieldLogger) (*cgroups, error) {
 		return nil, fmt.Errorf("inotify: %w (fs.inotify.max_user_instances may be too small)", err)
 	}
 	return &cgroups{
-		root: root, log: log, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
+		root: root, node: findNode(root), log: log, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
 		byID: map[uint64]*cgroup{}, pods: map[string]*cgroup{}, byWatch: map[int32]*cgroup{},
+		doubt: new(atomic.Bool),
 	}, nil
 }
 
@@ -117,21 +124,14 @@ func (g *cgroups) refresh(c *cgroup) {
 
 // reconcile makes the child of that name what it is now: what an event says may be long over.
 func (g *cgroups) reconcile(parent *cgroup, name string) {
-	known := parent.kids[name]
-	var now unix.Stat_t
-	err := unix.Stat(g.root+parent.path+"/"+name, &now)
-	if err == nil && now.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return
-	}
-	if known != nil {
-		if err == nil && known.id == now.Ino {
+	if known := parent.kids[name]; known != nil {
+		var now unix.Stat_t
+		if unix.Stat(g.root+known.path, &now) == nil && known.id == now.Ino {
 			return
 		}
 		g.drop(known)
 	}
-	if err == nil {
-		g.add(parent, name)
-	}
+	g.add(parent, name)
 }
 
 // add starts to follow the cgroup of that name and all below it. What is made while it looks comes twice, which does no harm.
@@ -140,20 +140,20 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	if parent != nil {
 		c.path, c.pod = parent.path+"/"+name, parent.pod
 	}
-	full := len(g.byID) >= maxCgroups
-	if c.pod != nil && c.pod.below >= maxCgroupsPerPod {
-		full = true
-	}
-	if full {
-		g.problemIs(fmt.Errorf("there are too many cgroups: %s is the first of those that are not known", c.path))
+	g.identify(c)
+	if err := g.full(c); err != nil {
+		g.problemIs(err)
 		return nil
 	}
 	var now unix.Stat_t
-	if unix.Stat(g.root+c.path, &now) != nil {
+	if unix.Stat(g.root+c.path, &now) != nil || now.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return nil // gone already
 	}
 	c.id = now.Ino
-	g.identify(c, now.Uid)
+	// A pod's own cgroup is root's: who was given a cgroup to make others in it can name them like a pod's, but not give them to root.
+	if c.pod == c && c.fault == nil && now.Uid != 0 {
+		c.fault = fmt.Errorf("%w: the cgroup %s belongs to user %d", ErrOwner, c.path, now.Uid)
+	}
 	watch, err := unix.InotifyAddWatch(g.fd, g.root+c.path, unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ONLYDIR)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
@@ -167,13 +167,11 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	if parent != nil {
 		parent.kids[name] = c
 	}
-	if c.pod != nil {
-		c.pod.below++
-	}
+	g.count(c, 1)
 	if c.pod == c && c.fault == nil {
 		g.pods[c.path] = c
 		if g.changed != nil {
-			g.watchProcesses(c)
+			_, _ = g.watchProcesses(c)
 		}
 	}
 	g.tell(c)
@@ -184,21 +182,48 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	return c
 }
 
-// identify says whose the cgroup is. A pod's own cgroup is root's: who was given a cgroup to make others in it, as systemd does for
-// users who log in, can name them like a pod's, but not give them to root.
-func (g *cgroups) identify(c *cgroup, owner uint32) {
-	if c.parent != nil && c.parent.fault != nil {
-		c.fault = c.parent.fault
+// identify says whose the cgroup is, by its path.
+func (g *cgroups) identify(c *cgroup) {
+	if c.parent == nil {
+		return // the root
+	}
+	c.party = c.parent.party
+	if c.party == nil && !strings.HasSuffix(c.path, ".slice") && c.path != string(g.node) {
+		c.party = c
+	}
+	if c.fault = c.parent.fault; c.fault != nil {
 		return
 	}
-	if c.place, c.fault = parsePath(c.path); c.fault != nil {
-		return
+	if c.place, c.fault = g.node.parse(c.path); c.fault == nil && c.place.pod != "" && c.pod == nil {
+		c.pod, c.party = c, c
 	}
-	if c.place.pod != "" && c.pod == nil {
-		c.pod = c
-		if owner != 0 {
-			c.fault = fmt.Errorf("%w: the cgroup %s belongs to user %d", ErrOwner, c.path, owner)
-		}
+}
+
+// full says why there is no room for the cgroup.
+func (g *cgroups) full(c *cgroup) error {
+	switch {
+	case c.party == nil || c.party == c:
+		return nil
+	case c.party.below >= maxCgroupsPerParty:
+		return fmt.Errorf("too many cgroups below %s, of which %d are known: what asks from the others is refused", c.party.path, maxCgroupsPerParty)
+	case c.isDeep() && g.deep >= maxCgroups:
+		return fmt.Errorf("too many cgroups below pods and units, of which %d are known: what asks from the others is refused, the first in %s", maxCgroups, c.path)
+	}
+	return nil
+}
+
+// isDeep reports whether the cgroup counts for [maxCgroups]: it is none that kubelet, its runtime or systemd makes for the node.
+func (c *cgroup) isDeep() bool {
+	return c.party != nil && c.party != c && (c.pod == nil || c.parent != c.pod)
+}
+
+// count notes that one came (1) or went (-1).
+func (g *cgroups) count(c *cgroup, n int) {
+	if c.party != nil && c.party != c {
+		c.party.below += n
+	}
+	if c.isDeep() {
+		g.deep += n
 	}
 }
 
@@ -217,9 +242,7 @@ func (g *cgroups) drop(c *cgroup) {
 	if g.byID[c.id] == c {
 		delete(g.byID, c.id)
 	}
-	if c.pod != nil {
-		c.pod.below--
-	}
+	g.count(c, -1)
 	if c.parent != nil {
 		delete(c.parent.kids, c.path[strings.LastIndexByte(c.path, '/')+1:])
 	}
@@ -267,7 +290,7 @@ func (g *cgroups) problemIs(err error) {
 
 // watchProcesses has the kernel tell when the cgroup gets its first process or loses its last, and reports whether it has one now.
 // The root has no such file, and always has some.
-func (g *cgroups) watchProcesses(c *cgroup) bool {
+func (g *cgroups) watchProcesses(c *cgroup) (bool, error) {
 	file := g.root + c.path + "/cgroup.events"
 	if c.processWatch == 0 {
 		w, err := unix.InotifyAddWatch(g.fd, file, unix.IN_MODIFY)
@@ -275,7 +298,7 @@ func (g *cgroups) watchProcesses(c *cgroup) bool {
 			if !errors.Is(err, unix.ENOENT) {
 				g.problemIs(fmt.Errorf("%s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", file, err))
 			}
-			return c.parent == nil
+			return c.parent == nil, nil
 		}
 		c.processWatch = int32(w)
 		g.byWatch[c.processWatch] = c
@@ -283,15 +306,19 @@ func (g *cgroups) watchProcesses(c *cgroup) bool {
 	return populated(file)
 }
 
-func populated(file string) bool {
+// populated reports whether a cgroup has a process. An error says that this cannot be told now, as without a descriptor to spare.
+func populated(file string) (bool, error) {
 	fd, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+		return false, nil
+	}
 	if err != nil {
-		return false
+		return false, fmt.Errorf("open %s: %w", file, err)
 	}
 	defer func() { _ = unix.Close(fd) }()
 	var b [128]byte
 	n, err := unix.Read(fd, b[:])
-	return err == nil && strings.Contains(string(b[:max(n, 0)]), "populated 1")
+	return err == nil && strings.Contains(string(b[:max(n, 0)]), "populated 1"), nil // a read fails when the cgroup was removed
 }
 
 // lookup returns what the cgroup with this id says. The first time it costs three system calls, later none.
@@ -300,16 +327,21 @@ func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	defer g.mu.Unlock()
 	c := g.byID[id]
 	switch {
+	case c == nil && g.problem != nil:
+		return nil, fmt.Errorf("%w: its id is %d, and not all cgroups are followed: %w", ErrUnknownCgroup, id, g.problem)
 	case c == nil:
 		return nil, fmt.Errorf("%w: its id is %d", ErrUnknownCgroup, id)
 	case c.fault != nil:
 		return nil, c.fault
 	case c.evidence != nil:
 		return c.evidence, nil
-	case !g.watchProcesses(c):
+	}
+	if alive, err := g.watchProcesses(c); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnknownCgroup, err)
+	} else if !alive {
 		return nil, fmt.Errorf("%w: %s", ErrEmptyCgroup, c.path)
 	}
-	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path, life: new(atomic.Bool)}
+	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path, node: g.node, life: new(atomic.Bool), doubt: g.doubt}
 	if c.path == "" {
 		c.evidence.Cgroup = "/"
 	}
@@ -317,8 +349,8 @@ func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	return c.evidence, nil
 }
 
-// count returns how many are known, and why not all are.
-func (g *cgroups) count() (int, error) {
+// known returns how many are known, and why not all are.
+func (g *cgroups) known() (int, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return len(g.byID), g.problem
@@ -367,48 +399,4 @@ func (g *cgroups) inPod(path string, n int) (paths []string) {
 		paths = append(paths, c.path)
 	}
 	return paths
-}
-
-// follow takes the kernel's events until close. told is called after each lot of them.
-func (g *cgroups) follow(told func()) error {
-	buffer := make([]byte, 64<<10)
-	for {
-		n, err := g.file.Read(buffer)
-		if errors.Is(err, fs.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("inotify: %w", err)
-		}
-		if g.take(buffer[:n]) {
-			g.walk()
-		}
-		told()
-	}
-}
-
-// take takes what inotify told. overflow says that it could not tell everything.
-func (g *cgroups) take(b []byte) (overflow bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for len(b) >= unix.SizeofInotifyEvent {
-		e := parseInotify(b)
-		b = b[min(unix.SizeofInotifyEvent+len(e.padded), len(b)):]
-		if e.mask&unix.IN_Q_OVERFLOW != 0 {
-			overflow = true
-			continue
-		}
-		c := g.byWatch[e.watch]
-		switch {
-		case c == nil || e.mask&unix.IN_IGNORED != 0:
-		case e.watch == c.processWatch:
-			if !populated(g.root + c.path + "/cgroup.events") {
-				g.die(c)
-			}
-			g.tell(c)
-		case e.name() != "" && e.mask&unix.IN_ISDIR != 0:
-			g.reconcile(c, e.name())
-		}
-	}
-	return overflow
 }

@@ -132,40 +132,71 @@ func TestWalk(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.walk()
-	if n, problem := g.count(); n != 2 || problem != nil || len(g.byWatch) > 3 {
+	if n, problem := g.known(); n != 2 || problem != nil || len(g.byWatch) > 3 {
 		t.Errorf("%d cgroups and %d watches are left, %v", n, len(g.byWatch), problem)
 	}
 }
 
-// A workload that makes cgroups without end is not followed without end, and says nothing of others.
+// A workload or a user that makes cgroups without end is not followed without end, and says nothing of others: not of pods, nor of units.
 func TestTooManyCgroups(t *testing.T) {
 	if os.Geteuid() != 0 {
 		netnstest.Lacks(t, netnstest.ErrNeedsRoot)
 	}
+	const user = "/user.slice/user-1000.slice/user@1000.service"
 	root := t.TempDir()
 	g, err := newCgroups(root, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer g.close()
-	for i := range maxCgroupsPerPod + 10 {
-		if err := os.MkdirAll(fmt.Sprintf("%s%s/%d", root, containerPath(1, 1), i), 0o755); err != nil {
+	many := func(above string) {
+		t.Helper()
+		for i := range maxCgroupsPerParty + 10 {
+			if err := os.MkdirAll(fmt.Sprintf("%s%s/%d", root, above, i), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	many(containerPath(1, 1))
+	many(user)
+	beyond := mkdir(t, root+user+"/"+fmt.Sprint(maxCgroupsPerParty+10))
+	unit := mkdir(t, root+"/system.slice/kubelet.service")
+	pod := mkdir(t, root+containerPath(2, 2))
+	g.walk()
+	known := func(what string, id uint64) {
+		t.Helper()
+		if _, err := g.lookup(id); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	known("another pod", pod)
+	known("a unit", unit)
+	if n, problem := g.known(); n > 2*maxCgroupsPerParty+20 || problem == nil || !strings.Contains(problem.Error(), "too many cgroups") {
+		t.Errorf("%d, %v", n, problem)
+	}
+	if _, err := g.lookup(beyond); err != nil && (!errors.Is(err, ErrUnknownCgroup) || !strings.Contains(err.Error(), "too many cgroups below")) {
+		t.Errorf("one of those beyond is refused without the reason: %v", err)
+	}
+
+	// Where the whole table is full, kubelet's pods, its runtime's containers and systemd's units have room.
+	g.deep += maxCgroups
+	later, service := mkdir(t, root+containerPath(3, 3)), mkdir(t, root+"/system.slice/late.service")
+	inside := mkdir(t, root+containerPath(3, 3)+"/own")
+	g.walk()
+	known("a pod in a full table", later)
+	known("a unit in a full table", service)
+	if _, err := g.lookup(inside); !errors.Is(err, ErrUnknownCgroup) || !strings.Contains(err.Error(), "too many cgroups below") {
+		t.Errorf("what a workload makes in a full table: %v", err)
+	}
+	g.deep -= maxCgroups
+
+	for _, path := range []string{"/kubepods", "/user.slice", "/system.slice"} {
+		if err := os.RemoveAll(root + path); err != nil {
 			t.Fatal(err)
 		}
 	}
-	other := mkdir(t, root+containerPath(2, 2))
 	g.walk()
-	if _, err := g.lookup(other); err != nil {
-		t.Errorf("another pod: %v", err)
-	}
-	if n, problem := g.count(); n > maxCgroupsPerPod+10 || problem == nil || !strings.Contains(problem.Error(), "too many cgroups") {
-		t.Errorf("%d, %v", n, problem)
-	}
-	if err := os.RemoveAll(root + containerPath(1, 1)); err != nil {
-		t.Fatal(err)
-	}
-	g.walk()
-	if n, problem := g.count(); n > 10 || problem != nil {
-		t.Errorf("after they are gone: %d, %v", n, problem)
+	if n, problem := g.known(); n > 10 || problem != nil || g.deep < 0 || g.deep > 10 {
+		t.Errorf("after they are gone: %d, %v; %d count for the whole", n, problem, g.deep)
 	}
 }

@@ -96,7 +96,7 @@ func (p *Peer) Party() Party {
 	return Party{Address: p.Client.Addr()}
 }
 
-// Accept writes down who is on the other end of c, before a byte is read from it.
+// Accept writes down both ends of c. Whose the other one is, [Attestor.Look] asks.
 func Accept(c net.Conn) *Peer { return &Peer{Conn: accepted(c)} }
 
 // accepted reads both ends of c, and asks conntrack what the client dialled (SO_ORIGINAL_DST, 1 µs: A-02).

@@ -6,7 +6,7 @@ import (
 	"sync/atomic"
 )
 
-// What Look says when it has no evidence. The first four may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
+// What Look says when it has no evidence. The first six may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
 // others are final for the connection.
 var (
 	// ErrNoNamespace says that no network namespace that we know holds the client's address. The helper was asked to look for new ones.
@@ -19,6 +19,13 @@ var (
 	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
 	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or it is looked for now.
 	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")
+	// ErrNamespaceOwner says that no process of a pod was found yet in the network namespace that a pod's process made the socket in. The
+	// helper was asked to look again.
+	ErrNamespaceOwner = errors.New("whose network namespace the client's socket is in is not known yet")
+	// ErrOtherNamespace says that the socket was made by a process of one pod in the network namespace of another.
+	ErrOtherNamespace = errors.New("the client's socket is in the network namespace of another pod than that of the process that made it")
+	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that all are read anew.
+	ErrNotRead = errors.New("the cgroups of the node are being read anew")
 	// ErrSockets says that two network namespaces have a socket that could be the other end.
 	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
@@ -49,22 +56,46 @@ func (e *NoSocketError) Error() string {
 // Is has it be ErrNoSocket.
 func (e *NoSocketError) Is(target error) bool { return target == ErrNoSocket }
 
+// OtherNamespaceError is [ErrOtherNamespace], with what is known all the same.
+type OtherNamespaceError struct {
+	Cgroup    *Evidence // what the socket's cgroup says
+	Pod       string    // UID of the one other pod whose processes are in the namespace; "" where there are several
+	namespace string
+	life      *atomic.Bool // the namespace's
+}
+
+func (e *OtherNamespaceError) Error() string {
+	return fmt.Sprintf("%s: a process of %s made it in %s (a mesh's node proxy belongs into attestation.proxies)", ErrOtherNamespace, e.Cgroup.Cgroup, e.namespace)
+}
+
+// Is has it be ErrOtherNamespace.
+func (e *OtherNamespaceError) Is(target error) bool { return target == ErrOtherNamespace }
+
 // Kinds of evidence.
 const (
 	ByCgroup    = "cgroup" // the cgroup of the client's socket
 	ByNamespace = "netns"  // the network namespace of the client's socket, which is one pod's; where the node has cgroup v1
+	ByProxy     = "proxy"  // that network namespace, where a proxy of the operator's made the socket
 )
 
 // Evidence is what the kernel's record of the client's socket says. It does not change, but that it may die.
 type Evidence struct {
-	Kind      string // ByCgroup or ByNamespace
+	Kind      string // ByCgroup, ByNamespace or ByProxy
 	PodUID    string // as Kubernetes writes it; "" for a process that is no pod's
 	Container string // the container's id, "" where the path names none
-	Cgroup    string // from the root of the hierarchy: /system.slice/kubelet.service; "" for ByNamespace
+	Cgroup    string // from the root of the hierarchy: /system.slice/kubelet.service; "" for the others
 	OnHost    bool   // the socket is in the node's network namespace
+	node      nodeRoot
 	life      *atomic.Bool
+	doubt     *atomic.Bool // whether life is up to date cannot be told; nil: it is
+	proxy     *Evidence    // for ByProxy: of whose cgroup the socket is
 }
 
 // Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
 // in the same cgroup. It costs no system call: the kernel tells of its last process in some 10 ms, more where we are not scheduled.
-func (e *Evidence) Alive() bool { return e.life.Load() }
+func (e *Evidence) Alive() bool { return e.life.Load() && (e.proxy == nil || e.proxy.Alive()) }
+
+// inDoubt reports whether Alive may be wrong, since the kernel's news is not all taken.
+func (e *Evidence) inDoubt() bool {
+	return e.doubt != nil && e.doubt.Load() || e.proxy != nil && e.proxy.inDoubt()
+}

@@ -45,6 +45,9 @@ func (k *Kernel) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if hierarchy, err := podHierarchy(k.options.CgroupRoot); err == nil {
+		k.node = findNode(hierarchy) // by which the helper names pods too
+	}
 	p, err := newPoller()
 	if err != nil {
 		return err
@@ -376,7 +379,7 @@ func (k *Kernel) take(m helperMessage, fds []int) error {
 	if err != nil {
 		return err
 	}
-	n.pods(m.Cgroups)
+	n.pods(k.node, m.Cgroups)
 	n.generation = k.generation
 	k.mu.Lock()
 	old := k.namespaces[n.inode]

@@ -10,10 +10,12 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // HelperOptions are what a Helper needs to know.
@@ -32,7 +34,8 @@ const (
 	firstLook     = 5 * time.Millisecond // until one without a namespace of its own is looked at again; each look doubles it
 	lastLook      = 5 * time.Second
 	sendTimeout   = time.Second
-	maxServers    = 4
+	maxServers    = 4 // that are connected: those beyond are closed at once
+	acceptAgain   = 100 * time.Millisecond
 )
 
 // maxOthers bounds the network namespaces of no pod that are handed over: any user of the node may be allowed to make some.
@@ -50,11 +53,12 @@ type Helper struct {
 	events  chan func() // done by the loop, which alone touches found, servers and what they hold
 	wake    chan struct{}
 
-	found   map[uint64]*anchor // by the namespace's inode
-	servers map[*server]bool
-	swept   time.Time // when all cgroups were looked at last
-	problem string    // what could not be done since then
-	warned  string    // the last of these that was logged
+	found     map[uint64]*anchor // by the namespace's inode
+	servers   map[*server]bool
+	swept     time.Time    // when all cgroups were looked at last
+	connected atomic.Int32 // how many servers
+	problem   string       // what could not be done since then
+	warned    string       // the last of these that was logged
 
 	mu      sync.Mutex
 	pending map[string]*look // cgroups to look at, by path: pods' own, and those of no pod
@@ -153,16 +157,34 @@ func (h *Helper) accept(l *net.UnixListener) error {
 		if errors.Is(err, net.ErrClosed) {
 			return nil
 		}
+		if short(err) { // of descriptors or of memory: others' fault maybe, and it passes
+			h.options.Log.WithError(err).Warnf("attest: no connection can be accepted; trying again in %s", acceptAgain)
+			select {
+			case <-h.over:
+				return nil
+			case <-time.After(acceptAgain):
+			}
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("accept at %s: %w", l.Addr(), err)
+		}
+		if h.connected.Add(1) > maxServers {
+			h.connected.Add(-1)
+			_ = c.Close()
+			continue
 		}
 		peer, err := peerOf(c)
 		if err != nil || peer.Uid != 0 && int64(peer.Uid) != int64(h.options.User) {
 			h.options.Log.WithError(err).Warnf("attest: refused a connection that is not the service's: %+v", peer)
+			h.connected.Add(-1)
 			_ = c.Close()
 			continue
 		}
-		go h.serve(c)
+		go func() {
+			defer h.connected.Add(-1)
+			h.serve(c)
+		}()
 	}
 }
 
@@ -170,12 +192,8 @@ func (h *Helper) accept(l *net.UnixListener) error {
 func (h *Helper) serve(c *net.UnixConn) {
 	s := &server{conn: c, sent: map[uint64]*anchor{}}
 	h.do(func() {
-		if len(h.servers) >= maxServers {
-			_ = c.Close()
-			return
-		}
 		h.servers[s] = true
-		h.sweep()
+		h.look()
 		h.complete(s)
 	})
 	defer h.do(func() {
@@ -188,14 +206,24 @@ func (h *Helper) serve(c *net.UnixConn) {
 			return
 		}
 		h.do(func() {
-			if time.Since(h.swept) > askedInterval {
-				h.sweep()
-			} else {
-				h.lookAt(h.allPending())
-			}
+			h.look()
 			h.complete(s)
 		})
 	}
+}
+
+// look looks at all cgroups, or where that was a moment ago at those that have changed since.
+func (h *Helper) look() {
+	if time.Since(h.swept) > askedInterval {
+		h.sweep()
+	} else {
+		h.lookAt(h.allPending())
+	}
+}
+
+// short reports whether the process, or the machine, is short of descriptors or memory.
+func short(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNABORTED)
 }
 
 // do has the loop do f.
@@ -258,7 +286,7 @@ func (h *Helper) due() (paths []string, next time.Duration) {
 	for path, l := range h.pending {
 		if !l.due.After(now) {
 			paths = append(paths, path)
-			if l.wait == lastLook && !isPods(path) {
+			if l.wait == lastLook && !h.cgroups.node.isPods(path) {
 				delete(h.pending, path)
 				continue
 			}
@@ -291,7 +319,7 @@ func (h *Helper) sweep() {
 func (h *Helper) lookAt(paths []string) {
 	for _, path := range paths {
 		settle := h.settleOther
-		if isPods(path) {
+		if h.cgroups.node.isPods(path) {
 			settle = h.settlePod
 		}
 		if settle(path) {

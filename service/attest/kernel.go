@@ -24,6 +24,9 @@ type KernelOptions struct {
 	Registerer prometheus.Registerer // nil: nothing is counted
 }
 
+// maxAskedOfOne bounds how many network namespaces of one pod, and how many of no pod, are asked for one address.
+const maxAskedOfOne = 8
+
 // DefaultCgroupRoot is where systemd mounts the cgroups.
 const DefaultCgroupRoot = "/sys/fs/cgroup"
 
@@ -44,6 +47,7 @@ type Kernel struct {
 	done    atomic.Int64  // and the last of them that came to its end
 
 	poller *poller
+	node   nodeRoot
 
 	routing sync.Mutex // of the namespaces' route sockets and the buffer; taken before mu
 	buffer  []byte
@@ -90,15 +94,16 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	k.mu.RLock()
 	own, holders, helper, unified, cgroups := k.own, k.byAddr[c.Client.Addr()], k.status.Helper, k.unified, k.cgroups
 	k.mu.RUnlock()
+	asked := askable(holders)
 	if own == nil {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
 	}
-	n, f, err := k.find(c, c.Original, own, holders)
+	n, f, err := k.find(c, c.Original, own, asked)
 	redirected := n != nil && c.Original != c.Server
 	if n == nil && err == nil && c.Original != c.Server {
 		// Conntrack goes on knowing a translated connection for a while after its end, and tells where that one went of the next one from
 		// the same port too, which was not translated (a change to mode ebpf). What is written goes to whoever has this very socket.
-		n, f, err = k.find(c, c.Server, own, holders)
+		n, f, err = k.find(c, c.Server, own, asked)
 	}
 	switch {
 	case err != nil:
@@ -129,6 +134,8 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		signal(k.walk)
 	case err == nil && n == own && redirected && k.spares(e.Cgroup):
 		return nil, fmt.Errorf("%w: it is in %s", ErrSpared, e.Cgroup)
+	case err == nil && n != own && e.PodUID != "":
+		return k.within(n, e)
 	case err == nil && n == own: // a cgroup has sockets of more than one namespace
 		onHost := *e
 		onHost.OnHost = true
@@ -137,9 +144,60 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	return e, err
 }
 
+// within refuses what the cgroup of a socket says of a pod, unless the socket is in that pod's network namespace and in no other pod's.
+func (k *Kernel) within(n *namespace, e *Evidence) (*Evidence, error) {
+	var others []string
+	for uid := range n.uids {
+		if uid != e.PodUID {
+			others = append(others, uid)
+		}
+	}
+	switch {
+	case len(n.uids) == 0:
+		signal(k.scan)
+		return nil, fmt.Errorf("%w: a process of %s made it in %s", ErrNamespaceOwner, e.Cgroup, n)
+	case len(others) == 0:
+		return e, nil
+	}
+	other := &OtherNamespaceError{Cgroup: e, namespace: n.String(), life: n.life}
+	if len(others) == 1 {
+		other.Pod = others[0]
+	}
+	return nil, other
+}
+
 // spares reports whether the cgroup is one of those that are not redirected, or below one.
 func (k *Kernel) spares(path string) bool {
 	return slices.ContainsFunc(k.options.Spared, func(s string) bool { return strings.HasPrefix(path+"/", "/"+s+"/") })
+}
+
+// askable returns those of the namespaces with an address that are asked: each costs some µs, and users of the node and pods may be allowed
+// to make hundreds, with any address. They are all of the pods' but for what one has beyond [maxAskedOfOne], and as many that are no pod's.
+// Of these, those of users who log in come last.
+func askable(holders []holder) []holder {
+	if len(holders) <= maxAskedOfOne {
+		return holders
+	}
+	rank := func(h holder) int {
+		switch {
+		case !h.ofNode:
+			return 0
+		case !slices.ContainsFunc(h.cgroups, func(c string) bool { return strings.HasPrefix(c, "/user.slice/") }):
+			return 1
+		}
+		return 2
+	}
+	asked := make([]holder, 0, 4*maxAskedOfOne)
+	of := map[string]int{} // how many of each pod; "" is nobody's, or several pods'
+	for r := range 3 {
+		for _, h := range holders {
+			if rank(h) == r && of[h.pod] < maxAskedOfOne {
+				of[h.pod]++
+				asked = append(asked, h)
+			}
+		}
+	}
+	return asked
 }
 
 // find asks every namespace that has the client's address, and our own, where any address can be used, who has the client's socket
@@ -229,12 +287,21 @@ func (k *Kernel) Status() KernelStatus {
 	k.mu.RLock()
 	s := k.status
 	s.Namespaces = len(k.namespaces)
+	crowded := 0
+	for _, holders := range k.byAddr {
+		if len(askable(holders)) < len(holders) {
+			crowded++
+		}
+	}
 	cgroups := k.cgroups
 	k.mu.RUnlock()
 	s.Lacks = append([]string(nil), s.Lacks...)
+	if crowded > 0 {
+		s.Lacks = append(s.Lacks, fmt.Sprintf("%d addresses are in more than %d network namespaces of no pod, or of one pod: clients in those beyond are refused", crowded, maxAskedOfOne))
+	}
 	if cgroups != nil {
 		var problem error
-		if s.Cgroups, problem = cgroups.count(); problem != nil {
+		if s.Cgroups, problem = cgroups.known(); problem != nil {
 			s.Lacks = append(s.Lacks, problem.Error())
 		}
 	}
@@ -266,6 +333,7 @@ var outcomes = []struct {
 }{
 	{nil, "ok"}, {ErrNoNamespace, "no-namespace"}, {ErrHelperAway, "helper-away"}, {ErrNoSocket, "no-socket"}, {ErrSockets, "sockets"},
 	{ErrUnknownCgroup, "unknown-cgroup"}, {ErrNoCgroup, "no-cgroup"}, {ErrEmptyCgroup, "empty-cgroup"}, {ErrOwner, "owner"}, {ErrSpared, "spared"}, {ErrPods, "pods"},
+	{ErrNamespaceOwner, "namespace-owner"}, {ErrOtherNamespace, "other-namespace"},
 }
 
 func outcome(err error) string {

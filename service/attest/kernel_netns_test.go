@@ -178,8 +178,8 @@ func TestMakerOfTheSocket(t *testing.T) {
 	if e, err := b.look(accepted(conn)); err != nil || e.PodUID != podUID(1) || !e.Alive() {
 		t.Errorf("the connection of a process that was moved is %+v, %v", e, err)
 	}
-	maker.group = containerPath(3, 3)
-	b.mustBe(maker, dial, podUID(3), containerIDOf(3)) // what it makes from now on is its new cgroup's
+	// What it makes from now on is its new cgroup's, which is another pod's than the namespace it is in.
+	b.refused("a process that was moved", accepted(b.accept(maker.do(dial))), ErrOtherNamespace)
 }
 
 // of a cgroup that was removed nothing is known, whoever still has a socket that was made in it.
@@ -392,16 +392,50 @@ func TestForgedCgroups(t *testing.T) {
 	c := b.client(containerPath(1, 1), ns)
 	inner := b.client(containerPath(1, 1)+"/init.scope", ns)
 	nested := b.client(containerPath(1, 1)+containerPath(2, 2), ns)
-	b.cgroup("/user.slice/user-1000.slice/user@1000.service/kubepods/pod" + podUID(2))
-	if err := os.Chown(b.cgroups+"/user.slice/user-1000.slice/user@1000.service/kubepods/pod"+podUID(2), 1000, 1000); err != nil {
+	b.cgroup("/kubepods/pod" + podUID(2))
+	if err := os.Chown(b.cgroups+"/kubepods/pod"+podUID(2), 1000, 1000); err != nil {
 		t.Fatal(err)
 	}
-	user := b.client("/user.slice/user-1000.slice/user@1000.service/kubepods/pod"+podUID(2)+"/"+containerIDOf(2), b.node.NS)
+	user := b.client("/kubepods/pod"+podUID(2)+"/"+containerIDOf(2), b.node.NS)
 	b.startHelper()
 	b.mustBe(c, dial, podUID(1), containerIDOf(1))
 	b.mustBe(inner, dial, podUID(1), containerIDOf(1))
 	b.refused("another pod below", accepted(b.accept(nested.do(dial))), ErrPods)
 	b.refused("a user's own", accepted(b.accept(user.do(dial))), ErrOwner)
+}
+
+// root in what is no pod makes cgroups below its own, and has one that is named like a pod's ask. It stays what it is.
+func TestForgedPods(t *testing.T) {
+	b := newBed(t)
+	escaped := strings.ReplaceAll(podUID(9), "-", "_")
+	docker := "docker-" + containerIDOf(1) + ".scope"
+	var clients []*client
+	var units []string
+	for _, forged := range []struct{ own, unit, below string }{
+		{"/system.slice/" + docker, docker, containerPath(9, 9)},
+		{"/system.slice/" + docker, docker, "/kubepods.slice/kubepods-pod" + escaped + ".slice/cri-containerd-" + containerIDOf(9) + ".scope"},
+		{"/docker/" + containerIDOf(2), "", containerPath(9, 9)},
+		{"/user.slice/user-0.slice/user@0.service", "user@0.service", containerPath(9, 9)},
+		{"/system.slice/containerd.service/system.slice:docker:" + containerIDOf(3), "containerd.service", "/kubepods-pod" + escaped + ".slice:cri-containerd:" + containerIDOf(9)},
+	} {
+		ns := b.node.NS
+		if len(clients) < 3 {
+			ns = b.pod(fmt.Sprint("forged", len(clients)))
+		}
+		clients, units = append(clients, b.client(forged.own+forged.below, ns)), append(units, forged.unit)
+	}
+	runtimes := b.client("/system.slice/containerd.service/kubepods-pod"+escaped+".slice:cri-containerd:"+containerIDOf(9), b.pod("runtimes"))
+	b.startHelper()
+	for i, c := range clients {
+		e, _ := b.mustBe(c, dial, "", "")
+		if e.Unit() != units[i] {
+			t.Errorf("%s is of unit %q, want %q", c.group, e.Unit(), units[i])
+		}
+	}
+	b.mustBe(runtimes, dial, podUID(9), containerIDOf(9))
+	if n := b.others(); n != 3 {
+		t.Errorf("%d namespaces of no pod, want 3: the others count as the pod's", n)
+	}
 }
 
 // Evidence lives as long as its container, and its namespace is let go with its last process.

@@ -16,10 +16,11 @@ type namespace struct {
 	inode      uint64 // 0: our own
 	generation int    // of the helper that handed it over
 	cgroups    []string
-	ofNode     bool      // no pod's process is in it
-	pod        string    // UID of the one pod whose processes are in it; "" where there is none, or two
-	evidence   *Evidence // what it says by itself, where the kernel names no cgroups
-	fault      error     // why it says nothing
+	ofNode     bool            // no pod's process is in it
+	uids       map[string]bool // of all pods whose processes are in it; "" for a cgroup that names two
+	pod        string          // UID of the one pod whose processes are in it; "" where there is none, or two
+	evidence   *Evidence       // what it says by itself, where the kernel names no cgroups
+	fault      error           // why it says nothing
 	life       *atomic.Bool
 
 	process    int // pidfd of a process in it; -1 for our own namespace
@@ -91,21 +92,21 @@ func (n *namespace) closed() bool {
 }
 
 // pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that is no pod's nothing can be said by it.
-func (n *namespace) pods(cgroups []string) {
+func (n *namespace) pods(node nodeRoot, cgroups []string) {
 	n.cgroups, n.ofNode = cgroups, len(cgroups) > 0
-	uids := map[string]bool{}
+	n.uids = map[string]bool{}
 	for _, path := range cgroups {
-		p, err := parsePath(path)
+		p, err := node.parse(path)
 		switch {
 		case err != nil:
-			uids[""], n.fault, n.ofNode = true, err, false
+			n.uids[""], n.fault, n.ofNode = true, err, false
 		case p.pod == "":
 			n.fault = fmt.Errorf("%w: a process of %s, which is no pod's, is in %s", ErrNoCgroup, path, n)
 		default:
-			uids[p.pod], n.pod, n.ofNode = true, p.pod, false
+			n.uids[p.pod], n.pod, n.ofNode = true, p.pod, false
 		}
 	}
-	if len(uids) > 1 {
+	if len(n.uids) > 1 {
 		n.pod, n.fault = "", fmt.Errorf("%w: %s", ErrPods, n)
 	}
 	if n.fault == nil && n.pod != "" {

@@ -116,7 +116,7 @@ func TestTooManyOthers(t *testing.T) {
 func TestPodOf(t *testing.T) {
 	in := func(cgroups ...string) holder {
 		n := &namespace{inode: 7}
-		n.pods(cgroups)
+		n.pods("", cgroups)
 		return holder{namespace: n}
 	}
 	one, two, other := containerPath(1, 1), containerPath(2, 2), "/kata_overhead/1"

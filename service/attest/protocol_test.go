@@ -107,15 +107,15 @@ func FuzzMessage(f *testing.F) {
 			t.Errorf("%d descriptors with %+v", len(fds), m)
 		}
 		n := &namespace{inode: m.Namespace}
-		n.pods(m.Cgroups)
+		n.pods("", m.Cgroups)
 		if n.evidence != nil && (n.fault != nil || n.evidence.PodUID == "") || n.fault != nil && n.evidence != nil {
 			t.Errorf("%+v of %+v", n, m)
 		}
 		for _, path := range m.Cgroups {
-			if n.evidence != nil && !isPods(path) {
+			if n.evidence != nil && !nodeRoot("").isPods(path) {
 				t.Errorf("%+v of %+v", n, m)
 			}
-			if (n.ofNode || n.pod == "" && n.evidence != nil) && isPods(path) {
+			if (n.ofNode || n.pod == "" && n.evidence != nil) && nodeRoot("").isPods(path) {
 				t.Errorf("a namespace of no pod: %+v", m)
 			}
 		}

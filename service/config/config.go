@@ -71,6 +71,7 @@ type Routing struct {
 type Attestation struct {
 	Mode      string   // kernel | source-ip
 	ByAddress []string // RuntimeClasses of pods that are known by address in any mode
+	Proxies   []string // ServiceAccounts, NAMESPACE/NAME, of proxies that ask for the pod whose network namespace they are in
 }
 
 // Google is where Google is and how it is asked.

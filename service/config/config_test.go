@@ -133,6 +133,8 @@ func TestResolved(t *testing.T) {
 			func(c Config) any { return c.HostIdentities }, someIdentities},
 		{"U-02", minimal + "passthrough: [kube-system/aws-node, kube-system/ebs-csi-node-sa]", nil,
 			func(c Config) any { return c.Passthrough }, []string{"kube-system/aws-node", "kube-system/ebs-csi-node-sa"}},
+		{"A-20", minimal + "attestation: {proxies: [istio-system/ztunnel]}", nil,
+			func(c Config) any { return c.Attestation }, Attestation{Mode: "kernel", Proxies: []string{"istio-system/ztunnel"}}},
 		{"A-14", minimal + "attestation: {byAddress: [gvisor, kata]}", nil,
 			func(c Config) any { return c.Attestation }, Attestation{Mode: "kernel", ByAddress: []string{"gvisor", "kata"}}},
 		{"R-05 uplinks by their beginning", minimal + "routing: {uplinks: [eth+, bond0]}", nil,

@@ -73,6 +73,8 @@ config.yaml: workloadIdentityProvider: is not set`},
 		{"CA file without a certificate", minimal + "google: {caFile: config.yaml}", nil, `config.yaml:3: google.caFile: "/etc/config.yaml" holds no certificate`},
 
 		{"U-02 no ServiceAccount", minimal + "passthrough: [aws-node]", nil, `config.yaml:3: passthrough: "aws-node" is not a ServiceAccount: write NAMESPACE/NAME`},
+		{"A-20 no ServiceAccount", minimal + "attestation: {proxies: [ztunnel]}", nil, `config.yaml:3: attestation.proxies: "ztunnel" is not a ServiceAccount: write NAMESPACE/NAME`},
+		{"A-20 by address", minimal + "attestation: {mode: source-ip, proxies: [a/b]}", nil, `config.yaml:3: attestation.proxies: a proxy cannot be told by its address: remove it, or set attestation.mode to kernel`},
 		{"U-02 by address", minimal + "passthrough: [a/b]\nattestation: {mode: source-ip}", nil, `config.yaml:3: passthrough: pods on the host network cannot be told by their address: remove it, or set attestation.mode to kernel`},
 		{"U-02 with a link", minimal + "passthrough: [a/b]\nrouting: {mode: loopback, link: gme0}", nil, `config.yaml:3: passthrough: with routing.link 169.254.169.254 is this node's own, and the cloud's server out of reach: remove it, or use another routing.mode`},
 		{"G-08 http", minimal + "google: {stsURL: 'http://127.0.0.1:1/v1/token'}", nil, `config.yaml:3: google.stsURL: "http://127.0.0.1:1/v1/token" would send tokens in clear`},

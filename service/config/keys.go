@@ -89,6 +89,9 @@ var keys = []Key{
 	{Path: "attestation.byAddress", check: label,
 		Usage: "RuntimeClasses of sandboxes, such as gvisor, whose sockets the node's kernel does not have: their pods are known by address",
 		field: func(r *raw) any { return &r.Attestation.ByAddress }},
+	{Path: "attestation.proxies", check: accountName,
+		Usage: "ServiceAccounts, NAMESPACE/NAME, of a mesh's node proxies, such as istio-system/ztunnel: what they ask in the network namespace of a pod, that pod asks",
+		field: func(r *raw) any { return &r.Attestation.Proxies }},
 
 	{Path: "hostIdentities",
 		Usage: "processes of the node that get a ServiceAccount's identity: {unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or {cgroup: /system.slice/docker-*.scope, serviceAccount: NAMESPACE/NAME}; the first that fits counts",

@@ -27,6 +27,7 @@ func (l *loader) resolve() {
 	l.checkExtraMetadata()
 	l.checkHostIdentities()
 	l.checkPassthrough()
+	l.checkProxies()
 	l.warn()
 }
 
@@ -224,6 +225,13 @@ func (l *loader) checkPassthrough() {
 		l.complain(key, 0, bad("remove it, or set attestation.mode to kernel", "pods on the host network cannot be told by their address"))
 	case l.Routing.Link != "" && !l.broken["routing.link"]:
 		l.complain(key, 0, bad("remove it, or use another routing.mode", "with routing.link %s is this node's own, and the cloud's server out of reach", metadataServer.Addr()))
+	}
+}
+
+// checkProxies refuses what could never be: an address says nothing of a proxy.
+func (l *loader) checkProxies() {
+	if len(l.Attestation.Proxies) > 0 && l.Attestation.Mode == "source-ip" && !l.broken["attestation.mode"] {
+		l.complain("attestation.proxies", 0, bad("remove it, or set attestation.mode to kernel", "a proxy cannot be told by its address"))
 	}
 }
 

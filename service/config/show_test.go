@@ -19,7 +19,7 @@ tokenAudience: "https://example.com/a#b"
 listen: 169.254.169.254:80
 healthListen: "[::1]:9000"
 routing: {mode: loopback, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}
-attestation: {mode: kernel, byAddress: [gvisor, kata]}
+attestation: {mode: kernel, byAddress: [gvisor, kata], proxies: [istio-system/ztunnel]}
 hostIdentities:
 - {unit: "docker-[0-9]*.scope", serviceAccount: kube-system/image-puller}
 - {cgroup: /docker/*, serviceAccount: ns/docker}
