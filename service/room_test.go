@@ -1,6 +1,7 @@
 package service
 
 import (
+	"bufio"
 	"fmt"
 	"io"
 	"net"
@@ -169,6 +170,12 @@ func TestHealthListenIsBounded(t *testing.T) {
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if _, err := io.WriteString(c, "GET /nothing HTTP/1.1\r\nHost: health\r\n\r\n"); err != nil { // and is kept alive after it
+			t.Fatal(err)
+		}
+		if res := readResponse(t, bufio.NewReader(c), "GET"); res.StatusCode != 404 || res.Header.Get("Metadata-Flavor") != "" {
+			t.Fatalf("%d %v", res.StatusCode, res.Header)
 		}
 		return c
 	})
