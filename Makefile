@@ -14,7 +14,7 @@ ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all help build install packages release deps demo check golden test test-booted test-vm test-vagrant lint bench fuzz clean deps-demo deps-vm deps-vagrant
+.PHONY: all help build install packages release deps demo check golden test test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-vm deps-vagrant
 
 all: build
 
@@ -94,6 +94,9 @@ lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
 
 bench: ## cached tokens against a bare net/http server, and the benchmarks of every package
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./service/... 
+
+chaos: ## a table of what others notice of each load that a pod can put on the service: latency, memory, stop, recovery
+	GME_CHAOS=1 $(GO) test -count=1 -timeout 30m -v $(AS_ROOT) -run '^TestChaos$$' ./service
 
 fuzz: ## each fuzz target for FUZZTIME
 	@.ci/fuzz $(or $(FUZZTIME),30s)

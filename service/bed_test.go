@@ -136,7 +136,9 @@ func (b *bed) read() (config.Config, error) {
 // start runs the service on a listener of its own, as if systemd had handed it over.
 func (b *bed) start(t testing.TB) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

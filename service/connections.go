@@ -9,31 +9,29 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// connections counts the open connections of each pod, of each unit of the node, and of each address where that is all that
-// is known at accept, so that nobody can take those of the others.
+// connections counts the open connections of each pod, of each unit of the node, and of each address where that is all
+// that is known at accept, so that nobody can take those of the others. room.go bounds the number of all connections.
 type connections struct {
 	limit func() int                // limits.connectionsPerPod
 	ours  func(netip.AddrPort) bool // our own, which count for nothing
 	look  func(*attest.Peer)        // finds out who is on the other end
-
-	opened, idle atomic.Int64 // of all; idle are those between two requests
-
-	mu      sync.Mutex
-	parties map[attest.Party]*atomic.Int64 // how many each has open
+	room                            // of all
 }
 
 // connection is what we know of one.
 type connection struct {
 	peer  *attest.Peer
-	look  func() error  // finds that out, once
+	look  func() error  // finds out who is on the other end, once
 	party attest.Party  // whom it counts for
-	open  *atomic.Int64 // how many that one has; nil for our own, and until that one is known
+	open  *atomic.Int64 // how many that one has; nil for our own, until that one is known, and where there is no room
 	ours  bool
-	idle  atomic.Bool
+	held
+	half
 
 	theirs bool // what is written is another server's answer, and no refusal of net/http's
 
@@ -42,25 +40,27 @@ type connection struct {
 }
 
 func newConnections(limit func() int, ours func(netip.AddrPort) bool, look func(*attest.Peer)) *connections {
-	return &connections{limit: limit, ours: ours, look: look, parties: map[attest.Party]*atomic.Int64{}}
+	return &connections{limit: limit, ours: ours, look: look, room: newRoom(maxConnections, maxUnknown)}
 }
 
 type connectionKey struct{}
 
-// accept runs between accept() and the first read: both ends are written down now. Who is on the other one is looked up by the connection's
-// own goroutine, before it reads a byte: others do not wait for it.
+// accept runs between accept() and the first read: both ends are written down now, and the connection counts. Who is on the
+// other end is looked up by the connection's own goroutine, before it reads a byte: others do not wait for it.
 func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	known := new(connection)
-	if f, ok := c.(flavouredConn); ok {
-		known = f.connection
+	s, ok := c.(clientConn)
+	if ok {
+		known = s.connection
 	}
+	known.conn = c
 	known.peer = attest.Accept(c)
 	known.ours = x.ours(known.peer.Client)
-	if !known.ours {
-		x.opened.Add(1)
-	}
 	known.look = sync.OnceValue(func() error { return x.identify(known) })
-	if _, ok := c.(flavouredConn); !ok { // nobody else does
+	if !known.ours && !x.enter(known) {
+		known.look = func() error { return io.EOF }
+		reset(c)
+	} else if !ok { // nobody else does
 		_ = known.look()
 	}
 	return context.WithValue(ctx, connectionKey{}, known)
@@ -73,47 +73,36 @@ func (x *connections) identify(known *connection) error {
 	if known.ours {
 		return nil
 	}
-	x.mu.Lock()
-	if x.parties[known.party] == nil {
-		x.parties[known.party] = new(atomic.Int64)
-	}
-	known.open = x.parties[known.party]
-	n := known.open.Add(1)
-	x.mu.Unlock()
-	if n > int64(2*x.limit()) { // one that does not even read its refusals gets no more of them
+	// One that does not even read its refusals gets no more of them.
+	if n := x.settle(known); n == 0 || n > int64(2*x.limit()) {
+		reset(known.conn)
 		return io.EOF // net/http closes it without a word
 	}
 	return nil
 }
 
-// state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then.
+// state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then. Active is
+// said once the header of a request is there, and not at its first byte.
 func (x *connections) state(c net.Conn, state http.ConnState) {
-	f, ok := c.(flavouredConn)
-	if ok {
-		f.connection.theirs = false // it is written
-	}
-	if !ok || f.connection.peer == nil || f.connection.ours {
+	s, ok := c.(clientConn)
+	if !ok {
 		return
 	}
-	known := f.connection
-	if idle := state == http.StateIdle; known.idle.Swap(idle) != idle {
-		if idle {
+	known := s.connection
+	known.theirs = false // it is written
+	asked := state == http.StateActive
+	if known.asked.Swap(asked) != asked && known.open != nil {
+		x.answering.Add(map[bool]int64{true: 1, false: -1}[asked])
+	}
+	if idle := state == http.StateIdle; known.open != nil && known.idle.Swap(idle) != idle {
+		if known.since.Store(time.Now().UnixNano()); idle {
 			x.idle.Add(1)
 		} else {
 			x.idle.Add(-1)
 		}
 	}
-	if state != http.StateClosed && state != http.StateHijacked {
-		return
-	}
-	x.opened.Add(-1)
-	if known.open == nil {
-		return
-	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if known.open.Add(-1) == 0 {
-		delete(x.parties, known.party)
+	if state == http.StateClosed || state == http.StateHijacked {
+		x.leave(known)
 	}
 }
 
@@ -127,11 +116,8 @@ func (x *connections) check(known *connection) error {
 		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party, known.open.Load())}
 }
 
-// open returns the number of all open connections.
-func (x *connections) open() int { return int(x.opened.Load()) }
-
 // busy returns the number of those that wait for an answer, or have not asked yet.
-func (x *connections) busy() int { return int(x.opened.Load() - x.idle.Load()) }
+func (x *connections) busy() int { return x.open() - int(x.idle.Load()) }
 
 func connectionOf(ctx context.Context) *connection {
 	known, _ := ctx.Value(connectionKey{}).(*connection)

@@ -26,7 +26,7 @@ func connectionsBed(t *testing.T, x *connections) func() net.Conn {
 	web := &http.Server{ConnContext: x.accept, ConnState: x.state, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, connectionOf(r.Context()).party.String())
 	})}
-	go func() { _ = web.Serve(flavoured{l}) }()
+	go func() { _ = web.Serve(clientListener{Listener: l}) }()
 	t.Cleanup(func() { _ = web.Close() })
 	return func() net.Conn {
 		c, err := net.Dial("tcp", l.Addr().String())

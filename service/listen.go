@@ -1,7 +1,6 @@
 package service
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -231,49 +230,4 @@ func (l *listening) String() string {
 		texts = append(texts, a.String())
 	}
 	return strings.Join(texts, " and ")
-}
-
-// flavoured is a listener for net/http, which writes some refusals itself: of what is no HTTP, of headers that are too
-// long. They get our header too, since Node's client takes no answer without it for one (H-04).
-type flavoured struct{ net.Listener }
-
-func (f flavoured) Accept() (net.Conn, error) {
-	c, err := f.Listener.Accept()
-	if tcp, ok := c.(*net.TCPConn); ok && err == nil {
-		return flavouredConn{tcp, new(connection)}, nil
-	}
-	return c, err
-}
-
-type flavouredConn struct {
-	*net.TCPConn
-	*connection // what we know of it, where ConnState finds it
-}
-
-// Read finds out first who is on the other end.
-func (c flavouredConn) Read(b []byte) (int, error) {
-	if c.look != nil {
-		if err := c.look(); err != nil {
-			return 0, err
-		}
-	}
-	return c.TCPConn.Read(b)
-}
-
-var (
-	refusalPrefix  = []byte("HTTP/1.1 ")
-	flavourHeaders = []byte("Metadata-Flavor: Google\r\nServer: GKE Metadata Server\r\nX-XSS-Protection: 0\r\nX-Frame-Options: SAMEORIGIN\r\nContent-Type: application/text\r\n")
-)
-
-// Write recognises net/http's own refusals: a 4xx or 5xx that names its type with a charset, which ours never do (H-05).
-func (c flavouredConn) Write(b []byte) (int, error) {
-	if c.theirs || len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
-		return c.TCPConn.Write(b)
-	}
-	line, rest, _ := bytes.Cut(b, []byte("\r\n"))
-	rest = bytes.Replace(rest, []byte("Content-Type: text/plain; charset=utf-8\r\n"), nil, 1)
-	if _, err := c.TCPConn.Write(slices.Concat(line, []byte("\r\n"), flavourHeaders, rest)); err != nil {
-		return 0, err
-	}
-	return len(b), nil
 }

@@ -28,7 +28,7 @@ type metrics struct {
 	series map[outcome]series
 }
 
-func newMetrics(version, runDir string, connections func() int) *metrics {
+func newMetrics(version, runDir string, connections *room) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		series:   map[outcome]series{},
@@ -51,7 +51,17 @@ func newMetrics(version, runDir string, connections func() int) *metrics {
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_connections",
 			Help: "Open connections of pods.",
-		}, func() float64 { return float64(connections()) }),
+		}, func() float64 { return float64(connections.open()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name:        "gke_metadata_emulator_connections_closed_total",
+			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
+			ConstLabels: prometheus.Labels{"outcome": "made-room"},
+		}, func() float64 { return float64(connections.cut.Load()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name:        "gke_metadata_emulator_connections_closed_total",
+			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
+			ConstLabels: prometheus.Labels{"outcome": "no-room"},
+		}, func() float64 { return float64(connections.refused.Load()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "gke_metadata_emulator_build_info",
 			Help:        "1, labelled with what was built.",

@@ -79,7 +79,10 @@ func (s *server) passThrough(ctx context.Context, req *request) (metadata.Answer
 			"this is not the cloud's metadata server; for ServiceAccount %s to ask that one, name it in passthrough, or set routing.interceptHostPods to off", by)}
 	}
 	req.place.Node = "passthrough"
-	if req.passed, err = s.cloud.ask(ctx, req.Request, req.place.Path); err == nil {
+	if req.ContentLength != 0 { // net/http takes a client that ends its half after a body for one that left
+		ctx = context.WithoutCancel(ctx)
+	}
+	if req.passed, err = s.cloud.ask(ctx, req.Request, req.place.Path, req.party); err == nil {
 		err = s.check(ctx, req.peer)
 	}
 	return metadata.Answer{}, err
@@ -100,16 +103,17 @@ func (s *server) attest(ctx context.Context, req *request) (site *site, err erro
 // Bounds of what is passed. A body is held in memory, so that nothing of it is written before all of it is there.
 const (
 	mostAsked     = 64 << 10
-	mostAnswered  = 1 << 20 // OpenStack's vendor data; AWS's user data is 16 KiB
-	mostAtOnce    = 16
+	mostAnswered  = 1 << 20          // OpenStack's vendor data; AWS's user data is 16 KiB
+	mostAtOnce    = 16               // of all
+	mostForOne    = 4                // of one pod
 	cloudPatience = 10 * time.Second // Azure makes its tokens when they are asked for
 )
 
 // cloud is the cloud's own metadata server. We live in a slice of the host's, which the rules spare: who connects there gets there.
 type cloud struct {
 	http.Transport
-	at     string
-	atOnce chan struct{}
+	at    string
+	turns turns
 }
 
 // passed is what it answered.
@@ -120,15 +124,15 @@ type passed struct {
 }
 
 func newCloud() *cloud {
-	c := &cloud{at: strings.TrimSuffix(routing.MetadataServer().String(), ":80"), atOnce: make(chan struct{}, mostAtOnce)}
+	c := &cloud{at: strings.TrimSuffix(routing.MetadataServer().String(), ":80"), turns: newTurns(mostAtOnce, mostForOne)}
 	c.DialContext = (&net.Dialer{Timeout: 2 * time.Second}).DialContext // and never by a proxy
 	// A connection that is kept may be closed there as it is used again, and then a PUT is lost.
 	c.DisableCompression, c.DisableKeepAlives, c.MaxResponseHeaderBytes = true, true, 64<<10
 	return c
 }
 
-// ask asks for the path what r asks. A redirect is an answer like any other.
-func (c *cloud) ask(ctx context.Context, r *http.Request, path string) (*passed, error) {
+// ask asks for the path what r asks, for a pod. A redirect is an answer like any other.
+func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest.Party) (*passed, error) {
 	ctx, cancel := context.WithTimeout(ctx, cloudPatience)
 	defer cancel()
 	body, err := atMost(r.Body, mostAsked)
@@ -138,12 +142,11 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string) (*passed,
 	case err != nil:
 		return nil, refusal{Status: http.StatusBadRequest, Close: true, Reason: "the request did not come in whole"}
 	}
-	select {
-	case c.atOnce <- struct{}{}:
-		defer func() { <-c.atOnce }()
-	case <-ctx.Done():
+	done, ok := c.turns.wait(ctx, by)
+	if !ok {
 		return nil, cmp.Or(r.Context().Err(), error(refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cloud's metadata server is slow, and others wait for it"}))
 	}
+	defer done()
 	to := &http.Request{Method: r.Method, URL: &url.URL{Scheme: "http", Host: c.at, Path: path, RawQuery: r.URL.RawQuery}, Host: c.at,
 		Header: endToEnd(r.Header), Body: http.NoBody, ContentLength: int64(len(body))}
 	if len(body) > 0 {

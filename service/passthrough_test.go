@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -92,11 +93,11 @@ func passingBed(t *testing.T, cloudSays http.HandlerFunc) (ask func(request stri
 	}
 	web := &http.Server{ConnContext: s.connections.accept, ConnState: s.connections.state, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		req := &request{Request: r, connection: connectionOf(r.Context())}
-		a, err := s.cloud.ask(r.Context(), r, r.URL.Path)
+		a, err := s.cloud.ask(r.Context(), r, r.URL.Path, req.party)
 		req.passed = a
 		s.write(w, req, metadata.Answer{}, err)
 	})}
-	go func() { _ = web.Serve(flavoured{l}) }()
+	go func() { _ = web.Serve(clientListener{Listener: l}) }()
 	t.Cleanup(func() { _ = web.Close() })
 	return func(request string) response {
 		t.Helper()
@@ -209,34 +210,65 @@ func TestPassedTooSlowly(t *testing.T) {
 			go func() { _, _ = io.Copy(io.Discard, theirs) }()
 			return ours, nil
 		}
-		ask := func(ctx context.Context) error {
+		ask := func(ctx context.Context, pod int) error {
 			r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://169.254.169.254/latest/", http.NoBody)
 			if err != nil {
 				return err
 			}
-			_, err = c.ask(ctx, r, "/latest/")
+			_, err = c.ask(ctx, r, "/latest/", attest.Party{PodUID: strconv.Itoa(pod)})
 			return err
 		}
 		errs := make(chan error)
-		for range mostAtOnce {
-			go func() { errs <- ask(t.Context()) }()
+		for i := range mostAtOnce {
+			go func() { errs <- ask(t.Context(), i/mostForOne) }()
 		}
 		synctest.Wait()
 		gone, leave := context.WithCancel(t.Context())
 		left := make(chan error)
-		go func() { left <- ask(gone) }()
+		go func() { left <- ask(gone, 99) }()
 		synctest.Wait()
 		leave()
 		if err := <-left; err != context.Canceled {
 			t.Errorf("who left: %v", err)
 		}
-		go func() { errs <- ask(t.Context()) }()
+		go func() { errs <- ask(t.Context(), 98) }()
 		status := map[int]int{}
 		for range mostAtOnce + 1 {
 			status[refusalOf(<-errs).Status]++
 		}
 		if status[502]+status[503] != mostAtOnce+1 || status[502] < mostAtOnce {
 			t.Errorf("%v", status)
+		}
+	})
+}
+
+// One pod that asks a slow cloud leaves it to the others, too.
+func TestPassedShares(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tt := newTurns(mostAtOnce, mostForOne)
+		greedy, other := attest.Party{PodUID: "greedy"}, attest.Party{PodUID: "other"}
+		ctx, leave := context.WithCancel(t.Context())
+		for range mostAtOnce + 4 {
+			go func() {
+				if done, ok := tt.wait(ctx, greedy); ok {
+					<-ctx.Done()
+					done()
+				}
+			}()
+		}
+		synctest.Wait()
+		for range mostForOne {
+			if _, ok := tt.wait(t.Context(), other); !ok {
+				t.Fatal("no turn")
+			}
+		}
+		if n := len(tt.all); n != 2*mostForOne {
+			t.Errorf("%d at once", n)
+		}
+		leave()
+		synctest.Wait()
+		if n := len(tt.parties); n != 1 || len(tt.all) != mostForOne {
+			t.Errorf("%d parties, and %d turns are taken", n, len(tt.all))
 		}
 	})
 }

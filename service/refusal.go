@@ -3,6 +3,7 @@ package service
 import (
 	"errors"
 	"net/http"
+	"strings"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
@@ -85,8 +86,13 @@ func refusalOf(err error) refusal {
 	if r.Reason == "" {
 		r.Reason = err.Error()
 	}
+	if len(r.Reason) > maxReason { // each that is quoted in it is bounded; this is for the day when one is not
+		r.Reason = strings.ToValidUTF8(r.Reason[:maxReason], "") + "…"
+	}
 	return r
 }
+
+const maxReason = 4096 // bytes of an answer that is a refusal
 
 func is(target error) func(error) bool {
 	return func(err error) bool { return errors.Is(err, target) }

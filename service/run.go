@@ -111,7 +111,8 @@ func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) err
 	s.listener, s.probe = all[0], newProbe(all[0])
 	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log), cloud: newCloud()}
 	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.look)
-	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, s.server.connections.open)
+	s.server.connections.vouched = s.vouched
+	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, &s.server.connections.room)
 	s.server.site.Store(first)
 	s.describe(first)
 	defer func() { s.site().stop() }()
@@ -140,7 +141,7 @@ func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) err
 		}
 		g.Go(func() error {
 			defer left()
-			if err := web.Serve(flavoured{l}); gctx.Err() == nil {
+			if err := web.Serve(s.clients(l, false)); gctx.Err() == nil {
 				return fmt.Errorf("serving %s: %w", l.Addr(), err)
 			}
 			return nil
@@ -188,14 +189,32 @@ func (s *Service) look(p *attest.Peer) {
 	}
 }
 
+// clients returns the listener with what its connections may hold bounded. Where that cannot be had, pods are served all the same.
+func (s *Service) clients(l net.Listener, plain bool) net.Listener {
+	c := clientListener{l, plain, s.server.draining}
+	if err := c.bounded(); err != nil {
+		s.log.WithError(err).Warnf("the buffers of connections to %s cannot be bounded: clients that do not read can hold several MB each", l.Addr())
+	}
+	return c
+}
+
+// vouched reports whether a new connection's client is more than an address that anybody can make up.
+func (s *Service) vouched(p *attest.Peer) bool {
+	b := s.site().backend
+	return b != nil && b.attestor.Vouched(p)
+}
+
 // drain ends without losing a request: answers say Connection: close for a while and long polls are released,
 // mints in flight come to their end, and only then is the listener left, which systemd goes on holding. What was accepted is
-// answered before net/http is told: it throws away the requests that it reads from then on.
+// answered before net/http is told: it throws away the requests that it reads from then on. Nobody is waited for who does not read an
+// answer, or does not send a whole request.
 func (s *Service) drain(web *http.Server) {
 	_ = s.leaveTokens(s.site()) // tried again below
 	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
 	s.log.Info("stopping")
 	close(s.server.draining)
+	x := s.server.connections
+	x.each(true, func(c *connection) { _ = c.conn.SetWriteDeadline(time.Now().Add(hastyTimeout)) })
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all
@@ -204,10 +223,14 @@ func (s *Service) drain(web *http.Server) {
 		s.log.WithError(err).Warn("the next process does not get the latest tokens")
 	}
 	s.listening.leave()
-	for end := time.Now().Add(time.Second); s.server.connections.busy() > 0 && time.Now().Before(end); {
+	for end := time.Now().Add(hastyTimeout); x.busy() > 0 && time.Now().Before(end); {
 		sleep(ctx, 2*time.Millisecond)
 	}
+	for x.answering.Load() > 0 && sleep(ctx, 2*time.Millisecond) {
+	}
+	x.each(false, func(c *connection) { reset(c.conn) })
 	if err := web.Shutdown(ctx); err != nil {
+		s.log.Warnf("stopping: %d connections are closed in the middle of an answer: it was not there after 5s", x.answering.Load())
 		_ = web.Close()
 	}
 }

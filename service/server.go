@@ -63,14 +63,15 @@ func noteHandedOut(q metadata.Query, r token.Request, t token.Token) {
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	req := &request{Request: r, connection: connectionOf(r.Context()), started: time.Now()}
 	if r.ContentLength != 0 { // nobody waits longer for a body
+		req.body.Store(true)
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(2 * cloudPatience))
 	}
 	a, err := s.answer(req)
-	status := statusGone
-	if err == nil || r.Context().Err() == nil {
-		status = s.write(w, req, a, err)
+	if err != nil && r.Context().Err() != nil {
+		s.tell(req, statusGone, err)
+		panic(http.ErrAbortHandler) // what returns without writing answers 200 with nothing in it
 	}
-	s.tell(req, status, err)
+	s.tell(req, s.write(w, req, a, err), err)
 }
 
 // statusGone is what the log and the metrics say of an asker that left before the answer was there.
@@ -140,6 +141,7 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		} else if err != nil {
 			return metadata.Answer{}, err
 		}
+		s.connections.know(req.connection)
 		q.Caller = req.caller
 		a, err := place.Answer(ctx, q)
 		if err == nil {
@@ -152,6 +154,8 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 		case <-changed:
 		case <-site.superseded:
 		case <-timeout:
+			return a, nil
+		case <-req.ended: // or the client left
 			return a, nil
 		case <-s.draining:
 			return a, nil

@@ -149,7 +149,7 @@ func (s *Service) serveStatus(ctx context.Context, path string) error {
 		e.SetIndent("", "  ")
 		_ = e.Encode(s.Status()) // a client that left is no news
 	})
-	return s.serveInternal(ctx, l, mux)
+	return s.serveInternal(ctx, l, mux, nil)
 }
 
 // listenUnix makes the socket in the place of one that an earlier process left behind.
@@ -169,7 +169,9 @@ func listenUnix(ctx context.Context, path string) (net.Listener, error) {
 
 // serveHealth answers probes and Prometheus on healthListen, which pods do not reach unless the operator says so.
 func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.String())
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // whose sockets have not all options
+	l, err := lc.Listen(ctx, "tcp", a.String())
 	if err != nil {
 		s.log.WithError(err).Errorf("healthListen %s cannot be bound, so there are no /healthz, /readyz and /metrics", a)
 		return nil // pods are served all the same
@@ -178,7 +180,11 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.gather(), promhttp.HandlerOpts{ErrorLog: s.log}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.probe.ask(r.Context())) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { health(w, s.readiness(r.Context())) })
-	return s.serveInternal(ctx, l, mux)
+	// Any pod on the host network reaches it: a few connections are enough for Prometheus and probes, and whoever comes is let in.
+	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
+	x.room = newRoom(maxHealth, maxHealth)
+	x.cutAnswered = true
+	return s.serveInternal(ctx, s.clients(l, true), mux, x)
 }
 
 // gather collects the server's metrics and those of the backend that is in force.
@@ -238,8 +244,13 @@ func health(w http.ResponseWriter, err error) {
 	_, _ = fmt.Fprintln(w, "ok")
 }
 
-func (s *Service) serveInternal(ctx context.Context, l net.Listener, h http.Handler) error {
-	web := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: quietLog(s.log)}
+// serveInternal serves until ctx is done. Connections are bounded by x, if there is one.
+func (s *Service) serveInternal(ctx context.Context, l net.Listener, h http.Handler, x *connections) error {
+	web := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10, ErrorLog: quietLog(s.log)}
+	if x != nil {
+		web.ConnContext, web.ConnState = x.accept, x.state
+	}
 	var g errgroup.Group
 	g.Go(func() error {
 		<-ctx.Done()

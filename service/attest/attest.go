@@ -103,6 +103,16 @@ func (a *Attestor) Look(p *Peer) {
 	}
 }
 
+// Vouched reports, without waiting, whether p's client is known to be a pod or a unit of the node, whoever that is. What is not is an
+// address, which somebody may have made up.
+func (a *Attestor) Vouched(p *Peer) bool {
+	if p.evidence != nil {
+		return true
+	}
+	pods, _, err := a.Pods.At(p.Client.Addr())
+	return err == nil && slices.ContainsFunc(pods, func(c workload.Caller) bool { return a.BelievesAddress(c.RuntimeClass) })
+}
+
 // Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first answer binds the
 // connection: whoever comes to be in the caller's place gets ErrChanged on it, never the first one's identity nor its own.
 // Errors: those of this package, the index's own, and ctx's.

@@ -156,7 +156,8 @@ func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount
 		o.ResourceVersion = "0"
 	}
 	obj := new(corev1.ServiceAccount)
-	err := k.core.Get().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).VersionedParams(&o, c.codec).Do(cctx).Into(obj)
+	err := brief(k.core.Get().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).
+		VersionedParams(&o, c.codec).Do(cctx).Into(obj))
 	unbound := len(c.pods.current.Load().byAccount[sa]) == 0 && slices.Contains(c.pods.hosts, sa)
 	return obj, c.judge(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace, unbound: unbound}, err)
 }

@@ -70,6 +70,7 @@ func newClient(cfg *rest.Config, codec codec, userAgent string) (*client, error)
 	// A dialer of our own also keeps client-go from sharing this transport with the previous credential's.
 	conns := connrotation.NewDialer((&net.Dialer{Timeout: callTimeout, KeepAlive: 30 * time.Second}).DialContext)
 	cfg.Dial = conns.DialContext
+	cfg.Wrap(func(rt http.RoundTripper) http.RoundTripper { return bounding{rt} })
 	h, err := rest.HTTPClientFor(cfg)
 	if err != nil {
 		return nil, err
@@ -114,7 +115,7 @@ func (c *Cluster) listPods(ctx context.Context, k *client, o metav1.ListOptions)
 	defer cancel()
 	l := new(corev1.PodList)
 	err := k.core.Get().MaxRetries(noRetry).Resource("pods").VersionedParams(&o, c.codec).Do(ctx).Into(l)
-	return l, err
+	return l, brief(err)
 }
 
 func (c *Cluster) watch(ctx context.Context, k *client, namespace, resource string, o metav1.ListOptions) (watch.Interface, error) {
@@ -123,7 +124,8 @@ func (c *Cluster) watch(ctx context.Context, k *client, namespace, resource stri
 	if namespace != "" {
 		r = r.Namespace(namespace)
 	}
-	return r.Resource(resource).VersionedParams(&o, c.codec).Watch(ctx)
+	w, err := r.Resource(resource).VersionedParams(&o, c.codec).Watch(ctx)
+	return w, brief(err)
 }
 
 // whoami asks the API server who we are. An identity that may not ask, and a server that is too old to be asked, is "".
@@ -132,7 +134,7 @@ func (c *Cluster) whoami(ctx context.Context, k *client) (string, error) {
 	cctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	r := new(authenticationv1.SelfSubjectReview)
-	err := k.auth.Post().Resource(call.resource).Body(new(authenticationv1.SelfSubjectReview)).Do(cctx).Into(r)
+	err := brief(k.auth.Post().Resource(call.resource).Body(new(authenticationv1.SelfSubjectReview)).Do(cctx).Into(r))
 	if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 		c.contact()
 		return "", nil

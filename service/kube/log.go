@@ -35,10 +35,10 @@ type sink struct {
 func (s sink) Init(logr.RuntimeInfo)  {}
 func (s sink) Enabled(level int) bool { return level <= 0 }
 
-func (s sink) Info(_ int, msg string, kv ...any) { s.fields(kv).Debug(s.name + msg) }
+func (s sink) Info(_ int, msg string, kv ...any) { s.fields(kv).Debug(s.name + sanitize(msg)) }
 
 func (s sink) Error(err error, msg string, kv ...any) {
-	s.fields(kv).WithError(err).Debug(s.name + msg)
+	s.fields(kv).WithError(brief(err)).Debug(s.name + msg)
 }
 
 func (s sink) WithValues(kv ...any) logr.LogSink { return sink{s.fields(kv), s.name} }
@@ -49,7 +49,7 @@ func (s sink) WithName(name string) logr.LogSink {
 func (s sink) fields(kv []any) logrus.FieldLogger {
 	f := logrus.Fields{}
 	for i := 0; i+1 < len(kv); i += 2 {
-		f[fmt.Sprint(kv[i])] = fmt.Sprint(kv[i+1])
+		f[fmt.Sprint(kv[i])] = sanitize(fmt.Sprint(kv[i+1]))
 	}
 	return s.log.WithFields(f)
 }

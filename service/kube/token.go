@@ -81,7 +81,7 @@ func (c *Cluster) request(ctx context.Context, k *client, sa workload.ServiceAcc
 	r := k.core.Post().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).SubResource("token").
 		VersionedParams(&metav1.CreateOptions{}, c.codec).Body(ask).Do(cctx)
 	var code int
-	err := r.StatusCode(&code).Into(got)
+	err := brief(r.StatusCode(&code).Into(got))
 	if code >= 200 && code < 300 && (err != nil || got.Status.Token == "") {
 		err = errNoToken // and not the decoder's words: the body it stumbled over is a token
 	}

@@ -115,13 +115,13 @@ func (c *Cluster) clock(ctx context.Context, k *client, a *Attempt) error {
 	a.Asked = time.Now()
 	res, err := k.http.Do(req)
 	if err != nil {
-		return c.lost(err)
+		return c.lost(brief(err))
 	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, 1<<20))
+	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, maxRefusal))
 	_ = res.Body.Close()
 	a.Date, _ = http.ParseTime(res.Header.Get("Date"))
 	if res.StatusCode == http.StatusUnauthorized {
-		return c.lost(fmt.Errorf("the credential of %s is not accepted: %s", a.Kubeconfig, res.Status))
+		return c.lost(fmt.Errorf("the credential of %s is not accepted: %s", a.Kubeconfig, http.StatusText(res.StatusCode)))
 	}
 	return nil
 }

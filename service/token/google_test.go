@@ -250,7 +250,7 @@ func TestGooglesRefusalsInGooglesWords(t *testing.T) {
 		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: invalid_target"},
 		{"control characters and length", func(w *world) {
 			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Body: `{"error":"x","error_description":"a\u001b[31m\nb ` + strings.Repeat("word ", 400) + `"}`})
-		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: a[31m b " + strings.Repeat("word ", 203) + "w…"},
+		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: a[31m b " + strings.Repeat("word ", 100) + "word…"},
 		{"the subject token echoed", func(w *world) {
 			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Body: `{"error":"x","error_description":"bad token %TOKEN%, really"}`})
 		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: bad token [redacted], really"},

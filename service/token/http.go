@@ -23,6 +23,7 @@ const (
 	firstBackoff   = 200 * time.Millisecond
 	longestWait    = 5 * time.Second // for Retry-After: who is told to wait for longer gives up, and the cache asks later
 	answerLimit    = 1 << 20         // bytes of an answer (G-04)
+	refusalLimit   = 64 << 10        // bytes that are read of one that is not 200: Google's have some hundred
 )
 
 // newClient returns the one client for both of Google's services: 100 mints at once share its connections.
@@ -55,6 +56,8 @@ func newClient(caFile string) (*http.Client, error) {
 			MaxIdleConnsPerHost:   100,
 			IdleConnTimeout:       90 * time.Second,
 			ResponseHeaderTimeout: attemptTimeout,
+
+			MaxResponseHeaderBytes: refusalLimit,
 		},
 		CheckRedirect: notFollowed,
 	}, nil
@@ -109,6 +112,13 @@ func postOnce(ctx context.Context, client *http.Client, url string, header http.
 		return answer{}, err
 	}
 	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK { // what is cut off is in nobody's form
+		read, err := io.ReadAll(io.LimitReader(resp.Body, refusalLimit))
+		if err != nil {
+			return answer{}, fmt.Errorf("reading the answer of %s: %w", req.URL.Host, err)
+		}
+		return answer{resp.StatusCode, resp.Header, read}, nil
+	}
 	read, err := io.ReadAll(io.LimitReader(resp.Body, answerLimit+1))
 	if err != nil {
 		return answer{}, fmt.Errorf("reading the answer of %s: %w", req.URL.Host, err)

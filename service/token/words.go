@@ -10,8 +10,8 @@ import (
 )
 
 const (
-	longestMessage = 1024 // bytes
-	longestPiece   = 15   // bytes in a row of a secret that may show: too few to be of use
+	longestMessage = 512 // bytes
+	longestPiece   = 15  // bytes in a row of a secret that may show: too few to be of use
 
 	gone       = "[redacted]"
 	notGoogles = "(the answer is not in Google's form; is there a proxy in between?)"

@@ -1,0 +1,215 @@
+package service
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+)
+
+// chaosLong has TestChaos apply every load for as long as figures need, and tell them; `make chaos` sets it.
+const chaosLong = "GME_CHAOS"
+
+const chaosHealth = "127.0.0.1:16322"
+
+// chaosBed is a node whose pods ask while something else puts a load on the service, which is a process of its own.
+type chaosBed struct {
+	*kernelBed
+	asker *podBed // one of the others
+	scale int     // divides how much of a load there is
+	n     int     // loads so far
+}
+
+// figures are what others notice of a load.
+type figures struct {
+	p50, p99   time.Duration
+	failed     int
+	memory     float64 // MB: the process's own, and what its sockets hold in the kernel
+	probe      string  // what /healthz answered
+	stop, back time.Duration
+}
+
+// loads are what can be put on the service. Each is started, and returns what ends it.
+var loads = []struct {
+	name  string
+	start func(b *chaosBed, t *testing.T) (end func())
+}{
+	{"idle health connections", (*chaosBed).idleHealth},
+	{"made-up addresses on /", (*chaosBed).madeUpAddresses},
+	{"clients that never read", (*chaosBed).neverReading},
+	{"slow headers", (*chaosBed).slowHeaders},
+	{"half-closed clients", (*chaosBed).halfClosing},
+	{"refusals of 10 MB", (*chaosBed).longRefusals},
+	{"many namespaces", (*chaosBed).manyNamespaces},
+	{"many cgroups", (*chaosBed).manyCgroups},
+	{"ambiguous sockets", (*chaosBed).ambiguousSockets},
+}
+
+// TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is asserted; times are told alone.
+func TestChaos(t *testing.T) {
+	netnstest.Needs(t, "ss")
+	long := os.Getenv(chaosLong) != ""
+	k := newKernelBed(t, "log: {level: warning}")
+	b := &chaosBed{kernelBed: k, scale: 10}
+	measure, memoryHigh := 20, chaosMemoryHigh(t)
+	if long {
+		b.scale, measure = 1, 400
+	}
+	k.kill(k.server)
+	k.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+chaosHealth)
+	b.serve(t)
+	ns, err := k.node.AddPod("asker")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.asker = k.newPod("asker", ns)
+	b.asker.tell()
+	if err := b.asker.start(); err != nil {
+		t.Fatal(err)
+	}
+	b.eventually(t, "the asker is served", func() bool { return b.asks(t).Status == 200 })
+	var table strings.Builder
+	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed p99\tfailed\tMB\tprobe\tstop\trecovery")
+	calm := b.figures(t, measure)
+	tell := func(name string, f figures) {
+		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
+			float64(f.p99)/float64(calm.p99), f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
+	}
+	tell("none", calm)
+	for _, l := range loads {
+		t.Run(l.name, func(t *testing.T) {
+			b.n++
+			end := sync.OnceFunc(l.start(b, t))
+			defer end()
+			f := b.figures(t, measure)
+			if f.memory > memoryHigh {
+				t.Errorf("the service has %.0f MB, and MemoryHigh= is %.0f MB", f.memory, memoryHigh)
+			}
+			if f.failed > 0 || f.probe != "200" {
+				t.Errorf("%d of %d requests of others were not answered, and the probe got %s", f.failed, measure, f.probe)
+			}
+			began := time.Now()
+			_ = k.server.Process.Signal(unix.SIGTERM)
+			_ = k.server.Wait()
+			f.stop = time.Since(began)
+			b.serve(t)
+			end()
+			began = time.Now()
+			b.eventually(t, "others are served again", func() bool { return b.asks(t).Status == 200 })
+			f.back = time.Since(began)
+			tell(l.name, f)
+		})
+	}
+	_ = w.Flush()
+	t.Logf("others' requests, each on a connection of its own, while a load is on the service:\n%s", &table)
+}
+
+// serve starts the service as its unit does.
+func (b *chaosBed) serve(t *testing.T) {
+	t.Helper()
+	b.server = b.process(filepath.Join(b.dir, "config.yaml"), "/system.slice/gke-metadata-emulator.service")
+	b.eventually(t, "it serves", func() bool {
+		st := statusOf(t, b.dir)
+		return st.Cluster != nil && st.Cluster.Watching && st.Attestation.Kernel.Helper
+	})
+}
+
+func (b *chaosBed) asks(t *testing.T) said {
+	t.Helper()
+	a, err := b.asker.ask("fresh", accts+"default/token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
+	t.Helper()
+	var took []time.Duration
+	for range n {
+		began := time.Now()
+		if a := b.asks(t); a.Status != 200 {
+			f.failed++
+			t.Logf("%d %s %.200s", a.Status, a.Err, a.Body)
+		}
+		took = append(took, time.Since(began))
+	}
+	slices.Sort(took)
+	f.p50, f.p99, f.memory = took[n/2], took[n*99/100], b.memory(t)
+	f.probe = b.health("/healthz")
+	return f
+}
+
+// health asks healthListen as Prometheus does.
+func (b *chaosBed) health(path string) string {
+	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return b.node.NS.Dial(ctx, "tcp", chaosHealth)
+	}}}
+	res, err := client.Get("http://" + chaosHealth + path)
+	if err != nil {
+		return "no answer"
+	}
+	defer res.Body.Close()
+	_, _ = io.Copy(io.Discard, res.Body)
+	return strconv.Itoa(res.StatusCode)
+}
+
+var skmem = regexp.MustCompile(`skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),`)
+
+// memory is what the process has for itself (its part of what it shares with others) and what its connections hold in the kernel, orphans
+// included, in MB.
+func (b *chaosBed) memory(t *testing.T) float64 {
+	t.Helper()
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", b.server.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(rollup), "\nPss:")
+	kB, err := strconv.ParseFloat(strings.Fields(after)[0], 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := b.node.Command(t.Context(), "ss", "-Htanm", "( sport = :988 or sport = :16322 )").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bytes := 0
+	for _, m := range skmem.FindAllStringSubmatch(string(out), -1) {
+		for _, text := range m[1:] {
+			n, _ := strconv.Atoi(text)
+			bytes += n
+		}
+	}
+	return kB/1024 + float64(bytes)/(1<<20)
+}
+
+// chaosMemoryHigh is what the unit allows, in MB.
+func chaosMemoryHigh(t *testing.T) float64 {
+	t.Helper()
+	unit, err := os.ReadFile("../systemd/gke-metadata-emulator.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^MemoryHigh=(\d+)M$`).FindSubmatch(unit)
+	if m == nil {
+		t.Fatal("the unit has no MemoryHigh= in MB")
+	}
+	n, _ := strconv.Atoi(string(m[1]))
+	return float64(n)
+}
