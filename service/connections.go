@@ -75,7 +75,6 @@ func (x *connections) identify(known *connection) error {
 	}
 	// One that does not even read its refusals gets no more of them.
 	if n := x.settle(known); n == 0 || n > int64(2*x.limit()) {
-		reset(known.conn)
 		return io.EOF // net/http closes it without a word
 	}
 	return nil

@@ -115,9 +115,10 @@ func TestConnectionsAreCounted(t *testing.T) {
 		_ = c.Close()
 	}
 	until(t, "nothing is counted any more", func() bool {
+		open, busy := x.open(), x.busy()
 		x.mu.Lock()
 		defer x.mu.Unlock()
-		return x.open() == 0 && x.busy() == 0 && len(x.parties) == 0
+		return open == 0 && busy == 0 && len(x.parties) == 0
 	})
 }
 
