@@ -47,7 +47,7 @@ var refusals = []struct {
 	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true}},
 	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
 	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden}},
-	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden}},
+	{is(attest.ErrSockets), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}}, // A-12; another port may be nobody else's
 	{is(attest.ErrSpared), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true}},
 	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden}},
 	{is(attest.ErrPods), refusal{Status: http.StatusForbidden}},

@@ -91,7 +91,8 @@ func newService(o Options) *Service {
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
-	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(), Log: s.log, Registerer: s.gathered})
+	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(),
+		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log, Registerer: s.gathered})
 	kube.RouteKlog(s.log)
 	return s
 }

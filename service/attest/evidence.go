@@ -19,8 +19,8 @@ var (
 	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
 	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or it is looked for now.
 	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")
-	// ErrSockets says that two network namespaces have a socket that could be the other end.
-	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
+	// ErrSockets says that there are two sockets that could be the other end. Others can bring that about: KernelStatus names them.
+	ErrSockets = errors.New("two sockets could be the other end")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
 	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
 	// ErrSpared says that the connection was redirected, and that the socket it seems to come from is of a process of the node that nobody
