@@ -3,6 +3,7 @@ package service
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -62,7 +63,7 @@ func TestPortClash(t *testing.T) {
 		for _, s := range stales {
 			t.Run(s.name, func(t *testing.T) {
 				thief := newKernelBedIn(t, plan).holdStale(s)
-				if got := thief.clash(t, tries, within); got.Tries < 1000 || got.Connected > 0 || got.Stolen > 0 {
+				if got := thief.clash(t, tries, within); got.Refused < got.Tries*9/10 || got.Refused < 1000 || got.Connected > 0 || got.Stolen > 0 {
 					t.Errorf("%+v: no connection comes about whose port conntrack changed", got)
 				}
 			})
@@ -169,7 +170,10 @@ const (
 )
 
 // clashed is what came of an attack.
-type clashed struct{ Tries, Connected, Answered, Stolen int64 }
+type clashed struct {
+	Tries, Refused, Connected, Answered, Stolen int64
+	Other                                       string // the last error that is no refusal
+}
 
 func (p *podBed) clash(t testing.TB, tries int, within time.Duration) (got clashed) {
 	t.Helper()
@@ -264,7 +268,8 @@ func clashPorts(args []string) (any, error) {
 		return nil, err
 	}
 	end := time.Now().Add(within)
-	var tries, connected, answered, stolen atomic.Int64
+	var tries, refused, connected, answered, stolen atomic.Int64
+	var other atomic.Pointer[string]
 	var wg sync.WaitGroup
 	for i := range clashers { // all before the first clash, which may take the port of one
 		d := from(args[0], clashFirst+i)
@@ -281,7 +286,13 @@ func clashPorts(args []string) (any, error) {
 			for tries.Load() < most && time.Now().Before(end) {
 				tries.Add(1)
 				c, err := d.Dial("tcp4", "169.254.169.254:80")
+				if errors.Is(err, unix.ECONNREFUSED) {
+					refused.Add(1)
+					continue
+				}
 				if err != nil {
+					text := err.Error()
+					other.Store(&text)
 					continue
 				}
 				connected.Add(1)
@@ -301,7 +312,11 @@ func clashPorts(args []string) (any, error) {
 		})
 	}
 	wg.Wait()
-	return clashed{tries.Load(), connected.Load(), answered.Load(), stolen.Load()}, nil
+	got := clashed{Tries: tries.Load(), Refused: refused.Load(), Connected: connected.Load(), Answered: answered.Load(), Stolen: stolen.Load()}
+	if text := other.Load(); text != nil {
+		got.Other = *text
+	}
+	return got, nil
 }
 
 // attack has the pod's process do one of attacks.
