@@ -7,8 +7,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -296,10 +298,32 @@ func TestSpoofedAddress(t *testing.T) {
 	b.in(b.node.NS, "ip neigh del %s dev cni0", victimNS.Addr)
 	b.in(attackerNS, "ip address add 169.254.169.254/32 dev lo")
 	attacker.do("listen %s", metadataAddr)
-	attacker.do("spoof %s %s", end(41003), metadataAddr)
 	b.in(attackerNS, "ip link set eth0 arp off") // else it would answer for the address
-	victim.do("dial tcp4 %s %s", metadataAddr, end(41003))
-	b.refused("A-12: two sockets", accepted(b.accept(end(41003))), ErrSockets)
+	b.twoSockets(attacker, victim, victimNS.Addr, 41003)
+	conflicts := b.kernel.Status().Conflicts
+	if len(conflicts) != 1 || conflicts[0].Address != victimNS.Addr || !slices.Contains(conflicts[0].Between[:], podUID(1)) || !slices.Contains(conflicts[0].Between[:], podUID(2)) {
+		t.Errorf("Conflicts = %+v", conflicts)
+	}
+
+	// One that was made beforehand, as for every port that the victim may use, has nobody refused.
+	attacker.do("spoof %s %s", end(41500), metadataAddr)
+	var forged holder
+	for _, h := range b.holders(victimNS.Addr) {
+		if h.pod == podUID(2) {
+			forged = h
+		}
+	}
+	eventually(t, "the attacker's socket is older than the victim's will be", func() bool {
+		f, ok, err := forged.socket(netip.MustParseAddrPort(end(41500)), netip.MustParseAddrPort(metadataAddr), forged.device)
+		if err != nil || !ok || !f.live() {
+			t.Fatalf("%+v, %v, %v", f, ok, err)
+		}
+		return f.acknowledged > fitSlack+500
+	})
+	victim.do("dial tcp4 %s %s", metadataAddr, end(41500))
+	if e, err := b.look(accepted(b.accept(end(41500)))); err != nil || e.PodUID != podUID(1) {
+		t.Errorf("beside a socket of somebody else's that is older: %+v, %v", e, err)
+	}
 
 	b.in(attackerNS, "ip address del %s/32 dev eth0", victimNS.Addr)
 	b.in(attackerNS, "ip route del local %s/32 dev lo", victimNS.Addr)
@@ -307,6 +331,27 @@ func TestSpoofedAddress(t *testing.T) {
 	b.mustBe(victim, dial, podUID(1), containerIDOf(1))
 	if !e.Alive() {
 		t.Error("the victim's evidence died")
+	}
+}
+
+// twoSockets has the attacker make a socket with the ends that the victim's connection is to have, and fails unless that connection is
+// refused, for a reason that does not name the attacker. A machine that is slow makes the attacker's socket too old: then it is tried anew.
+func (b *bed) twoSockets(attacker, victim *client, addr netip.Addr, port uint16) {
+	b.t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; port++ {
+		end := netip.AddrPortFrom(addr, port).String()
+		attacker.do("spoof %s %s", end, metadataAddr)
+		victim.do("dial tcp4 %s %s", metadataAddr, end)
+		e, err := b.look(accepted(b.accept(end)))
+		switch {
+		case errors.Is(err, ErrSockets):
+			if strings.Contains(err.Error(), "pod") || strings.Contains(err.Error(), "namespace") {
+				b.t.Errorf("the reason names others: %v", err)
+			}
+			return
+		case err != nil || e.Cgroup != victim.group || time.Now().After(deadline):
+			b.t.Fatalf("A-12: two sockets: %+v, %v", e, err)
+		}
 	}
 }
 
