@@ -258,6 +258,16 @@ func TestOldTranslation(t *testing.T) {
 	}
 	host.do("reset %s", from)
 	b.refused("reset", there, ErrNoSocket)
+
+	// Conntrack says that the connection was redirected: then it is not that of a process which nobody redirects.
+	unit := b.client("/system.slice/kubelet.service", b.node.NS)
+	there = accepted(b.accept(unit.do("dial tcp4 " + listenAddr + " 127.0.0.1:0")))
+	if e, err := b.look(there); err != nil || e.Unit() != "kubelet.service" {
+		t.Errorf("Look = %+v, %v", e, err)
+	}
+	b.kernel.options.Spared = []string{"system.slice"}
+	there.Original = netip.MustParseAddrPort(metadataAddr)
+	b.refused("a unit's direct connection, and one that was redirected", there, ErrSpared)
 }
 
 // a neighbour on the bridge that has the node believe that a pod's address is its own.
@@ -331,27 +341,6 @@ func TestSpoofedAddress(t *testing.T) {
 	b.mustBe(victim, dial, podUID(1), containerIDOf(1))
 	if !e.Alive() {
 		t.Error("the victim's evidence died")
-	}
-}
-
-// twoSockets has the attacker make a socket with the ends that the victim's connection is to have, and fails unless that connection is
-// refused, for a reason that does not name the attacker. A machine that is slow makes the attacker's socket too old: then it is tried anew.
-func (b *bed) twoSockets(attacker, victim *client, addr netip.Addr, port uint16) {
-	b.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; port++ {
-		end := netip.AddrPortFrom(addr, port).String()
-		attacker.do("spoof %s %s", end, metadataAddr)
-		victim.do("dial tcp4 %s %s", metadataAddr, end)
-		e, err := b.look(accepted(b.accept(end)))
-		switch {
-		case errors.Is(err, ErrSockets):
-			if strings.Contains(err.Error(), "pod") || strings.Contains(err.Error(), "namespace") {
-				b.t.Errorf("the reason names others: %v", err)
-			}
-			return
-		case err != nil || e.Cgroup != victim.group || time.Now().After(deadline):
-			b.t.Fatalf("A-12: two sockets: %+v, %v", e, err)
-		}
 	}
 }
 
