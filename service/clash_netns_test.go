@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -60,10 +61,16 @@ func TestPortClash(t *testing.T) {
 		tries, within = clashTries, clashTime
 	}
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
-		for _, s := range stales {
-			t.Run(s.name, func(t *testing.T) {
-				thief := newKernelBedIn(t, plan).holdStale(s)
-				if got := thief.clash(t, tries, within); got.Refused < got.Tries*9/10 || got.Refused < 1000 || got.Connected > 0 || got.Stolen > 0 {
+		for i, s := range append(stales, stales[0]) {
+			six := i == len(stales)
+			t.Run(s.name+map[bool]string{true: " by IPv6"}[six], func(t *testing.T) {
+				k := newKernelBedIn(t, plan)
+				source := k.node.Addr
+				if six {
+					source = k.node.Six
+				}
+				thief := k.holdStale(s, source)
+				if got := thief.clash(t, source, tries, within); got.Refused < got.Tries*9/10 || got.Refused < 1000 || got.Connected > 0 || got.Stolen > 0 {
 					t.Errorf("%+v: no connection comes about whose port conntrack changed", got)
 				}
 			})
@@ -76,13 +83,13 @@ func TestPortClash(t *testing.T) {
 func TestPortClashWithoutRules(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan)
-		thief := k.holdStale(stales[0])
+		thief := k.holdStale(stales[0], k.node.Addr)
 		if plan.Mode == routing.ModeNFTables {
 			k.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator local")
 		} else {
 			k.sh(plan.Binary + " -F GME-IN; " + plan.Binary + " -F GME-LOCAL")
 		}
-		if got := thief.clash(t, 1000, 30*time.Second); got.Tries < 1000 || got.Connected < got.Tries/2 || got.Stolen > 0 {
+		if got := thief.clash(t, k.node.Addr, 1000, 30*time.Second); got.Tries < 1000 || got.Connected < got.Tries/2 || got.Stolen > 0 {
 			t.Errorf("%+v: connections come about, and nobody is served as somebody else", got)
 		}
 	})
@@ -129,7 +136,7 @@ func onEachDNAT(t *testing.T, test func(*testing.T, routing.Plan)) {
 }
 
 // holdStale has a pod hold stale connections from 100 ports, and returns another pod on the host network.
-func (k *kernelBed) holdStale(s stale) (thief *podBed) {
+func (k *kernelBed) holdStale(s stale, source netip.Addr) (thief *podBed) {
 	t := k.t
 	t.Helper()
 	k.sh("sysctl -qw net.ipv4.tcp_fin_timeout=1")
@@ -146,7 +153,7 @@ func (k *kernelBed) holdStale(s stale) (thief *podBed) {
 	if a := victim.mustAsk(t, accts+"default/email"); a.Body != gsa {
 		t.Fatalf("%+v", a)
 	}
-	if a, err := victim.ask("hold", fmt.Sprintf("%s %d %d", k.node.Addr, staleFirst, staleLast)); err != nil || a.Err != "" {
+	if a, err := victim.ask("hold", fmt.Sprintf("%s %d %d", source, staleFirst, staleLast)); err != nil || a.Err != "" {
 		t.Fatalf("%+v, %v", a, err)
 	}
 	s.make(k)
@@ -175,9 +182,9 @@ type clashed struct {
 	Other                                       string // the last error that is no refusal
 }
 
-func (p *podBed) clash(t testing.TB, tries int, within time.Duration) (got clashed) {
+func (p *podBed) clash(t testing.TB, source netip.Addr, tries int, within time.Duration) (got clashed) {
 	t.Helper()
-	a, err := p.ask("clash", fmt.Sprintf("%s %d %s", p.k.node.Addr, tries, within))
+	a, err := p.ask("clash", fmt.Sprintf("%s %d %s", source, tries, within))
 	if err == nil {
 		err = json.Unmarshal([]byte(a.Body), &got)
 	}
@@ -196,13 +203,15 @@ func (k *kernelBed) forgetConnections() {
 	}
 }
 
-// sockets counts the node's IPv4 connections that have the port at either end, by state.
+// sockets counts the node's connections that have the port at either end, by state.
 func (k *kernelBed) sockets(port string) map[int]int {
 	k.t.Helper()
 	var text []byte
-	err := k.node.Do(func() (err error) {
-		text, err = os.ReadFile("/proc/thread-self/net/tcp")
-		return err
+	err := k.node.Do(func() error {
+		ipv4, err := os.ReadFile("/proc/thread-self/net/tcp")
+		ipv6, err6 := os.ReadFile("/proc/thread-self/net/tcp6")
+		text = slices.Concat(ipv4, ipv6)
+		return errors.Join(err, err6)
 	})
 	if err != nil {
 		k.t.Fatal(err)
@@ -234,6 +243,14 @@ func from(source string, port int) net.Dialer {
 	}}
 }
 
+// at returns where a client with the source address is redirected from, and the listener that it is redirected to.
+func at(source string) (server, listener string) {
+	if strings.Contains(source, ":") {
+		return "[fd20:ce::254]:80", "[fd20:ce::252]:988"
+	}
+	return "169.254.169.254:80", "169.254.169.252:988"
+}
+
 const askEmail = "GET " + accts + "default/email HTTP/1.1\r\nHost: 169.254.169.254\r\nMetadata-Flavor: Google\r\n\r\n"
 
 var held []net.Conn // as long as the process lives
@@ -242,9 +259,10 @@ var held []net.Conn // as long as the process lives
 func holdConnections(args []string) (any, error) {
 	first, _ := strconv.Atoi(args[1])
 	last, _ := strconv.Atoi(args[2])
+	server, _ := at(args[0])
 	for port := first; port <= last; port++ {
 		d := from(args[0], port)
-		c, err := d.Dial("tcp4", "169.254.169.254:80")
+		c, err := d.Dial("tcp", server)
 		if err != nil {
 			return nil, err
 		}
@@ -267,13 +285,14 @@ func clashPorts(args []string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	server, listener := at(args[0])
 	end := time.Now().Add(within)
 	var tries, refused, connected, answered, stolen atomic.Int64
 	var other atomic.Pointer[string]
 	var wg sync.WaitGroup
 	for i := range clashers { // all before the first clash, which may take the port of one
 		d := from(args[0], clashFirst+i)
-		direct, err := d.Dial("tcp4", "169.254.169.252:988")
+		direct, err := d.Dial("tcp", listener)
 		if err != nil {
 			return nil, err
 		}
@@ -285,7 +304,7 @@ func clashPorts(args []string) (any, error) {
 			b := make([]byte, 4096)
 			for tries.Load() < most && time.Now().Before(end) {
 				tries.Add(1)
-				c, err := d.Dial("tcp4", "169.254.169.254:80")
+				c, err := d.Dial("tcp", server)
 				if errors.Is(err, unix.ECONNREFUSED) {
 					refused.Add(1)
 					continue
