@@ -26,7 +26,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// clashTries and clashTime bound the long form of TestPortClash, which this variable asks for.
+// clashTries and clashTime bound the long form of TestPortClash, which this variable asks for
+//
 const (
 	clashLong  = "GME_CLASH_LONG"
 	clashTries = 300_000
@@ -47,14 +48,18 @@ var stales = []stale{
 	}},
 	{"close-wait", 8, func(k *kernelBed) { // the service ends, the client does not close, conntrack's entry expires
 		k.kill(k.server)
-		k.eventually(k.t, "the service's half of the connections is gone", func() bool { return k.sockets(":988")[5]+k.sockets(":988")[4] == 0 })
+		k.eventually(k.t, "the service's half of the connections is gone", func() bool {
+			return k.sockets(":988")[4]+k.sockets(":988")[5] == 0
+		})
 		k.forgetConnections()
 	}},
 }
 
-// TestPortClash is A-18: a pod on the host network, without any capability, has conntrack give its redirected connections a port at random,
-// by a direct connection from the same port, until that is the port of a stale connection of another pod. Nobody is served as that pod.
-// The ports are below 1024, since conntrack takes one of only 424 there: a try is worth 150 of those with a client's usual port.
+// TestPortClash is A-18: a pod on the host network, without any capability, has conntrack give its
+// redirected connections a port at random, by a direct connection from the same port, until that is
+// the port of a stale connection of another pod. Nobody is served as that pod. The ports are below
+// 1024, since conntrack takes one of only 424 there: a try is worth 150 of those with a client's
+// usual port.
 func TestPortClash(t *testing.T) {
 	tries, within := 4_000, 15*time.Second
 	if os.Getenv(clashLong) != "" {
@@ -70,7 +75,8 @@ func TestPortClash(t *testing.T) {
 					source = k.node.Six
 				}
 				thief := k.holdStale(s, source)
-				if got := thief.clash(t, source, tries, within); got.Refused < got.Tries*9/10 || got.Refused < 1000 || got.Connected > 0 || got.Stolen > 0 {
+				got := thief.clash(t, source, tries, within)
+				if got.Refused < got.Tries*9/10 || got.Refused < 1000 || got.Connected > 0 || got.Stolen > 0 {
 					t.Errorf("%+v: no connection comes about whose port conntrack changed", got)
 				}
 			})
@@ -78,8 +84,8 @@ func TestPortClash(t *testing.T) {
 	})
 }
 
-// TestPortClashWithoutRules: the same while the rules that refuse changed ports are flushed, as by somebody else's reload: what the
-// kernel counts of the stale sockets is not of these connections.
+// TestPortClashWithoutRules: the same while the rules that refuse changed ports are flushed, as by
+// somebody else's reload: what the kernel counts of the stale sockets is not of these connections.
 func TestPortClashWithoutRules(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan)
@@ -89,19 +95,21 @@ func TestPortClashWithoutRules(t *testing.T) {
 		} else {
 			k.sh(plan.Binary + " -F GME-IN; " + plan.Binary + " -F GME-LOCAL")
 		}
-		if got := thief.clash(t, k.node.Addr, 1000, 30*time.Second); got.Tries < 1000 || got.Connected < got.Tries/2 || got.Stolen > 0 {
+		got := thief.clash(t, k.node.Addr, 1000, 30*time.Second)
+		if got.Tries < 1000 || got.Connected < got.Tries/2 || got.Stolen > 0 {
 			t.Errorf("%+v: connections come about, and nobody is served as somebody else", got)
 		}
 	})
 }
 
-// TestConntrackZone: pods whose connections the network keeps in a conntrack zone of their own are served, though SO_ORIGINAL_DST knows
-// the default zone alone.
+// TestConntrackZone: pods whose connections the network keeps in a conntrack zone of their own are
+// served, though SO_ORIGINAL_DST knows the default zone alone.
 func TestConntrackZone(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan)
 		command := cmp.Or(plan.Binary, "iptables-nft")
-		k.sh(command + " -t raw -A PREROUTING -i cni0 -j CT --zone 4097; " + command + " -t raw -A OUTPUT -d 10.244.0.0/16 -j CT --zone 4097")
+		k.sh(command + " -t raw -A PREROUTING -i cni0 -j CT --zone 4097")
+		k.sh(command + " -t raw -A OUTPUT -d 10.244.0.0/16 -j CT --zone 4097")
 		ns, err := k.node.AddPod("zoned")
 		if err != nil {
 			t.Fatal(err)
@@ -135,7 +143,8 @@ func onEachDNAT(t *testing.T, test func(*testing.T, routing.Plan)) {
 	}
 }
 
-// holdStale has a pod hold stale connections from 100 ports, and returns another pod on the host network.
+// holdStale has a pod hold stale connections from 100 ports, and returns another pod on the host
+// network.
 func (k *kernelBed) holdStale(s stale, source netip.Addr) (thief *podBed) {
 	t := k.t
 	t.Helper()
@@ -222,7 +231,8 @@ func (k *kernelBed) sockets(port string) map[int]int {
 	}
 	states := map[int]int{}
 	for line := range strings.Lines(string(text)) {
-		if f := strings.Fields(line); len(f) > 3 && slices.ContainsFunc(f[1:3], func(s string) bool { return strings.HasSuffix(s, fmt.Sprintf(":%04X", n)) }) {
+		has := func(end string) bool { return strings.HasSuffix(end, fmt.Sprintf(":%04X", n)) }
+		if f := strings.Fields(line); len(f) > 3 && slices.ContainsFunc(f[1:3], has) {
 			state, _ := strconv.ParseInt(f[3], 16, 0)
 			states[int(state)]++
 		}
@@ -235,15 +245,18 @@ var attacks = map[string]func(args []string) (any, error){"hold": holdConnection
 
 // from dials from an address and a port that other connections may have too.
 func from(source string, port int) net.Dialer {
-	return net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(source), Port: port}, Control: func(_, _ string, c syscall.RawConn) (err error) {
-		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) }); e != nil {
-			return e
-		}
-		return err
-	}}
+	d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(source), Port: port}}
+	d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+		control := c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		})
+		return errors.Join(control, err)
+	}
+	return d
 }
 
-// at returns where a client with the source address is redirected from, and the listener that it is redirected to.
+// at returns where a client with the source address is redirected from, and the listener that it is
+// redirected to.
 func at(source string) (server, listener string) {
 	if strings.Contains(source, ":") {
 		return "[fd20:ce::254]:80", "[fd20:ce::252]:988"
@@ -278,7 +291,8 @@ func holdConnections(args []string) (any, error) {
 	return nil, nil
 }
 
-// clashPorts opens redirected connections from ports that have a direct one, and asks on those that come about.
+// clashPorts opens redirected connections from ports that have a direct one, and asks on those that
+// come about.
 func clashPorts(args []string) (any, error) {
 	most, _ := strconv.ParseInt(args[1], 10, 64)
 	within, err := time.ParseDuration(args[2])
@@ -331,7 +345,8 @@ func clashPorts(args []string) (any, error) {
 		})
 	}
 	wg.Wait()
-	got := clashed{Tries: tries.Load(), Refused: refused.Load(), Connected: connected.Load(), Answered: answered.Load(), Stolen: stolen.Load()}
+	got := clashed{Tries: tries.Load(), Refused: refused.Load(), Connected: connected.Load(),
+		Answered: answered.Load(), Stolen: stolen.Load()}
 	if text := other.Load(); text != nil {
 		got.Other = *text
 	}

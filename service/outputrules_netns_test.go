@@ -14,7 +14,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-// rejectLinkLocal is what images of Oracle's cloud have: the node itself may send to a few services of 169.254.0.0/16 alone (R-34).
+// rejectLinkLocal is what images of Oracle's cloud have: the node itself may send to a few services
+// of 169.254.0.0/16 alone (R-34).
 const rejectLinkLocal = `%[1]s-restore --noflush <<'END'
 *filter
 :LinkLocal - [0:0]
@@ -26,8 +27,9 @@ const rejectLinkLocal = `%[1]s-restore --noflush <<'END'
 COMMIT
 END`
 
-// TestOutputRejects: where a rule in OUTPUT rejects what the node sends to the listener, the service is READY, its watchdog is told, and pods
-// are served. In mode iptables the node's own processes are too; a table of our own cannot overrule the rule, and doctor names it.
+// TestOutputRejects: where a rule in OUTPUT rejects what the node sends to the listener, the
+// service is READY, its watchdog is told, and pods are served. In mode iptables the node's own
+// processes are too; a table of our own cannot overrule the rule, and doctor names it.
 func TestOutputRejects(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
@@ -79,7 +81,8 @@ func TestOutputRejects(t *testing.T) {
 			t.Errorf("unreachable: %q", st.Unreachable)
 		}
 		var text strings.Builder
-		if err := st.Text(&text, time.Now()); err != nil || strings.Contains(text.String(), "connections of the node itself fail") == overruled {
+		err = st.Text(&text, time.Now())
+		if err != nil || strings.Contains(text.String(), "connections of the node itself fail") == overruled {
 			t.Errorf("%v:\n%s", err, &text)
 		}
 
@@ -90,8 +93,10 @@ func TestOutputRejects(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		rule := "nft chain ip filter LinkLocal (rule: "
-		if named := slices.ContainsFunc(direct.dropped, func(by string) bool { return strings.HasPrefix(by, rule) }); named == overruled || direct.ours != overruled {
+		named := slices.ContainsFunc(direct.dropped, func(by string) bool {
+			return strings.HasPrefix(by, "nft chain ip filter LinkLocal (rule: ")
+		})
+		if named == overruled || direct.ours != overruled {
 			t.Errorf("doctor's own connection: %+v", direct)
 		}
 	})

@@ -10,7 +10,8 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// Conflict is an address for which connections were refused, since two network namespaces had a socket that could be the client's.
+// Conflict is an address for which connections were refused, since two network namespaces had a
+// socket that could be the client's.
 type Conflict struct {
 	Address  netip.Addr `json:"address"`
 	Between  [2]string  `json:"between"` // the namespaces, as pod UIDs or cgroups
@@ -24,12 +25,14 @@ const (
 	maxConflicts = 32
 )
 
-// conflict notes who has the two sockets, for the operator, and returns an error that does not say it, for the client.
+// conflict notes who has the two sockets, for the operator, and returns an error that does not say
+// it, for the client.
 func (k *Kernel) conflict(c Conn, a, b *namespace) error {
 	between := [2]string{a.owner(), b.owner()}
 	if client := c.Client.Addr(); k.noteConflict(client, between) {
 		k.options.Log.WithFields(logrus.Fields{"address": client.String(), "first": between[0], "second": between[1]}).
-			Warn("connections from an address are refused: two network namespaces have sockets of it: remove the address from the one that does not own it")
+			Warn("connections from an address are refused: two network namespaces have sockets of it: " +
+				"remove the address from the one that does not own it")
 	}
 	return fmt.Errorf("%w: from %s", ErrSockets, c.Client)
 }

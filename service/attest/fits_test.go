@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// TestLive: who closed his own direction is a client still, and whose other end closed is none.
+// TestLive: who closed his own direction is a client still, and whose other end closed is
+// none.
 func TestLive(t *testing.T) {
 	for state := range uint8(14) {
 		if got, want := (socketFound{state: state}).live(), state == 1 || state == 4 || state == 5; got != want {
@@ -14,7 +15,8 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// TestFits: the socket at the other end fits, however long it was idle and whatever was said; one of an earlier connection does not.
+// TestFits: the socket at the other end fits, however long it was idle and whatever was said; one
+// of an earlier connection does not.
 func TestFits(t *testing.T) {
 	s := ownSocket(t)
 	client, server := pair(t, "tcp4", "127.0.0.1:0")

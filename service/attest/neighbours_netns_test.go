@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// a neighbour on the bridge that has the node believe that a pod's address is its own makes the connection that the pod's
-// half-dead socket has, which nobody else knows any more.
+// a neighbour on the bridge that has the node believe that a pod's address is its own
+// makes the connection that the pod's half-dead socket has, which nobody else knows any more.
 func TestHalfDeadSocket(t *testing.T) {
 	b := newBed(t)
 	victimNS, attackerNS := b.pod("victim"), b.pod("attacker")
@@ -40,8 +40,9 @@ func TestHalfDeadSocket(t *testing.T) {
 	b.refused("the half-dead socket", accepted(b.accept(end.String())), ErrNoSocket)
 }
 
-// twoSockets has the attacker make a socket with the ends that the victim's connection is to have, and fails unless that connection is
-// refused, for a reason that does not name the attacker. A machine that is slow makes the attacker's socket too old: then it is tried anew.
+// twoSockets has the attacker make a socket with the ends that the victim's connection is to have,
+// and fails unless that connection is refused, for a reason that does not name the attacker. A
+// machine that is slow makes the attacker's socket too old: then it is tried anew.
 func (b *bed) twoSockets(attacker, victim *client, addr netip.Addr, port uint16) {
 	b.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; port++ {
