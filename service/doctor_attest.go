@@ -42,6 +42,10 @@ func attestationCheck(p *patient) Finding {
 		}
 		wrong, remedies = append(wrong, "lacking: "+strings.Join(k.Lacks, "; ")), append(remedies, remedy)
 	}
+	for _, c := range k.Conflicts {
+		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets of %s, and %d connections were refused for it", p.status.podText(c.Between[0]), p.status.podText(c.Between[1]), c.Address, c.Refused))
+		remedies = append(remedies, fmt.Sprintf("remove %s from the one that does not own it", c.Address))
+	}
 	if classes, refused := sandboxes(p.status.Cluster.Pods); len(classes) > 0 {
 		wrong = append(wrong, fmt.Sprintf("RuntimeClass %s looks like a sandbox with a network of its own, whose pods are refused then: %s", strings.Join(classes, ", "), some(refused)))
 		remedies = append(remedies, fmt.Sprintf("if it is one: attestation.byAddress: [%s]", strings.Join(classes, ", ")))

@@ -43,6 +43,7 @@ type patient struct {
 	cloud     answered // from the node itself
 	trial     trial
 	trial6    trial        // by IPv6, where its requests are redirected
+	direct    trial        // of the node itself, to the listen address
 	names     []netip.Addr // metadata.google.internal as this node resolves it
 	namesErr  error
 
@@ -111,6 +112,9 @@ func newPatient(ctx context.Context, o DoctorOptions) *patient {
 func (p *patient) askNode(ctx context.Context) {
 	p.node = routing.Examine(ctx, p.plan, p.state)
 	p.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
+	if p.node.Local && !p.plan.Closed && p.plan.Mode != routing.ModeLoopback && !p.plan.Listen.Addr().IsUnspecified() {
+		p.direct = tryDirectly(ctx, p.plan.Listen, nil)
+	}
 	if !p.plan.Closed {
 		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "")
 	}
@@ -228,6 +232,15 @@ func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at 
 	const patience = 3 * time.Second // a client's
 	if t.answered = askRoot(ctx, at, patience, pod.Dial); t.err != nil {
 		t.dropped, t.traceErr = pod.Dropped(ctx, from, func() { t.answered = askRoot(ctx, at, time.Second, pod.Dial) })
+	}
+	return t
+}
+
+// tryDirectly connects as a process of the node does that the rules spare (hostIdentities), and as the service's own probe.
+// dial is askRoot's.
+func tryDirectly(ctx context.Context, at netip.AddrPort, dial func(ctx context.Context, network, address string) (net.Conn, error)) (t trial) {
+	if t.answered = askRoot(ctx, at, 2*time.Second, dial); t.err != nil {
+		t.dropped, t.traceErr = routing.DroppedHere(ctx, at.Addr(), func() { t.answered = askRoot(ctx, at, time.Second, dial) })
 	}
 	return t
 }

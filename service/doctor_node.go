@@ -68,6 +68,9 @@ func listenerCheck(p *patient) Finding {
 		return fail(restartSocket, "nobody listens on %s, where pods are sent: the service listens on %s", want, adopted)
 	case !by.At.IsValid():
 		return fail("systemctl start gke-metadata-emulator.socket", "nobody listens on %s, where pods are sent", want)
+	case adopted == by.At.String() && len(p.direct.dropped) > 0:
+		return warn(fmt.Sprintf("have it accept what the node sends to %s, and what is sent back; pods on the pod network do not need it", want),
+			"%s, adopted by the service from %s; but what the node itself sends there is dropped by %s", by.At, by, strings.Join(p.direct.dropped, "; "))
 	case adopted == by.At.String():
 		return good("%s, adopted by the service from %s", by.At, by)
 	case by.PID == "" && !p.root:

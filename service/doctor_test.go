@@ -130,6 +130,9 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.plan.Listen = routing.MetadataServer()
 			p.node.Holder = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:80"), PID: "7", Exe: "nginx"}
 		}, Fail, "nginx (process 7) listens on 0.0.0.0:80, and mode loopback needs 169.254.169.254:80", "an address of its own"},
+		{"listener", func(p *patient) {
+			p.direct.err, p.direct.dropped = context.DeadlineExceeded, []string{"nft chain ip filter OUTPUT (policy drop)"}
+		}, Warn, "systemd (process 1); but what the node itself sends there is dropped by nft chain ip filter OUTPUT (policy drop)", "have it accept what the node sends to 169.254.169.252:988"},
 		{"listener", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"listener", func(p *patient) { p.node.Local = false }, OK, "forwarded", ""},
 		{"listener", func(p *patient) { p.status = nil }, OK, "systemd (process 1) holds", ""},
@@ -267,6 +270,10 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"policies", func(p *patient) { six(p); p.node.Policies, p.trial6.ours = []string{"ip6 foreign late"}, false }, Warn, "ip6 foreign late", "accept"},
 
 		{"attestation", func(p *patient) {}, OK, "mode kernel, by cgroup, and gke-metadata-emulator-attest.service is connected; pods are known: 1 by cgroup, 1 by nothing (ns/h: static, without a ServiceAccount)", ""},
+		{"attestation", func(p *patient) {
+			p.status.Cluster.Pods[0].UID = "u"
+			p.status.Attestation.Kernel.Conflicts = []attest.Conflict{{Address: netip.MustParseAddr("10.0.0.7"), Between: [2]string{"u", "network namespace 7 of /x"}, Refused: 3}}
+		}, Warn, "ns/p and network namespace 7 of /x have sockets of 10.0.0.7, and 3 connections were refused for it; pods", "remove 10.0.0.7 from the one that does not own it"},
 		{"attestation", func(p *patient) { p.status.Cluster.Pods = nil }, OK, "pods are known: none", ""},
 		{"attestation", func(p *patient) { p.status = nil }, Skip, "does not answer: the service is not running", ""},
 		{"attestation", func(p *patient) {

@@ -383,6 +383,10 @@ func podProcess() error {
 	say := json.NewEncoder(os.Stdout)
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
 		how, path, _ := strings.Cut(in.Text(), " ")
+		if attacks[how] != nil {
+			_ = say.Encode(attack(how, path))
+			continue
+		}
 		if how == "pass" {
 			f, err := conn.File()
 			if err != nil {

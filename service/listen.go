@@ -97,7 +97,7 @@ func newProbe(l net.Listener) *probe {
 	// From a loopback address the kernel sends only to addresses of this node: where `routing install` did not bring
 	// ours yet, the probe fails here, and does not ask the network for it.
 	p := &probe{url: "http://" + target.String() + "/"}
-	dialer := net.Dialer{Timeout: 5 * time.Second, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
+	dialer := net.Dialer{Timeout: 2 * time.Second, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
 		return p.bind(c, loopback, target.Addr() == metadataServer)
 	}}
 	p.client = http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}}

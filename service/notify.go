@@ -60,16 +60,6 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 	return nil
 }
 
-// alive asks our own listener. Without a configuration the closed guard may stand alone, which brings no address to ask at:
-// there is nobody to answer then, and waiting for it would hold kubelet up.
-func (s *Service) alive(ctx context.Context) error {
-	err := s.probe.ask(ctx)
-	if err != nil && s.site().broken != nil && !addressHere(addrPortOf(s.listener).Addr()) {
-		return nil
-	}
-	return err
-}
-
 // sleep returns false when ctx ended first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)

@@ -28,6 +28,22 @@ var (
 	errNoAudience = errors.New("non-empty audience parameter required") // I-02, in GKE's words
 )
 
+// sandbox is the remedy for clients whose sockets this kernel does not have.
+const sandbox = "a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"
+
+// wait refuses for now: the client asks again on the same connection.
+func wait(reason string) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: reason}
+}
+
+// reconnect refuses for now: the client asks again on another connection.
+func reconnect(reason string) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: reason}
+}
+
+// forbid refuses for good.
+func forbid(reason string) refusal { return refusal{Status: http.StatusForbidden, Reason: reason} }
+
 // refusals says what is answered when something is wrong. The first row that fits decides; an error that fits none is
 // ours, and 503: clients retry it, while a 4xx ends them (T-09).
 var refusals = []struct {
@@ -36,28 +52,33 @@ var refusals = []struct {
 }{
 	{is(metadata.ErrNotFound), refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
 	{is(metadata.ErrBadQuery), refusal{Status: http.StatusBadRequest}},
-	{is(errNoAudience), refusal{Status: http.StatusBadRequest}},                                                                                                      // I-02
-	{is(errNotLinked), refusal{Status: http.StatusNotFound}},                                                                                                         // I-04
-	{is(attest.ErrUnknown), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "Kubernetes has named no such pod on this node yet; ask again"}},     // H-22
-	{is(attest.ErrAmbiguous), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "more than one live pod of this node has the address; ask again"}}, // U-06
-	{is(attest.ErrChanged), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: attest.ErrChanged.Error()}},
-	{is(attest.ErrNoNamespace), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address; ask again; a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"}},
-	{is(attest.ErrHelperAway), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "no known network namespace has the client's address, and gke-metadata-emulator-attest.service, which finds them, is not there"}},
-	{is(attest.ErrUnknownCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cgroup of the client's socket is not known; ask again"}},
-	{is(attest.ErrNotRead), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cgroups of the node are being read anew; ask again"}},
-	{is(attest.ErrNotPod), refusal{Status: http.StatusForbidden, Reason: "not a pod of this node, nor a process that hostIdentities names"}},
-	{is(attest.ErrNoAccount), refusal{Status: http.StatusForbidden, Reason: attest.ErrNoAccount.Error()}},
-	{is(attest.ErrNoSocket), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the kernel knows no socket at the other end of this connection; a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"}}, // A-08, A-13
-	{is(attest.ErrEmptyCgroup), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: "no process is left in the cgroup of the client's socket; connect again"}},
-	{is(attest.ErrOwner), refusal{Status: http.StatusForbidden, Reason: "the cgroup of the client's socket has a pod's name and was not made by kubelet"}},
-	{is(attest.ErrSockets), refusal{Status: http.StatusForbidden, Reason: "sockets of two network namespaces could be the other end of this connection"}},
-	{is(attest.ErrSpared), refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: "the client's socket is of a process of the node that is not redirected, and the connection was; connect again"}},
-	{is(attest.ErrNamespaceOwner), refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "whose network namespace the client's socket is in is not known yet; ask again"}},
-	{is(attest.ErrOtherNamespace), refusal{Status: http.StatusForbidden, Reason: "the client's socket is in the network namespace of another pod than that of the process that made it: a mesh's node proxy belongs into attestation.proxies"}}, // A-20
-	{is(attest.ErrNoCgroup), refusal{Status: http.StatusForbidden, Reason: "the kernel names no cgroup of the client's socket that is a pod's"}},
-	{is(attest.ErrPods), refusal{Status: http.StatusForbidden, Reason: "the kernel's record of the client's socket names two pods"}},
-	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},        // K-00
-	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}}, // the operator can mend it
+	{is(errNoAudience), refusal{Status: http.StatusBadRequest}},                                       // I-02
+	{is(errNotLinked), refusal{Status: http.StatusNotFound}},                                          // I-04
+	{is(attest.ErrUnknown), wait("Kubernetes has named no such pod on this node yet; ask again")},     // H-22
+	{is(attest.ErrAmbiguous), wait("more than one live pod of this node has the address; ask again")}, // U-06
+	{is(attest.ErrChanged), reconnect(attest.ErrChanged.Error())},
+	{is(attest.ErrNoNamespace), wait("no known network namespace has the client's address; ask again; " + sandbox)},
+	{is(attest.ErrHelperAway), wait("no known network namespace has the client's address, and " +
+		"gke-metadata-emulator-attest.service, which finds them, is not there")},
+	{is(attest.ErrUnknownCgroup), wait("the cgroup of the client's socket is not known; ask again")},
+	{is(attest.ErrNotRead), wait("the cgroups of the node are being read anew; ask again")},
+	{is(attest.ErrNotPod), forbid("not a pod of this node, nor a process that hostIdentities names")},
+	{is(attest.ErrNoAccount), forbid(attest.ErrNoAccount.Error())},
+	//
+	{is(attest.ErrNoSocket), wait("the kernel knows no socket at the other end of this connection; " + sandbox)},
+	{is(attest.ErrEmptyCgroup), reconnect("no process is left in the cgroup of the client's socket; connect again")},
+	{is(attest.ErrOwner), forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
+	// others can bring it about; another port may be nobody else's.
+	{is(attest.ErrSockets), reconnect("two sockets could be the other end of this connection; connect again")},
+	{is(attest.ErrSpared), reconnect("the client's socket is of a process of the node that is not redirected, " +
+		"and the connection was; connect again")},
+	{is(attest.ErrNamespaceOwner), wait("the owner of the client's network namespace is not known yet; ask again")},
+	{is(attest.ErrOtherNamespace), forbid("the client's socket is in the network namespace of another pod than that " +
+		"of the process that made it: name the mesh's node proxy in attestation.proxies")},
+	{is(attest.ErrNoCgroup), forbid("the kernel names no cgroup of the client's socket that is a pod's")},
+	{is(attest.ErrPods), forbid("the kernel's record of the client's socket names two pods")},
+	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},                       // K-00
+	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}},                // the operator can mend it
 	{is(kube.ErrNotConfigured), refusal{Status: http.StatusServiceUnavailable}},
 	{as[*kube.AwayError], refusal{Status: http.StatusServiceUnavailable}},
 	{as[*token.LimitError], refusal{Status: http.StatusServiceUnavailable, Retry: true}},
@@ -68,7 +89,8 @@ var refusals = []struct {
 	{googleSays("STS", anyStatus), refusal{Status: http.StatusForbidden}},
 	{is(kube.ErrNoPod), refusal{Status: http.StatusServiceUnavailable}},
 	{is(kube.ErrNotFound), refusal{Status: http.StatusServiceUnavailable}},
-	{func(error) bool { return true }, refusal{Status: http.StatusServiceUnavailable, Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}},
+	{func(error) bool { return true }, refusal{Status: http.StatusServiceUnavailable,
+		Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}},
 }
 
 // refusalOf returns what a pod is told of err.

@@ -32,6 +32,7 @@ func TestRefusals(t *testing.T) {
 		"two pods":                        {attest.ErrAmbiguous, 503, true},
 		"the address changed hands":       {attest.ErrChanged, 503, true},
 		"not a pod":                       {attest.ErrNotPod, 403, false},
+		"A-12: a neighbour's socket":      {attest.ErrSockets, 503, true},
 		"API server away":                 {&kube.AwayError{Since: time.Now(), Err: errors.New("x")}, 503, false},
 		"no kubeconfig":                   {kube.ErrNotConfigured, 503, false},
 		"TokenRequest refused":            {&kube.ForbiddenError{Verb: "create", Resource: "serviceaccounts/token"}, 503, false},

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -52,6 +53,8 @@ type Service struct {
 	gathered  *prometheus.Registry // by kernel
 	started   time.Time
 	ready     chan struct{} // closed at READY=1
+
+	unreachable atomic.Pointer[string] // why the node's own connections to the listener fail; nil: they do not
 }
 
 // Run serves until ctx is done, and returns when nothing is left running. A configuration that cannot be loaded is an
@@ -91,7 +94,8 @@ func newService(o Options) *Service {
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
-	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(), Log: s.log, Registerer: s.gathered})
+	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(),
+		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log, Registerer: s.gathered})
 	kube.RouteKlog(s.log)
 	return s
 }

@@ -34,7 +34,8 @@ type Status struct {
 	State       string              `json:"state"`            // serving | not configured | stopping
 	Reason      string              `json:"reason,omitempty"` // why it is not serving
 	Listen      string              `json:"listen"`
-	Listen6     string              `json:"listen6,omitempty"` // "" = IPv6 is not served
+	Listen6     string              `json:"listen6,omitempty"`     // "" = IPv6 is not served
+	Unreachable string              `json:"unreachable,omitempty"` // why the node's own connections to Listen fail, where pods' do not
 	Connections int                 `json:"connections"`
 	Attestation Attestation         `json:"attestation"`
 	Requests    uint64              `json:"requests"`            // since Started, for anything but `/`
@@ -65,6 +66,9 @@ type HostIdentity struct {
 func (s *Service) Status() Status {
 	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
 		Connections: s.server.connections.open(), Requests: s.server.metrics.asked(), Requests6: s.server.metrics.six.Load()}
+	if reason := s.unreachable.Load(); reason != nil {
+		st.Unreachable = *reason
+	}
 	if state, err := routing.ReadState(s.options.RunDir); err != nil {
 		st.RoutingErr = err.Error()
 	} else {
@@ -178,7 +182,7 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.gather(), promhttp.HandlerOpts{ErrorLog: s.log}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.probe.ask(r.Context())) })
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.alive(r.Context())) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { health(w, s.readiness(r.Context())) })
 	// Any pod on the host network reaches it: a few connections are enough for Prometheus and probes, and whoever comes is let in.
 	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
@@ -218,7 +222,7 @@ func (s *Service) readiness(ctx context.Context) error {
 			}
 		}
 	}
-	return s.probe.ask(ctx)
+	return s.alive(ctx)
 }
 
 // attests returns why a new connection cannot be attested now.

@@ -26,6 +26,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
 	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
 		mark(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
+	if s.Unreachable != "" {
+		line("", "connections of the node itself fail, as hostIdentities and pods on the host network need them: %s", bounded(s.Unreachable))
+	}
 	s.attestationText(line, now)
 	s.rulesText(line, now)
 	for _, u := range s.Unnamed {
@@ -135,6 +138,22 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 	for _, lack := range k.Lacks {
 		line("", "lacking: %s", lack)
 	}
+	for _, c := range k.Conflicts {
+		line("conflict", "%s: %s and %s have sockets of this address; %d connections refused, the last %s ago: remove it from the one that does not own it",
+			c.Address, s.podText(c.Between[0]), s.podText(c.Between[1]), c.Refused, age(now, c.LastSeen))
+	}
+}
+
+// podText names the pod of a UID; it returns anything else as it is.
+func (s Status) podText(uid string) string {
+	if s.Cluster != nil {
+		for _, p := range s.Cluster.Pods {
+			if p.UID == uid && uid != "" {
+				return p.Namespace + "/" + p.Name
+			}
+		}
+	}
+	return uid
 }
 
 func accountText(a kube.AccountStatus) string {

@@ -1,11 +1,14 @@
 package service
 
 import (
+	"net/netip"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
@@ -25,5 +28,21 @@ func TestRulesText(t *testing.T) {
 host pods +left alone$`
 	if !regexp.MustCompile(want).MatchString(text.String()) {
 		t.Errorf("no\n%s\nin\n%s", want, &text)
+	}
+}
+
+// A conflict names pods as people know them, and what is no pod as it is.
+func TestConflictText(t *testing.T) {
+	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+	s := Status{Cluster: &kube.Status{Pods: []kube.PodStatus{{UID: "u", Namespace: "ns", Name: "p"}}}, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{
+		Helper: true, Conflicts: []attest.Conflict{{Address: netip.MustParseAddr("10.0.0.7"), Between: [2]string{"u", "network namespace 7 of /x"}, Refused: 3, LastSeen: now.Add(-time.Minute)}},
+	}}}
+	var text strings.Builder
+	if err := s.Text(&text, now); err != nil {
+		t.Fatal(err)
+	}
+	const want = "conflict     10.0.0.7: ns/p and network namespace 7 of /x have sockets of this address; 3 connections refused, the last 1m0s ago: remove it from the one that does not own it\n"
+	if !strings.Contains(text.String(), want) {
+		t.Errorf("no %q in\n%s", want, &text)
 	}
 }

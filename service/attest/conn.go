@@ -18,6 +18,9 @@ type Conn struct {
 	Client   netip.AddrPort // the peer
 	Server   netip.AddrPort // our end, after DNAT
 	Original netip.AddrPort // what the client dialled; equal to Server where nothing was translated
+
+	untracked bool // conntrack's default zone does not have the connection, so Original is a guess
+	end       end
 }
 
 // Peer is the other end of one connection.
@@ -112,10 +115,11 @@ func accepted(c net.Conn) Conn {
 	if err != nil {
 		return conn
 	}
+	conn.end, conn.untracked = end{raw}, true
 	// A control that fails leaves Original at Server: less is accepted as Host (H-16), nothing more.
 	_ = raw.Control(func(fd uintptr) {
 		if o, ok := originalDst(int(fd), conn.Server.Addr()); ok {
-			conn.Original = o
+			conn.Original, conn.untracked = o, false
 		}
 	})
 	return conn

@@ -26,8 +26,8 @@ var (
 	ErrOtherNamespace = errors.New("the client's socket is in the network namespace of another pod than that of the process that made it")
 	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that all are read anew.
 	ErrNotRead = errors.New("the cgroups of the node are being read anew")
-	// ErrSockets says that two network namespaces have a socket that could be the other end.
-	ErrSockets = errors.New("sockets of two network namespaces could be the other end")
+	// ErrSockets says that there are two sockets that could be the other end. Others can bring that about: KernelStatus names them.
+	ErrSockets = errors.New("two sockets could be the other end")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
 	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
 	// ErrSpared says that the connection was redirected, and that the socket it seems to come from is of a process of the node that nobody

@@ -17,9 +17,10 @@ import (
 
 // KernelOptions are what a Kernel needs to know.
 type KernelOptions struct {
-	CgroupRoot string   // where the cgroups are mounted; "": /sys/fs/cgroup
-	Socket     string   // where the helper listens
-	Spared     []string // cgroups, from the root: what their processes send from the node's network namespace nobody redirects
+	CgroupRoot string           // where the cgroups are mounted; "": /sys/fs/cgroup
+	Socket     string           // where the helper listens
+	Spared     []string         // cgroups, from the root: what their processes send from the node's network namespace nobody redirects
+	Redirected []netip.AddrPort // what clients dial whose connections are redirected to us, of each family
 	Log        logrus.FieldLogger
 	Registerer prometheus.Registerer // nil: nothing is counted
 }
@@ -60,6 +61,7 @@ type Kernel struct {
 	byAddr     map[netip.Addr][]holder // the slices are not written to
 	generation int                     // of the helper's connections
 	status     KernelStatus
+	conflicts  map[netip.Addr]Conflict
 	changes    chan struct{} // nil: nobody waits
 }
 
@@ -76,7 +78,7 @@ func NewKernel(o KernelOptions) *Kernel {
 	}
 	k := &Kernel{
 		options: o, scan: make(chan struct{}, 1), walk: make(chan struct{}, 1), buffer: make([]byte, 32<<10),
-		namespaces: map[uint64]*namespace{}, byAddr: map[netip.Addr][]holder{},
+		namespaces: map[uint64]*namespace{}, byAddr: map[netip.Addr][]holder{}, conflicts: map[netip.Addr]Conflict{},
 	}
 	k.register(o.Registerer)
 	return k
@@ -98,13 +100,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	if own == nil {
 		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
 	}
-	n, f, err := k.find(c, c.Original, own, asked)
-	redirected := n != nil && c.Original != c.Server
-	if n == nil && err == nil && c.Original != c.Server {
-		// Conntrack goes on knowing a translated connection for a while after its end, and tells where that one went of the next one from
-		// the same port too, which was not translated (a change to mode ebpf). What is written goes to whoever has this very socket.
-		n, f, err = k.find(c, c.Server, own, asked)
-	}
+	n, f, redirected, err := k.client(c, own, asked)
 	switch {
 	case err != nil:
 		return nil, err
@@ -206,14 +202,14 @@ func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []
 	ask := func(h holder) error {
 		found, ok, err := h.socket(c.Client, dialled, h.device)
 		switch {
-		case errors.Is(err, errClosed) || err == nil && (!ok || !found.connected()):
+		case errors.Is(err, errClosed) || err == nil && (!ok || !found.live() || !c.end.fits(found)):
 			return nil
 		case err != nil:
 			return err
 		case n != nil && n.inode == h.inode: // by the sockets of two helpers, of which one goes
 			return nil
 		case n != nil:
-			return fmt.Errorf("%w: %s is in %s and in %s", ErrSockets, c.Client, n, h.namespace)
+			return k.conflict(c, n, h.namespace)
 		}
 		n, f = h.namespace, found
 		return nil
@@ -280,6 +276,8 @@ type KernelStatus struct {
 	Since      time.Time `json:"since,omitzero"`    // when the helper came, or went
 	Problem    string    `json:"problem,omitempty"` // why the helper is not connected, or what it cannot do
 	Lacks      []string  `json:"lacks,omitempty"`   // what this kernel has not, and what follows from that
+
+	Conflicts []Conflict `json:"conflicts,omitempty"` // sorted by Address
 }
 
 // Status tells what is known now.
@@ -287,6 +285,7 @@ func (k *Kernel) Status() KernelStatus {
 	k.mu.RLock()
 	s := k.status
 	s.Namespaces = len(k.namespaces)
+	s.Conflicts = k.recentConflicts()
 	crowded := 0
 	for _, holders := range k.byAddr {
 		if len(askable(holders)) < len(holders) {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -256,6 +257,16 @@ func TestOldTranslation(t *testing.T) {
 	}
 	host.do("reset %s", from)
 	b.refused("reset", there, ErrNoSocket)
+
+	// Conntrack says that the connection was redirected: then it is not that of a process which nobody redirects.
+	unit := b.client("/system.slice/kubelet.service", b.node.NS)
+	there = accepted(b.accept(unit.do("dial tcp4 " + listenAddr + " 127.0.0.1:0")))
+	if e, err := b.look(there); err != nil || e.Unit() != "kubelet.service" {
+		t.Errorf("Look = %+v, %v", e, err)
+	}
+	b.kernel.options.Spared = []string{"system.slice"}
+	there.Original = netip.MustParseAddrPort(metadataAddr)
+	b.refused("a unit's direct connection, and one that was redirected", there, ErrSpared)
 }
 
 // a neighbour on the bridge that has the node believe that a pod's address is its own.
@@ -296,10 +307,32 @@ func TestSpoofedAddress(t *testing.T) {
 	b.in(b.node.NS, "ip neigh del %s dev cni0", victimNS.Addr)
 	b.in(attackerNS, "ip address add 169.254.169.254/32 dev lo")
 	attacker.do("listen %s", metadataAddr)
-	attacker.do("spoof %s %s", end(41003), metadataAddr)
 	b.in(attackerNS, "ip link set eth0 arp off") // else it would answer for the address
-	victim.do("dial tcp4 %s %s", metadataAddr, end(41003))
-	b.refused("A-12: two sockets", accepted(b.accept(end(41003))), ErrSockets)
+	b.twoSockets(attacker, victim, victimNS.Addr, 41003)
+	conflicts := b.kernel.Status().Conflicts
+	if len(conflicts) != 1 || conflicts[0].Address != victimNS.Addr || !slices.Contains(conflicts[0].Between[:], podUID(1)) || !slices.Contains(conflicts[0].Between[:], podUID(2)) {
+		t.Errorf("Conflicts = %+v", conflicts)
+	}
+
+	// One that was made beforehand, as for every port that the victim may use, has nobody refused.
+	attacker.do("spoof %s %s", end(41500), metadataAddr)
+	var forged holder
+	for _, h := range b.holders(victimNS.Addr) {
+		if h.pod == podUID(2) {
+			forged = h
+		}
+	}
+	eventually(t, "the attacker's socket is older than the victim's will be", func() bool {
+		f, ok, err := forged.socket(netip.MustParseAddrPort(end(41500)), netip.MustParseAddrPort(metadataAddr), forged.device)
+		if err != nil || !ok || !f.live() {
+			t.Fatalf("%+v, %v, %v", f, ok, err)
+		}
+		return f.acknowledged > fitSlack+500
+	})
+	victim.do("dial tcp4 %s %s", metadataAddr, end(41500))
+	if e, err := b.look(accepted(b.accept(end(41500)))); err != nil || e.PodUID != podUID(1) {
+		t.Errorf("beside a socket of somebody else's that is older: %+v, %v", e, err)
+	}
 
 	b.in(attackerNS, "ip address del %s/32 dev eth0", victimNS.Addr)
 	b.in(attackerNS, "ip route del local %s/32 dev lo", victimNS.Addr)

@@ -42,7 +42,7 @@ func newNamespace(inode uint64, process, diag, route int, buffer []byte) (*names
 	n := &namespace{inode: inode, process: process, life: new(atomic.Bool)}
 	n.life.Store(true)
 	var err, err2 error
-	n.diag, err = newNetlink(diag, make([]byte, 512))
+	n.diag, err = newNetlink(diag, make([]byte, 1024))
 	n.route, err2 = newNetlink(route, buffer)
 	if err = errors.Join(err, err2); err == nil {
 		err = n.route.subscribeAddresses()

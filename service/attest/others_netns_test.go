@@ -90,10 +90,8 @@ func TestSpoofedContainer(t *testing.T) {
 	b.in(b.node.NS, "ip neigh del %s dev cni0", containerNS.Addr)
 	b.in(attackerNS, "ip address add 169.254.169.254/32 dev lo")
 	attacker.do("listen %s", metadataAddr)
-	attacker.do("spoof %s %s", end(41002), metadataAddr)
 	b.in(attackerNS, "ip link set eth0 arp off")
-	container.do("dial tcp4 %s %s", metadataAddr, end(41002))
-	b.refused("two sockets", accepted(b.accept(end(41002))), ErrSockets)
+	b.twoSockets(attacker, container, containerNS.Addr, 41002)
 }
 
 // Users of the node may be allowed to make namespaces, and do not fill us with them.

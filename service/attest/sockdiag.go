@@ -13,6 +13,7 @@ const (
 	diagRequestLen = 56
 	diagAnswerLen  = 72
 	diagAnyCookie  = ^uint32(0)
+	diagInfo       = 2  // INET_DIAG_INFO, struct tcp_info; needs no privilege
 	diagCgroupID   = 21 // INET_DIAG_CGROUP_ID, u64; comes unasked
 )
 
@@ -20,13 +21,18 @@ const (
 type socketFound struct {
 	state  uint8  // TCP_ESTABLISHED, …
 	cgroup uint64 // of whoever made the socket; 0: the kernel named none
+
+	counted      bool   // the kernel says the rest
+	received     uint64 // bytes, from the other end
+	acknowledged uint32 // by the other end, so many ms ago
 }
 
-// connected reports whether the socket has seen the other end answer. One that only tries to connect does not make the connection that
-// we accepted, though it has the same addresses: somebody else on its network answers our packets then.
-func (f socketFound) connected() bool {
+// live reports whether the socket can be the client's of a connection that we hold open. One that only tries to connect does not make
+// it, though it has the same addresses: somebody else on its network answers our packets then. One that was closed at its other end
+// (CLOSE_WAIT, LAST_ACK, CLOSING) is of an earlier connection: our end closes when nobody asks any more.
+func (f socketFound) live() bool {
 	switch f.state {
-	case 1, 4, 5, 8, 9, 11: // ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING
+	case 1, 4, 5: // ESTABLISHED, FIN_WAIT1, FIN_WAIT2: a client may close its direction
 		return true
 	}
 	return false
@@ -40,7 +46,7 @@ func (s *netlinkSocket) socket(local, remote netip.AddrPort, device uint32) (soc
 	if r[0] = unix.AF_INET6; local.Addr().Is4() {
 		r[0] = unix.AF_INET // finds sockets of AF_INET6 too that speak IPv4
 	}
-	r[1] = unix.IPPROTO_TCP
+	r[1], r[2] = unix.IPPROTO_TCP, 1<<(diagInfo-1)
 	binary.NativeEndian.PutUint32(r[4:], ^uint32(0)) // in any state
 	binary.BigEndian.PutUint16(r[8:], local.Port())
 	binary.BigEndian.PutUint16(r[10:], remote.Port())
@@ -101,6 +107,11 @@ func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f soc
 		return socketFound{}, false, true, nil
 	}
 	f.state = m.data[1]
+	if info := attribute(m.data[diagAnswerLen:], diagInfo); len(info) >= int(infoCounted) {
+		f.counted = true
+		f.received = binary.NativeEndian.Uint64(info[infoReceived:])
+		f.acknowledged = binary.NativeEndian.Uint32(info[infoAcknowledged:])
+	}
 	if id := attribute(m.data[diagAnswerLen:], diagCgroupID); len(id) == 8 {
 		f.cgroup = binary.NativeEndian.Uint64(id)
 	}

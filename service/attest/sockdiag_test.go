@@ -52,8 +52,8 @@ func TestParseSocket(t *testing.T) {
 		fails     bool
 		want      socketFound
 	}{
-		"the socket":                            {answer: good, local: clientEnd, ok: true, known: true, want: socketFound{1, 42}},
-		"A-09: of AF_INET6, speaking IPv4":      {answer: mapped, local: clientEnd, ok: true, known: true, want: socketFound{1, 42}},
+		"the socket":                            {answer: good, local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 42}},
+		"A-09: of AF_INET6, speaking IPv4":      {answer: mapped, local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 42}},
 		"A-08: a listener on the same port":     {answer: forgedAnswer(7, 10, 42, clientEnd, netip.MustParseAddrPort("0.0.0.0:0")), local: clientEnd, known: true},
 		"A-08: another address of its own":      {answer: good, local: netip.MustParseAddrPort("10.244.0.3:40000"), known: true},
 		"A-08: another port of its own":         {answer: good, local: netip.MustParseAddrPort("10.244.0.2:40001"), known: true},
@@ -61,8 +61,8 @@ func TestParseSocket(t *testing.T) {
 		"an answer to another question":         {answer: change(8, 8), local: clientEnd},
 		"cut off":                               {answer: good[:20], local: clientEnd},
 		"too short for what it says it is":      {answer: append([]byte{headerLen + 8, 0, 0, 0}, good[4:headerLen+8]...), local: clientEnd, known: true, fails: true},
-		"A-13: no cgroup in a socket that ends": {answer: append([]byte{headerLen + diagAnswerLen, 0, 0, 0}, forgedAnswer(7, 6, 0, clientEnd, serverEnd)[4:headerLen+diagAnswerLen]...), local: clientEnd, ok: true, known: true, want: socketFound{6, 0}},
-		"an attribute that is longer than all":  {answer: change(headerLen+diagAnswerLen, 200), local: clientEnd, ok: true, known: true, want: socketFound{1, 0}},
+		"A-13: no cgroup in a socket that ends": {answer: append([]byte{headerLen + diagAnswerLen, 0, 0, 0}, forgedAnswer(7, 6, 0, clientEnd, serverEnd)[4:headerLen+diagAnswerLen]...), local: clientEnd, ok: true, known: true, want: socketFound{state: 6, cgroup: 0}},
+		"an attribute that is longer than all":  {answer: change(headerLen+diagAnswerLen, 200), local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 0}},
 		"none":                                  {answer: netlinkError(7, unix.ENOENT), local: clientEnd, known: true},
 		"another error":                         {answer: netlinkError(7, unix.EPERM), local: clientEnd, known: true, fails: true},
 	} {
@@ -122,7 +122,7 @@ func TestSocket(t *testing.T) {
 	for network, address := range map[string]string{"tcp4": "127.0.0.1:0", "tcp6": "[::1]:0"} {
 		client, _ := pair(t, network, address)
 		local, remote := addrPort(client.LocalAddr()), addrPort(client.RemoteAddr())
-		if f, ok, err := s.socket(local, remote, 0); err != nil || !ok || !f.connected() || f.cgroup == 0 {
+		if f, ok, err := s.socket(local, remote, 0); err != nil || !ok || !f.live() || f.cgroup == 0 || !f.counted {
 			t.Errorf("%s: %+v, %v, %v", network, f, ok, err)
 		}
 		if f, ok, err := s.socket(netip.AddrPortFrom(local.Addr(), 1), remote, 0); err != nil || ok {

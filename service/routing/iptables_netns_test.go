@@ -45,8 +45,13 @@ func TestStory(t *testing.T) {
 				"-t filter -A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
 				"-t filter -A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset",
 				"-t filter -I INPUT 1 -m comment --comment gke-metadata-emulator -j GME-IN",
+				"-t filter -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset",
 				"-t filter -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst 169.254.169.254 -j ACCEPT",
 				"-t filter -A GME-IN -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP",
+				"-t filter -I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-LOCAL",
+				"-t filter -A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP",
+				"-t filter -A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j ACCEPT",
+				"-t filter -A GME-LOCAL -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT",
 			}},
 			{"nat", "iptables -t nat -F", []string{
 				"-t nat -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE",
@@ -134,8 +139,8 @@ func TestNftFlushRuleset(t *testing.T) {
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft flush ruleset")
-	if got := len(faults(t, b.check(b.plan))); got != 16 {
-		t.Errorf("%d faults named, want 16: %v", got, b.check(b.plan))
+	if got := len(faults(t, b.check(b.plan))); got != 21 {
+		t.Errorf("%d faults named, want 21: %v", got, b.check(b.plan))
 	}
 	b.answers(b.pod, "169.254.169.254:80", "")
 	b.answers(b.pod, "[fd00:ec2::254]:80", "")

@@ -32,8 +32,13 @@ import (
 //		}
 //		chain input {
 //			type filter hook input priority filter - 10; policy accept;
+//			ip daddr 169.254.169.252 tcp dport 988 ct status snat reject with tcp reset
 //			ip daddr 169.254.169.252 tcp dport 988 ct original ip daddr 169.254.169.254 accept
 //			iifname != "lo" ip daddr 169.254.169.252 tcp dport 988 drop
+//		}
+//		chain local {
+//			type filter hook output priority filter - 10; policy accept;
+//			ip saddr 169.254.169.252 tcp sport 988 tcp flags & rst == 0 ct status snat drop
 //		}
 //		chain output {
 //			type nat hook output priority -110; policy accept;
@@ -48,7 +53,7 @@ import (
 //	}
 //
 // An accept is final for its own chain only: what a later chain of somebody else's refuses stays refused. So there is no accept
-// for what is forwarded to an emulator elsewhere, which mode iptables has.
+// for what is forwarded to an emulator elsewhere, nor for what the node itself sends to the listener, which mode iptables has.
 const nftTable = "gke-metadata-emulator"
 
 // nftChain is one base chain of our table.
@@ -121,15 +126,39 @@ func notLoopback() nftPart {
 }
 
 // toServer matches packets of TCP to an address and a port.
-func toServer(a netip.AddrPort) nftPart {
-	word, offset := "ip", uint32(16)
+func toServer(a netip.AddrPort) nftPart { return ofTCP(a, "daddr %s tcp dport %d", 16, 24, 2) }
+
+// fromServer matches packets of TCP from an address and a port.
+func fromServer(a netip.AddrPort) nftPart { return ofTCP(a, "saddr %s tcp sport %d", 12, 8, 0) }
+
+// ofTCP matches packets of TCP that have the address at one of the offsets, which are those of IPv4 and of IPv6, and the port at its own.
+func ofTCP(a netip.AddrPort, format string, ipv4, ipv6, port uint32) nftPart {
+	word, offset := "ip ", ipv4
 	if a.Addr().Is6() {
-		word, offset = "ip6", 24
+		word, offset = "ip6 ", ipv6
 	}
-	return nftPart{text: fmt.Sprintf("%s daddr %s tcp dport %d", word, a.Addr(), a.Port()), exprs: []expr.Any{
+	return nftPart{text: word + fmt.Sprintf(format, a.Addr(), a.Port()), exprs: []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(a.Addr().BitLen() / 8)}, equals(a.Addr().AsSlice()),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equals([]byte{unix.IPPROTO_TCP}),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, equals(binary.BigEndian.AppendUint16(nil, a.Port())),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2}, equals(binary.BigEndian.AppendUint16(nil, a.Port())),
+	}}
+}
+
+// notReset matches packets of TCP without the flag RST.
+func notReset() nftPart {
+	return nftPart{text: "tcp flags & rst == 0", exprs: []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{4}, Xor: []byte{0}}, equals([]byte{0}),
+	}}
+}
+
+// sourceTranslated matches packets of connections whose source address or port conntrack changed.
+func sourceTranslated() nftPart {
+	const ipsSrcNAT = 1 << 4 // IPS_SRC_NAT of linux/netfilter/nf_conntrack_common.h
+	return nftPart{text: "ct status snat", exprs: []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, ipsSrcNAT), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}}
 }
 
@@ -202,17 +231,21 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 		return chains, nil
 	}
 	if !p.dnats() {
+		// No clash of ports: all clients send to one address and port, so two of one source are one connection.
 		return append(doors(p, s, six), forward), nil
 	}
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
-	// two doors, each of which holds alone.
+	local := nftChain{name: "local", kind: "filter", hook: "output", priority: priorityFilter}
+	// two doors, each of which holds alone. A-18 (port clash): see chainsFor.
 	raw.rules = []nftRule{rule(notLoopback(), toServer(w.listen), drop())}
+	local.rules = []nftRule{rule(fromServer(w.listen), notReset(), sourceTranslated(), drop())}
 	input.rules = []nftRule{
+		rule(toServer(w.listen), sourceTranslated(), reset()),
 		rule(toServer(w.listen), originallyTo(w.server.Addr()), accept()),
 		rule(notLoopback(), toServer(w.listen), drop()),
 	}
-	chains = []nftChain{raw, forward, input}
+	chains = []nftChain{raw, forward, input, local}
 	if s.hostPods {
 		output := nftChain{name: "output", kind: "nat", hook: "output", priority: priorityDestNAT}
 		for _, slice := range s.slices {

@@ -21,8 +21,12 @@ const comment = "gke-metadata-emulator"
 //	-A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT
 //	-A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 //	-A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset
+//	-A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset
 //	-A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst 169.254.169.254 -j ACCEPT
 //	-A GME-IN -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+//	-A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP
+//	-A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j ACCEPT
+//	-A GME-LOCAL -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT
 //	*raw
 //	-A GME-RAW -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
 //	*nat
@@ -49,6 +53,7 @@ func ownChains() []chain {
 	return []chain{
 		{table: "filter", base: "FORWARD", name: "GME-FWD", absent: true},
 		{table: "filter", base: "INPUT", name: "GME-IN", absent: true},
+		{table: "filter", base: "OUTPUT", name: "GME-LOCAL", absent: true},
 		{table: "raw", base: "PREROUTING", name: "GME-RAW", absent: true},
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
 		{table: "nat", base: "PREROUTING", name: "GME-PRE", absent: true},
@@ -67,10 +72,22 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 			}
 		case !w.listen.IsValid():
 		case c.name == "GME-IN":
-			// only what was redirected, never what was sent here directly.
+			// A-18 (port clash): a connection whose source conntrack changed has another port here than in the client's socket, and
+			// that port may be another client's. The SYN of a process of the node has gone through POSTROUTING and is refused at once.
+			// only what was redirected is accepted, never what was sent here directly.
 			c.rules = []string{
+				to(w.listen) + " -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset",
 				to(w.listen) + " -m conntrack --ctorigdst " + w.server.Addr().String() + " -j ACCEPT",
 				notLocal(w.listen) + " -j DROP",
+			}
+		case c.name == "GME-LOCAL":
+			// A-18 again: the SYN of a pod is translated behind the INPUT chain, so the listener's answer is dropped, but for the RST of
+			// the refusal above. A network that masquerades what its pods send to the node is not served: whose socket it is nobody can tell.
+			// R-34 (rejects in OUTPUT): what the node sends to the listener, and its answers, are no business of rules for other services.
+			c.rules = []string{
+				from(w.listen) + " ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP",
+				from(w.listen) + " -j ACCEPT",
+				to(w.listen) + " -j ACCEPT",
 			}
 		case c.name == "GME-RAW":
 			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
@@ -106,7 +123,7 @@ func forwardRules(p Plan, w way, six bool) (rules []string) {
 	if w.listen.IsValid() {
 		rules = append(rules,
 			to(w.listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
-			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", single(w.listen), w.listen.Port()))
+			from(w.listen)+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
 		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
 		ports[w.server.Addr()] = []uint16{80, 443, 8080}
 		guard = append([]netip.AddrPort{w.server}, guard...)
@@ -141,6 +158,10 @@ func single(l netip.AddrPort) netip.Prefix { return netip.PrefixFrom(l.Addr(), l
 
 func to(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", single(l), l.Port())
+}
+
+func from(l netip.AddrPort) string {
+	return fmt.Sprintf("-s %s -p tcp -m tcp --sport %d", single(l), l.Port())
 }
 
 func notLocal(l netip.AddrPort) string {

@@ -183,19 +183,32 @@ func (t *Trial) in(there netns.NsHandle, f func() error) error {
 // iptables-nft among them, and counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
 func (t *Trial) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
 	err = t.in(t.node, func() error {
-		before := legacyDrops(ctx, from.Is6())
-		trace, traceErr := startTrace(from, t.Link)
-		try()
-		if traceErr == nil {
-			by, traceErr = trace.drops(200 * time.Millisecond)
-			traceErr = errors.Join(traceErr, trace.close())
-		}
-		by = append(by, risen(before, legacyDrops(ctx, from.Is6()))...)
-		if len(by) > 0 || errors.Is(traceErr, unix.ENOENT) || errors.Is(traceErr, unix.EOPNOTSUPP) || errors.Is(traceErr, unix.EPROTONOSUPPORT) {
-			return nil // a kernel without nf_tables has none of its chains
-		}
-		return traceErr
+		by, err = dropped(ctx, from, t.Link, try)
+		return err
 	})
+	return by, err
+}
+
+// DroppedHere says who drops what processes of the node itself send to the node's address, or what is sent back, while try runs, as
+// [Trial.Dropped] does. It looks in the network namespace of the calling thread.
+func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, err error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	return dropped(ctx, to, "lo", try)
+}
+
+func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by []string, err error) {
+	before := legacyDrops(ctx, addr.Is6())
+	trace, err := startTrace(addr, link)
+	try()
+	if err == nil {
+		by, err = trace.drops(200 * time.Millisecond)
+		err = errors.Join(err, trace.close())
+	}
+	by = append(by, risen(before, legacyDrops(ctx, addr.Is6()))...)
+	if len(by) > 0 || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return by, nil // a kernel without nf_tables has none of its chains
+	}
 	return by, err
 }
 

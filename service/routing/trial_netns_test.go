@@ -96,8 +96,8 @@ func TestTrial(t *testing.T) {
 				[]string{`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`, `nft chain inet foreign back (rule: oifname "gme-doctor" drop)`}},
 			{"iptables INPUT before ours", "iptables -I INPUT -i gme-doctor -j DROP", "iptables -D INPUT -i gme-doctor -j DROP",
 				[]string{`nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`, "iptables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"}},
-			{"iptables OUTPUT policy", "iptables -P OUTPUT DROP", "iptables -P OUTPUT ACCEPT",
-				[]string{"nft chain ip filter OUTPUT (policy drop)", "iptables chain OUTPUT of table filter (policy DROP)"}},
+			{"iptables OUTPUT before ours", "iptables -I OUTPUT -o gme-doctor -j DROP", "iptables -D OUTPUT -o gme-doctor -j DROP",
+				[]string{`nft chain ip filter OUTPUT (rule: oifname "gme-doctor" drop)`, "iptables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"}},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t

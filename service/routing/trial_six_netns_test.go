@@ -32,8 +32,8 @@ func TestTrialSix(t *testing.T) {
 				`nft chain ip6 filter INPUT (rule: iifname "gme-doctor" drop)`, "ip6tables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"},
 			{"a table that IPv4 does not have", "ip6tables -t mangle -I PREROUTING -i gme-doctor -j DROP", "ip6tables -t mangle -D PREROUTING -i gme-doctor -j DROP",
 				`nft chain ip6 mangle PREROUTING (rule: iifname "gme-doctor" drop)`, "ip6tables chain PREROUTING of table mangle (rule: -A PREROUTING -i gme-doctor -j DROP)"},
-			{"ip6tables OUTPUT policy", "ip6tables -P OUTPUT DROP", "ip6tables -P OUTPUT ACCEPT",
-				"nft chain ip6 filter OUTPUT (policy drop)", "ip6tables chain OUTPUT of table filter (policy DROP)"},
+			{"ip6tables OUTPUT before ours", "ip6tables -I OUTPUT -o gme-doctor -j DROP", "ip6tables -D OUTPUT -o gme-doctor -j DROP",
+				`nft chain ip6 filter OUTPUT (rule: oifname "gme-doctor" drop)`, "ip6tables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t

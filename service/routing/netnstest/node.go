@@ -142,6 +142,11 @@ func (n *Node) defaultRoute(all netip.Prefix, metadata, via netip.Addr) func() e
 	}
 }
 
+// ForgetConnections deletes all of conntrack's entries, as conntrack -F does.
+func (ns *NS) ForgetConnections() error {
+	return ns.Do(func() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) })
+}
+
 // AddPod attaches a pod to the bridge cni0.
 func (n *Node) AddPod(name string) (*NS, error) { return n.addPod(name, "cni0", nil) }
 

@@ -40,13 +40,19 @@ iptables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]
 :GME-IN - [0:0]
+:GME-LOCAL - [0:0]
 -A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT
 -A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 -A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset
+-A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset
 -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst 169.254.169.254 -j ACCEPT
 -A GME-IN -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+-A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP
+-A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j ACCEPT
+-A GME-LOCAL -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT
 -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD
 -I INPUT 1 -m comment --comment gke-metadata-emulator -j GME-IN
+-I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-LOCAL
 COMMIT
 *raw
 :GME-RAW - [0:0]

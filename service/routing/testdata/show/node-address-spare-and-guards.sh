@@ -46,16 +46,22 @@ iptables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]
 :GME-IN - [0:0]
+:GME-LOCAL - [0:0]
 -A GME-FWD -i docker0 -j RETURN
 -A GME-FWD -i eth0 -j RETURN
 -A GME-FWD -d 10.0.0.5/32 -p tcp -m tcp --dport 18080 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT
 -A GME-FWD -s 10.0.0.5/32 -p tcp -m tcp --sport 18080 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 -A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080,8775 -j REJECT --reject-with tcp-reset
 -A GME-FWD -d 168.63.129.16/32 -p tcp -m multiport --dports 80,32526 -j REJECT --reject-with tcp-reset
+-A GME-IN -d 10.0.0.5/32 -p tcp -m tcp --dport 18080 -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset
 -A GME-IN -d 10.0.0.5/32 -p tcp -m tcp --dport 18080 -m conntrack --ctorigdst 169.254.169.254 -j ACCEPT
 -A GME-IN -d 10.0.0.5/32 ! -i lo -p tcp -m tcp --dport 18080 -j DROP
+-A GME-LOCAL -s 10.0.0.5/32 -p tcp -m tcp --sport 18080 ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP
+-A GME-LOCAL -s 10.0.0.5/32 -p tcp -m tcp --sport 18080 -j ACCEPT
+-A GME-LOCAL -d 10.0.0.5/32 -p tcp -m tcp --dport 18080 -j ACCEPT
 -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD
 -I INPUT 1 -m comment --comment gke-metadata-emulator -j GME-IN
+-I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-LOCAL
 COMMIT
 *raw
 :GME-RAW - [0:0]
