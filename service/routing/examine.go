@@ -19,6 +19,7 @@ import (
 type Examination struct {
 	Rules   error    // what Check says; ErrPermission is wrapped where the firewall cannot be read
 	Guard   []string // faults of the guard alone, which needs no privilege to be read
+	Bypass  []string // policy rules of others that come before the guard and that it cannot be put before
 	Uplinks []Uplink
 	Remarks []string // on interfaces that an operator should look at
 
@@ -50,6 +51,7 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	for _, err := range checkGuard(p, s) {
 		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
 	}
+	x.Bypass = bypasses(p, s)
 	x.Uplinks, x.Remarks = whyUplinks(p)
 	if p.Closed {
 		return x

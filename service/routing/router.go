@@ -112,7 +112,15 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
+	r.warnBypassed(n.surroundings)
 	return n, r.readBack(state, errors.Join(errs...))
+}
+
+// warnBypassed says which rules of others the guard cannot be put before.
+func (r *router) warnBypassed(s surroundings) {
+	for _, rule := range bypasses(r.plan, s) {
+		r.plan.Log.Warn("the guard does not hold for what a policy rule matches that comes before it: " + rule + ": delete that rule and add it again with a preference of 1 or more")
+	}
 }
 
 // open looks around without asking for rules.
@@ -236,6 +244,7 @@ func (r *router) Check(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
 	}
+	r.warnBypassed(n.surroundings)
 	return errors.Join(r.check(ctx, n)...)
 }
 
