@@ -167,8 +167,50 @@ func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err erro
 	case len(at) > 1:
 		errs = append(errs, r.missing(c, "-A %s %s should be there once, not %d times", c.base, at[0].rule, len(at)))
 	}
+	if c.table == "raw" && len(at) > 0 && at[0].position > 1 {
+		before, err := r.untracks(ctx, c, at[0].position)
+		if err != nil {
+			return nil, err
+		}
+		if before != "" {
+			errs = append(errs, r.missing(c, "-I %s 1 %s before %s", c.base, c.jump(), before))
+		}
+	}
 	more, err := r.compare(ctx, c, rules)
 	return append(errs, more...), err
+}
+
+// untracks finds a rule that a packet meets before the jump at the position, and that says how conntrack is to take it: of
+// two such rules the first one counts.
+func (x *xtables) untracks(ctx context.Context, c chain, position int) (rule string, err error) {
+	table, err := x.list(ctx, nil, c.table)
+	if err != nil {
+		if errors.Is(err, errIncompatible) {
+			err = nil
+		}
+		return "", err
+	}
+	seen := map[string]bool{c.name: true}
+	var walk func(name string, rules []string)
+	walk = func(name string, rules []string) {
+		for _, r := range rules {
+			words := strings.Fields(r)
+			at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
+			if at < 0 || at+1 >= len(words) {
+				continue
+			}
+			target := words[at+1]
+			if rule == "" && (target == "CT" || target == "NOTRACK") {
+				rule = "-A " + name + " " + r
+			}
+			if !seen[target] {
+				seen[target] = true
+				walk(target, table[target])
+			}
+		}
+	}
+	walk(c.base, table[c.base][:min(position-1, len(table[c.base]))])
+	return rule, nil
 }
 
 // compare names what of the chain's rules is not there, too much, or in the wrong order.

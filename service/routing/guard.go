@@ -32,7 +32,9 @@ import (
 //
 // A rule of somebody else's with a lower preference walks round the guard (R-33: AWS's network has 1, 10 and 20 for security
 // groups of pods). So the guard stands before every rule that can match what pods send to a guarded address, at 97 or lower: see
-// place.
+// place. Where it had to move, table local may come later than others' rules, so the emulator's address is led there by a first rule:
+//
+//	8: from all to 169.254.169.252 ipproto tcp dport 988 lookup local proto kernel
 //
 // R-10b: iif lo is all that this host sends, its own daemons and pods on the host network alike. Those pods reach the real
 // server when only these rules are left; for them the promise holds while the netfilter rules stand.
@@ -131,14 +133,30 @@ func restRules(guarded []netip.AddrPort, add func(policyRule)) {
 // place moves the rules of one family before the rules of others that can match what they guard. Two preferences below, since
 // others may delete theirs by the preference alone. At preference 0 the guard stands behind table local's rule, or before all
 // where that has another place; there is no lower one.
-func place(want []policyRule, others []policyRule) []policyRule {
+// There the rules of others may come before table local's, too: then reach leads to the emulator.
+func place(want, reach, others []policyRule) []policyRule {
 	base := uint32(usualPref)
 	for _, o := range others {
 		if o.meets(want) {
 			base = min(base, max(o.pref, 2)-2)
 		}
 	}
+	if base < usualPref {
+		want = slices.Concat(want[:1], reach, want[1:]) // behind the end of the guard
+	}
 	return at(base, want)
+}
+
+// reachRules make the emulator's address this node's own before rules of others can lead elsewhere. Where it is another's they
+// decide nothing.
+func reachRules(p Plan, s surroundings, six bool) (rules []policyRule) {
+	for _, l := range []netip.AddrPort{p.Listen, s.listen6} {
+		if a := l.Addr(); p.Closed || p.Mode == ModeLoopback || !l.IsValid() || a.Is6() != six || a.IsUnspecified() || a.IsLoopback() {
+			continue
+		}
+		rules = append(rules, policyRule{pref: usualPref, six: six, to: l.Addr(), port: l.Port(), action: unix.FR_ACT_TO_TBL, arg: unix.RT_TABLE_LOCAL})
+	}
+	return rules
 }
 
 // at are the rules of guardRules with another preference than the usual one.
@@ -241,7 +259,7 @@ func readGuard(p Plan, s surroundings) (both []guard, err error) {
 			return both, err
 		}
 		g.usual = slices.DeleteFunc(slices.Clone(rules), func(r policyRule) bool { return r.six != six })
-		g.want = place(g.usual, g.have.others)
+		g.want = place(g.usual, reachRules(p, s, six), g.have.others)
 		both = append(both, g)
 	}
 	return both, nil

@@ -245,7 +245,7 @@ func readNFTable(family uint8) (t standingTable, err error) {
 			return t, nil // as if nothing were in it
 		}
 	}
-	for _, name := range []string{"raw", "forward", "input", "output", "prerouting"} {
+	for _, name := range []string{"raw", "raw-output", "forward", "input", "output", "prerouting"} {
 		chains, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, family,
 			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(nftTable)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
 		if errors.Is(err, unix.ENOENT) {

@@ -292,7 +292,7 @@ func (r policyRule) shaped() bool {
 	}
 	switch r.action {
 	case unix.FR_ACT_TO_TBL: // the first versions had the host's own requests look into table main
-		return r.arg == ourTable && r.port != 0 && r.iif == "" || r.arg == unix.RT_TABLE_MAIN && r.port == 0 && r.iif != ""
+		return (r.arg == ourTable || r.arg == unix.RT_TABLE_LOCAL) && r.port != 0 && r.iif == "" || r.arg == unix.RT_TABLE_MAIN && r.port == 0 && r.iif != ""
 	case unix.FR_ACT_GOTO, unix.FR_ACT_PROHIBIT:
 		return r.proto == 0 || protocols[r.proto] != ""
 	case unix.FR_ACT_NOP:

@@ -25,6 +25,11 @@ const comment = "gke-metadata-emulator"
 //	-A GME-IN -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
 //	*raw
 //	-A GME-RAW -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+//	-A GME-RAW -i docker0 -j RETURN
+//	-A GME-RAW -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+//	-A GME-RAW -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT
+//	-A GME-RAW-OUT -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+//	-A GME-RAW-OUT -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT
 //	*nat
 //	-A GME-OUT -m cgroup --path system.slice -j RETURN
 //	-A GME-OUT -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988
@@ -50,6 +55,7 @@ func ownChains() []chain {
 		{table: "filter", base: "FORWARD", name: "GME-FWD", absent: true},
 		{table: "filter", base: "INPUT", name: "GME-IN", absent: true},
 		{table: "raw", base: "PREROUTING", name: "GME-RAW", absent: true},
+		{table: "raw", base: "OUTPUT", name: "GME-RAW-OUT", absent: true},
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
 		{table: "nat", base: "PREROUTING", name: "GME-PRE", absent: true},
 	}
@@ -75,6 +81,15 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		case c.name == "GME-RAW":
 			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
 			c.rules = []string{notLocal(w.listen) + " -j DROP"}
+			for _, name := range p.Spare {
+				c.rules = append(c.rules, "-i "+name+" -j RETURN")
+			}
+			c.rules = append(c.rules, to(w.server)+track, from(w.listen)+track)
+		case c.name == "GME-RAW-OUT":
+			if s.hostPods {
+				c.rules = []string{to(w.server) + track}
+			}
+			c.rules = append(c.rules, from(w.listen)+track)
 		case c.name == "GME-OUT":
 			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
 			// (no cgroup v2: R-22) there is no such chain.
@@ -106,7 +121,7 @@ func forwardRules(p Plan, w way, six bool) (rules []string) {
 	if w.listen.IsValid() {
 		rules = append(rules,
 			to(w.listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
-			fmt.Sprintf("-s %s -p tcp -m tcp --sport %d -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", single(w.listen), w.listen.Port()))
+			from(w.listen)+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
 		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
 		ports[w.server.Addr()] = []uint16{80, 443, 8080}
 		guard = append([]netip.AddrPort{w.server}, guard...)
@@ -141,6 +156,15 @@ func single(l netip.AddrPort) netip.Prefix { return netip.PrefixFrom(l.Addr(), l
 
 func to(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", single(l), l.Port())
+}
+
+// track has conntrack see a packet, and in the zone of everybody: the kernel heeds the first target CT that a packet meets, so what others
+// say of a pod's packets behind it (NOTRACK, which makes DNAT impossible, or a zone: R-36) is not done. It is no verdict:
+// what others drop stays dropped.
+const track = " -j CT"
+
+func from(l netip.AddrPort) string {
+	return fmt.Sprintf("-s %s -p tcp -m tcp --sport %d", single(l), l.Port())
 }
 
 func notLocal(l netip.AddrPort) string {
