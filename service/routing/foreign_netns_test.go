@@ -3,10 +3,7 @@ package routing
 import (
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"regexp"
-	"strings"
 	"testing"
 	"time"
 
@@ -232,9 +229,3 @@ func (c *foreignCase) down() {
 
 // preference is what a policy rule begins with.
 var preference = regexp.MustCompile(`(?m)^\d+:`)
-
-// TestFullRunDirectory: where nothing more can be written to the run directory (ENOSPC, for data or for files), remove still takes everything away
-// and the watcher leaves it so, and install says why it cannot.
-func TestFullRunDirectory(t *testing.T) {
-	_, _, _ = os.Stat, filepath.Join, strings.Contains
-}

@@ -45,8 +45,8 @@ func (m *nfTables) changed() bool {
 	return false
 }
 
-func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
-	m.check(ctx, s)
+func (m *nfTables) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+	faults = m.check(ctx, s)
 	now, err := readNFTables()
 	if err != nil {
 		return nil, err
@@ -56,9 +56,9 @@ func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string
 		way = "prerouting"
 	}
 	if len(now[0].rules[way]) == 0 {
-		flushed = []string{layerNFTables}
+		faults = flushed(faults)
 	}
-	return flushed, foreignRedirections(ctx)
+	return faults, foreignRedirections(ctx)
 }
 
 // put replaces all in one transaction, so that a packet sees the rules of before or of after.
