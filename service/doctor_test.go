@@ -246,6 +246,9 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"connection", func(p *patient) { p.plan.Mode = routing.ModeNone }, OK, "at 169.254.169.252:988 as GCE_METADATA_HOST says: answered", ""},
 		{"connection", func(p *patient) { p.podTrial = trial{impossible: routing.ErrNoPod} }, OK, "rules for pods' own addresses and interfaces were not met: no process runs", ""},
 		{"connection", func(p *patient) { p.podTrial.answered = answered{err: context.DeadlineExceeded} }, Fail, "from pod ns/p, 10.244.0.2: no answer, while from a throw-away namespace", "names pods' addresses"},
+		{"connection", func(p *patient) {
+			p.podTrial.answered, p.node.Untrack = answered{err: context.DeadlineExceeded}, []string{"nft chain inet net raw"}
+		}, Fail, "from pod ns/p, 10.244.0.2: no answer: nft chain inet net raw takes packets out of conntrack", "nftables"},
 		{"connection", func(p *patient) { p.podTrial.answered = answered{status: 200, server: "EC2ws"} }, Fail, "from pod ns/p, 10.244.0.2: AWS's metadata server answered", installRules},
 		{"connection", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"connection", func(p *patient) {

@@ -117,12 +117,15 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
-	r.warnBypassed(n.surroundings)
+	r.warnOvertaken(n.surroundings)
 	return n, r.readBack(state, errors.Join(errs...))
 }
 
-// warnBypassed says which rules of others the guard cannot be put before.
-func (r *router) warnBypassed(s surroundings) {
+// warnOvertaken says which rules of others the guard and what has pods tracked cannot be put before.
+func (r *router) warnOvertaken(s surroundings) {
+	for _, chain := range untracking(r.plan) {
+		r.plan.Log.Warn("pods may not be redirected: " + chain + " comes before the rules and takes packets out of conntrack: set routing.mode to nftables, whose rules overrule that")
+	}
 	for _, rule := range bypasses(r.plan, s) {
 		r.plan.Log.Warn("the guard does not hold for what a policy rule matches that comes before it: " + rule + ": delete that rule and add it again with a preference of 1 or more")
 	}
@@ -249,7 +252,7 @@ func (r *router) Check(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
 	}
-	r.warnBypassed(n.surroundings)
+	r.warnOvertaken(n.surroundings)
 	return errors.Join(r.check(ctx, n)...)
 }
 
