@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -44,6 +46,7 @@ type patient struct {
 	trial     trial
 	trial6    trial        // by IPv6, where its requests are redirected
 	direct    trial        // of the node itself, to the listen address
+	podTrial  trial        // from the network namespace of a pod
 	names     []netip.Addr // metadata.google.internal as this node resolves it
 	namesErr  error
 
@@ -117,6 +120,7 @@ func (p *patient) askNode(ctx context.Context) {
 	}
 	if !p.plan.Closed {
 		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "")
+		p.podTrial = tryFromPod(ctx, p.status, p.door())
 	}
 }
 
@@ -224,6 +228,31 @@ func tryConnections(ctx context.Context, at netip.AddrPort, six bool) (t, t6 tri
 		return t, trial{impossible: err}
 	}
 	return t, tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6())
+}
+
+// tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules for pods' own addresses and interfaces.
+func tryFromPod(ctx context.Context, s *Status, at netip.AddrPort) (t trial) {
+	names := map[netip.Addr]string{}
+	if s != nil && s.Cluster != nil {
+		for _, q := range s.Cluster.Pods {
+			for _, a := range q.Addresses {
+				if !q.HostNetwork {
+					names[a] = q.Namespace + "/" + q.Name
+				}
+			}
+		}
+	}
+	if len(names) == 0 {
+		return trial{impossible: routing.ErrNoPod}
+	}
+	pod, err := routing.JoinPod(slices.Collect(maps.Keys(names)))
+	if err != nil {
+		return trial{impossible: err}
+	}
+	defer func() { _ = pod.Close() }()
+	t.from = fmt.Sprintf("%s, %s", names[pod.Addr], pod.Addr)
+	t.answered = askRoot(ctx, at, 3*time.Second, pod.Dial)
+	return t
 }
 
 // tryConnection connects from that address of the pod's. What fails is done once more while it is looked at who drops it.

@@ -41,9 +41,10 @@ func healthy() *patient {
 		node: routing.Examination{Uplinks: []routing.Uplink{{Name: "eth0", Why: "default route"}}, Local: true, IPv6: true,
 			Holder: routing.ListenedBy{At: listen, PID: "1", Exe: "systemd", Own: true}, CgroupV2: "/sys/fs/cgroup", HostSlices: []string{"system.slice"},
 			Redirected: &seven, Policies: []string{}, Facts: routing.Facts{IPTables: "1.8.9", Backend: "nf_tables", CgroupV2: true, CNI: []string{"ptp"}}},
-		cloud: answered{err: context.DeadlineExceeded},
-		trial: trial{answered: answered{status: 200, server: "GKE Metadata Server", ours: true}, from: "198.18.169.254 by interface gme-doctor"},
-		names: []netip.Addr{mds.Addr()},
+		cloud:    answered{err: context.DeadlineExceeded},
+		trial:    trial{answered: answered{status: 200, server: "GKE Metadata Server", ours: true}, from: "198.18.169.254 by interface gme-doctor"},
+		podTrial: trial{answered: answered{status: 200, ours: true}, from: "ns/p, 10.244.0.2"},
+		names:    []netip.Addr{mds.Addr()},
 		cluster: kube.Attempt{Kubeconfig: "/etc/kubernetes/kubelet.conf", Credential: "client certificate", Server: "https://k:6443", User: "system:node:n1", Node: "n1",
 			Asked: now, Date: now, Pods: 1, HostPods: 1, Pod: "p", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "a"}, Account: workload.Account{GoogleEmail: gsa}},
 		sts:      token.Reached{URL: "https://sts.googleapis.com/v1/token", Status: 404, Asked: now, Date: now},
@@ -168,6 +169,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"watcher", func(p *patient) { p.state.Repairs = routing.Repairs{"iptables": {"nftables": 3}} }, OK, "put back 3 times", ""},
 
 		{"guard", func(p *patient) { p.node.Guard = []string{"ip rule: a"} }, Fail, "missing ip rule: a", installRules},
+		{"guard", func(p *patient) { p.node.Bypass = []string{"ip rule: pref 0 from all lookup 7"} }, Fail, "does not hold for what a policy rule before it matches: ip rule: pref 0 from all lookup 7", "preference of 1 or more"},
 		{"guard", func(p *patient) { p.plan.Guard = nil }, Warn, "169.254.169.254:80 is not guarded", "routing.guard"},
 
 		{"uplinks", func(p *patient) { p.node.Uplinks = nil }, Warn, "none was found", "routing.uplinks"},
@@ -245,6 +247,12 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"connection", func(p *patient) { p.trial = trial{impossible: routing.ErrPermission}; p.root = false }, Skip, "as root", ""},
 		{"connection", func(p *patient) { p.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists", "another doctor"},
 		{"connection", func(p *patient) { p.plan.Mode = routing.ModeNone }, OK, "at 169.254.169.252:988 as GCE_METADATA_HOST says: answered", ""},
+		{"connection", func(p *patient) { p.podTrial = trial{impossible: routing.ErrNoPod} }, OK, "rules for pods' own addresses and interfaces were not met: no process runs", ""},
+		{"connection", func(p *patient) { p.podTrial.answered = answered{err: context.DeadlineExceeded} }, Fail, "from pod ns/p, 10.244.0.2: no answer, while from a throw-away namespace", "names pods' addresses"},
+		{"connection", func(p *patient) {
+			p.podTrial.answered, p.node.Untrack = answered{err: context.DeadlineExceeded}, []string{"nft chain inet net raw"}
+		}, Fail, "from pod ns/p, 10.244.0.2: no answer: nft chain inet net raw takes packets out of conntrack", "nftables"},
+		{"connection", func(p *patient) { p.podTrial.answered = answered{status: 200, server: "EC2ws"} }, Fail, "from pod ns/p, 10.244.0.2: AWS's metadata server answered", installRules},
 		{"connection", func(p *patient) { p.plan.Closed = true }, Skip, "without a configuration", ""},
 		{"connection", func(p *patient) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}

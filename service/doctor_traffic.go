@@ -33,7 +33,24 @@ func policiesCheck(p *patient) Finding {
 }
 
 // connectionCheck is a real connection by way of everybody's rules.
-func connectionCheck(p *patient) Finding { return p.connection(p.trial, p.plan.Listen) }
+func connectionCheck(p *patient) Finding {
+	f, t := p.connection(p.trial, p.plan.Listen), p.podTrial
+	switch {
+	case f.Verdict != OK:
+		return f
+	case t.impossible != nil:
+		return good("%s; rules for pods' own addresses and interfaces were not met: %v", f.Finding, t.impossible)
+	case t.ours:
+		return good("%s, and from pod %s", f.Finding, t.from)
+	case t.err == nil:
+		return fail(installRules, "from pod %s: %s answered in the emulator's place", t.from, answeredBy(t.answered))
+	}
+	if chains := p.node.Untrack; len(chains) > 0 {
+		return fail("set routing.mode to nftables, whose rules overrule that", "from pod %s: %v: %s takes packets out of conntrack before the rules", t.from, inner(t.err), some(chains))
+	}
+	return fail("find the rule that names pods' addresses or interfaces: iptables-save; nft list ruleset; ip rule",
+		"from pod %s: %v, while %s", t.from, inner(t.err), f.Finding)
+}
 
 // connection6Check is one by IPv6.
 func connection6Check(p *patient) Finding {

@@ -103,7 +103,7 @@ func removeEarlier(p Plan, s surroundings) error {
 		keep = netip.Addr{}
 		errs = append(errs, removeLinks(p.Link))
 	} else {
-		errs = append(errs, removeLocal())
+		errs = append(errs, trimGuard(p, s), removeLocal())
 	}
 	resetConnections(keep)
 	return errors.Join(append(errs, removeAddress(keep), removeListenRoutes(s.listen6.Addr()))...)

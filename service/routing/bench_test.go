@@ -111,7 +111,7 @@ func BenchmarkRouter(b *testing.B) {
 func BenchmarkWatch(b *testing.B) {
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
 		for _, c := range []struct{ name, flush string }{
-			{"nat", "iptables -t nat -F"}, {"filter", "iptables -F"}, {"ip-rule", "ip rule del pref 98"},
+			{"nat", "iptables -t nat -F"}, {"filter", "iptables -F"}, {"ip-rule", "ip rule del pref 97 prohibit"},
 			{"ruleset", "nft flush ruleset"},
 		} {
 			if c.name == "ruleset" && binary != "iptables-nft" {

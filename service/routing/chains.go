@@ -24,20 +24,28 @@ func (x *xtables) survey(ctx context.Context, chains []chain) (stands map[string
 			continue
 		}
 		listed, err := x.list(ctx, nil, c.table, c.base)
+		if errors.Is(err, errIncompatible) {
+			g.odd = false // iptables has no words for it: what netlink tells is all that is known
+			g.foreign = g.unlisted
+			stands[c.name] = g
+			all = append(all, g.unlisted)
+			continue
+		}
 		if err != nil {
 			return nil, nil, err
 		}
 		base := listed[c.base]
-		var by string
-		g.jumps, by = jumps(base, c.name)
+		ours, by := jumps(base, c.name)
+		if len(ours) >= len(g.jumps) { // else it could not be listed: to put a jump that stands is to have two
+			g.jumps = ours
+		}
 		if by != "" {
 			g.foreign = foreignChain(c, by)
 			all = append(all, g.foreign)
 		}
 		stands[c.name] = g
 		if rule := redirection(base); c.table == "nat" && rule != "" {
-			all = append(all, fmt.Errorf("%s %w, who redirects it by -t nat -A %s %s: this may be GKE, or another metadata server; remove that first",
-				metadataServer, ErrForeign, c.base, rule))
+			all = append(all, foreignRedirection(c, "-t nat -A "+c.base+" "+rule))
 		}
 	}
 	return stands, errors.Join(all...), nil
@@ -45,6 +53,11 @@ func (x *xtables) survey(ctx context.Context, chains []chain) (stands map[string
 
 func foreignChain(c chain, rule string) error {
 	return fmt.Errorf("chain %s of table %s %w, who jumps to it by -A %s %s", c.name, c.table, ErrForeign, c.base, rule)
+}
+
+func foreignRedirection(c chain, rule string) error {
+	return fmt.Errorf("%s %w, who redirects it by %s in chain %s: this may be GKE, or another metadata server; remove that first",
+		metadataServer, ErrForeign, rule, c.base)
 }
 
 // redirection finds a rule that redirects the metadata server by itself. Ours never stand in a base chain.
@@ -124,10 +137,12 @@ func (r *reading) standing(ctx context.Context, c chain) (rules []string, at []j
 	g := r.stands[c.name]
 	if g.odd {
 		base, err := r.list(ctx, nil, c.table, c.base)
-		if err != nil {
+		if err != nil && !errors.Is(err, errIncompatible) {
 			return nil, nil, err
 		}
-		g.jumps, _ = jumps(base[c.base], c.name)
+		if ours, _ := jumps(base[c.base], c.name); len(ours) >= len(g.jumps) {
+			g.jumps = ours
+		}
 	}
 	return own[c.name], g.jumps, nil
 }
@@ -152,8 +167,50 @@ func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err erro
 	case len(at) > 1:
 		errs = append(errs, r.missing(c, "-A %s %s should be there once, not %d times", c.base, at[0].rule, len(at)))
 	}
+	if c.table == "raw" && len(at) > 0 && at[0].position > 1 {
+		before, err := r.untracks(ctx, c, at[0].position)
+		if err != nil {
+			return nil, err
+		}
+		if before != "" {
+			errs = append(errs, r.missing(c, "-I %s 1 %s before %s", c.base, c.jump(), before))
+		}
+	}
 	more, err := r.compare(ctx, c, rules)
 	return append(errs, more...), err
+}
+
+// untracks finds a rule that a packet meets before the jump at the position, and that says how conntrack is to take it: of
+// two such rules the first one counts.
+func (x *xtables) untracks(ctx context.Context, c chain, position int) (rule string, err error) {
+	table, err := x.list(ctx, nil, c.table)
+	if err != nil {
+		if errors.Is(err, errIncompatible) {
+			err = nil
+		}
+		return "", err
+	}
+	seen := map[string]bool{c.name: true}
+	var walk func(name string, rules []string)
+	walk = func(name string, rules []string) {
+		for _, r := range rules {
+			words := strings.Fields(r)
+			at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
+			if at < 0 || at+1 >= len(words) {
+				continue
+			}
+			target := words[at+1]
+			if rule == "" && (target == "CT" || target == "NOTRACK") {
+				rule = "-A " + name + " " + r
+			}
+			if !seen[target] {
+				seen[target] = true
+				walk(target, table[target])
+			}
+		}
+	}
+	walk(c.base, table[c.base][:min(position-1, len(table[c.base]))])
+	return rule, nil
 }
 
 // compare names what of the chain's rules is not there, too much, or in the wrong order.

@@ -42,18 +42,15 @@ func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
 }
 
 // survey tells of the programs too, if they are gone.
-func (m *ebpfMode) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
-	if flushed, err = m.nfTables.survey(ctx, s); err != nil {
+func (m *ebpfMode) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+	if faults, err = m.nfTables.survey(ctx, s); err != nil {
 		return nil, err
 	}
 	r, err := m.rewriting(s)
 	if err != nil {
 		return nil, err
 	}
-	if len(layers(m.pins.check(r))) > 0 {
-		flushed = append(flushed, layerEBPF)
-	}
-	return flushed, nil
+	return append(faults, flushed(m.pins.check(r))...), nil
 }
 
 // put begins with the doors, but where DNAT stands: that goes when the programs have taken over, and kept other hosts out until then.

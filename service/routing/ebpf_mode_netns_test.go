@@ -69,7 +69,7 @@ func TestEBPFStory(t *testing.T) {
 			b.must(os.RemoveAll(b.plan.BPFDir))
 			b.detached(t)
 		}, []string{"program getpeername4 at ", "program getpeername6 at ", "program connect4 at ", "program connect6 at "}},
-		{"the guard", func() { b.sh("ip rule del pref 98; ip address del 169.254.169.252/32 dev lo") }, []string{"ip rule: pref 98", "ip address: 169.254.169.252"}},
+		{"the guard", func() { b.sh("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") }, []string{"ip rule: pref 97", "ip address: 169.254.169.252"}},
 	} {
 		c.harm()
 		found := faults(t, b.check(b.plan))

@@ -27,14 +27,15 @@ const (
 	causeReload
 	causeStart
 	causeSweep
-	causeRetry // what failed before
+	causeRetry   // what failed before
+	causeInstall // somebody installs anew
 
 	causeAround     = causeAddress | causeRoute | causeLink // what comes by the dozen as pods come and go
 	causeKernel     = causeRule | causeAround               // what rtnetlink tells
 	causeEverything = causeReload | causeStart | causeSweep | causeRetry
 )
 
-var causeNames = []string{"nftables", "xtables", "ebpf", "ip-rule", "ip-address", "ip-route", "link", "reload", "start", "sweep", "retry"}
+var causeNames = []string{"nftables", "xtables", "ebpf", "ip-rule", "ip-address", "ip-route", "link", "reload", "start", "sweep", "retry", "install"}
 
 // String returns the word for the metric's label.
 func (c causes) String() string {

@@ -20,7 +20,10 @@ const (
 var sharedLayers = []string{layerRule, layerAddress, layerRoute}
 
 // fault is one thing that Check found missing, or too much.
-type fault struct{ layer, text string }
+type fault struct {
+	layer, text string
+	flushed     bool // without it no request arrives: that is not what a change of the Plan looks like
+}
 
 func (f *fault) Error() string { return ErrMissing.Error() + ": " + f.text }
 func (f *fault) Unwrap() error { return ErrMissing }
@@ -28,6 +31,16 @@ func (f *fault) Unwrap() error { return ErrMissing }
 // missing is a fault that Check reports.
 func missing(layer, format string, args ...any) error {
 	return &fault{layer: layer, text: fmt.Sprintf(format, args...)}
+}
+
+// flushed marks the faults so.
+func flushed(errs []error) []error {
+	for _, err := range errs {
+		if f, ok := err.(*fault); ok {
+			f.flushed = true
+		}
+	}
+	return errs
 }
 
 // layers are those of the faults, each once.

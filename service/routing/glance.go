@@ -1,9 +1,11 @@
 package routing
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os/exec"
 	"slices"
 
@@ -18,6 +20,10 @@ type glance struct {
 	jumps   []jumpAt // ours to it
 	foreign error    // whoever else jumps to it, which is known after a survey
 	odd     bool     // the base chain has a jump to it that install does not write, or a redirection of somebody's
+
+	// unlisted is what a base chain that iptables cannot list has of somebody else's: another jump to
+	// the chain, or a redirection of the metadata server. nil: nothing.
+	unlisted error
 }
 
 // ruleGlance is one rule of a base chain.
@@ -26,6 +32,7 @@ type ruleGlance struct {
 	ours      bool   // our comment is on it
 	plain     bool   // it has nothing else
 	redirects bool   // it changes where packets go
+	server    bool   // it names an address of the metadata server
 	handle    uint64 // nf_tables'
 	offset    uint32 // of where it jumps to, in a legacy table
 }
@@ -39,6 +46,11 @@ func (c chain) at(rules []ruleGlance) (g glance) {
 			g.odd = g.odd || !r.plain
 		case r.to == c.name, r.redirects && c.table == "nat":
 			g.odd = true
+			if rule := fmt.Sprintf("handle %d (a rule of nft's)", r.handle); r.to == c.name {
+				g.unlisted = foreignChain(c, rule)
+			} else if r.server {
+				g.unlisted = foreignRedirection(c, rule)
+			}
 		}
 	}
 	return g
@@ -101,6 +113,9 @@ func parseNFTRule(message []byte) (r ruleGlance) {
 			r.redirects = redirecting(unix.ByteSliceToString(within(data, unix.NFTA_TARGET_NAME)))
 		case "nat", "redir":
 			r.redirects = true
+		case "cmp":
+			value := within(within(data, unix.NFTA_CMP_DATA), unix.NFTA_DATA_VALUE)
+			r.server = r.server || bytes.Equal(value, metadataServer.Addr().AsSlice()) || bytes.Equal(value, metadataServer6.Addr().AsSlice())
 		}
 		shape = append(shape, name)
 	}

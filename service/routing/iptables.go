@@ -62,9 +62,10 @@ func (m *iptables) wakes() (c causes, silent string) {
 func (m *iptables) forget() { m.good = print{} }
 
 // survey finds what stands, and refuses chains and redirections of others. What is right already put leaves alone.
-func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
+func (m *iptables) survey(ctx context.Context, s surroundings) (faults []error, err error) {
 	m.fresh = map[string]bool{}
-	if len(m.good.chains) > 0 {
+	repair := len(m.good.chains) > 0
+	if repair {
 		now := m.print()
 		for key := range m.good.chains {
 			m.fresh[key] = m.good.same(now, key)
@@ -79,7 +80,7 @@ func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string
 			return nil, err
 		}
 	}
-	flushed = m.jumpsMissing(s)
+	faults = m.flushed(s, repair)
 	if len(m.good.chains) == 0 && len(m.stands["GME-FWD"].jumps) > 0 {
 		// Not the first install: to find out what is right takes 10 ms, to replace what is takes 60 on nft and 100 on legacy.
 		m.check(ctx, s)
@@ -91,7 +92,7 @@ func (m *iptables) survey(ctx context.Context, s surroundings) (flushed []string
 			}
 		}
 	}
-	return flushed, errors.Join(foreign, foreignSix)
+	return faults, errors.Join(foreign, foreignSix)
 }
 
 func (m *iptables) xtables(six bool) *xtables {
@@ -113,15 +114,21 @@ func (m *iptables) stale(chains []chain, six bool) []chain {
 	return slices.DeleteFunc(chains, func(c chain) bool { return m.fresh[printKey(c, six)] })
 }
 
-// jumpsMissing are the layers in which a chain that should be jumped to is not: somebody flushed it.
-func (m *iptables) jumpsMissing(s surroundings) (layers []string) {
+// flushed are the jumps that are not there, and for a repair the chains that have not as many rules as they should.
+func (m *iptables) flushed(s surroundings, repair bool) (faults []error) {
 	for _, six := range m.families() {
-		gone := func(c chain) bool { return !c.absent && len(m.standing(six)[c.name].jumps) == 0 }
-		if slices.ContainsFunc(m.stale(chainsFor(m.plan, s, six), six), gone) {
-			layers = append(layers, m.xtables(six).layer())
+		x := m.xtables(six)
+		for _, c := range m.stale(chainsFor(m.plan, s, six), six) {
+			switch g := m.standing(six)[c.name]; {
+			case c.absent:
+			case len(g.jumps) == 0:
+				faults = append(faults, flushed([]error{x.missing(c, "-I %s 1 %s", c.base, c.jump())})...)
+			case repair && g.rules != len(c.rules):
+				faults = append(faults, x.missing(c, "-A %s: %d of its rules, where %d stand", c.name, len(c.rules), g.rules))
+			}
 		}
 	}
-	return layers
+	return faults
 }
 
 func (m *iptables) put(ctx context.Context, s surroundings) error {

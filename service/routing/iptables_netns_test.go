@@ -80,12 +80,12 @@ func TestStory(t *testing.T) {
 			{"order", "iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN", []string{
 				"-t nat the rules of GME-PRE are doubled or not in order",
 			}},
-			{"guard", "ip rule del pref 98", []string{"ip rule: pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-			{"guard of IPv6", "for p in 97 97 98 98; do ip -6 rule del pref $p; done", []string{
-				"ip rule: pref 97 iif lo to fd00:ec2::254/128 lookup main protocol kernel",
-				"ip rule: pref 97 iif lo to fd20:ce::254/128 lookup main protocol kernel",
-				"ip rule: pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip rule: pref 98 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+			{"guard", "ip rule del pref 97 prohibit", []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
+			{"guard of IPv6", "for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", []string{
+				"ip rule: pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel",
+				"ip rule: pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel",
+				"ip rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
 			}},
 			{"address", "ip address del 169.254.169.252/32 dev lo", []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
 			{"IPv6 filter", "ip6tables -F; ip6tables -X", []string{

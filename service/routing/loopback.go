@@ -61,7 +61,7 @@ func installLocalRoute() error {
 
 // removeLocal takes away what makes the metadata server's address this node's own.
 func removeLocal() error {
-	if err := errors.Join(removeLinks(""), removeWay()); err != nil {
+	if err := removeLinks(""); err != nil {
 		return err
 	}
 	have, err := standingLocalRoute()

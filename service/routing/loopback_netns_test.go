@@ -24,9 +24,11 @@ func TestLoopbackStory(t *testing.T) {
 		b.answers(b.pod, "169.254.169.254:53", cloud)
 	}
 	b.story(served, []story{
-		{"the way", "ip rule del pref 98 to 169.254.169.254", layerRule, []string{"ip rule: pref 98 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"}},
+		{"the way", "ip rule del pref 97 lookup 988", layerRule, []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"}},
 		{"the way's end", "ip route flush table 988", layerRoute, []string{"ip route: local 169.254.169.254 dev lo table 988 protocol kernel"}},
-		{"the guard behind", "ip rule del pref 99", layerRule, []string{"ip rule: pref 99 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
+		{"the guard behind", "ip rule del pref 97 prohibit; ip rule del pref 97 prohibit", layerRule, []string{
+			"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel",
+			"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 		{"a door outside netfilter", "ip rule del pref 97 iif eth0 to 169.254.169.254", layerRule, []string{"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 		{"the doors", "nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input", layerNFTables, []string{
 			`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`,
@@ -43,7 +45,7 @@ func TestNoneStory(t *testing.T) {
 		b.answers(b.NS, "169.254.169.254:80", cloud)
 	}
 	b.story(served, []story{
-		{"the guard", "ip rule del pref 98 to 169.254.169.254", layerRule, []string{"ip rule: pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
+		{"the guard", "ip rule del pref 97 prohibit", layerRule, []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 		{"the address", "ip address del 169.254.169.252/32 dev lo", layerAddress, []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
 		{"the doors", "nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input", layerNFTables, []string{
 			`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,

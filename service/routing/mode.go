@@ -17,8 +17,8 @@ type mode interface {
 	// changed says whether anything of the mode's may be other than check found it when it was right. It takes microseconds.
 	changed() bool
 	// survey looks at all that put depends on, and changes nothing. It refuses what belongs to somebody else (ErrForeign), and
-	// returns the layers in which something without which no request arrives is not there: somebody flushed it, or it never was.
-	survey(ctx context.Context, s surroundings) (flushed []string, err error)
+	// returns what of the mode's is not as it should be, as far as the survey saw it.
+	survey(ctx context.Context, s surroundings) (faults []error, err error)
 	// put makes the mode's part of the Plan stand, closed things before open ones. A survey came before it.
 	put(ctx context.Context, s surroundings) error
 	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error for what cannot be read.

@@ -45,8 +45,8 @@ func (m *nfTables) changed() bool {
 	return false
 }
 
-func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
-	m.check(ctx, s)
+func (m *nfTables) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+	faults = m.check(ctx, s)
 	now, err := readNFTables()
 	if err != nil {
 		return nil, err
@@ -56,9 +56,9 @@ func (m *nfTables) survey(ctx context.Context, s surroundings) (flushed []string
 		way = "prerouting"
 	}
 	if len(now[0].rules[way]) == 0 {
-		flushed = []string{layerNFTables}
+		faults = flushed(faults)
 	}
-	return flushed, foreignRedirections(ctx)
+	return faults, foreignRedirections(ctx)
 }
 
 // put replaces all in one transaction, so that a packet sees the rules of before or of after.
@@ -245,7 +245,7 @@ func readNFTable(family uint8) (t standingTable, err error) {
 			return t, nil // as if nothing were in it
 		}
 	}
-	for _, name := range []string{"raw", "forward", "input", "local", "output", "prerouting"} {
+	for _, name := range []string{"raw", "raw-output", "forward", "input", "local", "output", "prerouting"} {
 		chains, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, family,
 			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(nftTable)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
 		if errors.Is(err, unix.ENOENT) {

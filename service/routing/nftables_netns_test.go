@@ -175,7 +175,7 @@ func TestNFTablesSurvivesIPTables(t *testing.T) {
 	w := b.watch(b.plan, time.Hour)
 	reads, installs := w.reads.Load(), w.state().Installs
 	b.sh("iptables -F; iptables -t nat -F; iptables -t raw -F; ip6tables -F; nft delete table ip nat")
-	b.sh("ip rule del pref 98") // the last event: when it is repaired, all before it were looked at
+	b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 	w.until("the repair", func() bool { return w.state().Installs == installs+1 })
 	b.green(b.plan)
 	b.answers(b.pod, "169.254.169.254:80", emulator)

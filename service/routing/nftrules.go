@@ -21,8 +21,16 @@ import (
 //
 //	table ip gke-metadata-emulator {
 //		chain raw {
-//			type filter hook prerouting priority raw; policy accept;
+//			type filter hook prerouting priority raw - 10; policy accept;
 //			iifname != "lo" ip daddr 169.254.169.252 tcp dport 988 drop
+//			iifname "docker0" return
+//			ip daddr 169.254.169.254 tcp dport 80 ct zone set 0
+//			ip saddr 169.254.169.252 tcp sport 988 ct zone set 0
+//		}
+//		chain raw-output {
+//			type filter hook output priority raw - 10; policy accept;
+//			ip daddr 169.254.169.254 tcp dport 80 ct zone set 0
+//			ip saddr 169.254.169.252 tcp sport 988 ct zone set 0
 //		}
 //		chain forward {
 //			type filter hook forward priority filter - 10; policy accept;
@@ -70,7 +78,7 @@ var hooks = map[string]*nftables.ChainHook{
 
 // Priorities: before everybody else's of the hook, by ten. nft 1.0.6 refuses "dstnat - 10" in output, so they are numbers in what is shown.
 const (
-	priorityRaw     = -300
+	priorityRaw     = -310
 	priorityDestNAT = -110
 	priorityFilter  = -10
 )
@@ -162,6 +170,12 @@ func sourceTranslated() nftPart {
 	}}
 }
 
+// tracked is what track is of iptables.
+func tracked() nftPart {
+	return nftPart{text: "ct zone set 0", exprs: []expr.Any{
+		&expr.Immediate{Register: 1, Data: make([]byte, 2)}, &expr.Ct{Key: expr.CtKeyZONE, Register: 1, SourceRegister: true}}}
+}
+
 // originallyTo matches what was sent to the address before DNAT.
 func originallyTo(a netip.Addr) nftPart {
 	word := "ip"
@@ -240,12 +254,21 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 	// two doors, each of which holds alone. A-18 (port clash): see chainsFor.
 	raw.rules = []nftRule{rule(notLoopback(), toServer(w.listen), drop())}
 	local.rules = []nftRule{rule(fromServer(w.listen), notReset(), sourceTranslated(), drop())}
+	for _, name := range p.Spare {
+		raw.rules = append(raw.rules, rule(byInterface(name), leave()))
+	}
+	raw.rules = append(raw.rules, rule(toServer(w.server), tracked()), rule(fromServer(w.listen), tracked()))
+	rawOut := nftChain{name: "raw-output", kind: "filter", hook: "output", priority: priorityRaw}
+	if s.hostPods {
+		rawOut.rules = []nftRule{rule(toServer(w.server), tracked())}
+	}
+	rawOut.rules = append(rawOut.rules, rule(fromServer(w.listen), tracked()))
 	input.rules = []nftRule{
 		rule(toServer(w.listen), sourceTranslated(), reset()),
 		rule(toServer(w.listen), originallyTo(w.server.Addr()), accept()),
 		rule(notLoopback(), toServer(w.listen), drop()),
 	}
-	chains = []nftChain{raw, forward, input, local}
+	chains = []nftChain{raw, rawOut, forward, input, local}
 	if s.hostPods {
 		output := nftChain{name: "output", kind: "nat", hook: "output", priority: priorityDestNAT}
 		for _, slice := range s.slices {

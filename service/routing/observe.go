@@ -59,8 +59,8 @@ func (m *observeMode) counting(s surroundings, table *ebpf.Map) (r rewriting, er
 	return r, err
 }
 
-func (m *observeMode) survey(ctx context.Context, s surroundings) (flushed []string, err error) {
-	return layers(m.check(ctx, s)), nil
+func (m *observeMode) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+	return flushed(m.check(ctx, s)), nil
 }
 
 func (m *observeMode) put(_ context.Context, s surroundings) error {

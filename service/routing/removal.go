@@ -46,10 +46,7 @@ func (r *removal) remove(ctx context.Context, tables ...string) (err error) {
 	chains := slices.DeleteFunc(ownChains(), func(c chain) bool { return !slices.Contains(tables, c.table) })
 	slices.Reverse(chains)
 	for range 3 { // what was seen may have been flushed meanwhile
-		if err = r.survey(ctx); err == nil {
-			err = r.try(ctx, chains)
-		}
-		if err == nil {
+		if err = errors.Join(r.survey(ctx), r.try(ctx, chains)); err == nil {
 			return r.foreign(chains)
 		}
 		r.stands = nil
@@ -58,42 +55,38 @@ func (r *removal) remove(ctx context.Context, tables ...string) (err error) {
 	return err
 }
 
-// survey looks at all chains, unless they are known.
+// survey looks at all chains, unless they are known. A family that cannot be read does not keep the other from being removed.
 func (r *removal) survey(ctx context.Context) error {
 	if r.stands != nil {
 		return nil
 	}
 	var all []map[string]glance
+	var errs []error
 	for _, x := range r.families {
 		stands, _, err := x.survey(ctx, ownChains())
-		if err != nil {
-			return err
-		}
-		all = append(all, stands)
+		errs = append(errs, err)
+		all = append(all, stands) // nil: nothing is known to stand
 	}
 	r.stands = all
-	return nil
+	return errors.Join(errs...)
 }
 
 func (r *removal) try(ctx context.Context, chains []chain) error {
+	var errs []error
 	for i, x := range r.families {
 		stands := r.stands[i]
 		if x.legacy || slices.ContainsFunc(chains, func(c chain) bool { return stands[c.name].odd }) {
-			if err := x.restore(ctx, restoreText(chains, stands)); err != nil {
-				return err
-			}
+			errs = append(errs, x.restore(ctx, restoreText(chains, stands)))
 			continue
 		}
 		for _, c := range chains {
-			if err := r.queue(c, stands[c.name], x.six); err != nil {
-				return err
-			}
+			errs = append(errs, r.queue(c, stands[c.name], x.six))
 		}
 	}
-	if r.conn == nil {
-		return nil
+	if r.conn != nil {
+		errs = append(errs, permission(r.conn.Flush()))
 	}
-	return permission(r.conn.Flush())
+	return errors.Join(errs...)
 }
 
 // queue removes a chain of nf_tables, and the jumps to it by their handles, in the next transaction: a millisecond for all, where
@@ -115,7 +108,9 @@ func (r *removal) queue(c chain, g glance, six bool) (err error) {
 	}
 	if g.exists {
 		r.conn.FlushChain(&nftables.Chain{Name: c.name, Table: table})
-		r.conn.DelChain(&nftables.Chain{Name: c.name, Table: table})
+		if g.foreign == nil { // else somebody else's rule holds it
+			r.conn.DelChain(&nftables.Chain{Name: c.name, Table: table})
+		}
 	}
 	return nil
 }

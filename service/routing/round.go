@@ -62,9 +62,8 @@ func (w *watcher) round(ctx context.Context) {
 		return
 	}
 	start := time.Now()
-	r := &repair{of: w.wish, causes: map[string]string{}, node: w.node, mode: w.unread}
+	r := &repair{of: w.wish, why: why, faults: errs, node: w.node, mode: w.unread}
 	for _, layer := range layers(errs) {
-		r.causes[layer] = why.behind(layer)
 		r.mode = r.mode || !slices.Contains(sharedLayers, layer)
 	}
 	w.node, err = w.router.install(ctx, r)
@@ -85,10 +84,10 @@ func (w *watcher) round(ctx context.Context) {
 		return
 	}
 	w.bad, w.unread = false, false
-	found := slices.Collect(maps.Values(r.causes))
+	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
-	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(errs), ","), "cause": strings.Join(slices.Compact(found), ","),
-		"missing": strings.Join(texts(errs), "; "), "took": time.Since(start).Round(100 * time.Microsecond).String()}
+	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(r.faults), ","), "cause": strings.Join(slices.Compact(found), ","),
+		"missing": strings.Join(texts(r.faults), "; "), "took": time.Since(start).Round(100 * time.Microsecond).String()}
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
 		fields["by"] = by
 	}

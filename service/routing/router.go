@@ -51,10 +51,11 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
+			why.add(r.checkShared(why.node.surroundings)...)
 			return why.node, r.repairLight(why, state)
 		}
-		var flushed []string
-		if n, flushed, err = r.survey(ctx, why); errors.Is(err, ErrForeign) {
+		var faults []error
+		if n, faults, err = r.survey(ctx, why); errors.Is(err, ErrForeign) {
 			return n, err // nothing was changed, and nothing is
 		}
 		if n.mode != nil {
@@ -62,10 +63,14 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			state.HostNetwork, state.IPv6 = n.hostWhy, n.whyNot6
 		}
 		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
-			why = &repair{causes: map[string]string{}}
-			for _, layer := range flushed {
-				why.causes[layer] = "install"
+			why = &repair{why: causeInstall}
+			for _, err := range faults {
+				if f, ok := err.(*fault); ok && f.flushed {
+					why.faults = append(why.faults, f)
+				}
 			}
+		} else if err == nil {
+			why.add(append(r.checkShared(n.surroundings), faults...)...)
 		}
 	}
 	state.count(why)
@@ -112,7 +117,18 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
+	r.warnOvertaken(n.surroundings)
 	return n, r.readBack(state, errors.Join(errs...))
+}
+
+// warnOvertaken says which rules of others the guard and what has pods tracked cannot be put before.
+func (r *router) warnOvertaken(s surroundings) {
+	for _, chain := range untracking(r.plan) {
+		r.plan.Log.Warn("pods may not be redirected: " + chain + " comes before the rules and takes packets out of conntrack: set routing.mode to nftables, whose rules overrule that")
+	}
+	for _, rule := range bypasses(r.plan, s) {
+		r.plan.Log.Warn("the guard does not hold for what a policy rule matches that comes before it: " + rule + ": delete that rule and add it again with a preference of 1 or more")
+	}
 }
 
 // open looks around without asking for rules.
@@ -129,7 +145,7 @@ func (r *router) open(ctx context.Context, command string, say bool) (n *node, e
 }
 
 // survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
-func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []string, err error) {
+func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []error, err error) {
 	if why != nil && why.node != nil {
 		n = why.node // nothing is opened anew
 		_, err = r.lookAgain(n)
@@ -140,7 +156,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 		return n, nil, err
 	}
 	var foreign error
-	if flushed, err = n.survey(ctx, n.surroundings); errors.Is(err, ErrForeign) {
+	if faults, err = n.survey(ctx, n.surroundings); errors.Is(err, ErrForeign) {
 		foreign = err
 	} else if err != nil {
 		return n, nil, err
@@ -167,7 +183,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, flushed []st
 	if why == nil {
 		r.surveySix(n)
 	}
-	return n, flushed, foreign
+	return n, faults, foreign
 }
 
 // lookAgain notices what has changed around the rules since they were read: then they all have to be read anew.
@@ -213,7 +229,7 @@ func (r *router) repairLight(why *repair, state State) error {
 		err = errors.Join(installRoute(r.plan, why.node.surroundings), removeEarlier(r.plan, why.node.surroundings))
 	}
 	if err == nil {
-		err = errors.Join(slices.Concat(checkGuard(r.plan, why.node.surroundings), checkAddress(r.plan), checkRoute(r.plan, why.node.surroundings))...)
+		err = errors.Join(r.checkShared(why.node.surroundings)...)
 	}
 	return r.readBack(state, err)
 }
@@ -236,24 +252,38 @@ func (r *router) Check(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
 	}
+	r.warnOvertaken(n.surroundings)
 	return errors.Join(r.check(ctx, n)...)
 }
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return slices.Concat(checkGuard(r.plan, n.surroundings), checkAddress(r.plan), n.check(ctx, n.surroundings), checkRoute(r.plan, n.surroundings))
+	return append(r.checkShared(n.surroundings), n.check(ctx, n.surroundings)...)
+}
+
+// checkShared reads back what all modes have.
+func (r *router) checkShared(s surroundings) []error {
+	return slices.Concat(checkGuard(r.plan, s), checkAddress(r.plan), checkRoute(r.plan, s))
 }
 
 func (r *router) Remove(ctx context.Context) error {
-	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
-	if err != nil {
-		return err
+	unlock, full := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
+	switch {
+	case full == nil:
+		defer unlock()
+	case !errors.Is(full, errFull):
+		return full
 	}
-	defer unlock()
 	_, state := r.state(Removed)
-	if err := writeState(r.plan.RunDir, state); err != nil {
+	if err := writeState(r.plan.RunDir, state); errors.Is(err, errFull) {
+		full = errors.Join(full, err, errors.New("a routing watcher that runs may install the rules again: stop it, or repeat the removal when there is space"))
+	} else if err != nil {
 		return err
 	}
+	return errors.Join(r.removeAll(ctx, state), full)
+}
+
+func (r *router) removeAll(ctx context.Context, state State) error {
 	errs := []error{removeLinks("")} // else the doors were gone before the address
 	for _, p := range parts {
 		errs = append(errs, p.remove(ctx, r.plan, false))

@@ -29,6 +29,11 @@ const comment = "gke-metadata-emulator"
 //	-A GME-LOCAL -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT
 //	*raw
 //	-A GME-RAW -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+//	-A GME-RAW -i docker0 -j RETURN
+//	-A GME-RAW -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+//	-A GME-RAW -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT
+//	-A GME-RAW-OUT -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+//	-A GME-RAW-OUT -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT
 //	*nat
 //	-A GME-OUT -m cgroup --path system.slice -j RETURN
 //	-A GME-OUT -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988
@@ -55,6 +60,7 @@ func ownChains() []chain {
 		{table: "filter", base: "INPUT", name: "GME-IN", absent: true},
 		{table: "filter", base: "OUTPUT", name: "GME-LOCAL", absent: true},
 		{table: "raw", base: "PREROUTING", name: "GME-RAW", absent: true},
+		{table: "raw", base: "OUTPUT", name: "GME-RAW-OUT", absent: true},
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
 		{table: "nat", base: "PREROUTING", name: "GME-PRE", absent: true},
 	}
@@ -92,6 +98,15 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 		case c.name == "GME-RAW":
 			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
 			c.rules = []string{notLocal(w.listen) + " -j DROP"}
+			for _, name := range p.Spare {
+				c.rules = append(c.rules, "-i "+name+" -j RETURN")
+			}
+			c.rules = append(c.rules, to(w.server)+track, from(w.listen)+track)
+		case c.name == "GME-RAW-OUT":
+			if s.hostPods {
+				c.rules = []string{to(w.server) + track}
+			}
+			c.rules = append(c.rules, from(w.listen)+track)
 		case c.name == "GME-OUT":
 			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
 			// (no cgroup v2: R-22) there is no such chain.
@@ -159,6 +174,11 @@ func single(l netip.AddrPort) netip.Prefix { return netip.PrefixFrom(l.Addr(), l
 func to(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", single(l), l.Port())
 }
+
+// track has conntrack see a packet, and in the zone of everybody: the kernel heeds the first target CT that a packet meets, so what others
+// say of a pod's packets behind it (NOTRACK, which makes DNAT impossible, or a zone: R-36) is not done. It is no verdict:
+// what others drop stays dropped.
+const track = " -j CT"
 
 func from(l netip.AddrPort) string {
 	return fmt.Sprintf("-s %s -p tcp -m tcp --sport %d", single(l), l.Port())

@@ -162,7 +162,7 @@ func TestUplinks(t *testing.T) {
 
 // TestLoopbackExemptsTheHost: whatever the guard names, the host's own requests are not ours.
 func TestLoopbackExemptsTheHost(t *testing.T) {
-	lo := policyRule{pref: prefExempt, to: metadataServer.Addr(), iif: "lo", table: mainTable}
+	lo := policyRule{pref: usualPref, to: metadataServer.Addr(), iif: "lo", action: unix.FR_ACT_GOTO, arg: usualPref + 1}
 	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
 		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, surroundings{uplinks: []string{"eth0", "wan+"}})
 		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
@@ -276,10 +276,9 @@ func FuzzParseRule(f *testing.F) {
 	f.Add([]byte{2, 32, 0, 0, 254, 0, 0, 1, 0, 0, 0, 0, 8, 0, 1, 0, 169, 254, 169, 254})
 	f.Add(make([]byte, 12))
 	f.Fuzz(func(t *testing.T, message []byte) {
-		if r, ours := parseRule(message); ours {
-			if !r.to.IsValid() || !r.shaped() || r.pref < prefExempt || r.pref > lastOfPrefs || r.iif == "" && r.port == 0 && r.pref < prefPass {
-				t.Errorf("%+v was taken for ours", r)
-			}
+		r, ok := parseRule(message)
+		if ok && r.ours() && (!r.shaped() || r.pref > lastPref || r.harmless || r.to.IsValid() == (r.action == unix.FR_ACT_NOP && r.pref < lastPref)) {
+			t.Errorf("%+v was taken for ours", r)
 		}
 	})
 }

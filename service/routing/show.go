@@ -37,15 +37,9 @@ func text(p Plan, s surroundings, command string) (string, error) {
 	if a := s.listen6.Addr(); network6.Contains(a) {
 		fmt.Fprintf(&b, "# its IPv6 address, unless the node has it already\nip -6 route add %s\n\n", listenRouteText(a))
 	}
-	for i, r := range guardRules(p, s) {
-		if i == 0 {
-			b.WriteString("# the guard that survives a flush of the firewall\n")
-		}
-		ip := "ip"
-		if r.to.Is6() {
-			ip = "ip -6"
-		}
-		fmt.Fprintf(&b, "%s rule add %s\n", ip, r)
+	if rules := guardRules(p, s); len(rules) > 0 {
+		b.WriteString("# the guard that survives a flush of the firewall; where others have rules with a lower preference it goes before those\n")
+		b.WriteString(ruleTexts(rules))
 	}
 	if p.Closed {
 		return b.String(), nil

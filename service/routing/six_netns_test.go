@@ -96,9 +96,9 @@ func TestSixStory(t *testing.T) {
 			{"all", "for t in filter raw nat; do ip6tables -t $t -F; done", "nft delete table ip6 gke-metadata-emulator", nil},
 			{"address", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", []string{
 				"ip -6 route: local fd20:ce::252 dev lo table local protocol 252"}},
-			{"guard", "ip -6 rule del pref 98; ip -6 rule del pref 98", "ip -6 rule del pref 98; ip -6 rule del pref 98", []string{
-				"ip rule: pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip rule: pref 98 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel"}},
+			{"guard", "ip -6 rule del pref 97 prohibit; ip -6 rule del pref 97 prohibit", "ip -6 rule del pref 97 prohibit; ip -6 rule del pref 97 prohibit", []string{
+				"ip rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel"}},
 		} {
 			flush := c.xtables
 			if b.plan.Mode == ModeNFTables {
@@ -222,7 +222,7 @@ func TestSixIsGuarded(t *testing.T) {
 			b.sh("ip6tables -F; nft flush ruleset")
 			guarded()
 			b.install(b.plan)
-			b.sh("for p in 98 98; do ip -6 rule del pref $p; done")
+			b.sh("for n in 1 2; do ip -6 rule del pref 97 prohibit; done")
 			if got := faults(t, b.check(b.plan)); len(got) != 2 {
 				t.Errorf("missing: %q", got)
 			}
@@ -297,7 +297,7 @@ func TestSixWithoutTables(t *testing.T) {
 			if got := w.state(); !got.Standing.Good || got.Installs != s.Installs {
 				t.Errorf("the watcher tries again: %+v", got)
 			}
-			b.sh("ip rule del pref 98")
+			b.sh("ip rule del pref 97 prohibit")
 			w.until("a repair", func() bool { return b.check(b.plan) == nil && w.state().Standing.Good })
 			if got := w.state(); got.IPv6 != s.IPv6 {
 				t.Errorf("%q became %q", s.IPv6, got.IPv6)
@@ -367,7 +367,7 @@ var sixFlushes = []struct {
 	{"a rule too much", "ip6tables -t nat -I GME-PRE -p tcp -j ACCEPT", "nft insert rule ip6 gke-metadata-emulator prerouting accept", "", ""},
 	{"all", "for t in filter raw nat; do ip6tables -t $t -F; ip6tables -t $t -X || true; done", "nft delete table ip6 gke-metadata-emulator", "", ""},
 	{"both families", "for t in filter raw nat; do iptables -t $t -F; ip6tables -t $t -F; done", "nft delete table ip gke-metadata-emulator; nft delete table ip6 gke-metadata-emulator", "", ""},
-	{"guard", "for p in 97 97 98 98; do ip -6 rule del pref $p; done", "for p in 97 97 98 98; do ip -6 rule del pref $p; done", layerRule, "ip-rule"},
+	{"guard", "for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", "for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", layerRule, "ip-rule"},
 	{"listen route", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", layerRoute, "ip-route"},
 }
 

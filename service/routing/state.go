@@ -1,6 +1,7 @@
 package routing
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -68,25 +69,47 @@ func (r Repairs) Total() (n int) {
 
 // repair is an Install of the watcher's, or what a plain one found gone.
 type repair struct {
-	of     State             // what was desired when it was found
-	causes map[string]string // why somebody looked, by the layer in which something was found
-	node   *node             // where it was found; may be nil
-	mode   bool              // the mode's part may be among it
-	found  string            // no repair at all: this was found out of the cloud's metadata server
+	of     State   // what was desired when it was found
+	why    causes  // why somebody looked
+	faults []error // what was missing, and after an Install all that was missing when that began
+	node   *node   // where it was found; may be nil
+	mode   bool    // the mode's part may be among it
+	found  string  // no repair at all: this was found out of the cloud's metadata server
 }
 
 // light says whether the mode's part is known to be as it should be.
 func (r *repair) light() bool { return r != nil && r.node != nil && !r.mode }
 
+// add adds what was found after the look that brought the repair, so that it is told, too.
+func (r *repair) add(faults ...error) {
+	if r == nil || len(r.faults) == 0 {
+		return
+	}
+	for _, err := range faults {
+		if f, ok := err.(*fault); ok && !slices.Contains(texts(r.faults), f.text) {
+			r.faults = append(r.faults, f)
+		}
+	}
+}
+
+// causes are why somebody looked, by the layer in which something was found.
+func (r *repair) causes() map[string]string {
+	causes := map[string]string{}
+	for _, layer := range layers(r.faults) {
+		causes[layer] = r.why.behind(layer)
+	}
+	return causes
+}
+
 func (s *State) count(r *repair) {
-	if r == nil || len(r.causes) == 0 {
+	if r == nil || len(layers(r.faults)) == 0 {
 		return
 	}
 	counted := Repairs{} // the old one is somebody else's too
 	for layer, causes := range s.Repairs {
 		counted[layer] = maps.Clone(causes)
 	}
-	for layer, cause := range r.causes {
+	for layer, cause := range r.causes() {
 		if counted[layer] == nil {
 			counted[layer] = map[string]int{}
 		}
@@ -158,10 +181,57 @@ func writeState(runDir string, s State) error {
 		}
 		return dir.Rename(temp, name)
 	}
-	if err := write(); err != nil {
-		return fmt.Errorf("write routing state: %w", err)
+	err = write()
+	if errors.Is(err, unix.ENOSPC) && overwrite(runDir, s) == nil {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("write routing state: %w", full(runDir, err))
 	}
 	return nil
+}
+
+// overwrite writes the state over the file that is there, which takes no space. Blanks fill up what the text is shorter; what people
+// read beside is left out where it is longer.
+func overwrite(runDir string, s State) error {
+	dir, err := os.OpenRoot(runDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	f, err := dir.OpenFile("routing.json", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	short := s
+	short.Repairs, short.Observed, short.Standing.Faults, short.Reason, short.HostNetwork = nil, nil, nil, "", ""
+	for _, s := range []State{s, short} {
+		b, err := json.Marshal(s)
+		if err != nil {
+			return err
+		}
+		if missing := int(info.Size()) - len(b); missing >= 0 {
+			_, err = f.WriteAt(append(b, bytes.Repeat([]byte(" "), missing)...), 0)
+			return err
+		}
+	}
+	return unix.ENOSPC
+}
+
+// errFull is wrapped by errors that a full file system brings.
+var errFull = errors.New("free space, or files, on the file system of the run directory and repeat this")
+
+// full says what to do where the file system is full.
+func full(runDir string, err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%w: %w (df %s; df -i %s)", err, errFull, runDir, runDir)
+	}
+	return err
 }
 
 // lock waits until no other Install or Remove runs on this node, at most as long as ctx lives, and returns what ends the lock.
@@ -171,7 +241,7 @@ func lock(ctx context.Context, runDir string, how int) (unlock func(), err error
 	flags := os.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW
 	if how == unix.LOCK_EX {
 		if err := os.MkdirAll(runDir, 0o755); err != nil {
-			return nil, fmt.Errorf("make the run directory: %w", err)
+			return nil, fmt.Errorf("make the run directory: %w", full(filepath.Dir(runDir), err))
 		}
 		flags = os.O_RDWR | os.O_CREATE | unix.O_CLOEXEC | unix.O_NOFOLLOW
 	}
@@ -180,7 +250,7 @@ func lock(ctx context.Context, runDir string, how int) (unlock func(), err error
 		return func() {}, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the routing lock: %w", permission(err))
+		return nil, fmt.Errorf("open the routing lock: %w", full(runDir, permission(err)))
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)

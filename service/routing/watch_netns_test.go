@@ -142,8 +142,8 @@ var flushes = []struct {
 	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"a second jump", "iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"order", "iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", ""}},
-	{"guard", "ip rule del pref 98", layerRule, [2]string{"ip-rule", "ip-rule"}},
-	{"guard of IPv6", "ip -6 rule del pref 97; ip -6 rule del pref 98", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{"guard", "ip rule del pref 97 prohibit", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{"guard of IPv6", "ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit", layerRule, [2]string{"ip-rule", "ip-rule"}},
 	{"address", "ip address del 169.254.169.252/32 dev lo", layerAddress, [2]string{"ip-address", "ip-address"}},
 	{"IPv6 filter", "ip6tables -F; ip6tables -X", layerIP6Tables, [2]string{"nftables", "xtables"}},
 }
@@ -213,7 +213,7 @@ func TestWatchObeys(t *testing.T) {
 
 		b.remove(b.plan)
 		w.until("to hear of the removal", func() bool { return strings.Contains(w.last(), "removed") })
-		b.sh("ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 98; iptables -N X; iptables -X X")
+		b.sh("ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 prohibit; iptables -N X; iptables -X X")
 		w.reload <- os.Interrupt // whatever the signal: a removal is no fault of the configuration
 		w.until("the reload", func() bool { return len(w.reload) == 0 })
 		b.same("removed", b.ruleset(), before)
@@ -224,7 +224,7 @@ func TestWatchObeys(t *testing.T) {
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		b.install(closed)
 		w.until("to hear of the guard", func() bool { return strings.Contains(w.last(), "closed guard") })
-		b.sh("ip rule del pref 98")
+		b.sh("ip rule del pref 97 prohibit")
 		w.until("the guard", func() bool { return b.stands(closed) })
 		if s := w.state(); !s.Closed || s.Repairs[layerRule] == nil {
 			t.Errorf("after a flush of the guard: %+v", s)
@@ -307,7 +307,7 @@ func TestWatchStorm(t *testing.T) {
 		start := time.Now()
 		before, reads := w.state(), w.reads.Load()
 		b.sh(`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i -j RETURN; done`)
-		b.sh("ip rule del pref 98") // the last event: when it is repaired, all before it were looked at
+		b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 		w.until("the repair", func() bool { return b.stands(b.plan) && w.state().Repairs.Total() > before.Repairs.Total() })
 		if got := w.state().Repairs.Total() - before.Repairs.Total(); got != 1 {
 			t.Errorf("%d repairs, want that of the ip rule alone: %s", got, w.lines())
@@ -347,7 +347,7 @@ func TestWatchIsQuiet(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		w := b.watch(b.plan, 50*time.Millisecond) // many sweeps
-		b.sh("iptables -t nat -F; ip rule del pref 98")
+		b.sh("iptables -t nat -F; ip rule del pref 97 prohibit")
 		w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
 		s := w.state()
 		w.until("another sweep", func() bool { return w.state().Standing.Time.After(s.Standing.Time) })
@@ -379,7 +379,7 @@ func TestWatchCapabilities(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := &running{bed: b, log: new(logtest.Hook)}
-		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 98", "ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
+		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit", "ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
 			b.sh(flush)
 			flushed := time.Now()
 			r.until("a repair", func() bool {

@@ -104,7 +104,7 @@ func (x *xtables) list(ctx context.Context, started *runningCommand, table strin
 		started = nil
 		return err
 	})
-	if exitStatus(err) == 1 { // no such chain, or no such table in this kernel
+	if exitStatus(err) == 1 && !errors.Is(err, errIncompatible) { // no such chain, or no such table in this kernel
 		return nil, nil
 	}
 	if err != nil {
@@ -151,6 +151,10 @@ func retry(ctx context.Context, f func() error) error {
 	}
 }
 
+// errIncompatible is wrapped by errors of iptables-nft that cannot list a chain: it holds a rule that nft wrote.
+// The rules of our own chains can still be listed, changed and deleted.
+var errIncompatible = errors.New("the chain holds rules that iptables cannot list")
+
 // errRefused is wrapped by errors that status 4 brings and that waiting does not cure.
 var errRefused = errors.New("the kernel refuses the rule")
 
@@ -175,6 +179,8 @@ func permission(err error) error {
 		return fmt.Errorf("%w: %w", ErrPermission, err)
 	case strings.Contains(text, "Read-only file system"): // /run/xtables.lock, under ProtectSystem=strict
 		return fmt.Errorf("%w: the file system is read-only here (a unit runs this by ExecStartPre=+): %w", errRefused, err)
+	case exitStatus(err) == 1 && strings.Contains(text, "is incompatible, use 'nft' tool"):
+		return fmt.Errorf("%w: %w", errIncompatible, err)
 	case exitStatus(err) == 4 && (strings.Contains(text, "Invalid argument") || strings.Contains(text, "No such file")):
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}

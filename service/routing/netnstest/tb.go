@@ -59,11 +59,27 @@ func Lacks(tb TB, reason error) {
 // MountBPF makes a bpf file system that is mounted nowhere and goes when the test is over; the path is good in other processes too.
 func MountBPF(tb TB) string {
 	tb.Helper()
-	fs, err := unix.Fsopen("bpf", unix.FSOPEN_CLOEXEC)
+	return mount(tb, "bpf", nil)
+}
+
+// MountFull makes such a file system in memory, of 64 KiB and 8 files, to be filled.
+func MountFull(tb TB) string {
+	tb.Helper()
+	return mount(tb, "tmpfs", map[string]string{"size": "64k", "nr_inodes": "8", "mode": "755"})
+}
+
+func mount(tb TB, kind string, options map[string]string) string {
+	tb.Helper()
+	fs, err := unix.Fsopen(kind, unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		Lacks(tb, fmt.Errorf("bpf file system: %w", err))
+		Lacks(tb, fmt.Errorf("%s file system: %w", kind, err))
 	}
 	defer func() { _ = unix.Close(fs) }()
+	for key, value := range options {
+		if err := unix.FsconfigSetString(fs, key, value); err != nil {
+			tb.Fatal(err)
+		}
+	}
 	if err := unix.FsconfigCreate(fs); err != nil {
 		tb.Fatal(err)
 	}

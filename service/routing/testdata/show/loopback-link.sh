@@ -6,15 +6,15 @@ ip link add gme0 type dummy
 ip link set gme0 alias gke-metadata-emulator up
 ip address add 169.254.169.254/32 dev gme0 label gme0:gme
 
-# the guard that survives a flush of the firewall
-ip rule add pref 97 iif lo to 169.254.169.254/32 lookup main protocol kernel
+# the guard that survives a flush of the firewall; where others have rules with a lower preference it goes before those
+ip rule add pref 98 nop protocol kernel
+ip rule add pref 97 iif lo to 169.254.169.254/32 goto 98 protocol kernel
 ip rule add pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
-ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel
-ip rule add pref 99 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
-ip rule add pref 103 to 169.254.169.254/32 nop protocol kernel
-ip rule add pref 101 to 169.254.169.254/32 ipproto tcp dport 1-79 goto 103 protocol kernel
-ip rule add pref 101 to 169.254.169.254/32 ipproto tcp dport 81-65534 goto 103 protocol kernel
-ip rule add pref 102 to 169.254.169.254/32 ipproto tcp prohibit protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 1-79 goto 98 protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 81-65534 goto 98 protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp prohibit protocol kernel
 
 # the way to the emulator
 nft -f - <<'END'

@@ -1,34 +1,33 @@
-# the guard that survives a flush of the firewall
-ip rule add pref 97 iif lo to 168.63.129.16/32 lookup main protocol kernel
-ip rule add pref 97 iif docker0 to 168.63.129.16/32 lookup main protocol kernel
-ip rule add pref 97 iif eth0 to 168.63.129.16/32 lookup main protocol kernel
-ip rule add pref 97 iif lo to 169.254.169.254/32 lookup main protocol kernel
-ip rule add pref 97 iif docker0 to 169.254.169.254/32 lookup main protocol kernel
-ip rule add pref 97 iif eth0 to 169.254.169.254/32 lookup main protocol kernel
-ip -6 rule add pref 97 iif lo to fd00:ec2::254/128 lookup main protocol kernel
-ip -6 rule add pref 97 iif docker0 to fd00:ec2::254/128 lookup main protocol kernel
-ip -6 rule add pref 97 iif eth0 to fd00:ec2::254/128 lookup main protocol kernel
-ip rule add pref 98 to 168.63.129.16/32 ipproto tcp dport 80 prohibit protocol kernel
-ip rule add pref 98 to 168.63.129.16/32 ipproto tcp dport 32526 prohibit protocol kernel
-ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
-ip rule add pref 98 to 169.254.169.254/32 ipproto tcp dport 8775 prohibit protocol kernel
-ip -6 rule add pref 98 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel
-ip rule add pref 103 to 168.63.129.16/32 nop protocol kernel
-ip rule add pref 101 to 168.63.129.16/32 ipproto tcp dport 1-79 goto 103 protocol kernel
-ip rule add pref 101 to 168.63.129.16/32 ipproto tcp dport 81-32525 goto 103 protocol kernel
-ip rule add pref 101 to 168.63.129.16/32 ipproto tcp dport 32527-65534 goto 103 protocol kernel
-ip rule add pref 102 to 168.63.129.16/32 ipproto tcp prohibit protocol kernel
-ip rule add pref 103 to 169.254.169.254/32 nop protocol kernel
-ip rule add pref 101 to 169.254.169.254/32 ipproto tcp dport 1-79 goto 103 protocol kernel
-ip rule add pref 101 to 169.254.169.254/32 ipproto tcp dport 81-8774 goto 103 protocol kernel
-ip rule add pref 101 to 169.254.169.254/32 ipproto tcp dport 8776-65534 goto 103 protocol kernel
-ip rule add pref 102 to 169.254.169.254/32 ipproto tcp prohibit protocol kernel
-ip -6 rule add pref 103 to fd00:ec2::254/128 nop protocol kernel
-ip -6 rule add pref 101 to fd00:ec2::254/128 ipproto udp goto 103 protocol kernel
-ip -6 rule add pref 101 to fd00:ec2::254/128 ipproto ipv6-icmp goto 103 protocol kernel
-ip -6 rule add pref 101 to fd00:ec2::254/128 ipproto tcp dport 1-79 goto 103 protocol kernel
-ip -6 rule add pref 101 to fd00:ec2::254/128 ipproto tcp dport 81-65534 goto 103 protocol kernel
-ip -6 rule add pref 102 to fd00:ec2::254/128 prohibit protocol kernel
+# the guard that survives a flush of the firewall; where others have rules with a lower preference it goes before those
+ip rule add pref 98 nop protocol kernel
+ip -6 rule add pref 98 nop protocol kernel
+ip rule add pref 97 iif lo to 168.63.129.16/32 goto 98 protocol kernel
+ip rule add pref 97 iif docker0 to 168.63.129.16/32 goto 98 protocol kernel
+ip rule add pref 97 iif eth0 to 168.63.129.16/32 goto 98 protocol kernel
+ip rule add pref 97 iif lo to 169.254.169.254/32 goto 98 protocol kernel
+ip rule add pref 97 iif docker0 to 169.254.169.254/32 goto 98 protocol kernel
+ip rule add pref 97 iif eth0 to 169.254.169.254/32 goto 98 protocol kernel
+ip -6 rule add pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel
+ip -6 rule add pref 97 iif docker0 to fd00:ec2::254/128 goto 98 protocol kernel
+ip -6 rule add pref 97 iif eth0 to fd00:ec2::254/128 goto 98 protocol kernel
+ip rule add pref 97 to 168.63.129.16/32 ipproto tcp dport 80 prohibit protocol kernel
+ip rule add pref 97 to 168.63.129.16/32 ipproto tcp dport 32526 prohibit protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 8775 prohibit protocol kernel
+ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel
+ip rule add pref 97 to 168.63.129.16/32 ipproto tcp dport 1-79 goto 98 protocol kernel
+ip rule add pref 97 to 168.63.129.16/32 ipproto tcp dport 81-32525 goto 98 protocol kernel
+ip rule add pref 97 to 168.63.129.16/32 ipproto tcp dport 32527-65534 goto 98 protocol kernel
+ip rule add pref 97 to 168.63.129.16/32 ipproto tcp prohibit protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 1-79 goto 98 protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 81-8774 goto 98 protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 8776-65534 goto 98 protocol kernel
+ip rule add pref 97 to 169.254.169.254/32 ipproto tcp prohibit protocol kernel
+ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto udp goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto ipv6-icmp goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 1-79 goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 81-65534 goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:ec2::254/128 prohibit protocol kernel
 
 # the guard of the other family
 ip6tables-restore --wait --noflush <<'END'

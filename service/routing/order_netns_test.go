@@ -1,0 +1,174 @@
+package routing
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
+)
+
+// TestGuardFollows: the watcher puts the guard before a policy rule that comes later, back when that is gone, and the repair
+// names the rule.
+func TestGuardFollows(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.install(b.plan)
+	w := b.watch(b.plan, time.Hour)
+	at := func(pref uint32) func() bool {
+		return func() bool {
+			var l ruleList
+			if err := b.Do(func() (err error) { l, err = readRules(false); return err }); err != nil {
+				t.Fatal(err)
+			}
+			return slices.ContainsFunc(l.ours, func(r policyRule) bool { return r.pref == pref }) && b.stands(b.plan)
+		}
+	}
+	for _, step := range []struct {
+		does string
+		pref uint32
+		says string
+	}{
+		{"ip rule add pref 10 iif cni0 lookup 101", 8, "the guard at preference 8, not at 97: it is walked round by pref 10 from all iif cni0 lookup 101"},
+		{"ip rule add pref 5 to 192.0.2.0/24 lookup 101; ip rule add pref 6 iif lo lookup 101", 8, ""}, // neither can match
+		{"ip rule add pref 2 fwmark 0x1/0xff lookup 101", 0, "not at 8: it is walked round by pref 2 from all fwmark 0x1/0xff lookup 101"},
+		{"ip rule del pref 2", 8, "the guard at preference 8, not at 0"},
+		{"ip rule del pref 10", 97, "the guard at preference 97, not at 8"},
+	} {
+		b.sh(step.does)
+		w.until(step.does, at(step.pref))
+		if step.says != "" {
+			w.until(step.says, func() bool {
+				return slices.ContainsFunc(w.repaired(), func(e *logrus.Entry) bool { return strings.Contains(fmt.Sprint(e.Data["missing"]), step.says) })
+			})
+		}
+	}
+}
+
+// TestGuardBypassed: a rule that stands at preference 0 before ours cannot be overtaken. Install and check say so, and whoever examines sees it.
+func TestGuardBypassed(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.sh("ip rule add pref 0 iif cni0 lookup 101")
+	log, hook := logtest.NewNullLogger()
+	p := b.plan
+	p.Log = log
+	for what, does := range map[string]func(){"install": func() { b.install(p) }, "check": func() { b.green(p) }} {
+		hook.Reset()
+		does()
+		if !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
+			return e.Level == logrus.WarnLevel && strings.Contains(e.Message, "ip rule: pref 0 from all iif cni0 lookup 101: delete that rule")
+		}) {
+			t.Errorf("%s does not say that the guard is walked round", what)
+		}
+	}
+	_ = b.Do(func() error {
+		x := Examine(t.Context(), p, State{})
+		if want := []string{"ip rule: pref 0 from all iif cni0 lookup 101"}; !slices.Equal(x.Bypass, want) {
+			t.Errorf("%v", x.Bypass)
+		}
+		return nil
+	})
+}
+
+// TestEarlierGuard: the rules of earlier versions, which spread over preferences from 97 to 103, go with an install and with a removal.
+func TestEarlierGuard(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	before := b.ruleset()
+	put := func() {
+		b.sh(`add() { ip $1 rule add $2 protocol kernel; }
+			add -4 "pref 97 iif lo to 169.254.169.254 lookup main"; add -4 "pref 98 to 169.254.169.254 ipproto tcp dport 80 prohibit"
+			add -4 "pref 103 to 169.254.169.254 nop"; add -4 "pref 101 to 169.254.169.254 ipproto tcp dport 1-79 goto 103"
+			add -4 "pref 101 to 169.254.169.254 ipproto tcp dport 81-65534 goto 103"; add -4 "pref 102 to 169.254.169.254 ipproto tcp prohibit"
+			add -6 "pref 97 iif lo to fd00:ec2::254 lookup main"; add -6 "pref 102 to fd00:ec2::254 prohibit"; add -6 "pref 101 to fd00:ec2::254 ipproto udp goto 103"`)
+	}
+	b.install(b.plan)
+	fresh := b.ruleset()
+	b.remove(b.plan)
+	put()
+	b.remove(b.plan)
+	b.same("remove", sorted(b.ruleset()), sorted(before))
+	put()
+	b.install(b.plan)
+	b.same("install", sorted(b.ruleset()), sorted(fresh))
+	b.remove(b.plan)
+	b.same("remove", sorted(b.ruleset()), sorted(before))
+}
+
+// TestGuardOrder: rules in any state come to stand once and in their order.
+func TestGuardOrder(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	p := b.plan
+	p.Spare = []string{"docker0", "virbr0"}
+	b.install(b.plan)
+	fresh := b.ruleset()
+	for _, change := range []string{
+		"ip rule del pref 98", "ip rule del pref 97 iif lo", "ip rule del pref 97 prohibit",
+		"ip rule del pref 97 prohibit; ip rule add pref 97 to 169.254.169.254 ipproto tcp dport 80 prohibit protocol kernel",
+		"ip rule add pref 96 to 169.254.169.254 ipproto tcp prohibit protocol kernel; ip rule add pref 50 to 169.254.169.254 prohibit protocol kernel",
+		"while ip rule del protocol kernel pref 97 2>/dev/null; do :; done",
+	} {
+		b.sh(change)
+		b.install(b.plan)
+		b.same(change, b.ruleset(), fresh)
+		b.install(p)
+		b.green(p)
+		b.install(b.plan)
+		b.same(change+", and back", b.ruleset(), fresh)
+	}
+}
+
+// TestRawOrder: who takes pods out of conntrack before our chains in table raw is overtaken again, and named; who stands there and does
+// not is left alone.
+func TestRawOrder(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, b *bed) {
+		b.install(b.plan)
+		b.sh("iptables -t raw -N OTHER; iptables -t raw -A OTHER -p udp -j ACCEPT; iptables -t raw -I PREROUTING 1 -j OTHER")
+		b.green(b.plan)
+		b.sh("iptables -t raw -A OTHER -s 10.244.0.0/16 -j CT --notrack")
+		b.answers(b.pod, "169.254.169.254:80", "")
+		err := fmt.Sprint(b.check(b.plan))
+		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before -A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(err, want) {
+			t.Errorf("%s", err)
+		}
+		w := b.watch(b.plan, time.Hour)
+		w.until("a repair", func() bool { return b.stands(b.plan) })
+		b.answers(b.pod, "169.254.169.254:80", emulator)
+	})
+}
+
+// TestUntracking: a chain of nft's that comes before ours and takes pods out of conntrack is overruled in mode nftables, and named in mode iptables.
+func TestUntracking(t *testing.T) {
+	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr 10.244.0.0/16 notrack; }; }",
+		"table ip net { chain raw { type filter hook prerouting priority -290; ip saddr 10.244.0.0/16 notrack; }; }"
+	onEveryDNAT(t, func(t *testing.T, b *bed) {
+		for _, rules := range []string{early, late} {
+			b.sh("nft '" + rules + "'")
+			log, hook := logtest.NewNullLogger()
+			p := b.plan
+			p.Log = log
+			b.install(p)
+			var said []string
+			for _, e := range hook.AllEntries() {
+				if e.Level == logrus.WarnLevel && strings.Contains(e.Message, "pods may not be redirected: ") {
+					said = append(said, e.Message)
+				}
+			}
+			var x Examination
+			_ = b.Do(func() error { x = Examine(t.Context(), p, State{}); return nil })
+			served := emulator
+			if b.plan.Mode == ModeIPTables && rules == early {
+				served = ""
+				if len(said) != 1 || !slices.Equal(x.Untrack, []string{"nft chain inet net raw"}) {
+					t.Errorf("%s: said %q, seen %q", rules, said, x.Untrack)
+				}
+			} else if len(said) > 0 || len(x.Untrack) > 0 {
+				t.Errorf("%s: said %q, seen %q", rules, said, x.Untrack)
+			}
+			b.answers(b.pod, "169.254.169.254:80", served)
+			b.remove(p)
+			b.sh("nft flush ruleset")
+		}
+	})
+}

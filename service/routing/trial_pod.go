@@ -1,0 +1,62 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+)
+
+// ErrNoPod is returned where no network namespace has one of the addresses.
+var ErrNoPod = errors.New("no process runs in the network namespace of a pod")
+
+// JoinPod returns a Trial that connects from the network namespace of a pod, which has one of the addresses. Nothing is made, and the
+// rules that name pods' addresses or interfaces are met, which the throw-away namespace of NewTrial may not meet.
+func JoinPod(addresses []netip.Addr) (_ *Trial, err error) {
+	t := &Trial{node: netns.None(), pod: netns.None()}
+	t.closing, t.close = context.WithCancel(context.Background())
+	if t.node, err = netns.Get(); err != nil {
+		return nil, errors.Join(permission(err), t.Close())
+	}
+	own, _ := os.Readlink("/proc/thread-self/ns/net")
+	seen := map[string]bool{own: true}
+	links, _ := filepath.Glob("/proc/[0-9]*/ns/net") // the pattern is a constant
+	for _, link := range links {
+		namespace, err := os.Readlink(link)
+		if err != nil || seen[namespace] {
+			continue // it ended, or is another user's
+		}
+		seen[namespace] = true
+		there, err := netns.GetFromPath(link)
+		if err != nil {
+			continue
+		}
+		if t.Addr = oneOf(there, addresses); t.Addr.IsValid() {
+			t.pod = there
+			return t, nil
+		}
+		_ = there.Close()
+	}
+	return nil, errors.Join(ErrNoPod, t.Close())
+}
+
+// oneOf returns the IPv4 address that the namespace has of those; the zero Addr if there is none.
+func oneOf(there netns.NsHandle, addresses []netip.Addr) netip.Addr {
+	h, err := netlink.NewHandleAt(there)
+	if err != nil {
+		return netip.Addr{}
+	}
+	defer h.Close()
+	addrs, _ := retryDump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_V4) })
+	for _, a := range addrs {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && slices.Contains(addresses, ip.Unmap()) {
+			return ip.Unmap()
+		}
+	}
+	return netip.Addr{}
+}
