@@ -230,7 +230,8 @@ func tryConnections(ctx context.Context, at netip.AddrPort, six bool) (t, t6 tri
 	return t, tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6())
 }
 
-// tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules for pods' own addresses and interfaces.
+// tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules
+// for pods' own addresses and interfaces.
 func tryFromPod(ctx context.Context, s *Status, at netip.AddrPort) (t trial) {
 	names := map[netip.Addr]string{}
 	if s != nil && s.Cluster != nil {

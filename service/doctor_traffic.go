@@ -46,7 +46,8 @@ func connectionCheck(p *patient) Finding {
 		return fail(installRules, "from pod %s: %s answered in the emulator's place", t.from, answeredBy(t.answered))
 	}
 	if chains := p.node.Untrack; len(chains) > 0 {
-		return fail("set routing.mode to nftables, whose rules overrule that", "from pod %s: %v: %s takes packets out of conntrack before the rules", t.from, inner(t.err), some(chains))
+		return fail("set routing.mode to nftables, whose rules overrule that",
+			"from pod %s: %v: %s takes packets out of conntrack before the rules", t.from, inner(t.err), some(chains))
 	}
 	return fail("find the rule that names pods' addresses or interfaces: iptables-save; nft list ruleset; ip rule",
 		"from pod %s: %v, while %s", t.from, inner(t.err), f.Finding)

@@ -180,8 +180,8 @@ func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err erro
 	return append(errs, more...), err
 }
 
-// untracks finds a rule that a packet meets before the jump at the position, and that says how conntrack is to take it: of
-// two such rules the first one counts.
+// untracks finds a rule that a packet meets before the jump at the position, and that says how
+// conntrack is to take it: of two such rules the first one counts.
 func (x *xtables) untracks(ctx context.Context, c chain, position int) (rule string, err error) {
 	table, err := x.list(ctx, nil, c.table)
 	if err != nil {

@@ -83,7 +83,7 @@ func TestCauses(t *testing.T) {
 			t.Errorf("%s: %s, want %s", layer, got, want)
 		}
 	}
-	if got := len(causeNames); 1<<(got-1) != causeRetry {
+	if got := len(causeNames); 1<<(got-1) != causeInstall {
 		t.Errorf("%d names: one for each cause", got)
 	}
 }

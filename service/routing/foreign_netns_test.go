@@ -10,7 +10,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// foreignRuleset is what somebody else puts up on a node. Each is the small form of what a product does.
+// foreignRuleset is what somebody else puts up on a node. Each is the small form of what a product
+// does.
 type foreignRuleset struct {
 	name  string
 	put   string // by a shell on the node
@@ -85,7 +86,8 @@ END`},
 -I OUTPUT 1 -d 10.244.0.0/16 -j CT --zone 4097
 COMMIT
 END`},
-	// Networks that route each pod by a policy rule (R-33), and the strict layout, in which table local comes later.
+	// Networks that route each pod by a policy rule (R-33), and the strict layout, in which table
+	// local comes later.
 	{name: "a policy rule for pods", flush: true, put: `ip route add default via 198.51.100.1 dev eth0 table 101
 ip rule add pref 10 iif cni0 lookup 101
 ip -6 route add default via fd00:51::1 dev eth0 table 101
@@ -112,8 +114,9 @@ type foreignCase struct {
 	watch  *running
 }
 
-// TestForeignRulesets puts up what others do, before an install and after it, for each backend and mode: pods are served, check finds nothing, the
-// watcher finds nothing to do for 10 s, and a removal leaves theirs byte for byte. All nodes of a kind are watched at once.
+// TestForeignRulesets puts up what others do, before an install and after it, for each backend and
+// mode: pods are served, check finds nothing, the watcher finds nothing to do for 10 s, and a
+// removal leaves theirs byte for byte. All nodes of a kind are watched at once.
 func TestForeignRulesets(t *testing.T) {
 	netnstest.Needs(t, "nft")
 	for _, kind := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone} {

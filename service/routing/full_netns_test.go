@@ -29,9 +29,10 @@ func fill(t *testing.T, dir string, data bool) {
 	}
 }
 
-// TestFullRunDirectory: where the run directory's file system is full, of data or of files, remove takes everything away all the same
-// and a watcher leaves it so. Where not even the files of before are there, remove says what it could not write, and install
-// why it cannot install, with the guard up.
+// TestFullRunDirectory: where the run directory's file system is full, of data or of files, remove
+// takes everything away all the same and a watcher leaves it so. Where not even the files of before
+// are there, remove says what it could not write, and install why it cannot install, with the guard
+// up.
 func TestFullRunDirectory(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	before := sorted(b.ruleset())
@@ -74,7 +75,8 @@ func TestFullRunDirectory(t *testing.T) {
 	b.remove(b.plan)
 }
 
-// TestRepairNamesAll: what went missing after the look that brought a repair is counted and named by that repair, too.
+// TestRepairNamesAll: what went missing after the look that brought a repair is counted and named
+// by that repair, too.
 func TestRepairNamesAll(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)

@@ -21,8 +21,8 @@ type glance struct {
 	foreign error    // whoever else jumps to it, which is known after a survey
 	odd     bool     // the base chain has a jump to it that install does not write, or a redirection of somebody's
 
-	// unlisted is what a base chain that iptables cannot list has of somebody else's: another jump to
-	// the chain, or a redirection of the metadata server. nil: nothing.
+	// unlisted is what a base chain that iptables cannot list has of somebody else's:
+	// another jump to the chain, or a redirection of the metadata server. nil: nothing.
 	unlisted error
 }
 

@@ -20,27 +20,31 @@ import (
 //	97: from all to 169.254.169.254 ipproto tcp prohibit proto kernel
 //	98: from all nop proto kernel
 //
-// Rules of one preference are asked in the order in which they were added. Redirected packets have another destination by the
-// time they are routed, so these rules see only what would leak. What may pass goes on behind the guard, so the host's own
-// policy routing holds for it. DNS at 169.254.169.254:53 passes. "not iif lo … prohibit" would negate the whole selector and
-// cut pods off.
+// Rules of one preference are asked in the order in which they were added. Redirected packets have
+// another destination by the time they are routed, so these rules see only what would leak. What
+// may pass goes on behind the guard, so the host's own policy routing holds for it. DNS at
+// 169.254.169.254:53 passes. "not iif lo … prohibit" would negate the whole selector and cut pods
+// off.
 //
-// A rule that names a port matches no fragment, not even the first, which holds the port, and a pod may send fragments of its own
-// making. Netfilter puts fragments together before they are routed, if it does anything at all. So the server's other ports are
-// let go on by name, and the rest of TCP is prohibited; of IPv6, where headers can lie between the fragment's and TCP's, the rest
-// of everything.
+// A rule that names a port matches no fragment, not even the first, which holds the port, and a pod
+// may send fragments of its own making. Netfilter puts fragments together before they are routed,
+// if it does anything at all. So the server's other ports are let go on by name, and the rest of
+// TCP is prohibited; of IPv6, where headers can lie between the fragment's and TCP's, the rest of
+// everything.
 //
-// A rule of somebody else's with a lower preference walks round the guard (R-33: AWS's network has 1, 10 and 20 for security
-// groups of pods). So the guard stands before every rule that can match what pods send to a guarded address, at 97 or lower: see
-// place. Where it had to move, table local may come later than others' rules, so the emulator's address is led there by a first rule:
+// A rule of somebody else's with a lower preference walks round the guard (R-33: AWS's network has
+// 1, 10 and 20 for security groups of pods). So the guard stands before every rule that can match
+// what pods send to a guarded address, at 97 or lower: see place. Where it had to move, table local
+// may come later than others' rules, so the emulator's address is led there by a first rule:
 //
 //	8: from all to 169.254.169.252 ipproto tcp dport 988 lookup local proto kernel
 //
 // R-10b: iif lo is all that this host sends, its own daemons and pods on the host network alike. Those pods reach the real
 // server when only these rules are left; for them the promise holds while the netfilter rules stand.
 //
-// In mode loopback the rules bring requests to the emulator, too: what pods send to the metadata server's port is this node's
-// own, and what other hosts send there is refused, which does not depend on netfilter either.
+// In mode loopback the rules bring requests to the emulator, too: what pods send to the
+// metadata server's port is this node's own, and what other hosts send there is refused, which does
+// not depend on netfilter either.
 //
 //	97: from all to 169.254.169.254 iif lo goto 98 proto kernel
 //	97: from all to 169.254.169.254 iif eth0 ipproto tcp dport 80 prohibit proto kernel
@@ -55,8 +59,9 @@ const (
 	lastPort  = 65534 // that a rule can name
 )
 
-// guardRules are the Plan's at their usual preference, in the order in which they are asked. The first of each family is the
-// end of the guard, to which others go: it is added first and deleted last. Mode loopback needs the uplinks.
+// guardRules are the Plan's at their usual preference, in the order in which they are asked. The
+// first of each family is the end of the guard, to which others go: it is added first and deleted
+// last. Mode loopback needs the uplinks.
 func guardRules(p Plan, s surroundings) (rules []policyRule) {
 	loopback := p.Mode == ModeLoopback && !p.Closed
 	guarded := p.Guard
@@ -73,7 +78,8 @@ func guardRules(p Plan, s surroundings) (rules []policyRule) {
 		}
 	}
 	for _, g := range guarded {
-		if end := (policyRule{pref: usualPref + 1, six: g.Addr().Is6(), action: unix.FR_ACT_NOP}); !slices.Contains(rules, end) {
+		end := policyRule{pref: usualPref + 1, six: g.Addr().Is6(), action: unix.FR_ACT_NOP}
+		if !slices.Contains(rules, end) {
 			rules = append(rules, end)
 		}
 	}
@@ -98,7 +104,8 @@ func guardRules(p Plan, s surroundings) (rules []policyRule) {
 	return rules
 }
 
-// restRules prohibit what is sent to the guarded addresses and of which no rule can tell the port, behind what passes.
+// restRules prohibit what is sent to the guarded addresses and of which no rule can tell the port,
+// behind what passes.
 func restRules(guarded []netip.AddrPort, add func(policyRule)) {
 	var order []netip.Addr
 	ports := map[netip.Addr][]uint16{}
@@ -130,10 +137,11 @@ func restRules(guarded []netip.AddrPort, add func(policyRule)) {
 	}
 }
 
-// place moves the rules of one family before the rules of others that can match what they guard. Two preferences below, since
-// others may delete theirs by the preference alone. At preference 0 the guard stands behind table local's rule, or before all
-// where that has another place; there is no lower one.
-// There the rules of others may come before table local's, too: then reach leads to the emulator.
+// place moves the rules of one family before the rules of others that can match what they guard.
+// Two preferences below, since others may delete theirs by the preference alone. At preference 0
+// the guard stands behind table local's rule, or before all where that has another place; there is
+// no lower one. There the rules of others may come before table local's, too: then reach leads to
+// the emulator.
 func place(want, reach, others []policyRule) []policyRule {
 	base := uint32(usualPref)
 	for _, o := range others {
@@ -147,14 +155,16 @@ func place(want, reach, others []policyRule) []policyRule {
 	return at(base, want)
 }
 
-// reachRules make the emulator's address this node's own before rules of others can lead elsewhere. Where it is another's they
-// decide nothing.
+// reachRules make the emulator's address this node's own before rules of others can lead elsewhere.
+// Where it is another's they decide nothing.
 func reachRules(p Plan, s surroundings, six bool) (rules []policyRule) {
 	for _, l := range []netip.AddrPort{p.Listen, s.listen6} {
-		if a := l.Addr(); p.Closed || p.Mode == ModeLoopback || !l.IsValid() || a.Is6() != six || a.IsUnspecified() || a.IsLoopback() {
+		a := l.Addr()
+		if p.Closed || p.Mode == ModeLoopback || !l.IsValid() || a.Is6() != six || a.IsUnspecified() || a.IsLoopback() {
 			continue
 		}
-		rules = append(rules, policyRule{pref: usualPref, six: six, to: l.Addr(), port: l.Port(), action: unix.FR_ACT_TO_TBL, arg: unix.RT_TABLE_LOCAL})
+		rules = append(rules, policyRule{pref: usualPref, six: six, to: a, port: l.Port(),
+			action: unix.FR_ACT_TO_TBL, arg: unix.RT_TABLE_LOCAL})
 	}
 	return rules
 }
@@ -197,9 +207,9 @@ func readRules(six bool) (l ruleList, err error) {
 	return l, err
 }
 
-// surplus are those that are not wanted, in the order in which to delete them: of several equal ones the first. The kernel
-// deletes the first rule that has all that it is told of, so one that names a port goes before one that names none; and what
-// is closed goes before what passes.
+// surplus are those that are not wanted, in the order in which to delete them: of several equal
+// ones the first. The kernel deletes the first rule that has all that it is told of, so one that
+// names a port goes before one that names none; and what is closed goes before what passes.
 func (l ruleList) surplus(want []policyRule) (surplus []policyRule) {
 	left := slices.Clone(want)
 	for _, r := range slices.Backward(l.ours) {
@@ -265,7 +275,8 @@ func readGuard(p Plan, s surroundings) (both []guard, err error) {
 	return both, nil
 }
 
-// addGuard adds the rules where they do not stand, behind all that do: what is closed stays closed in between.
+// addGuard adds the rules where they do not stand, behind all that do: what is closed stays closed
+// in between.
 func addGuard(p Plan, s surroundings) error {
 	both, err := readGuard(p, s)
 	if err != nil {
@@ -287,8 +298,8 @@ func addGuard(p Plan, s surroundings) error {
 	return nil
 }
 
-// trimGuard deletes what the Plan does not want. What others do meanwhile may have it delete another one of ours: then the rest
-// is looked at again.
+// trimGuard deletes what the Plan does not want. What others do meanwhile may have it delete
+// another one of ours: then the rest is looked at again.
 func trimGuard(p Plan, s surroundings) error {
 	for range 5 {
 		both, err := readGuard(p, s)
@@ -308,8 +319,8 @@ func trimGuard(p Plan, s surroundings) error {
 	return nil
 }
 
-// installGuard adds what is missing, and then deletes what an earlier Plan wanted. That of mode loopback stays until another
-// mode's rules stand: see removeEarlier.
+// installGuard adds what is missing, and then deletes what an earlier Plan wanted. That of mode
+// loopback stays until another mode's rules stand: see removeEarlier.
 func installGuard(p Plan, s surroundings) error {
 	if err := addGuard(p, s); err != nil {
 		return err
@@ -351,7 +362,8 @@ func checkGuard(p Plan, s surroundings) (errs []error) {
 			}
 		}
 		if len(errs) == before {
-			errs = append(errs, missing(layerRule, "%s rule: the rules of the guard at preference %d are not in order", g.want[0].ip(), pref))
+			const fault = "%s rule: the rules of the guard at preference %d are not in order"
+			errs = append(errs, missing(layerRule, fault, g.want[0].ip(), pref))
 		}
 	}
 	return errs

@@ -114,7 +114,8 @@ func (m *iptables) stale(chains []chain, six bool) []chain {
 	return slices.DeleteFunc(chains, func(c chain) bool { return m.fresh[printKey(c, six)] })
 }
 
-// flushed are the jumps that are not there, and for a repair the chains that have not as many rules as they should.
+// flushed are the jumps that are not there, and for a repair the chains that have not as many rules
+// as they should.
 func (m *iptables) flushed(s surroundings, repair bool) (faults []error) {
 	for _, six := range m.families() {
 		x := m.xtables(six)

@@ -68,6 +68,10 @@ func TestStory(t *testing.T) {
 			{"raw", "iptables -t raw -F", []string{
 				"-t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW",
 				"-t raw -A GME-RAW -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP",
+				"-t raw -A GME-RAW -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT",
+				"-t raw -A GME-RAW -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT",
+				"-t raw -I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-RAW-OUT",
+				"-t raw -A GME-RAW-OUT -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT",
 			}},
 			{"base chain only", "iptables -t nat -F PREROUTING", []string{
 				"-t nat -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE",
@@ -139,8 +143,8 @@ func TestNftFlushRuleset(t *testing.T) {
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft flush ruleset")
-	if got := len(faults(t, b.check(b.plan))); got != 21 {
-		t.Errorf("%d faults named, want 21: %v", got, b.check(b.plan))
+	if got := len(faults(t, b.check(b.plan))); got != 25 {
+		t.Errorf("%d faults named, want 25: %v", got, b.check(b.plan))
 	}
 	b.answers(b.pod, "169.254.169.254:80", "")
 	b.answers(b.pod, "[fd00:ec2::254]:80", "")

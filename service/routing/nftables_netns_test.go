@@ -80,8 +80,12 @@ func TestNFTablesStory(t *testing.T) {
 		want        []string // what Check names, exactly, without nft in front
 	}{
 		{"the ruleset", "nft flush ruleset", []string{
-			"add chain ip gke-metadata-emulator raw { type filter hook prerouting priority -300; policy accept; }",
+			"add chain ip gke-metadata-emulator raw { type filter hook prerouting priority -310; policy accept; }",
 			"add rule ip gke-metadata-emulator raw iifname != \"lo\" ip daddr 169.254.169.252 tcp dport 988 drop",
+			"add rule ip gke-metadata-emulator raw ip daddr 169.254.169.254 tcp dport 80 ct zone set 0",
+			"add rule ip gke-metadata-emulator raw ip saddr 169.254.169.252 tcp sport 988 ct zone set 0",
+			"add chain ip gke-metadata-emulator raw-output { type filter hook output priority -310; policy accept; }",
+			"add rule ip gke-metadata-emulator raw-output ip saddr 169.254.169.252 tcp sport 988 ct zone set 0",
 			"add chain ip gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip gke-metadata-emulator forward ip daddr 169.254.169.254 tcp dport 80 reject with tcp reset",
 			"add rule ip gke-metadata-emulator forward ip daddr 169.254.169.254 tcp dport 443 reject with tcp reset",

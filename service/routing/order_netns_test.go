@@ -11,8 +11,8 @@ import (
 	logtest "github.com/sirupsen/logrus/hooks/test"
 )
 
-// TestGuardFollows: the watcher puts the guard before a policy rule that comes later, back when that is gone, and the repair
-// names the rule.
+// TestGuardFollows: the watcher puts the guard before a policy rule that comes later, back when
+// that is gone, and the repair names the rule.
 func TestGuardFollows(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	b.install(b.plan)
@@ -47,7 +47,8 @@ func TestGuardFollows(t *testing.T) {
 	}
 }
 
-// TestGuardBypassed: a rule that stands at preference 0 before ours cannot be overtaken. Install and check say so, and whoever examines sees it.
+// TestGuardBypassed: a rule that stands at preference 0 before ours cannot be overtaken. Install
+// and check say so, and whoever examines sees it.
 func TestGuardBypassed(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	b.sh("ip rule add pref 0 iif cni0 lookup 101")
@@ -72,7 +73,8 @@ func TestGuardBypassed(t *testing.T) {
 	})
 }
 
-// TestEarlierGuard: the rules of earlier versions, which spread over preferences from 97 to 103, go with an install and with a removal.
+// TestEarlierGuard: the rules of earlier versions, which spread over preferences from 97 to 103, go
+// with an install and with a removal.
 func TestEarlierGuard(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	before := b.ruleset()
@@ -119,8 +121,8 @@ func TestGuardOrder(t *testing.T) {
 	}
 }
 
-// TestRawOrder: who takes pods out of conntrack before our chains in table raw is overtaken again, and named; who stands there and does
-// not is left alone.
+// TestRawOrder: who takes pods out of conntrack before our chains in table raw is overtaken again,
+// and named; who stands there and does not is left alone.
 func TestRawOrder(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
@@ -138,7 +140,8 @@ func TestRawOrder(t *testing.T) {
 	})
 }
 
-// TestUntracking: a chain of nft's that comes before ours and takes pods out of conntrack is overruled in mode nftables, and named in mode iptables.
+// TestUntracking: a chain of nft's that comes before ours and takes pods out of conntrack is
+// overruled in mode nftables, and named in mode iptables.
 func TestUntracking(t *testing.T) {
 	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr 10.244.0.0/16 notrack; }; }",
 		"table ip net { chain raw { type filter hook prerouting priority -290; ip saddr 10.244.0.0/16 notrack; }; }"

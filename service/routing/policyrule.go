@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// policyRule is a policy rule: one of ours, with all that it says, or one of somebody else's, with what of it matters here. It is
-// comparable.
+// policyRule is a policy rule: one of ours, with all that it says, or one of somebody else's, with
+// what of it matters here. It is comparable.
 type policyRule struct {
 	pref   uint32
 	six    bool
@@ -68,8 +68,11 @@ func (r policyRule) String() string {
 func actionText(action uint8, arg uint32) string {
 	switch action {
 	case unix.FR_ACT_TO_TBL:
-		if name := map[uint32]string{unix.RT_TABLE_MAIN: "main", unix.RT_TABLE_LOCAL: "local", unix.RT_TABLE_DEFAULT: "default"}[arg]; name != "" {
-			return " lookup " + name
+		switch arg {
+		case unix.RT_TABLE_MAIN:
+			return " lookup main"
+		case unix.RT_TABLE_LOCAL:
+			return " lookup local"
 		}
 		return fmt.Sprintf(" lookup %d", arg)
 	case unix.FR_ACT_GOTO:
@@ -97,8 +100,9 @@ func (r policyRule) meets(guard []policyRule) bool {
 	})
 }
 
-// change sends one rule to the kernel. The messages are made here since netlink v1.3.1 neither tells a listed rule's action nor
-// writes ipproto as the single byte that it is; and its attribute parser panics on a message that was cut short.
+// change sends one rule to the kernel. The messages are made here since netlink v1.3.1 neither
+// tells a listed rule's action nor writes ipproto as the single byte that it is; and its attribute
+// parser panics on a message that was cut short.
 func (r policyRule) change(command, flags int) error {
 	req := nl.NewNetlinkRequest(command, flags|unix.NLM_F_ACK)
 	msg := &nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET, Type: r.action}}
@@ -164,7 +168,8 @@ func standingRules(six bool) (rules []policyRule, err error) {
 	return rules, nil
 }
 
-// parseRule reads one message of the kernel; ok is false where it is cut short. A rule that says more than ours do is foreign.
+// parseRule reads one message of the kernel; ok is false where it is cut short. A rule that says
+// more than ours do is foreign.
 func parseRule(message []byte) (r policyRule, ok bool) {
 	if len(message) < unix.SizeofRtMsg {
 		return r, false
@@ -271,7 +276,8 @@ func parseRule(message []byte) (r policyRule, ok bool) {
 	if r.iif != "" {
 		r.foreign += " iif " + r.iif
 	}
-	r.harmless = !inverted && (outgoing || r.iif == "lo") || r.action == unix.FR_ACT_NOP || r.action == unix.FR_ACT_TO_TBL && table == unix.RT_TABLE_LOCAL
+	r.harmless = !inverted && (outgoing || r.iif == "lo") || r.action == unix.FR_ACT_NOP ||
+		r.action == unix.FR_ACT_TO_TBL && table == unix.RT_TABLE_LOCAL
 	if r.proto != 0 {
 		r.foreign += fmt.Sprintf(" ipproto %d", r.proto)
 	}
@@ -292,7 +298,8 @@ func (r policyRule) shaped() bool {
 	}
 	switch r.action {
 	case unix.FR_ACT_TO_TBL: // the first versions had the host's own requests look into table main
-		return (r.arg == ourTable || r.arg == unix.RT_TABLE_LOCAL) && r.port != 0 && r.iif == "" || r.arg == unix.RT_TABLE_MAIN && r.port == 0 && r.iif != ""
+		return (r.arg == ourTable || r.arg == unix.RT_TABLE_LOCAL) && r.port != 0 && r.iif == "" ||
+			r.arg == unix.RT_TABLE_MAIN && r.port == 0 && r.iif != ""
 	case unix.FR_ACT_GOTO, unix.FR_ACT_PROHIBIT:
 		return r.proto == 0 || protocols[r.proto] != ""
 	case unix.FR_ACT_NOP:
@@ -301,7 +308,8 @@ func (r policyRule) shaped() bool {
 	return false
 }
 
-// fraDportMask is FRA_DPORT_MASK of linux/fib_rules.h, which kernels from 6.15 on tell for every port.
+// fraDportMask is FRA_DPORT_MASK of linux/fib_rules.h, which kernels from 6.15 on tell for every
+// port.
 const fraDportMask = 29
 
 // number reads an attribute of one or four bytes; 0 is what none of ours has.

@@ -55,7 +55,8 @@ func (r *removal) remove(ctx context.Context, tables ...string) (err error) {
 	return err
 }
 
-// survey looks at all chains, unless they are known. A family that cannot be read does not keep the other from being removed.
+// survey looks at all chains, unless they are known. A family that cannot be read does not keep the
+// other from being removed.
 func (r *removal) survey(ctx context.Context) error {
 	if r.stands != nil {
 		return nil

@@ -121,13 +121,16 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	return n, r.readBack(state, errors.Join(errs...))
 }
 
-// warnOvertaken says which rules of others the guard and what has pods tracked cannot be put before.
+// warnOvertaken says which rules of others the guard and what has pods tracked cannot
+// be put before.
 func (r *router) warnOvertaken(s surroundings) {
 	for _, chain := range untracking(r.plan) {
-		r.plan.Log.Warn("pods may not be redirected: " + chain + " comes before the rules and takes packets out of conntrack: set routing.mode to nftables, whose rules overrule that")
+		r.plan.Log.Warn("pods may not be redirected: " + chain + " comes before the rules and takes packets out of conntrack: " +
+			"set routing.mode to nftables, whose rules overrule that")
 	}
 	for _, rule := range bypasses(r.plan, s) {
-		r.plan.Log.Warn("the guard does not hold for what a policy rule matches that comes before it: " + rule + ": delete that rule and add it again with a preference of 1 or more")
+		r.plan.Log.Warn("the guard does not hold for what a policy rule matches that comes before it: " + rule +
+			": delete that rule and add it again with a preference of 1 or more")
 	}
 }
 
@@ -276,7 +279,8 @@ func (r *router) Remove(ctx context.Context) error {
 	}
 	_, state := r.state(Removed)
 	if err := writeState(r.plan.RunDir, state); errors.Is(err, errFull) {
-		full = errors.Join(full, err, errors.New("a routing watcher that runs may install the rules again: stop it, or repeat the removal when there is space"))
+		full = errors.Join(full, err, errors.New("a routing watcher that runs may install the rules again: "+
+			"stop it, or repeat the removal when there is space"))
 	} else if err != nil {
 		return err
 	}

@@ -191,8 +191,8 @@ func writeState(runDir string, s State) error {
 	return nil
 }
 
-// overwrite writes the state over the file that is there, which takes no space. Blanks fill up what the text is shorter; what people
-// read beside is left out where it is longer.
+// overwrite writes the state over the file that is there, which takes no space. Blanks fill up what
+// the text is shorter; what people read beside is left out where it is longer.
 func overwrite(runDir string, s State) error {
 	dir, err := os.OpenRoot(runDir)
 	if err != nil {

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// TestJoinPod: a connection from a pod's own network namespace meets the rules that name pods' addresses, which one from a throw-away
-// namespace does not.
+// TestJoinPod: a connection from a pod's own network namespace meets the rules that name pods'
+// addresses, which one from a throw-away namespace does not.
 func TestJoinPod(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)

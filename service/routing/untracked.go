@@ -1,16 +1,16 @@
 package routing
 
 import (
-	"encoding/binary"
 	"fmt"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// untracking names the base chains of nft's that in mode iptables a pod's packet may meet before ours, and whose table takes packets out
-// of conntrack, so that pods may not be redirected. Those of iptables-nft's table raw are put in order by install, and mode
-// nftables overrules all of them: the kernel has a packet tracked that is given a zone, whatever was said of it before.
+// untracking names the base chains of nft's that in mode iptables a pod's packet may meet before
+// ours, and whose table takes packets out of conntrack, so that pods may not be redirected.
+// Those of iptables-nft's table raw are put in order by install, and mode nftables overrules all of
+// them: the kernel has a packet tracked that is given a zone, whatever was said of it before.
 func untracking(p Plan) (names []string) {
 	if p.Mode != ModeIPTables || p.Closed {
 		return nil
@@ -23,21 +23,23 @@ func untracking(p Plan) (names []string) {
 	for _, c := range chains {
 		hook := attribute(c, unix.NFTA_CHAIN_HOOK)
 		number, priority := within(hook, unix.NFTA_HOOK_HOOKNUM), within(hook, unix.NFTA_HOOK_PRIORITY)
-		if len(number) != 4 || len(priority) != 4 || be32(number) != unix.NF_INET_PRE_ROUTING || int32(binary.BigEndian.Uint32(priority)) > ours {
+		if len(number) != 4 || be32(number) != unix.NF_INET_PRE_ROUTING || len(priority) != 4 || int32(be32(priority)) > ours {
 			continue
 		}
 		family, table := nftFamily(c), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE))
 		if family != "ip" && family != "inet" || family == "ip" && table == "raw" || !tableUntracks(c[0], table) {
 			continue
 		}
-		names = append(names, fmt.Sprintf("nft chain %s %s %s", family, table, unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))))
+		name := unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))
+		names = append(names, fmt.Sprintf("nft chain %s %s %s", family, table, name))
 	}
 	return names
 }
 
 // tableUntracks says whether a rule of the table takes packets out of conntrack.
 func tableUntracks(family uint8, table string) bool {
-	rules, _ := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)))
+	of := nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table))
+	rules, _ := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family, of)
 	for _, m := range rules {
 		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != table { // old kernels tell all rules of the family
 			continue

@@ -151,8 +151,8 @@ func retry(ctx context.Context, f func() error) error {
 	}
 }
 
-// errIncompatible is wrapped by errors of iptables-nft that cannot list a chain: it holds a rule that nft wrote.
-// The rules of our own chains can still be listed, changed and deleted.
+// errIncompatible is wrapped by errors of iptables-nft that cannot list a chain: it holds a rule
+// that nft wrote. The rules of our own chains can still be listed, changed and deleted.
 var errIncompatible = errors.New("the chain holds rules that iptables cannot list")
 
 // errRefused is wrapped by errors that status 4 brings and that waiting does not cure.

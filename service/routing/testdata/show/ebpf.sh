@@ -30,7 +30,7 @@ add table ip gke-metadata-emulator
 delete table ip gke-metadata-emulator
 table ip gke-metadata-emulator {
 	chain raw {
-		type filter hook prerouting priority -300; policy accept;
+		type filter hook prerouting priority -310; policy accept;
 		iifname "bond0" ip daddr 169.254.169.252 tcp dport 988 drop
 		iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop
 	}

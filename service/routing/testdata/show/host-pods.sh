@@ -23,8 +23,14 @@ iptables-restore --wait --noflush <<'END'
 COMMIT
 *raw
 :GME-RAW - [0:0]
+:GME-RAW-OUT - [0:0]
 -A GME-RAW -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP
+-A GME-RAW -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+-A GME-RAW -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT
+-A GME-RAW-OUT -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+-A GME-RAW-OUT -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j CT
 -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW
+-I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-RAW-OUT
 COMMIT
 *nat
 :GME-OUT - [0:0]

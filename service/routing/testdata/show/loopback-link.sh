@@ -22,7 +22,7 @@ add table ip gke-metadata-emulator
 delete table ip gke-metadata-emulator
 table ip gke-metadata-emulator {
 	chain raw {
-		type filter hook prerouting priority -300; policy accept;
+		type filter hook prerouting priority -310; policy accept;
 		iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop
 	}
 	chain input {

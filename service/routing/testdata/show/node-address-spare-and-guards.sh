@@ -64,8 +64,15 @@ iptables-restore --wait --noflush <<'END'
 COMMIT
 *raw
 :GME-RAW - [0:0]
+:GME-RAW-OUT - [0:0]
 -A GME-RAW -d 10.0.0.5/32 ! -i lo -p tcp -m tcp --dport 18080 -j DROP
+-A GME-RAW -i docker0 -j RETURN
+-A GME-RAW -i eth0 -j RETURN
+-A GME-RAW -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j CT
+-A GME-RAW -s 10.0.0.5/32 -p tcp -m tcp --sport 18080 -j CT
+-A GME-RAW-OUT -s 10.0.0.5/32 -p tcp -m tcp --sport 18080 -j CT
 -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW
+-I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-RAW-OUT
 COMMIT
 *nat
 :GME-PRE - [0:0]

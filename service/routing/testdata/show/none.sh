@@ -12,7 +12,7 @@ add table ip gke-metadata-emulator
 delete table ip gke-metadata-emulator
 table ip gke-metadata-emulator {
 	chain raw {
-		type filter hook prerouting priority -300; policy accept;
+		type filter hook prerouting priority -310; policy accept;
 		iifname "eth0" fib daddr type local tcp dport 8988 drop
 	}
 	chain input {
