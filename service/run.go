@@ -1,15 +1,14 @@
 package service
 
 import (
-	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -44,6 +43,7 @@ type Service struct {
 	server    *server
 	listener  net.Listener // the first
 	listening listening
+	status    *unixListener // where `status` asks; nil until it is made
 	serve     func(net.Listener)
 	probe     *probe
 	fdstore   *fdstore
@@ -64,11 +64,17 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	s.fdstore.inherit(left)
+	if len(all) == 0 { // started by hand: beside a running service that is a mistake
+		if err := s.listenStatus(ctx); errors.Is(err, errSocketInUse) {
+			return err
+		}
+		defer s.leaveStatus()
+	}
 	first, err := s.load(nil)
 	switch {
 	case err == nil && len(all) == 0:
 		var l net.Listener
-		l, err = listen(ctx, first.config.Listen)
+		l, err = listen(ctx, "listen", first.config.Listen)
 		all = []net.Listener{l}
 	case err == nil:
 		sortListeners(all, first.config.Listen)
@@ -82,6 +88,13 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	return s.run(ctx, first, all...)
+}
+
+// leaveStatus removes the status socket where nothing was served.
+func (s *Service) leaveStatus() {
+	if s.status != nil {
+		_ = s.status.Close()
+	}
 }
 
 func newService(o Options) *Service {
@@ -159,9 +172,7 @@ func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) err
 	g.Go(func() error { return s.server.audit.run(gctx) })
 	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
-	g.Go(func() error {
-		return s.serveStatus(gctx, cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")))
-	})
+	g.Go(func() error { return s.serveStatus(gctx) })
 	g.Go(func() error { return s.serveHealth(gctx, first.config.HealthListen) })
 	g.Go(func() error {
 		<-gctx.Done()
@@ -291,7 +302,7 @@ func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) e
 	if a.Port() == 0 || s.listening.on(a) || old.broken == nil && old.config.Listen == a {
 		return nil
 	}
-	l, err := listen(ctx, a)
+	l, err := listen(ctx, "listen", a)
 	if err != nil && old.broken != nil {
 		s.log.WithError(err).Error(s.elsewhere("listen", a))
 		return nil
@@ -308,7 +319,7 @@ func (s *Service) listenSix(ctx context.Context, a netip.AddrPort) {
 	if !a.IsValid() || s.listening.on(a) {
 		return
 	}
-	l, err := listen(ctx, a)
+	l, err := listen(ctx, "listen6", a)
 	if err != nil {
 		s.log.WithError(err).Error(s.elsewhere("listen6", a) + "; IPv4 is served meanwhile")
 		return

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -136,11 +136,10 @@ func firstLine(err error) string {
 }
 
 // serveStatus answers `gke-metadata-emulator status` over a Unix socket that the service's group may use.
-func (s *Service) serveStatus(ctx context.Context, path string) error {
-	l, err := listenUnix(ctx, path)
-	if err != nil {
-		s.log.WithError(err).Error("no status socket, so there is no `status`")
-		return nil // pods are served all the same
+func (s *Service) serveStatus(ctx context.Context) error {
+	if err := s.listenStatus(ctx); err != nil {
+		s.log.WithError(err).Error("the status socket could not be made, so `status` does not work; pods are served")
+		return nil
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
@@ -149,30 +148,23 @@ func (s *Service) serveStatus(ctx context.Context, path string) error {
 		e.SetIndent("", "  ")
 		_ = e.Encode(s.Status()) // a client that left is no news
 	})
-	return s.serveInternal(ctx, l, mux)
+	return s.serveInternal(ctx, s.status, mux)
 }
 
-// listenUnix makes the socket in the place of one that an earlier process left behind.
-func listenUnix(ctx context.Context, path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
+// listenStatus makes the status socket, unless it is there already.
+func (s *Service) listenStatus(ctx context.Context) (err error) {
+	if s.status == nil {
+		s.status, err = listenUnix(ctx, "unix", cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")), unit)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	l, err := new(net.ListenConfig).Listen(ctx, "unix", path)
-	if err != nil {
-		return nil, err
-	}
-	return l, os.Chmod(path, 0o660)
+	return err
 }
 
 // serveHealth answers probes and Prometheus on healthListen, which pods do not reach unless the operator says so.
 func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.String())
 	if err != nil {
-		s.log.WithError(err).Errorf("healthListen %s cannot be bound, so there are no /healthz, /readyz and /metrics", a)
-		return nil // pods are served all the same
+		s.log.WithError(bindError("healthListen", a, err)).Error("/healthz, /readyz and /metrics are not served; pods are")
+		return nil
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.gather(), promhttp.HandlerOpts{ErrorLog: s.log}))
