@@ -31,13 +31,17 @@ func configurationCheck(p *patient) Finding {
 	case len(p.config.Warnings) > 0:
 		return warn("is that meant?", "%s", strings.Join(p.config.Warnings, "; "))
 	}
-	return good("%s", p.file)
+	return good("%s%s", p.file, mark(p.flags != "", " and the flags of "+p.flags))
 }
 
 func serviceCheck(p *patient) Finding {
 	switch {
+	case errors.Is(p.statusErr, ErrNotRunning) && p.install != nil:
+		return fail("correct that; systemd tries again within 15s; journalctl -u gke-metadata-emulator", "it is not running: %s%s",
+			FailureText(p.install, p.now), mark(p.unit.String() != "", "; "+p.unit.String()))
 	case errors.Is(p.statusErr, ErrNotRunning):
-		return fail("systemctl start gke-metadata-emulator", "it is not running")
+		return fail(restartService+mark(p.unit.result != "" && p.unit.result != "success", "; journalctl -u gke-metadata-emulator"),
+			"it is not running%s", mark(p.unit.String() != "", ": "+p.unit.String()))
 	case errors.Is(p.statusErr, fs.ErrPermission):
 		return skip("only root and the service's group may ask it: %s", asRoot)
 	case p.statusErr != nil:
@@ -67,7 +71,7 @@ func listenerCheck(p *patient) Finding {
 	case !by.At.IsValid() && adopted != "":
 		return fail(restartSocket, "nobody listens on %s, where pods are sent: the service listens on %s", want, adopted)
 	case !by.At.IsValid():
-		return fail("systemctl start gke-metadata-emulator.socket", "nobody listens on %s, where pods are sent", want)
+		return fail("systemctl restart gke-metadata-emulator.socket", "nobody listens on %s, where pods are sent", want)
 	case adopted == by.At.String():
 		return good("%s, adopted by the service from %s", by.At, by)
 	case by.PID == "" && !p.root:
@@ -104,6 +108,8 @@ func rulesCheck(p *patient) Finding {
 	switch {
 	case p.state.Desired == routing.Removed:
 		return fail(installRules, "they were removed %s ago: pods reach the cloud's own metadata server", age(p.now, p.state.Since))
+	case p.install != nil && p.status != nil: // else the service's line says so
+		return fail("correct that, then "+installRules, "%s", FailureText(p.install, p.now))
 	case p.state.Desired == "" && len(faults) > 0 && !routing.NotPermitted(p.node.Rules):
 		return fail(installRules, "they were never installed")
 	case p.state.Closed && !p.plan.Closed:
@@ -111,7 +117,7 @@ func rulesCheck(p *patient) Finding {
 	case p.plan.Closed && len(faults) == 0:
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
 	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
-		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
+		return fail(installRules, "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
 	case p.state.Desired == routing.Installed && p.state.Listen6 != addressText(p.plan.Listen6):
 		return fail(installRules, "listen6 is %q, and they were put up for %q", addressText(p.plan.Listen6), p.state.Listen6)
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():

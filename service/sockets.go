@@ -134,7 +134,7 @@ func bindError(key string, a netip.AddrPort, err error) error {
 	remedy := "check that the address is valid on this node"
 	switch by := routing.Listener(a); {
 	case errors.Is(err, unix.EADDRINUSE) && by.PID == "1":
-		remedy = fmt.Sprintf("systemd listens on %s for a socket unit: start the service by its unit (systemctl start gke-metadata-emulator), or choose another %s", by.At, key)
+		remedy = fmt.Sprintf("systemd listens on %s for a socket unit: start the service by its unit (systemctl restart gke-metadata-emulator), or choose another %s", by.At, key)
 	case errors.Is(err, unix.EADDRINUSE) && by.PID != "":
 		remedy = fmt.Sprintf("%s listens on %s: stop it, or choose another %s", by, by.At, key)
 	case errors.Is(err, unix.EADDRINUSE):

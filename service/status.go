@@ -41,6 +41,7 @@ type Status struct {
 	Requests6   uint64              `json:"requests6,omitempty"` // those of them that came by IPv6
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
+	LastInstall *routing.Failure    `json:"lastInstallFailed,omitempty"`
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
 	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
@@ -70,6 +71,7 @@ func (s *Service) Status() Status {
 	} else {
 		st.Routing = &state
 	}
+	st.LastInstall, _ = routing.ReadFailure(s.options.RunDir) // one that cannot be read tells nothing
 	site := s.site()
 	if site.broken != nil {
 		st.State, st.Reason = "not configured", site.broken.Error()
@@ -265,9 +267,9 @@ func FetchStatus(ctx context.Context, socket string) ([]byte, error) {
 	resp, err := client.Do(req)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w: there is no %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+		return nil, fmt.Errorf("%w: there is no %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
 	case err != nil:

@@ -28,6 +28,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		mark(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
 	s.attestationText(line, now)
 	s.rulesText(line, now)
+	if s.LastInstall != nil {
+		line("", "%s", FailureText(s.LastInstall, now))
+	}
 	for _, u := range s.Unnamed {
 		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, nameThem)
 	}
@@ -76,6 +79,11 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// FailureText says on one line why installs fail.
+func FailureText(f *routing.Failure, now time.Time) string {
+	return fmt.Sprintf("routing install failed %d times in a row, last %s ago: %s", f.Times, age(now, f.Last), oneLine(f.Error))
 }
 
 func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
