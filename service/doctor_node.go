@@ -22,12 +22,19 @@ const (
 )
 
 func configurationCheck(p *patient) Finding {
-	var broken *config.Error
+	serving := p.status != nil && p.status.State == "serving"
+	const beforeRestart = "correct it before anything restarts the service"
+	text := fmt.Sprint(p.broken)
+	if broken := (*config.Error)(nil); errors.As(p.broken, &broken) && len(broken.Faults) > 1 {
+		text = fmt.Sprintf("%d faults: %v", len(broken.Faults), broken)
+	}
 	switch {
-	case errors.As(p.broken, &broken) && len(broken.Faults) > 1:
-		return fail("pods are refused until it is mended", "%d faults: %v", len(broken.Faults), broken)
+	case p.broken != nil && serving:
+		return fail(beforeRestart, "%s; the service runs on with what it read before, and would refuse pods after a restart", text)
 	case p.broken != nil:
-		return fail("pods are refused until it is mended", "%v", p.broken)
+		return fail("pods are refused until it is mended", "%s", text)
+	case serving && p.status.ConfigFile != "": // its user cannot read what root can
+		return fail(beforeRestart, "it does not load for the service, which runs on with what it read before: %s", p.status.ConfigFile)
 	case len(p.config.Warnings) > 0:
 		return warn("is that meant?", "%s", strings.Join(p.config.Warnings, "; "))
 	}

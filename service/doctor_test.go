@@ -100,8 +100,9 @@ func TestDoctorOfASickNode(t *testing.T) {
 		finding string // in it
 		remedy  string // in it
 	}{
-		{"configuration", func(p *patient) { p.broken = errors.New("config.yaml:3: x: bad: mend it") }, Fail, "config.yaml:3: x: bad: mend it", "pods are refused"},
+		{"configuration", func(p *patient) { p.status, p.broken = nil, errors.New("config.yaml:3: x: bad: mend it") }, Fail, "config.yaml:3: x: bad: mend it", "pods are refused"},
 		{"configuration", func(p *patient) {
+			p.status = nil
 			p.broken = &config.Error{Faults: []config.Fault{{File: "c", Line: 1, Problem: "a", Remedy: "b"}, {File: "c", Line: 2, Problem: "d", Remedy: "e"}}}
 		}, Fail, "2 faults: c:1: a: b\nc:2: d: e", "pods are refused"},
 		{"configuration", func(p *patient) { p.config.Warnings = []string{"hostCheck: off"} }, Warn, "hostCheck: off", "meant"},
@@ -117,6 +118,8 @@ func TestDoctorOfASickNode(t *testing.T) {
 			p.unit = unitReport{active: "activating", sub: "start-pre"}
 		}, Fail, "routing install failed 7 times in a row, last 1s ago: lock:; no space; systemd: activating (start-pre)", "correct that"},
 		{"rules", func(p *patient) { p.install = &routing.Failure{Error: "no space", Times: 1, Last: p.now} }, Fail, "routing install failed 1 times in a row, last 0s ago: no space", "routing install"},
+		{"configuration", func(p *patient) { p.broken = errors.New("config.yaml:3: x: there is no such key") }, Fail, "there is no such key; the service runs on with what it read before", "before anything restarts"},
+		{"configuration", func(p *patient) { p.status.ConfigFile = "config.yaml: permission denied" }, Fail, "does not load for the service, which runs on with what it read before: config.yaml: permission denied", "before anything restarts"},
 		{"configuration", func(p *patient) { p.flags = "/etc/default/x" }, OK, " and the flags of /etc/default/x", ""},
 		{"service", func(p *patient) { p.status, p.statusErr = nil, fs.ErrPermission }, Skip, "as root", ""},
 		{"service", func(p *patient) { p.status, p.statusErr = nil, errors.New("500") }, Fail, "500", "systemctl restart"},

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -43,7 +44,8 @@ type Service struct {
 	server    *server
 	listener  net.Listener // the first
 	listening listening
-	status    *unixListener // where `status` asks; nil until it is made
+	onDisk    atomic.Pointer[error] // why the configuration on disk does not load; nil: it does, as far as is known
+	status    *unixListener         // where `status` asks; nil until it is made
 	serve     func(net.Listener)
 	probe     *probe
 	fdstore   *fdstore
@@ -224,22 +226,54 @@ func (s *Service) drain(web *http.Server) {
 	}
 }
 
+// fileInterval is how often the configuration on disk is read while another one is in force.
+const fileInterval = 5 * time.Second
+
 // reloadLoop reads the configuration anew on SIGHUP, and each second while there is none: a change of any of its files
-// ends that state (R-23).
+// ends that state (R-23). While there is one it only looks whether the files still load.
 func (s *Service) reloadLoop(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
+	s.noteFile(s.site().broken)
+	broken, file := time.NewTicker(time.Second), time.NewTicker(fileInterval)
+	defer broken.Stop()
+	defer file.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-s.options.Reload:
 			s.reload(ctx, true)
-		case <-tick.C:
+		case <-broken.C:
 			if s.site().broken != nil {
 				s.reload(ctx, false)
 			}
+		case <-file.C:
+			if s.site().broken == nil {
+				s.lookAtFile()
+			}
 		}
+	}
+}
+
+// noteFile writes down whether the configuration on disk loads, and reports whether that is news.
+func (s *Service) noteFile(err error) (news bool) {
+	if err == nil {
+		s.server.metrics.file.Set(1)
+		return s.onDisk.Swap(nil) != nil
+	}
+	s.server.metrics.file.Set(0)
+	before := s.onDisk.Swap(&err)
+	return before == nil || (*before).Error() != err.Error()
+}
+
+// lookAtFile says in the log when the configuration on disk does not load any more, or does again.
+func (s *Service) lookAtFile() {
+	_, err := s.options.Load()
+	switch news := s.noteFile(err); {
+	case !news:
+	case err == nil:
+		s.log.Info("the configuration on disk loads again")
+	default:
+		s.log.WithError(err).Error("the configuration on disk does not load: the one before stays in force, and a restart would refuse pods: correct " + s.options.File)
 	}
 }
 
@@ -248,6 +282,7 @@ func (s *Service) reloadLoop(ctx context.Context) error {
 func (s *Service) reload(ctx context.Context, asked bool) {
 	old := s.site()
 	next, err := s.load(old)
+	s.noteFile(err)
 	if err == nil {
 		if err = s.listenAlso(ctx, old, next.config.Listen); err != nil && next.backend != old.backend {
 			next.stop()

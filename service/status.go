@@ -31,8 +31,9 @@ import (
 type Status struct {
 	Version     string              `json:"version"`
 	Started     time.Time           `json:"started"`
-	State       string              `json:"state"`            // serving | not configured | stopping
-	Reason      string              `json:"reason,omitempty"` // why it is not serving
+	State       string              `json:"state"`                       // serving | not configured | stopping
+	Reason      string              `json:"reason,omitempty"`            // why it is not serving
+	ConfigFile  string              `json:"configFileProblem,omitempty"` // why the configuration on disk does not load; what was read before is in force
 	Listen      string              `json:"listen"`
 	Listen6     string              `json:"listen6,omitempty"` // "" = IPv6 is not served
 	Connections int                 `json:"connections"`
@@ -79,6 +80,9 @@ func (s *Service) Status() Status {
 		if a := site.config.Listen6; a.IsValid() && s.listening.on(a) {
 			st.Listen6 = a.String()
 		}
+		if err := s.onDisk.Load(); err != nil {
+			st.ConfigFile = (*err).Error()
+		}
 		c := site.cluster.Status()
 		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
 		st.Attestation = s.attestation(site, &c)
@@ -122,6 +126,9 @@ func (s *Service) summary() string {
 	st := s.Status()
 	if st.State != "serving" {
 		return firstLine(errors.New(st.State + ": " + st.Reason))
+	}
+	if st.ConfigFile != "" {
+		return firstLine(errors.New("serving what was configured before; the configuration on disk does not load: " + st.ConfigFile))
 	}
 	if !st.Cluster.Synced {
 		return firstLine(errors.New("serving; pods are not known yet: " + st.Cluster.Problem))

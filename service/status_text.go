@@ -23,6 +23,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	if s.Reason != "" {
 		line("", "%s", s.Reason)
 	}
+	if s.ConfigFile != "" {
+		line("", "the configuration on disk does not load, and a restart would refuse pods; what was read before is in force: %s", oneLine(s.ConfigFile))
+	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
 	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
 		mark(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))

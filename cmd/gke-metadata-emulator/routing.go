@@ -36,6 +36,13 @@ server: that is said on standard error and is no failure.`,
 	}
 	cmd.Flags().BoolVar(&onStart, "on-start", false, "after a failure wait before exiting: 250ms after the first in a row, 15s at most, "+
 		"since systemd starts the service again at once")
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { // a flag that only another version has fails here
+		err = cmd.Root().FlagErrorFunc()(cmd, err)
+		if onStart {
+			backOff(cmd, routing.NoteInstall(runDir(), err))
+		}
+		return err
+	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard goes up").Fitted(cmd.Context())
