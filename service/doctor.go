@@ -79,6 +79,7 @@ type DoctorOptions struct {
 	Load           func() (config.Config, error)
 	Plan           func(config.Config, error) routing.Plan // what the configuration, or its absence, wants to stand
 	File           string                                  // what Load reads
+	FlagFile       string                                  // what flags of the units Load takes into account; "": none
 	RunDir         string
 	StatusSocket   string // of the running service
 	CredentialCopy string

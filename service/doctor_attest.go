@@ -29,7 +29,7 @@ func attestationCheck(p *patient) Finding {
 	case k.Hierarchy == "":
 		return fail("journalctl -u gke-metadata-emulator", "mode %s, and the kernel cannot be asked: %s", a.Mode, cmp.Or(strings.Join(k.Lacks, "; "), "the service is starting"))
 	case !k.Helper:
-		return fail("systemctl start "+helper+"; journalctl -u "+helper, "mode %s, but pods that start now are refused, since %s.service is away: %s; %s", a.Mode, helper, k.Problem, pods)
+		return fail("systemctl restart "+helper+"; journalctl -u "+helper, "mode %s, but pods that start now are refused, since %s.service is away: %s; %s", a.Mode, helper, k.Problem, pods)
 	}
 	var wrong, remedies []string
 	if k.Problem != "" {

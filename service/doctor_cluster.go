@@ -15,7 +15,7 @@ import (
 
 // credentialCheck says with what the API server is asked, and whether it answers: the service's word where it runs, and doctor's own try.
 func credentialCheck(p *patient) Finding {
-	const seeCopy = "systemctl start gke-metadata-emulator-credential"
+	const seeCopy = "systemctl restart gke-metadata-emulator-credential"
 	a := p.cluster
 	if p.status != nil && p.status.Cluster != nil {
 		c := p.status.Cluster

@@ -15,8 +15,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/dbus"
-
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
@@ -29,6 +27,7 @@ type patient struct {
 	root    bool
 	now     time.Time
 	file    string
+	flags   string // the file with the units' flags
 	version string
 
 	config config.Config // where it is broken: the defaults
@@ -38,7 +37,9 @@ type patient struct {
 
 	status    *Status // of the running service
 	statusErr error
-	watcher   string // what systemd says of its unit: active, failed, …; "" = it could not be asked
+	unit      unitReport // what systemd says of the service,
+	watcher   string     // and of the watcher: active, failed, …; "" = it could not be asked
+	install   *routing.Failure
 	state     routing.State
 	stateErr  error
 	node      routing.Examination
@@ -88,7 +89,8 @@ func examine(ctx context.Context, o DoctorOptions) *patient {
 	p := newPatient(ctx, o)
 	var all sync.WaitGroup
 	all.Go(func() { p.askCluster(ctx, o) })
-	all.Go(func() { p.watcher = unitState(ctx, "gke-metadata-emulator-routing.service") })
+	all.Go(func() { p.watcher = askUnit(ctx, "gke-metadata-emulator-routing.service").active })
+	all.Go(func() { p.unit = askUnit(ctx, unit) })
 	all.Go(func() { p.names, p.namesErr = resolve4(ctx, "metadata.google.internal") })
 	p.askNode(ctx)
 	all.Wait()
@@ -97,12 +99,13 @@ func examine(ctx context.Context, o DoctorOptions) *patient {
 
 // newPatient reads what was configured, what was installed, and what the service says.
 func newPatient(ctx context.Context, o DoctorOptions) *patient {
-	p := &patient{root: os.Geteuid() == 0, now: time.Now(), file: o.File, version: o.Version, ports: ephemeralPorts()}
+	p := &patient{root: os.Geteuid() == 0, now: time.Now(), file: o.File, flags: o.FlagFile, version: o.Version, ports: ephemeralPorts()}
 	if p.config, p.broken = o.Load(); p.broken != nil {
 		p.config = config.Default()
 	}
 	p.plan = o.Plan(p.config, p.broken)
 	p.state, p.stateErr = routing.ReadState(o.RunDir)
+	p.install, _ = routing.ReadFailure(o.RunDir) // one that cannot be read tells nothing
 	if text, err := FetchStatus(ctx, o.StatusSocket); err != nil {
 		p.statusErr = err
 	} else if err := json.Unmarshal(text, &p.status); err != nil {
@@ -273,23 +276,6 @@ func tryDirectly(ctx context.Context, at netip.AddrPort, dial func(ctx context.C
 		t.dropped, t.traceErr = routing.DroppedHere(ctx, at.Addr(), func() { t.answered = askRoot(ctx, at, time.Second, dial) })
 	}
 	return t
-}
-
-// unitState asks systemd; "" where it cannot be asked.
-func unitState(ctx context.Context, name string) string {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	c, err := dbus.NewSystemConnectionContext(ctx)
-	if err != nil {
-		return ""
-	}
-	defer c.Close()
-	property, err := c.GetUnitPropertyContext(ctx, name, "ActiveState")
-	if err != nil {
-		return ""
-	}
-	state, _ := property.Value.Value().(string)
-	return state
 }
 
 func resolve4(ctx context.Context, name string) ([]netip.Addr, error) {

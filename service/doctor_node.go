@@ -22,22 +22,33 @@ const (
 )
 
 func configurationCheck(p *patient) Finding {
-	var broken *config.Error
+	serving := p.status != nil && p.status.State == "serving"
+	const beforeRestart = "correct it before anything restarts the service"
+	text := fmt.Sprint(p.broken)
+	if broken := (*config.Error)(nil); errors.As(p.broken, &broken) && len(broken.Faults) > 1 {
+		text = fmt.Sprintf("%d faults: %v", len(broken.Faults), broken)
+	}
 	switch {
-	case errors.As(p.broken, &broken) && len(broken.Faults) > 1:
-		return fail("pods are refused until it is mended", "%d faults: %v", len(broken.Faults), broken)
+	case p.broken != nil && serving:
+		return fail(beforeRestart, "%s; the service runs on with what it read before, and would refuse pods after a restart", text)
 	case p.broken != nil:
-		return fail("pods are refused until it is mended", "%v", p.broken)
+		return fail("pods are refused until it is mended", "%s", text)
+	case serving && p.status.ConfigFile != "": // its user cannot read what root can
+		return fail(beforeRestart, "it does not load for the service, which runs on with what it read before: %s", p.status.ConfigFile)
 	case len(p.config.Warnings) > 0:
 		return warn("is that meant?", "%s", strings.Join(p.config.Warnings, "; "))
 	}
-	return good("%s", p.file)
+	return good("%s%s", p.file, mark(p.flags != "", " and the flags of "+p.flags))
 }
 
 func serviceCheck(p *patient) Finding {
 	switch {
+	case errors.Is(p.statusErr, ErrNotRunning) && p.install != nil:
+		return fail("correct that; systemd tries again within 15s; journalctl -u gke-metadata-emulator", "it is not running: %s%s",
+			FailureText(p.install, p.now), mark(p.unit.String() != "", "; "+p.unit.String()))
 	case errors.Is(p.statusErr, ErrNotRunning):
-		return fail("systemctl start gke-metadata-emulator", "it is not running")
+		return fail(restartService+mark(p.unit.result != "" && p.unit.result != "success", "; journalctl -u gke-metadata-emulator"),
+			"it is not running%s", mark(p.unit.String() != "", ": "+p.unit.String()))
 	case errors.Is(p.statusErr, fs.ErrPermission):
 		return skip("only root and the service's group may ask it: %s", asRoot)
 	case p.statusErr != nil:
@@ -67,7 +78,7 @@ func listenerCheck(p *patient) Finding {
 	case !by.At.IsValid() && adopted != "":
 		return fail(restartSocket, "nobody listens on %s, where pods are sent: the service listens on %s", want, adopted)
 	case !by.At.IsValid():
-		return fail("systemctl start gke-metadata-emulator.socket", "nobody listens on %s, where pods are sent", want)
+		return fail("systemctl restart gke-metadata-emulator.socket", "nobody listens on %s, where pods are sent", want)
 	case adopted == by.At.String() && len(p.direct.dropped) > 0:
 		return warn(fmt.Sprintf("have it accept what the node sends to %s, and what is sent back; pods on the pod network do not need it", want),
 			"%s, adopted by the service from %s; but what the node itself sends there is dropped by %s", by.At, by, strings.Join(p.direct.dropped, "; "))
@@ -107,6 +118,8 @@ func rulesCheck(p *patient) Finding {
 	switch {
 	case p.state.Desired == routing.Removed:
 		return fail(installRules, "they were removed %s ago: pods reach the cloud's own metadata server", age(p.now, p.state.Since))
+	case p.install != nil && p.status != nil: // else the service's line says so
+		return fail("correct that, then "+installRules, "%s", FailureText(p.install, p.now))
 	case p.state.Desired == "" && len(faults) > 0 && !routing.NotPermitted(p.node.Rules):
 		return fail(installRules, "they were never installed")
 	case p.state.Closed && !p.plan.Closed:
@@ -114,7 +127,7 @@ func rulesCheck(p *patient) Finding {
 	case p.plan.Closed && len(faults) == 0:
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
 	case p.state.Desired == routing.Installed && p.state.Listen != p.plan.Listen.String():
-		return fail(installRules+"; or give doctor the flags that the service has (/etc/default or /etc/sysconfig)", "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
+		return fail(installRules, "they lead to %s, and listen is %s", p.state.Listen, p.plan.Listen)
 	case p.state.Desired == routing.Installed && p.state.Listen6 != addressText(p.plan.Listen6):
 		return fail(installRules, "listen6 is %q, and they were put up for %q", addressText(p.plan.Listen6), p.state.Listen6)
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():

@@ -101,13 +101,27 @@ func TestDoctorOfASickNode(t *testing.T) {
 		finding string // in it
 		remedy  string // in it
 	}{
-		{"configuration", func(p *patient) { p.broken = errors.New("config.yaml:3: x: bad: mend it") }, Fail, "config.yaml:3: x: bad: mend it", "pods are refused"},
+		{"configuration", func(p *patient) { p.status, p.broken = nil, errors.New("config.yaml:3: x: bad: mend it") }, Fail, "config.yaml:3: x: bad: mend it", "pods are refused"},
 		{"configuration", func(p *patient) {
+			p.status = nil
 			p.broken = &config.Error{Faults: []config.Fault{{File: "c", Line: 1, Problem: "a", Remedy: "b"}, {File: "c", Line: 2, Problem: "d", Remedy: "e"}}}
 		}, Fail, "2 faults: c:1: a: b\nc:2: d: e", "pods are refused"},
 		{"configuration", func(p *patient) { p.config.Warnings = []string{"hostCheck: off"} }, Warn, "hostCheck: off", "meant"},
 
-		{"service", func(p *patient) { p.status, p.statusErr = nil, ErrNotRunning }, Fail, "not running", "systemctl start gke-metadata-emulator"},
+		{"service", func(p *patient) { p.status, p.statusErr = nil, ErrNotRunning }, Fail, "not running", "systemctl restart gke-metadata-emulator"},
+		{"service", func(p *patient) {
+			p.status, p.statusErr = nil, ErrNotRunning
+			p.unit = reportOf(map[string]any{"ActiveState": "activating", "SubState": "auto-restart", "Result": "exit-code", "ExecMainStatus": int32(78), "NRestarts": uint32(23), "StatusText": ""})
+		}, Fail, "it is not running: systemd: activating (auto-restart), last result exit-code, exit status 78, 23 restarts", "journalctl"},
+		{"service", func(p *patient) {
+			p.status, p.statusErr = nil, ErrNotRunning
+			p.install = &routing.Failure{Error: "lock:\nno space", Times: 7, Last: p.now.Add(-time.Second)}
+			p.unit = unitReport{active: "activating", sub: "start-pre"}
+		}, Fail, "routing install failed 7 times in a row, last 1s ago: lock:; no space; systemd: activating (start-pre)", "correct that"},
+		{"rules", func(p *patient) { p.install = &routing.Failure{Error: "no space", Times: 1, Last: p.now} }, Fail, "routing install failed 1 times in a row, last 0s ago: no space", "routing install"},
+		{"configuration", func(p *patient) { p.broken = errors.New("config.yaml:3: x: there is no such key") }, Fail, "there is no such key; the service runs on with what it read before", "before anything restarts"},
+		{"configuration", func(p *patient) { p.status.ConfigFile = "config.yaml: permission denied" }, Fail, "does not load for the service, which runs on with what it read before: config.yaml: permission denied", "before anything restarts"},
+		{"configuration", func(p *patient) { p.flags = "/etc/default/x" }, OK, " and the flags of /etc/default/x", ""},
 		{"service", func(p *patient) { p.status, p.statusErr = nil, fs.ErrPermission }, Skip, "as root", ""},
 		{"service", func(p *patient) { p.status, p.statusErr = nil, errors.New("500") }, Fail, "500", "systemctl restart"},
 		{"service", func(p *patient) { p.status.State, p.status.Reason = "not configured", "line 3" }, Fail, "not configured: line 3", "correct config.yaml"},
@@ -146,7 +160,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"rules", func(p *patient) { p.state = routing.State{}; p.node.Rules = errors.New("missing: a") }, Fail, "never installed", installRules},
 		{"rules", func(p *patient) { p.state.Closed = true }, Fail, "guard stands alone", installRules},
 		{"rules", func(p *patient) { p.plan.Closed, p.state.Closed = true, true }, Warn, "closed guard", "correct the configuration"},
-		{"rules", func(p *patient) { p.state.Listen = other.String() }, Fail, "lead to 127.0.0.1:1, and listen is 169.254.169.252:988", "flags"},
+		{"rules", func(p *patient) { p.state.Listen = other.String() }, Fail, "lead to 127.0.0.1:1, and listen is 169.254.169.252:988", "routing install"},
 		{"rules", func(p *patient) { p.node.Rules = errors.New("missing: a\nmissing: b\nmissing: c") }, Fail, "missing or wrong: a, and 2 more", installRules},
 		{"rules", func(p *patient) { p.node.Rules = unix.EPERM; p.state.Standing = routing.Standing{} }, Skip, "as root", ""},
 		{"rules", func(p *patient) {
@@ -306,7 +320,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		}, Warn, "mode kernel: lacking: cgroup v2: x; pods are known: 1 by netns, 1 by nothing (ns/h: on the host network", "cgroup v2 and Linux 5.9"},
 		{"attestation", func(p *patient) {
 			p.status.Attestation.Kernel = &attest.KernelStatus{Hierarchy: "cgroup2", Problem: "connection refused"}
-		}, Fail, "mode kernel, but pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl start gke-metadata-emulator-attest"},
+		}, Fail, "mode kernel, but pods that start now are refused, since gke-metadata-emulator-attest.service is away: connection refused", "systemctl restart gke-metadata-emulator-attest"},
 		{"attestation", func(p *patient) { p.status.Attestation.Kernel.Problem = "no such file" }, Warn, "no such file; pods", "journalctl"},
 		{"attestation", func(p *patient) {
 			p.status.Attestation.Kernel.Lacks = []string{"cgroup /x cannot be watched"}

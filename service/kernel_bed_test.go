@@ -240,7 +240,11 @@ func (k *kernelBed) startHelper() {
 func helperProcess() error {
 	log := logrus.New()
 	log.SetOutput(os.Stderr)
-	return attest.RunHelper(context.Background(), attest.HelperOptions{CgroupRoot: os.Getenv(cgroupRoot), Socket: os.Getenv(attestSocket), User: os.Getuid(), Log: log})
+	l, err := listenUnix(context.Background(), "unixpacket", os.Getenv(attestSocket), "x.service")
+	if err != nil {
+		return err
+	}
+	return attest.RunHelper(context.Background(), attest.HelperOptions{CgroupRoot: os.Getenv(cgroupRoot), Listener: l.UnixListener, User: os.Getuid(), Log: log})
 }
 
 // podBed is a pod, or a process of the node.

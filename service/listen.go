@@ -49,8 +49,8 @@ func sortListeners(all []net.Listener, listen netip.AddrPort) {
 var metadataServer = netip.MustParseAddr("169.254.169.254")
 
 // listen binds the address, also before it is there: the listener then waits for `routing install` to bring it, as the
-// socket unit's does (FreeBind=).
-func listen(ctx context.Context, a netip.AddrPort) (net.Listener, error) {
+// socket unit's does (FreeBind=). key is the configuration's, for the error.
+func listen(ctx context.Context, key string, a netip.AddrPort) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
 		if e := c.Control(func(fd uintptr) {
@@ -65,7 +65,7 @@ func listen(ctx context.Context, a netip.AddrPort) (net.Listener, error) {
 	lc.SetMultipathTCP(false) // SO_ORIGINAL_DST is not known of an MPTCP connection; such clients do with TCP
 	l, err := lc.Listen(ctx, "tcp", a.String())
 	if err != nil {
-		return nil, fmt.Errorf("listen %s: %w (another process there, or no right to the port: start it by its unit, or as root)", a, err)
+		return nil, bindError(key, a, err)
 	}
 	return l, nil
 }

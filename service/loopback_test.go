@@ -30,7 +30,7 @@ func TestLoopbackListener(t *testing.T) {
 			err = r.Install(t.Context())
 		}
 		if err == nil {
-			l, err = listen(t.Context(), at)
+			l, err = listen(t.Context(), "listen", at)
 		}
 		return err
 	}); err != nil {

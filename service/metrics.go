@@ -21,6 +21,7 @@ type metrics struct {
 	requests *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
 	reloads  *prometheus.CounterVec
+	file     prometheus.Gauge
 
 	six atomic.Uint64 // requests for anything but `/` that came by IPv6
 
@@ -45,8 +46,12 @@ func newMetrics(version, runDir string, connections *room) *metrics {
 			Name: "gke_metadata_emulator_config_reloads_total",
 			Help: "Configurations read anew, by outcome (ok, error).",
 		}, []string{"outcome"}),
+		file: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_config_file_valid",
+			Help: "1 if the configuration on disk loads, else 0: then the one before stays in force, and a restart would refuse pods.",
+		}),
 	}
-	m.registry.MustRegister(m.requests, m.latency, m.reloads,
+	m.registry.MustRegister(m.requests, m.latency, m.reloads, m.file,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_connections",

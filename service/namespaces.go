@@ -31,12 +31,17 @@ func HandOverNamespaces(ctx context.Context, o Options) error {
 	if err := os.MkdirAll(filepath.Dir(socket), 0o750); err != nil {
 		return err
 	}
+	l, err := listenUnix(ctx, "unixpacket", socket, "gke-metadata-emulator-attest.service")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = l.Close() }()
 	ready := false
 	return attest.RunHelper(ctx, attest.HelperOptions{
-		Socket: socket,
-		User:   userID(log),
-		Log:    log,
-		Alive:  alive(log),
+		Listener: l.UnixListener,
+		User:     userID(log),
+		Log:      log,
+		Alive:    alive(log),
 		Told: func(text string) {
 			state := "STATUS=" + text
 			if !ready {

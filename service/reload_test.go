@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -205,4 +206,56 @@ func TestReloadToKernel(t *testing.T) {
 	b.replace(t, "config.yaml", "attestation: {mode: kernel}", "attestation: {mode: source-ip}")
 	b.hangUp()
 	b.eventually(t, "pods are served by address again", func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
+}
+
+// A file that was edited into something broken is told while the service runs on what it read before: not only by the
+// next restart, and without a reload.
+func TestBrokenFileIsTold(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	metric := func() string {
+		all, err := b.server.metrics.registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range all {
+			if f.GetName() == "gke_metadata_emulator_config_file_valid" {
+				return strconv.FormatFloat(f.Metric[0].GetGauge().GetValue(), 'f', -1, 64)
+			}
+		}
+		return "absent"
+	}
+	if m := metric(); m != "1" || b.Status().ConfigFile != "" {
+		t.Errorf("%s, %q", m, b.Status().ConfigFile)
+	}
+	good, err := os.ReadFile(filepath.Join(b.dir, "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, "config.yaml", string(good)+"newerKey: 1\n")
+	b.eventually(t, "it is told", func() bool { return metric() == "0" })
+	var text strings.Builder
+	st := b.Status()
+	if err := st.Text(&text, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	for _, said := range []string{text.String(), b.summary(), b.log.String()} {
+		if !strings.Contains(said, "does not load") || !strings.Contains(said, "newerKey: there is no such key") {
+			t.Errorf("%s", said)
+		}
+	}
+	if res := b.ask(t, linked, "GET", accts+"default/token", ""); st.State != "serving" || res.StatusCode != 200 {
+		t.Errorf("%s, %d", st.State, res.StatusCode)
+	}
+	b.write(t, "config.yaml", string(good))
+	b.eventually(t, "it loads again", func() bool { return metric() == "1" })
+	if st := b.Status(); st.ConfigFile != "" || !strings.Contains(b.log.String(), "loads again") {
+		t.Errorf("%q", st.ConfigFile)
+	}
+
+	// A file that the configuration names counts too.
+	if err := os.Remove(filepath.Join(b.dir, "ca.pem")); err != nil {
+		t.Fatal(err)
+	}
+	b.eventually(t, "the file that is gone is told", func() bool { return strings.Contains(b.Status().ConfigFile, "ca.pem") })
 }

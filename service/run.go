@@ -1,15 +1,14 @@
 package service
 
 import (
-	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,6 +44,8 @@ type Service struct {
 	server    *server
 	listener  net.Listener // the first
 	listening listening
+	onDisk    atomic.Pointer[error] // why the configuration on disk does not load; nil: it does, as far as is known
+	status    *unixListener         // where `status` asks; nil until it is made
 	serve     func(net.Listener)
 	probe     *probe
 	fdstore   *fdstore
@@ -67,11 +68,17 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	s.fdstore.inherit(left)
+	if len(all) == 0 { // started by hand: beside a running service that is a mistake
+		if err := s.listenStatus(ctx); errors.Is(err, errSocketInUse) {
+			return err
+		}
+		defer s.leaveStatus()
+	}
 	first, err := s.load(nil)
 	switch {
 	case err == nil && len(all) == 0:
 		var l net.Listener
-		l, err = listen(ctx, first.config.Listen)
+		l, err = listen(ctx, "listen", first.config.Listen)
 		all = []net.Listener{l}
 	case err == nil:
 		sortListeners(all, first.config.Listen)
@@ -85,6 +92,13 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	return s.run(ctx, first, all...)
+}
+
+// leaveStatus removes the status socket where nothing was served.
+func (s *Service) leaveStatus() {
+	if s.status != nil {
+		_ = s.status.Close()
+	}
 }
 
 func newService(o Options) *Service {
@@ -164,9 +178,7 @@ func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) err
 	g.Go(func() error { return s.server.audit.run(gctx) })
 	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
-	g.Go(func() error {
-		return s.serveStatus(gctx, cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")))
-	})
+	g.Go(func() error { return s.serveStatus(gctx) })
 	g.Go(func() error { return s.serveHealth(gctx, first.config.HealthListen) })
 	g.Go(func() error {
 		<-gctx.Done()
@@ -239,22 +251,54 @@ func (s *Service) drain(web *http.Server) {
 	}
 }
 
+// fileInterval is how often the configuration on disk is read while another one is in force.
+const fileInterval = 5 * time.Second
+
 // reloadLoop reads the configuration anew on SIGHUP, and each second while there is none: a change of any of its files
-// ends that state (R-23).
+// ends that state (R-23). While there is one it only looks whether the files still load.
 func (s *Service) reloadLoop(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
+	s.noteFile(s.site().broken)
+	broken, file := time.NewTicker(time.Second), time.NewTicker(fileInterval)
+	defer broken.Stop()
+	defer file.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-s.options.Reload:
 			s.reload(ctx, true)
-		case <-tick.C:
+		case <-broken.C:
 			if s.site().broken != nil {
 				s.reload(ctx, false)
 			}
+		case <-file.C:
+			if s.site().broken == nil {
+				s.lookAtFile()
+			}
 		}
+	}
+}
+
+// noteFile writes down whether the configuration on disk loads, and reports whether that is news.
+func (s *Service) noteFile(err error) (news bool) {
+	if err == nil {
+		s.server.metrics.file.Set(1)
+		return s.onDisk.Swap(nil) != nil
+	}
+	s.server.metrics.file.Set(0)
+	before := s.onDisk.Swap(&err)
+	return before == nil || (*before).Error() != err.Error()
+}
+
+// lookAtFile says in the log when the configuration on disk does not load any more, or does again.
+func (s *Service) lookAtFile() {
+	_, err := s.options.Load()
+	switch news := s.noteFile(err); {
+	case !news:
+	case err == nil:
+		s.log.Info("the configuration on disk loads again")
+	default:
+		s.log.WithError(err).Error("the configuration on disk does not load: the one before stays in force, and a restart would refuse pods: correct " + s.options.File)
 	}
 }
 
@@ -263,6 +307,7 @@ func (s *Service) reloadLoop(ctx context.Context) error {
 func (s *Service) reload(ctx context.Context, asked bool) {
 	old := s.site()
 	next, err := s.load(old)
+	s.noteFile(err)
 	if err == nil {
 		if err = s.listenAlso(ctx, old, next.config.Listen); err != nil && next.backend != old.backend {
 			next.stop()
@@ -317,7 +362,7 @@ func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) e
 	if a.Port() == 0 || s.listening.on(a) || old.broken == nil && old.config.Listen == a {
 		return nil
 	}
-	l, err := listen(ctx, a)
+	l, err := listen(ctx, "listen", a)
 	if err != nil && old.broken != nil {
 		s.log.WithError(err).Error(s.elsewhere("listen", a))
 		return nil
@@ -334,7 +379,7 @@ func (s *Service) listenSix(ctx context.Context, a netip.AddrPort) {
 	if !a.IsValid() || s.listening.on(a) {
 		return
 	}
-	l, err := listen(ctx, a)
+	l, err := listen(ctx, "listen6", a)
 	if err != nil {
 		s.log.WithError(err).Error(s.elsewhere("listen6", a) + "; IPv4 is served meanwhile")
 		return

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -31,8 +31,9 @@ import (
 type Status struct {
 	Version     string              `json:"version"`
 	Started     time.Time           `json:"started"`
-	State       string              `json:"state"`            // serving | not configured | stopping
-	Reason      string              `json:"reason,omitempty"` // why it is not serving
+	State       string              `json:"state"`                       // serving | not configured | stopping
+	Reason      string              `json:"reason,omitempty"`            // why it is not serving
+	ConfigFile  string              `json:"configFileProblem,omitempty"` // why the configuration on disk does not load; what was read before is in force
 	Listen      string              `json:"listen"`
 	Listen6     string              `json:"listen6,omitempty"`     // "" = IPv6 is not served
 	Unreachable string              `json:"unreachable,omitempty"` // why the node's own connections to Listen fail, where pods' do not
@@ -42,6 +43,7 @@ type Status struct {
 	Requests6   uint64              `json:"requests6,omitempty"` // those of them that came by IPv6
 	Routing     *routing.State      `json:"routing,omitempty"`
 	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
+	LastInstall *routing.Failure    `json:"lastInstallFailed,omitempty"`
 	Cluster     *kube.Status        `json:"cluster,omitempty"`
 	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
 	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
@@ -74,12 +76,16 @@ func (s *Service) Status() Status {
 	} else {
 		st.Routing = &state
 	}
+	st.LastInstall, _ = routing.ReadFailure(s.options.RunDir) // one that cannot be read tells nothing
 	site := s.site()
 	if site.broken != nil {
 		st.State, st.Reason = "not configured", site.broken.Error()
 	} else {
 		if a := site.config.Listen6; a.IsValid() && s.listening.on(a) {
 			st.Listen6 = a.String()
+		}
+		if err := s.onDisk.Load(); err != nil {
+			st.ConfigFile = (*err).Error()
 		}
 		c := site.cluster.Status()
 		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
@@ -125,6 +131,9 @@ func (s *Service) summary() string {
 	if st.State != "serving" {
 		return firstLine(errors.New(st.State + ": " + st.Reason))
 	}
+	if st.ConfigFile != "" {
+		return firstLine(errors.New("serving what was configured before; the configuration on disk does not load: " + st.ConfigFile))
+	}
 	if !st.Cluster.Synced {
 		return firstLine(errors.New("serving; pods are not known yet: " + st.Cluster.Problem))
 	}
@@ -140,11 +149,10 @@ func firstLine(err error) string {
 }
 
 // serveStatus answers `gke-metadata-emulator status` over a Unix socket that the service's group may use.
-func (s *Service) serveStatus(ctx context.Context, path string) error {
-	l, err := listenUnix(ctx, path)
-	if err != nil {
-		s.log.WithError(err).Error("no status socket, so there is no `status`")
-		return nil // pods are served all the same
+func (s *Service) serveStatus(ctx context.Context) error {
+	if err := s.listenStatus(ctx); err != nil {
+		s.log.WithError(err).Error("the status socket could not be made, so `status` does not work; pods are served")
+		return nil
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
@@ -153,22 +161,15 @@ func (s *Service) serveStatus(ctx context.Context, path string) error {
 		e.SetIndent("", "  ")
 		_ = e.Encode(s.Status()) // a client that left is no news
 	})
-	return s.serveInternal(ctx, l, mux, nil)
+	return s.serveInternal(ctx, s.status, mux, nil)
 }
 
-// listenUnix makes the socket in the place of one that an earlier process left behind.
-func listenUnix(ctx context.Context, path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
+// listenStatus makes the status socket, unless it is there already.
+func (s *Service) listenStatus(ctx context.Context) (err error) {
+	if s.status == nil {
+		s.status, err = listenUnix(ctx, "unix", cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")), unit)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	l, err := new(net.ListenConfig).Listen(ctx, "unix", path)
-	if err != nil {
-		return nil, err
-	}
-	return l, os.Chmod(path, 0o660)
+	return err
 }
 
 // serveHealth answers probes and Prometheus on healthListen, which pods do not reach unless the operator says so.
@@ -177,8 +178,8 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	lc.SetMultipathTCP(false) // whose sockets have not all options
 	l, err := lc.Listen(ctx, "tcp", a.String())
 	if err != nil {
-		s.log.WithError(err).Errorf("healthListen %s cannot be bound, so there are no /healthz, /readyz and /metrics", a)
-		return nil // pods are served all the same
+		s.log.WithError(bindError("healthListen", a, err)).Error("/healthz, /readyz and /metrics are not served; pods are")
+		return nil
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.gather(), promhttp.HandlerOpts{ErrorLog: s.log}))
@@ -288,9 +289,9 @@ func FetchStatus(ctx context.Context, socket string) ([]byte, error) {
 	resp, err := client.Do(req)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w: there is no %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+		return nil, fmt.Errorf("%w: there is no %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl start gke-metadata-emulator", ErrNotRunning, socket)
+		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
 	case err != nil:

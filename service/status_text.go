@@ -23,6 +23,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	if s.Reason != "" {
 		line("", "%s", s.Reason)
 	}
+	if s.ConfigFile != "" {
+		line("", "the configuration on disk does not load, and a restart would refuse pods; what was read before is in force: %s", oneLine(s.ConfigFile))
+	}
 	line("version", "%s, up %s", s.Version, age(now, s.Started))
 	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
 		mark(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
@@ -31,6 +34,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	}
 	s.attestationText(line, now)
 	s.rulesText(line, now)
+	if s.LastInstall != nil {
+		line("", "%s", FailureText(s.LastInstall, now))
+	}
 	for _, u := range s.Unnamed {
 		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, nameThem)
 	}
@@ -79,6 +85,11 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// FailureText says on one line why installs fail.
+func FailureText(f *routing.Failure, now time.Time) string {
+	return fmt.Sprintf("routing install failed %d times in a row, last %s ago: %s", f.Times, age(now, f.Last), oneLine(f.Error))
 }
 
 func (s Status) rulesText(line func(string, string, ...any), now time.Time) {

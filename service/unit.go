@@ -73,3 +73,59 @@ func stoppedForGood(ctx context.Context, s systemd) (bool, error) {
 	stop := slices.ContainsFunc(jobs, func(j dbus.JobStatus) bool { return j.Unit == unit && j.JobType == "stop" })
 	return stop && state.Value.Value() != "stopping", nil
 }
+
+// unitReport is what systemd says of a unit; the zero unitReport where systemd could not be asked.
+type unitReport struct {
+	active, sub string // as `systemctl status` shows them: activating, auto-restart
+	result      string // of its last end: success, exit-code, timeout, …
+	code        int32  // exit status of its last main process
+	status      string // its STATUS=
+	restarts    uint32 // by systemd, since it was started
+}
+
+// askUnit asks systemd.
+func askUnit(ctx context.Context, name string) (r unitReport) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	c, err := dbus.NewSystemConnectionContext(ctx)
+	if err != nil {
+		return r
+	}
+	defer c.Close()
+	all, err := c.GetAllPropertiesContext(ctx, name)
+	if err != nil {
+		return r
+	}
+	return reportOf(all)
+}
+
+func reportOf(p map[string]any) (r unitReport) {
+	r.active, _ = p["ActiveState"].(string)
+	r.sub, _ = p["SubState"].(string)
+	r.result, _ = p["Result"].(string)
+	r.code, _ = p["ExecMainStatus"].(int32)
+	r.status, _ = p["StatusText"].(string)
+	r.restarts, _ = p["NRestarts"].(uint32) // systemd 235
+	return r
+}
+
+// String says how the unit is, and how it last ended; "" where systemd could not be asked.
+func (r unitReport) String() string {
+	if r.active == "" {
+		return ""
+	}
+	text := fmt.Sprintf("systemd: %s (%s)", r.active, r.sub)
+	if r.result != "" && r.result != "success" {
+		text += fmt.Sprintf(", last result %s", r.result)
+	}
+	if r.code != 0 {
+		text += fmt.Sprintf(", exit status %d", r.code)
+	}
+	if r.restarts > 0 {
+		text += fmt.Sprintf(", %d restarts", r.restarts)
+	}
+	if r.status != "" {
+		text += ", status: " + r.status
+	}
+	return text
+}

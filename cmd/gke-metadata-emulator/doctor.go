@@ -11,7 +11,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-func doctorCommand() *cobra.Command {
+func doctorCommand(flagFiles []string) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "doctor",
@@ -24,6 +24,8 @@ API server grants it, Google's services, clocks and DNS are looked at; the runni
 
 As root it connects from a throw-away network namespace as a pod would, by IPv6 too where listen6 is set, and names the chain that drops
 the connection, if one does.
+It judges what the service runs with: the configuration file, and the flags of /etc/default/gke-metadata-emulator or
+/etc/sysconfig/gke-metadata-emulator. Flags given to it win.
 One token of one pod of this node is requested and exchanged at Google, and thrown away: no token is printed.`,
 		Example: `  sudo gke-metadata-emulator doctor
   sudo gke-metadata-emulator doctor --output json | jq '.checks[] | select(.verdict == "fail")'`,
@@ -36,8 +38,15 @@ One token of one pod of this node is requested and exchanged at Google, and thro
 		if output != "text" && output != "json" {
 			return &usageError{fmt.Sprintf("--output is text or json, not %q", output)}
 		}
+		flagFile, flagErr := addUnitFlags(cmd, flagFiles)
+		read := func() (config.Config, error) {
+			if flagErr != nil {
+				return config.Config{}, flagErr
+			}
+			return load()
+		}
 		r := service.Doctor(cmd.Context(), service.DoctorOptions{
-			Load: load, File: configFile(cmd), RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
+			Load: read, File: configFile(cmd), FlagFile: flagFile, RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
 			Plan: func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).AsInstalled(cmd.Context()) },
 		})
 		var err error

@@ -68,7 +68,7 @@ what pods send to 169.254.169.254:80 is answered as GKE's own metadata server wo
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{fmt.Sprintf("%v; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(serveCommand(), attestCommand(), doctorCommand(), routingCommand(), configCommand(), statusCommand(), credentialCommand(), versionCommand())
+	root.AddCommand(serveCommand(), attestCommand(), doctorCommand(unitFlagFiles), routingCommand(), configCommand(), statusCommand(), credentialCommand(), versionCommand())
 	return root
 }
 

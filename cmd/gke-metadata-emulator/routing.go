@@ -25,6 +25,7 @@ func routingCommand() *cobra.Command {
 }
 
 func routingInstallCommand() *cobra.Command {
+	var onStart bool
 	cmd := &cobra.Command{
 		Use:   "install",
 		Short: "Put up the rules, whatever stands already",
@@ -34,15 +35,39 @@ server: that is said on standard error and is no failure.`,
 		Example: `  sudo gke-metadata-emulator routing install`,
 		Args:    arguments,
 	}
+	cmd.Flags().BoolVar(&onStart, "on-start", false, "after a failure wait before exiting: 250ms after the first in a row, 15s at most, "+
+		"since systemd starts the service again at once")
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { // a flag that only another version has fails here
+		err = cmd.Root().FlagErrorFunc()(cmd, err)
+		if onStart {
+			backOff(cmd, routing.NoteInstall(runDir(), err))
+		}
+		return err
+	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard goes up").Fitted(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
-		return withRouter(cmd, p, routing.Router.Install)
+		err := withRouter(cmd, p, routing.Router.Install)
+		if failed := routing.NoteInstall(p.RunDir, err); failed != nil && onStart {
+			backOff(cmd, failed)
+		}
+		return err
 	}
 	return cmd
+}
+
+// backOff waits until it is worth another try, or for SIGTERM.
+func backOff(cmd *cobra.Command, f *routing.Failure) {
+	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	say(cmd, "routing install failed %d times in a row since %s: next try in %s: run `%s doctor` to see what is wrong", f.Times, f.Since.Format(time.TimeOnly), f.Delay(), program)
+	select {
+	case <-time.After(f.Delay()):
+	case <-ctx.Done():
+	}
 }
 
 func routingCheckCommand() *cobra.Command {
@@ -112,7 +137,11 @@ From then on pods reach the cloud's own metadata server again.`,
 				say(cmd, "%v: the next connection starts the service again", err)
 			}
 		}
-		return withRouter(cmd, plan(cmd, load, "removing all the same").AsInstalled(cmd.Context()), routing.Router.Remove)
+		err := withRouter(cmd, plan(cmd, load, "removing all the same").AsInstalled(cmd.Context()), routing.Router.Remove)
+		if err == nil {
+			routing.NoteInstall(runDir(), nil) // an install is not wanted any more
+		}
+		return err
 	}
 	return cmd
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -34,10 +35,31 @@ func settings(cmd *cobra.Command) (load func() (config.Config, error)) {
 		}
 		c, err := config.Load(configFile(cmd), given)
 		if err != nil {
-			return c, err
+			return c, withVersion(err)
 		}
 		return c, service.Validate(c, configFile(cmd))
 	}
+}
+
+// withVersion says of keys that this version does not have what to do about them after a downgrade.
+func withVersion(err error) error {
+	var broken *config.Error
+	if !errors.As(err, &broken) {
+		return err
+	}
+	for i := range broken.Faults {
+		f := &broken.Faults[i]
+		if !f.Unknown {
+			continue
+		}
+		separator := ". "
+		if strings.HasSuffix(f.Remedy, "?") {
+			separator = " "
+		}
+		f.Problem += " in version " + buildVersion()
+		f.Remedy += separator + "If a newer version wrote it: upgrade to that, or remove the key"
+	}
+	return err
 }
 
 func configFile(cmd *cobra.Command) string { return cmd.Flag("config").Value.String() }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
 // runDir is root's: the state of the rules and the lock lie there, and outlive the service. It is not what systemd says in
@@ -40,6 +42,11 @@ func statusCommand() *cobra.Command {
 				socket = statusSocket()
 			}
 			text, err := service.FetchStatus(cmd.Context(), socket)
+			if errors.Is(err, service.ErrNotRunning) {
+				if failed, e := routing.ReadFailure(runDir()); e == nil && failed != nil {
+					return fmt.Errorf("%w; %s", err, service.FailureText(failed, time.Now()))
+				}
+			}
 			if err != nil {
 				return err
 			}

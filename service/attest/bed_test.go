@@ -267,7 +267,16 @@ func (b *bed) start(ns *netnstest.NS, cmd *exec.Cmd) {
 
 // helperRole is the helper.
 func helperRole() error {
-	return RunHelper(context.Background(), HelperOptions{CgroupRoot: os.Getenv("ROOT"), Socket: os.Getenv("SOCKET"), User: 65534, Log: quiet()})
+	socket := os.Getenv("SOCKET")
+	_ = os.Remove(socket) // an earlier helper's
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(socket, 0o660); err != nil {
+		return err
+	}
+	return RunHelper(context.Background(), HelperOptions{CgroupRoot: os.Getenv("ROOT"), Listener: l, User: 65534, Log: quiet()})
 }
 
 // serverRole is a Kernel that looks at each connection to the listener that it is handed, and writes down what it found.

@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,9 +18,9 @@ import (
 
 // HelperOptions are what a Helper needs to know.
 type HelperOptions struct {
-	CgroupRoot string // where the cgroups are mounted; "": /sys/fs/cgroup
-	Socket     string // where to listen
-	User       int    // who may connect, beside root
+	CgroupRoot string            // where the cgroups are mounted; "": /sys/fs/cgroup
+	Listener   *net.UnixListener // of a unixpacket socket that root and our group may use; closed at the end
+	User       int               // who may connect, beside root
 	Log        logrus.FieldLogger
 	Told       func(text string) // called when it listens, and when there is news for a person; nil: nobody
 	Alive      func()            // called whenever the loop turns: every 30 s at the least; nil: nobody
@@ -86,6 +84,7 @@ type server struct {
 
 // RunHelper finds and hands over until ctx is done.
 func RunHelper(ctx context.Context, o HelperOptions) error {
+	defer func() { _ = o.Listener.Close() }()
 	if o.CgroupRoot == "" {
 		o.CgroupRoot = DefaultCgroupRoot
 	}
@@ -110,21 +109,15 @@ func RunHelper(ctx context.Context, o HelperOptions) error {
 	defer h.cgroups.close()
 	h.cgroups.changed = h.soon
 	h.cgroups.walk()
-	l, err := listenHelper(ctx, o.Socket)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = l.Close() }()
-
 	g, gctx := errgroup.WithContext(ctx)
 	h.over = gctx.Done()
 	g.Go(h.poller.run)
 	g.Go(func() error { return h.cgroups.follow(func() {}) })
-	g.Go(func() error { return h.accept(l) })
+	g.Go(func() error { return h.accept(o.Listener) })
 	g.Go(func() error { return h.loop() })
 	g.Go(func() error {
 		<-gctx.Done()
-		_ = l.Close()
+		_ = o.Listener.Close()
 		h.poller.close()
 		h.cgroups.close()
 		return nil
@@ -139,18 +132,7 @@ func RunHelper(ctx context.Context, o HelperOptions) error {
 	return err
 }
 
-// listenHelper listens in the place of a helper that was here before. The directory says who may connect, and accept looks who did.
-func listenHelper(ctx context.Context, socket string) (*net.UnixListener, error) {
-	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	l, err := new(net.ListenConfig).Listen(ctx, "unixpacket", socket)
-	if err != nil {
-		return nil, err
-	}
-	return l.(*net.UnixListener), os.Chmod(socket, 0o660)
-}
-
+// accept serves whoever may connect: the directory of the socket says who can, and the kernel who did.
 func (h *Helper) accept(l *net.UnixListener) error {
 	for {
 		c, err := l.AcceptUnix()

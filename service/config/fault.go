@@ -15,6 +15,7 @@ type Fault struct {
 	Key     string // dotted, as in the file; "" for the file as a whole
 	Problem string
 	Remedy  string
+	Unknown bool // this version has no such key: another one may
 }
 
 // String returns one line: `config.yaml:12: routing.mode: "iptabels" is not one of iptables, nftables, loopback, none: …`.
@@ -62,10 +63,17 @@ func sortFaults(faults []Fault, file string) {
 }
 
 // trouble is a fault that does not know where it is yet.
-type trouble struct{ problem, remedy string }
+type trouble struct {
+	problem, remedy string
+	unknown         bool
+}
 
 func bad(remedy, format string, args ...any) *trouble {
-	return &trouble{fmt.Sprintf(format, args...), remedy}
+	return &trouble{problem: fmt.Sprintf(format, args...), remedy: remedy}
+}
+
+func noSuchKey(remedy string) *trouble {
+	return &trouble{problem: "there is no such key", remedy: remedy, unknown: true}
 }
 
 // quote shows what was given, on one line and not at any length: somebody may have put the content of a file where its

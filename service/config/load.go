@@ -94,7 +94,7 @@ func (l *loader) readFlags(flags map[string]string) {
 
 // complain notes a fault of a key at the place that gave it; without a line, at the line of the key.
 func (l *loader) complain(key string, line int, t *trouble) {
-	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy}
+	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy, Unknown: t.unknown}
 	if v, ok := l.given[key]; ok && v.flag {
 		f.File, f.Line = "", 0
 	} else if ok && line == 0 {

@@ -73,11 +73,11 @@ func (l *loader) readMapping(n *yaml.Node, prefix string) {
 		switch {
 		case strings.Contains(name.Value, ".") && prefix == "":
 			group, rest, _ := strings.Cut(name.Value, ".")
-			l.complain(path, name.Line, bad("write "+group+": and "+rest+": below it", "there is no such key"))
+			l.complain(path, name.Line, noSuchKey("write "+group+": and "+rest+": below it"))
 		case k >= 0:
 			l.readValue(keys[k], v)
 		case prefix != "" || !isGroup(path):
-			l.complain(path, name.Line, bad(didYouMean(path), "there is no such key"))
+			l.complain(path, name.Line, noSuchKey(didYouMean(path)))
 		case isNull(v):
 		case v.Kind != yaml.MappingNode:
 			l.complain(path, v.Line, bad("write "+path+": with its keys indented below it", "is a group of keys, and here is %s", kindOf(v)))

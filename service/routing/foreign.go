@@ -109,7 +109,8 @@ func owner(inode string) (pid, exe string) {
 		return "1", "systemd"
 	}
 	processes, _ := filepath.Glob("/proc/[0-9]*")
-	for _, p := range append([]string{"/proc/self"}, processes...) {
+	self, _ := os.Readlink("/proc/self") // first, since it is seen even where others are hidden
+	for _, p := range append([]string{self}, processes...) {
 		if p = filepath.Base(p); holds(p) {
 			exe, _ = os.Readlink("/proc/" + p + "/exe")
 			return p, exe

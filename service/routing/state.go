@@ -161,27 +161,7 @@ func writeState(runDir string, s State) error {
 	if err != nil {
 		return err
 	}
-	write := func() error {
-		dir, err := os.OpenRoot(runDir)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		const name, temp = "routing.json", "routing.json.new" // under the lock there is one writer
-		if err := dir.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		f, err := dir.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-		if err != nil {
-			return err
-		}
-		_, err = f.Write(append(b, '\n'))
-		if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil { // whatever the umask
-			return err
-		}
-		return dir.Rename(temp, name)
-	}
-	err = write()
+	err = replaceFile(runDir, "routing.json", b)
 	if errors.Is(err, unix.ENOSPC) && overwrite(runDir, s) == nil {
 		return nil
 	}
@@ -189,6 +169,28 @@ func writeState(runDir string, s State) error {
 		return fmt.Errorf("write routing state: %w", full(runDir, err))
 	}
 	return nil
+}
+
+// replaceFile replaces a file of the run directory at once.
+func replaceFile(runDir, name string, b []byte) error {
+	dir, err := os.OpenRoot(runDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	temp := name + ".new" // under the lock there is one writer
+	if err := dir.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := dir.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil { // whatever the umask
+		return err
+	}
+	return dir.Rename(temp, name)
 }
 
 // overwrite writes the state over the file that is there, which takes no space. Blanks fill up what
