@@ -23,6 +23,7 @@ var examples = map[string]string{
 	"routing.onStop":            "keep",
 	"attestation.mode":          "source-ip",
 	"attestation.byAddress":     "[gvisor, kata]",
+	"attestation.proxies":       "[istio-system/ztunnel]",
 	"hostIdentities":            "[{unit: backup.service, serviceAccount: kube-system/backup}]",
 	"passthrough":               "[kube-system/aws-node, kube-system/ebs-csi-node-sa]",
 	"google.universeDomain":     "example-universe.goog",
