@@ -37,6 +37,12 @@ func JoinPod(addresses []netip.Addr) (_ *Trial, err error) {
 		if err != nil {
 			continue
 		}
+		// Nodes within this one (kind's) have pods of the same addresses: theirs have no link to this namespace.
+		id, err := netlink.GetNetNsIdByFd(int(there))
+		if err != nil || id < 0 {
+			_ = there.Close()
+			continue
+		}
 		if t.Addr = oneOf(there, addresses); t.Addr.IsValid() {
 			t.pod = there
 			return t, nil
