@@ -74,6 +74,7 @@ func Run(ctx context.Context, o Options) error {
 		}
 		defer s.leaveStatus()
 	}
+	kube.RouteKlog(s.log) // once for the process, so behind what ends a second one
 	first, err := s.load(nil)
 	switch {
 	case err == nil && len(all) == 0:
@@ -110,7 +111,6 @@ func newService(o Options) *Service {
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
 	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(),
 		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log, Registerer: s.gathered})
-	kube.RouteKlog(s.log)
 	return s
 }
 
