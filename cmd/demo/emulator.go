@@ -93,7 +93,12 @@ func (e *emulator) daemon(ctx context.Context, args ...string) (*daemon, error) 
 	d.Env = append(d.Env, "NOTIFY_SOCKET="+path)
 	d.Stdout, d.Stderr = &d.log, &d.log
 	began := time.Now()
-	if err := d.Start(); err != nil {
+	if g := e.world.cgroups; g != nil { // where the node's systemd has its units, by which the emulator finds the node's root
+		err = g.Start(e.world.node.NS, "system.slice/gke-metadata-emulator.service", d.Cmd)
+	} else {
+		err = d.Start()
+	}
+	if err != nil {
 		return nil, errors.Join(err, notify.Close())
 	}
 	if err := notify.SetReadDeadline(began.Add(10 * time.Second)); err != nil {

@@ -44,7 +44,8 @@ func (w *world) newPod(name string, ns *netnstest.NS) *pod {
 	} else {
 		p.Addresses = []string{ns.Addr.String()}
 	}
-	p.cgroup = fmt.Sprintf("kubepods-burstable.slice/kubepods-burstable-pod%s.slice/cri-containerd-%x.scope", strings.ReplaceAll(p.UID, "-", "_"), container)
+	p.cgroup = fmt.Sprintf("%skubepods-burstable.slice/kubepods-burstable-pod%s.slice/cri-containerd-%x.scope",
+		w.kubepods, strings.ReplaceAll(p.UID, "-", "_"), container)
 	return p
 }
 

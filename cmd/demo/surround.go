@@ -56,7 +56,7 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	if w.node, err = netnstest.NewHere("world", beside); err != nil {
 		return err
 	}
-	if err := w.kubepods(); err != nil {
+	if err := w.makeKubepods(); err != nil {
 		return err
 	}
 	if err := w.populate(ctx); err != nil {
@@ -89,8 +89,8 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	return nil
 }
 
-// kubepods makes what kubelet makes at the root of the machine's cgroups, beside systemd's own slices.
-func (w *world) kubepods() (err error) {
+// makeKubepods makes what kubelet makes at the root of the machine's cgroups, beside systemd's own slices.
+func (w *world) makeKubepods() (err error) {
 	w.cgroups, err = netnstest.NewCgroups(cgroupRoot, "kubepods.slice")
 	if errors.Is(err, netnstest.ErrNoCgroups) {
 		w.noCgroups = err

@@ -35,6 +35,7 @@ const (
 type world struct {
 	node       *netnstest.Node
 	cgroups    *netnstest.Cgroups // where pods are born; nil: nowhere, since no cgroups can be made
+	kubepods   string             // kubelet's part of it: "kubepods.slice/", or "" where the whole is kubelet's
 	noCgroups  error              // why
 	reader     *pod
 	writer     *pod
@@ -91,7 +92,7 @@ func (w *world) makeCgroups() error {
 	for _, root := range []string{cgroupRoot, ""} {
 		c, err := netnstest.NewCgroups(root, name)
 		if err == nil {
-			w.cgroups = c
+			w.cgroups, w.kubepods = c, "kubepods.slice/" // the demo is a node in a container: its root is below the machine's
 			return nil
 		}
 		if !errors.Is(err, netnstest.ErrNoCgroups) {
