@@ -45,6 +45,9 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, helperProcess())
 	case "pod":
 		fmt.Fprintln(os.Stderr, podProcess())
+	case "trial":
+		fmt.Println(trialProcess())
+		return
 	case "routing":
 		err := routingProcess()
 		if err == nil {

@@ -58,6 +58,7 @@ var checks = []struct {
 	{"policies", policiesCheck},
 	{"connection", connectionCheck},
 	{"connection6", connection6Check},
+	{"evidence", evidenceCheck},
 	{"attestation", attestationCheck},
 	{"passthrough", passthroughCheck},
 	{"traffic", trafficCheck},

@@ -76,6 +76,7 @@ type trial struct {
 	dropped    []string // who dropped what was sent
 	traceErr   error    // why that is not known
 	from       string   // address and interface
+	attested   attested
 }
 
 // exchanged is a pod's token that was taken to Google.
@@ -122,7 +123,7 @@ func (p *patient) askNode(ctx context.Context) {
 		p.direct = tryDirectly(ctx, p.plan.Listen, nil)
 	}
 	if !p.plan.Closed {
-		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "")
+		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "", p.noEvidence() == "")
 		p.podTrial = tryFromPod(ctx, p.status, p.door())
 	}
 }
@@ -212,8 +213,8 @@ func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dia
 		ours: res.Header.Get("Server") == "GKE Metadata Server" && res.Header.Get("Metadata-Flavor") == "Google"}
 }
 
-// tryConnections connects as a pod would, and if that is wanted by IPv6 after that.
-func tryConnections(ctx context.Context, at netip.AddrPort, six bool) (t, t6 trial) {
+// tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has the connections attested.
+func tryConnections(ctx context.Context, at netip.AddrPort, six, evidence bool) (t, t6 trial) {
 	pod, err := routing.NewTrial()
 	if err != nil {
 		return trial{impossible: err}, trial{impossible: err}
@@ -223,14 +224,23 @@ func tryConnections(ctx context.Context, at netip.AddrPort, six bool) (t, t6 tri
 			t.impossible = fmt.Errorf("the throw-away namespace could not be cleaned up: %w", err)
 		}
 	}()
-	t = tryConnection(ctx, pod, pod.Addr, at)
+	var inhabited error
+	if evidence {
+		inhabited = pod.Inhabit()
+	}
+	if t = tryConnection(ctx, pod, pod.Addr, at); evidence {
+		t.attest(ctx, pod, at, inhabited)
+	}
 	if !six {
 		return t, t6
 	}
 	if err := pod.AddSix(); err != nil {
 		return t, trial{impossible: err}
 	}
-	return t, tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6())
+	if t6 = tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6()); evidence {
+		t6.attest(ctx, pod, routing.MetadataServer6(), inhabited)
+	}
+	return t, t6
 }
 
 // tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules

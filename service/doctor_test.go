@@ -41,8 +41,9 @@ func healthy() *patient {
 		node: routing.Examination{Uplinks: []routing.Uplink{{Name: "eth0", Why: "default route"}}, Local: true, IPv6: true,
 			Holder: routing.ListenedBy{At: listen, PID: "1", Exe: "systemd", Own: true}, CgroupV2: "/sys/fs/cgroup", HostSlices: []string{"system.slice"},
 			Redirected: &seven, Policies: []string{}, Facts: routing.Facts{IPTables: "1.8.9", Backend: "nf_tables", CgroupV2: true, CNI: []string{"ptp"}}},
-		cloud:    answered{err: context.DeadlineExceeded},
-		trial:    trial{answered: answered{status: 200, server: "GKE Metadata Server", ours: true}, from: "198.18.169.254 by interface gme-doctor"},
+		cloud: answered{err: context.DeadlineExceeded},
+		trial: trial{answered: answered{status: 200, server: "GKE Metadata Server", ours: true}, from: "198.18.169.254 by interface gme-doctor",
+			attested: attested{status: 403, reason: "not a pod: a process of the node asks"}},
 		podTrial: trial{answered: answered{status: 200, ours: true}, from: "ns/p, 10.244.0.2"},
 		names:    []netip.Addr{mds.Addr()},
 		cluster: kube.Attempt{Kubeconfig: "/etc/kubernetes/kubelet.conf", Credential: "client certificate", Server: "https://k:6443", User: "system:node:n1", Node: "n1",
@@ -58,7 +59,7 @@ func six(p *patient) {
 	p.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 	p.state.Listen6 = p.plan.Listen6.String()
 	p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "1", Exe: "systemd", Own: true}
-	p.trial6 = trial{answered: p.trial.answered, from: "2001:2::a9fe:a9fe by interface gme-doctor"}
+	p.trial6 = trial{answered: p.trial.answered, attested: p.trial.attested, from: "2001:2::a9fe:a9fe by interface gme-doctor"}
 	p.node.Redirected6, p.status.Requests6 = new(uint64), 2
 }
 
@@ -271,6 +272,17 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"connection", func(p *patient) {
 			p.state.Mode, p.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
 		}, Skip, "ebpf", ""},
+
+		{"evidence", func(p *patient) {}, OK, "found doctor's own socket from 198.18.169.254 by interface gme-doctor", ""},
+		{"evidence", six, OK, "gme-doctor and from 2001:2::a9fe:a9fe by", ""},
+		{"evidence", func(p *patient) { p.trial.attested = attested{status: 200, reason: "my-project"} }, OK, "found doctor's own socket", ""},
+		{"evidence", func(p *patient) { p.trial.attested = attested{status: 503, reason: "no socket"} }, Fail, "refuses pods: 503 no socket", "restart gke-metadata-emulator-attest"},
+		{"evidence", func(p *patient) { p.trial.attested = attested{status: 403, reason: "sockets of two"} }, Fail, "refuses pods: 403 sockets of two", "iptables-save"},
+		{"evidence", func(p *patient) { six(p); p.trial6.attested = attested{status: 503, reason: "no socket"} }, Fail, "from 2001:2::a9fe:a9fe", "iptables-save"},
+		{"evidence", func(p *patient) { p.trial.attested = attested{err: errors.New("no cat")} }, Warn, "no cat", "again"},
+		{"evidence", func(p *patient) { p.trial = trial{impossible: errors.New("x")} }, Skip, "see connection", ""},
+		{"evidence", func(p *patient) { p.status.Attestation = Attestation{Mode: "source-ip"} }, Skip, "source-ip", ""},
+		{"evidence", func(p *patient) { p.status, p.statusErr = nil, ErrNotRunning }, Skip, "see service", ""},
 
 		{"connection6", func(p *patient) {}, "", "", ""},
 		{"connection6", six, OK, "from a throw-away namespace, 2001:2::a9fe:a9fe by interface gme-doctor: answered", ""},

@@ -23,6 +23,8 @@ type metrics struct {
 	reloads  *prometheus.CounterVec
 	file     prometheus.Gauge
 
+	strangers atomic.Uint64 // requests of processes that are no pods and have no identity, doctor's among them
+
 	six atomic.Uint64 // requests for anything but `/` that came by IPv6
 
 	mu     sync.RWMutex
@@ -141,8 +143,9 @@ func (m *metrics) served(node string, status int, took time.Duration) {
 	s.Observe(took.Seconds())
 }
 
-// asked is how many requests there were for anything but `/`, which our own probes, and doctor's, ask for too.
+// asked is how many requests of pods there were for anything but `/`, which our own probes, and doctor's, ask for too.
 func (m *metrics) asked() (n uint64) {
+	strangers := m.strangers.Load() // first: each of them is counted in the series before
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	for k, s := range m.series {
@@ -151,7 +154,7 @@ func (m *metrics) asked() (n uint64) {
 			n += uint64(now.GetCounter().GetValue())
 		}
 	}
-	return n
+	return n - strangers
 }
 
 // series are found by outcome: to have the vectors hash labels costs more than to count.

@@ -273,7 +273,9 @@ func location(req *request, path string) string {
 // at a bounded rate for each asker; all else where somebody debugs.
 func (s *server) tell(req *request, status int, err error) {
 	s.metrics.served(req.place.Node, status, time.Since(req.started))
-	if req.place.Node != "/" && req.peer.Server.Addr().Is6() {
+	if errors.Is(err, attest.ErrNotPod) {
+		s.metrics.strangers.Add(1)
+	} else if req.place.Node != "/" && req.peer.Server.Addr().Is6() {
 		s.metrics.six.Add(1)
 	}
 	switch {

@@ -23,7 +23,7 @@ exit status is 1 if a check failed. Configuration, listener, rules and what othe
 API server grants it, Google's services, clocks and DNS are looked at; the running service is asked for what it knows.
 
 As root it connects from a throw-away network namespace as a pod would, by IPv6 too where listen6 is set, and names the chain that drops
-the connection, if one does.
+the connection, if one does. Where the connection arrives it is attested as a pod's is.
 It judges what the service runs with: the configuration file, and the flags of /etc/default/gke-metadata-emulator or
 /etc/sysconfig/gke-metadata-emulator. Flags given to it win.
 One token of one pod of this node is requested and exchanged at Google, and thrown away: no token is printed.`,

@@ -26,6 +26,7 @@ type Trial struct {
 
 	node, pod netns.NsHandle
 	linked    bool
+	*inhabitant
 
 	dialling sync.RWMutex    // pod is in use: net/http dials on while nobody waits for it any more
 	closing  context.Context // until then
@@ -214,7 +215,8 @@ func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by 
 
 // Close takes all away, and ends what dials.
 func (t *Trial) Close() error {
-	var errs []error
+	errs := []error{t.inhabitant.end()}
+	t.inhabitant = nil
 	if t.linked { // at once, where the kernel would take its time to free the namespace
 		t.linked = false
 		errs = append(errs, t.in(t.node, func() error {
