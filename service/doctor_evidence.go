@@ -79,8 +79,7 @@ func (p *patient) noEvidence() string {
 // breaks only the evidence is seen.
 func evidenceCheck(p *patient) Finding {
 	const remedy = "systemctl restart gke-metadata-emulator-attest (see attestation); " +
-		"if that does not help, find who rewrites what pods send " +
-		"(SNAT, conntrack zones): iptables-save; nft list ruleset"
+		"if that does not help, look for rules that rewrite what pods send: iptables-save; nft list ruleset"
 	switch why := p.noEvidence(); {
 	case why != "":
 		return skip("%s", why)
