@@ -52,7 +52,7 @@ var hardening = map[string]bool{
 var values = map[string]string{
 	"After": unitNames, "Also": unitNames, "Before": unitNames, "ReloadPropagatedFrom": unitNames, "Requires": unitNames,
 	"WantedBy": unitNames, "Wants": unitNames,
-	"Description": `.*`, "Documentation": `https://\S+`,
+	"Description": `.*`, "Documentation": `(man:[a-z-]+\([58]\) )+https://\S+`, // man: 201
 	"ExecStart": `/[^%]+`, // a name without a path is 239's; 247's `systemd-analyze verify` calls it a mistake
 	// + is full rights for one command: 231
 	"ExecStartPre": `\+?/[^%]+`, "ExecReload": `\+?/[^%]+`, "ExecStopPost": `\+?/[^%]+`,
