@@ -39,15 +39,17 @@ func (b *chaosBed) floods(t *testing.T, ns *netnstest.NS, n int, to string, from
 	var all []net.Conn
 	var wg sync.WaitGroup
 	err := ns.Do(func() error {
-		for i := range n {
+		for i, failed := 0, 0; i < n && failed < 10; i++ {
 			d := net.Dialer{Timeout: time.Second}
 			if a := from(i); a != "" {
 				d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(a)}
 			}
 			c, err := d.Dial("tcp4", to)
 			if err != nil {
+				failed++
 				continue
 			}
+			failed = 0
 			all = append(all, c)
 			if then != nil {
 				wg.Go(func() { then(c) })
@@ -70,8 +72,9 @@ func (b *chaosBed) floods(t *testing.T, ns *netnstest.NS, n int, to string, from
 
 func anywhere(int) string { return "" }
 
+// idleHealth stays below the 20,000 descriptors that this process may have.
 func (b *chaosBed) idleHealth(t *testing.T) func() {
-	return b.floods(t, b.node.NS, 20_000/b.scale, chaosHealth, anywhere, nil)
+	return b.floods(t, b.node.NS, 19_000/b.scale, chaosHealth, anywhere, nil)
 }
 
 func (b *chaosBed) madeUpAddresses(t *testing.T) func() {

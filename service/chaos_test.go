@@ -88,6 +88,7 @@ func TestChaos(t *testing.T) {
 	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed p99\tfailed\tMB\tprobe\tstop\trecovery")
 	calm := b.figures(t, measure)
 	tell := func(name string, f figures) {
+		t.Logf("%s: %+v", name, f) // also where the table is never written
 		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
 			float64(f.p99)/float64(calm.p99), f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
 	}
@@ -117,6 +118,9 @@ func TestChaos(t *testing.T) {
 		})
 	}
 	_ = w.Flush()
+	if t.Failed() {
+		t.Log("a load without a row stopped its test")
+	}
 	t.Logf("others' requests, each on a connection of its own, while a load is on the service:\n%s", &table)
 }
 

@@ -408,6 +408,9 @@ func podProcess() error {
 				_ = say.Encode(saidOf(err))
 				continue
 			}
+			if conn != nil {
+				_ = conn.Close() // of connections a pod has limits.connectionsPerPod
+			}
 			conn, r = c.(*net.TCPConn), bufio.NewReader(c)
 		}
 		_ = say.Encode(exchangeOn(conn, r, path))
