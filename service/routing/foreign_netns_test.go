@@ -15,11 +15,14 @@ import (
 type foreignRuleset struct {
 	name  string
 	put   string // by a shell on the node
+	inPod string // by a shell in the pod, before all else
 	flush bool   // the promise is the guard's: it holds when the firewall is flushed, too
 
 	routed   bool // the pod has an interface of its own, and finds its gateway without a question
 	relative bool // the kernel chooses the preferences of policy rules by those that stand
 	drops    bool // a policy drops what comes in, which a table of our own cannot overrule: doctor names the chain
+
+	overtakes bool // put after an install it drops pods' packets before our jump: only the next install moves that up
 }
 
 // foreignRulesets: pods are served beside each of them, and what they get is not the cloud's.
@@ -175,13 +178,18 @@ type foreignCase struct {
 // TestForeignRulesets puts up what others do, before an install and after it, for each backend and
 // mode: pods are served, check finds nothing, the watcher finds nothing to do for 10 s, and a
 // removal leaves theirs byte for byte. All nodes of a kind are watched at once.
-func TestForeignRulesets(t *testing.T) {
+func TestForeignRulesets(t *testing.T) { testForeign(t, foreignRulesets) }
+
+// TestForeignProducts does the same for the default forms of products.
+func TestForeignProducts(t *testing.T) { testForeign(t, foreignProducts) }
+
+func testForeign(t *testing.T, rulesets []foreignRuleset) {
 	netnstest.Needs(t, "nft")
 	for _, kind := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone} {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
 			var cases []*foreignCase
-			for _, ruleset := range foreignRulesets {
+			for _, ruleset := range rulesets {
 				if (kind == ModeLoopback || kind == ModeNone) && !ruleset.flush {
 					continue // neither has rules that others' could meet
 				}
@@ -234,6 +242,11 @@ func (c *foreignCase) up(first bool, left *string) {
 			c.t.Fatal(err)
 		}
 	}
+	if c.inPod != "" {
+		if out, err := c.pod.Command(context.Background(), "sh", "-ec", c.inPod).CombinedOutput(); err != nil {
+			c.t.Fatalf("%s: in the pod: %v: %s", c.label, err, out)
+		}
+	}
 	c.served = "169.254.169.254:80"
 	if c.plan.Mode == ModeNone {
 		c.served = c.plan.Listen.String()
@@ -250,6 +263,12 @@ func (c *foreignCase) up(first bool, left *string) {
 		put()
 	}
 	c.watch.until(c.label+": all stands", func() bool { return c.stands(c.plan) })
+	if c.overtakes && !first {
+		if who, _ := ask(c.pod, c.served, short); who != "" {
+			c.fault("%q answered a pod before the jump was moved up: overtakes is no longer true", who)
+		}
+		c.install(c.plan)
+	}
 	c.serves()
 	if err := c.check(c.plan); err != nil {
 		c.fault("check: %v", err)

@@ -76,6 +76,21 @@ func TestGuardBypassed(t *testing.T) {
 	})
 }
 
+// TestLoopbackBypassed: in mode loopback what walks round the guard is not served either, so
+// check fails and names the rule.
+func TestLoopbackBypassed(t *testing.T) {
+	b := modeBed(t, ModeLoopback)
+	b.sh("ip route add default via 198.51.100.1 dev eth0 table 101; ip rule add pref 0 iif cni0 lookup 101")
+	b.install(b.plan)
+	if who, _ := ask(b.pod, "169.254.169.254:80", short); who == emulator {
+		t.Fatal("the emulator answered a pod: the rule does not walk round the guard")
+	}
+	err := b.check(b.plan)
+	if err == nil || !strings.Contains(err.Error(), "ip rule: pref 0 from all iif cni0 lookup 101: delete that rule") {
+		t.Errorf("check: %v", err)
+	}
+}
+
 // TestEarlierGuard: the rules of earlier versions, which spread over preferences from 97 to 103, go
 // with an install and with a removal.
 func TestEarlierGuard(t *testing.T) {

@@ -256,7 +256,14 @@ func (r *router) Check(ctx context.Context) error {
 		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
 	}
 	r.warnOvertaken(n.surroundings)
-	return errors.Join(r.check(ctx, n)...)
+	errs := r.check(ctx, n)
+	if r.plan.Mode == ModeLoopback { // whose guard is what serves pods: no repair helps, so install only warns
+		for _, rule := range bypasses(r.plan, n.surroundings) {
+			errs = append(errs, fmt.Errorf("pods are not served where a policy rule matches that comes before the guard: %s"+
+				": delete that rule and add it again with a preference of 1 or more", rule))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // check reads everything back.
