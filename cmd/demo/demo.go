@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
@@ -31,14 +30,14 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	if _, err := os.Stat(binary); err != nil {
 		return fmt.Errorf("%w: make it by `make build`, or name it with --emulator", err)
 	}
+	if err := needs(capabilities(), keep); err != nil {
+		return err
+	}
 	d := &demo{out: out, began: time.Now()}
 
 	d.say("1. A node with pods and a stranger, and around it the cloud")
 	w, err := newWorld(ctx)
 	if err != nil {
-		if errors.Is(err, netnstest.ErrNeedsRoot) {
-			return fmt.Errorf("%w: run it by `make demo`, which asks for root by sudo", err)
-		}
 		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
