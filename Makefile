@@ -14,7 +14,7 @@ ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all help build install packages release deps demo check golden test test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-vm deps-vagrant
+.PHONY: all help build install packages release repo deps demo check golden test test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
@@ -30,9 +30,13 @@ bin/gke-metadata-emulator:
 bin/demo:
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/demo
 
-bin/bed: # two versions of the deb, to upgrade and downgrade
+bin/bed: # two releases of the deb, to upgrade and downgrade
 	@rm -rf $@
-	for v in old=0.9.0 new=1.0.0; do FORMATS=deb VERSION=v$${v#*=} packaging/build $@/$${v%=*} $(shell $(GO) env GOARCH) && mv $@/$${v%=*}/*.deb $@/$${v%=*}.deb || exit; done
+	packaging/bed/older $@/tree
+	FORMATS=deb VERSION=v0.9.0 $@/tree/packaging/build $@/old $(shell $(GO) env GOARCH)
+	FORMATS=deb VERSION=v1.0.0 packaging/build $@/new $(shell $(GO) env GOARCH)
+	for v in old new; do mv $@/$$v/*.deb $@/$$v.deb || exit; done
+	rm -rf $@/tree $@/old $@/new
 
 install: build ## the files of the packages, below DESTDIR; enables and starts nothing
 	install -D -m 755 bin/gke-metadata-emulator $(DESTDIR)/usr/bin/gke-metadata-emulator
@@ -48,14 +52,18 @@ packages: ## deb and rpm for this machine's architecture, into bin/packages
 	@rm -rf bin/packages
 	packaging/build bin/packages $(shell $(GO) env GOARCH)
 
-release: ## every package for every architecture, SBOMs and SHA256SUMS, into bin/release; the same bytes for the same commit
+release: ## every package and a tarball for every architecture, SBOMs and SHA256SUMS, into bin/release; GPG_KEY=… signs
 	@rm -rf bin/release
-	FORMATS="deb rpm apk archlinux" packaging/build bin/release amd64 arm64
+	FORMATS="deb rpm apk archlinux tar" GPG_KEY="$(GPG_KEY)" packaging/build bin/release amd64 arm64
+
+repo: deps-repo release ## an apt and a dnf repository of the release, into bin/repo, for any web server; GPG_KEY=… signs
+	@rm -rf bin/repo
+	GPG_KEY="$(GPG_KEY)" packaging/repo bin/release bin/repo
 
 deps: ## what test and lint need of the machine; demo needs less
 	@.ci/deps all
 
-deps-demo deps-vm deps-vagrant: deps-%:
+deps-demo deps-repo deps-vm deps-vagrant: deps-%:
 	@.ci/deps $*
 
 demo: deps-demo build bin/demo ## pods that are processes, a node, real rules, real exchanges; DEMO="--keep" leaves it standing

@@ -17,17 +17,21 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
 const program = "gke-metadata-emulator"
 
-// The packages are built once for all tests, of two versions.
+// The packages are built once for all tests, of two releases.
 var (
 	scratch  string
 	packages = sync.OnceValues(func() (string, error) { return build("..", "1.0.0") })
-	older    = sync.OnceValues(func() (string, error) { return build("..", "0.9.0") })
+	older    = sync.OnceValues(func() (string, error) {
+		tree := filepath.Join(scratch, "older")
+		if out, err := exec.Command("bed/older", tree).CombinedOutput(); err != nil {
+			return "", fmt.Errorf("bed/older: %w\n%s", err, out)
+		}
+		return build(tree, "0.9.0")
+	})
 )
 
 func TestMain(m *testing.M) {
@@ -45,7 +49,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func build(tree, version string) (string, error) {
+func build(tree, version string, env ...string) (string, error) {
 	out, err := os.MkdirTemp(scratch, "")
 	if err != nil {
 		return "", err
@@ -54,7 +58,8 @@ func build(tree, version string) (string, error) {
 		return "", err
 	}
 	cmd := exec.Command(filepath.Join(tree, "packaging/build"), out, runtime.GOARCH)
-	cmd.Env = append(os.Environ(), "VERSION=v"+version, "SOURCE_DATE_EPOCH=1700000000")
+	cmd.Env = append(os.Environ(), "VERSION=v"+version, "SOURCE_DATE_EPOCH=1700000000", "FORMATS=deb rpm apk archlinux tar", "GPG_KEY=")
+	cmd.Env = append(cmd.Env, env...)
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("packaging/build: %w\n%s", err, text)
 	}
@@ -115,34 +120,6 @@ func unpacked(t *testing.T) string {
 	return dir
 }
 
-// The configuration that is installed is the reference; filled in, it loads.
-func TestConfiguration(t *testing.T) {
-	if os.Getenv("UPDATE_GOLDEN") != "" {
-		if err := os.WriteFile("config.yaml", []byte(config.Reference()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	text, err := os.ReadFile("config.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if string(text) != config.Reference() {
-		t.Error("config.yaml is not config.Reference(): UPDATE_GOLDEN=1 go test ./packaging")
-	}
-	filled := strings.NewReplacer(
-		`workloadIdentityProvider: ""`, `workloadIdentityProvider: projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster`,
-		`projectID: ""`, `projectID: my-project`).Replace(string(text))
-	file := filepath.Join(t.TempDir(), "config.yaml")
-	if err := os.WriteFile(file, []byte(filled), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range []string{file, "examples/config.yaml"} {
-		if _, err := config.Load(f, nil); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
 // Scripts are short enough to be read before they are run as root.
 func TestScripts(t *testing.T) {
 	scripts, err := filepath.Glob("scripts/*.sh")
@@ -159,7 +136,7 @@ func TestScripts(t *testing.T) {
 		}
 	}
 	need(t, "shellcheck")
-	if out, err := exec.CommandContext(t.Context(), "shellcheck", append(scripts, "build")...).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "shellcheck", append(scripts, "build", "repo")...).CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
@@ -242,6 +219,12 @@ func TestContents(t *testing.T) {
 	if got := output(t, "dpkg-deb", "-I", deb, "conffiles"); sorted(got) != sorted(conffiles) {
 		t.Errorf("conffiles of the deb:\n%s", got)
 	}
+	depends := output(t, "dpkg-deb", "-f", deb, "Depends")
+	for _, want := range []string{"ca-certificates", "iptables", "systemd"} {
+		if !slices.Contains(strings.Split(strings.TrimSpace(depends), ", "), want) {
+			t.Errorf("the deb depends on %q, and not on %s", depends, want)
+		}
+	}
 	info, err := os.Stat(deb)
 	if err != nil {
 		t.Fatal(err)
@@ -268,6 +251,9 @@ func TestContents(t *testing.T) {
 		"/usr/share/fish", "/usr/share/fish/vendor_completions.d", "/usr/share/zsh", "/usr/share/zsh/site-functions")
 	if got := query("-qpl"); sorted(got) != sorted(strings.Join(want, "\n")) {
 		t.Errorf("the rpm holds\n%s\nand the deb\n%s", sorted(got), sorted(strings.Join(want, "\n")))
+	}
+	if got := query("-qpR"); !strings.Contains("\n"+got, "\nca-certificates\n") {
+		t.Errorf("the rpm requires\n%s", got)
 	}
 	if got := query("-qpc"); sorted(got) != sorted(here.Replace(conffiles)) {
 		t.Errorf("configuration files of the rpm:\n%s", got)
@@ -314,7 +300,7 @@ func TestReproducible(t *testing.T) {
 	}
 	cmd := exec.CommandContext(t.Context(), "sha256sum", "--check", "--strict", "SHA256SUMS")
 	cmd.Dir = first
-	if out, err := cmd.CombinedOutput(); err != nil || strings.Count(sums, "\n") != 3 {
+	if out, err := cmd.CombinedOutput(); err != nil || strings.Count(sums, "\n") != 6 {
 		t.Errorf("SHA256SUMS: %v\n%s", err, out)
 	}
 }
