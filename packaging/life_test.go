@@ -171,7 +171,35 @@ func TestLifeOfDeb(t *testing.T) {
 	same(t, before, files(t, root))
 }
 
-// The same for the rpm. Red Hat's packages leave their users behind, and so does this one.
+// A purge takes along what recipes and operators put beside the package's files, and what is others' stays. Where nobody can
+// remove users, since there is no package passwd, it says so and succeeds.
+func TestPurge(t *testing.T) {
+	root, run := machine(t)
+	place(t, root, "new.deb", built(t, packages, "*.deb"))
+	place(t, root, "provision.sh", "recipes/provision.sh")
+	before := files(t, root)
+	run(`etc=/etc/systemd/system
+mkdir -p $etc/other.service.d $etc/k3s.service.d
+echo '[Service]' | tee $etc/other.service.d/10-other.conf >$etc/k3s.service.d/20-mine.conf
+for kubelet in kubelet.service k3s.service; do KUBELET=$kubelet sh /tmp/provision.sh /tmp/new.deb; done
+mkdir $etc/gke-metadata-emulator-routing.service.d
+cp /tmp/provision.sh $etc/gke-metadata-emulator-routing.service.d/10-ebpf.conf
+dpkg -r gke-metadata-emulator
+test -e $etc/kubelet.service.d/10-gke-metadata-emulator.conf
+dpkg -P gke-metadata-emulator
+test -e $etc/other.service.d/10-other.conf
+test "$(ls $etc/k3s.service.d)" = 20-mine.conf
+rm -r $etc/other.service.d $etc/k3s.service.d`)
+	same(t, before, files(t, root))
+	run(`dpkg -i /tmp/new.deb
+rm /usr/sbin/userdel /usr/sbin/groupdel
+dpkg -P gke-metadata-emulator 2>/tmp/said
+grep 'user and group gke-metadata-emulator stay: ' /tmp/said
+getent passwd gke-metadata-emulator
+test ! -e /etc/gke-metadata-emulator`)
+}
+
+// A life of the rpm. Red Hat's packages leave their users behind, and so does this one.
 func TestLifeOfRPM(t *testing.T) {
 	root, run := machine(t)
 	if _, err := os.Stat(filepath.Join(root, "usr/bin/rpm")); err != nil {

@@ -2,6 +2,7 @@ package packaging
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -65,6 +66,31 @@ func TestRecipeProvision(t *testing.T) {
 	run("KUBELET=kubelet.service " + provision + "\n" + enabled + quiet + gated(t) + "! gke-metadata-emulator config check")
 	run(provision + " /tmp/mine.yaml\ngke-metadata-emulator config check\n" + enabled + quiet)
 	run("! " + provision + " /tmp/broken.yaml\n! sh /tmp/provision.sh /tmp/mine.yaml\ngke-metadata-emulator config check")
+	run(`preset=/etc/systemd/system-preset/00-test.preset unit=gke-metadata-emulator-attest.service
+mkdir -p ${preset%/*}; echo "disable $unit" >$preset; systemctl disable $unit
+! ` + provision + ` 2>/tmp/said
+grep "^provision.sh: $unit is not enabled: " /tmp/said`)
+}
+
+// Without arguments, or with such as cannot be, each says in one line what it wants.
+func TestRecipesWithoutArguments(t *testing.T) {
+	for script, want := range map[string]string{
+		"recipes/provision.sh": "PACKAGE [CONFIG]", "recipes/sysext": "DEB OUT", "./build": "OUT ARCH", "./repo": "PACKAGES OUT",
+		"bed/rootfs": "DIR [recipes|vm]", "bed/older": "DIR",
+	} {
+		out, err := exec.CommandContext(t.Context(), script).CombinedOutput()
+		var exit *exec.ExitError
+		if text := string(out); !errors.As(err, &exit) || exit.ExitCode() != 64 ||
+			!strings.HasPrefix(text, "usage: ") || !strings.Contains(text, want) || strings.Count(text, "\n") != 1 {
+			t.Errorf("%s: %v\n%s", script, err, out)
+		}
+	}
+	for script, args := range map[string][]string{"recipes/provision.sh": {"/nowhere.deb"}, "recipes/sysext": {"/nowhere.deb", "/nowhere"}} {
+		out, err := exec.CommandContext(t.Context(), script, args...).CombinedOutput()
+		if text := string(out); err == nil || !strings.Contains(text, "there is no package /nowhere.deb") || strings.Count(text, "\n") != 1 {
+			t.Errorf("%s %v: %v\n%s", script, args, err, out)
+		}
+	}
 }
 
 // The role, as somebody runs it on a machine or in a chroot; then once more, when nothing is left to be done.
@@ -183,7 +209,8 @@ func TestRecipeFlatcar(t *testing.T) {
 	if _, err := config.Load(file, nil); err != nil {
 		t.Error(err)
 	}
-	if !strings.Contains(bu.Systemd.Units[0].Dropins[0].Contents, gate(t)+"\n") {
+	want := strings.Replace(gate(t), "-e /usr/bin/"+program, "-e /etc/extensions/"+program+".raw", 1) // the binary comes later
+	if !strings.Contains(bu.Systemd.Units[0].Dropins[0].Contents, want+"\n") {
 		t.Errorf("kubelet does not wait: %q", bu.Systemd.Units[0].Dropins[0].Contents)
 	}
 }

@@ -4,6 +4,12 @@
 #
 # Without CONFIG, which is what a node's cloud-init can write later, pods of a node that boots the image are refused.
 set -eu
+if [ $# = 0 ]; then
+	echo "usage: [KUBELET=kubelet.service] sh provision.sh PACKAGE [CONFIG], as root: PACKAGE is a deb or an rpm" >&2
+	exit 64
+fi
+[ "$(id -u)" = 0 ] || { echo "provision.sh: installing a package needs root: run it by sudo" >&2; exit 1; }
+[ -r "$1" ] || { echo "provision.sh: there is no package $1" >&2; exit 1; }
 name=gke-metadata-emulator
 package=$(readlink -f "$1")
 install_package() {
@@ -23,6 +29,12 @@ if [ -n "${2:-}" ]; then
 fi
 if [ -n "${KUBELET:-}" ]; then # as examples/kubelet-wait.conf, which an image without documents lacks
 	mkdir -p "/etc/systemd/system/$KUBELET.d"
-	printf '[Service]\nExecStartPre=/usr/bin/%s routing check --wait=30s\n' $name >"/etc/systemd/system/$KUBELET.d/10-$name.conf"
+	cat >"/etc/systemd/system/$KUBELET.d/10-$name.conf" <<-DROPIN
+		[Service]
+		ExecStartPre=/bin/sh -c "[ ! -e /usr/bin/gke-metadata-emulator ] || exec /usr/bin/gke-metadata-emulator routing check --wait=30s"
+	DROPIN
 fi
-systemctl is-enabled $name.socket $name.service $name-routing.service $name-reload.path $name-credential.path
+# Several names in one command would be content with one that is enabled.
+(cd /usr/lib/systemd/system && grep -l "^\[Install\]" "$name"[.-]*) | while read -r unit; do
+	systemctl is-enabled "$unit" || { echo "provision.sh: $unit is not enabled: systemctl enable $unit" >&2; exit 1; }
+done
