@@ -4,6 +4,7 @@
 //	gen changelog FILE DIR        the changelog as nfpm wants it, and compressed
 //	gen copyright DIR             the licences of all that is linked in
 //	gen sbom PROGRAM FILE         CycloneDX, of what the program's build information says
+//	gen tar DIR ARCH OUT          the tarball of one architecture, for systems without a package; DIR has what the others wrote
 //
 // SOURCE_DATE_EPOCH and VERSION come from packaging/build. The same input makes the same bytes.
 package main
@@ -46,8 +47,10 @@ func run(args []string) error {
 		return copyright(args[1])
 	case len(args) == 3 && args[0] == "sbom":
 		return r.sbom(args[1], args[2])
+	case len(args) == 4 && args[0] == "tar":
+		return r.tar(args[1], args[2], args[3])
 	}
-	return errors.New("want manual, changelog, copyright or sbom, and its arguments: see the comment in main.go")
+	return errors.New("want manual, changelog, copyright, sbom or tar, and its arguments: see the comment in main.go")
 }
 
 // release is what is packaged.
