@@ -12,7 +12,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
-// The shipped configuration names the keys that have to be set. With these lines filled in it loads, and so does the example.
+// The shipped configuration names the keys that have to be set. With these filled in it loads, and so
+// does the example.
 func TestConfiguration(t *testing.T) {
 	text, err := os.ReadFile("config.yaml")
 	if err != nil {
@@ -21,8 +22,9 @@ func TestConfiguration(t *testing.T) {
 	if lines := regexp.MustCompile(`(?m)^[^#\n].*$`).FindAll(text, -1); lines != nil {
 		t.Errorf("config.yaml sets what later releases may have other defaults for: %q", lines)
 	}
-	filled := strings.NewReplacer("#workloadIdentityProvider: projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER",
-		"workloadIdentityProvider: projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster",
+	const key = "workloadIdentityProvider: projects/"
+	filled := strings.NewReplacer("#"+key+"NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER",
+		key+"1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster",
 		"#projectID: PROJECT", "projectID: my-project").Replace(string(text))
 	file := filepath.Join(t.TempDir(), "config.yaml")
 	if err := os.WriteFile(file, []byte(filled), 0o600); err != nil {
@@ -52,8 +54,9 @@ func TestConfigurationReference(t *testing.T) {
 	}
 }
 
-// Files that operators edit never change again. Where a release ships another, dpkg asks each operator who edited it, and an
-// unattended upgrade stops there with the units not restarted. Do not update these checksums.
+// Files that operators edit never change again. Where a release ships another, dpkg asks each operator
+// who edited it, and an unattended upgrade stops there with the units not restarted. Do not update
+// these checksums.
 func TestConfigurationFilesNeverChange(t *testing.T) {
 	for file, want := range map[string]string{
 		"config.yaml": "1bc73e0068857bc4fd5ecea93c2679658ef5c0b2bbb1393d78d36321f95b4d93",
@@ -71,17 +74,20 @@ func TestConfigurationFilesNeverChange(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range regexp.MustCompile(`(?m)^- \{dst: (/etc/\S+), src: packaging/(\S+), type: (\S+),`).FindAllStringSubmatch(string(nfpm), -1) {
+	shipped := regexp.MustCompile(`(?m)^- \{dst: (/etc/\S+), src: packaging/(\S+), type: (\S+),`)
+	for _, m := range shipped.FindAllStringSubmatch(string(nfpm), -1) {
 		if m[2] != "config.yaml" && m[2] != "flags" || m[3] != "config|noreplace" {
 			t.Errorf("nfpm.yaml: %s comes from %s as %s: no checksum holds it, or an upgrade replaces it", m[1], m[2], m[3])
 		}
 	}
 }
 
-// A release before this one had another default and did not know a key. Files that the operator edited stay as they are over
-// an upgrade, a downgrade and another upgrade that nobody attends, and nothing lies beside them.
+// A release before this one had another default and did not know a key. Files that the operator edited
+// stay as they are over an upgrade, a downgrade and another upgrade that nobody attends, and nothing
+// lies beside them.
 const (
-	edit = `mkdir -p /etc/default /etc/sysconfig; for f in /etc/gke-metadata-emulator/config.yaml $flags; do echo '# mine' >>$f; done
+	edit = `mkdir -p /etc/default /etc/sysconfig
+for f in /etc/gke-metadata-emulator/config.yaml $flags; do echo '# mine' >>$f; done
 before=$(cat /etc/gke-metadata-emulator/* $flags | sha256sum)
 `
 	unchanged = `test "$(cat /etc/gke-metadata-emulator/* $flags | sha256sum)" = "$before"
@@ -109,7 +115,10 @@ func TestUpgradeOfEditedRPM(t *testing.T) {
 }
 
 // pacman is a script's lines that make a machine Arch's, as far as its packages need it.
-const pacman = "ln -sf bash /bin/sh\nprintf '[options]\\nArchitecture = auto\\nSigLevel = Never\\n' >/etc/pacman.conf\nmkdir -p /var/lib/pacman\n"
+const pacman = `ln -sf bash /bin/sh
+printf '[options]\nArchitecture = auto\nSigLevel = Never\n' >/etc/pacman.conf
+mkdir -p /var/lib/pacman
+`
 
 // Arch Linux calls such files backups.
 func TestUpgradeOfEditedArch(t *testing.T) {
@@ -117,13 +126,15 @@ func TestUpgradeOfEditedArch(t *testing.T) {
 	place(t, root, "new.pkg.tar.zst", built(t, packages, "*.pkg.tar.zst"))
 	place(t, root, "old.pkg.tar.zst", built(t, older, "*.pkg.tar.zst"))
 	const install = "pacman -U -dd --noconfirm --noprogressbar /tmp/"
-	run(pacman + "flags=/etc/default/gke-metadata-emulator\n" + install + "old.pkg.tar.zst\n" + enabled + edit + install + "new.pkg.tar.zst\n" + unchanged +
-		"gke-metadata-emulator version | grep 1.0.0\n" + install + "old.pkg.tar.zst\n" + unchanged + install + "new.pkg.tar.zst\n" + unchanged +
+	run(pacman + "flags=/etc/default/gke-metadata-emulator\n" + install + "old.pkg.tar.zst\n" + enabled + edit +
+		install + "new.pkg.tar.zst\n" + unchanged +
+		"gke-metadata-emulator version | grep 1.0.0\n" + install + "old.pkg.tar.zst\n" + unchanged +
+		install + "new.pkg.tar.zst\n" + unchanged +
 		"pacman -Rdd --noconfirm --noprogressbar gke-metadata-emulator\n" + disabled)
 }
 
-// apk asks nobody: what was edited below /etc stays, whatever the package says. There is no apk here to try it with, so this
-// holds only that the files lie there.
+// apk asks nobody: what was edited below /etc stays, whatever the package says. Debian has no apk to try
+// it with, so this holds only that the files lie there.
 func TestConfigurationOfApk(t *testing.T) {
 	need(t, "tar", "gzip")
 	list := output(t, "tar", "-tzf", built(t, packages, "*.apk"))

@@ -53,8 +53,9 @@ func TestTarball(t *testing.T) {
 	pkg := unpacked(t)
 	for name, same := range map[string]string{
 		program: filepath.Join(pkg, "usr/bin", program), "copyright": filepath.Join(pkg, "usr/share/doc", program, "copyright"),
-		"LICENSE": "../LICENSE", "README.md": "../README.md", "config.yaml": "config.yaml", "examples/config-reference.yaml": "examples/config-reference.yaml",
-		"man/" + program + ".5.gz": filepath.Join(pkg, "usr/share/man/man5", program+".5.gz"),
+		"LICENSE": "../LICENSE", "README.md": "../README.md", "config.yaml": "config.yaml",
+		"examples/config-reference.yaml": "examples/config-reference.yaml",
+		"man/" + program + ".5.gz":       filepath.Join(pkg, "usr/share/man/man5", program+".5.gz"),
 	} {
 		output(t, "cmp", filepath.Join(dir, name), same)
 	}
@@ -84,7 +85,8 @@ func keyring(t *testing.T) (env []string, public string) {
 		}
 	}
 	t.Cleanup(func() { gpg("gpgconf", "--kill", "all"); os.RemoveAll(home) })
-	gpg("gpg", "--batch", "--quiet", "--passphrase", "", "--quick-generate-key", "test@example.invalid", "rsa2048", "sign", "never")
+	gpg("gpg", "--batch", "--quiet", "--passphrase", "", "--quick-generate-key",
+		"test@example.invalid", "rsa2048", "sign", "never")
 	public = filepath.Join(home, "public.gpg")
 	gpg("gpg", "--batch", "--quiet", "--output", public, "--export", "test@example.invalid")
 	return env, public
@@ -150,7 +152,8 @@ func TestRepositoriesAreReproducible(t *testing.T) {
 		}
 		added = append(added, name)
 	}
-	if want := []string{"InRelease", "Release.gpg", program + ".asc", "repomd.xml.asc"}; !slices.Equal(strings.Split(sorted(strings.Join(added, "\n")), "\n"), want) {
+	slices.Sort(added)
+	if want := []string{"InRelease", "Release.gpg", program + ".asc", "repomd.xml.asc"}; !slices.Equal(added, want) {
 		t.Errorf("a key adds %v, want %v", added, want)
 	}
 }
@@ -170,12 +173,14 @@ func TestRepositoryOfApt(t *testing.T) {
 	hosted(t, root)
 	run(`rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*
 mkdir -p /etc/apt/keyrings; cp /srv/repo/gke-metadata-emulator.asc /etc/apt/keyrings/
-echo 'deb [signed-by=/etc/apt/keyrings/gke-metadata-emulator.asc] file:///srv/repo/deb stable main' >/etc/apt/sources.list.d/gke-metadata-emulator.list
+cd /etc/apt/sources.list.d
+echo 'deb [signed-by=/etc/apt/keyrings/gke-metadata-emulator.asc] file:///srv/repo/deb stable main' >gke-metadata-emulator.list
 apt-get update --error-on=any
 apt-get -y install gke-metadata-emulator=0.9.0-1
 apt-get -y upgrade
 ` + enabled + `gke-metadata-emulator version | grep 1.0.0
-sed -i s/0.9.0/0.9.1/ /srv/repo/deb/dists/stable/main/binary-*/Packages; rm /srv/repo/deb/dists/stable/main/binary-*/Packages.gz
+cd /srv/repo/deb/dists/stable/main/binary-*
+sed -i s/0.9.0/0.9.1/ Packages; rm Packages.gz
 rm -rf /var/lib/apt/lists/*
 ! apt-get update --error-on=any >/tmp/said 2>&1
 grep -q 'unexpected size\|Hash Sum' /tmp/said`)
@@ -185,12 +190,14 @@ grep -q 'unexpected size\|Hash Sum' /tmp/said`)
 func TestRepositoryOfDnf(t *testing.T) {
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	hosted(t, root)
-	const provided = "name: stand-in\narch: noarch\nversion: 1.0.0\nprovides: [ca-certificates, iptables, systemd, /bin/sh]\n"
+	const provided = "name: stand-in\narch: noarch\nversion: 1.0.0\n" +
+		"provides: [ca-certificates, iptables, systemd, /bin/sh]\n"
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "nfpm.yaml"), []byte(provided), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	output(t, "go", "run", "github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.2", "package", "--config", filepath.Join(dir, "nfpm.yaml"), "--packager", "rpm", "--target", dir)
+	output(t, "go", "run", "github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.2", "package",
+		"--config", filepath.Join(dir, "nfpm.yaml"), "--packager", "rpm", "--target", dir)
 	place(t, root, "stand-in.rpm", built(t, func() (string, error) { return dir, nil }, "*.rpm"))
 	const dnf = "dnf -y --releasever=9 --disablerepo='*' --enablerepo=gke-metadata-emulator "
 	run(`rpm --ignoreos -i /tmp/stand-in.rpm
@@ -203,7 +210,8 @@ repo_gpgcheck=1
 gpgcheck=0
 gpgkey=file:///srv/repo/gke-metadata-emulator.asc
 END
-` + dnf + "install gke-metadata-emulator-0.9.0\n" + dnf + "upgrade\n" + enabled + `gke-metadata-emulator version | grep 1.0.0
+` + dnf + "install gke-metadata-emulator-0.9.0\n" + dnf + "upgrade\n" + enabled +
+		`gke-metadata-emulator version | grep 1.0.0
 sed -i s/1700000000/1700000001/ /srv/repo/rpm/repodata/repomd.xml
 ` + "! " + dnf + "--refresh reinstall gke-metadata-emulator >/tmp/said 2>&1\ngrep -q 'Bad GPG signature' /tmp/said")
 }

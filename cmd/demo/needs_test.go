@@ -49,7 +49,8 @@ func TestNeeds(t *testing.T) {
 		args             []string
 		nobody           bool
 	}{
-		{name: "privileges", path: os.Getenv("PATH"), nobody: true, want: "CAP_SYS_ADMIN, CAP_SYS_PTRACE: run it as root, by `make demo`"},
+		{name: "privileges", path: os.Getenv("PATH"), nobody: true,
+			want: "CAP_SYS_ADMIN, CAP_SYS_PTRACE: run it as root, by `make demo`"},
 		{name: "tools", path: dir, want: "this machine has no ip, iptables, nsenter, mount, unshare, sh in $PATH"},
 		{name: "curl", path: tools, args: []string{"--keep"}, want: "this machine has no curl in $PATH"},
 	} {

@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// tarred are the files of the tarball: a folder in it, and patterns of what lies there. BUILD stands for the first argument
-// of gen tar, ARCH for the second.
+// tarred are the files of the tarball: a folder in it, and patterns of what lies there. BUILD stands for
+// the first argument of gen tar, ARCH for the second.
 var tarred = []struct {
 	folder string
 	files  []string
