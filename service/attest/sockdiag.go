@@ -116,7 +116,7 @@ func putAddr(b []byte, a netip.Addr) {
 }
 
 // parseSocket reads a datagram. known says that it is the answer to the question; ok, that it tells of exactly the socket that was asked
-// for: where there is none, the kernel answers with a listener on the same port.
+// for: where there is none, the kernel answers with a listener on the same port, of which the state is told.
 func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f socketFound, ok, known bool, err error) {
 	m, _, some := nextMessage(b)
 	switch {
