@@ -199,8 +199,8 @@ func guardCheck(p *patient) Finding {
 		return warn("add it to routing.guard", "%s is not guarded, so pods may reach the cloud's own credentials", routing.MetadataServer())
 	}
 	if len(p.node.Bypass) > 0 {
-		return fail("delete that policy rule and add it again with a preference of 1 or more",
-			"the guard does not hold for what a policy rule before it matches: %s", some(p.node.Bypass))
+		return fail("delete that rule and add it again with a preference of 1 or more, or that route to table main",
+			"the guard does not hold for what comes before it: %s", some(p.node.Bypass))
 	}
 	return good("closed for %s, whatever becomes of the firewall", strings.Join(guarded, ", "))
 }

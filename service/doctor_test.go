@@ -184,7 +184,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"watcher", func(p *patient) { p.state.Repairs = routing.Repairs{"iptables": {"nftables": 3}} }, OK, "put back 3 times", ""},
 
 		{"guard", func(p *patient) { p.node.Guard = []string{"ip rule: a"} }, Fail, "missing ip rule: a", installRules},
-		{"guard", func(p *patient) { p.node.Bypass = []string{"ip rule: pref 0 from all lookup 7"} }, Fail, "does not hold for what a policy rule before it matches: ip rule: pref 0 from all lookup 7", "preference of 1 or more"},
+		{"guard", func(p *patient) { p.node.Bypass = []string{"ip rule: pref 0 from all lookup 7"} }, Fail, "does not hold for what comes before it: ip rule: pref 0 from all lookup 7", "preference of 1 or more"},
 		{"guard", func(p *patient) { p.plan.Guard = nil }, Warn, "169.254.169.254:80 is not guarded", "routing.guard"},
 
 		{"uplinks", func(p *patient) { p.node.Uplinks = nil }, Warn, "none was found", "routing.uplinks"},

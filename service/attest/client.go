@@ -74,7 +74,11 @@ func (e end) fits(f socketFound) bool {
 // Where struct tcp_info of linux/tcp.h has what is compared, and how long it is where the kernel
 // counts what was sent.
 const (
-	infoAcknowledged = unsafe.Offsetof(unix.TCPInfo{}.Last_ack_recv)
-	infoReceived     = unsafe.Offsetof(unix.TCPInfo{}.Bytes_received)
-	infoCounted      = unsafe.Offsetof(unix.TCPInfo{}.Bytes_sent) + 8
+	infoUnacked       = unsafe.Offsetof(unix.TCPInfo{}.Unacked)
+	infoAcknowledged  = unsafe.Offsetof(unix.TCPInfo{}.Last_ack_recv)
+	infoAcked         = unsafe.Offsetof(unix.TCPInfo{}.Bytes_acked)
+	infoReceived      = unsafe.Offsetof(unix.TCPInfo{}.Bytes_received)
+	infoSent          = unsafe.Offsetof(unix.TCPInfo{}.Bytes_sent)
+	infoRetransmitted = unsafe.Offsetof(unix.TCPInfo{}.Bytes_retrans)
+	infoCounted       = infoRetransmitted + 8
 )

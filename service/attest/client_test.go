@@ -70,6 +70,20 @@ func (p *player) play(args []string) (string, error) {
 		}
 		p.listeners = append(p.listeners, l)
 		return l.Addr().String(), nil
+	case "greet": // address: listens, and greets the first that comes
+		l, err := net.Listen("tcp4", args[1])
+		if err != nil {
+			return "", err
+		}
+		p.listeners = append(p.listeners, l)
+		fmt.Println("ok") // it listens
+		c, err := l.Accept()
+		if err != nil {
+			return "", err
+		}
+		p.conns[c.LocalAddr().String()] = c.(*net.TCPConn)
+		_, err = c.Write([]byte("220 ready\n"))
+		return "", err
 	case "half": // own end: shuts down our direction
 		return "", p.conns[args[1]].CloseWrite()
 	case "close": // own end

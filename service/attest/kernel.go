@@ -201,6 +201,13 @@ func askable(holders []holder) []holder {
 func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
 	ask := func(h holder) error {
 		found, ok, err := h.socket(c.Client, dialled, h.device)
+		if opened, certain := found.opened(); ok && !certain { // no client has a port that somebody listens at
+			var listens bool
+			listens, err = h.listens(c.Client, h.device)
+			ok = !listens
+		} else {
+			ok = ok && opened
+		}
 		switch {
 		case errors.Is(err, errClosed) || err == nil && (!ok || !found.live() || !c.end.fits(found)):
 			return nil

@@ -25,6 +25,25 @@ type socketFound struct {
 	counted      bool   // the kernel says the rest
 	received     uint64 // bytes, from the other end
 	acknowledged uint32 // by the other end, so many ms ago
+	sent, acked  uint64 // bytes, to the other end, each once; and what that acknowledged, the SYN and the FIN of this end included
+	unacked      uint32 // packets
+}
+
+// opened reports whether the socket opened its connection, and whether the kernel's numbers tell. One that a listener accepted was opened
+// by somebody else, who may have forged its address; nothing is acknowledged of it until it sends. Of one that opened, the SYN was, which
+// counts as a byte. What a filter or a queue of its own drops counts as sent more than once.
+func (f socketFound) opened() (opened, certain bool) {
+	ends := uint64(0)
+	if f.state == 5 { // FIN_WAIT2: its FIN was acknowledged, too
+		ends = 1
+	}
+	switch {
+	case !f.counted:
+		return true, true
+	case f.acked == 0:
+		return false, true
+	}
+	return true, f.unacked == 0 && f.acked > f.sent+ends
 }
 
 // live reports whether the socket can be the client's of a connection that we hold open. One that only tries to connect does not make
@@ -76,6 +95,16 @@ func (s *netlinkSocket) socket(local, remote netip.AddrPort, device uint32) (soc
 	return socketFound{}, false, fmt.Errorf("ask sock_diag: %w", errLost)
 }
 
+// listens reports whether a socket waits for connections to the address.
+func (n *namespace) listens(at netip.AddrPort, device uint32) (bool, error) {
+	nobody := netip.IPv6Unspecified()
+	if at.Addr().Is4() {
+		nobody = netip.IPv4Unspecified()
+	}
+	f, _, err := n.socket(at, netip.AddrPortFrom(nobody, 0), device)
+	return f.state == 10, err
+}
+
 func putAddr(b []byte, a netip.Addr) {
 	if a.Is4() {
 		four := a.As4()
@@ -87,7 +116,7 @@ func putAddr(b []byte, a netip.Addr) {
 }
 
 // parseSocket reads a datagram. known says that it is the answer to the question; ok, that it tells of exactly the socket that was asked
-// for: where there is none, the kernel answers with a listener on the same port.
+// for: where there is none, the kernel answers with a listener on the same port, of which the state is told.
 func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f socketFound, ok, known bool, err error) {
 	m, _, some := nextMessage(b)
 	switch {
@@ -104,13 +133,16 @@ func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f soc
 	sourcePort, destinationPort := binary.BigEndian.Uint16(ends), binary.BigEndian.Uint16(ends[2:])
 	source, destination := diagAddr(m.data[0], ends[4:20]), diagAddr(m.data[0], ends[20:36])
 	if netip.AddrPortFrom(source, sourcePort) != local || netip.AddrPortFrom(destination, destinationPort) != remote {
-		return socketFound{}, false, true, nil
+		return socketFound{state: m.data[1]}, false, true, nil
 	}
 	f.state = m.data[1]
 	if info := attribute(m.data[diagAnswerLen:], diagInfo); len(info) >= int(infoCounted) {
 		f.counted = true
 		f.received = binary.NativeEndian.Uint64(info[infoReceived:])
 		f.acknowledged = binary.NativeEndian.Uint32(info[infoAcknowledged:])
+		f.sent = binary.NativeEndian.Uint64(info[infoSent:]) - binary.NativeEndian.Uint64(info[infoRetransmitted:])
+		f.acked = binary.NativeEndian.Uint64(info[infoAcked:])
+		f.unacked = binary.NativeEndian.Uint32(info[infoUnacked:])
 	}
 	if id := attribute(m.data[diagAnswerLen:], diagCgroupID); len(id) == 8 {
 		f.cgroup = binary.NativeEndian.Uint64(id)

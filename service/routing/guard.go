@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -369,14 +370,46 @@ func checkGuard(p Plan, s surroundings) (errs []error) {
 	return errs
 }
 
-// bypasses are the rules of others that walk round the guard, and that it cannot be put before.
+// bypasses are the rules of others that walk round the guard, and that it cannot be put before; and
+// the routes that lead what is guarded off the node by table local, where that is asked first.
 func bypasses(p Plan, s surroundings) (texts []string) {
 	both, _ := readGuard(p, s) // what cannot be read checkGuard tells
 	for _, g := range both {
+		if slices.ContainsFunc(g.have.before, policyRule.looksLocal) {
+			texts = append(texts, localRoutes(g.want)...)
+		}
 		for _, o := range g.have.before {
 			if o.pref == 0 && o.meets(g.want) {
 				texts = append(texts, o.ip()+" rule: "+o.String())
 			}
+		}
+	}
+	return texts
+}
+
+// localRoutes are the routes of table local by which what the rules guard leaves the node.
+func localRoutes(guard []policyRule) (texts []string) {
+	if len(guard) == 0 {
+		return nil
+	}
+	family := netlink.FAMILY_V4
+	if guard[0].six {
+		family = netlink.FAMILY_V6
+	}
+	routes, _ := retryDump(func() ([]netlink.Route, error) {
+		of := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_UNICAST}
+		return netlink.RouteListFiltered(family, of, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+	})
+	for _, route := range routes {
+		leads := func(r policyRule) bool {
+			return r.to.IsValid() && (route.Dst == nil || route.Dst.Contains(r.to.AsSlice()))
+		}
+		if slices.ContainsFunc(guard, leads) {
+			to := "default"
+			if route.Dst != nil {
+				to = route.Dst.String()
+			}
+			texts = append(texts, guard[0].ip()+" route: "+to+" table local")
 		}
 	}
 	return texts

@@ -76,6 +76,40 @@ func TestGuardBypassed(t *testing.T) {
 	})
 }
 
+// TestLocalRoute: a route of table local, which is asked before the guard, leads pods to the real
+// server once the firewall is flushed. Install, check and whoever examines say so. One that leads
+// elsewhere, or nowhere, is no fault.
+func TestLocalRoute(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.sh("ip route add 192.0.2.0/24 via 198.51.100.1 dev eth0 table local; ip route add prohibit 169.254.170.2/32 table local")
+	log, hook := logtest.NewNullLogger()
+	p := b.plan
+	p.Log = log
+	b.install(p)
+	if n := len(hook.AllEntries()); n > 0 && strings.Contains(hook.LastEntry().Message, "table local") {
+		t.Errorf("%s", hook.LastEntry().Message)
+	}
+	b.sh("ip route add 169.254.169.0/24 via 198.51.100.1 dev eth0 table local")
+	const route = "ip route: 169.254.169.0/24 table local"
+	for name, does := range map[string]func(){"install": func() { b.install(p) }, "check": func() { b.green(p) }} {
+		hook.Reset()
+		does()
+		if !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
+			return e.Level == logrus.WarnLevel && strings.Contains(e.Message, route+": delete")
+		}) {
+			t.Errorf("%s does not say that the guard is walked round", name)
+		}
+	}
+	_ = b.Do(func() error {
+		if x := Examine(t.Context(), p, State{}); !slices.Equal(x.Bypass, []string{route}) {
+			t.Errorf("%v", x.Bypass)
+		}
+		return nil
+	})
+	b.sh("nft flush ruleset")
+	b.answers(b.pod, "169.254.169.254:80", cloud)
+}
+
 // TestLoopbackBypassed: in mode loopback what walks round the guard is not served either, so
 // check fails and names the rule.
 func TestLoopbackBypassed(t *testing.T) {

@@ -93,6 +93,11 @@ func (r policyRule) ours() bool { return r.foreign == "" }
 // serves says whether the rule brings requests to the emulator (mode loopback).
 func (r policyRule) serves() bool { return r.action == unix.FR_ACT_TO_TBL && r.arg == ourTable }
 
+// looksLocal says whether the rule has table local asked.
+func (r policyRule) looksLocal() bool {
+	return r.action == unix.FR_ACT_TO_TBL && r.arg == unix.RT_TABLE_LOCAL
+}
+
 // meets says whether somebody else's rule can match what the guard's rules are for.
 func (r policyRule) meets(guard []policyRule) bool {
 	return !r.harmless && slices.ContainsFunc(guard, func(g policyRule) bool {

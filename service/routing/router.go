@@ -129,8 +129,8 @@ func (r *router) warnOvertaken(s surroundings) {
 			"set routing.mode to nftables, whose rules overrule that")
 	}
 	for _, rule := range bypasses(r.plan, s) {
-		r.plan.Log.Warn("the guard does not hold for what a policy rule matches that comes before it: " + rule +
-			": delete that rule and add it again with a preference of 1 or more")
+		r.plan.Log.Warn("the guard does not hold for what comes before it: " + rule +
+			": delete that rule and add it again with a preference of 1 or more, or that route to table main")
 	}
 }
 
@@ -259,8 +259,8 @@ func (r *router) Check(ctx context.Context) error {
 	errs := r.check(ctx, n)
 	if r.plan.Mode == ModeLoopback { // whose guard is what serves pods: no repair helps, so install only warns
 		for _, rule := range bypasses(r.plan, n.surroundings) {
-			errs = append(errs, fmt.Errorf("pods are not served where a policy rule matches that comes before the guard: %s"+
-				": delete that rule and add it again with a preference of 1 or more", rule))
+			errs = append(errs, fmt.Errorf("pods are not served where this comes before the guard: %s"+
+				": delete that rule and add it again with a preference of 1 or more, or that route to table main", rule))
 		}
 	}
 	return errors.Join(errs...)
