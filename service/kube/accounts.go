@@ -26,7 +26,7 @@ const (
 	readsAtOnce   = 16
 	retryRead     = time.Second // a read that failed is not repeated sooner
 	retryReadMax  = 5 * time.Minute
-	watchAgain    = time.Hour // after the API server refused to let us watch ServiceAccounts
+	watchAgain    = 50 * time.Second // after the API server refused to let us watch ServiceAccounts
 	watchLifetime = 5 * time.Minute
 )
 
@@ -36,6 +36,7 @@ type account struct {
 	err     error // *AnnotationError or ErrNotFound: also something that the API server said
 	version string
 	read    time.Time // zero: never
+	asked   time.Time // when the last consistent read began
 
 	failure  error // of the last attempt, when it failed
 	failedAt time.Time
@@ -57,28 +58,42 @@ func newAccounts() *accounts {
 	return &accounts{known: map[workload.ServiceAccount]*account{}, changed: make(chan struct{}), slots: make(chan struct{}, readsAtOnce)}
 }
 
-// Account returns what the ServiceAccount's annotations say. With maxAge < 0 any age will do, and the answer is at once when something is known;
-// else it is read again when what is known is older, and a failed read is the error: an annotation that was taken away must not be honoured
-// because the API server could not be asked. Concurrent reads coalesce. Errors: *AnnotationError, ErrNotFound, ErrNoPod, *ForbiddenError, *AwayError, ErrNotConfigured.
+// Account returns what the ServiceAccount's annotations say. It reads them anew where what is known
+// is older than maxAge, or older than the newest pod of the ServiceAccount: after an annotation and a
+// rollout, each new pod has the new identity. With maxAge < 0 any age serves pods that are not new,
+// and a failed read leaves what was known. Otherwise a failed read is the error: an annotation that
+// was taken away must not be honoured because the API server is away. Concurrent reads coalesce.
+// Errors: *AnnotationError, ErrNotFound, ErrNoPod, *ForbiddenError, *AwayError, ErrNotConfigured.
 func (c *Cluster) Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error) {
-	c.accounts.mu.Lock()
-	if a := c.accounts.known[sa]; a != nil {
-		known := !a.read.IsZero() && (maxAge < 0 || time.Since(a.read) <= maxAge)
-		value, err := a.value, a.err
-		if !known && a.failure != nil && time.Since(a.failedAt) < retryRead {
-			known, value, err = true, workload.Account{}, a.failure
+	newest := c.pods.current.Load().newest[sa]
+	a := c.knownAccount(sa)
+	old := a.read.IsZero() || maxAge >= 0 && time.Since(a.read) > maxAge
+	// A read that was under way when the newest pod appeared is joined, and followed by another.
+	for ; old || a.asked.Before(newest); old = false {
+		now, err := a, a.failure
+		if err == nil || time.Since(a.failedAt) >= retryRead {
+			now, err = c.readAccount(ctx, sa, true)
 		}
-		if known {
-			c.accounts.mu.Unlock()
-			return value, err
+		switch {
+		case err == nil:
+			a = now
+		case maxAge < 0 && !a.read.IsZero() && ctx.Err() == nil:
+			return a.value, a.err
+		default:
+			return workload.Account{}, err
 		}
-	}
-	c.accounts.mu.Unlock()
-	a, err := c.readAccount(ctx, sa, true)
-	if err != nil {
-		return workload.Account{}, err
 	}
 	return a.value, a.err
+}
+
+// knownAccount returns a copy of what is known, the zero account where nothing is.
+func (c *Cluster) knownAccount(sa workload.ServiceAccount) account {
+	c.accounts.mu.Lock()
+	defer c.accounts.mu.Unlock()
+	if a := c.accounts.known[sa]; a != nil {
+		return *a
+	}
+	return account{}
 }
 
 // Changes is closed when the annotations of an account change, or are first known.
@@ -120,6 +135,7 @@ func (c *Cluster) getAccount(ctx context.Context, sa workload.ServiceAccount, fr
 	if err != nil {
 		return account{}, fmt.Errorf("ServiceAccount %s: %w", sa, err)
 	}
+	asked := time.Now()
 	obj, err := c.get(ctx, k, sa, fresh)
 	// The Node authorizer learns of a new pod by a watch of its own, which may be behind ours.
 	var refused *refusedPod
@@ -127,15 +143,19 @@ func (c *Cluster) getAccount(ctx context.Context, sa workload.ServiceAccount, fr
 		if !sleep(ctx, wait) {
 			break
 		}
+		asked = time.Now()
 		obj, err = c.get(ctx, k, sa, fresh)
+	}
+	if !fresh {
+		asked = time.Time{}
 	}
 	switch {
 	case err == nil:
-		return c.learn(sa, obj, fresh), nil
+		return c.learn(sa, obj, fresh, asked), nil
 	case apierrors.IsNotFound(err) && !fresh:
 		return c.getAccount(ctx, sa, true) // the API server's memory may be behind
 	case apierrors.IsNotFound(err):
-		return c.learn(sa, nil, true), nil
+		return c.learn(sa, nil, true, asked), nil
 	case ctx.Err() != nil:
 		return account{}, ctx.Err()
 	}
@@ -162,9 +182,10 @@ func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount
 	return obj, c.judge(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace, unbound: unbound}, err)
 }
 
-// learn takes what the API server says of a ServiceAccount; nil is that it does not exist.
-func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, fresh bool) account {
-	now := account{read: time.Now().Round(0)} // by the clock on the wall: time spent suspended counts
+// learn takes what the API server says of a ServiceAccount; nil is that it does not exist. asked is when
+// a consistent read began, zero for all other news.
+func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, fresh bool, asked time.Time) account {
+	now := account{read: time.Now().Round(0), asked: asked} // by the clock on the wall: time spent suspended counts
 	if obj == nil {
 		now.err = fmt.Errorf("%w: %s", ErrNotFound, sa)
 	} else {
@@ -176,6 +197,9 @@ func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, 
 	a := c.entry(sa)
 	if a == nil {
 		return now // its last pod went away while we read
+	}
+	if asked.Before(a.asked) {
+		now.asked = a.asked
 	}
 	if !fresh && older(now.version, a.version) {
 		return *a // the API server's memory was behind what we know
@@ -262,7 +286,8 @@ func (c *Cluster) keepAccounts(ctx context.Context) {
 	}
 }
 
-// keepAccount keeps one ServiceAccount fresh: read when its first pod appears, then watched where that is granted, else read every ten minutes.
+// keepAccount keeps one ServiceAccount fresh: it is read when its first pod appears, then watched where
+// that is granted, else read every ten minutes.
 func (c *Cluster) keepAccount(ctx context.Context, sa workload.ServiceAccount) {
 	delay := retryRead / 2
 	for fresh := true; ; fresh = false {
@@ -279,12 +304,27 @@ func (c *Cluster) keepAccount(ctx context.Context, sa workload.ServiceAccount) {
 			continue
 		}
 		delay = retryRead / 2
-		pause := c.refresh
-		if c.watchAccount(ctx, sa) {
-			pause = 2 * retryRead // it was watched; the watch ended, as they do every few minutes
-		}
-		if !sleep(ctx, around(pause)) {
+		if !c.watchUntilOld(ctx, sa) {
 			return
+		}
+	}
+}
+
+// watchUntilOld watches the ServiceAccount where that is granted, and returns when it has to be read
+// anew: after a watch at once, else after c.refresh. A grant that comes later is noticed within a
+// minute. It returns false when ctx is done.
+func (c *Cluster) watchUntilOld(ctx context.Context, sa workload.ServiceAccount) bool {
+	old := time.Now().Add(around(c.refresh))
+	for {
+		if c.watchAccount(ctx, sa) {
+			return sleep(ctx, around(2*retryRead)) // the watch ended, as watches do every few minutes
+		}
+		left := time.Until(old)
+		if left <= 0 {
+			return ctx.Err() == nil
+		}
+		if !sleep(ctx, min(left, around(c.watchAgain))) {
+			return false
 		}
 	}
 }
@@ -297,7 +337,7 @@ func around(d time.Duration) time.Duration {
 // watchAccount watches one ServiceAccount by name, as kubelet does with Secrets, and reports whether it could. One refusal
 // is enough to know: 100 ServiceAccounts do not ask 100 times.
 func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) bool {
-	denied := func() bool { return time.Since(time.Unix(0, c.accounts.watchDeniedAt.Load())) < watchAgain }
+	denied := func() bool { return time.Since(time.Unix(0, c.accounts.watchDeniedAt.Load())) < c.watchAgain }
 	if denied() {
 		return false
 	}
@@ -312,6 +352,7 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 	w, err := c.openAccountWatch(ctx, sa)
 	if err == nil {
 		c.accounts.mayWatch.Store(true)
+		c.accounts.watchDeniedAt.Store(0)
 	}
 	if apierrors.IsForbidden(err) {
 		c.accounts.mayWatch.Store(false)
@@ -339,9 +380,9 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 			}
 			switch e.Type {
 			case watch.Added, watch.Modified:
-				c.learn(sa, obj, false)
+				c.learn(sa, obj, false, time.Time{})
 			case watch.Deleted:
-				c.learn(sa, nil, true)
+				c.learn(sa, nil, true, time.Time{})
 			}
 		}
 	}

@@ -202,12 +202,12 @@ func TestStaleReadIsNotBelieved(t *testing.T) {
 	b.at(t, "10.1.0.11", "p1")
 	b.account(t, ksa, 0, linked)
 	stale := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns1", Name: "ksa", ResourceVersion: "7"}}
-	if a := b.learn(ksa, stale, false); a.value != linked {
+	if a := b.learn(ksa, stale, false, time.Time{}); a.value != linked {
 		t.Errorf("a stale read is believed: %+v", a)
 	}
 	b.account(t, ksa, -1, linked)
 	// After a restore from a backup versions fall: a consistent read is believed whatever its version.
-	if a := b.learn(ksa, stale, true); a.value != (workload.Account{}) {
+	if a := b.learn(ksa, stale, true, time.Now()); a.value != (workload.Account{}) {
 		t.Errorf("a fresh read is not believed: %+v", a)
 	}
 	if !older("9", "10") || older("10", "9") || older("x", "10") || older("9", "") {
@@ -245,4 +245,97 @@ func TestAround(t *testing.T) {
 			t.Fatal(d)
 		}
 	}
+}
+
+// A new pod has its ServiceAccount read anew, though another one has it remembered: after an
+// annotation and a rollout, each new pod has the new identity at its first request.
+func TestNewPodReadsAnew(t *testing.T) {
+	s := newServer(t, kubetest.Options{})
+	b := run(t, s, nil)
+	b.at(t, "10.1.0.11", "p1")
+	b.account(t, ksa, -1, linked)
+	until(t, "the watch to be refused", func() bool { return s.Calls("watch", "serviceaccounts") == 1 })
+	for i := range 20 {
+		want := workload.Account{GoogleEmail: fmt.Sprintf("v%d@p.iam.gserviceaccount.com", i)}
+		s.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: want.GoogleEmail})
+		name, address := fmt.Sprintf("new-%d", i), fmt.Sprintf("10.1.0.%d", 100+i)
+		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa", Addresses: []string{address}})
+		b.at(t, address, name)
+		before := s.Calls("get", "serviceaccounts")
+		for range 10 {
+			if got, err := b.Account(t.Context(), ksa, -1); err != nil || got != want {
+				t.Fatalf("pod %d: %+v, %v", i, got, err)
+			}
+		}
+		if n := s.Calls("get", "serviceaccounts") - before; n != 1 {
+			t.Errorf("pod %d: %d reads", i, n)
+		}
+	}
+	// A list that is read anew brings no new pod.
+	before := s.Calls("get", "serviceaccounts")
+	s.Compact()
+	s.DropWatches()
+	until(t, "another list", func() bool { return strings.Count(b.logs.String(), "21 live pods") > 0 })
+	if got, err := b.Account(t.Context(), ksa, -1); err != nil || got.GoogleEmail != "v19@p.iam.gserviceaccount.com" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if n := s.Calls("get", "serviceaccounts") - before; n != 0 {
+		t.Errorf("%d reads", n)
+	}
+}
+
+// A read that began before the pod appeared does not count for it.
+func TestNewPodJoinsAnOlderRead(t *testing.T) {
+	s := newServer(t, kubetest.Options{})
+	b := run(t, s, nil)
+	b.at(t, "10.1.0.11", "p1")
+	b.account(t, ksa, -1, linked)
+	hold := make(chan struct{})
+	clear := s.Inject(kubetest.Fault{Verb: "get", Resource: "serviceaccounts", Hold: hold, Times: 1})
+	defer clear()
+	before := s.Calls("get", "serviceaccounts")
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _ = b.Account(t.Context(), ksa, 0) })
+	until(t, "the older read", func() bool { return s.Calls("get", "serviceaccounts") == before+1 })
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "new", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}})
+	b.at(t, "10.1.0.12", "new")
+	wg.Go(func() {
+		if got, err := b.Account(t.Context(), ksa, -1); err != nil || got != linked {
+			t.Errorf("%+v, %v", got, err)
+		}
+	})
+	close(hold)
+	wg.Wait()
+	if n := s.Calls("get", "serviceaccounts") - before; n != 2 {
+		t.Errorf("%d reads, one of them for the new pod", n)
+	}
+}
+
+// While the API server cannot be asked, a new pod has what is known of its ServiceAccount.
+func TestNewPodWhileAway(t *testing.T) {
+	s := newServer(t, kubetest.Options{})
+	b := run(t, s, nil)
+	b.at(t, "10.1.0.11", "p1")
+	b.account(t, ksa, -1, linked)
+	defer s.Inject(kubetest.Fault{Verb: "get", Resource: "serviceaccounts", Code: 500})()
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "new", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}})
+	b.at(t, "10.1.0.12", "new")
+	if got, err := b.Account(t.Context(), ksa, -1); err != nil || got != linked {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// A grant to watch that comes later is used.
+func TestServiceAccountWatchGrantedLater(t *testing.T) {
+	s := newServer(t, kubetest.Options{})
+	b := run(t, s, nil, func(b *bed) { b.watchAgain = 20 * time.Millisecond })
+	b.at(t, "10.1.0.11", "p1")
+	b.account(t, ksa, -1, linked)
+	until(t, "refusals", func() bool { return s.Calls("watch", "serviceaccounts") > 1 })
+	s.GrantServiceAccountWatch()
+	n := s.Calls("watch", "serviceaccounts")
+	until(t, "the watch", func() bool { return s.Calls("watch", "serviceaccounts") > n })
+	want := workload.Account{GoogleEmail: "new@p.iam.gserviceaccount.com"}
+	s.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: want.GoogleEmail})
+	b.account(t, ksa, -1, want)
 }

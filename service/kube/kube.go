@@ -39,7 +39,7 @@ type Cluster struct {
 	kubeconfig, nodeName, audience, userAgent string
 	copied                                    string
 	places                                    []string
-	poll, refresh                             time.Duration
+	poll, refresh, watchAgain                 time.Duration
 	backoff                                   wait.Backoff
 	log                                       logrus.FieldLogger
 	metrics                                   metrics
@@ -87,7 +87,7 @@ func New(o Options) *Cluster {
 	}
 	c := &Cluster{
 		kubeconfig: o.Kubeconfig, copied: o.Copied, nodeName: o.NodeName, audience: o.Audience, userAgent: o.UserAgent, places: o.Places,
-		poll: o.Poll, refresh: refreshEvery, backoff: relist(),
+		poll: o.Poll, refresh: refreshEvery, watchAgain: watchAgain, backoff: relist(),
 		log: o.Log, codec: newCodec(), kick: make(chan struct{}, 1),
 		state: state{since: time.Now(), grants: map[string]*Grant{}},
 	}

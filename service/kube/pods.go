@@ -28,6 +28,7 @@ type pod struct {
 	static               string       // what the cgroup of a static pod names instead of its UID in the API; "" for all others
 	addrs                []netip.Addr // none for a pod on the host network: its address is the node's (N-14)
 	running, terminating bool
+	seen                 time.Time // when it was first heard of
 }
 
 func (p *pod) equal(q *pod) bool {
@@ -41,8 +42,9 @@ type index struct {
 	byAddress map[netip.Addr][]workload.Caller
 	byUID     map[string]workload.Caller // as the pod's cgroup names it
 	byAccount map[workload.ServiceAccount][]*pod
-	accounts  []workload.ServiceAccount // sorted
-	changed   chan struct{}             // closed when the next generation is there, or when the API server is in touch again
+	newest    map[workload.ServiceAccount]time.Time // when the newest pod that uses it was first heard of
+	accounts  []workload.ServiceAccount             // sorted
+	changed   chan struct{}                         // closed when the next generation is there, or when the API server is in touch again
 }
 
 // pods is the store that the reflector fills. Its methods are the reflector's, which is one goroutine at a time;
@@ -79,6 +81,7 @@ func (p *pods) build() *index {
 		byAddress: make(map[netip.Addr][]workload.Caller, len(p.live)),
 		byUID:     make(map[string]workload.Caller, len(p.live)),
 		byAccount: make(map[workload.ServiceAccount][]*pod),
+		newest:    make(map[workload.ServiceAccount]time.Time),
 		changed:   make(chan struct{}),
 	}
 	for _, q := range p.live {
@@ -114,6 +117,9 @@ func (x *index) use(sa workload.ServiceAccount, by *pod) {
 	}
 	if by != nil {
 		users = append(users, by)
+		if by.seen.After(x.newest[sa]) {
+			x.newest[sa] = by.seen
+		}
 	}
 	x.byAccount[sa] = users
 }
@@ -124,20 +130,21 @@ func (x *index) uses(sa workload.ServiceAccount) bool {
 	return known
 }
 
-// set takes one object's newest state and reports whether it matters.
-func (p *pods) set(o *corev1.Pod) bool {
+// set takes one object's newest state and reports whether it matters. before is what was known of it.
+func (p *pods) set(o *corev1.Pod, before map[types.NamespacedName]*pod) bool {
 	key := types.NamespacedName{Namespace: o.Namespace, Name: o.Name}
-	old, had := p.live[key]
+	old, had := before[key]
 	if !live(o) {
 		delete(p.live, key)
 		return had
 	}
 	q := convert(o)
-	if had && old.equal(q) {
-		return false
+	q.seen = time.Now()
+	if had && old.caller.PodUID == q.caller.PodUID {
+		q.seen = old.seen
 	}
 	p.live[key] = q
-	return true
+	return !had || !old.equal(q)
 }
 
 // live: a pod that ended keeps its status.podIP while its address is used again (N-12), so the phase decides. A terminating
@@ -241,7 +248,7 @@ func (p *pods) Update(o any) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.touched.Store(time.Now().UnixNano())
-	if v, is := o.(*corev1.Pod); is && p.set(v) {
+	if v, is := o.(*corev1.Pod); is && p.set(v, p.live) {
 		p.log("pod %s/%s %s: phase %s, addresses %v", v.Namespace, v.Name, v.UID, v.Status.Phase, v.Status.PodIPs)
 		p.publish()
 	}
@@ -268,10 +275,11 @@ func (p *pods) Replace(os []any, _ string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.touched.Store(time.Now().UnixNano())
+	before := p.live
 	p.live = make(map[types.NamespacedName]*pod, len(os))
 	for _, o := range os {
 		if v, is := o.(*corev1.Pod); is {
-			p.set(v)
+			p.set(v, before)
 		}
 	}
 	p.synced = true
