@@ -80,11 +80,12 @@ func openProcess(cgroup, number string) (process, error) {
 	p.namespace, err = networkNamespace(number)
 	procs, _ := os.ReadFile(cgroup + "/cgroup.procs")
 	listed := bytes.HasPrefix(procs, []byte(number+"\n")) || bytes.Contains(procs, []byte("\n"+number+"\n"))
-	if err == nil && listed && !ended(fd) {
+	dead := ended(fd) // looked at last: of a process that is being reaped the kernel says EACCES
+	if err == nil && listed && !dead {
 		return p, nil
 	}
 	_ = unix.Close(fd)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+	if err != nil && !dead && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
 		return process{}, err
 	}
 	return process{}, nil
