@@ -357,7 +357,7 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 	if apierrors.IsForbidden(err) {
 		c.accounts.mayWatch.Store(false)
 		c.accounts.watchDeniedAt.Store(time.Now().UnixNano())
-		c.log.Debug("ServiceAccounts cannot be watched; they are read every ten minutes and before each mint")
+		c.log.Debug("ServiceAccounts cannot be watched; they are read every ten minutes, for each new pod, and before each mint")
 	}
 	if asks {
 		c.accounts.probe.Unlock()
