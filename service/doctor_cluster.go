@@ -17,11 +17,16 @@ import (
 func credentialCheck(p *patient) Finding {
 	const seeCopy = "systemctl restart gke-metadata-emulator-credential"
 	a := p.cluster
+	var away *kube.AwayError
+	errors.As(a.Reach, &away)
 	if p.status != nil && p.status.Cluster != nil {
 		c := p.status.Cluster
 		switch {
 		case c.NodeNameProblem != "":
 			return fail("correct or remove nodeName", "%s", c.NodeNameProblem)
+		case c.Watching && away != nil: // it may hang, and its connections stay open meanwhile
+			return fail("is the API server up, and can this node reach it?",
+				"%s does not answer doctor: %v; the service's watch is open still, and pods that it knows are served", a.Server, away.Err)
 		case c.Watching:
 			return good("the service watches this node's pods at %s as %s, with %s", c.Server, cmp.Or(c.User, "somebody"), c.Kubeconfig)
 		case c.Problem != "" && a.Reach == nil:
@@ -30,9 +35,8 @@ func credentialCheck(p *patient) Finding {
 			return warn("run doctor again; if it stays so: journalctl -u gke-metadata-emulator", "the service does not watch this node's pods now; doctor itself gets an answer of %s with %s", a.Server, a.Kubeconfig)
 		}
 	}
-	var away *kube.AwayError
 	switch {
-	case errors.As(a.Reach, &away):
+	case away != nil:
 		return fail("can this node reach it, is it up, and is the credential still valid?", "%s with %s of %s: %v", a.Server, a.Credential, a.Kubeconfig, away.Err)
 	case errors.Is(a.Reach, kube.ErrNotConfigured) && !p.root:
 		return skip("%v: %s", a.Reach, asRoot)

@@ -382,6 +382,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 
 		{"credential", func(p *patient) { p.status.Cluster.NodeNameProblem = "nodeName is a" }, Fail, "nodeName is a", "nodeName"},
 		{"credential", func(p *patient) { p.status.Cluster.Watching, p.status.Cluster.Problem = false, "permission denied" }, Fail, "the service says: permission denied; doctor itself", "gke-metadata-emulator-credential"},
+		{"credential", func(p *patient) { p.cluster.Reach = &kube.AwayError{Err: errors.New("no answer in 10 s")} }, Fail, "does not answer doctor: no answer in 10 s", "is the API server up"},
 		{"credential", func(p *patient) { p.status.Cluster.Watching = false }, Warn, "does not watch this node's pods now", "journalctl"},
 		{"credential", func(p *patient) { p.status, p.cluster.Reach = nil, &kube.AwayError{Err: errors.New("refused")} }, Fail, "client certificate of /etc/kubernetes/kubelet.conf: refused", "still valid"},
 		{"credential", func(p *patient) { p.status, p.cluster.Reach = nil, kube.ErrNotConfigured }, Fail, "no kubeconfig", "kubelet writes it"},
