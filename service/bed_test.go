@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -169,7 +170,7 @@ func (b *bed) start(t testing.TB) {
 	case <-b.Service.ready:
 	case <-b.ended:
 		t.Fatal(b.err)
-	case <-time.After(10 * time.Second):
+	case <-time.After(testTimeout):
 		t.Fatal("no READY")
 	}
 }
@@ -183,7 +184,7 @@ func (b *bed) end(t testing.TB) {
 		if b.err != nil {
 			t.Errorf("run: %v", b.err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(testTimeout):
 		t.Error("the service does not end")
 	}
 }
@@ -200,16 +201,20 @@ func (b *bed) ready(t testing.TB) {
 	b.eventually(t, "pods are served", func() bool { err = b.readiness(t.Context()); return err == nil })
 }
 
-// eventually polls until what is said is so.
+// testTimeout bounds each wait of a test. What a test waits for comes in moments where the machine is idle, and no test fails
+// because it is not.
+const testTimeout = 2 * time.Minute
+
+// eventually polls until what is said is so. Where it never is, the test fails with what the service knows.
 func (b *bed) eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
+	began := time.Now()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.After(30 * time.Second); !is(); {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("still not: %s", what)
+	for !is() {
+		if <-tick.C; time.Since(began) > testTimeout {
+			status, _ := json.Marshal(statusOf(t, b.dir))
+			t.Fatalf("still not after %s: %s; status: %s", testTimeout, what, status)
 		}
 	}
 }
@@ -277,7 +282,7 @@ func (b *bed) dial(t testing.TB, from string) net.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(testTimeout)); err != nil {
 		t.Fatal(err)
 	}
 	return c

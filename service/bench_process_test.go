@@ -80,7 +80,7 @@ func (p *process) mallocs(b *testing.B) float64 {
 
 // statusOf asks the emulator as `status` does.
 func statusOf(b testing.TB, dir string) (st Status) {
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
 	}}}
 	res, err := client.Get("http://status/status")

@@ -162,7 +162,7 @@ func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 
 // health asks healthListen as Prometheus does.
 func (b *chaosBed) health(path string) string {
-	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return b.node.NS.Dial(ctx, "tcp", chaosHealth)
 	}}}
 	res, err := client.Get("http://" + chaosHealth + path)

@@ -39,7 +39,7 @@ func connectionsBed(t *testing.T, x *connections) func() net.Conn {
 }
 
 func get(c net.Conn) (int, error) {
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(testTimeout))
 	if _, err := fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 		return 0, err
 	}
@@ -107,7 +107,7 @@ func TestConnectionsAreCounted(t *testing.T) {
 		all = append(all, c)
 	}
 	over := connect()
-	_ = over.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = over.SetDeadline(time.Now().Add(testTimeout))
 	if n, err := over.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("one more than twice the limit: %d bytes, %v; want it closed without a word", n, err)
 	}
@@ -124,9 +124,9 @@ func TestConnectionsAreCounted(t *testing.T) {
 
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); {
+	for end := time.Now().Add(testTimeout); !ok(); {
 		if time.Now().After(end) {
-			t.Fatalf("still not so after 10 s: %s", what)
+			t.Fatalf("still not so after %s: %s", testTimeout, what)
 		}
 		<-time.After(time.Millisecond)
 	}

@@ -37,7 +37,7 @@ func TestFDStoreDoesNotWaitForSystemd(t *testing.T) {
 		t.Errorf("%v, want EAGAIN", err)
 	}
 	go func() { _, _ = io.Copy(io.Discard, c) }()
-	for deadline := time.Now().Add(10 * time.Second); f.put([32]byte{}, nothing) != nil; {
+	for deadline := time.Now().Add(testTimeout); f.put([32]byte{}, nothing) != nil; {
 		if time.Now().After(deadline) {
 			t.Fatal("systemd reads again, and nothing goes through")
 		}
@@ -59,7 +59,7 @@ func TestFDStoreSockets(t *testing.T) {
 			t.Errorf("%q: %d are held", socket, len(f.names))
 		}
 	}
-	for deadline := time.Now().Add(10 * time.Second); !k.holds(t, "tokens"); {
+	for deadline := time.Now().Add(testTimeout); !k.holds(t, "tokens"); {
 		if time.Now().After(deadline) {
 			t.Fatal("nothing came")
 		}

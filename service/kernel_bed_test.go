@@ -358,6 +358,17 @@ func (p *podBed) mustAsk(t testing.TB, path string) said {
 	return a
 }
 
+// served is mustAsk of a client that asks again where the answer is 503, as the answer says: what is new on the node is known a
+// moment later.
+func (p *podBed) served(t testing.TB, path string) (a said) {
+	t.Helper()
+	p.k.eventually(t, p.Name+" gets another answer than 503", func() bool {
+		a = p.mustAsk(t, path)
+		return a.Status != http.StatusServiceUnavailable
+	})
+	return a
+}
+
 // pass has the pod hand its connection over.
 func (p *podBed) pass() (net.Conn, error) {
 	if _, err := fmt.Fprintln(p.in, "pass -"); err != nil {
@@ -422,7 +433,7 @@ func podProcess() error {
 // be empty.
 func dial(how string) (net.Conn, error) {
 	if to := map[string]string{"fresh": "169.254.169.254:80", "kept": "169.254.169.254:80", "direct": "169.254.169.252:988"}[how]; to != "" {
-		how = to + ",,10s"
+		how = fmt.Sprint(to, ",,", testTimeout)
 	}
 	f := strings.Split(how, ",")
 	if len(f) != 3 {
@@ -458,7 +469,7 @@ func saidOf(err error) (a said) {
 
 // exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole request, with | for the ends of its lines.
 func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(testTimeout))
 	text, raw := strings.CutPrefix(path, "raw ")
 	if !raw {
 		host := strings.TrimSuffix(c.RemoteAddr().String(), ":80") // as clients have it (H-16)

@@ -76,8 +76,8 @@ func receive[T any](t *testing.T, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(30 * time.Second):
-		t.Fatal("nothing came")
+	case <-time.After(testTimeout):
+		t.Fatalf("nothing came within %s", testTimeout)
 		panic("unreachable")
 	}
 }

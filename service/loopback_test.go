@@ -42,7 +42,7 @@ func TestLoopbackListener(t *testing.T) {
 	get := func(c net.Conn) string {
 		t.Helper()
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(testTimeout))
 		if _, err := io.WriteString(c, "GET / HTTP/1.0\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
@@ -61,7 +61,7 @@ func TestLoopbackListener(t *testing.T) {
 	}
 	// The dialer by itself: a client dials on a thread that may be in another namespace.
 	dial := newProbe(l).client.Transport.(*http.Transport).DialContext
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
 	defer cancel()
 	if err := node.Do(func() (err error) {
 		c, err = dial(ctx, "tcp", at.String())

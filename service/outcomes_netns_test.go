@@ -267,7 +267,7 @@ func (o *outcomeBed) take(ns *netnstest.NS, link, whose, hardware string) (end f
 // asks returns what comes of a request, in the words of the table.
 func (o *outcomeBed) asks(who, to, want string) string {
 	o.t.Helper()
-	wait := 10 * time.Second
+	wait := testTimeout
 	if want == "drop" {
 		wait = 300 * time.Millisecond
 	}

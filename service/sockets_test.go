@@ -28,7 +28,7 @@ func ends(t *testing.T, run func(context.Context) error) error {
 	select {
 	case err := <-over:
 		return err
-	case <-time.After(5 * time.Second):
+	case <-time.After(testTimeout):
 		stop()
 		<-over
 		t.Error("it runs beside the first one")
