@@ -64,8 +64,8 @@ var refusals = []struct {
 	{is(attest.ErrNotRead), wait("the cgroups of the node are being read anew; ask again")},
 	{is(attest.ErrNotPod), forbid("not a pod of this node, nor a process that hostIdentities names")},
 	{is(attest.ErrNoAccount), forbid(attest.ErrNoAccount.Error())},
-	//
-	{is(attest.ErrNoSocket), wait("the kernel knows no socket at the other end of this connection; " + sandbox)},
+	// Of a client whose own filter dropped what it sent, another connection is found.
+	{is(attest.ErrNoSocket), reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
 	{is(attest.ErrEmptyCgroup), reconnect("no process is left in the cgroup of the client's socket; connect again")},
 	{is(attest.ErrOwner), forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
 	// others can bring it about; another port may be nobody else's.

@@ -2,14 +2,18 @@ package attest
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 )
 
-// A pod that only listens opens no connection to the metadata server, so nobody can be taken for it. A neighbour on the bridge connects to
+// A-24 (accepted sockets): a pod that only listens opens no connection to the metadata server, so nobody can be taken for it. A neighbour on the bridge connects to
 // its listener as if from the metadata server, whereby the pod comes to have a socket with just the ends of a client's, and then to the
 // emulator as if from the listener. Both need forged packets; the pod need do nothing.
 func TestAcceptedSocket(t *testing.T) {
-	for _, listener := range []string{"silent", "greets", "greets, and is not heard out", "ends its half"} {
+	for _, listener := range []string{
+		"silent", "greets", "greets, and is not heard out", "ends its half", "greets once", "greets once, and is not heard out",
+		"greets once, and ends its half",
+	} {
 		t.Run(listener, func(t *testing.T) {
 			b := newBed(t)
 			victimNS, attackerNS, serverNS := b.pod("victim"), b.pod("attacker"), b.pod("server")
@@ -35,14 +39,40 @@ func TestAcceptedSocket(t *testing.T) {
 			if listener != "silent" {
 				victim.answer() // one that came was greeted
 			}
-			switch listener {
-			case "greets, and is not heard out":
+			if strings.Contains(listener, "once") {
+				victim.do("deaf")
+			}
+			if strings.Contains(listener, "not heard out") {
 				victim.do("send %s more", end)
-			case "ends its half":
+			}
+			if strings.Contains(listener, "ends its half") {
 				victim.do("half %s", end)
 			}
 			attacker.do("spoof %s %s", end, metadataAddr)
 			b.refused("the victim was connected to", accepted(b.accept(end.String())), ErrNoSocket)
 		})
+	}
+}
+
+// A client whose request is lost on the way, and has to be sent again, is found all the same; also one
+// that listens at its own port.
+func TestRequestLost(t *testing.T) {
+	b := newBed(t)
+	ns := b.pod("pod")
+	pod := b.client(containerPath(1, 1), ns)
+	b.startHelper()
+	b.mustBe(pod, dial, podUID(1), containerIDOf(1))
+	b.in(b.node.NS, "iptables -t raw -A PREROUTING -p tcp -m string --algo bm --string lost -m statistic --mode nth --every 2 --packet 0 -j DROP")
+	for _, listens := range []bool{false, true} {
+		end := netip.AddrPortFrom(ns.Addr, map[bool]uint16{false: 41000, true: 41001}[listens])
+		pod.do("spoof %s %s", end, metadataAddr)
+		if listens {
+			pod.do("listen %s", end)
+		}
+		pod.do("say lost")
+		conn := accepted(b.accept(end.String()))
+		if e, err := b.kernel.Look(conn); err != nil || e.PodUID != podUID(1) {
+			t.Errorf("listens at its port: %v: %+v, %v", listens, e, err)
+		}
 	}
 }

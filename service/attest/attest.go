@@ -96,7 +96,8 @@ func New(o Options) *Attestor {
 }
 
 // Look asks the kernel who is on the other end. It is to be called once, before a byte is read from the connection, and not from where
-// connections are accepted: it waits for nothing, but takes some µs for each network namespace that has the client's address.
+// connections are accepted: it takes some µs for each network namespace that has the client's address, and up to half a second for a
+// client of which a packet was lost.
 func (a *Attestor) Look(p *Peer) {
 	if a.Kernel != nil {
 		p.evidence, p.err = a.Kernel.Look(p.Conn)

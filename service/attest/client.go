@@ -2,7 +2,9 @@ package attest
 
 import (
 	"errors"
+	"net/netip"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -45,6 +47,26 @@ func (k *Kernel) client(c Conn, own *namespace, holders []holder) (
 	}
 	return n, f, redirected, nil
 }
+
+// opener finds the socket that opened the connection, where the namespace has it. While what it
+// sent is under way, the kernel's numbers do not tell whether it opened the connection or accepted
+// it: they are asked for again. Our kernel acknowledges at once what a client sends, and what was
+// lost on the way is sent again after 200 ms. Where the numbers still do not tell, it is none: who
+// forged a packet can leave out the acknowledgements. So is a client that a filter of its own kept
+// from sending, which counts as sent; another connection of that client is found.
+func (h holder) opener(c Conn, dialled netip.AddrPort) (f socketFound, ok bool, err error) {
+	for pause := time.Millisecond; ; pause *= 2 {
+		f, ok, err = h.socket(c.Client, dialled, h.device)
+		ok = ok && err == nil && f.live() && c.end.fits(f)
+		if !ok || !f.undecided() || pause > decideTime {
+			return f, ok && f.opened(), err
+		}
+		time.Sleep(pause)
+	}
+}
+
+// decideTime bounds a pause of opener, and so all of them together to twice that.
+const decideTime = 256 * time.Millisecond
 
 // end is our end of a connection, of which the kernel counts what was sent.
 type end struct{ syscall.RawConn }

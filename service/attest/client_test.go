@@ -84,6 +84,13 @@ func (p *player) play(args []string) (string, error) {
 		p.conns[c.LocalAddr().String()] = c.(*net.TCPConn)
 		_, err = c.Write([]byte("220 ready\n"))
 		return "", err
+	case "deaf": // listens no more
+		for _, l := range p.listeners {
+			if err := l.Close(); err != nil {
+				return "", err
+			}
+		}
+		return "", nil
 	case "half": // own end: shuts down our direction
 		return "", p.conns[args[1]].CloseWrite()
 	case "close": // own end
@@ -104,6 +111,9 @@ func (p *player) play(args []string) (string, error) {
 		return p.take(args[1])
 	case "send": // own end, text
 		_, err := p.conns[args[1]].Write([]byte(args[2]))
+		return "", err
+	case "say": // text: on the socket that was made last by spoof
+		_, err := unix.Write(p.raw[len(p.raw)-1], []byte(args[1]))
 		return "", err
 	case "enter": // path: this process goes into the network namespace, as a runtime's does before it becomes the container's
 		nsenter, err := exec.LookPath("nsenter")

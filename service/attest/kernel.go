@@ -84,7 +84,7 @@ func NewKernel(o KernelOptions) *Kernel {
 	return k
 }
 
-// Look asks the kernel now, and waits for nothing. It is to be called at accept, before a byte is read.
+// Look asks the kernel now, and waits half a second at most, where a packet of the client is under way. It is to be called at accept, before a byte is read.
 // Errors: those at the top of this package, wrapped with what was found, and the kernel's.
 func (k *Kernel) Look(c Conn) (*Evidence, error) {
 	e, err := k.look(c)
@@ -200,16 +200,9 @@ func askable(holders []holder) []holder {
 // to the address it dialled. n is nil where none has it. A namespace that cannot be asked leaves it open whether there is one.
 func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
 	ask := func(h holder) error {
-		found, ok, err := h.socket(c.Client, dialled, h.device)
-		if opened, certain := found.opened(); ok && !certain { // no client has a port that somebody listens at
-			var listens bool
-			listens, err = h.listens(c.Client, h.device)
-			ok = !listens
-		} else {
-			ok = ok && opened
-		}
+		found, ok, err := h.opener(c, dialled)
 		switch {
-		case errors.Is(err, errClosed) || err == nil && (!ok || !found.live() || !c.end.fits(found)):
+		case errors.Is(err, errClosed) || err == nil && !ok:
 			return nil
 		case err != nil:
 			return err

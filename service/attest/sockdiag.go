@@ -29,22 +29,21 @@ type socketFound struct {
 	unacked      uint32 // packets
 }
 
-// opened reports whether the socket opened its connection, and whether the kernel's numbers tell. One that a listener accepted was opened
-// by somebody else, who may have forged its address; nothing is acknowledged of it until it sends. Of one that opened, the SYN was, which
-// counts as a byte. What a filter or a queue of its own drops counts as sent more than once.
-func (f socketFound) opened() (opened, certain bool) {
+// opened reports whether the kernel's numbers show that the socket opened its connection. One
+// that a listener accepted was opened by somebody else, who may have forged its address. Of a socket that
+// opened, the SYN was acknowledged, which counts as a byte; and its FIN in state FIN_WAIT2, which
+// both kinds may reach. The numbers tell the two apart where all that was sent is acknowledged.
+func (f socketFound) opened() bool {
 	ends := uint64(0)
-	if f.state == 5 { // FIN_WAIT2: its FIN was acknowledged, too
+	if f.state == 5 {
 		ends = 1
 	}
-	switch {
-	case !f.counted:
-		return true, true
-	case f.acked == 0:
-		return false, true
-	}
-	return true, f.unacked == 0 && f.acked > f.sent+ends
+	return !f.counted || f.unacked == 0 && f.acked > f.sent+ends
 }
+
+// undecided reports whether that may change: what the socket sent is under way. Of an accepted one
+// that sent nothing, nothing is acknowledged.
+func (f socketFound) undecided() bool { return !f.opened() && f.acked > 0 }
 
 // live reports whether the socket can be the client's of a connection that we hold open. One that only tries to connect does not make
 // it, though it has the same addresses: somebody else on its network answers our packets then. One that was closed at its other end
@@ -95,16 +94,6 @@ func (s *netlinkSocket) socket(local, remote netip.AddrPort, device uint32) (soc
 	return socketFound{}, false, fmt.Errorf("ask sock_diag: %w", errLost)
 }
 
-// listens reports whether a socket waits for connections to the address.
-func (n *namespace) listens(at netip.AddrPort, device uint32) (bool, error) {
-	nobody := netip.IPv6Unspecified()
-	if at.Addr().Is4() {
-		nobody = netip.IPv4Unspecified()
-	}
-	f, _, err := n.socket(at, netip.AddrPortFrom(nobody, 0), device)
-	return f.state == 10, err
-}
-
 func putAddr(b []byte, a netip.Addr) {
 	if a.Is4() {
 		four := a.As4()
@@ -116,7 +105,7 @@ func putAddr(b []byte, a netip.Addr) {
 }
 
 // parseSocket reads a datagram. known says that it is the answer to the question; ok, that it tells of exactly the socket that was asked
-// for: where there is none, the kernel answers with a listener on the same port, of which the state is told.
+// for: where there is none, the kernel answers with a listener on the same port.
 func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f socketFound, ok, known bool, err error) {
 	m, _, some := nextMessage(b)
 	switch {
@@ -133,7 +122,7 @@ func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f soc
 	sourcePort, destinationPort := binary.BigEndian.Uint16(ends), binary.BigEndian.Uint16(ends[2:])
 	source, destination := diagAddr(m.data[0], ends[4:20]), diagAddr(m.data[0], ends[20:36])
 	if netip.AddrPortFrom(source, sourcePort) != local || netip.AddrPortFrom(destination, destinationPort) != remote {
-		return socketFound{state: m.data[1]}, false, true, nil
+		return socketFound{}, false, true, nil
 	}
 	f.state = m.data[1]
 	if info := attribute(m.data[diagAnswerLen:], diagInfo); len(info) >= int(infoCounted) {
