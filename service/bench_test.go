@@ -27,7 +27,7 @@ import (
 // The benchmarks run the emulator and a bare net/http server that writes the same bytes as processes of their own,
 // and this one asks both in turn.
 const (
-	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, routing, or a configuration file
+	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, doctor, routing, or a configuration file
 	benchListen = "GME_BENCH_LISTEN"
 	benchAnswer = "GME_BENCH_ANSWER" // what bare writes: a file that holds header and body as JSON
 	pairs       = 20
@@ -45,9 +45,12 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, helperProcess())
 	case "pod":
 		fmt.Fprintln(os.Stderr, podProcess())
-	case "trial":
-		fmt.Println(trialProcess())
-		return
+	case "doctor":
+		err := doctorProcess()
+		if err == nil {
+			return
+		}
+		fmt.Fprintln(os.Stderr, err)
 	case "routing":
 		err := routingProcess()
 		if err == nil {

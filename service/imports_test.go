@@ -28,16 +28,21 @@ var importRules = []struct {
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"}, "flags in, Config out: nothing below main knows how it was asked"},
 	{"github.com/coreos/go-systemd", []string{"service"}, "the life of the service is told in one place"},
 	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service"}, "one package serves"},
-	{"net/http", []string{"service", "service/kube", "service/token", "cmd/gke-metadata-emulator"}, "metadata, attest, routing and config answer questions, and speak no HTTP"},
+	{"net/http", []string{"service", "service/doctor", "service/kube", "service/status", "service/token"}, "metadata, attest, routing and config answer questions, and speak no HTTP"},
 	{"go.yaml.in/", []string{"service/config"}, "one package reads the operator's YAML"},
 }
 
-// layers says which of our own packages each may import: cmd → service → the six → workload.
+// six are the packages that never import each other.
+var six = []string{"service/attest", "service/config", "service/kube", "service/metadata", "service/routing", "service/token", "service/workload"}
+
+// layers says which of our own packages each may import.
 var layers = map[string][]string{
-	"cmd/gke-metadata-emulator": {"service", "service/config", "service/routing"},
+	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing", "service/status"},
 	"packaging":                 nil,
 	"packaging/gen":             nil, // not shipped
-	"service":                   {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing", "service/token", "service/workload"},
+	"service":                   append([]string{"service/status"}, six...),
+	"service/doctor":            append([]string{"service/status"}, six...),
+	"service/status":            six,
 	"service/attest":            {"service/workload"},
 	"service/config":            {"service/workload"},
 	"service/kube":              {"service/workload"},

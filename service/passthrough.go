@@ -20,6 +20,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
@@ -232,21 +233,15 @@ func (u *unnamed) count(by workload.ServiceAccount) {
 	}
 }
 
-// Unnamed is a ServiceAccount whose pods on the host network asked another cloud's metadata server, and were not let through.
-type Unnamed struct {
-	ServiceAccount string `json:"serviceAccount"`
-	Requests       uint64 `json:"requests"` // since the service started
-}
-
 // but returns those who are not in names now, sorted.
-func (u *unnamed) but(names []string) (all []Unnamed) {
+func (u *unnamed) but(names []string) (all []status.SkippedHostPod) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for sa, n := range u.asked {
 		if !slices.Contains(names, sa.String()) {
-			all = append(all, Unnamed{sa.String(), n})
+			all = append(all, status.SkippedHostPod{ServiceAccount: sa.String(), Requests: n})
 		}
 	}
-	slices.SortFunc(all, func(a, b Unnamed) int { return strings.Compare(a.ServiceAccount, b.ServiceAccount) })
+	slices.SortFunc(all, func(a, b status.SkippedHostPod) int { return strings.Compare(a.ServiceAccount, b.ServiceAccount) })
 	return all
 }

@@ -6,14 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,49 +21,12 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
-// Status is what `status` shows: never a token, only how old it is.
-type Status struct {
-	Version     string              `json:"version"`
-	Started     time.Time           `json:"started"`
-	State       string              `json:"state"`                       // serving | not configured | stopping
-	Reason      string              `json:"reason,omitempty"`            // why it is not serving
-	ConfigFile  string              `json:"configFileProblem,omitempty"` // why the configuration on disk does not load; what was read before is in force
-	Listen      string              `json:"listen"`
-	Listen6     string              `json:"listen6,omitempty"`     // "" = IPv6 is not served
-	Unreachable string              `json:"unreachable,omitempty"` // why the node's own connections to Listen fail, where pods' do not
-	Connections int                 `json:"connections"`
-	Attestation Attestation         `json:"attestation"`
-	Requests    uint64              `json:"requests"`            // since Started, for anything but `/`
-	Requests6   uint64              `json:"requests6,omitempty"` // those of them that came by IPv6
-	Routing     *routing.State      `json:"routing,omitempty"`
-	RoutingErr  string              `json:"routingError,omitempty"` // why Routing is not known
-	LastInstall *routing.Failure    `json:"lastInstallFailed,omitempty"`
-	Cluster     *kube.Status        `json:"cluster,omitempty"`
-	Proxy       string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
-	Tokens      []token.EntryStatus `json:"tokens,omitempty"`
-	Unnamed     []Unnamed           `json:"notPassedThrough,omitempty"`
-}
-
-// Attestation is what tells who asks.
-type Attestation struct {
-	Mode           string               `json:"mode,omitempty"`   // attestation.mode; "" while there is no configuration
-	Kernel         *attest.KernelStatus `json:"kernel,omitempty"` // in mode kernel
-	HostIdentities []HostIdentity       `json:"hostIdentities,omitempty"`
-}
-
-// HostIdentity is what processes of the node are.
-type HostIdentity struct {
-	Unit   string `json:"unit,omitempty"`
-	Cgroup string `json:"cgroup,omitempty"`
-	kube.HostStatus
-}
-
 // Status tells the state of the service now.
-func (s *Service) Status() Status {
-	st := Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
+func (s *Service) Status() status.Status {
+	st := status.Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
 		Connections: s.server.connections.open(), Requests: s.server.metrics.asked(), Requests6: s.server.metrics.six.Load()}
 	if reason := s.unreachable.Load(); reason != nil {
 		st.Unreachable = *reason
@@ -90,7 +50,7 @@ func (s *Service) Status() Status {
 		c := site.cluster.Status()
 		st.Cluster, st.Tokens, st.Proxy = &c, site.cache.Status(), site.proxy
 		st.Attestation = s.attestation(site, &c)
-		st.Unnamed = s.server.unnamed.but(site.config.Passthrough)
+		st.SkippedHostPods = s.server.unnamed.but(site.config.Passthrough)
 	}
 	select {
 	case <-s.server.draining:
@@ -101,8 +61,8 @@ func (s *Service) Status() Status {
 }
 
 // attestation tells what is gone by, and notes on each pod what it is known by.
-func (s *Service) attestation(site *site, c *kube.Status) Attestation {
-	a := Attestation{Mode: site.config.Attestation.Mode}
+func (s *Service) attestation(site *site, c *kube.Status) status.Attestation {
+	a := status.Attestation{Mode: site.config.Attestation.Mode}
 	kind := attest.ByAddress
 	if a.Mode == "kernel" {
 		k := s.kernel.Status()
@@ -119,7 +79,7 @@ func (s *Service) attestation(site *site, c *kube.Status) Attestation {
 		}
 	}
 	for i, h := range site.config.HostIdentities {
-		a.HostIdentities = append(a.HostIdentities, HostIdentity{h.Unit, h.Cgroup, c.Hosts[i]})
+		a.HostIdentities = append(a.HostIdentities, status.HostIdentity{Unit: h.Unit, Cgroup: h.Cgroup, HostStatus: c.Hosts[i]})
 	}
 	c.Hosts = nil // said above
 	return a
@@ -268,42 +228,4 @@ func (s *Service) serveInternal(ctx context.Context, l net.Listener, h http.Hand
 		return nil
 	})
 	return g.Wait()
-}
-
-// ErrNotRunning is wrapped by FetchStatus where there is no service to ask.
-var ErrNotRunning = errors.New("the service is not running")
-
-// FetchStatus asks the running service over its Unix socket for its Status, as JSON.
-func FetchStatus(ctx context.Context, socket string) ([]byte, error) {
-	const most = 64 << 20 // thousands of pods and their tokens' ages
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}}
-	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://service/status", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w: there is no %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
-	case err != nil:
-		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, most))
-	if err != nil {
-		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("asking the service at %s: %s", socket, resp.Status)
-	}
-	return text, nil
 }

@@ -1,4 +1,4 @@
-package service
+package doctor
 
 import (
 	"context"
@@ -18,12 +18,13 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// patient is what was seen of a node and of what it depends on. It holds no secret.
-type patient struct {
+// nodeReport is what was seen of a node and of what it depends on. It holds no secret.
+type nodeReport struct {
 	root    bool
 	now     time.Time
 	file    string
@@ -35,10 +36,10 @@ type patient struct {
 	plan   routing.Plan
 	ports  [2]uint16 // the ephemeral range
 
-	status    *Status // of the running service
+	status    *status.Status // of the running service
 	statusErr error
-	unit      unitReport // what systemd says of the service,
-	watcher   string     // and of the watcher: active, failed, …; "" = it could not be asked
+	unit      status.Unit // what systemd says of the service,
+	watcher   string      // and of the watcher: active, failed, …; "" = it could not be asked
 	install   *routing.Failure
 	state     routing.State
 	stateErr  error
@@ -57,7 +58,7 @@ type patient struct {
 }
 
 // observes says whether mode observe is what stands: it leaves all as it was, and guards nothing.
-func (p *patient) observes() bool {
+func (p *nodeReport) observes() bool {
 	return p.state.Desired == routing.Installed && !p.state.Closed && p.state.Mode == routing.ModeObserve
 }
 
@@ -86,28 +87,28 @@ type exchanged struct {
 }
 
 // examine looks at everything, most of it at once.
-func examine(ctx context.Context, o DoctorOptions) *patient {
-	p := newPatient(ctx, o)
+func examine(ctx context.Context, o Options) *nodeReport {
+	p := newReport(ctx, o)
 	var all sync.WaitGroup
 	all.Go(func() { p.askCluster(ctx, o) })
-	all.Go(func() { p.watcher = askUnit(ctx, "gke-metadata-emulator-routing.service").active })
-	all.Go(func() { p.unit = askUnit(ctx, unit) })
+	all.Go(func() { p.watcher = o.Unit(ctx, "gke-metadata-emulator-routing.service").Active })
+	all.Go(func() { p.unit = o.Unit(ctx, "gke-metadata-emulator.service") })
 	all.Go(func() { p.names, p.namesErr = resolve4(ctx, "metadata.google.internal") })
 	p.askNode(ctx)
 	all.Wait()
 	return p
 }
 
-// newPatient reads what was configured, what was installed, and what the service says.
-func newPatient(ctx context.Context, o DoctorOptions) *patient {
-	p := &patient{root: os.Geteuid() == 0, now: time.Now(), file: o.File, flags: o.FlagFile, version: o.Version, ports: ephemeralPorts()}
+// newReport reads what was configured, what was installed, and what the service says.
+func newReport(ctx context.Context, o Options) *nodeReport {
+	p := &nodeReport{root: os.Geteuid() == 0, now: time.Now(), file: o.File, flags: o.FlagFile, version: o.Version, ports: ephemeralPorts()}
 	if p.config, p.broken = o.Load(); p.broken != nil {
 		p.config = config.Default()
 	}
 	p.plan = o.Plan(p.config, p.broken)
 	p.state, p.stateErr = routing.ReadState(o.RunDir)
 	p.install, _ = routing.ReadFailure(o.RunDir) // one that cannot be read tells nothing
-	if text, err := FetchStatus(ctx, o.StatusSocket); err != nil {
+	if text, err := status.Fetch(ctx, o.StatusSocket); err != nil {
 		p.statusErr = err
 	} else if err := json.Unmarshal(text, &p.status); err != nil {
 		p.status, p.statusErr = nil, fmt.Errorf("the answer of %s cannot be read (another version's?): %w", o.StatusSocket, err)
@@ -116,7 +117,7 @@ func newPatient(ctx context.Context, o DoctorOptions) *patient {
 }
 
 // askNode looks at the node's network, and connects as a pod would after the counter of connections was read.
-func (p *patient) askNode(ctx context.Context) {
+func (p *nodeReport) askNode(ctx context.Context) {
 	p.node = routing.Examine(ctx, p.plan, p.state)
 	p.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
 	if p.node.Local && !p.plan.Closed && p.plan.Mode != routing.ModeLoopback && !p.plan.Listen.Addr().IsUnspecified() {
@@ -129,7 +130,7 @@ func (p *patient) askNode(ctx context.Context) {
 }
 
 // notSix is why requests by IPv6 are not redirected though they should be; "": they are.
-func (p *patient) notSix() string {
+func (p *nodeReport) notSix() string {
 	if !p.node.IPv6 {
 		return "this node has no IPv6"
 	}
@@ -137,7 +138,7 @@ func (p *patient) notSix() string {
 }
 
 // door is where pods ask: by its own address the emulator is asked only where nothing is routed.
-func (p *patient) door() netip.AddrPort {
+func (p *nodeReport) door() netip.AddrPort {
 	if p.plan.Mode == routing.ModeNone {
 		return p.plan.Listen
 	}
@@ -145,7 +146,7 @@ func (p *patient) door() netip.AddrPort {
 }
 
 // askCluster tries the way to a pod's token, and from there to Google's.
-func (p *patient) askCluster(ctx context.Context, o DoctorOptions) {
+func (p *nodeReport) askCluster(ctx context.Context, o Options) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var all sync.WaitGroup
@@ -209,7 +210,7 @@ func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dia
 		return answered{err: err}
 	}
 	_ = res.Body.Close()
-	return answered{status: res.StatusCode, server: bounded(res.Header.Get("Server")),
+	return answered{status: res.StatusCode, server: status.Bounded(res.Header.Get("Server")),
 		ours: res.Header.Get("Server") == "GKE Metadata Server" && res.Header.Get("Metadata-Flavor") == "Google"}
 }
 
@@ -245,7 +246,7 @@ func tryConnections(ctx context.Context, at netip.AddrPort, six, evidence bool) 
 
 // tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules
 // for pods' own addresses and interfaces.
-func tryFromPod(ctx context.Context, s *Status, at netip.AddrPort) (t trial) {
+func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t trial) {
 	names := map[netip.Addr]string{}
 	if s != nil && s.Cluster != nil {
 		for _, q := range s.Cluster.Pods {

@@ -1,4 +1,4 @@
-package service
+package doctor
 
 import (
 	"context"
@@ -11,12 +11,13 @@ import (
 	"strings"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // What becomes of pods' packets: of a pod's that is none, in either family, and of those that run here.
 
 // policiesCheck: ACCEPT is not final across base chains. Whether one that drops by its policy is in the way is for the connection to say.
-func policiesCheck(p *patient) Finding {
+func policiesCheck(p *nodeReport) Finding {
 	hook := "input"
 	if !p.node.Local {
 		hook = "forward"
@@ -33,7 +34,7 @@ func policiesCheck(p *patient) Finding {
 }
 
 // connectionCheck is a real connection by way of everybody's rules.
-func connectionCheck(p *patient) Finding {
+func connectionCheck(p *nodeReport) Finding {
 	f, t := p.connection(p.trial, p.plan.Listen), p.podTrial
 	switch {
 	case f.Verdict != OK:
@@ -54,7 +55,7 @@ func connectionCheck(p *patient) Finding {
 }
 
 // connection6Check is one by IPv6.
-func connection6Check(p *patient) Finding {
+func connection6Check(p *nodeReport) Finding {
 	switch why := p.notSix(); {
 	case !p.plan.Listen6.IsValid():
 		return Finding{}
@@ -67,7 +68,7 @@ func connection6Check(p *patient) Finding {
 }
 
 // connection judges a trial of what should end at the listen address.
-func (p *patient) connection(t trial, listen netip.AddrPort) Finding {
+func (p *nodeReport) connection(t trial, listen netip.AddrPort) Finding {
 	from := "from a throw-away namespace, " + t.from
 	if p.plan.Mode == routing.ModeNone {
 		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", p.door())
@@ -123,7 +124,7 @@ func isRefused(err error) bool {
 const countedNothing = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
 
 // podsOn counts the pods on the pod network that have such addresses, as far as the service knows of pods.
-func (p *patient) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
+func (p *nodeReport) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
 	if p.status == nil || p.status.Cluster == nil || !p.status.Cluster.Synced {
 		return 0, false
 	}
@@ -137,7 +138,7 @@ func (p *patient) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
 
 // trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
 // anything. Doctor's own connections are counted by the rule, and not by the service.
-func trafficCheck(p *patient) Finding {
+func trafficCheck(p *nodeReport) Finding {
 	pods, known := p.podsOn(func([]netip.Addr) bool { return true })
 	if !known {
 		pods = p.cluster.Pods
@@ -149,13 +150,13 @@ func trafficCheck(p *patient) Finding {
 	case p.observes():
 		return skip("mode observe redirects nobody; whom it would is told by gke-metadata-emulator routing observe")
 	case p.status != nil && p.status.Requests > 0:
-		return good("%d requests since the service started %s ago", p.status.Requests, age(p.now, p.status.Started))
+		return good("%d requests since the service started %s ago", p.status.Requests, status.Age(p.now, p.status.Started))
 	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
 		return good("no pod runs here")
 	case n != nil && *n == 0:
 		return warn(countedNothing, "of the pods that run here (%d) no connection was ever redirected", pods)
 	case p.status != nil:
-		return warn(countedNothing, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, age(p.now, p.status.Started))
+		return warn(countedNothing, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, status.Age(p.now, p.status.Started))
 	case n != nil:
 		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
 	case !p.root:
@@ -165,7 +166,7 @@ func trafficCheck(p *patient) Finding {
 }
 
 // traffic6Check is the same of IPv6. Clients ask by it where there is no IPv4: that pods which have both never did tells nothing.
-func traffic6Check(p *patient) Finding {
+func traffic6Check(p *nodeReport) Finding {
 	pods, known := p.podsOn(func(at []netip.Addr) bool { return len(at) > 0 && !slices.ContainsFunc(at, netip.Addr.Is4) })
 	n, why := p.node.Redirected6, p.notSix()
 	switch {
@@ -176,13 +177,13 @@ func traffic6Check(p *patient) Finding {
 	case p.state.Desired != routing.Installed:
 		return skip("nothing leads to the service")
 	case p.status != nil && p.status.Requests6 > 0:
-		return good("%d requests by IPv6 since the service started %s ago", p.status.Requests6, age(p.now, p.status.Started))
+		return good("%d requests by IPv6 since the service started %s ago", p.status.Requests6, status.Age(p.now, p.status.Started))
 	case known && pods == 0:
 		return good("none by IPv6, and no pod that runs here has IPv6 alone")
 	case known && n != nil && *n == 0:
 		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) no connection was ever redirected", pods)
 	case known:
-		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) none has asked for anything by IPv6 since the service started %s ago", pods, age(p.now, p.status.Started))
+		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) none has asked for anything by IPv6 since the service started %s ago", pods, status.Age(p.now, p.status.Started))
 	case n != nil:
 		return good("%d connections by IPv6 were redirected since the rules were put up, doctor's own among them", *n)
 	case !p.root:

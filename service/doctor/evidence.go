@@ -1,4 +1,4 @@
-package service
+package doctor
 
 import (
 	"context"
@@ -11,6 +11,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // attested is what the service answered a trial's connection that asked for what only a known
@@ -61,11 +62,11 @@ func askProject(ctx context.Context, pod *routing.Trial, at netip.AddrPort) atte
 	}
 	defer func() { _ = res.Body.Close() }()
 	text, err := io.ReadAll(io.LimitReader(res.Body, 1<<10))
-	return attested{err: err, status: res.StatusCode, reason: bounded(oneLine(string(text)))}
+	return attested{err: err, status: res.StatusCode, reason: status.Bounded(status.OneLine(string(text)))}
 }
 
 // noEvidence is why no connection can be attested by the kernel's evidence; "": one can.
-func (p *patient) noEvidence() string {
+func (p *nodeReport) noEvidence() string {
 	switch {
 	case p.status == nil || p.status.State != "serving":
 		return "the service does not serve: see service"
@@ -77,7 +78,7 @@ func (p *patient) noEvidence() string {
 
 // evidenceCheck: a connection is attested as a pod's is, so what leaves the connection alone and
 // breaks only the evidence is seen.
-func evidenceCheck(p *patient) Finding {
+func evidenceCheck(p *nodeReport) Finding {
 	const remedy = "systemctl restart gke-metadata-emulator-attest (see attestation); " +
 		"if that does not help, look for rules that rewrite what pods send: iptables-save; nft list ruleset"
 	switch why := p.noEvidence(); {

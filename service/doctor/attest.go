@@ -1,4 +1,4 @@
-package service
+package doctor
 
 import (
 	"cmp"
@@ -9,11 +9,12 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // attestationCheck: who asks is what the kernel says, and in namespaces that are not the node's the helper lets the service ask it.
 // All of this is the service's own word.
-func attestationCheck(p *patient) Finding {
+func attestationCheck(p *nodeReport) Finding {
 	const helper = "gke-metadata-emulator-attest"
 	switch {
 	case p.status == nil:
@@ -43,7 +44,7 @@ func attestationCheck(p *patient) Finding {
 		wrong, remedies = append(wrong, "lacking: "+strings.Join(k.Lacks, "; ")), append(remedies, remedy)
 	}
 	for _, c := range k.Conflicts {
-		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets of %s, and %d connections were refused for it", p.status.podText(c.Between[0]), p.status.podText(c.Between[1]), c.Address, c.Refused))
+		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets of %s, and %d connections were refused for it", p.status.PodName(c.Between[0]), p.status.PodName(c.Between[1]), c.Address, c.Refused))
 		remedies = append(remedies, fmt.Sprintf("remove %s from the one that does not own it", c.Address))
 	}
 	if classes, refused := sandboxes(p.status.Cluster.Pods); len(classes) > 0 {
@@ -57,7 +58,7 @@ func attestationCheck(p *patient) Finding {
 }
 
 // knownPods says by what how many pods are known, and which of them by no more than their address, or by nothing, and why.
-func knownPods(s *Status) string {
+func knownPods(s *status.Status) string {
 	type kind struct{ evidence, why string }
 	pods := map[kind][]string{}
 	for _, q := range s.Cluster.Pods {

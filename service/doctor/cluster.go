@@ -1,4 +1,4 @@
-package service
+package doctor
 
 import (
 	"cmp"
@@ -10,11 +10,12 @@ import (
 	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
 // credentialCheck says with what the API server is asked, and whether it answers: the service's word where it runs, and doctor's own try.
-func credentialCheck(p *patient) Finding {
+func credentialCheck(p *nodeReport) Finding {
 	const seeCopy = "systemctl restart gke-metadata-emulator-credential"
 	a := p.cluster
 	if p.status != nil && p.status.Cluster != nil {
@@ -76,7 +77,7 @@ func refused(err error, remedy string) Finding {
 	return r
 }
 
-func podsCheck(p *patient) Finding {
+func podsCheck(p *nodeReport) Finding {
 	a := p.cluster
 	switch {
 	case a.Reach != nil:
@@ -98,7 +99,7 @@ func podsCheck(p *patient) Finding {
 	return good("%s", text)
 }
 
-func serviceAccountsCheck(p *patient) Finding {
+func serviceAccountsCheck(p *nodeReport) Finding {
 	a := p.cluster
 	if f, yes := untried(a); yes {
 		return f
@@ -115,7 +116,7 @@ func serviceAccountsCheck(p *patient) Finding {
 	return good("%s can be read, and is not linked to a Google service account", a.ServiceAccount)
 }
 
-func tokenRequestCheck(p *patient) Finding {
+func tokenRequestCheck(p *nodeReport) Finding {
 	a := p.cluster
 	if f, yes := untried(a); yes {
 		return f
@@ -131,14 +132,14 @@ func tokenRequestCheck(p *patient) Finding {
 	return good("a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod, p.config.TokenAudience)
 }
 
-func stsCheck(p *patient) Finding { return p.believeService(reached(p.sts, "google.stsURL")) }
+func stsCheck(p *nodeReport) Finding { return p.believeService(reached(p.sts, "google.stsURL")) }
 
-func iamCheck(p *patient) Finding {
+func iamCheck(p *nodeReport) Finding {
 	return p.believeService(reached(p.iam, "google.iamCredentialsURL"))
 }
 
 // believeService takes a failure to reach Google for doctor's own where the service, which has the environment of its unit, goes another way.
-func (p *patient) believeService(f Finding) Finding {
+func (p *nodeReport) believeService(f Finding) Finding {
 	if f.Verdict != Fail || p.status == nil || p.status.State != "serving" || p.status.Proxy == p.sts.Proxy {
 		return f
 	}
@@ -173,7 +174,7 @@ func reached(r token.Reached, key string) Finding {
 }
 
 // exchangeCheck is a pod's token taken to Google: only Google knows whether the provider takes this cluster's tokens.
-func exchangeCheck(p *patient) Finding {
+func exchangeCheck(p *nodeReport) Finding {
 	if p.exchange == nil {
 		return skip("there is no token to exchange: see tokenrequest")
 	}
@@ -200,7 +201,7 @@ const (
 
 // clockCheck compares this node's clock with others'. Kubernetes' tokens say when they begin by the API server's clock, and Google reads that by
 // its own.
-func clockCheck(p *patient) Finding {
+func clockCheck(p *nodeReport) Finding {
 	type clock struct {
 		name string
 		skew time.Duration // its clock less ours
@@ -241,7 +242,7 @@ func clockCheck(p *patient) Finding {
 }
 
 // tokensCheck is the service's own word on what it minted.
-func tokensCheck(p *patient) Finding {
+func tokensCheck(p *nodeReport) Finding {
 	if p.status == nil {
 		return skip("the service could not be asked: see service")
 	}
@@ -249,7 +250,7 @@ func tokensCheck(p *patient) Finding {
 	for _, t := range p.status.Tokens {
 		if t.LastError != "" {
 			bad++
-			last = fmt.Sprintf("%s: %s", t.ServiceAccount, bounded(t.LastError))
+			last = fmt.Sprintf("%s: %s", t.ServiceAccount, status.Bounded(t.LastError))
 		}
 	}
 	if bad > 0 {

@@ -1,4 +1,7 @@
-package service
+// Package doctor answers one question: does a pod of this node get its token, and if not, what is to be done?
+// examine.go looks at the node and what it depends on, and changes nothing that outlives it. checks, in doctor.go,
+// is the table of what is judged; each check reads what was seen and does nothing.
+package doctor
 
 import (
 	"context"
@@ -11,6 +14,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // Verdict is what a check came to.
@@ -32,16 +36,16 @@ type Finding struct {
 	Manifest string  `json:"manifest,omitempty"` // what to apply to the cluster, where that is the remedy
 }
 
-// Report is what Doctor found, in the order of the way from a pod's connect() to its token.
+// Report is what Run found, in the order of the way from a pod's connect() to its token.
 type Report struct {
 	Checks []Finding `json:"checks"`
 }
 
-// checks are all of Doctor's. Each reads what examine saw, and does nothing. Those of IPv6 have no verdict, and so no line, where listen6 is
+// checks are all that Run makes. Each reads what examine saw, and does nothing. Those of IPv6 have no verdict, and so no line, where listen6 is
 // not set.
 var checks = []struct {
 	name  string
-	judge func(*patient) Finding
+	judge func(*nodeReport) Finding
 }{
 	{"configuration", configurationCheck},
 	{"service", serviceCheck},
@@ -75,8 +79,8 @@ var checks = []struct {
 	{"tokens", tokensCheck},
 }
 
-// DoctorOptions are what Doctor needs to know that is not in the configuration.
-type DoctorOptions struct {
+// Options are what Run needs to know that is not in the configuration.
+type Options struct {
 	Load           func() (config.Config, error)
 	Plan           func(config.Config, error) routing.Plan // what the configuration, or its absence, wants to stand
 	File           string                                  // what Load reads
@@ -85,21 +89,24 @@ type DoctorOptions struct {
 	StatusSocket   string // of the running service
 	CredentialCopy string
 	Version        string
+
+	// Unit asks systemd how a unit is; the zero Unit: it could not be asked.
+	Unit func(ctx context.Context, name string) status.Unit
 }
 
-// Doctor walks the way from a pod's connect() to its token, on this node, and says of each step whether it works and what to do if not. It
+// Run walks the way from a pod's connect() to its token, on this node, and says of each step whether it works and what to do if not. It
 // asks the running service for what that knows better, and does without it. It changes nothing that outlives it.
 //
 // What it asks of others is what any pod would: GET / of the metadata server from a throw-away namespace, one TokenRequest for a
 // pod of this node and one exchange of that token, which are thrown away unseen.
-func Doctor(ctx context.Context, o DoctorOptions) Report {
+func Run(ctx context.Context, o Options) Report {
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
 	kube.RouteKlog(quiet) // what client-go has to say is in its errors
 	return diagnose(examine(ctx, o))
 }
 
-func diagnose(p *patient) (r Report) {
+func diagnose(p *nodeReport) (r Report) {
 	for _, c := range checks {
 		if f := c.judge(p); f.Verdict != "" {
 			f.Check = c.name
@@ -125,9 +132,9 @@ func (r Report) Text(w io.Writer) error {
 	var manifests []string
 	seen := map[string]bool{}
 	for _, f := range r.Checks {
-		fmt.Fprintf(&b, "%-4s  %-15s  %s", f.Verdict, f.Check, oneLine(f.Finding))
+		fmt.Fprintf(&b, "%-4s  %-15s  %s", f.Verdict, f.Check, status.OneLine(f.Finding))
 		if f.Remedy != "" {
-			fmt.Fprintf(&b, " → %s", oneLine(f.Remedy))
+			fmt.Fprintf(&b, " → %s", status.OneLine(f.Remedy))
 		}
 		b.WriteByte('\n')
 		if f.Manifest != "" && !seen[f.Manifest] {
@@ -142,7 +149,13 @@ func (r Report) Text(w io.Writer) error {
 	return err
 }
 
-func oneLine(s string) string { return strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ") }
+// textIf returns the text where on is true, else "".
+func textIf(on bool, text string) string {
+	if on {
+		return text
+	}
+	return ""
+}
 
 func good(format string, args ...any) Finding {
 	return Finding{Verdict: OK, Finding: fmt.Sprintf(format, args...)}

@@ -1,4 +1,4 @@
-package service
+package status
 
 import (
 	"net/netip"
@@ -44,5 +44,30 @@ func TestConflictText(t *testing.T) {
 	const want = "conflict     10.0.0.7: ns/p and network namespace 7 of /x have sockets of this address; 3 connections refused, the last 1m0s ago: remove it from the one that does not own it\n"
 	if !strings.Contains(text.String(), want) {
 		t.Errorf("no %q in\n%s", want, &text)
+	}
+}
+
+// What mode observe counted is shown by the name of the pod where that is known.
+func TestObservedText(t *testing.T) {
+	s := routing.State{Desired: routing.Installed, Mode: routing.ModeObserve, Observed: []routing.Observation{
+		{Cgroup: "/kubepods.slice/kubepods-pod11111111_2222_3333_4444_555555555555.slice/cri-containerd-a.scope", Connects: 7},
+		{Cgroup: "/kubepods/besteffort/podbeefbeef-2222-3333-4444-555555555555/b", Connects: 3, HostNetwork: true},
+		{Connects: 2},
+	}}
+	var text strings.Builder
+	st := Status{Routing: &s, Cluster: &kube.Status{Pods: []kube.PodStatus{{Namespace: "default", Name: "reader", UID: "11111111-2222-3333-4444-555555555555"}}}}
+	if err := st.Text(&text, time.Date(2026, 1, 1, 0, 1, 0, 0, time.UTC)); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"mode observe: nothing is redirected", `
+OBSERVED: 3
+CONNECTS  NETWORK  WHO
+7         pod      default/reader
+3         host     /kubepods/besteffort/podbeefbeef-2222-3333-4444-555555555555/b
+2         pod      a cgroup that is gone
+`} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("%s\ndoes not say %s", text.String(), want)
+		}
 	}
 }

@@ -1,4 +1,4 @@
-package service
+package doctor
 
 import (
 	"errors"
@@ -13,6 +13,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 const (
@@ -21,7 +22,7 @@ const (
 	restartSocket  = "systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket"
 )
 
-func configurationCheck(p *patient) Finding {
+func configurationCheck(p *nodeReport) Finding {
 	serving := p.status != nil && p.status.State == "serving"
 	const beforeRestart = "correct it before anything restarts the service"
 	text := fmt.Sprint(p.broken)
@@ -38,17 +39,17 @@ func configurationCheck(p *patient) Finding {
 	case len(p.config.Warnings) > 0:
 		return warn("is that meant?", "%s", strings.Join(p.config.Warnings, "; "))
 	}
-	return good("%s%s", p.file, mark(p.flags != "", " and the flags of "+p.flags))
+	return good("%s%s", p.file, textIf(p.flags != "", " and the flags of "+p.flags))
 }
 
-func serviceCheck(p *patient) Finding {
+func serviceCheck(p *nodeReport) Finding {
 	switch {
-	case errors.Is(p.statusErr, ErrNotRunning) && p.install != nil:
+	case errors.Is(p.statusErr, status.ErrNotRunning) && p.install != nil:
 		return fail("correct that; systemd tries again within 15s; journalctl -u gke-metadata-emulator", "it is not running: %s%s",
-			FailureText(p.install, p.now), mark(p.unit.String() != "", "; "+p.unit.String()))
-	case errors.Is(p.statusErr, ErrNotRunning):
-		return fail(restartService+mark(p.unit.result != "" && p.unit.result != "success", "; journalctl -u gke-metadata-emulator"),
-			"it is not running%s", mark(p.unit.String() != "", ": "+p.unit.String()))
+			status.FailureText(p.install, p.now), textIf(p.unit.String() != "", "; "+p.unit.String()))
+	case errors.Is(p.statusErr, status.ErrNotRunning):
+		return fail(restartService+textIf(p.unit.Result != "" && p.unit.Result != "success", "; journalctl -u gke-metadata-emulator"),
+			"it is not running%s", textIf(p.unit.String() != "", ": "+p.unit.String()))
 	case errors.Is(p.statusErr, fs.ErrPermission):
 		return skip("only root and the service's group may ask it: %s", asRoot)
 	case p.statusErr != nil:
@@ -60,11 +61,11 @@ func serviceCheck(p *patient) Finding {
 	case p.status.Version != p.version:
 		return warn(restartService, "version %s is running, and version %s is installed", p.status.Version, p.version)
 	}
-	return good("serving, version %s, up %s, %d connections", p.status.Version, age(p.now, p.status.Started), p.status.Connections)
+	return good("serving, version %s, up %s, %d connections", p.status.Version, status.Age(p.now, p.status.Started), p.status.Connections)
 }
 
 // listenerCheck says who has the address that the rules send pods to, and whether the service has adopted it.
-func listenerCheck(p *patient) Finding {
+func listenerCheck(p *nodeReport) Finding {
 	want, by := p.plan.Listen, p.node.Holder
 	adopted := ""
 	if p.status != nil {
@@ -99,7 +100,7 @@ func listenerCheck(p *patient) Finding {
 }
 
 // portsCheck: a port that the kernel gives to connections may be taken when the service starts.
-func portsCheck(p *patient) Finding {
+func portsCheck(p *nodeReport) Finding {
 	for key, a := range map[string]netip.AddrPort{"listen": p.config.Listen, "healthListen": p.config.HealthListen} {
 		if a.Port() != 0 && a.Port() >= p.ports[0] && a.Port() <= p.ports[1] {
 			return warn(fmt.Sprintf("choose another port, or reserve it: sysctl net.ipv4.ip_local_reserved_ports=%d", a.Port()),
@@ -109,7 +110,7 @@ func portsCheck(p *patient) Finding {
 	return good("%d and %d are outside the ephemeral range %d-%d", p.config.Listen.Port(), p.config.HealthListen.Port(), p.ports[0], p.ports[1])
 }
 
-func rulesCheck(p *patient) Finding {
+func rulesCheck(p *nodeReport) Finding {
 	mode := p.state.Mode
 	if p.stateErr != nil {
 		return fail(installRules, "%v", p.stateErr)
@@ -117,9 +118,9 @@ func rulesCheck(p *patient) Finding {
 	faults := routing.Faults(p.node.Rules)
 	switch {
 	case p.state.Desired == routing.Removed:
-		return fail(installRules, "they were removed %s ago: pods reach the cloud's own metadata server", age(p.now, p.state.Since))
+		return fail(installRules, "they were removed %s ago: pods reach the cloud's own metadata server", status.Age(p.now, p.state.Since))
 	case p.install != nil && p.status != nil: // else the service's line says so
-		return fail("correct that, then "+installRules, "%s", FailureText(p.install, p.now))
+		return fail("correct that, then "+installRules, "%s", status.FailureText(p.install, p.now))
 	case p.state.Desired == "" && len(faults) > 0 && !routing.NotPermitted(p.node.Rules):
 		return fail(installRules, "they were never installed")
 	case p.state.Closed && !p.plan.Closed:
@@ -133,9 +134,9 @@ func rulesCheck(p *patient) Finding {
 	case routing.NotPermitted(p.node.Rules) && p.state.Standing.Time.IsZero():
 		return skip("to read them, %s", asRoot)
 	case routing.NotPermitted(p.node.Rules) && !p.state.Standing.Good:
-		return fail(installRules, "%s before: %s", age(p.now, p.state.Standing.Time), some(p.state.Standing.Faults))
+		return fail(installRules, "%s before: %s", status.Age(p.now, p.state.Standing.Time), some(p.state.Standing.Faults))
 	case routing.NotPermitted(p.node.Rules):
-		return good("mode %s to %s: all stood %s ago (to read them now, %s)", mode, p.state.Listen, age(p.now, p.state.Standing.Time), asRoot)
+		return good("mode %s to %s: all stood %s ago (to read them now, %s)", mode, p.state.Listen, status.Age(p.now, p.state.Standing.Time), asRoot)
 	case len(faults) > 0:
 		return fail(installRules, "missing or wrong: %s", some(faults))
 	}
@@ -151,12 +152,12 @@ func rulesCheck(p *patient) Finding {
 // watcherFresh is how old what the watcher publishes every half minute may be.
 const watcherFresh = 2 * time.Minute
 
-func watcherCheck(p *patient) Finding {
+func watcherCheck(p *nodeReport) Finding {
 	const start = "systemctl enable --now gke-metadata-emulator-routing"
 	read := p.state.Standing
-	published := fmt.Sprintf("what stands was read %s ago: all of it", age(p.now, read.Time))
+	published := fmt.Sprintf("what stands was read %s ago: all of it", status.Age(p.now, read.Time))
 	if !read.Good {
-		published = fmt.Sprintf("what stands was read %s ago: %s", age(p.now, read.Time), some(read.Faults))
+		published = fmt.Sprintf("what stands was read %s ago: %s", status.Age(p.now, read.Time), some(read.Faults))
 	}
 	if n := p.state.Repairs.Total(); n > 0 {
 		published += fmt.Sprintf("; what others flushed was put back %d times since the node booted", n)
@@ -185,7 +186,7 @@ func some(lines []string) string {
 	return fmt.Sprintf("%s, and %d more", lines[0], len(lines)-1)
 }
 
-func guardCheck(p *patient) Finding {
+func guardCheck(p *nodeReport) Finding {
 	var guarded []string
 	for _, g := range p.plan.Guard {
 		guarded = append(guarded, g.String())
@@ -205,7 +206,7 @@ func guardCheck(p *patient) Finding {
 	return good("closed for %s, whatever becomes of the firewall", strings.Join(guarded, ", "))
 }
 
-func uplinksCheck(p *patient) Finding {
+func uplinksCheck(p *nodeReport) Finding {
 	var names []string
 	for _, u := range p.node.Uplinks {
 		names = append(names, fmt.Sprintf("%s (%s)", u.Name, u.Why))
@@ -224,7 +225,7 @@ func uplinksCheck(p *patient) Finding {
 }
 
 // networkCheck compares the mode that is in force with what fits the node's network.
-func networkCheck(p *patient) Finding {
+func networkCheck(p *nodeReport) Finding {
 	facts := p.node.Facts
 	if p.cloud.ours && p.status == nil {
 		facts.Server = p.cloud.server // no emulator of ours runs: it is GKE's
@@ -268,7 +269,7 @@ func networkCheck(p *patient) Finding {
 }
 
 // cloudCheck: a metadata server behind us, which only the guard and the rules keep pods from.
-func cloudCheck(p *patient) Finding {
+func cloudCheck(p *nodeReport) Finding {
 	a := p.cloud
 	switch {
 	case a.err != nil:
@@ -300,7 +301,7 @@ func answeredBy(a answered) string {
 	return fmt.Sprintf("a metadata server that calls itself %q (status %d)", a.server, a.status)
 }
 
-func ipv6Check(p *patient) Finding {
+func ipv6Check(p *nodeReport) Finding {
 	open := sixOf(slices.DeleteFunc(routing.DefaultGuard(), func(g netip.AddrPort) bool { return slices.Contains(p.plan.Guard, g) || p.plan.Closed }))
 	mode := p.plan.Mode
 	switch {
@@ -354,7 +355,7 @@ func sixOf(all []netip.AddrPort) string {
 }
 
 // cgroupsCheck: pods on the host network are told apart by the v2 hierarchy only.
-func cgroupsCheck(p *patient) Finding {
+func cgroupsCheck(p *nodeReport) Finding {
 	wanted := p.config.Routing.InterceptHostPods == "on"
 	switch {
 	case p.node.CgroupV2 == "" && wanted:
@@ -367,25 +368,22 @@ func cgroupsCheck(p *patient) Finding {
 	return good("version 2 at %s", p.node.CgroupV2)
 }
 
-// nameThem is what to do for host pods that need the cloud's own server.
-const nameThem = "name it in passthrough, or set routing.interceptHostPods to off"
-
 // passthroughCheck: pods on the host network that need the cloud's own server and are redirected to us (U-02).
-func passthroughCheck(p *patient) Finding {
+func passthroughCheck(p *nodeReport) Finding {
 	named := len(p.config.Passthrough)
 	switch {
 	case p.status == nil || p.status.Attestation.Mode == "":
 		return skip("the service would tell who asks for the cloud's own metadata, and it does not serve")
-	case len(p.status.Unnamed) > 0:
+	case len(p.status.SkippedHostPods) > 0:
 		var who []string
-		for _, u := range p.status.Unnamed {
+		for _, u := range p.status.SkippedHostPods {
 			who = append(who, fmt.Sprintf("%s (%d)", u.ServiceAccount, u.Requests))
 		}
 		text := "pods on the host network asked for the cloud's own metadata, and are not let through: " + strings.Join(who, ", ")
 		if p.cloud.err != nil {
 			return good("%s; there is no server to let them through to", text)
 		}
-		return warn(nameThem, "%s", text)
+		return warn(status.SkippedRemedy, "%s", text)
 	case named == 0:
 		return good("no pod on the host network was kept from what the cloud's own metadata server has")
 	case p.config.Routing.InterceptHostPods != "on":
@@ -397,7 +395,7 @@ func passthroughCheck(p *patient) Finding {
 }
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
-func dnsCheck(p *patient) Finding {
+func dnsCheck(p *nodeReport) Finding {
 	const remedy = "give the name that address in the cluster's DNS (docs/clients.md), for Go's, Python's and Java's clients"
 	switch {
 	case slices.Contains(p.names, routing.MetadataServer().Addr()):

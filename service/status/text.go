@@ -1,4 +1,4 @@
-package service
+package status
 
 import (
 	"cmp"
@@ -24,21 +24,21 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	if s.ConfigFile != "" {
-		line("", "the configuration on disk does not load, and a restart would refuse pods; what was read before is in force: %s", oneLine(s.ConfigFile))
+		line("", "the configuration on disk does not load, and a restart would refuse pods; what was read before is in force: %s", OneLine(s.ConfigFile))
 	}
-	line("version", "%s, up %s", s.Version, age(now, s.Started))
-	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, mark(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
-		mark(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
+	line("version", "%s, up %s", s.Version, Age(now, s.Started))
+	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, textIf(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
+		textIf(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
 	if s.Unreachable != "" {
-		line("", "connections of the node itself fail, as hostIdentities and pods on the host network need them: %s", bounded(s.Unreachable))
+		line("", "connections of the node itself fail, as hostIdentities and pods on the host network need them: %s", Bounded(s.Unreachable))
 	}
 	s.attestationText(line, now)
 	s.rulesText(line, now)
 	if s.LastInstall != nil {
 		line("", "%s", FailureText(s.LastInstall, now))
 	}
-	for _, u := range s.Unnamed {
-		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, nameThem)
+	for _, u := range s.SkippedHostPods {
+		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, SkippedRemedy)
 	}
 	var pods []kube.PodStatus
 	if c := s.Cluster; c != nil {
@@ -48,8 +48,8 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		}
 		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
 			for _, p := range c.Pods {
-				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, mark(p.Terminating, " (terminating)"),
-					strings.Trim(fmt.Sprint(p.Addresses), "[]")+mark(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing"),
+				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, textIf(p.Terminating, " (terminating)"),
+					strings.Trim(fmt.Sprint(p.Addresses), "[]")+textIf(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing"),
 					cmp.Or(p.ServiceAccount, "(static pod)"), accountText(p.AccountStatus))
 			}
 		})
@@ -72,7 +72,7 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 				if t.Audience != "" {
 					what = "audience " + t.Audience
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as, strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), age(now, t.Minted), age(t.Expires, now), bounded(t.LastError))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as, strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), Age(now, t.Minted), Age(t.Expires, now), Bounded(t.LastError))
 			}
 		})
 		pods = c.Pods
@@ -89,7 +89,7 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 
 // FailureText says on one line why installs fail.
 func FailureText(f *routing.Failure, now time.Time) string {
-	return fmt.Sprintf("routing install failed %d times in a row, last %s ago: %s", f.Times, age(now, f.Last), oneLine(f.Error))
+	return fmt.Sprintf("routing install failed %d times in a row, last %s ago: %s", f.Times, Age(now, f.Last), OneLine(f.Error))
 }
 
 func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
@@ -102,13 +102,13 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 		line("rules", "never installed: run `gke-metadata-emulator routing install`")
 		return
 	case r.Desired == routing.Removed:
-		line("rules", "removed %s ago", age(now, r.Since))
+		line("rules", "removed %s ago", Age(now, r.Since))
 	case r.Closed:
 		line("rules", "the closed guard alone, since the configuration was broken")
 	case r.Mode == routing.ModeObserve:
-		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago", age(now, r.Since))
+		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago", Age(now, r.Since))
 	default:
-		line("rules", "mode %s to %s%s, installed %s ago", r.Mode, r.Listen, mark(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), age(now, r.Since))
+		line("rules", "mode %s to %s%s, installed %s ago", r.Mode, r.Listen, textIf(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), Age(now, r.Since))
 		if r.Reason != "" {
 			line("", "auto: %s", r.Reason)
 		}
@@ -123,7 +123,7 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 	if !r.Standing.Good {
 		verdict = "NOT as they should be"
 	}
-	line("", "read back %s ago: %s", age(now, r.Standing.Time), verdict)
+	line("", "read back %s ago: %s", Age(now, r.Standing.Time), verdict)
 	for _, f := range r.Standing.Faults {
 		line("", "%s", f)
 	}
@@ -143,7 +143,7 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 	case k.Helper:
 		line("attestation", "by the kernel: %d cgroups and %d network namespaces are known", k.Cgroups, k.Namespaces)
 	default:
-		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network namespace is not known are refused", mark(!k.Since.IsZero(), " for "+age(now, k.Since)))
+		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network namespace is not known are refused", textIf(!k.Since.IsZero(), " for "+Age(now, k.Since)))
 		line("", "%s", k.Problem)
 	}
 	for _, lack := range k.Lacks {
@@ -151,12 +151,12 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 	}
 	for _, c := range k.Conflicts {
 		line("conflict", "%s: %s and %s have sockets of this address; %d connections refused, the last %s ago: remove it from the one that does not own it",
-			c.Address, s.podText(c.Between[0]), s.podText(c.Between[1]), c.Refused, age(now, c.LastSeen))
+			c.Address, s.PodName(c.Between[0]), s.PodName(c.Between[1]), c.Refused, Age(now, c.LastSeen))
 	}
 }
 
-// podText names the pod of a UID; it returns anything else as it is.
-func (s Status) podText(uid string) string {
+// PodName names the pod of a UID; it returns anything else as it is.
+func (s Status) PodName(uid string) string {
 	if s.Cluster != nil {
 		for _, p := range s.Cluster.Pods {
 			if p.UID == uid && uid != "" {
@@ -168,7 +168,7 @@ func (s Status) podText(uid string) string {
 }
 
 func accountText(a kube.AccountStatus) string {
-	return a.GoogleEmail + mark(a.AccountError != "", "error: "+a.AccountError)
+	return a.GoogleEmail + textIf(a.AccountError != "", "error: "+a.AccountError)
 }
 
 // WriteObserved writes who would get our answers, as a table (U-36).
@@ -223,7 +223,7 @@ func (s Status) clusterText(line func(string, string, ...any), now time.Time) {
 		line("", "%s", c.NodeNameProblem)
 	}
 	if c.LastError != "" && c.LastErrorAt != nil {
-		line("last error", "%s ago: %s", age(now, *c.LastErrorAt), c.LastError)
+		line("last error", "%s ago: %s", Age(now, *c.LastErrorAt), c.LastError)
 	}
 }
 
@@ -243,17 +243,30 @@ func table(b *strings.Builder, title, head string, n int, rows func(io.Writer)) 
 	}
 }
 
-func mark(on bool, text string) string {
+// textIf returns the text where on is true, else "".
+func textIf(on bool, text string) string {
 	if on {
 		return text
 	}
 	return ""
 }
 
-// age is a duration between two times for the eye; "-" where one of them never was.
-func age(later, earlier time.Time) string {
+// Age is a duration between two times for the eye; "-" where one of them never was.
+func Age(later, earlier time.Time) string {
 	if later.IsZero() || earlier.IsZero() {
 		return "-"
 	}
 	return later.Sub(earlier).Round(time.Second).String()
+}
+
+// OneLine puts the lines of a text into one.
+func OneLine(s string) string { return strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ") }
+
+// Bounded cuts a text that somebody else wrote to 256 bytes.
+func Bounded(s string) string {
+	const most = 256
+	if len(s) > most {
+		return strings.ToValidUTF8(s[:most], "") + "…"
+	}
+	return s
 }
