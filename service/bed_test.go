@@ -148,7 +148,7 @@ func (b *bed) start(t testing.TB) {
 	b.stop, b.ended = stop, make(chan struct{})
 	first, err := b.Service.load(nil)
 	if err != nil {
-		first = brokenSite(err)
+		first = brokenConfig(err)
 	}
 	go func() {
 		defer close(b.ended)
@@ -186,6 +186,12 @@ func (b *bed) end(t testing.TB) {
 	case <-time.After(10 * time.Second):
 		t.Error("the service does not end")
 	}
+}
+
+// busy is the number of connections that wait for an answer, or have not asked yet.
+func (b *bed) busy() int {
+	c := b.server.Connections()
+	return c.Open - c.Idle
 }
 
 // ready waits until pods are served.

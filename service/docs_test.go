@@ -31,7 +31,7 @@ func TestDocsMetrics(t *testing.T) {
 	b.ask(t, linked, http.MethodGet, path, "Metadata-Flavor: Google")
 	kernel := prometheus.NewRegistry()
 	attest.NewKernel(attest.KernelOptions{Registerer: kernel, Log: logrus.New()})
-	registries := []*prometheus.Registry{b.server.metrics.registry, b.site().registry, kernel}
+	registries := []*prometheus.Registry{b.registry, b.active().gauges, kernel}
 
 	types := map[string]string{}
 	rows := map[string]string{}

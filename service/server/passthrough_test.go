@@ -1,4 +1,4 @@
-package service
+package server
 
 import (
 	"bufio"
@@ -16,7 +16,6 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
 )
 
@@ -82,9 +81,9 @@ func passingBed(t *testing.T, cloudSays http.HandlerFunc) (ask func(request stri
 	t.Helper()
 	behind := httptest.NewServer(cloudSays)
 	t.Cleanup(behind.Close)
-	s := &server{draining: make(chan struct{}), log: logrus.New(), cloud: newCloud()}
+	s := &Server{draining: make(chan struct{}), log: logrus.New(), cloud: newCloud()}
 	s.log.SetOutput(io.Discard)
-	s.site.Store(&site{config: config.Default()})
+	s.active.Store(new(Active))
 	s.connections = newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
 	s.cloud.at = behind.Listener.Addr().String()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -112,6 +111,26 @@ func passingBed(t *testing.T, cloudSays http.HandlerFunc) (ask func(request stri
 		method, _, _ := strings.Cut(request, " ")
 		return readResponse(t, bufio.NewReader(c), method)
 	}, s.cloud
+}
+
+// response is an answer with all of its body.
+type response struct {
+	*http.Response
+	body string
+}
+
+func readResponse(t *testing.T, r *bufio.Reader, method string) response {
+	t.Helper()
+	res, err := http.ReadResponse(r, &http.Request{Method: method})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response{res, string(body)}
 }
 
 // U-02: what is passed on, and what comes back.
@@ -168,10 +187,10 @@ func TestPassed(t *testing.T) {
 			http.Redirect(w, r, "http://192.0.2.1/", http.StatusFound)
 		}, status: 302, body: "192.0.2.1"},
 		"too much": {says: func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = w.Write(make([]byte, mostAnswered+1))
+			_, _ = w.Write(make([]byte, maxResponseBytes+1))
 		}, status: 502, body: "more than 1048576 bytes", ours: true},
 		"as much as may be": {says: func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = w.Write(make([]byte, mostAnswered))
+			_, _ = w.Write(make([]byte, maxResponseBytes))
 		}, status: 200, body: "\x00"},
 		"it breaks off": {says: func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "10")
@@ -219,8 +238,8 @@ func TestPassedTooSlowly(t *testing.T) {
 			return err
 		}
 		errs := make(chan error)
-		for i := range mostAtOnce {
-			go func() { errs <- ask(t.Context(), i/mostForOne) }()
+		for i := range maxConcurrent {
+			go func() { errs <- ask(t.Context(), i/maxConcurrentPerPod) }()
 		}
 		synctest.Wait()
 		gone, leave := context.WithCancel(t.Context())
@@ -233,10 +252,10 @@ func TestPassedTooSlowly(t *testing.T) {
 		}
 		go func() { errs <- ask(t.Context(), 98) }()
 		status := map[int]int{}
-		for range mostAtOnce + 1 {
+		for range maxConcurrent + 1 {
 			status[refusalOf(<-errs).Status]++
 		}
-		if status[502]+status[503] != mostAtOnce+1 || status[502] < mostAtOnce {
+		if status[502]+status[503] != maxConcurrent+1 || status[502] < maxConcurrent {
 			t.Errorf("%v", status)
 		}
 	})
@@ -245,10 +264,10 @@ func TestPassedTooSlowly(t *testing.T) {
 // One pod that asks a slow cloud leaves it to the others, too.
 func TestPassedShares(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		tt := newTurns(mostAtOnce, mostForOne)
+		tt := newTurns(maxConcurrent, maxConcurrentPerPod)
 		greedy, other := attest.Party{PodUID: "greedy"}, attest.Party{PodUID: "other"}
 		ctx, leave := context.WithCancel(t.Context())
-		for range mostAtOnce + 4 {
+		for range maxConcurrent + 4 {
 			go func() {
 				if done, ok := tt.wait(ctx, greedy); ok {
 					<-ctx.Done()
@@ -257,17 +276,17 @@ func TestPassedShares(t *testing.T) {
 			}()
 		}
 		synctest.Wait()
-		for range mostForOne {
+		for range maxConcurrentPerPod {
 			if _, ok := tt.wait(t.Context(), other); !ok {
 				t.Fatal("no turn")
 			}
 		}
-		if n := len(tt.all); n != 2*mostForOne {
+		if n := len(tt.all); n != 2*maxConcurrentPerPod {
 			t.Errorf("%d at once", n)
 		}
 		leave()
 		synctest.Wait()
-		if n := len(tt.parties); n != 1 || len(tt.all) != mostForOne {
+		if n := len(tt.parties); n != 1 || len(tt.all) != maxConcurrentPerPod {
 			t.Errorf("%d parties, and %d turns are taken", n, len(tt.all))
 		}
 	})

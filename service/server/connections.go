@@ -1,4 +1,4 @@
-package service
+package server
 
 import (
 	"context"
@@ -35,8 +35,8 @@ type connection struct {
 
 	theirs bool // what is written is another server's answer, and no refusal of net/http's
 
-	toldOf handed   // the last token that was handed out on it: net/http has one request on a connection at a time
-	told   *telling // what the audit trail has of that
+	issued  issued      // the last token that was issued on it: net/http has one request on a connection at a time
+	audited *auditEntry // what the audit trail has of that
 }
 
 func newConnections(limit func() int, ours func(netip.AddrPort) bool, look func(*attest.Peer)) *connections {

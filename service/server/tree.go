@@ -1,4 +1,4 @@
-package service
+package server
 
 import (
 	"context"
@@ -21,9 +21,29 @@ const (
 	scopeEmail         = "https://www.googleapis.com/auth/userinfo.email"
 )
 
+// NewTree returns what the configuration has pods see. accounts and tokens are asked for the caller's own; they may be nil
+// where the Tree is only to be checked. The error says which path of extraMetadata is in the way of what GKE serves.
+func NewTree(c config.Config, accounts Accounts, tokens Tokens) (*metadata.Tree, error) {
+	root, err := tree(c, identity{accounts, tokens, c.EmailForUnlinked, c.WorkloadIdentity.PoolName})
+	if err != nil {
+		return nil, err
+	}
+	return metadata.New(root)
+}
+
+// Accounts reads what the annotations of a ServiceAccount say; with maxAge < 0 any age will do.
+type Accounts interface {
+	Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error)
+}
+
+// Tokens returns tokens. caller is whom what they cost counts for.
+type Tokens interface {
+	Ask(ctx context.Context, caller string, r token.Request) (token.Token, error)
+}
+
 // tree is what GKE's metadata server serves, and nothing more (E-13), but for what the operator added. A value that is
 // not configured is not there at all: clients take a mere 200 for an answer (E-16).
-func tree(c config.Config, identity accounts) (metadata.Node, error) {
+func tree(c config.Config, identity identity) (metadata.Node, error) {
 	root := metadata.Node{Open: true, Kids: []metadata.Node{ // E-02: / waits for nobody
 		{Name: "computeMetadata", Kids: []metadata.Node{
 			{Name: "v1", Kids: []metadata.Node{
@@ -64,21 +84,7 @@ func tree(c config.Config, identity accounts) (metadata.Node, error) {
 	return root, nil
 }
 
-// Validate finds what only the tree can tell of a configuration that loads: extraMetadata that is in the way of what GKE
-// serves. The error is a *config.Error; file is what the fault is said to be in.
-func Validate(c config.Config, file string) error {
-	root, err := tree(c, accounts{})
-	if err == nil {
-		_, err = metadata.New(root)
-	}
-	if err != nil {
-		return &config.Error{Faults: []config.Fault{{File: file, Key: "extraMetadata", Problem: err.Error(), Remedy: "remove it, or write another path"}}}
-	}
-	return nil
-}
-
-// unconfigured is the tree while there is no configuration: / is answered, so that clients which probe once and
-// remember it for life (C-GO-1) find a metadata server, and the rest says what is missing.
+// unconfigured is the tree while there is no configuration.
 func unconfigured() metadata.Node {
 	return metadata.Node{Open: true, Kids: []metadata.Node{{Name: "computeMetadata", Kids: []metadata.Node{}}}}
 }
@@ -111,14 +117,10 @@ func zone(c config.Config) string {
 	return "projects/" + c.Project.Number + "/zones/" + c.Instance.Zone
 }
 
-// accounts serves instance/service-accounts/: the caller's own identity, under two names.
-type accounts struct {
-	account interface {
-		Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error)
-	}
-	tokens interface {
-		Ask(ctx context.Context, caller string, r token.Request) (token.Token, error)
-	}
+// identity serves instance/service-accounts/: the caller's own account, under two names.
+type identity struct {
+	accounts      Accounts
+	tokens        Tokens
 	unlinkedEmail string // E-24
 	poolName      string // for E-25; "" where the provider has no principals of that form
 }
@@ -126,12 +128,12 @@ type accounts struct {
 // anyAge: what is known of an account's annotations is good enough to be listed (H-21).
 const anyAge = -1
 
-func (a accounts) known(ctx context.Context, q metadata.Query) (workload.Account, error) {
-	return a.account.Account(ctx, q.Caller.ServiceAccount, anyAge)
+func (a identity) known(ctx context.Context, q metadata.Query) (workload.Account, error) {
+	return a.accounts.Account(ctx, q.Caller.ServiceAccount, anyAge)
 }
 
 // names are the two names of the caller's account (E-18, E-22). Names that are not the caller's do not exist for it.
-func (a accounts) names(ctx context.Context, q metadata.Query) ([]string, error) {
+func (a identity) names(ctx context.Context, q metadata.Query) ([]string, error) {
 	acct, err := a.known(ctx, q)
 	if err != nil {
 		return nil, err
@@ -139,7 +141,7 @@ func (a accounts) names(ctx context.Context, q metadata.Query) ([]string, error)
 	return []string{"default", a.emailOf(q.Caller, acct)}, nil
 }
 
-func (a accounts) email(ctx context.Context, q metadata.Query) (any, error) {
+func (a identity) email(ctx context.Context, q metadata.Query) (any, error) {
 	acct, err := a.known(ctx, q)
 	if err != nil {
 		return nil, err
@@ -147,7 +149,7 @@ func (a accounts) email(ctx context.Context, q metadata.Query) (any, error) {
 	return a.emailOf(q.Caller, acct), nil
 }
 
-func (a accounts) emailOf(c workload.Caller, acct workload.Account) string {
+func (a identity) emailOf(c workload.Caller, acct workload.Account) string {
 	switch {
 	case acct.Linked():
 		return acct.GoogleEmail // E-23
@@ -159,16 +161,17 @@ func (a accounts) emailOf(c workload.Caller, acct workload.Account) string {
 }
 
 // accessToken answers in the three fields of these types that C++, Rust and Java insist on (T-01).
-func (a accounts) accessToken(ctx context.Context, q metadata.Query) (any, error) {
+func (a identity) accessToken(ctx context.Context, q metadata.Query) (any, error) {
 	scopes := q.Values["scopes"] // T-03
-	t, err := a.handOut(ctx, q, func(acct workload.Account) (token.Request, error) {
+	t, of, err := a.issue(ctx, q, func(acct workload.Account) (token.Request, error) {
 		return token.AccessToken(q.Caller.ServiceAccount, acct, scopes), nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	// T-02: rounded down, never 0 or negative.
-	return metadata.Raw{ContentType: metadata.JSON, Body: accessTokenJSON(t.Value, max(1, int64(time.Until(t.Expires)/time.Second)))}, nil
+	body := accessTokenJSON(t.Value, max(1, int64(time.Until(t.Expires)/time.Second)))
+	return metadata.Raw{ContentType: metadata.JSON, Body: body, Issued: of}, nil
 }
 
 func accessTokenJSON(value string, seconds int64) []byte {
@@ -204,12 +207,12 @@ var plain = func() (t [256]bool) {
 }()
 
 // idToken answers with the bare JWT, as application/text without a charset: Ruby compares strings (I-01).
-func (a accounts) idToken(ctx context.Context, q metadata.Query) (any, error) {
+func (a identity) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	audience := q.Values.Get("audience")
 	if audience == "" {
 		return nil, errNoAudience
 	}
-	t, err := a.handOut(ctx, q, func(acct workload.Account) (token.Request, error) {
+	t, of, err := a.issue(ctx, q, func(acct workload.Account) (token.Request, error) {
 		if !acct.Linked() {
 			return token.Request{}, fmt.Errorf("ServiceAccount %s is %w: it lacks the annotation iam.gke.io/gcp-service-account, without which Google issues no identity tokens",
 				q.Caller.ServiceAccount, errNotLinked) // I-04
@@ -219,28 +222,27 @@ func (a accounts) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return metadata.Raw{ContentType: metadata.Text, Body: []byte(t.Value)}, nil
+	return metadata.Raw{ContentType: metadata.Text, Body: []byte(t.Value), Issued: of}, nil
 }
 
-// handOut asks for the token that the caller's annotations lead to. A mint reads them again; when they changed since
+// issue asks for the token that the caller's annotations lead to. A mint reads them again; when they changed since
 // they were listed, it is asked once more with what it found.
-func (a accounts) handOut(ctx context.Context, q metadata.Query, of func(workload.Account) (token.Request, error)) (token.Token, error) {
+func (a identity) issue(
+	ctx context.Context, q metadata.Query, requestOf func(workload.Account) (token.Request, error),
+) (token.Token, issued, error) {
 	for again := false; ; again = true {
 		acct, err := a.known(ctx, q)
 		if err != nil {
-			return token.Token{}, err
+			return token.Token{}, issued{}, err
 		}
-		r, err := of(acct)
+		r, err := requestOf(acct)
 		if err != nil {
-			return token.Token{}, err
+			return token.Token{}, issued{}, err
 		}
 		t, err := a.tokens.Ask(ctx, q.Caller.ID(), r)
 		if errors.Is(err, token.ErrAccountChanged) && !again {
 			continue
 		}
-		if err == nil {
-			noteHandedOut(q, r, t)
-		}
-		return t, err
+		return t, issued{r, t.Expires}, err
 	}
 }

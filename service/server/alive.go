@@ -1,4 +1,4 @@
-package service
+package server
 
 import (
 	"context"
@@ -13,20 +13,20 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// alive asks our own listener. Without a configuration the closed guard may stand alone, which
+// Alive asks our own listener for `/`, and returns why it is not answered. Without a configuration the closed guard may stand alone, which
 // brings no address to ask at: there is nobody to answer then, and waiting for it would hold
 // kubelet up (R-23).
 //
 // What pods get is what counts. Somebody's rule in chain OUTPUT may refuse what the node itself
 // sends (R-34), and where that cannot be overruled the listener and the server are asked without a
 // packet.
-func (s *Service) alive(ctx context.Context) error {
+func (s *Server) Alive(ctx context.Context) error {
 	err := s.probe.ask(ctx)
 	switch {
 	case err == nil:
 		s.unreachable.Store(nil)
 		return nil
-	case s.site().broken != nil && !addressHere(addrPortOf(s.listener).Addr()):
+	case s.active.Load().Broken != nil && !addressHere(addrPortOf(s.listener).Addr()):
 		return nil
 	case !blocked(err):
 		return err
@@ -42,6 +42,15 @@ func (s *Service) alive(ctx context.Context) error {
 	return nil
 }
 
+// Unreachable says why the node's own connections to the listener failed when Alive asked last, where those of pods do
+// not; "": they do not fail.
+func (s *Server) Unreachable() string {
+	if reason := s.unreachable.Load(); reason != nil {
+		return *reason
+	}
+	return ""
+}
+
 // blocked reports whether a probe failed before it reached the listener, though the listener's
 // address is this node's.
 func blocked(err error) bool {
@@ -51,7 +60,7 @@ func blocked(err error) bool {
 }
 
 // aliveInside asks the kernel for the listener's state, and the server for what the probe asks.
-func (s *Service) aliveInside(ctx context.Context) error {
+func (s *Server) aliveInside(ctx context.Context) error {
 	if err := accepting(s.listener); err != nil {
 		return err
 	}
@@ -61,7 +70,7 @@ func (s *Service) aliveInside(ctx context.Context) error {
 		return err
 	}
 	var w statusWriter
-	if s.server.ServeHTTP(&w, req); w != http.StatusOK {
+	if s.ServeHTTP(&w, req); w != http.StatusOK {
 		return fmt.Errorf("our own server answered / with status %d", w)
 	}
 	return nil

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"strconv"
 	"strings"
@@ -14,27 +13,26 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/server"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// site is all that follows from one configuration. It is immutable; a reload puts another one in its place.
-type site struct {
+// activeConfig is all that follows from one configuration, or from having none. It is immutable; a reload puts another
+// one in its place.
+type activeConfig struct {
+	server.Active
 	config config.Config
-	tree   *metadata.Tree
-	broken error // why there is no configuration: then only `/` is served, and this reason (R-23)
 	*backend
-	superseded chan struct{} // closed when another site took over
+	superseded chan struct{} // closed when another one took over
 }
 
-// backend is the costly part of a site: watches, caches and connections. A reload that does not concern it keeps it.
+// backend is the costly part of an activeConfig: watch and cache. A reload that does not concern it keeps it.
 type backend struct {
 	needs    needs
 	cluster  *kube.Cluster
@@ -42,9 +40,9 @@ type backend struct {
 	attestor *attest.Attestor
 	replaced chan struct{} // closed when another backend took over
 	accounts accountReader
-	registry *prometheus.Registry
-	proxy    string // by which Google is asked
-	end      func() // and waits until it did
+	gauges   *prometheus.Registry // of its state; what it counts is in the registry of the process
+	proxy    string               // by which Google is asked
+	end      func()               // and waits until it did
 }
 
 // retire is stop for a backend whose successor serves: those whom it holds move on, and mints come to their end.
@@ -59,7 +57,7 @@ func (b *backend) retire() {
 	b.end()
 }
 
-// stop ends what runs for the backend; a site that is broken has none.
+// stop ends what runs for the backend; a broken activeConfig has none.
 func (b *backend) stop() {
 	if b != nil {
 		b.end()
@@ -80,12 +78,12 @@ type needs struct {
 	identity                                           config.WorkloadIdentity
 	google                                             config.Google
 	ca                                                 [sha256.Size]byte // of what google.caFile holds
-	limits                                             config.Limits
+	mintsPerPod, keysPerPod                            int
 }
 
 func needsOf(c config.Config) (needs, error) {
 	n := needs{attestation: fmt.Sprintf("%q %q", c.Attestation, c.HostIdentities), kubeconfig: c.Kubeconfig, nodeName: c.NodeName, audience: c.TokenAudience, unlinked: c.ImpersonateUnlinked,
-		prefetch: c.Prefetch, identity: c.WorkloadIdentity, google: c.Google, limits: c.Limits}
+		prefetch: c.Prefetch, identity: c.WorkloadIdentity, google: c.Google, mintsPerPod: c.Limits.MintsPerPod, keysPerPod: c.Limits.KeysPerPod}
 	if c.Google.CAFile != "" {
 		pem, err := os.ReadFile(c.Google.CAFile)
 		if err != nil {
@@ -96,26 +94,20 @@ func needsOf(c config.Config) (needs, error) {
 	return n, nil
 }
 
-// brokenSite says why there is no other.
-func brokenSite(reason error) *site {
-	tree, err := metadata.New(unconfigured())
-	if err != nil {
-		panic(err) // a constant
-	}
-	return &site{tree: tree, superseded: make(chan struct{}), config: config.Default(),
-		broken: brokenReason(reason)}
+// brokenConfig is in force while there is no configuration, for that reason.
+func brokenConfig(reason error) *activeConfig {
+	a := &activeConfig{config: config.Default(), superseded: make(chan struct{})}
+	a.Active = server.Unconfigured(reason, a.config.Limits.ConnectionsPerPod)
+	a.Superseded = a.superseded
+	return a
 }
 
-func brokenReason(err error) refusal {
-	return refusal{Status: http.StatusServiceUnavailable, Reason: "gke-metadata-emulator is not configured: " + err.Error()}
-}
-
-// settle waits until the site knows its pods, but not for long: the API server may be away.
-func (s *site) settle(ctx context.Context) {
+// settle waits until the backend knows its pods, but not for long: the API server may be away.
+func (b *backend) settle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	for {
-		changed, err := s.cluster.Known()
+		changed, err := b.cluster.Known()
 		if err == nil {
 			return
 		}
@@ -127,30 +119,40 @@ func (s *site) settle(ctx context.Context) {
 	}
 }
 
-// newSite makes what c leads to. It takes over the backend of old where c asks for the same one.
-func newSite(c config.Config, old *site, left *fdstore, kernel *attest.Kernel, o Options, log logrus.FieldLogger) (*site, error) {
+// newActive makes what c leads to. It takes over the backend of old where c asks for the same one.
+func (s *Service) newActive(c config.Config, old *activeConfig) (*activeConfig, error) {
 	c = resolve(c)
 	n, err := needsOf(c)
 	if err != nil {
 		return nil, err
 	}
-	s := &site{config: c, superseded: make(chan struct{})}
+	a := &activeConfig{config: c, superseded: make(chan struct{})}
 	if old != nil && old.backend != nil && old.needs == n {
-		s.backend = old.backend
-	} else if s.backend, err = newBackend(n, c, tokensFor(n, old, left), kernel, o, log); err != nil {
+		a.backend = old.backend
+	} else if a.backend, err = s.newBackend(n, c, tokensFor(n, old, s.fdstore)); err != nil {
 		return nil, err
 	}
-	root, err := tree(c, accounts{account: s.accounts, tokens: s.cache, unlinkedEmail: c.EmailForUnlinked, poolName: c.WorkloadIdentity.PoolName})
-	if err == nil {
-		s.tree, err = metadata.New(root)
-	}
+	tree, err := server.NewTree(c, a.accounts, a.cache)
 	if err != nil {
-		if old == nil || s.backend != old.backend {
-			s.stop()
+		if old == nil || a.backend != old.backend {
+			a.stop()
 		}
 		return nil, err
 	}
-	return s, nil
+	a.Active = server.Active{Tree: tree, HostCheck: c.HostCheck, Passthrough: c.Passthrough,
+		ConnectionsPerPod: c.Limits.ConnectionsPerPod, Attestor: a.attestor, Changes: a.cluster.Changes,
+		Superseded: a.superseded}
+	return a, nil
+}
+
+// Validate finds what only the metadata tree can tell of a configuration that loads: extraMetadata that is in the way of
+// what GKE serves. The error is a *config.Error; file is what the fault is said to be in.
+func Validate(c config.Config, file string) error {
+	if _, err := server.NewTree(c, nil, nil); err != nil {
+		return &config.Error{Faults: []config.Fault{{File: file, Key: "extraMetadata", Problem: err.Error(),
+			Remedy: "remove it, or write another path"}}}
+	}
+	return nil
 }
 
 // resolve finds out what the configuration leaves to be found out about the node.
@@ -176,38 +178,43 @@ func instanceID(seed string) string {
 }
 
 // tokensFor returns a snapshot of tokens that somebody with the same needs left: the backend before, or the process before.
-func tokensFor(n needs, old *site, left *fdstore) []byte {
+func tokensFor(n needs, old *activeConfig, left *fdstore) []byte {
 	if old != nil && old.backend != nil && old.needs.digest() == n.digest() {
 		return old.cache.Snapshot()
 	}
 	return left.tokens(n.digest())
 }
 
-func newBackend(n needs, c config.Config, tokens []byte, kernel *attest.Kernel, o Options, log logrus.FieldLogger) (*backend, error) {
-	b := &backend{needs: n, registry: prometheus.NewRegistry(), replaced: make(chan struct{})}
-	b.cluster = kube.New(kube.Options{Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience, UserAgent: "gke-metadata-emulator/" + o.Version, Copied: o.CredentialCopy, Hosts: accountsOf(c.HostIdentities), Log: log, Registerer: b.registry})
+func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend, error) {
+	b := &backend{needs: n, gauges: prometheus.NewRegistry(), replaced: make(chan struct{})}
+	b.cluster = kube.New(kube.Options{
+		Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience,
+		UserAgent: "gke-metadata-emulator/" + s.options.Version, Copied: s.options.CredentialCopy,
+		Hosts: accountsOf(c.HostIdentities), Log: s.log, Registerer: s.registry,
+	})
 	b.accounts = accountReader{b.cluster, n.unlinked}
 	google, err := token.NewGoogle(token.GoogleOptions{
 		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL, IAMCredentialsURL: n.google.IAMCredentialsURL,
 		Lifetime: n.google.TokenLifetime, QuotaProject: n.google.QuotaProject, CAFile: n.google.CAFile,
-		Kubernetes: b.accounts, Log: log, Registerer: b.registry,
+		Kubernetes: b.accounts, Log: s.log, Registerer: s.registry,
 	})
 	if err != nil {
 		return nil, err
 	}
-	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.limits.MintsPerPod, KeysPerPod: n.limits.KeysPerPod,
-		Terminal: as[*kube.AnnotationError], Registerer: b.registry})
+	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.mintsPerPod, KeysPerPod: n.keysPerPod,
+		Terminal: isAnnotationError, Registerer: s.registry})
+	b.gauges.MustRegister(b.cluster, b.cache)
 	google.Federated = b.cache // one exchange a ServiceAccount (G-07)
 	b.proxy = google.Proxy()
 	if tokens != nil {
 		switch taken, err := b.cache.Restore(tokens); {
 		case err != nil:
-			log.WithError(err).Warn("the tokens that were left are dropped")
+			s.log.WithError(err).Warn("the tokens that were left are dropped")
 		case taken > 0:
-			log.WithField("tokens", taken).Info("tokens taken over")
+			s.log.WithField("tokens", taken).Info("tokens taken over")
 		}
 	}
-	b.attestor = attest.New(attestation(c, b, kernel))
+	b.attestor = attest.New(s.attestOptions(c, b))
 
 	ctx, cancel := context.WithCancel(context.Background())
 	g, ctx := errgroup.WithContext(ctx)
@@ -217,22 +224,27 @@ func newBackend(n needs, c config.Config, tokens []byte, kernel *attest.Kernel, 
 	b.end = func() {
 		cancel()
 		if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
-			log.WithError(err).Error("stopping the backend")
+			s.log.WithError(err).Error("stopping the backend")
 		}
 	}
 	return b, nil
 }
 
-// attestation says what askers are known by.
-func attestation(c config.Config, b *backend, kernel *attest.Kernel) attest.Options {
-	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Proxies: c.Attestation.Proxies, Replaced: b.replaced, Registerer: b.registry}
+// attestOptions say what askers are known by.
+func (s *Service) attestOptions(c config.Config, b *backend) attest.Options {
+	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Proxies: c.Attestation.Proxies, Replaced: b.replaced, Registerer: s.registry}
 	if c.Attestation.Mode == "kernel" {
-		o.Kernel = kernel
+		o.Kernel = s.kernel
 	}
 	for _, h := range c.HostIdentities {
 		o.Hosts = append(o.Hosts, attest.Host(h))
 	}
 	return o
+}
+
+func isAnnotationError(err error) bool {
+	var annotation *kube.AnnotationError
+	return errors.As(err, &annotation)
 }
 
 // accountsOf are the ServiceAccounts of processes of the node.
@@ -257,6 +269,9 @@ func (r accountReader) Account(ctx context.Context, sa workload.ServiceAccount, 
 	}
 	return a, err
 }
+
+// anyAge: what is known of an account's annotations is good enough to fetch a token ahead (H-21).
+const anyAge = -1
 
 // prefetch keeps the cache to the ServiceAccounts that this node's pods use (K-04), and has the token that their clients
 // will ask for first fetched before they do (H-21).

@@ -1,4 +1,4 @@
-package service
+package server
 
 import (
 	"bytes"
@@ -20,7 +20,6 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
@@ -65,8 +64,8 @@ func foreign(method, path string, h http.Header) bool {
 
 // passThrough answers a request for another cloud's server, which may be a host pod's. Whoever turns out to be somebody else gets what
 // he would have got.
-func (s *server) passThrough(ctx context.Context, req *request) (metadata.Answer, error) {
-	site, err := s.attest(ctx, req)
+func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer, error) {
+	active, err := s.attest(ctx, req)
 	if err != nil {
 		return metadata.Answer{}, err
 	}
@@ -74,8 +73,8 @@ func (s *server) passThrough(ctx context.Context, req *request) (metadata.Answer
 		req.foreign = false
 		return metadata.Answer{}, cmp.Or(refusedBy(req), metadata.ErrNotFound)
 	}
-	if by := req.caller.ServiceAccount; !slices.Contains(site.config.Passthrough, by.String()) {
-		s.unnamed.count(by)
+	if by := req.caller.ServiceAccount; !slices.Contains(active.Passthrough, by.String()) {
+		s.skipped.count(by)
 		return metadata.Answer{}, refusal{Status: http.StatusNotFound, Reason: fmt.Sprintf(
 			"this is not the cloud's metadata server; for ServiceAccount %s to ask that one, name it in passthrough, or set routing.interceptHostPods to off", by)}
 	}
@@ -90,24 +89,24 @@ func (s *server) passThrough(ctx context.Context, req *request) (metadata.Answer
 }
 
 // attest finds out who asks, by the configuration that is in force when that is known.
-func (s *server) attest(ctx context.Context, req *request) (site *site, err error) {
+func (s *Server) attest(ctx context.Context, req *request) (active *Active, err error) {
 	for {
-		if site = s.site.Load(); site.broken != nil {
-			return nil, site.broken
+		if active = s.active.Load(); active.Broken != nil {
+			return nil, active.Broken
 		}
-		if req.caller, err = site.attestor.Attest(ctx, req.peer); !errors.Is(err, attest.ErrReplaced) {
-			return site, err
+		if req.caller, err = active.Attestor.Attest(ctx, req.peer); !errors.Is(err, attest.ErrReplaced) {
+			return active, err
 		}
 	}
 }
 
 // Bounds of what is passed. A body is held in memory, so that nothing of it is written before all of it is there.
 const (
-	mostAsked     = 64 << 10
-	mostAnswered  = 1 << 20          // OpenStack's vendor data; AWS's user data is 16 KiB
-	mostAtOnce    = 16               // of all
-	mostForOne    = 4                // of one pod
-	cloudPatience = 10 * time.Second // Azure makes its tokens when they are asked for
+	maxRequestBytes     = 64 << 10
+	maxResponseBytes    = 1 << 20          // OpenStack's vendor data; AWS's user data is 16 KiB
+	maxConcurrent       = 16               // of all
+	maxConcurrentPerPod = 4                // of one pod
+	cloudTimeout        = 10 * time.Second // Azure makes its tokens when they are asked for
 )
 
 // cloud is the cloud's own metadata server. We live in a slice of the host's, which the rules spare: who connects there gets there.
@@ -125,7 +124,7 @@ type passed struct {
 }
 
 func newCloud() *cloud {
-	c := &cloud{at: strings.TrimSuffix(routing.MetadataServer().String(), ":80"), turns: newTurns(mostAtOnce, mostForOne)}
+	c := &cloud{at: strings.TrimSuffix(routing.MetadataServer().String(), ":80"), turns: newTurns(maxConcurrent, maxConcurrentPerPod)}
 	c.DialContext = (&net.Dialer{Timeout: 2 * time.Second}).DialContext // and never by a proxy
 	// A connection that is kept may be closed there as it is used again, and then a PUT is lost.
 	c.DisableCompression, c.DisableKeepAlives, c.MaxResponseHeaderBytes = true, true, 64<<10
@@ -134,12 +133,12 @@ func newCloud() *cloud {
 
 // ask asks for the path what r asks, for a pod. A redirect is an answer like any other.
 func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest.Party) (*passed, error) {
-	ctx, cancel := context.WithTimeout(ctx, cloudPatience)
+	ctx, cancel := context.WithTimeout(ctx, cloudTimeout)
 	defer cancel()
-	body, err := atMost(r.Body, mostAsked)
+	body, err := atMost(r.Body, maxRequestBytes)
 	switch {
 	case errors.Is(err, errTooLong):
-		return nil, refusal{Status: http.StatusRequestEntityTooLarge, Close: true, Reason: fmt.Sprintf("the request has more than %d bytes", mostAsked)}
+		return nil, refusal{Status: http.StatusRequestEntityTooLarge, Close: true, Reason: fmt.Sprintf("the request has more than %d bytes", maxRequestBytes)}
 	case err != nil:
 		return nil, refusal{Status: http.StatusBadRequest, Close: true, Reason: "the request did not come in whole"}
 	}
@@ -169,7 +168,7 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 	if res.StatusCode < http.StatusOK {
 		err = errors.New("it is about to speak another protocol")
 	} else {
-		a.body, err = atMost(res.Body, mostAnswered)
+		a.body, err = atMost(res.Body, maxResponseBytes)
 	}
 	if err != nil {
 		return nil, cmp.Or(r.Context().Err(), unanswered(err))
@@ -185,7 +184,7 @@ func unanswered(err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		reason = "no answer"
 	case errors.Is(err, errTooLong):
-		reason = fmt.Sprintf("its answer has more than %d bytes", mostAnswered)
+		reason = fmt.Sprintf("its answer has more than %d bytes", maxResponseBytes)
 	case errors.As(err, &op):
 		reason = op.Err.Error()
 	}
@@ -216,32 +215,26 @@ func endToEnd(h http.Header) http.Header {
 	return out
 }
 
-// unnamed counts, for each ServiceAccount, what its host pods asked of another cloud's server without being named in passthrough.
-type unnamed struct {
+// skippedHostPods counts, for each ServiceAccount, what its host pods asked of another cloud's server without being named
+// in passthrough.
+type skippedHostPods struct {
 	mu    sync.Mutex
 	asked map[workload.ServiceAccount]uint64
 }
 
-func (u *unnamed) count(by workload.ServiceAccount) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.asked == nil {
-		u.asked = map[workload.ServiceAccount]uint64{}
+func (k *skippedHostPods) count(by workload.ServiceAccount) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.asked == nil {
+		k.asked = map[workload.ServiceAccount]uint64{}
 	}
-	if _, known := u.asked[by]; known || len(u.asked) < maxAskers {
-		u.asked[by]++
+	if _, known := k.asked[by]; known || len(k.asked) < maxLogLimits {
+		k.asked[by]++
 	}
 }
 
-// but returns those who are not in names now, sorted.
-func (u *unnamed) but(names []string) (all []status.SkippedHostPod) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	for sa, n := range u.asked {
-		if !slices.Contains(names, sa.String()) {
-			all = append(all, status.SkippedHostPod{ServiceAccount: sa.String(), Requests: n})
-		}
-	}
-	slices.SortFunc(all, func(a, b status.SkippedHostPod) int { return strings.Compare(a.ServiceAccount, b.ServiceAccount) })
-	return all
+func (k *skippedHostPods) all() map[workload.ServiceAccount]uint64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return maps.Clone(k.asked)
 }

@@ -1,4 +1,4 @@
-package service
+package server
 
 import (
 	"errors"
@@ -81,7 +81,7 @@ func TestRefusalsNameNobody(t *testing.T) {
 		"": errors.New("netlink"),
 	}
 	var all []string
-	files, err := filepath.Glob("attest/*.go")
+	files, err := filepath.Glob("../attest/*.go")
 	if err != nil {
 		t.Fatal(err)
 	}
