@@ -149,7 +149,7 @@ func (b *bed) start(t testing.TB) {
 	b.stop, b.ended = stop, make(chan struct{})
 	first, err := b.Service.load(nil)
 	if err != nil {
-		first = brokenSite(err)
+		first = brokenConfig(err)
 	}
 	go func() {
 		defer close(b.ended)
@@ -187,6 +187,12 @@ func (b *bed) end(t testing.TB) {
 	case <-time.After(testTimeout):
 		t.Error("the service does not end")
 	}
+}
+
+// busy is the number of connections that wait for an answer, or have not asked yet.
+func (b *bed) busy() int {
+	c := b.server.Connections()
+	return c.Open - c.Idle
 }
 
 // ready waits until pods are served.

@@ -17,6 +17,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 func median(f []float64) float64 {
@@ -79,7 +81,7 @@ func (p *process) mallocs(b *testing.B) float64 {
 }
 
 // statusOf asks the emulator as `status` does.
-func statusOf(b testing.TB, dir string) (st Status) {
+func statusOf(b testing.TB, dir string) (st status.Status) {
 	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
 	}}}

@@ -27,7 +27,7 @@ import (
 // The benchmarks run the emulator and a bare net/http server that writes the same bytes as processes of their own,
 // and this one asks both in turn.
 const (
-	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, routing, or a configuration file
+	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, doctor, routing, or a configuration file
 	benchListen = "GME_BENCH_LISTEN"
 	benchAnswer = "GME_BENCH_ANSWER" // what bare writes: a file that holds header and body as JSON
 	pairs       = 20
@@ -45,9 +45,12 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, helperProcess())
 	case "pod":
 		fmt.Fprintln(os.Stderr, podProcess())
-	case "trial":
-		fmt.Println(trialProcess())
-		return
+	case "doctor":
+		err := doctorProcess()
+		if err == nil {
+			return
+		}
+		fmt.Fprintln(os.Stderr, err)
 	case "routing":
 		err := routingProcess()
 		if err == nil {
@@ -135,38 +138,6 @@ func BenchmarkCachedToken(b *testing.B) {
 		})
 	}
 }
-
-// BenchmarkHandler is our part of an answer out of the cache, without net/http's.
-func BenchmarkHandler(b *testing.B) {
-	bed := newBed(b)
-	bed.ready(b)
-	c := bed.dial(b, linked)
-	defer c.Close()
-	ctx := bed.server.connections.accept(b.Context(), otherEnd{c})
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://169.254.169.254"+accts+"default/token", nil)
-	if err != nil {
-		b.Fatal(err)
-	}
-	req.Header.Set("Metadata-Flavor", "Google")
-	w := discardResponse{}
-	b.ReportAllocs()
-	for b.Loop() {
-		clear(w)
-		bed.server.ServeHTTP(w, req)
-	}
-}
-
-// otherEnd is a client's connection as the server sees it.
-type otherEnd struct{ net.Conn }
-
-func (c otherEnd) RemoteAddr() net.Addr { return c.Conn.LocalAddr() }
-func (c otherEnd) LocalAddr() net.Addr  { return c.Conn.RemoteAddr() }
-
-type discardResponse http.Header
-
-func (w discardResponse) Header() http.Header         { return http.Header(w) }
-func (w discardResponse) Write(b []byte) (int, error) { return len(b), nil }
-func (w discardResponse) WriteHeader(int)             {}
 
 const benchRequest = "GET /computeMetadata/v1/instance/service-accounts/default/token HTTP/1.1\r\nHost: 169.254.169.254\r\nUser-Agent: bench\r\nMetadata-Flavor: Google\r\n\r\n"
 

@@ -147,7 +147,7 @@ func (b *chaosBed) longRefusals(t *testing.T) func() {
 			if err != nil {
 				return
 			}
-			if len(a.Body) > maxReason+64 {
+			if len(a.Body) > 4096+64 {
 				t.Errorf("a refusal has %d bytes", len(a.Body))
 			}
 		}

@@ -3,13 +3,17 @@ package service
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
@@ -42,12 +46,12 @@ func TestHalfClosed(t *testing.T) {
 	if _, err := r.ReadByte(); err != io.EOF {
 		t.Errorf("after the answer: %v", err)
 	}
-	b.eventually(t, "the connection is closed", func() bool { return b.server.connections.open() == 0 })
+	b.eventually(t, "the connection is closed", func() bool { return b.server.Connections().Open == 0 })
 
 	// What waits for a change says what there is: a client that left looks the same.
 	etag := b.ask(t, linked, "GET", accts+"default/email", "").Header.Get("ETag")
 	c = b.sends(t, accts+"default/email?wait_for_change=true&last_etag="+etag)
-	b.eventually(t, "it waits", func() bool { return b.server.connections.answering.Load() == 1 })
+	b.eventually(t, "it waits", func() bool { return b.server.Connections().Answering == 1 })
 	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +75,7 @@ func TestHalfClosedInTheMiddle(t *testing.T) {
 		}
 		c.Close()
 	}
-	b.eventually(t, "all are closed", func() bool { return b.server.connections.open() == 0 })
+	b.eventually(t, "all are closed", func() bool { return b.server.Connections().Open == 0 })
 }
 
 // A client that left has its request ended, and is written nothing.
@@ -81,18 +85,14 @@ func TestClientLeft(t *testing.T) {
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Minute})
 	for _, half := range []bool{false, true} {
 		c := b.sends(t, accts+"default/token")
-		b.eventually(t, "it waits", func() bool { return b.server.connections.answering.Load() == 1 })
+		b.eventually(t, "it waits", func() bool { return b.server.Connections().Answering == 1 })
 		if half {
 			_ = c.(*net.TCPConn).CloseWrite()
-			b.eventually(t, "the end of its half is seen", func() bool {
-				closed := false
-				b.server.connections.each(true, func(k *connection) { closed = closed || k.closed.Load() })
-				return closed
-			})
+			b.eventually(t, "the end of its half has come", func() bool { return closeWait(t, c.LocalAddr()) })
 		}
 		_ = c.(*net.TCPConn).SetLinger(0)
 		_ = c.Close()
-		b.eventually(t, "its request is ended", func() bool { return b.server.connections.open() == 0 })
+		b.eventually(t, "its request is ended", func() bool { return b.server.Connections().Open == 0 })
 	}
 	if n := b.requests(t, "499"); n != 2 {
 		t.Errorf("%v requests count as left", n)
@@ -102,8 +102,31 @@ func TestClientLeft(t *testing.T) {
 	}
 }
 
+// closeWait reports whether the service's end of the connection is in state CLOSE_WAIT (proc_net(5)).
+func closeWait(t *testing.T, client net.Addr) bool {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	remote := fmt.Sprintf(":%04X", client.(*net.TCPAddr).Port)
+	for line := range strings.Lines(string(table)) {
+		f := strings.Fields(line)
+		if len(f) > 3 && strings.HasSuffix(f[2], remote) && f[3] == "08" {
+			return true
+		}
+	}
+	return false
+}
+
 // requests is what the metrics say of tokens.
-func (b *bed) requests(t *testing.T, code string) (n float64) {
+func (b *bed) requests(t *testing.T, code string) float64 {
+	t.Helper()
+	return b.counted(t, "requests_total", code, "/token")
+}
+
+// counted is the sum of those counters of a metric that have labels whose values end so.
+func (b *bed) counted(t *testing.T, metric string, values ...string) (n float64) {
 	t.Helper()
 	families, err := b.gather().Gather()
 	if err != nil {
@@ -111,7 +134,9 @@ func (b *bed) requests(t *testing.T, code string) (n float64) {
 	}
 	for _, f := range families {
 		for _, m := range f.Metric {
-			if l := m.Label; f.GetName() == "gke_metadata_emulator_requests_total" && l[0].GetValue() == code && strings.HasSuffix(l[1].GetValue(), "/token") {
+			if f.GetName() == "gke_metadata_emulator_"+metric && !slices.ContainsFunc(values, func(v string) bool {
+				return !slices.ContainsFunc(m.Label, func(l *dto.LabelPair) bool { return strings.HasSuffix(l.GetValue(), v) })
+			}) {
 				n += m.GetCounter().GetValue()
 			}
 		}
@@ -141,7 +166,7 @@ func TestClientsThatDoNotRead(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
 	b.neverReads(t)
-	b.eventually(t, "its connection is closed", func() bool { return b.server.connections.open() == 0 })
+	b.eventually(t, "its connection is closed", func() bool { return b.server.Connections().Open == 0 })
 
 	for range 4 {
 		b.neverReads(t)

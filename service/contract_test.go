@@ -12,6 +12,9 @@ import (
 )
 
 const (
+	scopeCloudPlatform = "https://www.googleapis.com/auth/cloud-platform"
+	scopeEmail         = "https://www.googleapis.com/auth/userinfo.email"
+
 	v1       = "/computeMetadata/v1/"
 	accts    = v1 + "instance/service-accounts/"
 	gsa      = "reader@my-project.iam.gserviceaccount.com"

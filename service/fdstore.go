@@ -18,7 +18,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
@@ -118,7 +117,7 @@ func (s *Service) handOver(ctx context.Context) error {
 		return nil
 	}
 	for said := ""; ; {
-		now := s.site()
+		now := s.active()
 		err := s.leaveTokens(now)
 		if err != nil && err.Error() != said {
 			said = err.Error()
@@ -143,7 +142,7 @@ func (s *Service) handOver(ctx context.Context) error {
 	}
 }
 
-func (s *Service) leaveTokens(now *site) error {
+func (s *Service) leaveTokens(now *activeConfig) error {
 	if now.backend == nil { // what is left stays, until there is a configuration again
 		return nil
 	}
@@ -276,6 +275,7 @@ func bootTime() int64 {
 
 // digest says what the tokens depend on: what is not left out counts.
 func (n needs) digest() [sha256.Size]byte {
-	n.nodeName, n.prefetch, n.attestation, n.limits = "", "", "", config.Limits{} // how many tokens, and for whom, and not which
+	n.nodeName, n.prefetch, n.attestation = "", "", ""
+	n.mintsPerPod, n.keysPerPod = 0, 0 // how many tokens, and for whom, and not which
 	return sha256.Sum256(fmt.Appendf(nil, "%#v", n))
 }

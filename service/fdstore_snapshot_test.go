@@ -111,7 +111,7 @@ func TestDigest(t *testing.T) {
 		}
 	}
 	n := base
-	n.nodeName, n.prefetch, n.limits.KeysPerPod = "x", "all", 1
+	n.nodeName, n.prefetch, n.keysPerPod = "x", "all", 1
 	if n.digest() != base.digest() {
 		t.Error("node name, prefetch and limits change no token")
 	}

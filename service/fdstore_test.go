@@ -366,7 +366,7 @@ func TestR16BrokenConfiguration(t *testing.T) {
 	b.configure(t, "prefetch: none", "prefetch: sometimes")
 	b.left = k.holding(t)
 	b.start(t)
-	if b.site().broken == nil || !k.holds(t, value) {
+	if b.active().Broken == nil || !k.holds(t, value) {
 		t.Fatal("it is not broken, or nothing is left")
 	}
 	before := b.traffic()
@@ -384,10 +384,10 @@ func TestR16Reload(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", k.socket)
 	b.start(t)
 	value := tokenIn(t, b.answerTo(t, linked, accts+"default/token"))
-	before, old := b.traffic(), b.site().backend
+	before, old := b.traffic(), b.active().backend
 	b.configure(t, "prefetch: none", "limits: {mintsPerPod: 3}")
 	b.hangUp()
-	b.eventually(t, "other limits are another backend", func() bool { return b.site().backend != old })
+	b.eventually(t, "other limits are another backend", func() bool { return b.active().backend != old })
 	if got := tokenIn(t, b.answerTo(t, linked, accts+"default/token")); got != value || b.traffic() != before {
 		t.Error("other limits cost the tokens")
 	}

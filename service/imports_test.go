@@ -3,9 +3,13 @@ package service
 import (
 	"encoding/json"
 	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io"
 	"os/exec"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -13,7 +17,8 @@ import (
 
 const module = "github.com/gke-metadata-emulator/gke-metadata-emulator/"
 
-// importRules says who alone may import what, and why. The stand-ins and cmd/demo are not shipped: they import what they need.
+// importRules says who alone may import what, and why. The stand-ins and cmd/demo are not shipped: they import what
+// they need.
 var importRules = []struct {
 	imported string   // a prefix of import paths
 	by       []string // packages, relative to the module
@@ -22,29 +27,84 @@ var importRules = []struct {
 	{"k8s.io/", []string{"service/kube"}, "Kubernetes' libraries are large and change often: one package knows them"},
 	{"github.com/cilium/ebpf", []string{"service/routing"}, "one package changes the node"},
 	{"github.com/google/nftables", []string{"service/routing"}, "one package changes the node"},
-	{"os/exec", []string{"service/routing", "packaging/gen"}, "the serving process starts no other: it has no right to, once it runs in its sandbox"},
-	{"github.com/vishvananda/netlink", []string{"service/routing"}, "what the kernel is told; attest asks it on the path of every connection, and its own questions are 60 times as fast (A-02)"},
-	{"github.com/vishvananda/netns", []string{"service/routing"}, "a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},
+	{"os/exec", []string{"service/routing", "packaging/gen"},
+		"the serving process starts no other: it has no right to, once it runs in its sandbox"},
+	{"github.com/vishvananda/netlink", []string{"service/routing"},
+		"routing changes the node's network; attest asks the kernel on the path of every connection, " +
+			"and its own questions are 60 times as fast (A-02)"},
+	{"github.com/vishvananda/netns", []string{"service/routing"},
+		"a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"}, "flags in, Config out: nothing below main knows how it was asked"},
-	{"github.com/coreos/go-systemd", []string{"service"}, "the life of the service is told in one place"},
-	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service"}, "one package serves"},
-	{"net/http", []string{"service", "service/kube", "service/token", "cmd/gke-metadata-emulator"}, "metadata, attest, routing and config answer questions, and speak no HTTP"},
+	{"github.com/coreos/go-systemd", []string{"service"},
+		"the life of the service is told in one place; what systemd says of a unit is handed to doctor as a status.Unit"},
+	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service/server"}, "one package serves"},
+	{"net/http", []string{"service/server", "service/doctor", "service/kube", "service/status", "service/token"},
+		"server serves, and the others are clients (TestResponseWriter); " +
+			"service, metadata, attest, routing and config speak no HTTP"},
 	{"go.yaml.in/", []string{"service/config"}, "one package reads the operator's YAML"},
 }
 
-// layers says which of our own packages each may import: cmd → service → the six → workload.
+// six are the packages that do the work. They never import each other: each says in an interface of its own what it
+// needs of another, and service hands it in. workload has the nouns that all of them share.
+var six = []string{"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
+	"service/token", "service/workload"}
+
+// layers says which of our own packages each may import.
+//
+//	cmd → {service, doctor, status}; service → {server, status, the six}; doctor → {status, the six};
+//	server → the six; status → the six; the six → workload
 var layers = map[string][]string{
-	"cmd/gke-metadata-emulator": {"service", "service/config", "service/routing"},
+	// Flags become a config.Config and a routing.Plan here, so cmd knows these two of the six.
+	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing", "service/status"},
 	"packaging":                 nil,
 	"packaging/gen":             nil, // not shipped
-	"service":                   {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing", "service/token", "service/workload"},
-	"service/attest":            {"service/workload"},
-	"service/config":            {"service/workload"},
-	"service/kube":              {"service/workload"},
-	"service/metadata":          {"service/workload"},
-	"service/routing":           {"service/workload"},
-	"service/token":             {"service/workload"},
-	"service/workload":          nil,
+	// The life of the service puts everything together; doctor is another process, and no part of it.
+	"service": append([]string{"service/server", "service/status"}, six...),
+	// doctor judges a node whose service may be dead, so it asks the service over its socket like anybody else.
+	"service/doctor": append([]string{"service/status"}, six...),
+	// server answers requests by what it is handed, and knows nothing of reloads, units and the status.
+	"service/server": {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
+		"service/token", "service/workload"},
+	// status shows what the six say of themselves.
+	"service/status":   {"service/attest", "service/kube", "service/routing", "service/token"},
+	"service/attest":   {"service/workload"},
+	"service/config":   {"service/workload"},
+	"service/kube":     {"service/workload"},
+	"service/metadata": {"service/workload"},
+	"service/routing":  {"service/workload"},
+	"service/token":    {"service/workload"},
+	"service/workload": nil,
+}
+
+// Only package server writes answers: no other names a ResponseWriter, so nothing reaches a pod but by its write.
+func TestResponseWriter(t *testing.T) {
+	seen := false
+	for name := range layers {
+		files, err := filepath.Glob(filepath.Join("..", name, "*.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ast.Inspect(parsed, func(n ast.Node) bool {
+				if s, ok := n.(*ast.SelectorExpr); ok && s.Sel.Name == "ResponseWriter" {
+					if seen = seen || name == "service/server"; name != "service/server" {
+						t.Errorf("%s names a ResponseWriter: package server alone answers requests", file)
+					}
+				}
+				return true
+			})
+		}
+	}
+	if !seen {
+		t.Error("no ResponseWriter in package server: is this test looking where it should?")
+	}
 }
 
 func TestImports(t *testing.T) {
@@ -75,7 +135,7 @@ func TestImports(t *testing.T) {
 		for _, i := range p.Imports {
 			if own, ok := strings.CutPrefix(i, module); ok {
 				if !slices.Contains(allowed, own) {
-					t.Errorf("%s imports %s: only cmd → service → {attest, kube, token, metadata, routing, config} → workload", name, own)
+					t.Errorf("%s imports %s: layers says who may, and why", name, own)
 				}
 				if standIn(own) {
 					t.Errorf("%s imports %s: no stand-in is in the shipped binary", name, own)

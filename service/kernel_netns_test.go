@@ -124,7 +124,7 @@ func TestKernelChurn(t *testing.T) {
 	log := k.log.String()
 	handed := 0
 	for line := range strings.Lines(log) {
-		if strings.Contains(line, "token handed out") {
+		if strings.Contains(line, "token issued") {
 			handed++
 			if !strings.Contains(line, `"evidence":"cgroup"`) || !strings.Contains(line, `"container":"0`) {
 				t.Errorf("an audit line without evidence or container: %s", line)

@@ -64,7 +64,7 @@ func TestLongPoll(t *testing.T) {
 
 	etag = b.ask(t, linked, "GET", accts+"default/email", "").Header.Get("ETag")
 	answered = waiting()
-	b.eventually(t, "it waits", func() bool { return b.server.connections.open() == 1 })
+	b.eventually(t, "it waits", func() bool { return b.server.Connections().Open == 1 })
 	b.end(t)
 	if res := receive(t, answered); res.StatusCode != 200 || !res.Close {
 		t.Errorf("R-26: stopping: %d, Connection: close is %v", res.StatusCode, res.Close)
@@ -139,7 +139,7 @@ func TestDrainAnswersWhatItAccepted(t *testing.T) {
 	b.ask(t, linked, "GET", accts+"default/token", "")
 	c := b.dial(t, linked)
 	defer c.Close()
-	b.eventually(t, "it is accepted", func() bool { return b.server.connections.busy() == 1 })
+	b.eventually(t, "it is accepted", func() bool { return b.busy() == 1 })
 	ended := make(chan struct{})
 	go func() { defer close(ended); b.end(t) }()
 	b.eventually(t, "the listener is left", func() bool {
@@ -307,7 +307,7 @@ func TestLimits(t *testing.T) {
 		for range 3 {
 			open = append(open, b.dial(t, linked))
 		}
-		b.eventually(t, "they are accepted", func() bool { return b.server.connections.open() == 3 })
+		b.eventually(t, "they are accepted", func() bool { return b.server.Connections().Open == 3 })
 		res := b.ask(t, linked, "GET", accts+"default/email", "")
 		if res.StatusCode != 503 || res.Header.Get("Retry-After") != "1" || !strings.Contains(res.body, "limits.connectionsPerPod is 3") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
@@ -397,7 +397,7 @@ func TestNoSecrets(t *testing.T) {
 			t.Error("a secret is shown")
 		}
 	}
-	for _, line := range []string{"token handed out", gsa, "default/reader"} {
+	for _, line := range []string{"token issued", gsa, "default/reader"} {
 		if !strings.Contains(b.log.String(), line) {
 			t.Errorf("the audit trail has no %q", line)
 		}
@@ -412,8 +412,8 @@ func TestProbeIsOutOfReach(t *testing.T) {
 		c := b.dial(t, "127.0.0.1")
 		defer c.Close()
 	}
-	b.eventually(t, "they are accepted", func() bool { return b.server.connections.open() >= 4 })
-	if err := b.probe.ask(t.Context()); err != nil {
+	b.eventually(t, "they are accepted", func() bool { return b.server.Connections().Open >= 4 })
+	if err := b.server.Alive(t.Context()); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,21 +1,17 @@
 package service
 
 import (
-	"bytes"
 	"fmt"
 	"io"
-	stdlog "log"
 	"maps"
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
-	"golang.org/x/time/rate"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
@@ -96,64 +92,3 @@ func journalName(k string) string {
 		return '_'
 	}, k), "_")
 }
-
-// askerLog bounds what is logged because of one asker: 5 lines, then one in 10 s.
-type askerLog struct {
-	mu     sync.Mutex
-	askers map[string]*askerRate
-}
-
-type askerRate struct {
-	*rate.Limiter
-	suppressed int
-}
-
-// maxAskers bounds the books. When they are full they start anew: a few lines more are logged, and nothing is lost.
-const maxAskers = 1024
-
-// allow reports whether a line about the asker is to be logged, and how many were not since the last that was.
-func (l *askerLog) allow(asker string) (suppressed int, ok bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	r := l.askers[asker]
-	if r == nil {
-		if l.askers == nil || len(l.askers) >= maxAskers {
-			l.askers = map[string]*askerRate{}
-		}
-		r = &askerRate{Limiter: rate.NewLimiter(rate.Every(10*time.Second), 5)}
-		l.askers[asker] = r
-	}
-	if !r.Allow() {
-		r.suppressed++
-		return 0, false
-	}
-	suppressed, r.suppressed = r.suppressed, 0
-	return suppressed, true
-}
-
-// quietLog takes what net/http has to say of clients that break off, which is of interest only to those who debug one;
-// but a panic of ours is an error.
-func quietLog(l *logrus.Logger) *stdlog.Logger { return stdlog.New(httpLog{l}, "", 0) }
-
-type httpLog struct{ *logrus.Logger }
-
-func (l httpLog) Write(b []byte) (int, error) {
-	if bytes.Contains(b, []byte("panic")) {
-		l.Error(string(b))
-	} else if debugging(l.Logger) {
-		l.Debug(string(b))
-	}
-	return len(b), nil
-}
-
-const mostOfAPod = 256 // bytes
-
-// bounded is a text of a pod's as the log takes it.
-func bounded(s string) string {
-	if len(s) > mostOfAPod {
-		return strings.ToValidUTF8(s[:mostOfAPod], "") + "…"
-	}
-	return s
-}
-
-func debugging(l *logrus.Logger) bool { return l.IsLevelEnabled(logrus.DebugLevel) }

@@ -2,48 +2,22 @@ package service
 
 import (
 	"runtime"
-	"strconv"
-	"sync"
-	"sync/atomic"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	dto "github.com/prometheus/client_model/go"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-// metrics are what the server itself counts; kube and token register their own. Labels are bounded: the tree's name of
-// a place, never the path, and never an address.
+// metrics are those of the process and its configuration. server, attest, kube and token register their own in the same
+// registry, which lives as long as the process: no counter falls on a reload.
 type metrics struct {
-	registry *prometheus.Registry
-	requests *prometheus.CounterVec
-	latency  *prometheus.HistogramVec
-	reloads  *prometheus.CounterVec
-	file     prometheus.Gauge
-
-	strangers atomic.Uint64 // requests of processes that are no pods and have no identity, doctor's among them
-
-	six atomic.Uint64 // requests for anything but `/` that came by IPv6
-
-	mu     sync.RWMutex
-	series map[outcome]series
+	reloads *prometheus.CounterVec
+	file    prometheus.Gauge
 }
 
-func newMetrics(version, runDir string, connections *room) *metrics {
-	m := &metrics{
-		registry: prometheus.NewRegistry(),
-		series:   map[outcome]series{},
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "gke_metadata_emulator_requests_total",
-			Help: "Requests of pods, by the place in the metadata tree and the status; 499: the asker left first.",
-		}, []string{"node", "code"}),
-		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:    "gke_metadata_emulator_request_duration_seconds",
-			Help:    "Time from a request's header to its answer, the hold of unknown pods and long polls included.",
-			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		}, []string{"node"}),
+func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
+	m := metrics{
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_config_reloads_total",
 			Help: "Configurations read anew, by outcome (ok, error).",
@@ -53,22 +27,8 @@ func newMetrics(version, runDir string, connections *room) *metrics {
 			Help: "1 if the configuration on disk loads, else 0: then the one before stays in force, and a restart would refuse pods.",
 		}),
 	}
-	m.registry.MustRegister(m.requests, m.latency, m.reloads, m.file,
+	r.MustRegister(m.reloads, m.file,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "gke_metadata_emulator_connections",
-			Help: "Open connections of pods.",
-		}, func() float64 { return float64(connections.open()) }),
-		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name:        "gke_metadata_emulator_connections_closed_total",
-			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
-			ConstLabels: prometheus.Labels{"outcome": "made-room"},
-		}, func() float64 { return float64(connections.cut.Load()) }),
-		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name:        "gke_metadata_emulator_connections_closed_total",
-			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
-			ConstLabels: prometheus.Labels{"outcome": "no-room"},
-		}, func() float64 { return float64(connections.refused.Load()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "gke_metadata_emulator_build_info",
 			Help:        "1, labelled with what was built.",
@@ -126,44 +86,4 @@ func (r ruleState) Collect(c chan<- prometheus.Metric) {
 			c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(times), layer, cause)
 		}
 	}
-}
-
-func (m *metrics) served(node string, status int, took time.Duration) {
-	k := outcome{node, status}
-	m.mu.RLock()
-	s, ok := m.series[k]
-	m.mu.RUnlock()
-	if !ok {
-		s = series{m.requests.WithLabelValues(node, strconv.Itoa(status)), m.latency.WithLabelValues(node)}
-		m.mu.Lock()
-		m.series[k] = s
-		m.mu.Unlock()
-	}
-	s.Inc()
-	s.Observe(took.Seconds())
-}
-
-// asked is how many requests of pods there were for anything but `/`, which our own probes, and doctor's, ask for too.
-func (m *metrics) asked() (n uint64) {
-	strangers := m.strangers.Load() // first: each of them is counted in the series before
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	for k, s := range m.series {
-		var now dto.Metric
-		if k.node != "/" && s.Write(&now) == nil {
-			n += uint64(now.GetCounter().GetValue())
-		}
-	}
-	return n - strangers
-}
-
-// series are found by outcome: to have the vectors hash labels costs more than to count.
-type series struct {
-	prometheus.Counter
-	prometheus.Observer
-}
-
-type outcome struct {
-	node   string
-	status int
 }

@@ -24,7 +24,7 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 		s.log.WithError(err).Error("the watchdog's interval is not to be understood, so there is no watchdog")
 	}
 	for logged := false; ; logged = true {
-		err := s.alive(ctx)
+		err := s.server.Alive(ctx)
 		if err == nil {
 			break
 		}
@@ -43,7 +43,7 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 		tick = 10 * time.Second
 	}
 	for told := s.summary(); sleep(ctx, tick); {
-		if err := s.alive(ctx); err != nil {
+		if err := s.server.Alive(ctx); err != nil {
 			if ctx.Err() == nil {
 				s.log.WithError(err).Error("our own listener does not answer")
 			}

@@ -4,13 +4,12 @@ import (
 	"cmp"
 	"fmt"
 	"net"
-	"net/netip"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/doctor"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
@@ -86,18 +85,10 @@ func TestOutputRejects(t *testing.T) {
 			t.Errorf("%v:\n%s", err, &text)
 		}
 
-		var direct trial
-		if err := k.node.Do(func() error {
-			direct = tryDirectly(t.Context(), netip.MustParseAddrPort("169.254.169.252:988"), k.node.Dial)
-			return nil
-		}); err != nil {
-			t.Fatal(err)
-		}
-		named := slices.ContainsFunc(direct.dropped, func(by string) bool {
-			return strings.HasPrefix(by, "nft chain ip filter LinkLocal (rule: ")
-		})
-		if named == overruled || direct.ours != overruled {
-			t.Errorf("doctor's own connection: %+v", direct)
+		found := k.doctor(t)["listener"]
+		named := found.Verdict == doctor.Warn && strings.Contains(found.Finding, "nft chain ip filter LinkLocal (rule: ")
+		if named == overruled || overruled && found.Verdict != doctor.OK {
+			t.Errorf("doctor's own connection: %+v", found)
 		}
 	})
 }

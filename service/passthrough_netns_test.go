@@ -155,8 +155,8 @@ func testPassthrough(t *testing.T, mode string) {
 	}
 	var text strings.Builder
 	st := statusOf(t, k.dir)
-	if err := st.Text(&text, st.Started); err != nil || len(st.Unnamed) != 1 || !strings.Contains(text.String(), "\nhost pods    ServiceAccount default/d asked 2 times ") {
-		t.Errorf("status: %+v, %v:\n%s", st.Unnamed, err, &text)
+	if err := st.Text(&text, st.Started); err != nil || len(st.SkippedHostPods) != 1 || !strings.Contains(text.String(), "\nhost pods    ServiceAccount default/d asked 2 times ") {
+		t.Errorf("status: %+v, %v:\n%s", st.SkippedHostPods, err, &text)
 	}
 
 	_ = web.Close()

@@ -3,10 +3,13 @@ package service
 import (
 	"bufio"
 	"encoding/json"
+	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -46,7 +49,7 @@ func TestNotConfigured(t *testing.T) {
 		return strings.Contains(body, "config.yaml:2: routign: there is no such key") && strings.Contains(body, "workloadIdentityProvider")
 	})
 	b.configure(t)
-	b.eventually(t, "the mended file is in force", func() bool { return b.site().broken == nil })
+	b.eventually(t, "the mended file is in force", func() bool { return b.active().Broken == nil })
 	b.ready(t)
 	if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 200 {
 		t.Errorf("%d %s", res.StatusCode, res.body)
@@ -57,7 +60,7 @@ func TestReload(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
 	first := b.ask(t, linked, "GET", accts+"default/token", "").body
-	before := b.site().backend
+	before := b.active().backend
 
 	// What does not concern the backend keeps it: watch, cache, connections.
 	b.replace(t, "config.yaml", "machineTypes/n2-standard-4", "machineTypes/e2-micro")
@@ -65,7 +68,7 @@ func TestReload(t *testing.T) {
 	b.eventually(t, "the change is in force", func() bool {
 		return b.ask(t, linked, "GET", v1+"instance/machine-type", "").body == "projects/1/machineTypes/e2-micro"
 	})
-	if b.site().backend != before {
+	if b.active().backend != before {
 		t.Error("another machine type made another backend")
 	}
 	if again := b.ask(t, linked, "GET", accts+"default/token", "").body; tokenIn(t, again) != tokenIn(t, first) {
@@ -80,7 +83,7 @@ func TestReload(t *testing.T) {
 	b.write(t, "config.yaml", string(good)+"prefetch: sometimes\n")
 	b.hangUp()
 	b.eventually(t, "the fault is logged", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
-	if b.site().backend != before || b.ask(t, linked, "GET", accts+"default/token", "").StatusCode != 200 {
+	if b.active().backend != before || b.ask(t, linked, "GET", accts+"default/token", "").StatusCode != 200 {
 		t.Error("a broken configuration changed something")
 	}
 
@@ -101,7 +104,7 @@ func TestReload(t *testing.T) {
 		}
 	})
 	b.hangUp()
-	b.eventually(t, "another backend serves", func() bool { return b.site().backend != before })
+	b.eventually(t, "another backend serves", func() bool { return b.active().backend != before })
 	close(stop)
 	wg.Wait()
 	select {
@@ -135,14 +138,14 @@ func TestReloadLosesNothing(t *testing.T) {
 	b.addPod("one", latecomer, nil)
 	b.addPod("two", latecomer, nil)
 	b.eventually(t, "two pods have the address", func() bool {
-		callers, _, _ := b.site().cluster.At(netip.MustParseAddr(latecomer))
+		callers, _, _ := b.active().cluster.At(netip.MustParseAddr(latecomer))
 		return len(callers) == 2
 	})
 	go func() { held <- b.ask(t, latecomer, "GET", accts+"default/email", "") }()
-	before := b.site().backend
+	before := b.active().backend
 	b.replace(t, "config.yaml", "prefetch: none", "prefetch: none\nlimits: {keysPerPod: 32}")
 	b.hangUp()
-	b.eventually(t, "another backend serves", func() bool { return b.site().backend != before })
+	b.eventually(t, "another backend serves", func() bool { return b.active().backend != before })
 	b.kube.DeletePod("default", "two")
 	if res := receive(t, held); res.StatusCode != 200 {
 		t.Errorf("held: %d %s", res.StatusCode, res.body)
@@ -214,7 +217,7 @@ func TestBrokenFileIsTold(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
 	metric := func() string {
-		all, err := b.server.metrics.registry.Gather()
+		all, err := b.registry.Gather()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -258,4 +261,63 @@ func TestBrokenFileIsTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.eventually(t, "the file that is gone is told", func() bool { return strings.Contains(b.Status().ConfigFile, "ca.pem") })
+}
+
+// A reload keeps what it does not change, and no counter falls: watch and cache stay where the number of connections
+// changes, and where they are replaced the next ones count on.
+func TestReloadKeepsCounters(t *testing.T) {
+	b := newBed(t)
+	b.ready(t)
+	counters := func() map[string]float64 {
+		t.Helper()
+		families, err := b.gather().Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := map[string]float64{}
+		for _, f := range families {
+			for _, m := range f.Metric {
+				if name := fmt.Sprint(f.GetName(), m.GetLabel()); m.Counter != nil {
+					all[name] = m.GetCounter().GetValue()
+				} else if m.Histogram != nil {
+					all[name] = float64(m.GetHistogram().GetSampleCount())
+				}
+			}
+		}
+		return all
+	}
+	b.ask(t, linked, "GET", accts+"default/token", "")
+	counted := counters()
+	for _, want := range []string{"attestations_total", "kube_requests_total", "token_cache_requests_total", "mints_total"} {
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(counted)), func(name string) bool {
+			return strings.HasPrefix(name, "gke_metadata_emulator_"+want) && counted[name] > 0
+		}) {
+			t.Errorf("nothing is counted as %s", want)
+		}
+	}
+	notFallen := func() {
+		t.Helper()
+		now := counters()
+		for name, before := range counted {
+			if now[name] < before {
+				t.Errorf("%s fell from %v to %v", name, before, now[name])
+			}
+		}
+		counted = now
+	}
+
+	backend := b.active().backend
+	b.replace(t, "config.yaml", "listen: 127.0.0.1:0", "limits: {connectionsPerPod: 300}\nlisten: 127.0.0.1:0")
+	b.hangUp()
+	b.eventually(t, "the limit is in force", func() bool { return b.active().ConnectionsPerPod == 300 })
+	if b.active().backend != backend {
+		t.Error("another number of connections made another backend")
+	}
+	notFallen()
+
+	b.replace(t, "config.yaml", "connectionsPerPod: 300", "connectionsPerPod: 300, mintsPerPod: 3")
+	b.hangUp()
+	b.eventually(t, "another backend serves", func() bool { return b.active().backend != backend })
+	b.ask(t, linked, "GET", accts+"default/token", "")
+	notFallen()
 }

@@ -6,123 +6,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"testing"
-
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
-
-// crowd has connections enter a room, by the names of their clients; "known" is one that is known.
-type crowd struct {
-	room
-	of map[string][]*connection
-}
-
-func newCrowd(most, unknown int) *crowd {
-	c := &crowd{room: newRoom(most, unknown), of: map[string][]*connection{}}
-	c.vouched = func(p *attest.Peer) bool { return p.Client.Addr().Is4() }
-	return c
-}
-
-func (c *crowd) enters(client string) bool {
-	n := new(connection)
-	n.conn, _ = net.Pipe()
-	n.peer = new(attest.Peer)
-	if n.party.Unit = client; strings.HasPrefix(client, "known") {
-		n.peer.Client = netip.MustParseAddrPort("192.0.2.1:1")
-	}
-	in := c.enter(n) && c.settle(n) > 0
-	if in {
-		c.of[client] = append(c.of[client], n)
-	}
-	return in
-}
-
-// open is how many of the client's are.
-func (c *crowd) openOf(client string) (n int) {
-	for _, x := range c.of[client] {
-		if _, open := c.all[x]; open {
-			n++
-		}
-	}
-	return n
-}
-
-// Clients that nobody vouches for take a part of the room, whoever has most makes room for others, and nobody does who is being answered.
-func TestRoom(t *testing.T) {
-	c := newCrowd(100, 40)
-	for range 60 {
-		if !c.enters("known") {
-			t.Fatal("a known client finds no room")
-		}
-	}
-	for i := range 10 {
-		c.enters(fmt.Sprint("small ", i))
-	}
-	for range 500 {
-		if !c.enters("flood") {
-			t.Fatal("an unknown client finds no room among idle ones")
-		}
-	}
-	if n := c.openOf("known"); n != 60 || c.unknown > 40 || len(c.all) > 100 {
-		t.Errorf("%d of 60 known ones are open, %d unknown ones, %d in all", n, c.unknown, len(c.all))
-	}
-	for i := range 10 {
-		if c.openOf(fmt.Sprint("small ", i)) != 1 {
-			t.Error("a client with one connection made room for one with many")
-		}
-	}
-	for x := range c.all {
-		x.asked.Store(true)
-	}
-	for c.unknown < c.mostUnknown {
-		c.enters("flood")
-		c.of["flood"][len(c.of["flood"])-1].asked.Store(true)
-	}
-	if c.enters("late") || c.refused.Load() == 0 {
-		t.Error("an answer was cut off for a newcomer")
-	}
-	attested := c.of["flood"][len(c.of["flood"])-1]
-	c.know(attested)
-	c.know(attested)
-	if c.unknown != c.mostUnknown-1 {
-		t.Errorf("%d are unknown after one was attested", c.unknown)
-	}
-	for x := range c.all {
-		c.leave(x)
-		c.leave(x)
-	}
-	if c.unknown != 0 || len(c.parties) != 0 {
-		t.Errorf("%d unknown, %d parties in an empty room", c.unknown, len(c.parties))
-	}
-}
-
-// A full room of known clients takes one more, of whoever has fewer.
-func TestRoomOfKnownClients(t *testing.T) {
-	c := newCrowd(100, 40)
-	for i := range 100 {
-		c.enters([]string{"known a", "known a", "known a", "known b"}[i%4])
-	}
-	if !c.enters("known c") || c.openOf("known b") != 25 || c.openOf("known a") >= 75 {
-		t.Errorf("a has %d, b %d, c %d", c.openOf("known a"), c.openOf("known b"), c.openOf("known c"))
-	}
-}
-
-// Where nothing is idle and answers are short, the one that takes longest is cut off.
-func TestRoomForShortAnswers(t *testing.T) {
-	c := newCrowd(4, 4)
-	c.cutAnswered = true
-	for i := range 6 {
-		if !c.enters(fmt.Sprint(i)) {
-			t.Error("no room")
-		}
-		c.of[fmt.Sprint(i)][0].asked.Store(true)
-	}
-	if c.openOf("0")+c.openOf("1") != 0 || len(c.all) != 4 {
-		t.Errorf("%d are open", len(c.all))
-	}
-}
 
 // opened are connections that say nothing.
 func opened(t *testing.T, n int, dial func(i int) net.Conn) (all []net.Conn) {
@@ -165,7 +51,7 @@ func TestHealthListenIsBounded(t *testing.T) {
 	}
 	b.eventually(t, "it is served", func() bool { c, err := net.Dial("tcp", addr); return err == nil && c.Close() == nil })
 	scrape()
-	const flood = 5 * maxHealth
+	const most, flood = 64, 5 * 64 // of healthListen
 	all := opened(t, flood, func(int) net.Conn {
 		c, err := net.Dial("tcp", addr)
 		if err != nil {
@@ -183,7 +69,7 @@ func TestHealthListenIsBounded(t *testing.T) {
 	for _, c := range all {
 		go func() { _, err := c.Read(make([]byte, 1)); closed <- err != nil }()
 	}
-	for range flood - maxHealth {
+	for range flood - most {
 		receive(t, closed)
 	}
 	scrape() // on the connection that it kept, too
@@ -206,16 +92,17 @@ func TestMadeUpAddresses(t *testing.T) {
 		}
 	}
 	ask(kept)
+	const maxUnknown = 2000 // of clients that are an address and nothing else
 	opened(t, maxUnknown+500, func(i int) net.Conn { return b.dial(t, fmt.Sprintf("127.3.%d.1", i/100)) })
-	b.eventually(t, "all were accepted", func() bool { return b.server.connections.cut.Load() >= 500 })
-	if n := b.server.connections.open(); n > maxUnknown+1 {
+	b.eventually(t, "all were accepted", func() bool { return b.counted(t, "connections_closed_total", "made-room") >= 500 })
+	if n := b.server.Connections().Open; n > maxUnknown+1 {
 		t.Errorf("%d connections are open", n)
 	}
 	ask(kept)
 	if res := b.ask(t, "127.4.0.1", "GET", "/", ""); res.StatusCode != 200 {
 		t.Errorf("another unknown client: %d %s", res.StatusCode, res.body)
 	}
-	if err := b.probe.ask(t.Context()); err != nil {
+	if err := b.server.Alive(t.Context()); err != nil {
 		t.Error(err)
 	}
 }

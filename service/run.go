@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"sync"
@@ -22,6 +21,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/server"
 )
 
 // Options are what Run needs to know that is not in the configuration.
@@ -41,21 +41,20 @@ type Options struct {
 type Service struct {
 	options   Options
 	log       *logrus.Logger
-	server    *server
-	listener  net.Listener // the first
+	registry  *prometheus.Registry // of all that the process counts
+	metrics   metrics
+	server    *server.Server
+	inForce   atomic.Pointer[activeConfig] // never nil once serving
+	listener  net.Listener                 // the first
 	listening listening
 	onDisk    atomic.Pointer[error] // why the configuration on disk does not load; nil: it does, as far as is known
 	status    *unixListener         // where `status` asks; nil until it is made
 	serve     func(net.Listener)
-	probe     *probe
 	fdstore   *fdstore
 	kernel    *attest.Kernel
-	watching  func()               // has the kernel asked from now on
-	gathered  *prometheus.Registry // by kernel
+	watching  func() // has the kernel asked from now on
 	started   time.Time
 	ready     chan struct{} // closed at READY=1
-
-	unreachable atomic.Pointer[string] // why the node's own connections to the listener fail; nil: they do not
 }
 
 // Run serves until ctx is done, and returns when nothing is left running. A configuration that cannot be loaded is an
@@ -84,7 +83,7 @@ func Run(ctx context.Context, o Options) error {
 	case err == nil:
 		sortListeners(all, first.config.Listen)
 	case len(all) > 0:
-		first, err = brokenSite(err), nil
+		first, err = brokenConfig(err), nil
 	}
 	if err != nil {
 		if first != nil {
@@ -103,54 +102,41 @@ func (s *Service) leaveStatus() {
 }
 
 func newService(o Options) *Service {
-	s := &Service{options: o, log: logrus.New(), gathered: prometheus.NewRegistry(), started: time.Now(), ready: make(chan struct{})}
+	s := &Service{options: o, log: logrus.New(), registry: prometheus.NewRegistry(), started: time.Now(), ready: make(chan struct{})}
 	if s.options.Stderr == nil {
 		s.options.Stderr = os.Stderr
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
 	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(),
-		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log, Registerer: s.gathered})
+		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log, Registerer: s.registry})
+	s.metrics = newMetrics(s.registry, o.Version, o.RunDir)
 	return s
 }
 
-// load makes a site of what the configuration says now, with what it can take over from old.
-func (s *Service) load(old *site) (*site, error) {
+// load makes an activeConfig of what the configuration says now, with what it can take over from old.
+func (s *Service) load(old *activeConfig) (*activeConfig, error) {
 	c, err := s.options.Load()
 	if err != nil {
 		return nil, err
 	}
 	configureLog(s.log, c.Log, s.options.Stderr)
-	return newSite(c, old, s.fdstore, s.kernel, s.options, s.log)
+	return s.newActive(c, old)
 }
 
-// run serves on all listeners, first by what first says. The probe asks the first one.
-func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) error {
-	s.listener, s.probe = all[0], newProbe(all[0])
-	s.server = &server{draining: make(chan struct{}), log: s.log, audit: newAudit(s.log), cloud: newCloud()}
-	s.server.connections = newConnections(func() int { return s.site().config.Limits.ConnectionsPerPod }, s.probe.is, s.look)
-	s.server.connections.vouched = s.vouched
-	s.server.metrics = newMetrics(s.options.Version, s.options.RunDir, &s.server.connections.room)
-	s.server.site.Store(first)
+// run serves on all listeners, first by what first says. The server's own probe asks the first one.
+func (s *Service) run(ctx context.Context, first *activeConfig, all ...net.Listener) error {
+	s.listener = all[0]
+	s.inForce.Store(first)
+	s.server = server.New(server.Options{Listener: all[0], Log: s.log, Registerer: s.registry}, &first.Active)
 	s.describe(first)
-	defer func() { s.site().stop() }()
+	defer func() { s.active().stop() }()
 
-	web := &http.Server{
-		Handler:           s.server,
-		ConnContext:       s.server.connections.accept,
-		ConnState:         s.server.connections.state,
-		ReadHeaderTimeout: 5 * time.Second, // H-17
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          quietLog(s.log),
-
-		DisableGeneralOptionsHandler: true, // OPTIONS * is refused as all else is, with our header (H-04)
-	}
 	g, gctx := errgroup.WithContext(ctx)
 	life, end := context.WithCancel(context.Background()) // longer than ctx: until whoever was accepted is answered
 	defer end()
 	s.watching = sync.OnceFunc(func() { g.Go(func() error { return s.kernel.Run(life) }) })
-	s.heed(first)
+	s.startAttestation(first)
 	s.listening.health = first.config.HealthListen
 	s.serve = func(l net.Listener) {
 		left, ok := s.listening.add(l)
@@ -159,7 +145,7 @@ func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) err
 		}
 		g.Go(func() error {
 			defer left()
-			if err := web.Serve(s.clients(l, false)); gctx.Err() == nil {
+			if err := s.server.Serve(l); gctx.Err() == nil {
 				return fmt.Errorf("serving %s: %w", l.Addr(), err)
 			}
 			return nil
@@ -168,87 +154,58 @@ func (s *Service) run(ctx context.Context, first *site, all ...net.Listener) err
 	for _, l := range all {
 		s.serve(l)
 	}
-	if want := first.config.Listen; first.broken == nil && want.Port() != 0 && !s.listening.on(want) {
+	if want := first.config.Listen; first.Broken == nil && want.Port() != 0 && !s.listening.on(want) {
 		s.log.Error(s.elsewhere("listen", want))
 	}
-	if first.broken == nil {
-		s.listenSix(ctx, first.config.Listen6)
+	if first.Broken == nil {
+		s.listenIPv6(ctx, first.config.Listen6)
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
-	g.Go(func() error { return s.server.audit.run(gctx) })
+	g.Go(func() error { return s.server.Run(gctx) })
 	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
 	g.Go(func() error { return s.serveStatus(gctx) })
 	g.Go(func() error { return s.serveHealth(gctx, first.config.HealthListen) })
 	g.Go(func() error {
 		<-gctx.Done()
-		s.drain(web)
+		s.drain()
 		end()
 		return nil
 	})
 	return g.Wait()
 }
 
-func (s *Service) site() *site { return s.server.site.Load() }
+func (s *Service) active() *activeConfig { return s.inForce.Load() }
 
-// heed has the kernel asked from the first configuration on that goes by what it says.
-func (s *Service) heed(next *site) {
-	if next.broken == nil && next.config.Attestation.Mode == "kernel" {
+// activate puts next in force.
+func (s *Service) activate(next *activeConfig) {
+	s.server.Activate(&next.Active)
+	close(s.inForce.Swap(next).superseded)
+}
+
+// startAttestation has the kernel asked from the first configuration on that goes by what it says.
+func (s *Service) startAttestation(next *activeConfig) {
+	if next.Broken == nil && next.config.Attestation.Mode == "kernel" {
 		s.watching()
 	}
 }
 
-// look has a new connection's other end looked at; without a configuration nobody is told anything that depends on it.
-func (s *Service) look(p *attest.Peer) {
-	if b := s.site().backend; b != nil {
-		b.attestor.Look(p)
-	}
-}
-
-// clients returns the listener with what its connections may hold bounded. Where that cannot be had, pods are served all the same.
-func (s *Service) clients(l net.Listener, plain bool) net.Listener {
-	c := clientListener{l, plain, s.server.draining}
-	if err := c.bounded(); err != nil {
-		s.log.WithError(err).Warnf("the buffers of connections to %s cannot be bounded: clients that do not read can hold several MB each", l.Addr())
-	}
-	return c
-}
-
-// vouched reports whether a new connection's client is more than an address that anybody can make up.
-func (s *Service) vouched(p *attest.Peer) bool {
-	b := s.site().backend
-	return b != nil && b.attestor.Vouched(p)
-}
-
 // drain ends without losing a request (R-26): answers say Connection: close for a while and long polls are released,
-// mints in flight come to their end, and only then is the listener left, which systemd goes on holding. What was accepted is
-// answered before net/http is told: it throws away the requests that it reads from then on. Nobody is waited for who does not read an
-// answer, or does not send a whole request.
-func (s *Service) drain(web *http.Server) {
-	_ = s.leaveTokens(s.site()) // tried again below
+// mints in flight come to their end, and only then is the listener left, which systemd goes on holding.
+func (s *Service) drain() {
+	_ = s.leaveTokens(s.active()) // tried again below
 	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
 	s.log.Info("stopping")
-	close(s.server.draining)
-	x := s.server.connections
-	x.each(true, func(c *connection) { _ = c.conn.SetWriteDeadline(time.Now().Add(hastyTimeout)) })
+	s.server.Drain()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all (R-26)
-	s.site().drain(ctx)
-	if err := s.leaveTokens(s.site()); err != nil {
+	s.active().drain(ctx)
+	if err := s.leaveTokens(s.active()); err != nil {
 		s.log.WithError(err).Warn("the next process does not get the latest tokens")
 	}
 	s.listening.leave()
-	for end := time.Now().Add(hastyTimeout); x.busy() > 0 && time.Now().Before(end); {
-		sleep(ctx, 2*time.Millisecond)
-	}
-	for x.answering.Load() > 0 && sleep(ctx, 2*time.Millisecond) {
-	}
-	x.each(false, func(c *connection) { reset(c.conn) })
-	if err := web.Shutdown(ctx); err != nil {
-		s.log.Warnf("stopping: %d connections are closed in the middle of an answer: it was not there after 5s", x.answering.Load())
-		_ = web.Close()
-	}
+	s.server.Shutdown(ctx)
 }
 
 // fileInterval is how often the configuration on disk is read while another one is in force.
@@ -257,7 +214,7 @@ const fileInterval = 5 * time.Second
 // reloadLoop reads the configuration anew on SIGHUP, and each second while there is none: a change of any of its files
 // ends that state (R-23). While there is one it only looks whether the files still load.
 func (s *Service) reloadLoop(ctx context.Context) error {
-	s.noteFile(s.site().broken)
+	s.noteFile(s.active().Broken)
 	broken, file := time.NewTicker(time.Second), time.NewTicker(fileInterval)
 	defer broken.Stop()
 	defer file.Stop()
@@ -268,11 +225,11 @@ func (s *Service) reloadLoop(ctx context.Context) error {
 		case <-s.options.Reload:
 			s.reload(ctx, true)
 		case <-broken.C:
-			if s.site().broken != nil {
+			if s.active().Broken != nil {
 				s.reload(ctx, false)
 			}
 		case <-file.C:
-			if s.site().broken == nil {
+			if s.active().Broken == nil {
 				s.lookAtFile()
 			}
 		}
@@ -282,10 +239,10 @@ func (s *Service) reloadLoop(ctx context.Context) error {
 // noteFile writes down whether the configuration on disk loads, and reports whether that is news.
 func (s *Service) noteFile(err error) (news bool) {
 	if err == nil {
-		s.server.metrics.file.Set(1)
+		s.metrics.file.Set(1)
 		return s.onDisk.Swap(nil) != nil
 	}
-	s.server.metrics.file.Set(0)
+	s.metrics.file.Set(0)
 	before := s.onDisk.Swap(&err)
 	return before == nil || (*before).Error() != err.Error()
 }
@@ -305,7 +262,7 @@ func (s *Service) lookAtFile() {
 // reload puts what the configuration says now in place of what it said. One that does not load changes nothing, unless
 // there was none: then the reason is told anew, if it is another one or somebody asked.
 func (s *Service) reload(ctx context.Context, asked bool) {
-	old := s.site()
+	old := s.active()
 	next, err := s.load(old)
 	s.noteFile(err)
 	if err == nil {
@@ -314,26 +271,25 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 		}
 	}
 	switch {
-	case err != nil && old.broken == nil:
-		s.server.metrics.reloads.WithLabelValues("error").Inc()
+	case err != nil && old.Broken == nil:
+		s.metrics.reloads.WithLabelValues("error").Inc()
 		s.log.WithError(err).Error("the configuration could not be read anew: the one before stays in force")
 		notify(s.log, "STATUS=the last reload failed, the configuration before stays in force: "+firstLine(err))
 		return
 	case err != nil:
-		if next = brokenSite(err); !asked && next.broken.Error() == old.broken.Error() {
+		if next = brokenConfig(err); !asked && next.Broken.Error() == old.Broken.Error() {
 			return
 		}
-		s.server.metrics.reloads.WithLabelValues("error").Inc()
+		s.metrics.reloads.WithLabelValues("error").Inc()
 	default:
-		s.server.metrics.reloads.WithLabelValues("ok").Inc()
-		s.heed(next)
-		s.listenSix(ctx, next.config.Listen6)
+		s.metrics.reloads.WithLabelValues("ok").Inc()
+		s.startAttestation(next)
+		s.listenIPv6(ctx, next.config.Listen6)
 		if next.backend != old.backend && next.backend != nil {
 			next.settle(ctx) // until then the old one serves the pods that it knows
 		}
 	}
-	s.server.site.Store(next)
-	close(old.superseded)
+	s.activate(next)
 	s.describe(next)
 	notify(s.log, "STATUS="+s.summary())
 	if old.backend != next.backend {
@@ -342,9 +298,9 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 }
 
 // describe logs what the configuration came to.
-func (s *Service) describe(now *site) {
-	if now.broken != nil {
-		s.log.Error(now.broken.Error() + "; pods are answered 503 with the reason until " + s.options.File + " is mended")
+func (s *Service) describe(now *activeConfig) {
+	if now.Broken != nil {
+		s.log.Error(now.Broken.Error() + "; pods are answered 503 with the reason until " + s.options.File + " is mended")
 		return
 	}
 	for _, w := range now.config.Warnings {
@@ -358,12 +314,12 @@ func (s *Service) describe(now *site) {
 // listenAlso follows a listen address that a reload changed: the rules send pods there from now on, and connections to
 // the old one go on. Where systemd holds the listener, or the port needs a right that this process has not, that fails,
 // and the reload with it; where there was no configuration before, any is better than none (R-14).
-func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) error {
-	if a.Port() == 0 || s.listening.on(a) || old.broken == nil && old.config.Listen == a {
+func (s *Service) listenAlso(ctx context.Context, old *activeConfig, a netip.AddrPort) error {
+	if a.Port() == 0 || s.listening.on(a) || old.Broken == nil && old.config.Listen == a {
 		return nil
 	}
 	l, err := listen(ctx, "listen", a)
-	if err != nil && old.broken != nil {
+	if err != nil && old.Broken != nil {
 		s.log.WithError(err).Error(s.elsewhere("listen", a))
 		return nil
 	}
@@ -374,8 +330,8 @@ func (s *Service) listenAlso(ctx context.Context, old *site, a netip.AddrPort) e
 	return nil
 }
 
-// listenSix listens for IPv6 too (H-24), where systemd did not hand such a listener over. It is no reason for IPv4 not to be served.
-func (s *Service) listenSix(ctx context.Context, a netip.AddrPort) {
+// listenIPv6 listens for IPv6 too (H-24), where systemd did not hand such a listener over. It is no reason for IPv4 not to be served.
+func (s *Service) listenIPv6(ctx context.Context, a netip.AddrPort) {
 	if !a.IsValid() || s.listening.on(a) {
 		return
 	}

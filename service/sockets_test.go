@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // ends returns what run returned, and fails the test if it goes on.
@@ -45,7 +46,7 @@ func TestSecondServe(t *testing.T) {
 	if want := fmt.Sprintf("process %d (", os.Getpid()); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "systemctl stop") {
 		t.Errorf("%v, want %q", err, want)
 	}
-	if text, err := FetchStatus(t.Context(), filepath.Join(b.dir, "status.sock")); err != nil || !strings.Contains(string(text), `"version": "test"`) {
+	if text, err := status.Fetch(t.Context(), filepath.Join(b.dir, "status.sock")); err != nil || !strings.Contains(string(text), `"version": "test"`) {
 		t.Errorf("status of the first: %v %s", err, text)
 	}
 }

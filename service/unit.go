@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // What the packages call us.
@@ -74,17 +76,8 @@ func stoppedForGood(ctx context.Context, s systemd) (bool, error) {
 	return stop && state.Value.Value() != "stopping", nil
 }
 
-// unitReport is what systemd says of a unit; the zero unitReport where systemd could not be asked.
-type unitReport struct {
-	active, sub string // as `systemctl status` shows them: activating, auto-restart
-	result      string // of its last end: success, exit-code, timeout, …
-	code        int32  // exit status of its last main process
-	status      string // its STATUS=
-	restarts    uint32 // by systemd, since it was started
-}
-
-// askUnit asks systemd.
-func askUnit(ctx context.Context, name string) (r unitReport) {
+// AskUnit asks systemd how the unit is. It returns the zero Unit where systemd does not answer within 2 s.
+func AskUnit(ctx context.Context, name string) (r status.Unit) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	c, err := dbus.NewSystemConnectionContext(ctx)
@@ -99,33 +92,12 @@ func askUnit(ctx context.Context, name string) (r unitReport) {
 	return reportOf(all)
 }
 
-func reportOf(p map[string]any) (r unitReport) {
-	r.active, _ = p["ActiveState"].(string)
-	r.sub, _ = p["SubState"].(string)
-	r.result, _ = p["Result"].(string)
-	r.code, _ = p["ExecMainStatus"].(int32)
-	r.status, _ = p["StatusText"].(string)
-	r.restarts, _ = p["NRestarts"].(uint32) // systemd 235
+func reportOf(p map[string]any) (r status.Unit) {
+	r.Active, _ = p["ActiveState"].(string)
+	r.Sub, _ = p["SubState"].(string)
+	r.Result, _ = p["Result"].(string)
+	r.Code, _ = p["ExecMainStatus"].(int32)
+	r.Status, _ = p["StatusText"].(string)
+	r.Restarts, _ = p["NRestarts"].(uint32) // systemd 235
 	return r
-}
-
-// String says how the unit is, and how it last ended; "" where systemd could not be asked.
-func (r unitReport) String() string {
-	if r.active == "" {
-		return ""
-	}
-	text := fmt.Sprintf("systemd: %s (%s)", r.active, r.sub)
-	if r.result != "" && r.result != "success" {
-		text += fmt.Sprintf(", last result %s", r.result)
-	}
-	if r.code != 0 {
-		text += fmt.Sprintf(", exit status %d", r.code)
-	}
-	if r.restarts > 0 {
-		text += fmt.Sprintf(", %d restarts", r.restarts)
-	}
-	if r.status != "" {
-		text += ", status: " + r.status
-	}
-	return text
 }

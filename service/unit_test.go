@@ -47,3 +47,18 @@ func TestStoppedForGood(t *testing.T) {
 		})
 	}
 }
+
+// What systemd's properties say of a unit is shown as `systemctl status` does.
+func TestReportOf(t *testing.T) {
+	for want, properties := range map[string]map[string]any{
+		"": {},
+		"systemd: activating (auto-restart), last result exit-code, exit status 78, 23 restarts": {
+			"ActiveState": "activating", "SubState": "auto-restart", "Result": "exit-code",
+			"ExecMainStatus": int32(78), "NRestarts": uint32(23), "StatusText": "",
+		},
+	} {
+		if got := reportOf(properties).String(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/doctor"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
@@ -45,8 +46,9 @@ One token of one pod of this node is requested and exchanged at Google, and thro
 			}
 			return load()
 		}
-		r := service.Doctor(cmd.Context(), service.DoctorOptions{
+		r := doctor.Run(cmd.Context(), doctor.Options{
 			Load: read, File: configFile(cmd), FlagFile: flagFile, RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
+			Unit: service.AskUnit,
 			Plan: func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).AsInstalled(cmd.Context()) },
 		})
 		var err error

@@ -17,6 +17,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 func routingCommand() *cobra.Command {
@@ -214,7 +215,7 @@ Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends
 		if err != nil {
 			return fmt.Errorf("routing: %w", err)
 		}
-		return service.WriteObserved(cmd.OutOrStdout(), all)
+		return status.WriteObserved(cmd.OutOrStdout(), all)
 	}
 	return cmd
 }

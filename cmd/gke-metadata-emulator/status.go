@@ -10,8 +10,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // runDir is root's: the state of the rules and the lock lie there, and outlive the service. It is not what systemd says in
@@ -41,10 +41,10 @@ func statusCommand() *cobra.Command {
 			if socket == "" {
 				socket = statusSocket()
 			}
-			text, err := service.FetchStatus(cmd.Context(), socket)
-			if errors.Is(err, service.ErrNotRunning) {
+			text, err := status.Fetch(cmd.Context(), socket)
+			if errors.Is(err, status.ErrNotRunning) {
 				if failed, e := routing.ReadFailure(runDir()); e == nil && failed != nil {
-					return fmt.Errorf("%w; %s", err, service.FailureText(failed, time.Now()))
+					return fmt.Errorf("%w; %s", err, status.FailureText(failed, time.Now()))
 				}
 			}
 			if err != nil {
@@ -54,7 +54,7 @@ func statusCommand() *cobra.Command {
 				_, err = cmd.OutOrStdout().Write(text)
 				return err
 			}
-			var s service.Status
+			var s status.Status
 			if err := json.Unmarshal(text, &s); err != nil {
 				return fmt.Errorf("reading the answer of %s: %w", socket, err)
 			}

@@ -73,7 +73,7 @@ type Options struct {
 	Proxies    []string              // ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are in
 	Hosts      []Host                // processes of the node that have an identity; the first that fits counts
 	Replaced   <-chan struct{}       // when it is closed, those who are held get ErrReplaced
-	Registerer prometheus.Registerer // nil: nothing is counted
+	Registerer prometheus.Registerer // several Attestors may share it; nil: nothing is counted
 }
 
 // Attestor finds who is behind connections.
@@ -89,8 +89,14 @@ func New(o Options) *Attestor {
 		Name: "gke_metadata_emulator_attestations_total",
 		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) and asker (pod, host; nobody).",
 	}, []string{"evidence", "asker"})}
-	if o.Registerer != nil {
-		o.Registerer.MustRegister(a.count)
+	if o.Registerer == nil {
+		return a
+	}
+	var before prometheus.AlreadyRegisteredError
+	if err := o.Registerer.Register(a.count); errors.As(err, &before) { // an Attestor before counted here
+		a.count = before.ExistingCollector.(*prometheus.CounterVec)
+	} else if err != nil {
+		panic(err) // as MustRegister does: the name is ours
 	}
 	return a
 }

@@ -31,7 +31,7 @@ type Options struct {
 	UserAgent  string                    // "" = gke-metadata-emulator
 	Poll       time.Duration             // how often the kubeconfig and its files are read; 0 = 2 s
 	Log        logrus.FieldLogger
-	Registerer prometheus.Registerer // nil = metrics go nowhere
+	Registerer prometheus.Registerer // of counters, which several Clusters may share; nil = they go nowhere. Gauges: Cluster.Collect
 }
 
 // Cluster is what this node knows of its cluster. Its methods may be called from many goroutines, before and during Run.
@@ -94,7 +94,7 @@ func New(o Options) *Cluster {
 	c.life, c.end = context.WithCancel(context.Background())
 	c.pods = newPods(o.Hosts, o.Log.Debugf)
 	c.accounts = newAccounts()
-	c.metrics = c.register(o.Registerer)
+	c.metrics = newMetrics(o.Registerer)
 	return c
 }
 

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -8,24 +9,37 @@ import (
 
 type metrics struct{ requests *prometheus.CounterVec }
 
-func (c *Cluster) register(r prometheus.Registerer) metrics {
-	if r == nil {
-		r = prometheus.NewRegistry()
-	}
+// newMetrics returns what counts in r. Where a Cluster before counted there, the next one counts on.
+func newMetrics(r prometheus.Registerer) metrics {
 	m := metrics{prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_kube_requests_total",
 		Help: "Requests to the Kubernetes API by verb, resource and status code (error: no answer).",
 	}, []string{"verb", "resource", "code"})}
-	r.MustRegister(m.requests,
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "gke_metadata_emulator_pods",
-			Help: "Live pods of this node that are known.",
-		}, func() float64 { return float64(len(c.pods.current.Load().pods)) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "gke_metadata_emulator_pod_watch_age_seconds",
-			Help: "Seconds since the Kubernetes API last said something about pods; 0 while a watch is open, -1 before the first contact.",
-		}, c.watchAge))
+	if r == nil {
+		return m
+	}
+	var before prometheus.AlreadyRegisteredError
+	if err := r.Register(m.requests); errors.As(err, &before) {
+		m.requests = before.ExistingCollector.(*prometheus.CounterVec)
+	} else if err != nil {
+		panic(err) // as MustRegister does: the name is ours
+	}
 	return m
+}
+
+var (
+	podsDesc = prometheus.NewDesc("gke_metadata_emulator_pods", "Live pods of this node that are known.", nil, nil)
+	ageDesc  = prometheus.NewDesc("gke_metadata_emulator_pod_watch_age_seconds",
+		"Seconds since the Kubernetes API last said something about pods; 0 while a watch is open, -1 before the first contact.", nil, nil)
+)
+
+// Describe and Collect make a Cluster the prometheus.Collector of its own gauges.
+func (c *Cluster) Describe(to chan<- *prometheus.Desc) { to <- podsDesc; to <- ageDesc }
+
+// Collect sends what is known now.
+func (c *Cluster) Collect(to chan<- prometheus.Metric) {
+	to <- prometheus.MustNewConstMetric(podsDesc, prometheus.GaugeValue, float64(len(c.pods.current.Load().pods)))
+	to <- prometheus.MustNewConstMetric(ageDesc, prometheus.GaugeValue, c.watchAge())
 }
 
 func (c *Cluster) watchAge() float64 {

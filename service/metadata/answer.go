@@ -20,6 +20,10 @@ type Answer struct {
 	// Redirect is not empty when a directory was asked for without its slash (H-08); then the rest is empty. It is the
 	// path, cleaned and not percent-encoded, to which the server adds the Host as sent and the query.
 	Redirect string
+
+	// Issued is what the leaf says of the credential in the Body, for whoever keeps an audit trail; nil: the Body holds
+	// none. Nothing in this package looks at it.
+	Issued any
 }
 
 func answer(body []byte, contentType string) Answer {
@@ -64,7 +68,9 @@ func (n *node) value(ctx context.Context, q Query) (Answer, error) {
 		return Answer{}, err
 	}
 	if raw, ok := v.(Raw); ok {
-		return answer(raw.Body, raw.ContentType), nil
+		a := answer(raw.Body, raw.ContentType)
+		a.Issued = raw.Issued
+		return a, nil
 	}
 	f, err := parseForm(q.Values)
 	if err != nil {

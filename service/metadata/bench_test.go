@@ -13,7 +13,7 @@ func BenchmarkAnswer(b *testing.B) {
 	names := []string{"default", email}
 	per := &root.Kids[0].Kids[0].Kids[2].Kids[4]
 	per.Per = func(context.Context, Query) ([]string, error) { return names, nil }
-	raw := any(Raw{body, JSON})
+	raw := any(Raw{Body: body, ContentType: JSON})
 	per.Kids[0].Get = func(context.Context, Query) (any, error) { return raw, nil }
 	tree := newTree(b, root)
 	for _, bench := range []struct{ name, path, query string }{

@@ -71,7 +71,7 @@ func TestFindAllocatesNothing(t *testing.T) {
 func TestTokenAllocates(t *testing.T) {
 	root := sample()
 	accounts := &root.Kids[0].Kids[0].Kids[2].Kids[4]
-	names, raw := []string{"default", email}, any(Raw{[]byte("x"), JSON})
+	names, raw := []string{"default", email}, any(Raw{Body: []byte("x"), ContentType: JSON})
 	accounts.Per = func(context.Context, Query) ([]string, error) { return names, nil }
 	accounts.Kids[0].Get = func(context.Context, Query) (any, error) { return raw, nil }
 	tree, ctx := newTree(t, root), t.Context()

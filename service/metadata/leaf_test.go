@@ -71,7 +71,7 @@ func TestRecursiveLeavesOut(t *testing.T) {
 	tree := newTree(t, Node{Kids: []Node{
 		{Name: "gone", Get: func(context.Context, Query) (any, error) { return nil, ErrNotFound }},
 		{Name: "here", Get: Value("x")},
-		{Name: "raw", Get: Value(Raw{[]byte(secret), Text})}, // somebody forgot Secret
+		{Name: "raw", Get: Value(Raw{Body: []byte(secret), ContentType: Text})}, // somebody forgot Secret
 		{Name: "token", Secret: true, Get: func(context.Context, Query) (any, error) { minted = true; return secret, nil }},
 		{Name: "empty"},
 	}})

@@ -27,7 +27,6 @@ const (
 type Query struct {
 	Caller workload.Caller
 	Values url.Values
-	For    any // what the server wants its leaves to find again; nothing here looks at it
 }
 
 // Get is a leaf. It returns one of
@@ -47,6 +46,7 @@ type Get func(context.Context, Query) (any, error)
 type Raw struct {
 	Body        []byte
 	ContentType string
+	Issued      any // the Answer's
 }
 
 // Value is a leaf that says the same to everybody.

@@ -66,14 +66,14 @@ func sample() Node {
 						if q.Caller == (workload.Caller{}) {
 							return nil, errNobody
 						}
-						return Raw{[]byte(fmt.Sprintf(`{"access_token":"%s of %s","expires_in":3599,"token_type":"Bearer"}`, secret, q.Caller)), JSON}, nil
+						return Raw{Body: []byte(fmt.Sprintf(`{"access_token":"%s of %s","expires_in":3599,"token_type":"Bearer"}`, secret, q.Caller)), ContentType: JSON}, nil
 					}},
 					{Name: "scopes", Get: Value([]string{"https://www.googleapis.com/auth/cloud-platform", "https://www.googleapis.com/auth/userinfo.email"})},
 					{Name: "identity", Secret: true, Get: func(_ context.Context, q Query) (any, error) {
 						if q.Values.Get("audience") == "" {
 							return nil, BadQuery("non-empty audience parameter required")
 						}
-						return Raw{[]byte(secret + "." + q.Values.Get("audience")), Text}, nil
+						return Raw{Body: []byte(secret + "." + q.Values.Get("audience")), ContentType: Text}, nil
 					}},
 					{Name: "email", Get: emailOf},
 					{Name: "aliases", Get: Value([]string{"default"})},

@@ -69,7 +69,6 @@ func (m mintMetrics) observe(step string, since time.Time, err error) {
 
 type cacheMetrics struct {
 	hit, miss, coalesced, stale, negative, limited prometheus.Counter
-	entries                                        prometheus.Gauge
 }
 
 func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
@@ -85,9 +84,18 @@ func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
 		stale:     requests.WithLabelValues("stale"),
 		negative:  requests.WithLabelValues("negative"),
 		limited:   requests.WithLabelValues("limited"),
-		entries: register(r, prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "gke_metadata_emulator_token_cache_entries",
-			Help: "Tokens and remembered refusals held.",
-		})),
 	}
+}
+
+var entriesDesc = prometheus.NewDesc("gke_metadata_emulator_token_cache_entries", "Tokens and remembered refusals held.", nil, nil)
+
+// Describe and Collect make a Cache the prometheus.Collector of its own gauge.
+func (c *Cache) Describe(to chan<- *prometheus.Desc) { to <- entriesDesc }
+
+// Collect sends how many entries there are now.
+func (c *Cache) Collect(to chan<- prometheus.Metric) {
+	c.mu.Lock()
+	n := len(c.entries)
+	c.mu.Unlock()
+	to <- prometheus.MustNewConstMetric(entriesDesc, prometheus.GaugeValue, float64(n))
 }

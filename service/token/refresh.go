@@ -66,7 +66,6 @@ func (c *Cache) add(r Request, payer string) *entry {
 		}
 	})
 	c.entries[r] = e
-	c.metrics.entries.Set(float64(len(c.entries)))
 	return e
 }
 
@@ -87,7 +86,6 @@ func (c *Cache) drop(e *entry) {
 	delete(c.entries, e.request)
 	c.changed()
 	c.release(e.payer, 0, 1)
-	c.metrics.entries.Set(float64(len(c.entries)))
 }
 
 // launch starts a mint, which outlives ctx. c.mu is held.

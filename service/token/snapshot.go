@@ -105,7 +105,6 @@ func (c *Cache) restore(snapshot []byte, now time.Time) (int, error) {
 		c.entries[r] = e
 		taken++
 	}
-	c.metrics.entries.Set(float64(len(c.entries)))
 	return taken, nil
 }
 

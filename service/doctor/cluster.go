@@ -1,0 +1,264 @@
+package doctor
+
+import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+)
+
+// credentialCheck says with what the API server is asked, and whether it answers: the service's word where it runs, and doctor's own try.
+func credentialCheck(p *nodeReport) Finding {
+	const seeCopy = "systemctl restart gke-metadata-emulator-credential"
+	a := p.cluster
+	var away *kube.AwayError
+	errors.As(a.Reach, &away)
+	if p.status != nil && p.status.Cluster != nil {
+		c := p.status.Cluster
+		switch {
+		case c.NodeNameProblem != "":
+			return fail("correct or remove nodeName", "%s", c.NodeNameProblem)
+		case c.Watching && away != nil: // it may hang, and its connections stay open meanwhile
+			return fail("is the API server up, and can this node reach it?",
+				"%s does not answer doctor: %v; the service's watch is open still, and pods that it knows are served", a.Server, away.Err)
+		case c.Watching:
+			return good("the service watches this node's pods at %s as %s, with %s", c.Server, cmp.Or(c.User, "somebody"), c.Kubeconfig)
+		case c.Problem != "" && a.Reach == nil:
+			return fail("is the credential the service's user's to read? "+seeCopy, "the service says: %s; doctor itself gets an answer of %s with %s", c.Problem, a.Server, a.Kubeconfig)
+		case a.Reach == nil:
+			return warn("run doctor again; if it stays so: journalctl -u gke-metadata-emulator", "the service does not watch this node's pods now; doctor itself gets an answer of %s with %s", a.Server, a.Kubeconfig)
+		}
+	}
+	switch {
+	case away != nil:
+		return fail("can this node reach it, is it up, and is the credential still valid?", "%s with %s of %s: %v", a.Server, a.Credential, a.Kubeconfig, away.Err)
+	case errors.Is(a.Reach, kube.ErrNotConfigured) && !p.root:
+		return skip("%v: %s", a.Reach, asRoot)
+	case a.Reach != nil:
+		return fail("kubelet writes it when it joins the cluster; else set kubeconfig", "%v", a.Reach)
+	case a.Mismatch != "":
+		return fail("correct or remove nodeName", "%s", a.Mismatch)
+	}
+	return good("%s answers to %s, the %s of %s", a.Server, cmp.Or(a.User, "somebody"), a.Credential, a.Kubeconfig)
+}
+
+// untried says why a grant was not tried.
+func untried(a kube.Attempt) (Finding, bool) {
+	switch {
+	case a.Reach != nil:
+		return skip("the API server could not be asked: see credential"), true
+	case a.List != nil:
+		return skip("this node's pods are not known: see pods"), true
+	case a.Pod == "":
+		return skip("no pod runs on this node to try it with"), true
+	}
+	return Finding{}, false
+}
+
+// refused is a failure by what the API server said, with the manifest if one mends it.
+func refused(err error, remedy string) Finding {
+	var f *kube.ForbiddenError
+	if !errors.As(err, &f) {
+		return fail(remedy, "%v", err)
+	}
+	m := f.Manifest()
+	if m == "" {
+		return fail("does nodeName name the node of this credential?", "%s %s: %s", f.Verb, f.Resource, f.Message)
+	}
+	name := "rbac.yaml"
+	if !strings.Contains(m, "system:nodes") {
+		name = "rbac-dedicated.yaml"
+	}
+	r := fail("apply "+name+" as printed below (it lies in /usr/share/doc/gke-metadata-emulator too)", "missing grant: %s %s: %s", f.Verb, f.Resource, f.Message)
+	r.Manifest = m
+	return r
+}
+
+func podsCheck(p *nodeReport) Finding {
+	a := p.cluster
+	switch {
+	case a.Reach != nil:
+		return skip("the API server could not be asked: see credential")
+	case a.List != nil:
+		return refused(a.List, "can this node list its pods?")
+	case a.Watch != nil:
+		return refused(a.Watch, "can this node watch its pods?")
+	}
+	text := fmt.Sprintf("%d of this node, and %d on the host network, listed and watched", a.Pods, a.HostPods)
+	if p.status == nil || p.status.Cluster == nil {
+		return good("%s", text)
+	}
+	for _, q := range p.status.Cluster.Pods {
+		if q.AccountError != "" {
+			return warn("correct its ServiceAccount", "%s; pod %s/%s is refused: %s", text, q.Namespace, q.Name, q.AccountError)
+		}
+	}
+	return good("%s", text)
+}
+
+func serviceAccountsCheck(p *nodeReport) Finding {
+	a := p.cluster
+	if f, yes := untried(a); yes {
+		return f
+	}
+	var annotation *kube.AnnotationError
+	switch {
+	case errors.As(a.Get, &annotation):
+		return warn("correct the annotation", "%v", a.Get)
+	case a.Get != nil:
+		return refused(a.Get, "does it exist?")
+	case a.Account.Linked():
+		return good("%s can be read, and is linked to %s", a.ServiceAccount, a.Account.GoogleEmail)
+	}
+	return good("%s can be read, and is not linked to a Google service account", a.ServiceAccount)
+}
+
+func tokenRequestCheck(p *nodeReport) Finding {
+	a := p.cluster
+	if f, yes := untried(a); yes {
+		return f
+	}
+	switch {
+	case p.config.TokenAudience == "":
+		return skip("without a configuration no audience is known")
+	case errors.Is(a.Mint, kube.ErrNoPod):
+		return skip("pod %s/%s went away meanwhile", a.ServiceAccount.Namespace, a.Pod)
+	case a.Mint != nil:
+		return refused(a.Mint, "can the API server be reached, and does it issue tokens?")
+	}
+	return good("a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod, p.config.TokenAudience)
+}
+
+func stsCheck(p *nodeReport) Finding { return p.believeService(reached(p.sts, "google.stsURL")) }
+
+func iamCheck(p *nodeReport) Finding {
+	return p.believeService(reached(p.iam, "google.iamCredentialsURL"))
+}
+
+// believeService takes a failure to reach Google for doctor's own where the service, which has the environment of its unit, goes another way.
+func (p *nodeReport) believeService(f Finding) Finding {
+	if f.Verdict != Fail || p.status == nil || p.status.State != "serving" || p.status.Proxy == p.sts.Proxy {
+		return f
+	}
+	way := "without a proxy"
+	if p.status.Proxy != "" {
+		way = "by proxy " + p.status.Proxy
+	}
+	return warn("run doctor with the HTTPS_PROXY of the service's unit, and see tokens below", "the service goes there %s; doctor itself fails: %s", way, f.Finding)
+}
+
+// reached judges whether one of Google's services is there.
+func reached(r token.Reached, key string) Finding {
+	by := "without a proxy"
+	if r.Proxy != "" {
+		by = "by proxy " + r.Proxy
+	}
+	var authority x509.UnknownAuthorityError
+	var host x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	var record tls.RecordHeaderError
+	switch {
+	case r.Err == nil:
+		return good("%s answers, %s", r.URL, by)
+	case errors.As(r.Err, &invalid) && invalid.Reason == x509.Expired:
+		return fail("is this node's clock right (see clock)?", "%s: %v", r.URL, r.Err)
+	case errors.As(r.Err, &authority), errors.As(r.Err, &host):
+		return fail("install ca-certificates; if a proxy opens TLS, name its authority in google.caFile", "%s: %v, %s", r.URL, r.Err, by)
+	case errors.As(r.Err, &record):
+		return fail("correct "+key, "%s does not speak TLS: %v", r.URL, r.Err)
+	}
+	return fail("let this node reach it: routes, firewalls, DNS, or a proxy in HTTPS_PROXY of the service's unit", "%s: %v, %s", cmp.Or(r.URL, key), r.Err, by)
+}
+
+// exchangeCheck is a pod's token taken to Google: only Google knows whether the provider takes this cluster's tokens.
+func exchangeCheck(p *nodeReport) Finding {
+	if p.exchange == nil {
+		return skip("there is no token to exchange: see tokenrequest")
+	}
+	sa, provider := p.cluster.ServiceAccount, p.config.WorkloadIdentity.Audience
+	var e *token.GoogleError
+	switch err := p.exchange.err; {
+	case err == nil && p.exchange.email != "":
+		return good("STS takes the token of %s for %s, and IAM gives it those of %s", sa, provider, p.exchange.email)
+	case err == nil:
+		return good("STS takes the token of %s for %s", sa, provider)
+	case errors.As(err, &e) && e.Step == "STS" && !e.Temporary():
+		return fail("compare issuer, keys, allowed audiences and condition of the provider: gcloud iam workload-identity-pools providers describe", "%v (audience %s)", err, p.config.TokenAudience)
+	case errors.As(err, &e) && e.Step == "IAM" && !e.Temporary():
+		return warn("this concerns one ServiceAccount; the node itself is well", "STS takes the token of %s for %s; %v", sa, provider, err)
+	default:
+		return p.believeService(fail("see sts and iam", "%v", err))
+	}
+}
+
+const (
+	clockWarn = 10 * time.Second
+	clockFail = time.Minute // Google takes tokens a little from the future, and certificates not at all
+)
+
+// clockCheck compares this node's clock with others'. Kubernetes' tokens say when they begin by the API server's clock, and Google reads that by
+// its own.
+func clockCheck(p *nodeReport) Finding {
+	type clock struct {
+		name string
+		skew time.Duration // its clock less ours
+	}
+	var clocks []clock
+	for _, c := range []struct {
+		name        string
+		asked, date time.Time
+	}{{"the API server", p.cluster.Asked, p.cluster.Date}, {"STS", p.sts.Asked, p.sts.Date}} {
+		if !c.date.IsZero() {
+			clocks = append(clocks, clock{c.name, c.date.Sub(c.asked).Truncate(time.Second)})
+		}
+	}
+	if len(clocks) == 0 {
+		return skip("neither the API server nor STS says what time it is")
+	}
+	if len(clocks) == 2 { // where both are off by the same, it is this node that is
+		if d := clocks[1].skew - clocks[0].skew; d.Abs() > clockFail && clocks[0].skew.Abs() > clockWarn {
+			return fail("have the API server's machine keep its time (NTP): Google refuses its tokens", "%s's clock and %s's are %s apart", clocks[0].name, clocks[1].name, d.Abs())
+		}
+	}
+	worst := clocks[0]
+	var texts []string
+	for _, c := range clocks {
+		if c.skew.Abs() > worst.skew.Abs() {
+			worst = c
+		}
+		texts = append(texts, c.name)
+	}
+	const ntp = "have this node keep its time: chrony or systemd-timesyncd"
+	switch {
+	case worst.skew.Abs() > clockFail:
+		return fail(ntp, "%s off from %s's", worst.skew.Abs(), worst.name)
+	case worst.skew.Abs() > clockWarn:
+		return warn(ntp, "%s off from %s's", worst.skew.Abs(), worst.name)
+	}
+	return good("within %s of that of %s", clockWarn, strings.Join(texts, " and "))
+}
+
+// tokensCheck is the service's own word on what it minted.
+func tokensCheck(p *nodeReport) Finding {
+	if p.status == nil {
+		return skip("the service could not be asked: see service")
+	}
+	bad, last := 0, ""
+	for _, t := range p.status.Tokens {
+		if t.LastError != "" {
+			bad++
+			last = fmt.Sprintf("%s: %s", t.ServiceAccount, status.Bounded(t.LastError))
+		}
+	}
+	if bad > 0 {
+		return warn("gke-metadata-emulator status shows all", "%d of %d could not be minted or refreshed the last time, such as that of %s", bad, len(p.status.Tokens), last)
+	}
+	return good("%d are cached, and the last mint of each went well", len(p.status.Tokens))
+}

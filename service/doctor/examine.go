@@ -1,0 +1,311 @@
+package doctor
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
+)
+
+// nodeReport is what was seen of a node and of what it depends on. It holds no secret.
+type nodeReport struct {
+	root    bool
+	now     time.Time
+	file    string
+	flags   string // the file with the units' flags
+	version string
+
+	config config.Config // where it is broken: the defaults
+	broken error
+	plan   routing.Plan
+	ports  [2]uint16 // the ephemeral range
+
+	status    *status.Status // of the running service
+	statusErr error
+	unit      status.Unit // what systemd says of the service,
+	watcher   string      // and of the watcher: active, failed, …; "" = it could not be asked
+	install   *routing.Failure
+	state     routing.State
+	stateErr  error
+	node      routing.Examination
+	cloud     answered // from the node itself
+	trial     trial
+	trial6    trial        // by IPv6, where its requests are redirected
+	direct    trial        // of the node itself, to the listen address
+	podTrial  trial        // from the network namespace of a pod
+	names     []netip.Addr // metadata.google.internal as this node resolves it
+	namesErr  error
+
+	cluster  kube.Attempt
+	sts, iam token.Reached
+	exchange *exchanged // nil: there was no token to try it with
+}
+
+// observes says whether mode observe is what stands: it leaves all as it was, and guards nothing.
+func (p *nodeReport) observes() bool {
+	return p.state.Desired == routing.Installed && !p.state.Closed && p.state.Mode == routing.ModeObserve
+}
+
+// answered is what GET / came to.
+type answered struct {
+	err    error
+	status int
+	server string // the Server header
+	ours   bool   // it is the answer of GKE's metadata server, or an emulator's
+}
+
+// trial is a connection from a throw-away namespace.
+type trial struct {
+	answered
+	impossible error    // the namespace could not be made
+	dropped    []string // who dropped what was sent
+	traceErr   error    // why that is not known
+	from       string   // address and interface
+	attested   attested
+}
+
+// exchanged is a pod's token that was taken to Google.
+type exchanged struct {
+	email string // whose token it was to become; "" = the ServiceAccount's own
+	err   error
+}
+
+// examine looks at everything, most of it at once.
+func examine(ctx context.Context, o Options) *nodeReport {
+	p := newReport(ctx, o)
+	var all sync.WaitGroup
+	all.Go(func() { p.askCluster(ctx, o) })
+	all.Go(func() { p.watcher = o.Unit(ctx, "gke-metadata-emulator-routing.service").Active })
+	all.Go(func() { p.unit = o.Unit(ctx, "gke-metadata-emulator.service") })
+	all.Go(func() { p.names, p.namesErr = resolve4(ctx, "metadata.google.internal") })
+	p.askNode(ctx)
+	all.Wait()
+	return p
+}
+
+// newReport reads what was configured, what was installed, and what the service says.
+func newReport(ctx context.Context, o Options) *nodeReport {
+	p := &nodeReport{root: os.Geteuid() == 0, now: time.Now(), file: o.File, flags: o.FlagFile, version: o.Version, ports: ephemeralPorts()}
+	if p.config, p.broken = o.Load(); p.broken != nil {
+		p.config = config.Default()
+	}
+	p.plan = o.Plan(p.config, p.broken)
+	p.state, p.stateErr = routing.ReadState(o.RunDir)
+	p.install, _ = routing.ReadFailure(o.RunDir) // one that cannot be read tells nothing
+	if text, err := status.Fetch(ctx, o.StatusSocket); err != nil {
+		p.statusErr = err
+	} else if err := json.Unmarshal(text, &p.status); err != nil {
+		p.status, p.statusErr = nil, fmt.Errorf("the answer of %s cannot be read (another version's?): %w", o.StatusSocket, err)
+	}
+	return p
+}
+
+// askNode looks at the node's network, and connects as a pod would after the counter of connections was read.
+func (p *nodeReport) askNode(ctx context.Context) {
+	p.node = routing.Examine(ctx, p.plan, p.state)
+	p.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
+	if p.node.Local && !p.plan.Closed && p.plan.Mode != routing.ModeLoopback && !p.plan.Listen.Addr().IsUnspecified() {
+		p.direct = tryDirectly(ctx, p.plan.Listen, nil)
+	}
+	if !p.plan.Closed {
+		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "", p.noEvidence() == "")
+		p.podTrial = tryFromPod(ctx, p.status, p.door())
+	}
+}
+
+// notSix is why requests by IPv6 are not redirected though they should be; "": they are.
+func (p *nodeReport) notSix() string {
+	if !p.node.IPv6 {
+		return "this node has no IPv6"
+	}
+	return p.state.IPv6
+}
+
+// door is where pods ask: by its own address the emulator is asked only where nothing is routed.
+func (p *nodeReport) door() netip.AddrPort {
+	if p.plan.Mode == routing.ModeNone {
+		return p.plan.Listen
+	}
+	return routing.MetadataServer()
+}
+
+// askCluster tries the way to a pod's token, and from there to Google's.
+func (p *nodeReport) askCluster(ctx context.Context, o Options) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	var all sync.WaitGroup
+	defer all.Wait()
+	google := token.GoogleOptions{Audience: p.config.WorkloadIdentity.Audience, PoolName: p.config.WorkloadIdentity.PoolName,
+		STSURL: p.config.Google.STSURL, IAMCredentialsURL: p.config.Google.IAMCredentialsURL, QuotaProject: p.config.Google.QuotaProject, CAFile: p.config.Google.CAFile}
+	all.Go(func() {
+		g, err := token.NewGoogle(google)
+		if err != nil {
+			p.sts.Err, p.iam.Err = err, err
+			return
+		}
+		p.sts, p.iam = g.Reach(ctx)
+	})
+	var jwt string
+	p.cluster, jwt = kube.Try(ctx, kube.Options{Kubeconfig: p.config.Kubeconfig, NodeName: p.config.NodeName, Audience: p.config.TokenAudience,
+		Copied: o.CredentialCopy, UserAgent: "gke-metadata-emulator-doctor/" + o.Version})
+	if jwt == "" {
+		return
+	}
+	account := p.cluster.Account
+	if !account.Linked() {
+		account.GoogleEmail = p.config.ImpersonateUnlinked
+	}
+	mint := google // the other one is read by Reach
+	mint.Kubernetes = oneToken{account, jwt}
+	g, err := token.NewGoogle(mint)
+	if err == nil {
+		_, err = g.Token(ctx, token.AccessToken(p.cluster.ServiceAccount, account, nil)) // nobody needs the token
+	}
+	p.exchange = &exchanged{email: account.GoogleEmail, err: err}
+}
+
+// oneToken is a Kubernetes that gave a token already.
+type oneToken struct {
+	account workload.Account
+	jwt     string
+}
+
+func (o oneToken) Account(context.Context, workload.ServiceAccount, time.Duration) (workload.Account, error) {
+	return o.account, nil
+}
+
+func (o oneToken) Token(context.Context, workload.ServiceAccount) (string, error) { return o.jwt, nil }
+
+// askRoot asks the metadata server for what clients probe. dial is nil for a process of the node.
+func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dial func(ctx context.Context, network, address string) (net.Conn, error)) (a answered) {
+	if dial == nil {
+		dial = new(net.Dialer).DialContext
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	client := http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}, // and never by a proxy
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+strings.TrimSuffix(at.String(), ":80")+"/", nil)
+	if err != nil {
+		return answered{err: err}
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return answered{err: err}
+	}
+	_ = res.Body.Close()
+	return answered{status: res.StatusCode, server: status.Bounded(res.Header.Get("Server")),
+		ours: res.Header.Get("Server") == "GKE Metadata Server" && res.Header.Get("Metadata-Flavor") == "Google"}
+}
+
+// tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has the connections attested.
+func tryConnections(ctx context.Context, at netip.AddrPort, six, evidence bool) (t, t6 trial) {
+	pod, err := routing.NewTrial()
+	if err != nil {
+		return trial{impossible: err}, trial{impossible: err}
+	}
+	defer func() {
+		if err := pod.Close(); err != nil && t.impossible == nil {
+			t.impossible = fmt.Errorf("the throw-away namespace could not be cleaned up: %w", err)
+		}
+	}()
+	var inhabited error
+	if evidence {
+		inhabited = pod.Inhabit()
+	}
+	if t = tryConnection(ctx, pod, pod.Addr, at); evidence {
+		t.attest(ctx, pod, at, inhabited)
+	}
+	if !six {
+		return t, t6
+	}
+	if err := pod.AddSix(); err != nil {
+		return t, trial{impossible: err}
+	}
+	if t6 = tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6()); evidence {
+		t6.attest(ctx, pod, routing.MetadataServer6(), inhabited)
+	}
+	return t, t6
+}
+
+// tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules
+// for pods' own addresses and interfaces.
+func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t trial) {
+	names := map[netip.Addr]string{}
+	if s != nil && s.Cluster != nil {
+		for _, q := range s.Cluster.Pods {
+			for _, a := range q.Addresses {
+				if !q.HostNetwork {
+					names[a] = q.Namespace + "/" + q.Name
+				}
+			}
+		}
+	}
+	if len(names) == 0 {
+		return trial{impossible: routing.ErrNoPod}
+	}
+	pod, err := routing.JoinPod(slices.Collect(maps.Keys(names)))
+	if err != nil {
+		return trial{impossible: err}
+	}
+	defer func() { _ = pod.Close() }()
+	t.from = fmt.Sprintf("%s, %s", names[pod.Addr], pod.Addr)
+	t.answered = askRoot(ctx, at, 3*time.Second, pod.Dial)
+	return t
+}
+
+// tryConnection connects from that address of the pod's. What fails is done once more while it is looked at who drops it.
+func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at netip.AddrPort) (t trial) {
+	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
+	const patience = 3 * time.Second // a client's
+	if t.answered = askRoot(ctx, at, patience, pod.Dial); t.err != nil {
+		t.dropped, t.traceErr = pod.Dropped(ctx, from, func() { t.answered = askRoot(ctx, at, time.Second, pod.Dial) })
+	}
+	return t
+}
+
+// tryDirectly connects as a process of the node does that the rules spare (hostIdentities), and as the service's own probe.
+// dial is askRoot's.
+func tryDirectly(ctx context.Context, at netip.AddrPort, dial func(ctx context.Context, network, address string) (net.Conn, error)) (t trial) {
+	if t.answered = askRoot(ctx, at, 2*time.Second, dial); t.err != nil {
+		t.dropped, t.traceErr = routing.DroppedHere(ctx, at.Addr(), func() { t.answered = askRoot(ctx, at, time.Second, dial) })
+	}
+	return t
+}
+
+func resolve4(ctx context.Context, name string) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	return net.DefaultResolver.LookupNetIP(ctx, "ip4", name)
+}
+
+// ephemeralPorts are those that the kernel gives to connections.
+func ephemeralPorts() [2]uint16 {
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	f := strings.Fields(string(text))
+	if err != nil || len(f) != 2 {
+		return [2]uint16{32768, 60999} // the kernel's default
+	}
+	low, errLow := strconv.ParseUint(f[0], 10, 16)
+	high, errHigh := strconv.ParseUint(f[1], 10, 16)
+	if errLow != nil || errHigh != nil {
+		return [2]uint16{32768, 60999}
+	}
+	return [2]uint16{uint16(low), uint16(high)}
+}

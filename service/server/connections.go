@@ -1,0 +1,124 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+)
+
+// connections counts the open connections of each pod, of each unit of the node, and of each address where that is all
+// that is known at accept, so that nobody can take those of the others. room.go bounds the number of all connections.
+type connections struct {
+	limit func() int                // limits.connectionsPerPod
+	ours  func(netip.AddrPort) bool // our own, which count for nothing
+	look  func(*attest.Peer)        // finds out who is on the other end
+	room                            // of all
+}
+
+// connection is what we know of one.
+type connection struct {
+	peer  *attest.Peer
+	look  func() error  // finds out who is on the other end, once
+	party attest.Party  // whom it counts for
+	open  *atomic.Int64 // how many that one has; nil for our own, until that one is known, and where there is no room
+	ours  bool
+	held
+	half
+
+	theirs bool // what is written is another server's answer, and no refusal of net/http's
+
+	issued  issued      // the last token that was issued on it: net/http has one request on a connection at a time
+	audited *auditEntry // what the audit trail has of that
+}
+
+func newConnections(limit func() int, ours func(netip.AddrPort) bool, look func(*attest.Peer)) *connections {
+	return &connections{limit: limit, ours: ours, look: look, room: newRoom(maxConnections, maxUnknown)}
+}
+
+type connectionKey struct{}
+
+// accept runs between accept() and the first read: both ends are written down now, and the connection counts. Who is on the
+// other end is looked up by the connection's own goroutine, before it reads a byte: others do not wait for it.
+func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
+	known := new(connection)
+	s, ok := c.(clientConn)
+	if ok {
+		known = s.connection
+	}
+	known.conn = c
+	known.peer = attest.Accept(c)
+	known.ours = x.ours(known.peer.Client)
+	known.look = sync.OnceValue(func() error { return x.identify(known) })
+	if !known.ours && !x.enter(known) {
+		known.look = func() error { return io.EOF }
+		reset(c)
+	} else if !ok { // nobody else does
+		_ = known.look()
+	}
+	return context.WithValue(ctx, connectionKey{}, known)
+}
+
+// identify finds out who is on the other end, and counts the connection for that one. An error means that it is to be closed.
+func (x *connections) identify(known *connection) error {
+	x.look(known.peer)
+	known.party = known.peer.Party()
+	if known.ours {
+		return nil
+	}
+	// One that does not even read its refusals gets no more of them.
+	if n := x.settle(known); n == 0 || n > int64(2*x.limit()) {
+		return io.EOF // net/http closes it without a word
+	}
+	return nil
+}
+
+// state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then. Active is
+// said once the header of a request is there, and not at its first byte.
+func (x *connections) state(c net.Conn, state http.ConnState) {
+	s, ok := c.(clientConn)
+	if !ok {
+		return
+	}
+	known := s.connection
+	known.theirs = false // it is written
+	asked := state == http.StateActive
+	if known.asked.Swap(asked) != asked && known.open != nil {
+		x.answering.Add(map[bool]int64{true: 1, false: -1}[asked])
+	}
+	if idle := state == http.StateIdle; known.open != nil && known.idle.Swap(idle) != idle {
+		if known.since.Store(time.Now().UnixNano()); idle {
+			x.idle.Add(1)
+		} else {
+			x.idle.Add(-1)
+		}
+	}
+	if state == http.StateClosed || state == http.StateHijacked {
+		x.leave(known)
+	}
+}
+
+// check refuses a connection of somebody who has more than a pod may have.
+func (x *connections) check(known *connection) error {
+	limit := x.limit()
+	if known.open == nil || known.open.Load() <= int64(limit) {
+		return nil
+	}
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
+		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party, known.open.Load())}
+}
+
+// busy returns the number of those that wait for an answer, or have not asked yet.
+func (x *connections) busy() int { return x.open() - int(x.idle.Load()) }
+
+func connectionOf(ctx context.Context) *connection {
+	known, _ := ctx.Value(connectionKey{}).(*connection)
+	return known
+}

@@ -1,0 +1,75 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+)
+
+// ServeStatus answers GET /status on l with what status returns, as JSON, until ctx is done.
+func (s *Server) ServeStatus(ctx context.Context, l net.Listener, status func() any) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		_ = e.Encode(status()) // a client that left is no news
+	})
+	return s.serveInternal(ctx, l, mux, nil)
+}
+
+// ServeHealth answers GET /metrics, /healthz, which is Alive, and /readyz, which is ready, on l until ctx is done.
+func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(context.Context) error, g prometheus.Gatherer) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{ErrorLog: s.log}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.Alive(r.Context())) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { health(w, ready(r.Context())) })
+	// Any pod on the host network reaches it: a few connections are enough for Prometheus and probes, and whoever comes
+	// is let in.
+	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
+	x.room = newRoom(maxHealth, maxHealth)
+	x.cutAnswered = true
+	return s.serveInternal(ctx, s.bounded(l, true), mux, x)
+}
+
+func health(w http.ResponseWriter, err error) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	if err != nil {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		_, _ = fmt.Fprintln(w, err)
+		return
+	}
+	_, _ = fmt.Fprintln(w, "ok")
+}
+
+// serveInternal serves until ctx is done. Connections are bounded by x, if there is one.
+func (s *Server) serveInternal(ctx context.Context, l net.Listener, h http.Handler, x *connections) error {
+	web := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10, ErrorLog: quietLog(s.log)}
+	if x != nil {
+		web.ConnContext, web.ConnState = x.accept, x.state
+	}
+	var g errgroup.Group
+	g.Go(func() error {
+		<-ctx.Done()
+		return web.Close()
+	})
+	g.Go(func() error {
+		if err := web.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serving %s: %w", l.Addr(), err)
+		}
+		return nil
+	})
+	return g.Wait()
+}

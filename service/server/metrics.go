@@ -1,0 +1,96 @@
+package server
+
+import (
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+)
+
+// metrics are what the server counts. Labels are bounded: the tree's name of a place, never the path, and never an
+// address.
+type metrics struct {
+	requests *prometheus.CounterVec
+	latency  *prometheus.HistogramVec
+
+	strangers atomic.Uint64 // requests of processes that are no pods and have no identity, doctor's among them
+
+	ipv6 atomic.Uint64 // requests for anything but `/` that came by IPv6
+
+	mu     sync.RWMutex
+	series map[outcome]series
+}
+
+func newMetrics(r prometheus.Registerer, connections *room) *metrics {
+	m := &metrics{
+		series: map[outcome]series{},
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gke_metadata_emulator_requests_total",
+			Help: "Requests of pods, by the place in the metadata tree and the status; 499: the asker left first.",
+		}, []string{"node", "code"}),
+		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "gke_metadata_emulator_request_duration_seconds",
+			Help:    "Time from a request's header to its answer, the hold of unknown pods and long polls included.",
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}, []string{"node"}),
+	}
+	r.MustRegister(m.requests, m.latency,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_connections",
+			Help: "Open connections of pods.",
+		}, func() float64 { return float64(connections.open()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name:        "gke_metadata_emulator_connections_closed_total",
+			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
+			ConstLabels: prometheus.Labels{"outcome": "made-room"},
+		}, func() float64 { return float64(connections.cut.Load()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name:        "gke_metadata_emulator_connections_closed_total",
+			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
+			ConstLabels: prometheus.Labels{"outcome": "no-room"},
+		}, func() float64 { return float64(connections.refused.Load()) }))
+	return m
+}
+
+func (m *metrics) served(node string, status int, took time.Duration) {
+	k := outcome{node, status}
+	m.mu.RLock()
+	s, ok := m.series[k]
+	m.mu.RUnlock()
+	if !ok {
+		s = series{m.requests.WithLabelValues(node, strconv.Itoa(status)), m.latency.WithLabelValues(node)}
+		m.mu.Lock()
+		m.series[k] = s
+		m.mu.Unlock()
+	}
+	s.Inc()
+	s.Observe(took.Seconds())
+}
+
+// asked is how many requests of pods there were for anything but `/`, which our own probes, and doctor's, ask for too.
+func (m *metrics) asked() (n uint64) {
+	strangers := m.strangers.Load() // first: each of them is counted in the series before
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for k, s := range m.series {
+		var now dto.Metric
+		if k.node != "/" && s.Write(&now) == nil {
+			n += uint64(now.GetCounter().GetValue())
+		}
+	}
+	return n - strangers
+}
+
+// series are found by outcome: to have the vectors hash labels costs more than to count.
+type series struct {
+	prometheus.Counter
+	prometheus.Observer
+}
+
+type outcome struct {
+	node   string
+	status int
+}

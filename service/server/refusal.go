@@ -1,0 +1,135 @@
+package server
+
+import (
+	"errors"
+	"net/http"
+	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+)
+
+// refusal is an answer that is not what was asked for. Its reason goes to the pod (U-18) and never holds a secret, nor anything of another
+// pod or process: that of attest's errors is a text of the table, and the error itself is for the log.
+type refusal struct {
+	Status int
+	Reason string
+	Retry  bool   // Retry-After: 1
+	Allow  string // with 405
+	Close  bool   // the connection is of no more use
+}
+
+func (r refusal) Error() string { return r.Reason }
+
+var (
+	errNotLinked  = errors.New("not linked to a Google service account")
+	errNoAudience = errors.New("non-empty audience parameter required") // I-02, in GKE's words
+)
+
+// sandbox is the remedy for clients whose sockets this kernel does not have.
+const sandbox = "a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"
+
+// wait refuses for now: the client asks again on the same connection.
+func wait(reason string) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: reason}
+}
+
+// reconnect refuses for now: the client asks again on another connection.
+func reconnect(reason string) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: reason}
+}
+
+// forbid refuses for good.
+func forbid(reason string) refusal { return refusal{Status: http.StatusForbidden, Reason: reason} }
+
+// refusals says what is answered when something is wrong. The first row that fits decides; an error that fits none is
+// ours, and 503: clients retry it, while a 4xx ends them (T-09).
+var refusals = []struct {
+	when    func(error) bool
+	refusal refusal
+}{
+	{is(metadata.ErrNotFound), refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
+	{is(metadata.ErrBadQuery), refusal{Status: http.StatusBadRequest}},
+	{is(errNoAudience), refusal{Status: http.StatusBadRequest}},                                       // I-02
+	{is(errNotLinked), refusal{Status: http.StatusNotFound}},                                          // I-04
+	{is(attest.ErrUnknown), wait("Kubernetes has named no such pod on this node yet; ask again")},     // H-22
+	{is(attest.ErrAmbiguous), wait("more than one live pod of this node has the address; ask again")}, // U-06
+	{is(attest.ErrChanged), reconnect(attest.ErrChanged.Error())},
+	{is(attest.ErrNoNamespace), wait("no known network namespace has the client's address; ask again; " + sandbox)},
+	{is(attest.ErrHelperAway), wait("no known network namespace has the client's address, and " +
+		"gke-metadata-emulator-attest.service, which finds them, is not there")},
+	{is(attest.ErrUnknownCgroup), wait("the cgroup of the client's socket is not known; ask again")},
+	{is(attest.ErrNotRead), wait("the cgroups of the node are being read anew; ask again")},
+	{is(attest.ErrNotPod), forbid("not a pod of this node, nor a process that hostIdentities names")},
+	{is(attest.ErrNoAccount), forbid(attest.ErrNoAccount.Error())},
+	// Of a client whose own filter dropped what it sent, another connection is found.
+	{is(attest.ErrNoSocket), reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
+	{is(attest.ErrEmptyCgroup), reconnect("no process is left in the cgroup of the client's socket; connect again")},
+	{is(attest.ErrOwner), forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
+	// others can bring it about; another port may be nobody else's.
+	{is(attest.ErrSockets), reconnect("two sockets could be the other end of this connection; connect again")},
+	{is(attest.ErrSpared), reconnect("the client's socket is of a process of the node that is not redirected, " +
+		"and the connection was; connect again")},
+	{is(attest.ErrNamespaceOwner), wait("the owner of the client's network namespace is not known yet; ask again")},
+	{is(attest.ErrOtherNamespace), forbid("the client's socket is in the network namespace of another pod than that " +
+		"of the process that made it: name the mesh's node proxy in attestation.proxies")},
+	{is(attest.ErrNoCgroup), forbid("the kernel names no cgroup of the client's socket that is a pod's")},
+	{is(attest.ErrPods), forbid("the kernel's record of the client's socket names two pods")},
+	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},                       // K-00
+	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}},                // the operator can mend it
+	{is(kube.ErrNotConfigured), refusal{Status: http.StatusServiceUnavailable}},
+	{as[*kube.AwayError], refusal{Status: http.StatusServiceUnavailable}},
+	{as[*token.LimitError], refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	{is(token.ErrUnavailable), refusal{Status: http.StatusServiceUnavailable}},         // T-09, and 429 of Google
+	{googleSays("IAM", http.StatusBadRequest), refusal{Status: http.StatusBadRequest}}, // T-07
+	{googleSays("IAM", http.StatusForbidden), refusal{Status: http.StatusForbidden}},   // T-07
+	{googleSays("IAM", http.StatusNotFound), refusal{Status: http.StatusNotFound}},     // T-07
+	{googleSays("STS", anyStatus), refusal{Status: http.StatusForbidden}},
+	{is(kube.ErrNoPod), refusal{Status: http.StatusServiceUnavailable}},
+	{is(kube.ErrNotFound), refusal{Status: http.StatusServiceUnavailable}},
+	{func(error) bool { return true }, refusal{Status: http.StatusServiceUnavailable,
+		Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}},
+}
+
+// refusalOf returns what a pod is told of err.
+func refusalOf(err error) refusal {
+	var r refusal
+	if errors.As(err, &r) {
+		return r
+	}
+	for _, row := range refusals {
+		if row.when(err) {
+			r = row.refusal
+			break
+		}
+	}
+	if r.Reason == "" {
+		r.Reason = err.Error()
+	}
+	if len(r.Reason) > maxReason { // each that is quoted in it is bounded; this is for the day when one is not
+		r.Reason = strings.ToValidUTF8(r.Reason[:maxReason], "") + "…"
+	}
+	return r
+}
+
+const maxReason = 4096 // bytes of an answer that is a refusal
+
+func is(target error) func(error) bool {
+	return func(err error) bool { return errors.Is(err, target) }
+}
+
+func as[E error](err error) bool {
+	var e E
+	return errors.As(err, &e)
+}
+
+const anyStatus = 0
+
+func googleSays(step string, status int) func(error) bool {
+	return func(err error) bool {
+		var e *token.GoogleError
+		return errors.As(err, &e) && e.Step == step && (status == anyStatus || e.Status == status)
+	}
+}

@@ -1,0 +1,105 @@
+// Package status is what `gke-metadata-emulator status` shows: the state of the running service, as values,
+// as text, and how another process asks for it. The service fills a Status in; `status` and doctor read it.
+package status
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"syscall"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
+)
+
+// Status is what `status` shows: never a token, only how old it is.
+type Status struct {
+	Version         string              `json:"version"`
+	Started         time.Time           `json:"started"`
+	State           string              `json:"state"`                       // serving | not configured | stopping
+	Reason          string              `json:"reason,omitempty"`            // why it is not serving
+	ConfigFile      string              `json:"configFileProblem,omitempty"` // why the configuration on disk does not load; what was read before is in force
+	Listen          string              `json:"listen"`
+	Listen6         string              `json:"listen6,omitempty"`     // "" = IPv6 is not served
+	Unreachable     string              `json:"unreachable,omitempty"` // why the node's own connections to Listen fail, where pods' do not
+	Connections     int                 `json:"connections"`
+	Attestation     Attestation         `json:"attestation"`
+	Requests        uint64              `json:"requests"`            // since Started, for anything but `/`
+	Requests6       uint64              `json:"requests6,omitempty"` // those of them that came by IPv6
+	Routing         *routing.State      `json:"routing,omitempty"`
+	RoutingErr      string              `json:"routingError,omitempty"` // why Routing is not known
+	LastInstall     *routing.Failure    `json:"lastInstallFailed,omitempty"`
+	Cluster         *kube.Status        `json:"cluster,omitempty"`
+	Proxy           string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
+	Tokens          []token.EntryStatus `json:"tokens,omitempty"`
+	SkippedHostPods []SkippedHostPod    `json:"notPassedThrough,omitempty"`
+}
+
+// Attestation is what tells who asks.
+type Attestation struct {
+	Mode           string               `json:"mode,omitempty"`   // attestation.mode; "" while there is no configuration
+	Kernel         *attest.KernelStatus `json:"kernel,omitempty"` // in mode kernel
+	HostIdentities []HostIdentity       `json:"hostIdentities,omitempty"`
+}
+
+// HostIdentity is what processes of the node are.
+type HostIdentity struct {
+	Unit   string `json:"unit,omitempty"`
+	Cgroup string `json:"cgroup,omitempty"`
+	kube.HostStatus
+}
+
+// SkippedHostPod is a ServiceAccount whose pods on the host network asked for another cloud's metadata,
+// and which the key passthrough does not name: their requests are refused.
+type SkippedHostPod struct {
+	ServiceAccount string `json:"serviceAccount"`
+	Requests       uint64 `json:"requests"` // since the service started
+}
+
+// SkippedRemedy says what lets a SkippedHostPod through.
+const SkippedRemedy = "name it in passthrough, or set routing.interceptHostPods to off"
+
+// ErrNotRunning is wrapped by Fetch where there is no service to ask.
+var ErrNotRunning = errors.New("the service is not running")
+
+// Fetch asks the running service over its Unix socket for its Status, as JSON.
+func Fetch(ctx context.Context, socket string) ([]byte, error) {
+	const most = 64 << 20 // thousands of pods and their tokens' ages
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://service/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("%w: there is no %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
+	case err != nil:
+		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, most))
+	if err != nil {
+		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("asking the service at %s: %s", socket, resp.Status)
+	}
+	return text, nil
+}
