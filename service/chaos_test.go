@@ -2,10 +2,12 @@ package service
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -31,6 +33,7 @@ const chaosHealth = "127.0.0.1:16322"
 type chaosBed struct {
 	*kernelBed
 	asker *podBed // one of the others
+	bare  string  // where a net/http server is that the asker asks too, and nobody else: what the load takes of the node
 	scale int     // divides how much of a load there is
 	n     int     // loads so far
 }
@@ -38,6 +41,8 @@ type chaosBed struct {
 // figures are what others notice of a load.
 type figures struct {
 	p50, p99   time.Duration
+	bare       time.Duration // the other server's p99
+	cpu        float64       // cores that the service uses meanwhile
 	failed     int
 	memory     float64 // MB: the process's own, and what its sockets hold in the kernel
 	probe      string  // what /healthz answered
@@ -68,7 +73,7 @@ func TestChaos(t *testing.T) {
 	b := &chaosBed{kernelBed: k, scale: 10}
 	measure, memoryHigh := 20, chaosMemoryHigh(t)
 	if long {
-		b.scale, measure = 1, 400
+		b.scale, measure = 1, 2000
 	}
 	k.kill(k.server)
 	k.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+chaosHealth)
@@ -83,14 +88,15 @@ func TestChaos(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.eventually(t, "the asker is served", func() bool { return b.asks(t).Status == 200 })
+	b.serveBare(t)
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed p99\tfailed\tMB\tprobe\tstop\trecovery")
+	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed p99\tbare server's\tcores\tfailed\tMB\tprobe\tstop\trecovery")
 	calm := b.figures(t, measure)
 	tell := func(name string, f figures) {
 		t.Logf("%s: %+v", name, f) // also where the table is never written
-		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
-			float64(f.p99)/float64(calm.p99), f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
+		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f\t%.1f\t%.2f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
+			float64(f.p99)/float64(calm.p99), float64(f.bare)/float64(calm.bare), f.cpu, f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
 	}
 	tell("none", calm)
 	for _, l := range loads {
@@ -143,9 +149,32 @@ func (b *chaosBed) asks(t *testing.T) said {
 	return a
 }
 
+// serveBare starts a server that says what ours says, and that is no load's target: its figures are what the machine is like.
+func (b *chaosBed) serveBare(t *testing.T) {
+	t.Helper()
+	a := b.asks(t)
+	text, err := json.Marshal(answer{a.Header, []byte(a.Body)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, "answer.json", string(text))
+	b.bare = netip.AddrPortFrom(b.node.Addr, 8080).String()
+	t.Setenv(benchAnswer, filepath.Join(b.dir, "answer.json"))
+	t.Setenv(benchListen, b.bare)
+	b.process("bare", "/system.slice/bare.service")
+	b.eventually(t, "a bare server serves", func() bool { a, err := b.asksBare(); return err == nil && a.Status == 200 })
+}
+
+func (b *chaosBed) asksBare() (said, error) {
+	return b.asker.ask(fmt.Sprint(b.bare, ",,", testTimeout), accts+"default/token")
+}
+
+// figures has the asker ask both servers by turns.
 func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 	t.Helper()
-	var took []time.Duration
+	var took, bare []time.Duration
+	service := process{cmd: b.server}
+	start, cpu := time.Now(), service.cpu(t)
 	for range n {
 		began := time.Now()
 		if a := b.asks(t); a.Status != 200 {
@@ -153,9 +182,16 @@ func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 			t.Logf("%d %s %.200s", a.Status, a.Err, a.Body)
 		}
 		took = append(took, time.Since(began))
+		began = time.Now()
+		if a, err := b.asksBare(); err != nil || a.Status != 200 {
+			t.Fatalf("the bare server: %v, %+v", err, a)
+		}
+		bare = append(bare, time.Since(began))
 	}
+	f.cpu = (service.cpu(t) - cpu).Seconds() / time.Since(start).Seconds()
 	slices.Sort(took)
-	f.p50, f.p99, f.memory = took[n/2], took[n*99/100], b.memory(t)
+	slices.Sort(bare)
+	f.p50, f.p99, f.bare, f.memory = took[n/2], took[n*99/100], bare[n*99/100], b.memory(t)
 	f.probe = b.health("/healthz")
 	return f
 }
