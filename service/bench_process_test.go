@@ -48,7 +48,7 @@ func (p *process) measure(b *testing.B, load func(string, int, time.Time) (int, 
 }
 
 // cpu is the time that the process spent so far, by /proc/PID/stat (proc_pid_stat(5): utime and stime, in 1/100 s).
-func (p *process) cpu(b *testing.B) time.Duration {
+func (p *process) cpu(b testing.TB) time.Duration {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
 	if err != nil {
 		b.Fatal(err)

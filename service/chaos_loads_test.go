@@ -155,11 +155,13 @@ func (b *chaosBed) longRefusals(t *testing.T) func() {
 	return func() { stop(); wg.Wait(); heal(); p.die() }
 }
 
-// manyNamespaces makes network namespaces of no pod that have the asker's own address.
-func (b *chaosBed) manyNamespaces(t *testing.T) func() {
+func (b *chaosBed) manyNamespaces(t *testing.T) func() { return b.namespaces(t, 500/b.scale) }
+
+// namespaces makes n network namespaces of no pod that have the asker's own address.
+func (b *chaosBed) namespaces(t *testing.T, n int) func() {
 	var all []*exec.Cmd
 	var made []*bufio.Reader
-	for range 500 / b.scale {
+	for range n {
 		cmd := exec.CommandContext(t.Context(), "unshare", "--net", "sh", "-ec",
 			fmt.Sprintf("ip link set lo up; ip addr add %s/32 dev lo; echo made; exec sleep 600", b.asker.ns.Addr))
 		out, err := cmd.StdoutPipe()
@@ -179,12 +181,12 @@ func (b *chaosBed) manyNamespaces(t *testing.T) func() {
 	}
 	// The helper looks because of a client that nobody knows: as often as one comes, for a second since the last time may not have passed.
 	stranger := b.attacker(t)
-	b.eventually(t, fmt.Sprintf("%d namespaces are known", 500/b.scale), func() bool {
+	b.eventually(t, fmt.Sprintf("%d namespaces are known", n), func() bool {
 		if c, err := stranger.Dial(t.Context(), "tcp4", chaosPod); err == nil {
 			_ = c.Close()
 		}
 		known := statusOf(t, b.dir).Attestation.Kernel
-		return known != nil && known.Namespaces >= 500/b.scale
+		return known != nil && known.Namespaces >= n
 	})
 	return func() {
 		for _, cmd := range all {

@@ -2,10 +2,12 @@ package service
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -31,6 +33,7 @@ const chaosHealth = "127.0.0.1:16322"
 type chaosBed struct {
 	*kernelBed
 	asker *podBed // one of the others
+	bare  string  // where a net/http server is that the asker asks too, and nobody else: what the load takes of the node
 	scale int     // divides how much of a load there is
 	n     int     // loads so far
 }
@@ -38,6 +41,9 @@ type chaosBed struct {
 // figures are what others notice of a load.
 type figures struct {
 	p50, p99   time.Duration
+	bare50     time.Duration // the other server's p50,
+	bare       time.Duration // and its p99
+	cpu        float64       // cores that the service uses meanwhile
 	failed     int
 	memory     float64 // MB: the process's own, and what its sockets hold in the kernel
 	probe      string  // what /healthz answered
@@ -48,16 +54,23 @@ type figures struct {
 var loads = []struct {
 	name  string
 	start func(b *chaosBed, t *testing.T) (end func())
+	long  bool // only in the long form
 }{
-	{"idle health connections", (*chaosBed).idleHealth},
-	{"made-up addresses on /", (*chaosBed).madeUpAddresses},
-	{"clients that never read", (*chaosBed).neverReading},
-	{"slow headers", (*chaosBed).slowHeaders},
-	{"half-closed clients", (*chaosBed).halfClosing},
-	{"refusals of 10 MB", (*chaosBed).longRefusals},
-	{"many namespaces", (*chaosBed).manyNamespaces},
-	{"many cgroups", (*chaosBed).manyCgroups},
-	{"ambiguous sockets", (*chaosBed).ambiguousSockets},
+	{"idle health connections", (*chaosBed).idleHealth, false},
+	{"made-up addresses on /", (*chaosBed).madeUpAddresses, false},
+	{"clients that never read", (*chaosBed).neverReading, false},
+	{"slow headers", (*chaosBed).slowHeaders, false},
+	{"half-closed clients", (*chaosBed).halfClosing, false},
+	{"refusals of 10 MB", (*chaosBed).longRefusals, false},
+	{"many namespaces", (*chaosBed).manyNamespaces, false},
+	{"many cgroups", (*chaosBed).manyCgroups, false},
+	{"ambiguous sockets", (*chaosBed).ambiguousSockets, false},
+	{"requests without end", (*chaosBed).requestsWithoutEnd, false},
+	{"waits for changes", (*chaosBed).waits, true},
+	{"audiences without end", (*chaosBed).audiences, true},
+	{"scrapes without end", (*chaosBed).metricsFlood, true},
+	{"pods that come and go", (*chaosBed).churn, true},
+	{"spoofed SYNs", (*chaosBed).synFlood, false},
 }
 
 // TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is asserted; times are told alone.
@@ -68,7 +81,7 @@ func TestChaos(t *testing.T) {
 	b := &chaosBed{kernelBed: k, scale: 10}
 	measure, memoryHigh := 20, chaosMemoryHigh(t)
 	if long {
-		b.scale, measure = 1, 400
+		b.scale, measure = 1, 2000
 	}
 	k.kill(k.server)
 	k.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+chaosHealth)
@@ -83,17 +96,21 @@ func TestChaos(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.eventually(t, "the asker is served", func() bool { return b.asks(t).Status == 200 })
+	b.serveBare(t)
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed p99\tfailed\tMB\tprobe\tstop\trecovery")
+	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed\tbare server's\tcores\tfailed\tMB\tprobe\tstop\trecovery")
 	calm := b.figures(t, measure)
 	tell := func(name string, f figures) {
 		t.Logf("%s: %+v", name, f) // also where the table is never written
-		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
-			float64(f.p99)/float64(calm.p99), f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
+		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f %.1f\t%.1f %.1f\t%.2f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
+			ratio(f.p50, calm.p50), ratio(f.p99, calm.p99), ratio(f.bare50, calm.bare50), ratio(f.bare, calm.bare), f.cpu, f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
 	}
 	tell("none", calm)
 	for _, l := range loads {
+		if l.long && !long {
+			continue
+		}
 		t.Run(l.name, func(t *testing.T) {
 			b.n++
 			end := sync.OnceFunc(l.start(b, t))
@@ -124,6 +141,8 @@ func TestChaos(t *testing.T) {
 	t.Logf("others' requests, each on a connection of its own, while a load is on the service:\n%s", &table)
 }
 
+func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
+
 // serve starts the service as its unit does.
 func (b *chaosBed) serve(t *testing.T) {
 	t.Helper()
@@ -143,9 +162,32 @@ func (b *chaosBed) asks(t *testing.T) said {
 	return a
 }
 
+// serveBare starts a server that says what ours says, and that is no load's target: its figures are what the machine is like.
+func (b *chaosBed) serveBare(t *testing.T) {
+	t.Helper()
+	a := b.asks(t)
+	text, err := json.Marshal(answer{a.Header, []byte(a.Body)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, "answer.json", string(text))
+	b.bare = netip.AddrPortFrom(b.node.Addr, 8080).String()
+	t.Setenv(benchAnswer, filepath.Join(b.dir, "answer.json"))
+	t.Setenv(benchListen, b.bare)
+	b.process("bare", "/system.slice/bare.service")
+	b.eventually(t, "a bare server serves", func() bool { a, err := b.asksBare(); return err == nil && a.Status == 200 })
+}
+
+func (b *chaosBed) asksBare() (said, error) {
+	return b.asker.ask(fmt.Sprint(b.bare, ",,", testTimeout), accts+"default/token")
+}
+
+// figures has the asker ask both servers by turns.
 func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 	t.Helper()
-	var took []time.Duration
+	var took, bare []time.Duration
+	service := process{cmd: b.server}
+	start, cpu := time.Now(), service.cpu(t)
 	for range n {
 		began := time.Now()
 		if a := b.asks(t); a.Status != 200 {
@@ -153,9 +195,16 @@ func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 			t.Logf("%d %s %.200s", a.Status, a.Err, a.Body)
 		}
 		took = append(took, time.Since(began))
+		began = time.Now()
+		if a, err := b.asksBare(); err != nil || a.Status != 200 {
+			t.Fatalf("the bare server: %v, %+v", err, a)
+		}
+		bare = append(bare, time.Since(began))
 	}
+	f.cpu = (service.cpu(t) - cpu).Seconds() / time.Since(start).Seconds()
 	slices.Sort(took)
-	f.p50, f.p99, f.memory = took[n/2], took[n*99/100], b.memory(t)
+	slices.Sort(bare)
+	f.p50, f.p99, f.bare50, f.bare, f.memory = took[n/2], took[n*99/100], bare[n/2], bare[n*99/100], b.memory(t)
 	f.probe = b.health("/healthz")
 	return f
 }
