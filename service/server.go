@@ -103,13 +103,13 @@ func (s *server) answer(req *request) (metadata.Answer, error) {
 		return metadata.Answer{}, site.broken
 	}
 	q.For = req
-	return s.answerCaller(req.Context(), req, q)
+	return s.answerCaller(req.Context(), site, req, q)
 }
 
 // answerCaller finds out who asks, answers, and looks at the evidence again before the answer may be written. A request
 // that wants to be told of a change is answered when there was one (H-12): a waiter costs its goroutine and its
 // connection, of which a pod has limits.connectionsPerPod.
-func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Query) (metadata.Answer, error) {
+func (s *server) answerCaller(ctx context.Context, site *site, req *request, q metadata.Query) (metadata.Answer, error) {
 	var wait metadata.Wait
 	var timeout <-chan time.Time
 	if q.Values != nil {
@@ -123,8 +123,9 @@ func (s *server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 			timeout = t.C
 		}
 	}
-	for first := true; ; first = false {
-		site, place := s.site.Load(), req.place
+	// The first look is at the configuration in which req.place was found: one that has replaced it meanwhile ends the wait.
+	for first := true; ; first, site = false, s.site.Load() {
+		place := req.place
 		if !first { // another configuration may have another tree
 			place = site.tree.Find(req.URL.Path)
 		}
