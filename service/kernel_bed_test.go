@@ -142,7 +142,9 @@ func (k *kernelBed) route(p routing.Plan, verbs ...string) {
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	cmd := exec.CommandContext(k.t.Context(), "unshare", "--cgroup", "--mount", "sh", "-ec", `mount -t cgroup2 none /sys/fs/cgroup; exec "$0"`, self)
+	// First the machine's own goes: the kernel mounts no file system over itself.
+	const mount = `umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec "$0"`
+	cmd := exec.CommandContext(k.t.Context(), "unshare", "--cgroup", "--mount", "sh", "-ec", mount, self)
 	cmd.Env = append(os.Environ(), benchServer+"=routing", routingPlan+"="+string(text), routingVerbs+"="+strings.Join(verbs, " "))
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &out

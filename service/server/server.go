@@ -249,13 +249,13 @@ func (s *Server) answer(req *request) (metadata.Answer, error) {
 	if active.Broken != nil {
 		return metadata.Answer{}, active.Broken
 	}
-	return s.answerCaller(req.Context(), req, q)
+	return s.answerCaller(req.Context(), active, req, q)
 }
 
 // answerCaller finds out who asks, answers, and looks at the evidence again before the answer may be written. A request
 // that wants to be told of a change is answered when there was one (H-12): a waiter costs its goroutine and its
 // connection, of which a pod has limits.connectionsPerPod.
-func (s *Server) answerCaller(ctx context.Context, req *request, q metadata.Query) (metadata.Answer, error) {
+func (s *Server) answerCaller(ctx context.Context, active *Active, req *request, q metadata.Query) (metadata.Answer, error) {
 	var wait metadata.Wait
 	var timeout <-chan time.Time
 	if q.Values != nil {
@@ -269,8 +269,10 @@ func (s *Server) answerCaller(ctx context.Context, req *request, q metadata.Quer
 			timeout = t.C
 		}
 	}
-	for first := true; ; first = false {
-		active, place := s.active.Load(), req.place
+	// The first look is at the configuration in which req.place was found. If another one has replaced
+	// it meanwhile, the wait ends.
+	for first := true; ; first, active = false, s.active.Load() {
+		place := req.place
 		if !first { // another configuration may have another tree
 			place = active.Tree.Find(req.URL.Path)
 		}
