@@ -19,11 +19,12 @@ func (c *Cluster) register(r prometheus.Registerer) metrics {
 	r.MustRegister(m.requests,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_pods",
-			Help: "Live pods of this node that are known.",
+			Help: "Live pods of this node in the index.",
 		}, func() float64 { return float64(len(c.pods.current.Load().pods)) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_pod_watch_age_seconds",
-			Help: "Seconds since the Kubernetes API last said something about pods; 0 while a watch is open, -1 before the first contact.",
+			Help: "Seconds since the last answer of the Kubernetes API about pods; 0 while a watch is open, -1 before the " +
+				"first answer.",
 		}, c.watchAge))
 	return m
 }
