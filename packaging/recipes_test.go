@@ -100,7 +100,7 @@ func TestRecipeAnsible(t *testing.T) {
 	run(enabled + quiet + "! gke-metadata-emulator config check\ntest ! -e /etc/systemd/system/kubelet.service.d")
 	play(t, run, "/tmp/recipes/ansible/playbook.yml", "-e gke_metadata_emulator_package=/tmp/new.deb -e gke_metadata_emulator_gates=kubelet.service "+
 		`-e '{"gke_metadata_emulator_config": {"workloadIdentityProvider": "projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster", "projectID": "my-project", "routing": {"spare": ["docker0"]}}}'`)
-	run("gke-metadata-emulator config check\ngke-metadata-emulator config show | grep -x '  spare: \\[docker0\\]'\n" + enabled + quiet + gated(t))
+	run("gke-metadata-emulator config check\ngke-metadata-emulator config show | grep -x '  excludeInterfaces: \\[docker0\\]'\n" + enabled + quiet + gated(t))
 }
 
 const playing = `mkdir -p /dev/shm; mount -t tmpfs tmpfs /dev/shm

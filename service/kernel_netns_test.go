@@ -253,7 +253,7 @@ func TestKernel(t *testing.T) {
 		gets(host, "default:host")
 		gets(kubelet, "default:plain")
 		refused(sandbox, 503, "attestation.byAddress")
-		refused(late, 503, "the Kubernetes API is away since")
+		refused(late, 503, "the Kubernetes API is unavailable since")
 	})
 	k.eventually(t, "the API server is back", func() bool { return statusOf(t, k.dir).Cluster.Watching })
 	gets(sandbox, "default:sandbox")

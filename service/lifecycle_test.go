@@ -231,7 +231,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		b.ask(t, linked, "GET", accts+"default/token", "")
 		b.kube.Refuse()
 		b.eventually(t, "the watch is broken", func() bool { return !b.Status().Cluster.Watching })
-		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "the Kubernetes API is away since") {
+		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "the Kubernetes API is unavailable since") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 		b.kube.Accept()

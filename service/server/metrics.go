@@ -29,13 +29,13 @@ func newMetrics(r prometheus.Registerer, connections *room) *metrics {
 		series: map[outcome]series{},
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_requests_total",
-			Help: "Requests of pods, by the place in the metadata tree and the status; 499: the asker left first.",
-		}, []string{"node", "code"}),
+			Help: "Requests of pods by path in the metadata tree and by status; 499: the client left before the answer.",
+		}, []string{"path", "code"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "gke_metadata_emulator_request_duration_seconds",
-			Help:    "Time from a request's header to its answer, the hold of unknown pods and long polls included.",
+			Help:    "Time from the header of a request to its answer, with the wait of unknown pods and with long polls.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		}, []string{"node"}),
+		}, []string{"path"}),
 	}
 	r.MustRegister(m.requests, m.latency,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
