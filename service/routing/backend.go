@@ -35,13 +35,14 @@ func backends(p Plan) (use, other string) {
 // kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy one.
 func kubeletChains() map[bool]bool {
 	found := map[bool]bool{}
-	legacy, _ := glanceLegacy("mangle", false)
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-		if yes, err := nftChainExists(xtablesFamily(false), "mangle", name); err == nil && yes {
+		if yes, err := nftChainExists(ipv4, "mangle", name); err == nil && yes {
 			found[false] = true
 		}
-		if _, yes := legacy.chains[name]; yes {
-			found[true] = true
+		if yes, err := legacyTable("mangle", ipv4); err == nil && yes && !found[true] {
+			if x, err := openXtables("iptables-legacy", true, ipv4); err == nil {
+				found[true], _ = x.ChainExists("mangle", name)
+			}
 		}
 	}
 	return found

@@ -13,10 +13,10 @@ import (
 
 // legacyDrops counts the packets of one family that each rule and each policy of the legacy tables has dropped in this network namespace.
 // Without such tables it is empty: asking for one would make it.
-func legacyDrops(ctx context.Context, six bool) map[string]uint64 {
+func legacyDrops(ctx context.Context, family Family) map[string]uint64 {
 	drops, command := map[string]uint64{}, "iptables"
-	if six {
-		command = sixCommand(command)
+	if family == ipv6 {
+		command = ip6tables(command)
 	}
 	save := command + "-legacy-save"
 	if _, err := exec.LookPath(save); err != nil {
@@ -26,7 +26,7 @@ func legacyDrops(ctx context.Context, six bool) map[string]uint64 {
 		}
 	}
 	for _, table := range []string{"raw", "mangle", "nat", "filter", "security"} {
-		if !legacyTable(table, six) {
+		if exists, _ := legacyTable(table, family); !exists {
 			continue
 		}
 		out, err := exec.CommandContext(ctx, save, "-c", "-t", table).Output()

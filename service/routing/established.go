@@ -25,7 +25,7 @@ import (
 // forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected, in the
 // background: to walk through conntrack's table takes 10 ms, however few there are. Those of this host itself are left alone unless pods on
 // the host network are redirected too.
-func forgetEstablished(p Plan, s surroundings, six bool, background *sync.WaitGroup) {
+func forgetEstablished(p Plan, s surroundings, family Family, background *sync.WaitGroup) {
 	if noConnections() {
 		return
 	}
@@ -37,7 +37,7 @@ func forgetEstablished(p Plan, s surroundings, six bool, background *sync.WaitGr
 		failed(fmt.Errorf("list addresses: %w", err))
 		return
 	}
-	f := notRedirected{way: p.way(s, six)}
+	f := notRedirected{way: p.way(s, family)}
 	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
@@ -53,7 +53,7 @@ func forgetEstablished(p Plan, s surroundings, six bool, background *sync.WaitGr
 	}
 	background.Go(func() {
 		defer closeLater(conntrack.Close)
-		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f); err != nil {
 			failed(fmt.Errorf("forget connections to %s: %w", f.server, err))
 		}
 	})
@@ -79,13 +79,13 @@ func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 		return fmt.Errorf("forget connections: %w", err)
 	}
 	defer closeLater(conntrack.Close)
-	for _, six := range []bool{false, true} {
-		if six && !s.listen6.IsValid() {
+	for _, family := range families {
+		if family == ipv6 && !s.listen6.IsValid() {
 			continue
 		}
-		f := served{p.way(s, six), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
+		f := served{p.way(s, family), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
 		for tries := 5; ; tries-- {
-			n, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f)
+			n, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f)
 			if err != nil {
 				return fmt.Errorf("forget connections to %s: %w", f.listen, err)
 			}

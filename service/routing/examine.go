@@ -64,9 +64,9 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	six := p.Listen6.IsValid()
 	if six {
 		x.Holder6 = Listener(p.Listen6)
-		x.Redirected6 = redirected(ctx, p, state, true)
+		x.Redirected6 = redirected(p, state, ipv6)
 	}
-	x.Redirected = redirected(ctx, p, state, false)
+	x.Redirected = redirected(p, state, ipv4)
 	x.Policies = dropPolicies(ctx, x.Local, six)
 	return x
 }
@@ -103,29 +103,29 @@ func (d device) why() string {
 	return d.kind
 }
 
-var counter = regexp.MustCompile(` -c (\d+) \d+ `)
+var counter = regexp.MustCompile(` -c (\d+) \d+`)
 
 // redirected reads the counter of the rule that redirects pods in one family.
-func redirected(ctx context.Context, p Plan, state State, six bool) *uint64 {
+func redirected(p Plan, state State, family Family) *uint64 {
 	switch {
 	case p.Mode == ModeNFTables:
-		return redirectedByNFTables(six)
+		return redirectedByNFTables(family)
 	case p.Mode != ModeIPTables || state.Command == "":
 		return nil
 	}
-	command := state.Command
-	if six {
-		command = sixCommand(command)
-	}
-	if isLegacy(command) && !legacyTable("nat", six) {
-		return nil // and listing it would make it
-	}
-	out, err := start(ctx, "", command, "--wait", lockSeconds, "-t", "nat", "-v", "-S", "GME-PRE").end()
+	x, err := openXtables(state.Command, isLegacy(state.Command), family)
 	if err != nil {
 		return nil
 	}
-	for line := range strings.Lines(out) {
-		if m := counter.FindStringSubmatch(line); m != nil && strings.Contains(line, "-j DNAT") {
+	if exists, err := x.has("nat"); err != nil || !exists {
+		return nil // and listing it would make it
+	}
+	rules, err := x.ListWithCounters("nat", "GME-PRE")
+	if err != nil {
+		return nil
+	}
+	for _, rule := range rules {
+		if m := counter.FindStringSubmatch(rule); m != nil && strings.Contains(rule, "-j DNAT") {
 			if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
 				return &n
 			}
@@ -134,8 +134,8 @@ func redirected(ctx context.Context, p Plan, state State, six bool) *uint64 {
 	return nil
 }
 
-func redirectedByNFTables(six bool) *uint64 {
-	rules, err := nftRules(xtablesFamily(six), nftTable, "prerouting")
+func redirectedByNFTables(family Family) *uint64 {
+	rules, err := nftRules(family, nftTable, "prerouting")
 	if err != nil {
 		return nil
 	}
@@ -176,9 +176,9 @@ func dropPolicies(ctx context.Context, local, six bool) (names []string) {
 		}
 		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE)), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))))
 	}
-	drops := legacyDrops(ctx, false)
+	drops := legacyDrops(ctx, ipv4)
 	if six {
-		maps.Copy(drops, legacyDrops(ctx, true))
+		maps.Copy(drops, legacyDrops(ctx, ipv6))
 	}
 	for name := range drops {
 		if strings.Contains(name, "tables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {

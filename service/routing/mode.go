@@ -6,7 +6,7 @@ import (
 )
 
 // mode is what one way of bringing requests to the emulator has that the others have not: a firewall's rules, or programs, or nothing.
-// A value belongs to one node and remembers what it found to be right there, so that the next look is cheap. All else is written once,
+// A value belongs to one node and remembers what stood when check found nothing missing, for changed. All else is written once,
 // in router: the desired state and its lock, the guard, addresses and routes, uplinks, reading back, counting.
 type mode interface {
 	// command is the program by which the kernel is changed, for State; "" where there is none.
@@ -23,8 +23,6 @@ type mode interface {
 	put(ctx context.Context, s surroundings) error
 	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error for what cannot be read.
 	check(ctx context.Context, s surroundings) []error
-	// forget has the next survey and check read everything, whatever was found to be right before.
-	forget()
 }
 
 // modes are those that there is a Router for.

@@ -225,20 +225,20 @@ func dnat(to netip.AddrPort) nftPart {
 }
 
 // nftChainsFor is the Plan as chains of one family, in the order in which they are put up; none: there is to be no table.
-func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err error) {
+func nftChainsFor(p Plan, s surroundings, family Family) (chains []nftChain, err error) {
 	forward := nftChain{name: "forward", kind: "filter", hook: "forward", priority: priorityFilter}
 	for _, name := range p.Spare {
 		forward.rules = append(forward.rules, rule(byInterface(name), leave()))
 	}
 	guarded := false
-	w := p.way(s, six)
+	w := p.way(s, family)
 	for _, a := range resetServers(p, s) {
-		if a.Addr().Is6() == six {
+		if family.has(a.Addr()) {
 			guarded = true
 			forward.rules = append(forward.rules, rule(toServer(a), reset()))
 		}
 	}
-	if six && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
+	if family == ipv6 && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
 		if guarded {
 			chains = append(chains, forward)
 		}
@@ -246,7 +246,7 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 	}
 	if !p.dnats() {
 		// No clash of ports: all clients send to one address and port, so two of one source are one connection.
-		return append(doors(p, s, six), forward), nil
+		return append(doors(p, s, family), forward), nil
 	}
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
@@ -291,13 +291,13 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 
 // doors keep other hosts out where pods may send to the listen address themselves: two, of which each holds alone. What listens on
 // 127.0.0.0/8 nobody reaches anyway.
-func doors(p Plan, s surroundings, six bool) []nftChain {
+func doors(p Plan, s surroundings, family Family) []nftChain {
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
 	to := toServer(p.Listen)
 	if p.Listen.Addr().IsUnspecified() {
 		to = toPort(p.Listen.Port())
-	} else if p.Listen.Addr().Is6() != six {
+	} else if !family.has(p.Listen.Addr()) {
 		return nil
 	}
 	if p.Listen.Addr().IsLoopback() {

@@ -49,7 +49,6 @@ func (m *observeMode) command() string { return "" }
 func (m *observeMode) wakes() (c causes, silent string) {
 	return causeEBPF, detaching
 }
-func (m *observeMode) forget()       { m.good = nil }
 func (m *observeMode) table() string { return filepath.Join(m.dir, "counts") }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.

@@ -167,9 +167,6 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	if w.read != nil {
 		w.read()
 	}
-	if w.node != nil && why&causeEverything != 0 {
-		w.node.forget() // for once what was found right is not believed
-	}
 	if w.node == nil {
 		n, err := w.router.open(ctx, state.Command, false)
 		if err != nil {

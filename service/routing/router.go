@@ -194,7 +194,6 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 	now, err := r.look(false)
 	if err == nil && !now.equal(n.surroundings) {
 		n.surroundings, changed = now, true
-		n.forget()
 	}
 	return changed, err
 }
@@ -212,7 +211,6 @@ func (r *router) put(ctx context.Context, n *node) error {
 
 // putAgain puts everything, whatever was found to be right.
 func (r *router) putAgain(ctx context.Context, n *node) error {
-	n.forget()
 	if _, err := n.survey(ctx, n.surroundings); err != nil {
 		return err
 	}

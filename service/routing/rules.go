@@ -67,14 +67,14 @@ func ownChains() []chain {
 }
 
 // chainsFor is the Plan as chains of one family. IPv6 has the guard's alone where nothing is redirected there.
-func chainsFor(p Plan, s surroundings, six bool) []chain {
-	chains, w := ownChains(), p.way(s, six)
+func chainsFor(p Plan, s surroundings, family Family) []chain {
+	chains, w := ownChains(), p.way(s, family)
 	for i := range chains {
 		c := &chains[i]
 		switch {
 		case c.name == "GME-FWD":
-			if !six || s.six || w.listen.IsValid() {
-				c.rules = forwardRules(p, w, six)
+			if family == ipv4 || s.six || w.listen.IsValid() {
+				c.rules = forwardRules(p, w, family)
 			}
 		case !w.listen.IsValid():
 		case c.name == "GME-IN":
@@ -129,7 +129,7 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 
 // forwardRules let redirected packets through to an emulator that lives in another namespace, container or machine of the node,
 // and back; and reset what still talks to a real metadata server (R-08: connections that were opened before).
-func forwardRules(p Plan, w way, six bool) (rules []string) {
+func forwardRules(p Plan, w way, family Family) (rules []string) {
 	for _, name := range p.Spare {
 		rules = append(rules, "-i "+name+" -j RETURN")
 	}
@@ -145,7 +145,7 @@ func forwardRules(p Plan, w way, six bool) (rules []string) {
 	}
 	var order []netip.Addr
 	for _, g := range guard {
-		if g.Addr().Is6() != six {
+		if !family.has(g.Addr()) {
 			continue
 		}
 		if !slices.Contains(order, g.Addr()) {
@@ -214,7 +214,7 @@ func join(ports []uint16) string {
 // restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, or taken away if it is absent; jumps
 // that stand elsewhere than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees
 // the rules of before or of after, and 0 of 9762 requests were lost. stands is what is there now, by chain name. "" is nothing to do.
-func restoreText(chains []chain, stands map[string]glance) string {
+func restoreText(chains []chain, stands map[string]chainState) string {
 	var b strings.Builder
 	chains = slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
 		g := stands[c.name]
@@ -259,5 +259,4 @@ func restoreText(chains []chain, stands map[string]glance) string {
 type jumpAt struct {
 	position int    // from 1
 	rule     string // without -A and the base chain
-	handle   uint64 // nf_tables'
 }
