@@ -55,12 +55,17 @@ func (x *xtables) state(ctx context.Context, c chain) (s chainState, err error) 
 	if errors.Is(err, errIncompatible) {
 		s.rules, s.exists, err = []string{"(rules that iptables cannot list)"}, true, nil
 	}
-	if err != nil || !s.exists && c.table != "nat" {
-		return s, err
+	if err == nil && (s.exists || c.table == "nat") {
+		err = x.readBase(ctx, c, &s)
 	}
+	return s, err
+}
+
+// readBase reads what leads to the chain.
+func (x *xtables) readBase(ctx context.Context, c chain, s *chainState) error {
 	base, _, err := x.list(ctx, c.table, c.base)
 	if errors.Is(err, errIncompatible) {
-		return s, x.readUnlisted(c, &s)
+		return x.readUnlisted(c, s)
 	}
 	var foreign string
 	if s.jumps, foreign = jumps(base, c.name); foreign != "" {
@@ -72,7 +77,7 @@ func (x *xtables) state(ctx context.Context, c chain) (s chainState, err error) 
 	if rule := redirection(base); c.table == "nat" && rule != "" {
 		s.redirection = foreignRedirection(c, "-t nat -A "+c.base+" "+rule)
 	}
-	return s, err
+	return err
 }
 
 // readUnlisted reads the jumps of a base chain that iptables cannot list (R-35: a rule of nft's in it).
@@ -274,22 +279,33 @@ func jumps(base []string, name string) (ours []jumpAt, foreign string) {
 // remove removes our chains of the tables, the redirecting ones first. Chains that somebody else jumps to are emptied
 // and named.
 func (x *xtables) remove(ctx context.Context, tables ...string) (err error) {
-	chains := slices.DeleteFunc(ownChains(), func(c chain) bool { return !slices.Contains(tables, c.table) })
-	slices.Reverse(chains)
 	for range 3 { // what was seen may have been flushed meanwhile
-		var states map[string]chainState
-		if states, err = x.read(ctx, chains); err != nil {
-			continue
+		var foreign error
+		if foreign, err = x.tryRemove(ctx, tables); err == nil {
+			return foreign
 		}
-		if err = x.restore(ctx, restoreText(chains, states)); err != nil {
-			continue
-		}
-		for _, c := range chains {
-			err = errors.Join(err, states[c.name].foreign)
-		}
-		return err
 	}
 	return err
+}
+
+func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign, err error) {
+	states := map[string]chainState{}
+	var chains []chain
+	for _, c := range slices.Backward(ownChains()) {
+		var s chainState
+		if !slices.Contains(tables, c.table) {
+			continue
+		}
+		if s.exists, err = x.hasChain(ctx, c.table, c.name); err == nil && s.exists {
+			err = x.readBase(ctx, c, &s)
+		}
+		if err != nil {
+			return nil, err
+		}
+		chains, states[c.name] = append(chains, c), s
+		foreign = errors.Join(foreign, s.foreign)
+	}
+	return foreign, x.restore(ctx, restoreText(chains, states))
 }
 
 // fingerprint is a text that tells, without a command, whether the chains are as they were when it was taken. It has

@@ -74,14 +74,23 @@ func (x *xtables) has(table string) (bool, error) {
 	return text != "", err
 }
 
+// hasChain says whether there is such a chain.
+func (x *xtables) hasChain(ctx context.Context, table, chain string) (yes bool, err error) {
+	if !x.legacy { // iptables-nft says of a chain that is not there what it says of one that it cannot list
+		return nftChainExists(x.family, table, chain)
+	}
+	if yes, err = x.has(table); err == nil && yes {
+		err = retry(ctx, func() (err error) { yes, err = x.ChainExists(table, chain); return err })
+	}
+	return yes, err
+}
+
 // list returns the rules of a chain, without "-A CHAIN ", and whether there is such a chain.
 func (x *xtables) list(ctx context.Context, table, chain string) (rules []string, exists bool, err error) {
-	// iptables-nft says of a chain that is not there what it says of one that it cannot list, so the kernel is asked
-	// first. iptables-legacy makes the table that it is to list.
 	if x.legacy {
-		exists, err = legacyTable(table, x.family)
+		exists, err = x.has(table) // iptables-legacy makes the table that it is to list
 	} else {
-		exists, err = nftChainExists(x.family, table, chain)
+		exists, err = x.hasChain(ctx, table, chain)
 	}
 	if err != nil || !exists {
 		return nil, false, err
