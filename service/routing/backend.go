@@ -6,11 +6,12 @@ import (
 	"strings"
 )
 
-// backends returns the command to use and, where the choice was ours, the other backend's if it may hold rules of ours from an
-// earlier choice.
+// backends returns the command to use and, where the choice was ours, the other backend's if it may
+// hold rules of ours from an earlier choice.
 //
-// Two backends can be in use on one node, and each is blind for the other's rules. What kubelet uses decides: it marks its own by a
-// chain in table mangle. Before its first start that is the command "iptables".
+// Two backends can be in use on one node, and each is blind for the other's rules. What kubelet
+// uses decides: it marks its own by a chain in table mangle. Before its first start that is the
+// command "iptables".
 func backends(p Plan) (use, other string) {
 	if p.Binary != "" && p.Binary != "iptables" {
 		return p.Binary, ""
@@ -26,7 +27,8 @@ func backends(p Plan) (use, other string) {
 		return use, ""
 	}
 	if kubelets := kubeletChains(); kubelets[isLegacy(other)] && !kubelets[isLegacy(use)] {
-		p.Log.WithFields(map[string]any{"command": other, "default": use}).Info("kubelet's iptables rules are in the other backend: using that")
+		p.Log.WithFields(map[string]any{"command": other, "default": use}).
+			Info("kubelet's iptables rules are in the other backend: using that")
 		use, other = other, use
 	}
 	return use, other
@@ -48,7 +50,8 @@ func kubeletChains() map[bool]bool {
 	return found
 }
 
-// isLegacy says which backend a command is of. Its name tells, or that of the program behind its links; else it is asked.
+// isLegacy says which backend a command is of. Its name tells, or that of the program behind its
+// links; else it is asked.
 func isLegacy(command string) bool {
 	for _, name := range []string{filepath.Base(command), program(command)} {
 		switch {

@@ -22,7 +22,8 @@ type chainState struct {
 	redirection error // who else redirects the metadata server in the base chain
 }
 
-// right says whether install has nothing to do. Install moves a jump up; that it is not the first rule is no fault.
+// right says whether install has nothing to do. Install moves a jump up; that it is not the first
+// rule is no fault.
 func (s chainState) right(c chain) bool {
 	if c.absent {
 		return !s.exists && len(s.jumps) == 0
@@ -48,8 +49,9 @@ func (x *xtables) read(ctx context.Context, chains []chain) (map[string]chainSta
 
 // state reads one chain and what leads to it.
 //
-// A chain with one of our names is somebody else's when somebody jumps to it without our comment. What is in it says
-// nothing: it may be what an older version or half a flush left, and is replaced.
+// A chain with one of our names is somebody else's when somebody jumps to it without our comment.
+// What is in it says nothing: it may be what an older version or half a flush left, and is
+// replaced.
 func (x *xtables) state(ctx context.Context, c chain) (s chainState, err error) {
 	s.rules, s.exists, err = x.list(ctx, c.table, c.name)
 	if errors.Is(err, errIncompatible) {
@@ -103,8 +105,8 @@ func foreignChain(c chain, rule string) error {
 }
 
 func foreignRedirection(c chain, rule string) error {
-	return fmt.Errorf("%s %w, who redirects it by %s in chain %s: this may be GKE, or another metadata server; remove that first",
-		metadataServer, ErrForeign, rule, c.base)
+	return fmt.Errorf("%s %w, who redirects it by %s in chain %s: "+
+		"this may be GKE, or another metadata server; remove that first", metadataServer, ErrForeign, rule, c.base)
 }
 
 // redirection finds a rule that redirects the metadata server by itself. Ours never stand in a base chain.
@@ -148,9 +150,10 @@ func (x *xtables) compare(ctx context.Context, c chain, s chainState) (errs []er
 		}
 		return errs, nil
 	}
-	// Others insert before our jump and do so again and again (Calico): to insist on the first place is a fight that
-	// nobody wins. Install moves the jump up, Check does not complain. An ACCEPT before ours can open one of the two
-	// doors of R-05, not both, and the guard does not depend on it.
+	// Others insert before our jump and do so again and again (Calico): to insist on the first
+	// place is a fight that nobody wins. Install moves the jump up, Check does not complain. An
+	// ACCEPT before ours can open one of the two doors of R-05, not both, and the guard does not
+	// depend on it.
 	switch n := len(s.jumps); {
 	case n == 0:
 		errs = append(errs, flushed([]error{x.missing(c, "-I %s 1 %s", c.base, c.jump())})...)
@@ -170,8 +173,8 @@ func (x *xtables) compare(ctx context.Context, c chain, s chainState) (errs []er
 	return append(errs, more...), err
 }
 
-// untracks finds a rule that a packet meets before our jump, and that says how conntrack is to take it: of two such
-// rules the first one counts.
+// untracks finds a rule that a packet meets before our jump, and that says how conntrack is to take
+// it: of two such rules the first one counts.
 func (x *xtables) untracks(ctx context.Context, c chain, before []string) (rule string, err error) {
 	seen := map[string]bool{c.name: true}
 	var walk func(name string, rules []string) error
@@ -276,8 +279,8 @@ func jumps(base []string, name string) (ours []jumpAt, foreign string) {
 	return ours, foreign
 }
 
-// remove removes our chains of the tables, the redirecting ones first. Chains that somebody else jumps to are emptied
-// and named.
+// remove removes our chains of the tables, the redirecting ones first. Chains that somebody else
+// jumps to are emptied and named.
 func (x *xtables) remove(ctx context.Context, tables ...string) (err error) {
 	for range 3 { // what was seen may have been flushed meanwhile
 		var foreign error
@@ -308,10 +311,11 @@ func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign, err 
 	return foreign, x.restore(ctx, restoreText(chains, states))
 }
 
-// fingerprint is a text that tells, without a command, whether the chains are as they were when it was taken. It has
-// the handles of the rules of nf_tables: a rule never changes under its handle, no table gives one twice, and a table
-// that was made anew has another handle itself. A legacy table tells how many rules it has and where its base chains
-// begin. That does not show every change (two rules swapped), which a sweep finds.
+// fingerprint is a text that tells, without a command, whether the chains are as they were when it
+// was taken. It has the handles of the rules of nf_tables: a rule never changes under its handle,
+// no table gives one twice, and a table that was made anew has another handle itself. A legacy
+// table tells how many rules it has and where its base chains begin. That does not show every
+// change (two rules swapped), which a sweep finds.
 func (x *xtables) fingerprint(b *strings.Builder) error {
 	tables := map[string]string{}
 	for _, c := range ownChains() {

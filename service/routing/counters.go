@@ -11,8 +11,9 @@ import (
 	"strings"
 )
 
-// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables has dropped in this network namespace.
-// Without such tables it is empty: asking for one would make it.
+// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables
+// has dropped in this network namespace. Without such tables it is empty: asking for one would make
+// it.
 func legacyDrops(ctx context.Context, family Family) map[string]uint64 {
 	drops, command := map[string]uint64{}, "iptables"
 	if family == ipv6 {
@@ -47,7 +48,8 @@ func savedDrops(command, table, text string, drops map[string]uint64) {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		if m := savedPolicy.FindStringSubmatch(line); m != nil {
-			drops[fmt.Sprintf("%s chain %s of table %s (policy DROP)", command, m[1], table)], _ = strconv.ParseUint(m[2], 10, 64)
+			name := fmt.Sprintf("%s chain %s of table %s (policy DROP)", command, m[1], table)
+			drops[name], _ = strconv.ParseUint(m[2], 10, 64)
 		}
 		if m := savedRule.FindStringSubmatch(line); m != nil {
 			n, _ := strconv.ParseUint(m[1], 10, 64)

@@ -14,23 +14,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Connections to the real server from before the rules (R-08). FORWARD resets them on the ports that the guard leaves alone; what
-// the guard names is refused while it is routed and never gets to FORWARD, and a TCP socket that is established takes that refusal for
-// a passing disturbance and waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of a
-// connection and redirects it, and the emulator's kernel resets what it does not know.
+// Connections to the real server from before the rules (R-08). FORWARD resets them on the ports
+// that the guard leaves alone; what the guard names is refused while it is routed and never gets to
+// FORWARD, and a TCP socket that is established takes that refusal for a passing disturbance and
+// waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of
+// a connection and redirects it, and the emulator's kernel resets what it does not know.
 //
-// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
-// first, and all where nf_conntrack_tcp_loose is 0.
+// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected,
+// those on which the server speaks first, and all where nf_conntrack_tcp_loose is 0.
 
-// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected, in the
-// background: to walk through conntrack's table takes 10 ms, however few there are. Those of this host itself are left alone unless pods on
-// the host network are redirected too.
+// forgetEstablished deletes the conntrack entries of connections to the metadata server of one
+// family that were not redirected, in the background: to walk through conntrack's table takes 10
+// ms, however few there are. Those of this host itself are left alone unless pods on the host
+// network are redirected too.
 func forgetEstablished(p Plan, s surroundings, family Family, background *sync.WaitGroup) {
 	if noConnections() {
 		return
 	}
 	failed := func(err error) {
-		p.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
+		p.Log.WithError(err).Warn("connections to the real metadata server from before are closed, " +
+			"but their clients may wait for an answer")
 	}
 	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
@@ -65,11 +68,13 @@ func noConnections() bool {
 	return err == nil && strings.TrimSpace(string(n)) == "0"
 }
 
-// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
-// the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
-// that one the kernel of the client knows no socket (A-01), or go on translating to an address that is gone, where routers say "network is
-// unreachable". Where pods are redirected as before, by whatever, those of redirections are left until they are over. An Install that follows
-// on its like looks for those again, unless there is DNAT: some were not over then.
+// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought
+// them. They last for two minutes after the end; where another mode has packets look otherwise
+// conntrack would give a new connection from the same port another port, and at that one the kernel
+// of the client knows no socket (A-01), or go on translating to an address that is gone, where
+// routers say "network is unreachable". Where pods are redirected as before, by whatever, those of
+// redirections are left until they are over. An Install that follows on its like looks for those
+// again, unless there is DNAT: some were not over then.
 func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 	if noConnections() {
 		return nil
@@ -128,7 +133,8 @@ type notRedirected struct {
 
 func (f notRedirected) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server || flow.Forward.Protocol != unix.IPPROTO_TCP {
+	if !ok || flow.Forward.Protocol != unix.IPPROTO_TCP ||
+		netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server {
 		return false
 	}
 	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)

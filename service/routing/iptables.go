@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"net/netip"
 	"os/exec"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 )
@@ -116,7 +118,8 @@ func (m *iptablesMode) put(ctx context.Context, s surroundings) error {
 	}
 	if m.other != "" { // where an earlier choice of the backend may have left something
 		if err := removeChains(ctx, openBackends(m.other), "nat", "filter", "raw"); err != nil {
-			m.plan.Log.WithError(err).WithField("command", m.other).Warn("rules of ours may be left in the other iptables backend")
+			m.plan.Log.WithError(err).WithField("command", m.other).
+				Warn("rules of ours may be left in the other iptables backend")
 		}
 	}
 	return nil
@@ -143,6 +146,28 @@ func (m *iptablesMode) check(ctx context.Context, s surroundings) (errs []error)
 	return errs
 }
 
+var counter = regexp.MustCompile(` -c (\d+) \d+`)
+
+func (m *iptablesMode) redirected(family Family) *uint64 {
+	for _, x := range m.tables {
+		if exists, err := x.has("nat"); x.family != family || err != nil || !exists {
+			continue
+		}
+		rules, err := x.ListWithCounters("nat", "GME-PRE")
+		if err != nil {
+			return nil
+		}
+		for _, rule := range rules {
+			if m := counter.FindStringSubmatch(rule); m != nil && strings.Contains(rule, "-j DNAT") {
+				if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
+					return &n
+				}
+			}
+		}
+	}
+	return nil
+}
+
 // backend is a backend's tables of one family, or why they cannot be had.
 type backend struct {
 	*xtables
@@ -163,7 +188,8 @@ func openBackends(commands ...string) (all []backend) {
 	return all
 }
 
-// removeChains removes our chains of the tables. One family that cannot be read does not keep the other from it.
+// removeChains removes our chains of the tables. One family that cannot be read does not keep the
+// other from it.
 func removeChains(ctx context.Context, from []backend, tables ...string) error {
 	var errs []error
 	for _, b := range from {
@@ -183,9 +209,10 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 		commands = append(commands, other)
 	}
 	from := openBackends(commands...)
-	// When nobody is redirected any more, those who were are told: as long as rules of ours have conntrack translate
-	// what they are sent. Where another mode redirects instead they notice nothing: conntrack goes on translating, by
-	// that mode's rules or (ebpf) by anybody's, as there are on any node with kube-proxy or a network that masquerades.
+	// When nobody is redirected any more, those who were are told: as long as rules of ours have
+	// conntrack translate what they are sent. Where another mode redirects instead they notice
+	// nothing: conntrack goes on translating, by that mode's rules or (ebpf) by anybody's, as there
+	// are on any node with kube-proxy or a network that masquerades.
 	err := removeChains(ctx, from, "nat")
 	if !instead || !p.redirects() {
 		resetConnections(netip.Addr{})

@@ -24,7 +24,8 @@ type tableInfo struct {
 	Entries, Size        uint32
 }
 
-// legacyTable says whether the legacy backend has the table in this network namespace. Listing a table would make it.
+// legacyTable says whether the legacy backend has the table in this network namespace. Listing a
+// table would make it.
 func legacyTable(table string, family Family) (bool, error) {
 	names := "/proc/thread-self/net/ip_tables_names"
 	if family == ipv6 {
@@ -37,22 +38,26 @@ func legacyTable(table string, family Family) (bool, error) {
 	return err == nil && slices.Contains(strings.Fields(string(b)), table), permission(err)
 }
 
-// legacyCount asks, by the getsockopt(2) that iptables itself uses, how many rules a table has and where its base
-// chains begin. It takes 1 µs, whatever stands in the table. A table that is not there has no count.
+// legacyCount asks, by the getsockopt(2) that iptables itself uses, how many rules a table has and
+// where its base chains begin. It takes 1 µs, whatever stands in the table. A table that is not
+// there has no count.
 func legacyCount(table string, family Family) (string, error) {
-	if exists, err := legacyTable(table, family); err != nil || !exists {
-		return "", err
-	}
 	level := unix.SOL_IP
 	if family == ipv6 {
 		level = unix.SOL_IPV6
 	}
 	// Raw, as iptables does, which is why it needs CAP_NET_RAW.
 	socket, err := unix.Socket(int(family), unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if errors.Is(err, unix.EAFNOSUPPORT) {
+		return "", nil // a kernel without IPv6 has no such tables either
+	}
 	if err != nil {
 		return "", permission(err)
 	}
 	defer func() { _ = unix.Close(socket) }()
+	if exists, err := legacyTable(table, family); err != nil || !exists {
+		return "", err
+	}
 	var info tableInfo
 	buf := make([]byte, binary.Size(info))
 	copy(buf, table)

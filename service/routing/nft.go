@@ -35,7 +35,7 @@ func generation() (uint32, error) {
 
 func nftChainExists(family Family, table, name string) (bool, error) {
 	_, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, uint8(family),
-		nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+		nftName(unix.NFTA_CHAIN_TABLE, table), nftName(unix.NFTA_CHAIN_NAME, name))
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
@@ -45,7 +45,7 @@ func nftChainExists(family Family, table, name string) (bool, error) {
 // nftRules dumps the rules of one chain; a chain or table that is not there has none.
 func nftRules(family Family, table, name string) (rules [][]byte, err error) {
 	all, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, uint8(family),
-		nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(name)))
+		nftName(unix.NFTA_RULE_TABLE, table), nftName(unix.NFTA_RULE_CHAIN, name))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return nil, permission(err)
 	}
@@ -81,7 +81,7 @@ func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][
 // nftTableHandle is a table's handle, "" if there is no such table.
 func nftTableHandle(family Family, name string) (string, error) {
 	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family),
-		nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(name)))
+		nftName(unix.NFTA_TABLE_NAME, name))
 	if errors.Is(err, unix.ENOENT) || err == nil && len(tables) == 0 {
 		return "", nil
 	}
@@ -130,13 +130,17 @@ func parseNFTRule(message []byte) (r xtRule) {
 	return r
 }
 
+// nftName is an attribute that names a table or a chain.
+func nftName(kind int, name string) *nl.RtAttr { return nl.NewRtAttr(kind, nl.ZeroTerminated(name)) }
+
 // transactions opens a connection to nf_tables for one transaction or several. Its end is closeTransactions.
 func transactions() (*nftables.Conn, error) { return nftables.New(nftables.AsLasting()) }
 
 func closeTransactions(c *nftables.Conn) { closeLater(func() { _ = c.CloseLasting() }) }
 
-// closeLater closes a socket of netfilter's behind the caller's back, in its turn. Until nf_tables has let go of what transactions
-// deleted, which takes 10 ms and more, the kernel holds whoever closes one, and with it the next transaction.
+// closeLater closes a socket of netfilter's behind the caller's back, in its turn. Until nf_tables
+// has let go of what transactions deleted, which takes 10 ms and more, the kernel holds whoever
+// closes one, and with it the next transaction.
 func closeLater(closing func()) { closer() <- closing }
 
 var closer = sync.OnceValue(func() chan<- func() {

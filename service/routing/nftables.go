@@ -14,12 +14,12 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever else knows only iptables leave alone.
-// It is put up and read by netlink, without a process: about a millisecond.
+// nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever
+// else knows only iptables leave alone. It is put up and read by netlink, without a process:
+// about a millisecond.
 type nfTables struct {
 	plan     Plan
 	standing string // what stood when check found nothing missing; "": it did, or has not looked
@@ -88,16 +88,19 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		}
 		for _, chain := range chains {
 			policy, priority := nftables.ChainPolicyAccept, nftables.ChainPriority(chain.priority)
-			to := c.AddChain(&nftables.Chain{Name: chain.name, Table: t, Type: nftables.ChainType(chain.kind), Hooknum: hooks[chain.hook], Priority: &priority, Policy: &policy})
+			to := c.AddChain(&nftables.Chain{Name: chain.name, Table: t, Type: nftables.ChainType(chain.kind),
+				Hooknum: hooks[chain.hook], Priority: &priority, Policy: &policy})
 			for _, r := range chain.rules {
-				c.AddRule(&nftables.Rule{Table: t, Chain: to, Exprs: r.exprs, UserData: userdata.Append(nil, markType, []byte(r.mark))})
+				c.AddRule(&nftables.Rule{Table: t, Chain: to, Exprs: r.exprs,
+					UserData: userdata.Append(nil, markType, []byte(r.mark))})
 			}
 		}
 	}
 	if err := c.Flush(); err != nil {
 		hint := ""
 		if s.hostPods {
-			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: set routing.interceptHostPods to off, or routing.mode to iptables)"
+			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: " +
+				"set routing.interceptHostPods to off, or routing.mode to iptables)"
 		}
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
@@ -110,7 +113,8 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 	return nil
 }
 
-// markType is the type of the userdata that holds a rule's mark: none that nft knows, so that it passes over it.
+// markType is the type of the userdata that holds a rule's mark: none that nft knows, so that it
+// passes over it.
 const markType userdata.Type = 77
 
 func (m *nfTables) check(_ context.Context, s surroundings) (errs []error) {
@@ -133,6 +137,28 @@ func (m *nfTables) check(_ context.Context, s surroundings) (errs []error) {
 		m.standing = now.fingerprint()
 	}
 	return errs
+}
+
+func (m *nfTables) redirected(family Family) *uint64 {
+	if !m.plan.dnats() {
+		return nil
+	}
+	rules, err := nftRules(family, nftTable, "prerouting")
+	if err != nil {
+		return nil
+	}
+	for _, m := range rules {
+		for _, e := range attributes(attribute(m, unix.NFTA_RULE_EXPRESSIONS)) {
+			if unix.ByteSliceToString(within(e.value, unix.NFTA_EXPR_NAME)) != "counter" {
+				continue
+			}
+			if packets := within(within(e.value, unix.NFTA_EXPR_DATA), unix.NFTA_COUNTER_PACKETS); len(packets) == 8 {
+				n := binary.BigEndian.Uint64(packets)
+				return &n
+			}
+		}
+	}
+	return nil
 }
 
 // compare names what is not there, too much, or in the wrong order.
@@ -216,7 +242,8 @@ func readNFTables() (s standingTables, err error) {
 }
 
 func readNFTable(family Family) (t standingTable, err error) {
-	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family), nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(nftTable)))
+	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family),
+		nftName(unix.NFTA_TABLE_NAME, nftTable))
 	if errors.Is(err, unix.ENOENT) {
 		return t, nil
 	}
@@ -232,7 +259,7 @@ func readNFTable(family Family) (t standingTable, err error) {
 	}
 	for _, name := range []string{"raw", "raw-output", "forward", "input", "local", "output", "prerouting"} {
 		chains, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, uint8(family),
-			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(nftTable)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+			nftName(unix.NFTA_CHAIN_TABLE, nftTable), nftName(unix.NFTA_CHAIN_NAME, name))
 		if errors.Is(err, unix.ENOENT) {
 			continue
 		}
@@ -243,10 +270,11 @@ func readNFTable(family Family) (t standingTable, err error) {
 			t.heads[name], t.rules[name] = parseNFTChain(m), nil
 		}
 	}
-	rules, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, uint8(family), nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(nftTable)))
+	rules, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, uint8(family),
+		nftName(unix.NFTA_RULE_TABLE, nftTable))
 	for _, m := range rules {
-		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != nftTable { // old kernels tell all rules of the family
-			continue
+		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != nftTable {
+			continue // old kernels tell all rules of the family
 		}
 		name := unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_CHAIN))
 		t.rules[name] = append(t.rules[name], parseMarked(m))
@@ -262,7 +290,8 @@ func parseNFTChain(message []byte) string {
 	if len(number) != 4 || len(priority) != 4 || len(policy) != 4 {
 		return "no base chain"
 	}
-	c := nftChain{kind: unix.ByteSliceToString(attribute(message, unix.NFTA_CHAIN_TYPE)), hook: "?", priority: int(int32(binary.BigEndian.Uint32(priority)))}
+	c := nftChain{kind: unix.ByteSliceToString(attribute(message, unix.NFTA_CHAIN_TYPE)), hook: "?",
+		priority: int(int32(binary.BigEndian.Uint32(priority)))}
 	for name, n := range hooks {
 		if uint32(*n) == binary.BigEndian.Uint32(number) {
 			c.hook = name
@@ -321,8 +350,8 @@ func (s standingTables) each(c *nftables.Conn, what string, change func(*nftable
 	return nil
 }
 
-// endRedirection has nobody redirected any more, and tells those who were: as long as chains of type nat stand, conntrack translates what they
-// are sent.
+// endRedirection has nobody redirected any more, and tells those who were: as long as chains of
+// type nat stand, conntrack translates what they are sent.
 func (s standingTables) endRedirection(c *nftables.Conn) error {
 	redirects := false
 	err := s.each(c, "change", func(t *nftables.Table, was standingTable) {

@@ -15,15 +15,16 @@ import (
 )
 
 const (
-	// lockSeconds is how long one iptables command waits for the lock that all of them share on the legacy backend.
+	// lockSeconds is how long one iptables command waits for the lock that all of them share on the
+	// legacy backend.
 	lockSeconds = 5
 	// lockTimeout is how long exit status 4 (the lock, or a change that raced with ours) is tried again: it is
 	// nobody's fault and passes; taking it for fatal broke others.
 	lockTimeout = 15 * time.Second
 )
 
-// xtables are the tables of one family in one backend. go-iptables lists them and changes single rules. Several
-// changes at once are applied by iptables-restore, which that library has not.
+// xtables are the tables of one family in one backend. go-iptables lists them and changes single
+// rules. Several changes at once are applied by iptables-restore, which that library has not.
 type xtables struct {
 	*iptables.IPTables
 	command string // such as iptables-nft
@@ -109,7 +110,8 @@ func (x *xtables) list(ctx context.Context, table, chain string) (rules []string
 	return rules, true, err
 }
 
-// hasRule asks the kernel for one rule whose text was not found in the list: another version may print it in other words.
+// hasRule asks the kernel for one rule whose text was not found in the list: another version may
+// print it in other words.
 func (x *xtables) hasRule(ctx context.Context, table, chain, rule string) (yes bool, err error) {
 	err = retry(ctx, func() (err error) { yes, err = x.Exists(table, chain, strings.Fields(rule)...); return err })
 	if exitStatus(err) == 2 { // it cannot even be said, such as an interface or a cgroup that is not there
@@ -123,6 +125,9 @@ func retry(ctx context.Context, f func() error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, errors.New("still busy after "+lockTimeout.String()))
 	defer cancel()
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		if ctx.Err() != nil { // a command of go-iptables is not ended by it, so none is begun
+			return context.Cause(ctx)
+		}
 		err := permission(oneLine(f()))
 		if exitStatus(err) != 4 || errors.Is(err, ErrPermission) || errors.Is(err, errRefused) {
 			return err
@@ -166,8 +171,9 @@ func exitStatus(err error) int {
 	return -1
 }
 
-// permission is the one place that reads error texts: iptables tells a lock that is held, a rule that the kernel does not take and
-// a missing privilege by the same exit status, and only its words differ.
+// permission is the one place that reads error texts: iptables tells a lock that is held, a rule
+// that the kernel does not take and a missing privilege by the same exit status, and only its words
+// differ.
 func permission(err error) error {
 	if err == nil || errors.Is(err, ErrPermission) {
 		return err
