@@ -73,6 +73,7 @@ func (w *watcher) round(ctx context.Context) {
 		w.pending |= why
 		return
 	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+		w.report(r, by, start)
 		w.bad, w.unread, w.disturbed = true, true, true
 		w.pending |= why
 		if w.by == "" {
@@ -85,6 +86,12 @@ func (w *watcher) round(ctx context.Context) {
 		return
 	}
 	w.bad, w.unread = false, false
+	w.report(r, by, start)
+	w.succeed()
+}
+
+// report logs what a repair put back.
+func (w *watcher) report(r *repair, by string, start time.Time) {
 	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
 	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(r.faults), ","),
@@ -94,7 +101,6 @@ func (w *watcher) round(ctx context.Context) {
 		fields["by"] = by
 	}
 	w.Log.WithFields(fields).Warn("routing: repaired what was missing")
-	w.succeed()
 }
 
 // next is when the bucket has a token again.
