@@ -157,7 +157,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	if w.node == nil {
 		read = true
 	} else if all || why&causeKernel&^causeRule != 0 {
-		errs = append(errs, checkRoute(p, w.node.surroundings)...)
+		errs = append(errs, checkRoute(p, w.node.nodeFacts)...)
 	}
 	if !read {
 		cause, _ := w.node.wakes()
@@ -186,9 +186,9 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
 				n.silent(), pollSilent, w.sweep)
 		}
-		errs = append(errs, checkRoute(p, n.surroundings)...)
+		errs = append(errs, checkRoute(p, n.nodeFacts)...)
 	}
-	errs = append(errs, w.node.check(ctx, w.node.surroundings)...)
+	errs = append(errs, w.node.check(ctx, w.node.nodeFacts)...)
 	w.unread = false
 	return errs, nil
 }
@@ -299,7 +299,7 @@ func texts(errs []error) (all []string) {
 	return all
 }
 
-func (s surroundings) equal(o surroundings) bool {
+func (s nodeFacts) equal(o nodeFacts) bool {
 	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) &&
 		s.hostPods == o.hostPods && s.six == o.six && s.listen6 == o.listen6
 }

@@ -33,7 +33,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan, surroundings{})) // closed, whatever else is not to be had
+			err = errors.Join(err, addGuard(r.plan, nodeFacts{})) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
@@ -52,7 +52,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
-			why.add(r.checkShared(why.node.surroundings)...)
+			why.add(r.checkShared(why.node.nodeFacts)...)
 			return why.node, r.repairLight(why, state)
 		}
 		var faults []error
@@ -71,7 +71,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 				}
 			}
 		} else if err == nil {
-			why.add(append(r.checkShared(n.surroundings), faults...)...)
+			why.add(append(r.checkShared(n.nodeFacts), faults...)...)
 		}
 	}
 	state.count(why)
@@ -81,8 +81,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		// Closed leaves alone what stands besides the guard: rules that a good configuration
 		// installed still lead pods to the emulator, which tells them the reason. And a node
 		// whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan, surroundings{})); err == nil {
-			err = errors.Join(checkGuard(r.plan, surroundings{})...)
+		if err = errors.Join(err, addGuard(r.plan, nodeFacts{})); err == nil {
+			err = errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -105,11 +105,11 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	again := plain && !r.plan.dnats() && !r.plan.traits().observes // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
-		if err := forgetServed(ctx, r.plan, n.surroundings, was); err != nil {
+		if err := forgetServed(ctx, r.plan, n.nodeFacts, was); err != nil {
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
-	if err := removeEarlier(r.plan, n.surroundings); err != nil {
+	if err := removeEarlier(r.plan, n.nodeFacts); err != nil {
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
@@ -119,13 +119,13 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
-	r.warnOvertaken(n.surroundings)
+	r.warnOvertaken(n.nodeFacts)
 	return n, r.readBack(state, errors.Join(errs...))
 }
 
 // warnOvertaken says which rules of others the guard and what has pods tracked cannot
 // be put before.
-func (r *router) warnOvertaken(s surroundings) {
+func (r *router) warnOvertaken(s nodeFacts) {
 	for _, chain := range untracking(r.plan) {
 		r.plan.Log.Warn("pods may not be redirected: " + chain +
 			" comes before the rules and takes packets out of conntrack: " +
@@ -140,7 +140,7 @@ func (r *router) warnOvertaken(s surroundings) {
 // open looks around without asking for rules.
 func (r *router) open(ctx context.Context, command string, say bool) (n *node, err error) {
 	n = &node{}
-	if n.surroundings, err = r.look(say); err != nil {
+	if n.nodeFacts, err = r.look(say); err != nil {
 		return n, err
 	}
 	m, err := openMode(ctx, r.plan, command)
@@ -163,7 +163,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	var foreign error
-	if faults, err = n.survey(ctx, n.surroundings); errors.Is(err, ErrForeign) {
+	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, ErrForeign) {
 		foreign = err
 	} else if err != nil {
 		return n, nil, err
@@ -197,8 +197,8 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 // be read anew.
 func (r *router) lookAgain(n *node) (changed bool, err error) {
 	now, err := r.look(false)
-	if err == nil && !now.equal(n.surroundings) {
-		n.surroundings, changed = now, true
+	if err == nil && !now.equal(n.nodeFacts) {
+		n.nodeFacts, changed = now, true
 	}
 	return changed, err
 }
@@ -206,24 +206,24 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an
 // answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(n.surroundings); err != nil {
+	if err := r.putClosed(n.nodeFacts); err != nil {
 		return err
 	}
-	if err := n.put(ctx, n.surroundings); err != nil {
+	if err := n.put(ctx, n.nodeFacts); err != nil {
 		return err
 	}
-	return installRoute(r.plan, n.surroundings)
+	return installRoute(r.plan, n.nodeFacts)
 }
 
 // putAgain puts everything, whatever was found to be right.
 func (r *router) putAgain(ctx context.Context, n *node) error {
-	if _, err := n.survey(ctx, n.surroundings); err != nil {
+	if _, err := n.survey(ctx, n.nodeFacts); err != nil {
 		return err
 	}
 	return r.put(ctx, n)
 }
 
-func (r *router) putClosed(s surroundings) error {
+func (r *router) putClosed(s nodeFacts) error {
 	// Closed, whatever else cannot be had.
 	return errors.Join(installAddress(r.plan), installGuard(r.plan, s), installListenRoute(s.listen6.Addr()))
 }
@@ -232,12 +232,12 @@ func (r *router) putClosed(s surroundings) error {
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := r.putClosed(why.node.surroundings)
+	err := r.putClosed(why.node.nodeFacts)
 	if err == nil {
-		err = errors.Join(installRoute(r.plan, why.node.surroundings), removeEarlier(r.plan, why.node.surroundings))
+		err = errors.Join(installRoute(r.plan, why.node.nodeFacts), removeEarlier(r.plan, why.node.nodeFacts))
 	}
 	if err == nil {
-		err = errors.Join(r.checkShared(why.node.surroundings)...)
+		err = errors.Join(r.checkShared(why.node.nodeFacts)...)
 	}
 	return r.readBack(state, err)
 }
@@ -249,7 +249,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan, surroundings{})...)
+		return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -258,12 +258,12 @@ func (r *router) Check(ctx context.Context) error {
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
+		return errors.Join(append(checkGuard(r.plan, nodeFacts{}), err)...)
 	}
-	r.warnOvertaken(n.surroundings)
+	r.warnOvertaken(n.nodeFacts)
 	errs := r.check(ctx, n)
 	if r.plan.traits().localServer { // whose guard is what serves pods: no repair helps, so install only warns
-		for _, rule := range bypasses(r.plan, n.surroundings) {
+		for _, rule := range bypasses(r.plan, n.nodeFacts) {
 			errs = append(errs, fmt.Errorf("pods are not served where this comes before the guard: %s"+
 				": delete that rule and add it again with a preference of 1 or more, or that route to table main", rule))
 		}
@@ -273,11 +273,11 @@ func (r *router) Check(ctx context.Context) error {
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return append(r.checkShared(n.surroundings), n.check(ctx, n.surroundings)...)
+	return append(r.checkShared(n.nodeFacts), n.check(ctx, n.nodeFacts)...)
 }
 
 // checkShared reads back what all modes have.
-func (r *router) checkShared(s surroundings) []error {
+func (r *router) checkShared(s nodeFacts) []error {
 	return slices.Concat(checkGuard(r.plan, s), checkAddress(r.plan), checkRoute(r.plan, s))
 }
 
@@ -326,7 +326,7 @@ func (r *router) ask() string {
 }
 
 // look finds out what the rules must know of the node.
-func (r *router) look(say bool) (s surroundings, err error) {
+func (r *router) look(say bool) (s nodeFacts, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
 	if len(s.uplinks) == 0 && !r.plan.traits().observes {
