@@ -96,7 +96,7 @@ func installAddress(p Plan) error {
 // removeEarlier takes away the ways to the emulator that an earlier Plan wanted, last of all that Install does. As long as rules, or conntrack by
 // rules of before, lead to an address, it has to be this node's: else the packets are forwarded, and a connect() fails by what a
 // router says of them.
-func removeEarlier(p Plan, s surroundings) error {
+func removeEarlier(p Plan, s nodeFacts) error {
 	keep := p.Listen.Addr()
 	var errs []error
 	if p.Mode == ModeLoopback {
@@ -215,7 +215,7 @@ func metadataRoute(listen netip.Addr, listenIsLocal bool) *netlink.Route {
 }
 
 // wantsRoute says whether there is to be such a route. Programs see connect() before it asks for a route.
-func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.dnats() }
+func wantsRoute(p Plan, s nodeFacts) bool { return s.hostPods && p.dnats() }
 
 // routeText is the route as ip(8) adds it, without "ip route add".
 func routeText(r *netlink.Route) string {
@@ -249,7 +249,7 @@ func readRoute() (ours *netlink.Route, other bool, err error) {
 }
 
 // installRoute adds our route, or takes it away where it is not wanted.
-func installRoute(p Plan, s surroundings) error {
+func installRoute(p Plan, s nodeFacts) error {
 	ours, other, err := readRoute()
 	if err != nil {
 		return err
@@ -295,7 +295,7 @@ func deleteRoute(r *netlink.Route) error {
 }
 
 // checkRoute looks at both routes: this one, and the one that makes IPv6's listen address this node's own.
-func checkRoute(p Plan, s surroundings) []error {
+func checkRoute(p Plan, s nodeFacts) []error {
 	errs := checkListenRoute(s.listen6.Addr())
 	ours, other, err := readRoute()
 	switch {

@@ -63,7 +63,7 @@ const (
 // guardRules are the Plan's at their usual preference, in the order in which they are asked. The
 // first of each family is the end of the guard, to which others go: it is added first and deleted
 // last. Mode loopback needs the uplinks.
-func guardRules(p Plan, s surroundings) (rules []policyRule) {
+func guardRules(p Plan, s nodeFacts) (rules []policyRule) {
 	loopback := p.Mode == ModeLoopback && !p.Closed
 	guarded := p.Guard
 	if loopback {
@@ -158,7 +158,7 @@ func place(want, reach, others []policyRule) []policyRule {
 
 // reachRules make the emulator's address this node's own before rules of others can lead elsewhere.
 // Where it is another's they decide nothing.
-func reachRules(p Plan, s surroundings, six bool) (rules []policyRule) {
+func reachRules(p Plan, s nodeFacts, six bool) (rules []policyRule) {
 	for _, l := range []netip.AddrPort{p.Listen, s.listen6} {
 		a := l.Addr()
 		if p.Closed || p.Mode == ModeLoopback || !l.IsValid() || a.Is6() != six || a.IsUnspecified() || a.IsLoopback() {
@@ -259,7 +259,7 @@ type guard struct {
 	want  []policyRule // where it is to stand
 }
 
-func readGuard(p Plan, s surroundings) (both []guard, err error) {
+func readGuard(p Plan, s nodeFacts) (both []guard, err error) {
 	rules := guardRules(p, s)
 	for _, six := range []bool{false, true} {
 		if six && !haveIPv6() {
@@ -278,7 +278,7 @@ func readGuard(p Plan, s surroundings) (both []guard, err error) {
 
 // addGuard adds the rules where they do not stand, behind all that do: what is closed stays closed
 // in between.
-func addGuard(p Plan, s surroundings) error {
+func addGuard(p Plan, s nodeFacts) error {
 	both, err := readGuard(p, s)
 	if err != nil {
 		return err
@@ -301,7 +301,7 @@ func addGuard(p Plan, s surroundings) error {
 
 // trimGuard deletes what the Plan does not want. What others do meanwhile may have it delete
 // another one of ours: then the rest is looked at again.
-func trimGuard(p Plan, s surroundings) error {
+func trimGuard(p Plan, s nodeFacts) error {
 	for range 5 {
 		both, err := readGuard(p, s)
 		errs, more := []error{err}, false
@@ -322,7 +322,7 @@ func trimGuard(p Plan, s surroundings) error {
 
 // installGuard adds what is missing, and then deletes what an earlier Plan wanted. That of mode
 // loopback stays until another mode's rules stand: see removeEarlier.
-func installGuard(p Plan, s surroundings) error {
+func installGuard(p Plan, s nodeFacts) error {
 	if err := addGuard(p, s); err != nil {
 		return err
 	}
@@ -334,10 +334,10 @@ func installGuard(p Plan, s surroundings) error {
 }
 
 // removeGuard deletes all rules of the guard, whoever's Plan they were.
-func removeGuard() error { return trimGuard(Plan{}, surroundings{}) }
+func removeGuard() error { return trimGuard(Plan{}, nodeFacts{}) }
 
 // checkGuard names the rules that are not there, and whose rule walks round the guard.
-func checkGuard(p Plan, s surroundings) (errs []error) {
+func checkGuard(p Plan, s nodeFacts) (errs []error) {
 	both, err := readGuard(p, s)
 	if err != nil {
 		return []error{err}
@@ -372,7 +372,7 @@ func checkGuard(p Plan, s surroundings) (errs []error) {
 
 // bypasses are the rules of others that walk round the guard, and that it cannot be put before; and
 // the routes that lead what is guarded off the node by table local, where that is asked first.
-func bypasses(p Plan, s surroundings) (texts []string) {
+func bypasses(p Plan, s nodeFacts) (texts []string) {
 	both, _ := readGuard(p, s) // what cannot be read checkGuard tells
 	for _, g := range both {
 		if slices.ContainsFunc(g.have.before, policyRule.looksLocal) {

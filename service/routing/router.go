@@ -26,13 +26,14 @@ func (r *router) Install(ctx context.Context) error {
 	return err
 }
 
-// install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile something else is desired than what was
-// found to be missing, and the node that it returns knows what to compare with.
+// install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile
+// something else is desired than what was found to be missing, and the node that it returns
+// knows what to compare with.
 func (r *router) install(ctx context.Context, why *repair) (n *node, err error) {
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan, surroundings{})) // closed, whatever else is not to be had
+			err = errors.Join(err, addGuard(r.plan, nodeFacts{})) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
@@ -51,7 +52,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
-			why.add(r.checkShared(why.node.surroundings)...)
+			why.add(r.checkShared(why.node.nodeFacts)...)
 			return why.node, r.repairLight(why, state)
 		}
 		var faults []error
@@ -70,17 +71,18 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 				}
 			}
 		} else if err == nil {
-			why.add(append(r.checkShared(n.surroundings), faults...)...)
+			why.add(append(r.checkShared(n.nodeFacts), faults...)...)
 		}
 	}
 	state.count(why)
 	state.Installs++
 	// The state first: whoever repairs must not take what follows for a flush, nor undo it.
 	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
-		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
-		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan, surroundings{})); err == nil {
-			err = errors.Join(checkGuard(r.plan, surroundings{})...)
+		// Closed leaves alone what stands besides the guard: rules that a good configuration
+		// installed still lead pods to the emulator, which tells them the reason. And a node
+		// whose rules cannot be made is closed too.
+		if err = errors.Join(err, addGuard(r.plan, nodeFacts{})); err == nil {
+			err = errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -90,9 +92,9 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	changed := before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good
 	if changed {
-		// Of another mode something may stand, or may still where a change did not come to its end. It goes last: until then requests had a way,
-		// by whichever of the two.
-		for _, p := range parts {
+		// Of another mode something may stand, or may still where a change did not come to its end.
+		// It goes last: until then requests had a way, by whichever of the two.
+		for _, p := range removers {
 			if slices.Contains(p.of, r.plan.Mode) {
 				continue
 			}
@@ -101,13 +103,13 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 	}
-	again := plain && !r.plan.dnats() && r.plan.Mode != ModeObserve // which leaves other people's redirections be
+	again := plain && !r.plan.dnats() && !r.plan.traits().observes // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
-		if err := forgetServed(ctx, r.plan, n.surroundings, was); err != nil {
+		if err := forgetServed(ctx, r.plan, n.nodeFacts, was); err != nil {
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
-	if err := removeEarlier(r.plan, n.surroundings); err != nil {
+	if err := removeEarlier(r.plan, n.nodeFacts); err != nil {
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
@@ -117,15 +119,16 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
-	r.warnOvertaken(n.surroundings)
+	r.warnOvertaken(n.nodeFacts)
 	return n, r.readBack(state, errors.Join(errs...))
 }
 
 // warnOvertaken says which rules of others the guard and what has pods tracked cannot
 // be put before.
-func (r *router) warnOvertaken(s surroundings) {
+func (r *router) warnOvertaken(s nodeFacts) {
 	for _, chain := range untracking(r.plan) {
-		r.plan.Log.Warn("pods may not be redirected: " + chain + " comes before the rules and takes packets out of conntrack: " +
+		r.plan.Log.Warn("pods may not be redirected: " + chain +
+			" comes before the rules and takes packets out of conntrack: " +
 			"set routing.mode to nftables, whose rules overrule that")
 	}
 	for _, rule := range bypasses(r.plan, s) {
@@ -137,7 +140,7 @@ func (r *router) warnOvertaken(s surroundings) {
 // open looks around without asking for rules.
 func (r *router) open(ctx context.Context, command string, say bool) (n *node, err error) {
 	n = &node{}
-	if n.surroundings, err = r.look(say); err != nil {
+	if n.nodeFacts, err = r.look(say); err != nil {
 		return n, err
 	}
 	m, err := openMode(ctx, r.plan, command)
@@ -147,7 +150,8 @@ func (r *router) open(ctx context.Context, command string, say bool) (n *node, e
 	return n, err
 }
 
-// survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
+// survey looks at everything that Install depends on, and changes nothing. It refuses what belongs
+// to somebody else.
 func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []error, err error) {
 	if why != nil && why.node != nil {
 		n = why.node // nothing is opened anew
@@ -159,7 +163,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	var foreign error
-	if faults, err = n.survey(ctx, n.surroundings); errors.Is(err, ErrForeign) {
+	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, ErrForeign) {
 		foreign = err
 	} else if err != nil {
 		return n, nil, err
@@ -170,7 +174,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	begins := why == nil || why.of.Desired == ""
-	if r.plan.Mode == ModeLoopback {
+	if r.plan.traits().localServer {
 		foreign = errors.Join(foreign, foreignAddress())
 		if begins && !r.plan.Force {
 			foreign = errors.Join(foreign, r.realServer())
@@ -189,50 +193,51 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 	return n, faults, foreign
 }
 
-// lookAgain notices what has changed around the rules since they were read: then they all have to be read anew.
+// lookAgain notices what has changed around the rules since they were read: then they all have to
+// be read anew.
 func (r *router) lookAgain(n *node) (changed bool, err error) {
 	now, err := r.look(false)
-	if err == nil && !now.equal(n.surroundings) {
-		n.surroundings, changed = now, true
-		n.forget()
+	if err == nil && !now.equal(n.nodeFacts) {
+		n.nodeFacts, changed = now, true
 	}
 	return changed, err
 }
 
-// put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
+// put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an
+// answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(n.surroundings); err != nil {
+	if err := r.putClosed(n.nodeFacts); err != nil {
 		return err
 	}
-	if err := n.put(ctx, n.surroundings); err != nil {
+	if err := n.put(ctx, n.nodeFacts); err != nil {
 		return err
 	}
-	return installRoute(r.plan, n.surroundings)
+	return installRoute(r.plan, n.nodeFacts)
 }
 
 // putAgain puts everything, whatever was found to be right.
 func (r *router) putAgain(ctx context.Context, n *node) error {
-	n.forget()
-	if _, err := n.survey(ctx, n.surroundings); err != nil {
+	if _, err := n.survey(ctx, n.nodeFacts); err != nil {
 		return err
 	}
 	return r.put(ctx, n)
 }
 
-func (r *router) putClosed(s surroundings) error {
-	return errors.Join(installAddress(r.plan), installGuard(r.plan, s), installListenRoute(s.listen6.Addr())) // closed, whatever else is not to be had
+func (r *router) putClosed(s nodeFacts) error {
+	// Closed, whatever else cannot be had.
+	return errors.Join(installAddress(r.plan), installGuard(r.plan, s), installListenRoute(s.listen6.Addr()))
 }
 
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := r.putClosed(why.node.surroundings)
+	err := r.putClosed(why.node.nodeFacts)
 	if err == nil {
-		err = errors.Join(installRoute(r.plan, why.node.surroundings), removeEarlier(r.plan, why.node.surroundings))
+		err = errors.Join(installRoute(r.plan, why.node.nodeFacts), removeEarlier(r.plan, why.node.nodeFacts))
 	}
 	if err == nil {
-		err = errors.Join(r.checkShared(why.node.surroundings)...)
+		err = errors.Join(r.checkShared(why.node.nodeFacts)...)
 	}
 	return r.readBack(state, err)
 }
@@ -244,7 +249,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan, surroundings{})...)
+		return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -253,12 +258,12 @@ func (r *router) Check(ctx context.Context) error {
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
+		return errors.Join(append(checkGuard(r.plan, nodeFacts{}), err)...)
 	}
-	r.warnOvertaken(n.surroundings)
+	r.warnOvertaken(n.nodeFacts)
 	errs := r.check(ctx, n)
-	if r.plan.Mode == ModeLoopback { // whose guard is what serves pods: no repair helps, so install only warns
-		for _, rule := range bypasses(r.plan, n.surroundings) {
+	if r.plan.traits().localServer { // whose guard is what serves pods: no repair helps, so install only warns
+		for _, rule := range bypasses(r.plan, n.nodeFacts) {
 			errs = append(errs, fmt.Errorf("pods are not served where this comes before the guard: %s"+
 				": delete that rule and add it again with a preference of 1 or more, or that route to table main", rule))
 		}
@@ -268,11 +273,11 @@ func (r *router) Check(ctx context.Context) error {
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return append(r.checkShared(n.surroundings), n.check(ctx, n.surroundings)...)
+	return append(r.checkShared(n.nodeFacts), n.check(ctx, n.nodeFacts)...)
 }
 
 // checkShared reads back what all modes have.
-func (r *router) checkShared(s surroundings) []error {
+func (r *router) checkShared(s nodeFacts) []error {
 	return slices.Concat(checkGuard(r.plan, s), checkAddress(r.plan), checkRoute(r.plan, s))
 }
 
@@ -296,19 +301,20 @@ func (r *router) Remove(ctx context.Context) error {
 
 func (r *router) removeAll(ctx context.Context, state State) error {
 	errs := []error{removeLinks("")} // else the doors were gone before the address
-	for _, p := range parts {
+	for _, p := range removers {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
 	if err := errors.Join(errs...); err != nil {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{}), removeListenRoutes(netip.Addr{})))
+	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{}),
+		removeListenRoutes(netip.Addr{})))
 }
 
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
 func (r *router) asksCloud() bool {
-	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && r.plan.Mode != ModeObserve && !r.cloud.known()
+	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && !r.plan.traits().observes && !r.cloud.known()
 }
 
 // ask has the cloud's metadata server asked once, from the calling thread's network namespace.
@@ -320,10 +326,10 @@ func (r *router) ask() string {
 }
 
 // look finds out what the rules must know of the node.
-func (r *router) look(say bool) (s surroundings, err error) {
+func (r *router) look(say bool) (s nodeFacts, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
-	if len(s.uplinks) == 0 && r.plan.Mode != ModeObserve {
+	if len(s.uplinks) == 0 && !r.plan.traits().observes {
 		devices, err := readDevices()
 		if err != nil {
 			return s, err
@@ -344,7 +350,7 @@ func (r *router) look(say bool) (s surroundings, err error) {
 		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
 	}
 	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
-	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && r.plan.Mode != ModeObserve {
+	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && !r.plan.traits().observes {
 		s.slices = nil // whichever comes and goes
 	}
 	if say {
@@ -357,7 +363,8 @@ func (r *router) look(say bool) (s surroundings, err error) {
 // state is what the Plan wants from now on.
 func (r *router) state(desired string) (before, now State) {
 	p := r.plan
-	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
+	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
+		Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
 		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
 		s.Link, s.Force = p.Link, p.Force
@@ -373,7 +380,7 @@ func (r *router) state(desired string) (before, now State) {
 	if old.Desired == desired {
 		s.Since, s.HostNetwork, s.IPv6 = old.Since, old.HostNetwork, old.IPv6
 	}
-	if s.Mode == ModeObserve {
+	if p.traits().observes {
 		s.Observed = old.Observed
 	}
 	return old, s

@@ -25,30 +25,30 @@ func TestShownText(t *testing.T) {
 	plain := Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Guard: DefaultGuard()}
 	for name, c := range map[string]struct {
 		plan Plan
-		on   surroundings
+		on   nodeFacts
 	}{
-		"default": {plain, surroundings{uplinks: []string{"eth0"}, six: true}},
-		"no-ipv6": {plain, surroundings{uplinks: []string{"eth0"}}},
+		"default": {plain, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+		"no-ipv6": {plain, nodeFacts{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
-			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
+			nodeFacts{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
 		},
 		"node-address-spare-and-guards": {
 			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
-			surroundings{uplinks: []string{"eth0"}, six: true},
+			nodeFacts{uplinks: []string{"eth0"}, six: true},
 		},
 		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
-			surroundings{uplinks: []string{"bond0", "eth0"}, six: true}},
+			nodeFacts{uplinks: []string{"bond0", "eth0"}, six: true}},
 		"ipv6": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), Spare: []string{"docker0"},
 				Guard: DefaultGuard(), InterceptHostPods: "on"},
-			surroundings{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
+			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
 		},
-		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer}, Link: "gme0"}, surroundings{uplinks: []string{"eth0"}, six: true}},
-		"none":          {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}}, surroundings{uplinks: []string{"eth0"}}},
-		"observe":       {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"}, surroundings{}},
-		"closed":        {Plan{Closed: true}, surroundings{}},
+		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer}, Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+		"none":          {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}}, nodeFacts{uplinks: []string{"eth0"}}},
+		"observe":       {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"}, nodeFacts{}},
+		"closed":        {Plan{Closed: true}, nodeFacts{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := c.plan.checked()
@@ -82,15 +82,15 @@ func TestRestoreTextMovesJumps(t *testing.T) {
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
 		{table: "nat", base: "PREROUTING", name: "GME-PRE", rules: []string{"-i lo -j RETURN"}},
 	}
-	stands := func(name, rule string, positions ...int) map[string]glance {
-		g := glance{exists: true}
+	stands := func(name, rule string, positions ...int) map[string]chainState {
+		g := chainState{exists: true}
 		for _, at := range positions {
 			g.jumps = append(g.jumps, jumpAt{position: at, rule: rule})
 		}
-		return map[string]glance{name: g}
+		return map[string]chainState{name: g}
 	}
-	pre := func(positions ...int) map[string]glance { return stands("GME-PRE", chains[1].jump(), positions...) }
-	out := func(positions ...int) map[string]glance {
+	pre := func(positions ...int) map[string]chainState { return stands("GME-PRE", chains[1].jump(), positions...) }
+	out := func(positions ...int) map[string]chainState {
 		m := stands("GME-OUT", chains[0].jump(), positions...)
 		m["GME-PRE"] = pre(1)["GME-PRE"]
 		return m
@@ -98,7 +98,7 @@ func TestRestoreTextMovesJumps(t *testing.T) {
 	const flushOut = ":GME-OUT - [0:0]\n"
 	for _, c := range []struct {
 		name   string
-		stands map[string]glance
+		stands map[string]chainState
 		flush  string
 		want   string
 	}{
@@ -164,7 +164,7 @@ func TestUplinks(t *testing.T) {
 func TestLoopbackExemptsTheHost(t *testing.T) {
 	lo := policyRule{pref: usualPref, to: metadataServer.Addr(), iif: "lo", action: unix.FR_ACT_GOTO, arg: usualPref + 1}
 	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
-		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, surroundings{uplinks: []string{"eth0", "wan+"}})
+		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, nodeFacts{uplinks: []string{"eth0", "wan+"}})
 		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
 			t.Errorf("%v", rules)
 		}
