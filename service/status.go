@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -192,9 +193,13 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	return s.serveInternal(ctx, s.clients(l, true), mux, x)
 }
 
-// gather collects the server's metrics and those of the backend that is in force.
+// gather collects the server's metrics and those of the backend that is in force. One scrape does at a time: each starts a goroutine
+// for every collector, and a flood of scrapes would have pods wait for all of them.
 func (s *Service) gather() prometheus.Gatherer {
+	var one sync.Mutex
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		one.Lock()
+		defer one.Unlock()
 		g := prometheus.Gatherers{s.server.metrics.registry, s.gathered}
 		if b := s.site().backend; b != nil {
 			g = append(g, b.registry)
