@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -150,9 +151,14 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	return s.server.ServeHealth(ctx, l, s.readiness, s.gather())
 }
 
-// gather collects the metrics of the process, and the gauges of the backend that is in force.
+// gather collects the metrics of the process, and the gauges of the backend that is in force. One
+// scrape does so at a time: each starts a goroutine for every collector, and a flood of scrapes would
+// have pods wait for all of them.
 func (s *Service) gather() prometheus.Gatherer {
+	var one sync.Mutex
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		one.Lock()
+		defer one.Unlock()
 		g := prometheus.Gatherers{s.registry}
 		if b := s.active().backend; b != nil {
 			g = append(g, b.gauges)
