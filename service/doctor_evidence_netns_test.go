@@ -27,6 +27,7 @@ func trialProcess() string {
 // What leaves doctor's connection alone and breaks only the evidence is not green: pods are refused
 // then.
 func TestDoctorEvidence(t *testing.T) {
+	t.Parallel()
 	k := newKernelBed(t)
 	tried := func() map[string]Finding {
 		t.Helper()

@@ -11,6 +11,7 @@ import (
 
 // TestGlances compares what the kernel tells with what both backends' commands put there.
 func TestGlances(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		pre := ownChains()[len(ownChains())-1]
 		look := func() glance {
