@@ -191,7 +191,6 @@ func TestHealthListenIsBounded(t *testing.T) {
 
 // Whoever makes up addresses takes no room of pods, and none of others who are not known.
 func TestMadeUpAddresses(t *testing.T) {
-	t.Parallel()
 	b := newBed(t)
 	b.ready(t)
 	kept := b.dial(t, linked)
