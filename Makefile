@@ -6,7 +6,7 @@ SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # Tests are built by whoever types make and run by root; what they build themselves goes into a cache of root's own.
 AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-metadata-emulator-test-cache")
 # Most tests wait for a kernel, a process or a deadline, and more of them than there are processors can.
-SIDE_BY_SIDE := -p 4 -parallel 6
+SIDE_BY_SIDE := -p 3 -parallel 4
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
