@@ -96,6 +96,7 @@ test "$(echo /etc/gke-metadata-emulator/* $flags*)" = "/etc/gke-metadata-emulato
 )
 
 func TestUpgradeOfEditedDeb(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "old.deb", built(t, older, "*.deb"))
@@ -106,6 +107,7 @@ func TestUpgradeOfEditedDeb(t *testing.T) {
 }
 
 func TestUpgradeOfEditedRPM(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.rpm", built(t, packages, "*.rpm"))
 	place(t, root, "old.rpm", built(t, older, "*.rpm"))
@@ -122,6 +124,7 @@ mkdir -p /var/lib/pacman
 
 // Arch Linux calls such files backups.
 func TestUpgradeOfEditedArch(t *testing.T) {
+	t.Parallel()
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "new.pkg.tar.zst", built(t, packages, "*.pkg.tar.zst"))
 	place(t, root, "old.pkg.tar.zst", built(t, older, "*.pkg.tar.zst"))
@@ -136,6 +139,7 @@ func TestUpgradeOfEditedArch(t *testing.T) {
 // apk asks nobody: what was edited below /etc stays, whatever the package says. Debian has no apk to try
 // it with, so this holds only that the files lie there.
 func TestConfigurationOfApk(t *testing.T) {
+	t.Parallel()
 	need(t, "tar", "gzip")
 	list := output(t, "tar", "-tzf", built(t, packages, "*.apk"))
 	for _, want := range []string{"etc/" + program + "/config.yaml", "etc/default/" + program} {

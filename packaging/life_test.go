@@ -156,6 +156,7 @@ test -n "$(find /etc/systemd/system -name 'gke-metadata-emulator*')"
 // A life of the deb in an image that is being built: units are enabled and not started, an operator's choices survive
 // upgrade and downgrade, and a purge leaves nothing.
 func TestLifeOfDeb(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	before := files(t, root)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
@@ -174,6 +175,7 @@ func TestLifeOfDeb(t *testing.T) {
 // A purge takes along what recipes and operators put beside the package's files, and what is others' stays. Where nobody can
 // remove users, since there is no package passwd, it says so and succeeds.
 func TestPurge(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "provision.sh", "recipes/provision.sh")
@@ -201,6 +203,7 @@ test ! -e /etc/gke-metadata-emulator`)
 
 // A life of the rpm. Red Hat's packages leave their users behind, and so does this one.
 func TestLifeOfRPM(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	if _, err := os.Stat(filepath.Join(root, "usr/bin/rpm")); err != nil {
 		lacking(t, "there is no rpm in GME_TEST_ROOTFS: packaging/bed/rootfs has it")
@@ -221,6 +224,7 @@ func TestLifeOfRPM(t *testing.T) {
 
 // Scripts know no unit by its name: those of this version are enabled, also if there are none.
 func TestLifeWithoutUnits(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	before := files(t, root)

@@ -17,6 +17,7 @@ import (
 
 // Every page renders without a warning, and says of each command and of its own flags what --help says; the keys are in section 5.
 func TestManual(t *testing.T) {
+	t.Parallel()
 	need(t, "man")
 	root := unpacked(t)
 	binary := filepath.Join(root, "usr/bin", program)
@@ -95,6 +96,7 @@ func plain(s string) string {
 
 // What a shell completes is what there is.
 func TestCompletions(t *testing.T) {
+	t.Parallel()
 	root := unpacked(t)
 	for shell, file := range map[string]string{
 		"bash": "bash-completion/completions/" + program, "zsh": "zsh/vendor-completions/_" + program, "fish": "fish/vendor_completions.d/" + program + ".fish",

@@ -268,6 +268,7 @@ func sorted(lines string) string {
 
 // Another checkout, with other modes and times, makes the same bytes.
 func TestReproducible(t *testing.T) {
+	t.Parallel()
 	need(t, "git", "cp")
 	first, err := packages()
 	if err != nil {
@@ -376,10 +377,12 @@ func lint(t *testing.T, name string, args ...string) {
 }
 
 func TestLintian(t *testing.T) {
+	t.Parallel()
 	lint(t, "lintian", "--fail-on", "error,warning", "--tag-display-limit", "0", built(t, packages, "*.deb"))
 }
 
 func TestRpmlint(t *testing.T) {
+	t.Parallel()
 	rules, err := os.ReadFile("lint/rpmlint.toml")
 	if err != nil {
 		t.Fatal(err)

@@ -57,6 +57,7 @@ func gate(t *testing.T) string {
 
 // The shell provisioner, run in a chroot of an image without lists of packages.
 func TestRecipeProvision(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "provision.sh", "recipes/provision.sh")
@@ -95,6 +96,7 @@ func TestRecipesWithoutArguments(t *testing.T) {
 
 // The role, as somebody runs it on a machine or in a chroot; then once more, when nothing is left to be done.
 func TestRecipeAnsible(t *testing.T) {
+	t.Parallel()
 	_, run := builder(t)
 	play(t, run, "/tmp/recipes/ansible/playbook.yml", "-e gke_metadata_emulator_package=/tmp/new.deb")
 	run(enabled + quiet + "! gke-metadata-emulator config check\ntest ! -e /etc/systemd/system/kubelet.service.d")
@@ -124,6 +126,7 @@ func play(t *testing.T, run func(string) string, playbook, args string) {
 
 // Image-builder's node.yml includes the roles that a variable names, and hands ansible_user_vars to ansible-playbook.
 func TestRecipeImageBuilder(t *testing.T) {
+	t.Parallel()
 	text, err := os.ReadFile("recipes/image-builder.json")
 	if err != nil {
 		t.Fatal(err)
@@ -148,6 +151,7 @@ func TestRecipeImageBuilder(t *testing.T) {
 
 // cloud-init finds nothing wrong with it, and writes a configuration that loads.
 func TestRecipeCloudInit(t *testing.T) {
+	t.Parallel()
 	root, run := builder(t)
 	run("dpkg -i /tmp/new.deb\ncloud-init schema --config-file /tmp/recipes/cloud-init.yaml\n" +
 		"cloud-init --file /tmp/recipes/cloud-init.yaml single --name write_files --frequency always\n" +
@@ -159,6 +163,7 @@ func TestRecipeCloudInit(t *testing.T) {
 
 // Packer bakes a machine that it reaches by SSH: the chroot, in a network of its own.
 func TestRecipePacker(t *testing.T) {
+	t.Parallel()
 	_, run := builder(t)
 	text := run(`ip link set lo up; mkdir -p /run/sshd /dev/shm; mount -t tmpfs tmpfs /dev/shm
 mkdir -p -m 700 /root/.ssh; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/key; cp /root/.ssh/key.pub /root/.ssh/authorized_keys
@@ -217,6 +222,7 @@ func TestRecipeFlatcar(t *testing.T) {
 
 // The extension holds what the package does below /usr, and nothing outside of it; what it does in a machine is for packaging/bed/recipes.
 func TestRecipeSysext(t *testing.T) {
+	t.Parallel()
 	need(t, "mksquashfs", "unsquashfs", "dpkg-deb")
 	var sums []string
 	dir := t.TempDir()

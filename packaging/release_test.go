@@ -13,6 +13,7 @@ import (
 
 // Every version makes a package that Alpine and Arch Linux take, and one that lies between two releases sorts there.
 func TestVersions(t *testing.T) {
+	t.Parallel()
 	need(t, "tar", "zstd")
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "1.pkg.tar.zst", built(t, older, "*.pkg.tar.zst"))
@@ -94,6 +95,7 @@ func keyring(t *testing.T) (env []string, public string) {
 
 // With a key SHA256SUMS has a signature; without one there is none that could be taken for one.
 func TestSignature(t *testing.T) {
+	t.Parallel()
 	env, public := keyring(t)
 	unsigned, err := packages()
 	if err != nil {
@@ -140,6 +142,7 @@ func repositories(t *testing.T, env []string, releases ...func() (string, error)
 
 // The same packages make the same repositories. A key adds signatures, and changes nothing else.
 func TestRepositoriesAreReproducible(t *testing.T) {
+	t.Parallel()
 	need(t, "diff")
 	env, _ := keyring(t)
 	one, two := repositories(t, nil, older, packages), repositories(t, env, packages, older)
@@ -169,6 +172,7 @@ func hosted(t *testing.T, root string) {
 
 // apt installs and upgrades from it, and takes no index that was changed after it was signed.
 func TestRepositoryOfApt(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	hosted(t, root)
 	run(`rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*
@@ -188,6 +192,7 @@ grep -q 'unexpected size\|Hash Sum' /tmp/said`)
 
 // So does dnf. What the rpm requires is there, and Debian's.
 func TestRepositoryOfDnf(t *testing.T) {
+	t.Parallel()
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	hosted(t, root)
 	const provided = "name: stand-in\narch: noarch\nversion: 1.0.0\n" +

@@ -143,6 +143,7 @@ func directives(t *testing.T, file string) []string {
 // The generator runs in every boot, before anything is mounted, with whatever sh there is. It writes one drop-in, where a
 // configuration that loads says where to listen; without one, with a broken one and without the program it does nothing.
 func TestGenerator(t *testing.T) {
+	t.Parallel()
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "mine.yaml", "examples/config.yaml")

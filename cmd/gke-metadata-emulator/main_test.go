@@ -54,6 +54,7 @@ func TestRoutingScripts(t *testing.T) {
 	}
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
+			t.Parallel()
 			out, err := inNewNetwork(t, os.Args[0], inside+"="+file)
 			if errors.Is(err, unix.EPERM) {
 				lacking(t, "a network namespace needs CAP_SYS_ADMIN")
