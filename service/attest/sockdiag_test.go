@@ -44,7 +44,8 @@ func TestParseSocket(t *testing.T) {
 		return b
 	}
 	six := netip.MustParseAddrPort("[fd00::2]:40000")
-	mapped := forgedAnswer(7, 1, 42, netip.AddrPortFrom(netip.AddrFrom16(clientEnd.Addr().As16()), clientEnd.Port()), netip.AddrPortFrom(netip.AddrFrom16(serverEnd.Addr().As16()), serverEnd.Port()))
+	mapped := forgedAnswer(7, 1, 42, netip.AddrPortFrom(netip.AddrFrom16(clientEnd.Addr().As16()), clientEnd.Port()),
+		netip.AddrPortFrom(netip.AddrFrom16(serverEnd.Addr().As16()), serverEnd.Port()))
 	for name, tt := range map[string]struct {
 		answer    []byte
 		local     netip.AddrPort
@@ -52,19 +53,29 @@ func TestParseSocket(t *testing.T) {
 		fails     bool
 		want      socketFound
 	}{
-		"the socket":                            {answer: good, local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 42}},
-		"A-09: of AF_INET6, speaking IPv4":      {answer: mapped, local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 42}},
-		"A-08: a listener on the same port":     {answer: forgedAnswer(7, 10, 42, clientEnd, netip.MustParseAddrPort("0.0.0.0:0")), local: clientEnd, known: true, want: socketFound{state: 10}},
-		"A-08: another address of its own":      {answer: good, local: netip.MustParseAddrPort("10.244.0.3:40000"), known: true, want: socketFound{state: 1}},
-		"A-08: another port of its own":         {answer: good, local: netip.MustParseAddrPort("10.244.0.2:40001"), known: true, want: socketFound{state: 1}},
-		"another family":                        {answer: good, local: six, known: true, want: socketFound{state: 1}},
-		"an answer to another question":         {answer: change(8, 8), local: clientEnd},
-		"cut off":                               {answer: good[:20], local: clientEnd},
-		"too short for what it says it is":      {answer: append([]byte{headerLen + 8, 0, 0, 0}, good[4:headerLen+8]...), local: clientEnd, known: true, fails: true},
-		"A-13: no cgroup in a socket that ends": {answer: append([]byte{headerLen + diagAnswerLen, 0, 0, 0}, forgedAnswer(7, 6, 0, clientEnd, serverEnd)[4:headerLen+diagAnswerLen]...), local: clientEnd, ok: true, known: true, want: socketFound{state: 6, cgroup: 0}},
-		"an attribute that is longer than all":  {answer: change(headerLen+diagAnswerLen, 200), local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 0}},
-		"none":                                  {answer: netlinkError(7, unix.ENOENT), local: clientEnd, known: true},
-		"another error":                         {answer: netlinkError(7, unix.EPERM), local: clientEnd, known: true, fails: true},
+		"the socket": {answer: good, local: clientEnd, ok: true, known: true,
+			want: socketFound{state: 1, cgroup: 42}},
+		"A-09: of AF_INET6, speaking IPv4": {answer: mapped, local: clientEnd, ok: true, known: true,
+			want: socketFound{state: 1, cgroup: 42}},
+		"A-08: a listener on the same port": {answer: forgedAnswer(7, 10, 42, clientEnd,
+			netip.MustParseAddrPort("0.0.0.0:0")), local: clientEnd, known: true, want: socketFound{state: 10}},
+		"A-08: another address of its own": {answer: good, local: netip.MustParseAddrPort("10.244.0.3:40000"),
+			known: true, want: socketFound{state: 1}},
+		"A-08: another port of its own": {answer: good, local: netip.MustParseAddrPort("10.244.0.2:40001"),
+			known: true, want: socketFound{state: 1}},
+		"another family":                {answer: good, local: six, known: true, want: socketFound{state: 1}},
+		"an answer to another question": {answer: change(8, 8), local: clientEnd},
+		"cut off":                       {answer: good[:20], local: clientEnd},
+		"too short for what it says it is": {answer: append([]byte{headerLen + 8, 0, 0, 0}, good[4:headerLen+8]...),
+			local: clientEnd, known: true, fails: true},
+		"A-13: no cgroup in a socket that ends": {answer: append([]byte{headerLen + diagAnswerLen, 0, 0, 0},
+			forgedAnswer(7, 6, 0, clientEnd, serverEnd)[4:headerLen+diagAnswerLen]...), local: clientEnd, ok: true, known: true,
+			want: socketFound{state: 6, cgroup: 0}},
+		"an attribute that is longer than all": {answer: change(headerLen+diagAnswerLen, 200), local: clientEnd, ok: true,
+			known: true, want: socketFound{state: 1, cgroup: 0}},
+		"none": {answer: netlinkError(7, unix.ENOENT), local: clientEnd, known: true},
+		"another error": {answer: netlinkError(7, unix.EPERM), local: clientEnd, known: true,
+			fails: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f, ok, known, err := parseSocket(tt.answer, 7, tt.local, serverEnd)
@@ -131,17 +142,19 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-// TestOpened: a socket that was accepted is told from one that connected. A client whose own filter dropped what it sent, or that waits
-// for an acknowledgement, is one of which the numbers do not tell.
+// TestOpened: a socket that was accepted is told from one that connected. A client whose own filter
+// dropped what it sent, or that waits for an acknowledgement, is one of which the numbers do not
+// tell.
 func TestOpened(t *testing.T) {
 	for name, tt := range map[string]struct {
 		f               socketFound
 		opened, certain bool
 	}{
-		"an old kernel":                    {socketFound{state: 1}, true, true},
-		"connected":                        {socketFound{state: 1, counted: true, acked: 1}, true, true},
-		"connected, and asked":             {socketFound{state: 1, counted: true, sent: 9, acked: 10}, true, true},
-		"connected, the request under way": {socketFound{state: 1, counted: true, sent: 9, acked: 1, unacked: 1}, true, false},
+		"an old kernel":        {socketFound{state: 1}, true, true},
+		"connected":            {socketFound{state: 1, counted: true, acked: 1}, true, true},
+		"connected, and asked": {socketFound{state: 1, counted: true, sent: 9, acked: 10}, true, true},
+		"connected, the request under way": {socketFound{state: 1, counted: true, sent: 9, acked: 1, unacked: 1}, true,
+			false},
 		"connected, the request dropped":   {socketFound{state: 1, counted: true, sent: 9, acked: 1}, true, false},
 		"connected, and ended its half":    {socketFound{state: 5, counted: true, sent: 9, acked: 11}, true, true},
 		"accepted":                         {socketFound{state: 1, counted: true}, false, true},
