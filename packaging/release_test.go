@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// Every version makes a package that Alpine and Arch Linux take, and one that lies between two releases sorts there.
+// Every version makes a package that Alpine and Arch Linux take, and one that lies between two
+// releases sorts there.
 func TestVersions(t *testing.T) {
 	t.Parallel()
 	need(t, "tar", "zstd")
@@ -53,7 +54,8 @@ func TestTarball(t *testing.T) {
 	dir = filepath.Join(dir, entries[0].Name())
 	pkg := unpacked(t)
 	for name, same := range map[string]string{
-		program: filepath.Join(pkg, "usr/bin", program), "copyright": filepath.Join(pkg, "usr/share/doc", program, "copyright"),
+		program: filepath.Join(pkg, "usr/bin", program), "copyright": filepath.Join(pkg, "usr/share/doc", program,
+			"copyright"),
 		"LICENSE": "../LICENSE", "README.md": "../README.md", "config.yaml": "config.yaml",
 		"examples/config-reference.yaml": "examples/config-reference.yaml",
 		"man/" + program + ".5.gz":       filepath.Join(pkg, "usr/share/man/man5", program+".5.gz"),
@@ -69,7 +71,8 @@ func TestTarball(t *testing.T) {
 	}
 }
 
-// keyring makes a key that is thrown away, and returns the environment that signs by it, and its public half.
+// keyring makes a key that is thrown away, and returns the environment that signs by it, and its
+// public half.
 func keyring(t *testing.T) (env []string, public string) {
 	t.Helper()
 	need(t, "gpg", "gpg-agent", "gpgconf", "gpgv")
@@ -113,7 +116,8 @@ func TestSignature(t *testing.T) {
 	if err := os.WriteFile(sums, []byte("0000  other\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "gpgv", "--keyring", public, sums+".asc", sums).CombinedOutput(); err == nil {
+	if out, err := exec.CommandContext(t.Context(), "gpgv", "--keyring", public, sums+".asc",
+		sums).CombinedOutput(); err == nil {
 		t.Errorf("other checksums are vouched for too:\n%s", out)
 	}
 	if _, err := build("..", "1.0.0", append(env, "FORMATS=tar", "GPG_KEY=nobody@example.invalid")...); err == nil {
@@ -121,7 +125,8 @@ func TestSignature(t *testing.T) {
 	}
 }
 
-// repositories makes them of both releases, in a folder, from packages that were put beside each other in this order.
+// repositories makes them of both releases, in a folder, from packages that were put beside each
+// other in this order.
 func repositories(t *testing.T, env []string, releases ...func() (string, error)) string {
 	t.Helper()
 	need(t, "apt-ftparchive", "createrepo_c")
@@ -161,7 +166,8 @@ func TestRepositoriesAreReproducible(t *testing.T) {
 	}
 }
 
-// hosted puts signed repositories into a machine, as if a company had them on a file system that all machines share.
+// hosted puts signed repositories into a machine, as if a company had them on a file system that
+// all machines share.
 func hosted(t *testing.T, root string) {
 	t.Helper()
 	env, _ := keyring(t)

@@ -35,7 +35,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	}
 	d := &demo{out: out, began: time.Now()}
 
-	d.say("1. A node with pods and a stranger, and around it the cloud")
+	d.say("1. A node with pods, a pod that Kubernetes does not know, and a cloud")
 	w, err := newWorld(ctx)
 	if err != nil {
 		return err
@@ -61,7 +61,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	if err != nil || leak.Status != 200 || !strings.Contains(leak.Body, nodeSecret) {
 		return fmt.Errorf("the cloud's own metadata server should answer before there are rules: %v %v", leak, err)
 	}
-	d.done("without the emulator, a pod that asks 169.254.169.254 gets the node's own cloud credentials")
+	d.done("without the emulator, a pod gets the node's own cloud credentials from 169.254.169.254")
 	w.cloudAsked.Store(0)
 
 	d.say("2. systemctl start: ExecStartPre, then the service")
@@ -72,9 +72,9 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	d.done("gke-metadata-emulator routing install")
 	closed, err := w.reader.ask(ctx, tokenPath)
 	if err == nil {
-		return fmt.Errorf("there are rules and nobody serves, and still a pod was answered: %v", closed)
+		return fmt.Errorf("a pod was answered with rules and without a service: %v", closed)
 	}
-	d.done("nobody serves yet: a pod's connection is refused, and the cloud's own server is out of its reach")
+	d.done("before the service starts, a pod's connection is refused and does not reach the cloud's own server")
 	if err := e.start(ctx); err != nil {
 		return err
 	}
@@ -231,7 +231,7 @@ func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 }
 
 func (d *demo) keep(w *world, binary string) {
-	d.say("Left standing. In another terminal, as root:")
+	d.say("Everything keeps running. In another terminal, as root:")
 	for _, p := range []*pod{w.reader, w.writer, w.stranger} {
 		born := ""
 		if w.cgroups != nil {

@@ -22,8 +22,8 @@ import (
 )
 
 const (
-	patience = 20 * time.Second // for what takes milliseconds; the machine may be busy
-	provider = kubetest.CaseAudience
+	waitLimit = 20 * time.Second // for what takes milliseconds; the machine may be busy
+	provider  = kubetest.CaseAudience
 )
 
 var ksa = workload.ServiceAccount{Namespace: "ns1", Name: "ksa"}
@@ -99,7 +99,7 @@ func run(t *testing.T, s *kubetest.Server, adjust func(*bed, *Options), inside .
 // until polls; what it waits for has no channel.
 func until(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -108,7 +108,7 @@ func until(t *testing.T, what string, is func() bool) {
 		case <-tick.C:
 		case <-deadline.C:
 			buf := make([]byte, 1<<16)
-			t.Fatalf("waited %s for: %s\n%s", patience, what, buf[:runtime.Stack(buf, true)])
+			t.Fatalf("waited %s for: %s\n%s", waitLimit, what, buf[:runtime.Stack(buf, true)])
 		}
 	}
 }
@@ -117,7 +117,7 @@ func until(t *testing.T, what string, is func() bool) {
 // channel that At hands out.
 func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
 	for {
 		got, changed, err := b.At(netip.MustParseAddr(address))
@@ -135,7 +135,7 @@ func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller
 // of waits until the UID is the caller's; the zero caller is nobody.
 func (b *bed) of(t *testing.T, uid string, want workload.Caller) {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
 	for {
 		got, known, changed, err := b.Of(uid)

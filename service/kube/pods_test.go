@@ -390,7 +390,7 @@ func TestStopWhileBackingOff(t *testing.T) {
 			go func() { b.stop(); close(stopped) }()
 			select {
 			case <-stopped:
-			case <-time.After(patience):
+			case <-time.After(waitLimit):
 				t.Fatal("Run goes on")
 			}
 		})
