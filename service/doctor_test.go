@@ -220,8 +220,8 @@ func TestDoctorOfASickNode(t *testing.T) {
 		{"cloud", func(p *patient) { p.cloud = answered{status: 200, ours: true}; p.status = nil }, Warn, "GKE's own", "GKE"},
 		{"cloud", func(p *patient) { p.cloud = answered{status: 400, server: "nginx"} }, OK, `calls itself "nginx" (status 400) answers this node's own processes; pods are kept`, ""},
 
-		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "does not close [fd00:ec2::254]:80, [fd20:ce::254]:80", "[fd00:ec2::254]:80"},
-		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:2] }, Warn, "does not close [fd20:ce::254]:80, ", "[fd20:ce::254]:80 to routing.guard"},
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:1] }, Warn, "does not close [fd00:c1::a9fe:a9fe]:80, [fd00:ec2::254]:80, [fd20:ce::254]:80", "[fd00:ec2::254]:80"},
+		{"ipv6", func(p *patient) { p.plan.Guard = p.plan.Guard[:3] }, Warn, "does not close [fd20:ce::254]:80, ", "[fd20:ce::254]:80 to routing.guard"},
 		{"ipv6", func(p *patient) { p.node.IPv6 = false }, OK, "has none", ""},
 		{"ipv6", func(p *patient) { six(p); p.node.IPv6 = false }, Warn, "has none, so requests by IPv6 are not redirected to [fd20:ce::252]:988", "remove listen6"},
 		{"ipv6", func(p *patient) { six(p) }, OK, "requests to [fd20:ce::254]:80 go to [fd20:ce::252]:988, which systemd (process 1) holds", ""},
@@ -231,7 +231,7 @@ func TestDoctorOfASickNode(t *testing.T) {
 			six(p)
 			p.node.Holder6 = routing.ListenedBy{At: p.plan.Listen6, PID: "7", Exe: "/x/lustre"}
 		}, Fail, "lustre (process 7) listens on", "choose another listen6"},
-		{"ipv6", func(p *patient) {}, OK, "requests are IPv4; the guard closes [fd00:ec2::254]:80, [fd20:ce::254]:80", ""},
+		{"ipv6", func(p *patient) {}, OK, "requests are IPv4; the guard closes [fd00:c1::a9fe:a9fe]:80, [fd00:ec2::254]:80, [fd20:ce::254]:80", ""},
 		{"ipv6", func(p *patient) { p.plan.Mode = routing.ModeEBPF }, OK, "mode ebpf serves IPv4 alone; the guard closes", ""},
 		{"ipv6", func(p *patient) {
 			p.plan.Mode, p.config.Listen6 = routing.ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988")
