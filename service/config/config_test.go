@@ -116,7 +116,7 @@ func TestResolved(t *testing.T) {
 			func(c Config) any {
 				return []any{c.Listen.String(), c.Prefetch, len(c.Routing.Guard), c.Routing.Mode, c.Limits.KeysPerPod}
 			},
-			[]any{"169.254.169.252:988", "linked", 3, "iptables", 64}},
+			[]any{"169.254.169.252:988", "linked", 4, "iptables", 64}},
 		{"lists replace the default", minimal + "routing: {guard: ['169.254.169.254:80'], spare: [docker0, virbr0, docker0]}", nil,
 			func(c Config) any { return []any{len(c.Routing.Guard), c.Routing.Spare} }, []any{1, []string{"docker0", "virbr0"}}},
 		{"a flag beats the file", minimal + "prefetch: all", map[string]string{"prefetch": "none"},
@@ -284,7 +284,7 @@ func TestKeys(t *testing.T) {
 
 func TestDefaultHoldsWithoutAFile(t *testing.T) {
 	c := Default() // what routing's closed guard stands on when the configuration is broken
-	if c.Listen.String() != "169.254.169.252:988" || len(c.Routing.Guard) != 3 || c.Google.STSURL == "" {
+	if c.Listen.String() != "169.254.169.252:988" || len(c.Routing.Guard) != 4 || c.Google.STSURL == "" {
 		t.Errorf("%+v", c)
 	}
 }
