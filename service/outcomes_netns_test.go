@@ -46,6 +46,7 @@ pod              metadata:53    cloud    cloud   cloud    cloud    reset   cloud
 pod              metadata:443   reset    reset   reset    reset    reset   reset   reset   reset     reset    cloud
 pod              google6:80     own      own     own      noroute  noroute noroute noroute noroute   noroute  cloud
 pod              aws6:80        noroute  noroute noroute  noroute  noroute noroute noroute noroute   noroute  cloud
+pod              oracle6:80     noroute  noroute noroute  noroute  noroute noroute noroute noroute   noroute  cloud
 routed           metadata:80    own      own     own      own      own     own     noroute noroute   noroute  cloud
 routed           listen         drop     drop    drop     ~        ~       own     own     own       own      own
 routed           google6:80     own      own     own      noroute  noroute noroute noroute noroute   noroute  cloud
@@ -155,7 +156,7 @@ func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
 		}
 		o.pods[name] = p
 	}
-	for _, at := range []string{"169.254.169.254:80", "169.254.169.254:53", "169.254.169.254:443", "[fd20:ce::254]:80", "[fd00:ec2::254]:80"} {
+	for _, at := range []string{"169.254.169.254:80", "169.254.169.254:53", "169.254.169.254:443", "[fd20:ce::254]:80", "[fd00:ec2::254]:80", "[fd00:c1::a9fe:a9fe]:80"} {
 		o.standIn(o.node.Cloud, at, "cloud")
 	}
 	o.standIn(o.node.NS, o.where("node:kubelet"), "kubelet")
@@ -229,6 +230,8 @@ func (o *outcomeBed) where(word string) string {
 		return "[fd20:ce::254]:80"
 	case "aws6:80":
 		return "[fd00:ec2::254]:80"
+	case "oracle6:80":
+		return "[fd00:c1::a9fe:a9fe]:80"
 	}
 	return strings.Replace(word, "metadata:", "169.254.169.254:", 1)
 }

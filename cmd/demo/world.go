@@ -176,7 +176,7 @@ func (w *world) startCloud() error {
 		})}
 	servers := []string{"169.254.169.254:80", "169.254.169.254:443"} // H-25
 	if haveIPv6() {
-		servers = append(servers, "[fd00:ec2::254]:80", "[fd20:ce::254]:80") // R-32, H-24
+		servers = append(servers, "[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80") // R-32, H-24
 	}
 	for _, at := range servers {
 		l, err := w.node.Cloud.Listen("tcp", at)

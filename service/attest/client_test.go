@@ -49,10 +49,10 @@ func (p *player) play(args []string) (string, error) {
 	switch args[0] {
 	case "dial": // network address [own end]
 		return p.dial(args[1], args[2], args[3])
-	case "spoof": // own end, address: from an address that need not be ours
-		return p.spoof(args[1], args[2], true)
+	case "spoof": // own end, address [device]: from an address that need not be ours
+		return p.spoof(args[1], args[2], args[3], true)
 	case "try": // own end, address: sends a SYN and does not wait
-		return p.spoof(args[1], args[2], false)
+		return p.spoof(args[1], args[2], args[3], false)
 	case "forge": // port id of a netlink socket, cgroup id, both ends: sends it an answer of our own to many questions to come
 		return p.forge(args[1:])
 	case "bound": // device address: a socket that is bound to an interface
@@ -239,7 +239,7 @@ func (p *player) take(path string) (string, error) {
 	return p.keep(conn)
 }
 
-func (p *player) spoof(own, address string, wait bool) (string, error) {
+func (p *player) spoof(own, address, device string, wait bool) (string, error) {
 	from, to := netip.MustParseAddrPort(own), netip.MustParseAddrPort(address)
 	kind := unix.SOCK_STREAM | unix.SOCK_CLOEXEC
 	if !wait {
@@ -250,6 +250,11 @@ func (p *player) spoof(own, address string, wait bool) (string, error) {
 		return "", err
 	}
 	p.raw = append(p.raw, fd)
+	if device != "" {
+		if err := unix.BindToDevice(fd, device); err != nil {
+			return "", err
+		}
+	}
 	for _, option := range [][2]int{{unix.SOL_IP, unix.IP_FREEBIND}, {unix.SOL_SOCKET, unix.SO_REUSEADDR}} {
 		if err := unix.SetsockoptInt(fd, option[0], option[1], 1); err != nil {
 			return "", err

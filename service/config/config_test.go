@@ -66,7 +66,7 @@ func TestMinimal(t *testing.T) {
 		HealthListen:  netip.MustParseAddrPort("127.0.0.1:16322"),
 		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto", OnStop: "remove",
 			//
-			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"),
+			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("[fd00:c1::a9fe:a9fe]:80"),
 				netip.MustParseAddrPort("[fd00:ec2::254]:80"), netip.MustParseAddrPort("[fd20:ce::254]:80")}},
 		Attestation: Attestation{Mode: "kernel"},
 		Google: Google{UniverseDomain: "googleapis.com", STSURL: "https://sts.googleapis.com/v1/token",
@@ -121,7 +121,7 @@ func TestResolved(t *testing.T) {
 			func(c Config) any {
 				return []any{c.Listen.String(), c.Prefetch, len(c.Routing.Guard), c.Routing.Mode, c.Limits.KeysPerPod}
 			},
-			[]any{"169.254.169.252:988", "linked", 3, "iptables", 64}},
+			[]any{"169.254.169.252:988", "linked", 4, "iptables", 64}},
 		{"lists replace the default", minimal + "routing: {guard: ['169.254.169.254:80'], excludeInterfaces: [docker0, " +
 			"virbr0, docker0]}", nil,
 			func(c Config) any { return []any{len(c.Routing.Guard), c.Routing.ExcludeInterfaces} },
@@ -301,7 +301,7 @@ func TestKeys(t *testing.T) {
 
 func TestDefaultHoldsWithoutAFile(t *testing.T) {
 	c := Default() // what routing's closed guard stands on when the configuration is broken
-	if c.Listen.String() != "169.254.169.252:988" || len(c.Routing.Guard) != 3 || c.Google.STSURL == "" {
+	if c.Listen.String() != "169.254.169.252:988" || len(c.Routing.Guard) != 4 || c.Google.STSURL == "" {
 		t.Errorf("%+v", c)
 	}
 }

@@ -17,7 +17,7 @@ var examples = map[string]string{
 	"routing.uplinks":           "[eth0, bond+]",
 	"routing.excludeInterfaces": "[docker0, virbr0]",
 	"routing.interceptHostPods": `"off"`,
-	"routing.guard":             `["169.254.169.254:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80", "168.63.129.16:80"]`,
+	"routing.guard":             `["169.254.169.254:80", "[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80", "168.63.129.16:80"]`,
 	"routing.link":              "gme0",
 	"routing.force":             "true",
 	"routing.onStop":            "keep",

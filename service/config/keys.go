@@ -78,7 +78,7 @@ var keys = []Key{
 	{Path: "routing.interceptHostPods", Default: "auto", Values: []string{"auto", "on", "off"},
 		Usage: "redirect pods on the host network too; auto: only where no metadata server of a cloud answers the node",
 		field: func(r *raw) any { return &r.Routing.InterceptHostPods }},
-	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:ec2::254]:80,[fd20:ce::254]:80",
+	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:c1::a9fe:a9fe]:80,[fd00:ec2::254]:80,[fd20:ce::254]:80",
 		Usage: "the cloud's own metadata servers, which no pod may reach",
 		field: func(r *raw) any { return &r.Routing.Guard }},
 	{Path: "routing.link", check: interfaceName,

@@ -179,8 +179,8 @@ var sickNodes = []sickNode{
 		`calls itself "nginx" (status 400) answers this node's own processes; pods are kept`, ""},
 
 	{"ipv6", func(r *nodeReport) { r.plan.Guard = r.plan.Guard[:1] }, Warn,
-		"does not close [fd00:ec2::254]:80, [fd20:ce::254]:80", "[fd00:ec2::254]:80"},
-	{"ipv6", func(r *nodeReport) { r.plan.Guard = r.plan.Guard[:2] }, Warn, "does not close [fd20:ce::254]:80, ",
+		"does not close [fd00:c1::a9fe:a9fe]:80, [fd00:ec2::254]:80, [fd20:ce::254]:80", "[fd00:ec2::254]:80"},
+	{"ipv6", func(r *nodeReport) { r.plan.Guard = r.plan.Guard[:3] }, Warn, "does not close [fd20:ce::254]:80, ",
 		"[fd20:ce::254]:80 to routing.guard"},
 	{"ipv6", func(r *nodeReport) { r.node.IPv6 = false }, OK, "has none", ""},
 	{"ipv6", func(r *nodeReport) { dualStack(r); r.node.IPv6 = false }, Warn,
@@ -195,7 +195,8 @@ var sickNodes = []sickNode{
 		dualStack(r)
 		r.node.Holder6 = routing.ListenedBy{At: r.plan.Listen6, PID: "7", Exe: "/x/lustre"}
 	}, Fail, "lustre (process 7) listens on", "choose another listen6"},
-	{"ipv6", func(r *nodeReport) {}, OK, "requests are IPv4; the guard closes [fd00:ec2::254]:80, [fd20:ce::254]:80", ""},
+	{"ipv6", func(r *nodeReport) {}, OK, "requests are IPv4; the guard closes [fd00:c1::a9fe:a9fe]:80, " +
+		"[fd00:ec2::254]:80, [fd20:ce::254]:80", ""},
 	{"ipv6", func(r *nodeReport) { r.plan.Mode = routing.ModeEBPF }, OK,
 		"mode ebpf serves IPv4 alone; the guard closes", ""},
 	{"ipv6", func(r *nodeReport) {

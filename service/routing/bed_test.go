@@ -155,7 +155,8 @@ func newBed(t testing.TB, binary string) *bed {
 	}
 	b.plan = bedPlan(t.TempDir(), binary)
 	b.serve(b.NS, b.plan.Listen.String(), emulator)
-	for _, at := range []string{"169.254.169.254:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80", "169.254.169.254:53", "169.254.169.254:443"} {
+	for _, at := range []string{"169.254.169.254:80", "[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80",
+		"169.254.169.254:53", "169.254.169.254:443"} {
 		b.serve(b.Cloud, at, cloud)
 	}
 	return b

@@ -39,6 +39,7 @@ func TestGuardFragments(t *testing.T) {
 		{"whole", "169.254.169.254:80", whole4},
 		{"fragments", "169.254.169.254:80", fragments4},
 		{"whole", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte { return packet6(from, to) }},
+		{"options for every hop", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte { return packet6(from, to, unix.IPPROTO_HOPOPTS) }},
 		{"a fragment", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte { return packet6(from, to, unix.IPPROTO_FRAGMENT) }},
 		{"options in a fragment", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte {
 			return packet6(from, to, unix.IPPROTO_FRAGMENT, unix.IPPROTO_DSTOPTS)
@@ -181,7 +182,7 @@ func packet6(from, to netip.AddrPort, headers ...byte) [][]byte {
 		b[next] = h
 		next = len(b)
 		data := make([]byte, 8)
-		if h == unix.IPPROTO_DSTOPTS {
+		if h != unix.IPPROTO_FRAGMENT {
 			data[2], data[3] = 1, 4 // PadN
 		} else {
 			binary.BigEndian.PutUint32(data[4:], uint32(from.Port()))

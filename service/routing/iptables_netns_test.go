@@ -86,15 +86,18 @@ func TestStory(t *testing.T) {
 				"-t nat the rules of GME-PRE are doubled or not in order",
 			}},
 			{"guard", "ip rule del pref 97 prohibit", []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-			{"guard of IPv6", "for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", []string{
+			{"guard of IPv6", "for n in 1 2 3; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", []string{
+				"ip rule: pref 97 iif lo to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel",
 				"ip rule: pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel",
 				"ip rule: pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel",
+				"ip rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
 				"ip rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
 				"ip rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
 			}},
 			{"address", "ip address del 169.254.169.252/32 dev lo", []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
 			{"IPv6 filter", "ip6tables -F; ip6tables -X", []string{
 				"-t filter -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD",
+				"-t filter -A GME-FWD -d fd00:c1::a9fe:a9fe/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset",
 				"-t filter -A GME-FWD -d fd00:ec2::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset",
 				"-t filter -A GME-FWD -d fd20:ce::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset",
 			}},
@@ -115,7 +118,7 @@ func TestStory(t *testing.T) {
 				if got, err := ask(b.pod, "169.254.169.254:80", short); got == cloud {
 					t.Errorf("the real server answered (%v)", err)
 				}
-				for _, six := range []string{"[fd00:ec2::254]:80", "[fd20:ce::254]:80"} {
+				for _, six := range []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80"} {
 					if got, err := ask(b.pod, six, short); got == cloud {
 						t.Errorf("the real server at %s answered (%v)", six, err)
 					}

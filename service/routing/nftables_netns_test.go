@@ -102,6 +102,7 @@ func TestNFTablesStory(t *testing.T) {
 			"add rule ip gke-metadata-emulator prerouting iifname \"eth0\" return",
 			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to 169.254.169.252:988",
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
+			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:c1::a9fe:a9fe tcp dport 80 reject with tcp reset",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd20:ce::254 tcp dport 80 reject with tcp reset",
 		}},
@@ -118,6 +119,7 @@ func TestNFTablesStory(t *testing.T) {
 		{"a chain too much", "nft add chain ip gke-metadata-emulator x; nft add rule ip gke-metadata-emulator x drop", []string{"chain ip gke-metadata-emulator x should not be there"}},
 		{"IPv6", "nft delete table ip6 gke-metadata-emulator", []string{
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
+			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:c1::a9fe:a9fe tcp dport 80 reject with tcp reset",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd20:ce::254 tcp dport 80 reject with tcp reset",
 		}},

@@ -84,11 +84,14 @@ type Plan struct {
 // metadataServer is where clients send their requests.
 var metadataServer = netip.AddrPortFrom(netip.AddrFrom4([4]byte{169, 254, 169, 254}), 80)
 
-// DefaultGuard is the closed guard of a node whose configuration cannot be read: where the clouds hand out a node's credentials and pods
-// have nothing to look for. Both families, whether or not IPv6 is served; AWS's is the second, and Google's by IPv6 the third (H-24). Not in it
-// is what pods may need: Azure's WireServer, Alibaba's 100.100.100.200, and EKS Pod Identity's 169.254.170.23 and fd00:ec2::23.
+// DefaultGuard is the closed guard of a node whose configuration cannot be read: where the
+// clouds hand out a node's credentials and pods have nothing to look for. The IPv6 addresses are
+// Oracle's, AWS's and Google's (H-24), whether or not IPv6 is served. Not in it is what pods may
+// need: Azure's WireServer, Alibaba's 100.100.100.200, and EKS Pod Identity's 169.254.170.23 and
+// fd00:ec2::23.
 func DefaultGuard() []netip.AddrPort {
-	return []netip.AddrPort{metadataServer, netip.MustParseAddrPort("[fd00:ec2::254]:80"), metadataServer6}
+	return []netip.AddrPort{metadataServer, netip.MustParseAddrPort("[fd00:c1::a9fe:a9fe]:80"),
+		netip.MustParseAddrPort("[fd00:ec2::254]:80"), metadataServer6}
 }
 
 // New returns the Router for the Plan. It refuses a Plan that cannot be carried out, naming all that is wrong with it.

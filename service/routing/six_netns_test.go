@@ -18,6 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// threeProhibits opens the three servers of DefaultGuard's that are IPv6.
+const threeProhibits = "for n in 1 2 3; do ip -6 rule del pref 97 prohibit; done"
+
 // sixBed is a bed that serves IPv6 too.
 func sixBed(b *bed) {
 	b.t.Helper()
@@ -97,7 +100,8 @@ func TestSixStory(t *testing.T) {
 			{"all", "for t in filter raw nat; do ip6tables -t $t -F; done", "nft delete table ip6 gke-metadata-emulator", nil},
 			{"address", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", []string{
 				"ip -6 route: local fd20:ce::252 dev lo table local protocol 252"}},
-			{"guard", "ip -6 rule del pref 97 prohibit; ip -6 rule del pref 97 prohibit", "ip -6 rule del pref 97 prohibit; ip -6 rule del pref 97 prohibit", []string{
+			{"guard", threeProhibits, threeProhibits, []string{
+				"ip rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
 				"ip rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
 				"ip rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel"}},
 		} {
@@ -208,7 +212,7 @@ func TestSixIsGuarded(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			servers := []string{"[fd00:ec2::254]:80", "[fd20:ce::254]:80"}
+			servers := []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80"}
 			for _, at := range servers {
 				b.answers(b.pod, at, cloud) // the bed would show a leak
 			}
@@ -226,8 +230,8 @@ func TestSixIsGuarded(t *testing.T) {
 			b.sh("ip6tables -F; nft flush ruleset")
 			guarded()
 			b.install(b.plan)
-			b.sh("for n in 1 2; do ip -6 rule del pref 97 prohibit; done")
-			if got := faults(t, b.check(b.plan)); len(got) != 2 {
+			b.sh(threeProhibits)
+			if got := faults(t, b.check(b.plan)); len(got) != 3 {
 				t.Errorf("missing: %q", got)
 			}
 			guarded() // by the firewall alone

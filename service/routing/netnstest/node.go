@@ -15,7 +15,7 @@ import (
 
 // Addresses are the same on every node: each lives in namespaces of its own.
 //
-//	pod 10.244.0.2 … ─ cni0 10.244.0.1 ┐                               ┌ cloud 198.51.100.1, and on lo 169.254.169.254, fd00:ec2::254, fd20:ce::254
+//	pod 10.244.0.2 … ─ cni0 10.244.0.1 ┐                               ┌ cloud 198.51.100.1, and on lo 169.254.169.254 and those of IPv6
 //	                   cni0 fd00:244::1 ├ node eth0 198.51.100.10 ─ lan0 ┤
 //	routed pod 10.245.0.3 … ─ veth      ┘           fd00:51::10         └ neighbour 198.51.100.20 …
 var (
@@ -23,6 +23,8 @@ var (
 	Metadata = netip.MustParseAddr("169.254.169.254")
 	// MetadataSix is AWS's metadata server over IPv6; the cloud namespace has it too.
 	MetadataSix = netip.MustParseAddr("fd00:ec2::254")
+	// OracleSix is Oracle's over IPv6, which the cloud namespace has as well.
+	OracleSix = netip.MustParseAddr("fd00:c1::a9fe:a9fe")
 	// GoogleSix is Google's over IPv6 (H-24), which the cloud namespace has as well.
 	GoogleSix = netip.MustParseAddr("fd20:ce::254")
 
@@ -87,6 +89,7 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 			bridge("lan0"),
 			address("lan0", netip.PrefixFrom(cloudAddr, 24)), address("lan0", netip.PrefixFrom(cloudSix, 64)), address("lan0", linkLocal(cloudSix)),
 			address("lo", netip.PrefixFrom(Metadata, 32)), address("lo", netip.PrefixFrom(MetadataSix, 128)), address("lo", netip.PrefixFrom(GoogleSix, 128)),
+			address("lo", netip.PrefixFrom(OracleSix, 128)),
 			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
 		)
 	}); err != nil {

@@ -9,16 +9,24 @@ ip rule add pref 98 nop protocol kernel
 ip -6 rule add pref 98 nop protocol kernel
 ip rule add pref 97 iif lo to 169.254.169.254/32 goto 98 protocol kernel
 ip rule add pref 97 iif docker0 to 169.254.169.254/32 goto 98 protocol kernel
+ip -6 rule add pref 97 iif lo to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel
+ip -6 rule add pref 97 iif docker0 to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel
 ip -6 rule add pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel
 ip -6 rule add pref 97 iif docker0 to fd00:ec2::254/128 goto 98 protocol kernel
 ip -6 rule add pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel
 ip -6 rule add pref 97 iif docker0 to fd20:ce::254/128 goto 98 protocol kernel
 ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel
+ip -6 rule add pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel
 ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel
 ip -6 rule add pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel
 ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 1-79 goto 98 protocol kernel
 ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 81-65534 goto 98 protocol kernel
 ip rule add pref 97 to 169.254.169.254/32 ipproto tcp prohibit protocol kernel
+ip -6 rule add pref 97 to fd00:c1::a9fe:a9fe/128 ipproto udp goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:c1::a9fe:a9fe/128 ipproto ipv6-icmp goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 1-79 goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 81-65534 goto 98 protocol kernel
+ip -6 rule add pref 97 to fd00:c1::a9fe:a9fe/128 prohibit protocol kernel
 ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto udp goto 98 protocol kernel
 ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto ipv6-icmp goto 98 protocol kernel
 ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 1-79 goto 98 protocol kernel
@@ -40,6 +48,7 @@ ip6tables-restore --wait --noflush <<'END'
 -A GME-FWD -d fd20:ce::252/128 -p tcp -m tcp --dport 988 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT
 -A GME-FWD -s fd20:ce::252/128 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 -A GME-FWD -d fd20:ce::254/128 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset
+-A GME-FWD -d fd00:c1::a9fe:a9fe/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset
 -A GME-FWD -d fd00:ec2::254/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset
 -A GME-IN -d fd20:ce::252/128 -p tcp -m tcp --dport 988 -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset
 -A GME-IN -d fd20:ce::252/128 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst fd20:ce::254 -j ACCEPT
