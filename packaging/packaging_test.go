@@ -379,6 +379,7 @@ func lint(t *testing.T, name string, args ...string) {
 	t.Helper()
 	need(t, name)
 	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Dir = scratch // a checkout may lie where nobody may not enter
 	cmd.Env = append(os.Environ(), "HOME=/nonexistent", "TMPDIR=/tmp")
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
