@@ -50,7 +50,8 @@ type held struct {
 }
 
 func newAdmission(most, unknown int) admission {
-	return admission{most: most, mostUnknown: unknown, all: map[*connection]bool{}, parties: map[attest.Party]*atomic.Int64{}}
+	return admission{most: most, mostUnknown: unknown, all: map[*connection]bool{},
+		parties: map[attest.Party]*atomic.Int64{}}
 }
 
 // enter counts a connection of which nobody knows yet whose it is. It returns false if there is no

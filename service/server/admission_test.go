@@ -10,7 +10,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// crowd has connections ask for admission, by the names of their clients; "known" is one that is known.
+// crowd has connections ask for admission, by the names of their clients; "known" is one that is
+// known.
 type crowd struct {
 	admission
 	of map[string][]*connection

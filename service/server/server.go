@@ -1,7 +1,7 @@
 // Package server answers one question: what does a pod get for its request?
 //
-// It is the HTTP server: connections and their bounds (admission.go), what is refused for its header
-// alone (rules.go), what an error becomes (refusal.go), what goes to another cloud's server
+// It is the HTTP server: connections and their bounds (admission.go), what is refused for its
+// header alone (rules.go), what an error becomes (refusal.go), what goes to another cloud's server
 // (passthrough.go), the metadata tree as one literal (tree.go), and one audit line for each token
 // (audit.go). No other package sees a ResponseWriter. Which configuration is in force is the
 // caller's to say, by Activate.
