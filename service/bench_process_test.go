@@ -44,10 +44,12 @@ func (p *process) measure(b *testing.B, load func(string, int, time.Time) (int, 
 		b.Fatal(err)
 	}
 	took := time.Since(start)
-	return measured{float64(n) / took.Seconds(), (p.cpu(b) - cpu).Seconds() / float64(n), (p.mallocs(b) - mallocs) / float64(n)}
+	return measured{float64(n) / took.Seconds(), (p.cpu(b) - cpu).Seconds() / float64(n),
+		(p.mallocs(b) - mallocs) / float64(n)}
 }
 
-// cpu is the time that the process spent so far, by /proc/PID/stat (proc_pid_stat(5): utime and stime, in 1/100 s).
+// cpu is the time that the process spent so far, by /proc/PID/stat (proc_pid_stat(5): utime and
+// stime, in 1/100 s).
 func (p *process) cpu(b testing.TB) time.Duration {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
 	if err != nil {
@@ -82,9 +84,10 @@ func (p *process) mallocs(b *testing.B) float64 {
 
 // statusOf asks the emulator as `status` does.
 func statusOf(b testing.TB, dir string) (st status.Status) {
-	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
-	}}}
+	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
+		}}}
 	res, err := client.Get("http://status/status")
 	if err != nil {
 		return st
@@ -152,7 +155,8 @@ func spawn(b *testing.B, addr string, env ...string) *process {
 	return p
 }
 
-// answerSize is how many bytes an answer has on the wire: the same for each, since all that varies is a date.
+// answerSize is how many bytes an answer has on the wire: the same for each, since all that varies
+// is a date.
 func answerSize(b *testing.B, addr string) int {
 	deadline := time.Now().Add(10 * time.Second)
 	c, err := net.Dial("tcp", addr)

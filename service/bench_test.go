@@ -24,8 +24,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
-// The benchmarks run the emulator and a bare net/http server that writes the same bytes as processes of their own,
-// and this one asks both in turn.
+// The benchmarks run the emulator and a bare net/http server that writes the same bytes as
+// processes of their own, and this one asks both in turn.
 const (
 	benchServer = "GME_BENCH_SERVER" // bare, helper, pod, doctor, routing, or a configuration file
 	benchListen = "GME_BENCH_LISTEN"
@@ -65,7 +65,8 @@ func TestMain(m *testing.M) {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
 		err := Run(ctx, Options{
-			Load: func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server), Version: "bench",
+			Load: func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server),
+			Version:    "bench",
 			CgroupRoot: os.Getenv(cgroupRoot),
 		})
 		if err == nil {
@@ -101,7 +102,8 @@ func bare() error {
 	}))
 }
 
-// answerMallocs tells on standard output, for each line of standard input, how many objects were allocated so far.
+// answerMallocs tells on standard output, for each line of standard input, how many objects were
+// allocated so far.
 func answerMallocs() {
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
 		var m runtime.MemStats
@@ -110,8 +112,8 @@ func answerMallocs() {
 	}
 }
 
-// BenchmarkCachedToken compares answers out of the cache with those of a bare net/http server, as the median of 20
-// interleaved pairs. of-bare is our rate as a part of its rate.
+// BenchmarkCachedToken compares answers out of the cache with those of a bare net/http server, as
+// the median of 20 interleaved pairs. of-bare is our rate as a part of its rate.
 func BenchmarkCachedToken(b *testing.B) {
 	ours, theirs := benchPair(b)
 	for _, bb := range []struct {
@@ -139,7 +141,8 @@ func BenchmarkCachedToken(b *testing.B) {
 	}
 }
 
-const benchRequest = "GET /computeMetadata/v1/instance/service-accounts/default/token HTTP/1.1\r\nHost: 169.254.169.254\r\nUser-Agent: bench\r\nMetadata-Flavor: Google\r\n\r\n"
+const benchRequest = "GET /computeMetadata/v1/instance/service-accounts/default/token HTTP/1.1\r\nHost: " +
+	"169.254.169.254\r\nUser-Agent: bench\r\nMetadata-Flavor: Google\r\n\r\n"
 
 // keepAlive asks over connections that stay open, until then; it returns the number of answers.
 func keepAlive(addr string, size int, until time.Time) (int, error) {
@@ -160,7 +163,8 @@ func keepAlive(addr string, size int, until time.Time) (int, error) {
 	})
 }
 
-// fresh asks over a new connection each time. They end by RST: in TIME_WAIT they would use up the ports.
+// fresh asks over a new connection each time. They end by RST: in TIME_WAIT they would use up the
+// ports.
 func fresh(addr string, size int, until time.Time) (int, error) {
 	return parallel(func() (int, error) {
 		n, buf := 0, make([]byte, size)
@@ -241,7 +245,8 @@ func benchPair(b *testing.B) (ours, theirs *process) {
 		b.Fatal(err)
 	}
 	w.write(b, "answer.json", string(file))
-	theirs = spawn(b, bareAddr, benchServer+"=bare", benchListen+"="+bareAddr, benchAnswer+"="+filepath.Join(w.dir, "answer.json"))
+	theirs = spawn(b, bareAddr, benchServer+"=bare", benchListen+"="+bareAddr,
+		benchAnswer+"="+filepath.Join(w.dir, "answer.json"))
 	ours.size, theirs.size = answerSize(b, ourAddr), answerSize(b, bareAddr)
 	if ours.size != theirs.size {
 		b.Fatalf("the answers differ: %d and %d bytes", ours.size, theirs.size)
@@ -249,8 +254,9 @@ func benchPair(b *testing.B) (ours, theirs *process) {
 	return ours, theirs
 }
 
-// BenchmarkHundredPods starts the emulator on a node with 100 pods of 100 linked ServiceAccounts, Google 50 ms away: how
-// long until READY=1, how long until all tokens are there, what that costs in calls and in memory.
+// BenchmarkHundredPods starts the emulator on a node with 100 pods of 100 linked ServiceAccounts,
+// Google 50 ms away: how long until READY=1, how long until all tokens are there, what that costs
+// in calls and in memory.
 func BenchmarkHundredPods(b *testing.B) {
 	const pods = 100
 	var ready, tokens, resident []float64
@@ -276,7 +282,8 @@ func BenchmarkHundredPods(b *testing.B) {
 			b.Fatal(err)
 		}
 		began := time.Now()
-		p := spawn(b, addr, benchServer+"="+filepath.Join(w.dir, "config.yaml"), "NOTIFY_SOCKET="+filepath.Join(w.dir, "notify"))
+		p := spawn(b, addr, benchServer+"="+filepath.Join(w.dir, "config.yaml"),
+			"NOTIFY_SOCKET="+filepath.Join(w.dir, "notify"))
 		for said := ""; !strings.HasPrefix(said, "READY=1"); {
 			m := make([]byte, 1024)
 			n, err := socket.Read(m)
@@ -296,7 +303,8 @@ func BenchmarkHundredPods(b *testing.B) {
 		}
 		w.eventually(b, "all tokens are there", func() bool { return cached() == pods })
 		tokens = append(tokens, time.Since(began).Seconds()*1000)
-		if sts, iam := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); sts != pods || iam != pods {
+		if sts, iam := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); sts != pods ||
+			iam != pods {
 			b.Fatalf("%d exchanges, %d access tokens", sts, iam)
 		}
 		resident = append(resident, p.resident(b))
@@ -309,8 +317,8 @@ func BenchmarkHundredPods(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkTenThousandConnections has 50 pods hold 200 idle connections each (H-20): what that costs in memory, and
-// whether another pod is still answered.
+// BenchmarkTenThousandConnections has 50 pods hold 200 idle connections each (H-20): what that
+// costs in memory, and whether another pod is still answered.
 func BenchmarkTenThousandConnections(b *testing.B) {
 	const pods, each = 50, 200
 	var resident []float64
@@ -324,7 +332,11 @@ func BenchmarkTenThousandConnections(b *testing.B) {
 		w.replace(b, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+addr+"\n")
 		p := spawn(b, addr, benchServer+"="+filepath.Join(w.dir, "config.yaml"))
 		size := answerSize(b, addr)
-		w.eventually(b, "pods are known", func() bool { st := statusOf(b, w.dir); return st.Cluster != nil && len(st.Cluster.Pods) > pods })
+		w.eventually(b, "pods are known", func() bool {
+			st := statusOf(b, w.dir)
+			return st.Cluster != nil &&
+				len(st.Cluster.Pods) > pods
+		})
 		var open []net.Conn
 		for i := range pods {
 			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 2, byte(i+1))}}

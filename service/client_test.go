@@ -23,7 +23,8 @@ func (b *bed) sends(t *testing.T, path string) net.Conn {
 	t.Helper()
 	c := b.dial(t, linked)
 	t.Cleanup(func() { c.Close() })
-	if _, err := io.WriteString(c, "GET "+path+" HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(c,
+		"GET "+path+" HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -41,7 +42,8 @@ func TestHalfClosed(t *testing.T) {
 	}
 	r := bufio.NewReader(c)
 	res := readResponse(t, r, "GET")
-	if res.StatusCode != 200 || res.Header.Get("Metadata-Flavor") != "Google" || !strings.Contains(res.body, "access_token") {
+	if res.StatusCode != 200 || res.Header.Get("Metadata-Flavor") != "Google" ||
+		!strings.Contains(res.body, "access_token") {
 		t.Errorf("%d %v, %d bytes", res.StatusCode, res.Header, len(res.body))
 	}
 	if _, err := r.ReadByte(); err != io.EOF {
@@ -65,7 +67,8 @@ func TestHalfClosed(t *testing.T) {
 func TestHalfClosedInTheMiddle(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	for _, text := range []string{"", "GET / HTTP/1.1\r\nHost: metad", "PUT /latest/api/token HTTP/1.1\r\nHost: metadata\r\nContent-Length: 9\r\n\r\nabc"} {
+	for _, text := range []string{"", "GET / HTTP/1.1\r\nHost: metad",
+		"PUT /latest/api/token HTTP/1.1\r\nHost: metadata\r\nContent-Length: 9\r\n\r\nabc"} {
 		c := b.dial(t, linked)
 		if _, err := io.WriteString(c, text); err != nil {
 			t.Fatal(err)
@@ -105,7 +108,8 @@ func TestClientLeft(t *testing.T) {
 	}
 }
 
-// closeWait reports whether the service's end of the connection is in state CLOSE_WAIT (proc_net(5)).
+// closeWait reports whether the service's end of the connection is in state CLOSE_WAIT
+// (proc_net(5)).
 func closeWait(t *testing.T, client net.Addr) bool {
 	t.Helper()
 	table, err := os.ReadFile("/proc/net/tcp")
@@ -164,7 +168,8 @@ func (b *bed) neverReads(t *testing.T) net.Conn {
 	}
 }
 
-// A client that reads nothing is not waited for, neither while we serve nor at the end; one that is slow with its header neither.
+// A client that reads nothing is not waited for, neither while we serve nor at the end; one that is
+// slow with its header neither.
 func TestClientsThatDoNotRead(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -186,7 +191,8 @@ func TestClientsThatDoNotRead(t *testing.T) {
 		answered <- b.ask(t, linked, "GET", accts+"default/token?scopes=https://www.googleapis.com/auth/other", "")
 	}()
 	calls := b.google.Calls(googletest.GenerateAccessToken)
-	b.eventually(t, "a token is being minted", func() bool { return b.google.Calls(googletest.GenerateAccessToken) > calls })
+	b.eventually(t, "a token is being minted",
+		func() bool { return b.google.Calls(googletest.GenerateAccessToken) > calls })
 	b.end(t)
 	if res := receive(t, answered); res.StatusCode != http.StatusOK {
 		t.Errorf("who waited for a token: %d %s", res.StatusCode, res.body)

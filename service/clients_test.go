@@ -9,7 +9,8 @@ import (
 	"golang.org/x/oauth2/google"
 )
 
-// Google's own Go libraries, as they come, against the emulator (C-GO-1, C-GO-3). They ask from 127.0.0.1.
+// Google's own Go libraries, as they come, against the emulator (C-GO-1, C-GO-3). They ask from
+// 127.0.0.1.
 func TestGoClients(t *testing.T) {
 	b := newBed(t)
 	b.addPod("go", "127.0.0.1", map[string]string{"iam.gke.io/gcp-service-account": gsa})
@@ -33,8 +34,12 @@ func TestGoClients(t *testing.T) {
 		"InstanceID":       {func() (string, error) { return metadata.InstanceIDWithContext(ctx) }, "4503599627370497"},
 		"Zone":             {func() (string, error) { return metadata.ZoneWithContext(ctx) }, "europe-west4-a"},
 		"Hostname":         {func() (string, error) { return metadata.HostnameWithContext(ctx) }, "node1.example.com"},
-		"cluster-name":     {func() (string, error) { return metadata.InstanceAttributeValueWithContext(ctx, "cluster-name") }, "my-cluster"},
-		"universe":         {func() (string, error) { return metadata.GetWithContext(ctx, "universe/universe-domain") }, "googleapis.com"},
+		"cluster-name": {func() (string, error) {
+			return metadata.InstanceAttributeValueWithContext(ctx,
+				"cluster-name")
+		}, "my-cluster"},
+		"universe": {func() (string, error) { return metadata.GetWithContext(ctx, "universe/universe-domain") },
+			"googleapis.com"},
 	} {
 		if got, err := ask.get(); err != nil || got != ask.want {
 			t.Errorf("%s: %q, %v; want %q", name, got, err, ask.want)
@@ -54,7 +59,8 @@ func TestGoClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	issued, ok := b.google.Lookup(got.AccessToken)
-	if !ok || issued.Email != gsa || len(issued.Scopes) != 1 || issued.Scopes[0] != "https://www.googleapis.com/auth/devstorage.read_only" {
+	if !ok || issued.Email != gsa || len(issued.Scopes) != 1 ||
+		issued.Scopes[0] != "https://www.googleapis.com/auth/devstorage.read_only" {
 		t.Errorf("x/oauth2 got the token of %q for %v", issued.Email, issued.Scopes)
 	}
 	if until := time.Until(got.Expiry); until < 30*time.Minute || until > time.Hour {

@@ -83,7 +83,8 @@ func TestDoctorEvidence(t *testing.T) {
 	}
 
 	k.sh("iptables -t nat -A INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")
-	if f := k.doctor(t)["connection"]; f.Verdict != doctor.Fail || !strings.Contains(f.Finding, "GME-") { // refused by a rule
+	// refused by a rule
+	if f := k.doctor(t)["connection"]; f.Verdict != doctor.Fail || !strings.Contains(f.Finding, "GME-") {
 		t.Errorf("another program rewrites who asks: %+v", f)
 	}
 	k.sh("iptables -t nat -D INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")

@@ -215,7 +215,7 @@ func (f *fdstore) send(state string, fds ...int) error {
 		rights = unix.UnixRights(fds...)
 	}
 	if err := unix.Sendmsg(s, []byte(state), rights, &unix.SockaddrUnix{Name: f.socket}, unix.MSG_NOSIGNAL); err != nil {
-		return fmt.Errorf("telling systemd: %w", err)
+		return fmt.Errorf("notify systemd: %w", err)
 	}
 	return nil
 }

@@ -64,7 +64,8 @@ func TestFDStoreSockets(t *testing.T) {
 			t.Fatal("nothing came")
 		}
 	}
-	if err := newFDStore("/nowhere/notify", logrus.New()).put([32]byte{}, func() []byte { return nil }); !errors.Is(err, unix.ENOENT) {
+	if err := newFDStore("/nowhere/notify", logrus.New()).put([32]byte{}, func() []byte { return nil }); !errors.Is(err,
+		unix.ENOENT) {
 		t.Errorf("a socket that is not there: %v", err)
 	}
 }
@@ -117,7 +118,8 @@ func TestDigest(t *testing.T) {
 	}
 }
 
-// BenchmarkPut is what a snapshot costs on its way: memfd, seals, and the datagram. 100 and 500 tokens of 1 KB are 121 and 607 KB.
+// BenchmarkPut is what a snapshot costs on its way: memfd, seals, and the datagram. 100 and 500
+// tokens of 1 KB are 121 and 607 KB.
 func BenchmarkPut(b *testing.B) {
 	k := newKeeper(b, filepath.Join(b.TempDir(), "notify"))
 	for _, size := range []int{121_000, 607_000} {

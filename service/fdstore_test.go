@@ -20,7 +20,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
-// process starts the service as systemd would: as a process of its own, with the listener and with what is held.
+// process starts the service as systemd would: as a process of its own, with the listener and with
+// what is held.
 func (b *bed) process(t *testing.T, k *keeper) *exec.Cmd {
 	t.Helper()
 	listener, err := b.listener.(*net.TCPListener).File()
@@ -122,7 +123,8 @@ func TestR16TokensSurviveSIGKILL(t *testing.T) {
 	}
 	b.eventually(t, "the last token is left", func() bool { return k.holds(t, last) })
 	said := k.heardSoFar()
-	if at := slices.Index(said, "STOPPING=1"); at < 0 || !slices.ContainsFunc(said[max(0, at-2):at], func(s string) bool { return strings.HasPrefix(s, "FDSTORE=1 ") }) {
+	if at := slices.Index(said, "STOPPING=1"); at < 0 ||
+		!slices.ContainsFunc(said[max(0, at-2):at], func(s string) bool { return strings.HasPrefix(s, "FDSTORE=1 ") }) {
 		t.Errorf("no snapshot right before STOPPING=1: %q", said)
 	}
 	storeBeforeRemove(t, said)
@@ -135,7 +137,8 @@ func TestR16TokensSurviveSIGKILL(t *testing.T) {
 	if fresh == want[linked] || b.traffic() == before {
 		t.Error("another configuration got the token of the one before")
 	}
-	b.eventually(t, "its token has taken the place of the others", func() bool { return k.holds(t, fresh) && !k.holds(t, last) })
+	b.eventually(t, "its token has taken the place of the others",
+		func() bool { return k.holds(t, fresh) && !k.holds(t, last) })
 	if err := other.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +208,8 @@ func renamed(t *testing.T, f *os.File) *os.File {
 	return os.NewFile(uintptr(fd), handedOver)
 }
 
-// What lies in systemd's hands is believed only if a process of ours sealed it for this configuration.
+// What lies in systemd's hands is believed only if a process of ours sealed it for this
+// configuration.
 func TestR16WhatIsHandedOverIsChecked(t *testing.T) {
 	b := newWorld(t)
 	b.configure(t, "prefetch: none")
@@ -247,9 +251,11 @@ func TestR16WhatIsHandedOverIsChecked(t *testing.T) {
 		{"with an older one after it", sealed(good, stamped(empty, written-1)), true, "tokens taken over"},
 		{"with an older one before it", sealed(stamped(empty, written-1), good), true, "tokens taken over"},
 		{"with a newer one after it", sealed(good, stamped(empty, written+1)), false, ""},
-		{"with a newer one of another configuration", sealed(good, stamped(edit(len(snapshotForm), 'x'), written+1)), true, "tokens taken over"},
+		{"with a newer one of another configuration", sealed(good, stamped(edit(len(snapshotForm), 'x'), written+1)), true,
+			"tokens taken over"},
 		{"with three that are not ours", func(t *testing.T) []*os.File {
-			return []*os.File{memfd(t, []byte("x"), allSeals), memfd(t, nil, allSeals), memfd(t, good, allSeals), memfd(t, good, 0)}
+			return []*os.File{memfd(t, []byte("x"), allSeals), memfd(t, nil, allSeals), memfd(t, good, allSeals),
+				memfd(t, good, 0)}
 		}, true, "tokens taken over"},
 		{"another configuration", sealed(edit(len(snapshotForm), good[len(snapshotForm)]^1)), false, ""},
 		{"not sealed", with(0), false, "not sealed"},
@@ -287,7 +293,8 @@ func TestR16WhatIsHandedOverIsChecked(t *testing.T) {
 		{"cut short", sealed(good[:len(good)-1]), false, "tokens that were left are dropped"},
 		{"a byte more", sealed(append(slices.Clone(good), 0)), false, "tokens that were left are dropped"},
 		{"tampered with", sealed(edit(len(empty), 0x80)), false, "tokens that were left are dropped"},
-		{"too long", sealed(append(slices.Clone(good), make([]byte, token.LongestSnapshot)...)), false, "more than a snapshot has"},
+		{"too long", sealed(append(slices.Clone(good), make([]byte, token.LongestSnapshot)...)), false,
+			"more than a snapshot has"},
 		{"from the future", sealed(stamped(good, 1<<62)), false, "from the future"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -328,7 +335,8 @@ func TestR16NoAnswerBeforeTheFirstSync(t *testing.T) {
 
 	b.kube.Refuse()
 	b.kube.DeletePod("default", "plain")
-	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: "other", ServiceAccount: "reader", Node: node, Addresses: []string{unlinked}})
+	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: "other", ServiceAccount: "reader", Node: node,
+		Addresses: []string{unlinked}})
 	b.left = k.holding(t)
 	before := b.traffic()
 	b.start(t)
@@ -350,7 +358,8 @@ func TestR16NoAnswerBeforeTheFirstSync(t *testing.T) {
 	if n := b.traffic() - before; n != 0 {
 		t.Errorf("%d calls to Google and Kubernetes for tokens that were there", n)
 	}
-	b.eventually(t, "K-04: the token that no pod uses is gone", func() bool { return k.holds(t, value) && !k.holds(t, other) })
+	b.eventually(t, "K-04: the token that no pod uses is gone",
+		func() bool { return k.holds(t, value) && !k.holds(t, other) })
 }
 
 // while the configuration is broken, what was left stays; the mended one takes it over.
@@ -376,7 +385,8 @@ func TestR16BrokenConfiguration(t *testing.T) {
 	}
 }
 
-// A reload takes the tokens along where they are still the right ones, and leaves none behind where they are not.
+// A reload takes the tokens along where they are still the right ones, and leaves none behind where
+// they are not.
 func TestR16Reload(t *testing.T) {
 	b := newWorld(t)
 	b.configure(t, "prefetch: none")
@@ -395,7 +405,10 @@ func TestR16Reload(t *testing.T) {
 
 	b.replace(t, "config.yaml", "caFile: ca.pem}", "caFile: ca.pem, tokenLifetime: 30m}")
 	b.hangUp()
-	b.eventually(t, "the tokens of the configuration before are removed", func() bool { return len(k.contents(t)) == 1 && !k.holds(t, value) })
+	b.eventually(t, "the tokens of the configuration before are removed", func() bool {
+		return len(k.contents(t)) == 1 &&
+			!k.holds(t, value)
+	})
 	if got := tokenIn(t, b.answerTo(t, linked, accts+"default/token")); got == value {
 		t.Error("the token of the configuration before was handed out")
 	}
@@ -412,7 +425,8 @@ func TestR16OneSnapshotASecond(t *testing.T) {
 	for round := range 3 {
 		stored := len(k.heardSoFar())
 		for i := range 5 {
-			last = tokenIn(t, b.answerTo(t, linked, fmt.Sprintf("%sdefault/token?scopes=https://www.googleapis.com/auth/s%d.%d", accts, round, i)))
+			last = tokenIn(t, b.answerTo(t, linked,
+				fmt.Sprintf("%sdefault/token?scopes=https://www.googleapis.com/auth/s%d.%d", accts, round, i)))
 		}
 		b.eventually(t, "another snapshot is left", func() bool { return len(k.heardSoFar()) > stored })
 	}

@@ -17,8 +17,8 @@ import (
 
 const module = "github.com/gke-metadata-emulator/gke-metadata-emulator/"
 
-// importRules says who alone may import what, and why. The stand-ins and cmd/demo are not shipped: they import what
-// they need.
+// importRules says who alone may import what, and why. The stand-ins and cmd/demo are not shipped:
+// they import what they need.
 var importRules = []struct {
 	imported string   // a prefix of import paths
 	by       []string // packages, relative to the module
@@ -35,7 +35,8 @@ var importRules = []struct {
 			"and its own questions are 60 times as fast (A-02)"},
 	{"github.com/vishvananda/netns", []string{"service/routing"},
 		"a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},
-	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"}, "flags in, Config out: nothing below main knows how it was asked"},
+	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"},
+		"flags in, Config out: nothing below main knows how it was asked"},
 	{"github.com/coreos/go-systemd", []string{"service"},
 		"the life of the service is told in one place; what systemd says of a unit is handed to doctor as a status.Unit"},
 	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service/server"}, "one package serves"},
@@ -45,15 +46,19 @@ var importRules = []struct {
 	{"go.yaml.in/", []string{"service/config"}, "one package reads the operator's YAML"},
 }
 
-// six are the packages that do the work. They never import each other: each says in an interface of its own what it
-// needs of another, and service hands it in. workload has the nouns that all of them share.
+// six are the packages that do the work. They never import each other: each says in an interface of
+// its own what it needs of another, and service hands it in. workload has the nouns that all of
+// them share.
 var six = []string{"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
 	"service/token", "service/workload"}
 
 // layers says which of our own packages each may import.
 //
-//	cmd → {service, doctor, status}; service → {server, status, the six}; doctor → {status, the six};
-//	server → the six; status → the six; the six → workload
+//	cmd → {service, doctor, status}
+//	service → {server, status, the six}
+//	doctor → {status, the six}
+//	server, status → the six
+//	the six → workload
 var layers = map[string][]string{
 	// Flags become a config.Config and a routing.Plan here, so cmd knows these two of the six.
 	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing", "service/status"},
@@ -61,9 +66,11 @@ var layers = map[string][]string{
 	"packaging/gen":             nil, // not shipped
 	// The life of the service puts everything together; doctor is another process, and no part of it.
 	"service": append([]string{"service/server", "service/status"}, six...),
-	// doctor judges a node whose service may be dead, so it asks the service over its socket like anybody else.
+	// doctor judges a node whose service may be dead, so it asks the service over its socket like
+	// anybody else.
 	"service/doctor": append([]string{"service/status"}, six...),
-	// server answers requests by what it is handed, and knows nothing of reloads, units and the status.
+	// server answers requests by what it is handed, and knows nothing of reloads, units and the
+	// status.
 	"service/server": {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
 		"service/token", "service/workload"},
 	// status shows what the six say of themselves.
@@ -77,7 +84,8 @@ var layers = map[string][]string{
 	"service/workload": nil,
 }
 
-// Only package server writes answers: no other names a ResponseWriter, so nothing reaches a pod but by its write.
+// Only package server writes answers: no other names a ResponseWriter, so nothing reaches a pod but
+// by its write.
 func TestResponseWriter(t *testing.T) {
 	seen := false
 	for name := range layers {

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// keeper does what systemd does for a unit with FileDescriptorStoreMax=4: it holds what the service stores, by name, and
-// hands it to the next process.
+// keeper does what systemd does for a unit with FileDescriptorStoreMax=4: it holds what the service
+// stores, by name, and hands it to the next process.
 type keeper struct {
 	socket string
 
@@ -100,8 +100,8 @@ func (k *keeper) heard(state string, oob []byte) {
 	}
 }
 
-// catchUp returns when all was heard that was said until now: systemd too reads its socket to the end before it takes note
-// of a service's.
+// catchUp returns when all was heard that was said until now: systemd too reads its socket to the
+// end before it takes note of a service's.
 func (k *keeper) catchUp(t testing.TB) {
 	t.Helper()
 	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: k.socket, Net: "unixgram"})

@@ -18,7 +18,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
-// H-12: a long poll is answered when something changed, when its time is over, and when the service stops.
+// H-12: a long poll is answered when something changed, when its time is over, and when the service
+// stops.
 func TestLongPoll(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
@@ -33,7 +34,8 @@ func TestLongPoll(t *testing.T) {
 	waiting := func() chan response {
 		c := b.dial(t, linked)
 		t.Cleanup(func() { c.Close() })
-		if _, err := io.WriteString(c, "GET "+path+etag+" HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n"); err != nil {
+		if _, err := io.WriteString(c,
+			"GET "+path+etag+" HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
 		answered := make(chan response, 1)
@@ -52,10 +54,12 @@ func TestLongPoll(t *testing.T) {
 	}
 	answered := waiting()
 	b.google.Allow("system:serviceaccount:default:reader", "other@my-project.iam.gserviceaccount.com")
-	b.kube.SetServiceAccount("default", "reader", map[string]string{"iam.gke.io/gcp-service-account": "other@my-project.iam.gserviceaccount.com"})
+	b.kube.SetServiceAccount("default", "reader",
+		map[string]string{"iam.gke.io/gcp-service-account": "other@my-project.iam.gserviceaccount.com"})
 	// A mint reads the annotations again, and so brings the news before the next poll of them.
 	b.eventually(t, "the annotation is news", func() bool {
-		b.ask(t, linked, "GET", accts+fmt.Sprintf("default/token?scopes=https://www.googleapis.com/auth/x%d", time.Now().UnixNano()), "")
+		b.ask(t, linked, "GET", accts+fmt.Sprintf("default/token?scopes=https://www.googleapis.com/auth/x%d",
+			time.Now().UnixNano()), "")
 		return b.ask(t, linked, "GET", accts+"default/email", "").body == "other@my-project.iam.gserviceaccount.com"
 	})
 	if res := receive(t, answered); res.body != "other@my-project.iam.gserviceaccount.com" {
@@ -189,8 +193,10 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		t.Parallel()
 		b := newBed(t, "prefetch: none")
 		b.ready(t)
-		b.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 429, Message: "Quota exceeded for quota metric"})
-		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "Quota exceeded for quota metric") {
+		b.google.Break(googletest.GenerateAccessToken,
+			googletest.Fault{Status: 429, Message: "Quota exceeded for quota metric"})
+		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 ||
+			!strings.Contains(res.body, "Quota exceeded for quota metric") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 	})
@@ -199,7 +205,8 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		b := newBed(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Message: "The audience in ID Token does not match"})
-		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 403 || !strings.Contains(res.body, "The audience in ID Token does not match") {
+		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 403 ||
+			!strings.Contains(res.body, "The audience in ID Token does not match") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 	})
@@ -239,7 +246,8 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		b.ask(t, linked, "GET", accts+"default/token", "")
 		b.kube.Refuse()
 		b.eventually(t, "the watch is broken", func() bool { return !b.Status().Cluster.Watching })
-		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "the Kubernetes API is unavailable since") {
+		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 ||
+			!strings.Contains(res.body, "the Kubernetes API is unavailable since") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 		b.kube.Accept()
@@ -299,10 +307,15 @@ func TestAddressReuse(t *testing.T) {
 		t.Errorf("the successor got the token of %s", issued.Subject)
 	}
 
-	// A Succeeded pod keeps its address in the API; a terminating one keeps its identity while it runs.
-	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: "plain", ServiceAccount: "plain", Node: node, Addresses: []string{unlinked}, Terminating: true})
-	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: "principal", ServiceAccount: "principal", Node: node, Addresses: []string{principal}, Phase: "Succeeded"})
-	b.eventually(t, "N-12: an ended pod is nobody", func() bool { return b.ask(t, principal, "GET", accts, "").StatusCode == 403 }) // the node's own address here
+	// A Succeeded pod keeps its address in the API; a terminating one keeps its identity while it
+	// runs.
+	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: "plain", ServiceAccount: "plain", Node: node,
+		Addresses: []string{unlinked}, Terminating: true})
+	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: "principal", ServiceAccount: "principal", Node: node,
+		Addresses: []string{principal}, Phase: "Succeeded"})
+	// the node's own address here
+	b.eventually(t, "N-12: an ended pod is nobody",
+		func() bool { return b.ask(t, principal, "GET", accts, "").StatusCode == 403 })
 	if res := b.ask(t, unlinked, "GET", accts+"default/token", ""); res.StatusCode != 200 {
 		t.Errorf("U-06: a terminating pod: %d %s", res.StatusCode, res.body)
 	}
@@ -320,7 +333,8 @@ func TestLimits(t *testing.T) {
 		}
 		b.eventually(t, "they are accepted", func() bool { return b.server.Connections().Open == 3 })
 		res := b.ask(t, linked, "GET", accts+"default/email", "")
-		if res.StatusCode != 503 || res.Header.Get("Retry-After") != "1" || !strings.Contains(res.body, "limits.connectionsPerPod is 3") {
+		if res.StatusCode != 503 || res.Header.Get("Retry-After") != "1" ||
+			!strings.Contains(res.body, "limits.connectionsPerPod is 3") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 		if res := b.ask(t, unlinked, "GET", accts+"default/email", ""); res.StatusCode != 200 {
@@ -329,7 +343,8 @@ func TestLimits(t *testing.T) {
 		for _, c := range open {
 			c.Close()
 		}
-		b.eventually(t, "closed connections are free again", func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
+		b.eventually(t, "closed connections are free again",
+			func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
 	})
 	t.Run("keys", func(t *testing.T) {
 		t.Parallel()
@@ -345,7 +360,8 @@ func TestLimits(t *testing.T) {
 	})
 }
 
-// 100 pods with 100 ServiceAccounts: their tokens are there before anybody asked, for 100 exchanges and 100 access tokens.
+// 100 pods with 100 ServiceAccounts: their tokens are there before anybody asked, for 100 exchanges
+// and 100 access tokens.
 func TestPrefetch(t *testing.T) {
 	t.Parallel()
 	b := newWorld(t)
@@ -367,12 +383,14 @@ func TestPrefetch(t *testing.T) {
 			t.Fatalf("pod %d: %d %s", i, res.StatusCode, res.body)
 		}
 	}
-	if sts, iam := b.google.Calls(googletest.Exchange), b.google.Calls(googletest.GenerateAccessToken); sts != 100 || iam != 100 {
+	if sts, iam := b.google.Calls(googletest.Exchange), b.google.Calls(googletest.GenerateAccessToken); sts != 100 ||
+		iam != 100 {
 		t.Errorf("%d exchanges, %d access tokens; want 100, 100", sts, iam)
 	}
 }
 
-// Nothing that is printed, logged, measured or shown holds a secret. The log is looked at by every test of the bed.
+// Nothing that is printed, logged, measured or shown holds a secret. The log is looked at by every
+// test of the bed.
 func TestNoSecrets(t *testing.T) {
 	b := newBed(t, "log: {level: debug}")
 	b.ready(t)
@@ -384,10 +402,12 @@ func TestNoSecrets(t *testing.T) {
 	}
 	stolen := tokenIn(t, b.ask(t, linked, "GET", accts+"default/token", "").body)
 	for _, m := range googletest.Methods {
-		b.google.Break(m, googletest.Fault{Status: 400, Body: `{"error":{"message":"%TOKEN%"},"error_description":"%TOKEN%"}`})
+		b.google.Break(m, googletest.Fault{Status: 400,
+			Body: `{"error":{"message":"%TOKEN%"},"error_description":"%TOKEN%"}`})
 	}
 	shown.WriteString(b.ask(t, linked, "GET", accts+"default/token?scopes=https://www.googleapis.com/auth/other", "").body)
-	shown.WriteString(b.ask(t, unlinked, "GET", accts+"default/token?scopes=https://www.googleapis.com/auth/other", "Authorization: Bearer "+stolen).body)
+	shown.WriteString(b.ask(t, unlinked, "GET", accts+"default/token?scopes=https://www.googleapis.com/auth/other",
+		"Authorization: Bearer "+stolen).body)
 	b.ask(t, linked, "GET", "/computeMetadata/v1/"+stolen+"?x="+stolen, "Host: "+"h"+stolen[:30])
 
 	st, err := json.Marshal(b.Status())
@@ -417,7 +437,8 @@ func TestNoSecrets(t *testing.T) {
 	}
 }
 
-// Whoever fills up the limit of the address that the watchdog's probe comes from does not silence it.
+// Whoever fills up the limit of the address that the watchdog's probe comes from does not silence
+// it.
 func TestProbeIsOutOfReach(t *testing.T) {
 	b := newBed(t, "limits: {connectionsPerPod: 2}")
 	b.ready(t)

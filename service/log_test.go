@@ -41,7 +41,8 @@ func TestLogFormat(t *testing.T) {
 }
 
 func TestJournalName(t *testing.T) {
-	for name, want := range map[string]string{"pod": "POD", "service_account": "SERVICE_ACCOUNT", "_pid": "PID", "a.b-c": "A_B_C", "é1": "1"} {
+	for name, want := range map[string]string{"pod": "POD", "service_account": "SERVICE_ACCOUNT", "_pid": "PID",
+		"a.b-c": "A_B_C", "é1": "1"} {
 		if got := journalName(name); got != want {
 			t.Errorf("%s: %s, want %s", name, got, want)
 		}

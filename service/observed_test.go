@@ -13,7 +13,8 @@ func TestObservedIsSummed(t *testing.T) {
 	dir := t.TempDir()
 	state := `{"desired": "installed", "mode": "observe", "listen": "169.254.169.252:988", "since": "2026-01-01T00:00:00Z",
 		"standing": {"time": "2026-01-01T00:00:00Z", "good": true}, "observed": [
-		{"cgroup": "/kubepods.slice/kubepods-pod11111111_2222_3333_4444_555555555555.slice/cri-containerd-a.scope", "connects": 7},
+		{"cgroup": "/kubepods.slice/kubepods-pod11111111_2222_3333_4444_555555555555.slice/cri-containerd-a.scope",
+			"connects": 7},
 		{"cgroup": "/kubepods/besteffort/podbeefbeef-2222-3333-4444-555555555555/b", "connects": 3, "hostNetwork": true},
 		{"cgroup": "", "connects": 2}]}`
 	if err := os.WriteFile(filepath.Join(dir, "routing.json"), []byte(state), 0o600); err != nil {

@@ -36,7 +36,8 @@ func TestNotConfigured(t *testing.T) {
 		{v1 + "project/project-id", "there is no such file", 503},
 	} {
 		res := b.ask(t, linked, "GET", tt.path, "")
-		if res.StatusCode != tt.status || !strings.Contains(res.body, tt.body) || res.Header.Get("Metadata-Flavor") != "Google" {
+		if res.StatusCode != tt.status || !strings.Contains(res.body, tt.body) ||
+			res.Header.Get("Metadata-Flavor") != "Google" {
 			t.Errorf("%s: %d %q, want %d %q", tt.path, res.StatusCode, res.body, tt.status, tt.body)
 		}
 	}
@@ -46,7 +47,8 @@ func TestNotConfigured(t *testing.T) {
 	b.write(t, "config.yaml", "projectID: my-project\nroutign: {}\n")
 	b.eventually(t, "the new faults are told", func() bool {
 		body := b.ask(t, linked, "GET", accts+"default/token", "").body
-		return strings.Contains(body, "config.yaml:2: routign: there is no such key") && strings.Contains(body, "workloadIdentityProvider")
+		return strings.Contains(body, "config.yaml:2: routign: there is no such key") &&
+			strings.Contains(body, "workloadIdentityProvider")
 	})
 	b.configure(t)
 	b.eventually(t, "the mended file is in force", func() bool { return b.active().Broken == nil })
@@ -82,7 +84,8 @@ func TestReload(t *testing.T) {
 	}
 	b.write(t, "config.yaml", string(good)+"prefetch: sometimes\n")
 	b.hangUp()
-	b.eventually(t, "the fault is logged", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
+	b.eventually(t, "the fault is logged",
+		func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
 	if b.active().backend != before || b.ask(t, linked, "GET", accts+"default/token", "").StatusCode != 200 {
 		t.Error("a broken configuration changed something")
 	}
@@ -134,7 +137,8 @@ func TestReloadLosesNothing(t *testing.T) {
 	go func() { minted <- b.ask(t, linked, "GET", accts+"default/token", "") }()
 	b.eventually(t, "it is being minted", func() bool { return b.google.Calls(googletest.Exchange) > 0 })
 	const latecomer = "127.0.0.42"
-	// 127.0.0.42 is the node's own, and so refused at once; a pod that has the address twice is held like one that is not known.
+	// 127.0.0.42 is the node's own, and so refused at once; a pod that has the address twice is held
+	// like one that is not known.
 	b.addPod("one", latecomer, nil)
 	b.addPod("two", latecomer, nil)
 	b.eventually(t, "two pods have the address", func() bool {
@@ -155,7 +159,8 @@ func TestReloadLosesNothing(t *testing.T) {
 	}
 }
 
-// A listen address that a reload changes is followed, or the reload is refused; what the rules lead to decides readiness.
+// A listen address that a reload changes is followed, or the reload is refused; what the rules lead
+// to decides readiness.
 func TestListenChanges(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
@@ -165,7 +170,8 @@ func TestListenChanges(t *testing.T) {
 	}
 	b.replace(t, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+other.Addr().String()+"\n")
 	b.hangUp()
-	b.eventually(t, "the reload is refused", func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
+	b.eventually(t, "the reload is refused",
+		func() bool { return strings.Contains(b.log.String(), "the one before stays in force") })
 	b.write(t, "routing.json", `{"desired":"installed","mode":"iptables","listen":"`+other.Addr().String()+`"}`)
 	if err := b.readiness(t.Context()); err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
 		t.Errorf("the rules lead elsewhere, and readiness is %v", err)
@@ -184,7 +190,8 @@ func TestListenChanges(t *testing.T) {
 	}
 }
 
-// A reload to attestation by the kernel has it asked from then on, and ends what connections had by their address.
+// A reload to attestation by the kernel has it asked from then on, and ends what connections had by
+// their address.
 func TestReloadToKernel(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
@@ -199,8 +206,13 @@ func TestReloadToKernel(t *testing.T) {
 	}
 	b.replace(t, "config.yaml", "attestation: {mode: source-ip}", "attestation: {mode: kernel}")
 	b.hangUp()
-	b.eventually(t, "the kernel is asked", func() bool { k := b.Status().Attestation.Kernel; return k != nil && k.Hierarchy != "" })
-	if a := exchangeOn(kept, r, accts+"default/email"); a.Status != 503 || !a.Close || !strings.Contains(a.Body, "connect again") {
+	b.eventually(t, "the kernel is asked", func() bool {
+		k := b.Status().Attestation.Kernel
+		return k != nil &&
+			k.Hierarchy != ""
+	})
+	if a := exchangeOn(kept, r, accts+"default/email"); a.Status != 503 || !a.Close ||
+		!strings.Contains(a.Body, "connect again") {
 		t.Errorf("the connection that was known by its address: %+v", a)
 	}
 	if res := b.ask(t, linked, "GET", accts+"default/email", ""); res.StatusCode == 200 {
@@ -208,11 +220,12 @@ func TestReloadToKernel(t *testing.T) {
 	}
 	b.replace(t, "config.yaml", "attestation: {mode: kernel}", "attestation: {mode: source-ip}")
 	b.hangUp()
-	b.eventually(t, "pods are served by address again", func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
+	b.eventually(t, "pods are served by address again",
+		func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
 }
 
-// A file that was edited into something broken is told while the service runs on what it read before: not only by the
-// next restart, and without a reload.
+// A file that was edited into something broken is told while the service runs on what it read
+// before: not only by the next restart, and without a reload.
 func TestBrokenFileIsTold(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -261,11 +274,12 @@ func TestBrokenFileIsTold(t *testing.T) {
 	if err := os.Remove(filepath.Join(b.dir, "ca.pem")); err != nil {
 		t.Fatal(err)
 	}
-	b.eventually(t, "the file that is gone is told", func() bool { return strings.Contains(b.Status().ConfigFile, "ca.pem") })
+	b.eventually(t, "the file that is gone is told",
+		func() bool { return strings.Contains(b.Status().ConfigFile, "ca.pem") })
 }
 
-// A reload keeps what it does not change, and no counter falls: watch and cache stay where the number of connections
-// changes, and where they are replaced the next ones count on.
+// A reload keeps what it does not change, and no counter falls: watch and cache stay where the
+// number of connections changes, and where they are replaced the next ones count on.
 func TestReloadKeepsCounters(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
@@ -289,7 +303,8 @@ func TestReloadKeepsCounters(t *testing.T) {
 	}
 	b.ask(t, linked, "GET", accts+"default/token", "")
 	counted := counters()
-	for _, want := range []string{"attestations_total", "kube_requests_total", "token_cache_requests_total", "mints_total"} {
+	for _, want := range []string{"attestations_total", "kube_requests_total", "token_cache_requests_total",
+		"mint_steps_total"} {
 		if !slices.ContainsFunc(slices.Collect(maps.Keys(counted)), func(name string) bool {
 			return strings.HasPrefix(name, "gke_metadata_emulator_"+want) && counted[name] > 0
 		}) {

@@ -26,7 +26,8 @@ func opened(t *testing.T, n int, dial func(i int) net.Conn) (all []net.Conn) {
 	return all
 }
 
-// Any pod on the host network reaches healthListen: connections that it leaves idle hold nothing, and keep nobody out.
+// Any pod on the host network reaches healthListen: connections that it leaves idle hold nothing,
+// and keep nobody out.
 func TestHealthListenIsBounded(t *testing.T) {
 	b := newWorld(t)
 	b.configure(t)
@@ -39,7 +40,8 @@ func TestHealthListenIsBounded(t *testing.T) {
 	l.Close()
 	b.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+addr)
 	b.start(t)
-	prometheus := &http.Client{Transport: &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}}).DialContext}}
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}}
+	prometheus := &http.Client{Transport: &http.Transport{DialContext: from.DialContext}}
 	scrape := func() {
 		t.Helper()
 		for _, path := range []string{"/metrics", "/healthz"} {
@@ -62,10 +64,12 @@ func TestHealthListenIsBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.WriteString(c, "GET /nothing HTTP/1.1\r\nHost: health\r\n\r\n"); err != nil { // and is kept alive after it
+		// and is kept alive after it
+		if _, err := io.WriteString(c, "GET /nothing HTTP/1.1\r\nHost: health\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		if res := readResponse(t, bufio.NewReader(c), "GET"); res.StatusCode != 404 || res.Header.Get("Metadata-Flavor") != "" {
+		if res := readResponse(t, bufio.NewReader(c), "GET"); res.StatusCode != 404 ||
+			res.Header.Get("Metadata-Flavor") != "" {
 			t.Fatalf("%d %v", res.StatusCode, res.Header)
 		}
 		return c
@@ -99,7 +103,8 @@ func TestMadeUpAddresses(t *testing.T) {
 	ask(kept)
 	const maxUnknown = 2000 // of clients that are an address and nothing else
 	opened(t, maxUnknown+500, func(i int) net.Conn { return b.dial(t, fmt.Sprintf("127.3.%d.1", i/100)) })
-	b.eventually(t, "all were accepted", func() bool { return b.counted(t, "connections_closed_total", "made-room") >= 500 })
+	b.eventually(t, "all were accepted",
+		func() bool { return b.counted(t, "connections_closed_total", "made-room") >= 500 })
 	if n := b.server.Connections().Open; n > maxUnknown+1 {
 		t.Errorf("%d connections are open", n)
 	}

@@ -37,16 +37,19 @@ func ends(t *testing.T, run func(context.Context) error) error {
 	}
 }
 
-// A second `serve` by hand ends, names the process of the first, and leaves the first one's status socket.
+// A second `serve` by hand ends, names the process of the first, and leaves the first one's status
+// socket.
 func TestSecondServe(t *testing.T) {
 	b := newBed(t)
 	err := ends(t, func(ctx context.Context) error {
 		return Run(ctx, Options{Load: b.read, RunDir: b.dir, Version: "second", Stderr: io.Discard})
 	})
-	if want := fmt.Sprintf("process %d (", os.Getpid()); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "systemctl stop") {
+	if want := fmt.Sprintf("process %d (", os.Getpid()); err == nil || !strings.Contains(err.Error(), want) ||
+		!strings.Contains(err.Error(), "systemctl stop") {
 		t.Errorf("%v, want %q", err, want)
 	}
-	if text, err := status.Fetch(t.Context(), filepath.Join(b.dir, "status.sock")); err != nil || !strings.Contains(string(text), `"version": "test"`) {
+	if text, err := status.Fetch(t.Context(), filepath.Join(b.dir, "status.sock")); err != nil ||
+		!strings.Contains(string(text), `"version": "test"`) {
 		t.Errorf("status of the first: %v %s", err, text)
 	}
 }
@@ -153,7 +156,8 @@ func TestAddressInUse(t *testing.T) {
 		t.Errorf("%v, want %q", err, want)
 	}
 	log := new(syncBuffer)
-	s := newService(Options{Load: func() (config.Config, error) { return config.Config{}, nil }, RunDir: t.TempDir(), Stderr: log})
+	s := newService(Options{Load: func() (config.Config, error) { return config.Config{}, nil }, RunDir: t.TempDir(),
+		Stderr: log})
 	if err := s.serveHealth(t.Context(), addrPortOf(l)); err != nil || !strings.Contains(log.String(), want) {
 		t.Errorf("%v, %s, want %q", err, log, want)
 	}

@@ -152,8 +152,8 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 }
 
 // gather collects the metrics of the process, and the gauges of the backend that is in force. One
-// scrape does so at a time: each starts a goroutine for every collector, and a flood of scrapes would
-// have pods wait for all of them.
+// scrape does so at a time: each starts a goroutine for every collector, and a flood of scrapes
+// would have pods wait for all of them.
 func (s *Service) gather() prometheus.Gatherer {
 	var one sync.Mutex
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {

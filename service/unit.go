@@ -28,7 +28,7 @@ type systemd interface {
 // not reach the cloud's own metadata server. An error means that systemd could not be
 // asked: then it must count as no.
 func StoppedForGood(ctx context.Context) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, patienceWithSystemd)
+	ctx, cancel := context.WithTimeout(ctx, systemdTimeout)
 	defer cancel()
 	c, err := connectToSystemd(ctx)
 	if err != nil {
@@ -42,7 +42,7 @@ func StoppedForGood(ctx context.Context) (bool, error) {
 // connection of the last moment that waits there for somebody to answer would start us again
 // otherwise, and the rules with us.
 func StopListening(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, patienceWithSystemd)
+	ctx, cancel := context.WithTimeout(ctx, systemdTimeout)
 	defer cancel()
 	c, err := connectToSystemd(ctx)
 	if err == nil {
@@ -55,7 +55,7 @@ func StopListening(ctx context.Context) error {
 	return nil
 }
 
-const patienceWithSystemd = 4 * time.Second // for each of two questions; TimeoutStopSec= of the unit is 10 s
+const systemdTimeout = 4 * time.Second // for each of two questions; TimeoutStopSec= of the unit is 10 s
 
 func connectToSystemd(ctx context.Context) (*dbus.Conn, error) {
 	c, err := dbus.NewSystemdConnectionContext(ctx) // its private socket: also where D-Bus is not up yet, or down already

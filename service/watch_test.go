@@ -9,7 +9,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// The watcher has no port of its own: what it counts is in the file that it leaves, and the service shows it (R-25).
+// The watcher has no port of its own: what it counts is in the file that it leaves, and the service
+// shows it (R-25).
 func TestRepairsAreShown(t *testing.T) {
 	dir := t.TempDir()
 	state := `{"desired": "installed", "installs": 5, "standing": {"time": "2026-01-01T00:00:00Z", "good": true},
@@ -30,10 +31,12 @@ func TestRepairsAreShown(t *testing.T) {
 		}
 		for _, m := range f.GetMetric() {
 			labels := m.GetLabel() // in the order of their names
-			got[labels[1].GetName()+"="+labels[1].GetValue()+" "+labels[0].GetName()+"="+labels[0].GetValue()] = m.GetCounter().GetValue()
+			name := labels[1].GetName() + "=" + labels[1].GetValue() + " " + labels[0].GetName() + "=" + labels[0].GetValue()
+			got[name] = m.GetCounter().GetValue()
 		}
 	}
-	want := map[string]float64{"layer=iptables cause=nftables": 3, "layer=iptables cause=sweep": 1, "layer=ip-rule cause=ip-rule": 2}
+	want := map[string]float64{"layer=iptables cause=nftables": 3, "layer=iptables cause=sweep": 1,
+		"layer=ip-rule cause=ip-rule": 2}
 	if !maps.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}

@@ -19,8 +19,9 @@ import (
 )
 
 const (
-	audience = "//iam.googleapis.com/projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
-	gsa      = "reader@my-project.iam.gserviceaccount.com"
+	audience = "//iam.googleapis.com/projects/123456789012/locations/global/workloadIdentityPools/my-pool/" +
+		"providers/my-cluster"
+	gsa = "reader@my-project.iam.gserviceaccount.com"
 )
 
 // healthy is a node on which all is well.

@@ -200,12 +200,12 @@ func (o oneToken) Account(context.Context, workload.ServiceAccount, time.Duratio
 func (o oneToken) Token(context.Context, workload.ServiceAccount) (string, error) { return o.jwt, nil }
 
 // askRoot asks the metadata server for what clients probe. dial is nil for a process of the node.
-func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration,
+func askRoot(ctx context.Context, at netip.AddrPort, timeout time.Duration,
 	dial func(ctx context.Context, network, address string) (net.Conn, error)) (a answered) {
 	if dial == nil {
 		dial = new(net.Dialer).DialContext
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	client := http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}, // and never by a proxy
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
@@ -283,8 +283,8 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 // looked at who drops it.
 func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at netip.AddrPort) (t trial) {
 	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
-	const patience = 3 * time.Second // a client's
-	if t.answered = askRoot(ctx, at, patience, pod.Dial); t.err != nil {
+	const timeout = 3 * time.Second // a client's
+	if t.answered = askRoot(ctx, at, timeout, pod.Dial); t.err != nil {
 		t.dropped, t.traceErr = pod.Dropped(ctx, from, func() { t.answered = askRoot(ctx, at, time.Second, pod.Dial) })
 	}
 	return t

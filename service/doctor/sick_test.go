@@ -286,8 +286,8 @@ var sickNodes = []sickNode{
 		dualStack(r)
 		r.trial6.answered = answered{status: 200, server: "Metadata Server for VM"}
 	}, Fail, "Google Compute Engine's metadata server answered in the emulator's place", installRules},
-	{"connection6", func(r *nodeReport) { dualStack(r); r.trial6 = trial{impossible: errors.New("no IPv6 on gme-doctor")} },
-		Warn, "no IPv6 on gme-doctor", "default.disable_ipv6"},
+	{"connection6", func(r *nodeReport) { dualStack(r); r.trial6 = trial{impossible: errors.New("no IPv6 here")} },
+		Warn, "no IPv6 here", "default.disable_ipv6"},
 	{"connection6", func(r *nodeReport) {
 		dualStack(r)
 		r.trial = trial{impossible: routing.ErrPermission}

@@ -16,12 +16,12 @@ import (
 
 // connections counts the open connections of each pod, of each unit of the node, and of each
 // address where that is all that is known at accept, so that nobody can take those of the others.
-// room.go bounds the number of all connections.
+// admission.go bounds the number of all connections.
 type connections struct {
-	limit func() int                // limits.connectionsPerPod
-	ours  func(netip.AddrPort) bool // our own, which count for nothing
-	look  func(*attest.Peer)        // finds out who is on the other end
-	room                            // of all
+	limit     func() int                // limits.connectionsPerPod
+	ours      func(netip.AddrPort) bool // our own, which count for nothing
+	look      func(*attest.Peer)        // finds out who is on the other end
+	admission                           // of all
 }
 
 // connection is what we know of one.
@@ -41,7 +41,7 @@ type connection struct {
 }
 
 func newConnections(limit func() int, ours func(netip.AddrPort) bool, look func(*attest.Peer)) *connections {
-	return &connections{limit: limit, ours: ours, look: look, room: newRoom(maxConnections, maxUnknown)}
+	return &connections{limit: limit, ours: ours, look: look, admission: newAdmission(maxConnections, maxUnknown)}
 }
 
 type connectionKey struct{}

@@ -40,8 +40,8 @@ func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(con
 	// Any pod on the host network reaches it: a few connections are enough for Prometheus and
 	// probes, and whoever comes is let in.
 	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
-	x.room = newRoom(maxHealth, maxHealth)
-	x.cutAnswered = true
+	x.admission = newAdmission(maxHealth, maxHealth)
+	x.evictAnswering = true
 	return s.serveInternal(ctx, s.bounded(l, true), mux, x)
 }
 

@@ -24,7 +24,7 @@ type metrics struct {
 	series map[outcome]series
 }
 
-func newMetrics(r prometheus.Registerer, connections *room) *metrics {
+func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 	m := &metrics{
 		series: map[outcome]series{},
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -47,7 +47,7 @@ func newMetrics(r prometheus.Registerer, connections *room) *metrics {
 			Help: "Connections of pods that were closed since too many were open, by outcome: idle ones that made " +
 				"room, and new ones that found none.",
 			ConstLabels: prometheus.Labels{"outcome": "made-room"},
-		}, func() float64 { return float64(connections.cut.Load()) }),
+		}, func() float64 { return float64(connections.evicted.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_connections_closed_total",
 			Help: "Connections of pods that were closed since too many were open, by outcome: idle ones that made " +

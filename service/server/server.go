@@ -1,7 +1,7 @@
 // Package server answers one question: what does a pod get for its request?
 //
-// It is the HTTP server: connections and their bounds (room.go), what is refused for its header
-// alone (rules.go), what an error becomes (refusal.go), what goes to another cloud's server
+// It is the HTTP server: connections and their bounds (admission.go), what is refused for its
+// header alone (rules.go), what an error becomes (refusal.go), what goes to another cloud's server
 // (passthrough.go), the metadata tree as one literal (tree.go), and one audit line for each token
 // (audit.go). No other package sees a ResponseWriter. Which configuration is in force is the
 // caller's to say, by Activate.
@@ -89,7 +89,7 @@ func New(o Options, first *Active) *Server {
 	s.active.Store(first)
 	s.connections = newConnections(s.limit, s.probe.is, s.look)
 	s.connections.vouched = s.vouched
-	s.metrics = newMetrics(o.Registerer, &s.connections.room)
+	s.metrics = newMetrics(o.Registerer, &s.connections.admission)
 	s.web = &http.Server{
 		Handler:           s,
 		ConnContext:       s.connections.accept,

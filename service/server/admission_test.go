@@ -10,14 +10,15 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// crowd has connections enter a room, by the names of their clients; "known" is one that is known.
+// crowd has connections ask for admission, by the names of their clients; "known" is one that is
+// known.
 type crowd struct {
-	room
+	admission
 	of map[string][]*connection
 }
 
 func newCrowd(most, unknown int) *crowd {
-	c := &crowd{room: newRoom(most, unknown), of: map[string][]*connection{}}
+	c := &crowd{admission: newAdmission(most, unknown), of: map[string][]*connection{}}
 	c.vouched = func(p *attest.Peer) bool { return p.Client.Addr().Is4() }
 	return c
 }
@@ -48,7 +49,7 @@ func (c *crowd) openOf(client string) (n int) {
 
 // Clients that nobody vouches for take a part of the room, whoever has most makes room for others,
 // and nobody does who is being answered.
-func TestRoom(t *testing.T) {
+func TestAdmission(t *testing.T) {
 	c := newCrowd(100, 40)
 	for range 60 {
 		if !c.enters("known") {
@@ -92,12 +93,12 @@ func TestRoom(t *testing.T) {
 		c.leave(x)
 	}
 	if c.unknown != 0 || len(c.parties) != 0 {
-		t.Errorf("%d unknown, %d parties in an empty room", c.unknown, len(c.parties))
+		t.Errorf("%d unknown, %d parties when all have left", c.unknown, len(c.parties))
 	}
 }
 
 // A full room of known clients takes one more, of whoever has fewer.
-func TestRoomOfKnownClients(t *testing.T) {
+func TestAdmissionOfKnownClients(t *testing.T) {
 	c := newCrowd(100, 40)
 	for i := range 100 {
 		c.enters([]string{"known a", "known a", "known a", "known b"}[i%4])
@@ -108,9 +109,9 @@ func TestRoomOfKnownClients(t *testing.T) {
 }
 
 // Where nothing is idle and answers are short, the one that takes longest is cut off.
-func TestRoomForShortAnswers(t *testing.T) {
+func TestAdmissionOfShortAnswers(t *testing.T) {
 	c := newCrowd(4, 4)
-	c.cutAnswered = true
+	c.evictAnswering = true
 	for i := range 6 {
 		if !c.enters(fmt.Sprint(i)) {
 			t.Error("no room")

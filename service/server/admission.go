@@ -22,16 +22,16 @@ const (
 	maxHealth = 64 // connections of healthListen; Prometheus and a probe use one each
 )
 
-// room bounds the connections that are open at once.
-type room struct {
+// admission bounds the connections that are open at once.
+type admission struct {
 	most, mostUnknown int
 	// where every connection waits for an answer, close the one that waits longest
-	cutAnswered bool
-	vouched     func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
+	evictAnswering bool
+	vouched        func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
 
 	idle      atomic.Int64 // connections between two requests
 	answering atomic.Int64 // connections whose request is being answered
-	cut       atomic.Int64 // connections that were closed for others
+	evicted   atomic.Int64 // connections that were closed for others
 	refused   atomic.Int64 // connections that found no room
 
 	mu      sync.Mutex
@@ -40,7 +40,7 @@ type room struct {
 	parties map[attest.Party]*atomic.Int64 // how many each has open
 }
 
-// held is what room knows of a connection.
+// held is what admission knows of a connection.
 type held struct {
 	conn  net.Conn
 	known atomic.Bool  // somebody vouches for the client
@@ -49,100 +49,101 @@ type held struct {
 	since atomic.Int64 // when it was accepted, or one of these changed: Unix time in ns
 }
 
-func newRoom(most, unknown int) room {
-	return room{most: most, mostUnknown: unknown, all: map[*connection]bool{}, parties: map[attest.Party]*atomic.Int64{}}
+func newAdmission(most, unknown int) admission {
+	return admission{most: most, mostUnknown: unknown, all: map[*connection]bool{},
+		parties: map[attest.Party]*atomic.Int64{}}
 }
 
 // enter counts a connection of which nobody knows yet whose it is. It returns false if there is no
 // room for it.
-func (r *room) enter(c *connection) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(r.all) >= r.most && !r.makeRoom(false) {
-		r.refused.Add(1)
+func (a *admission) enter(c *connection) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.all) >= a.most && !a.evict(false) {
+		a.refused.Add(1)
 		return false
 	}
 	c.since.Store(time.Now().UnixNano())
-	r.all[c] = true // until settle says otherwise
+	a.all[c] = true // until settle says otherwise
 	return true
 }
 
 // settle counts a connection that entered for its party, and returns how many that one has now; 0
 // if there is no room for it.
-func (r *room) settle(c *connection) int64 {
-	known := r.vouched != nil && r.vouched(c.peer)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if _, open := r.all[c]; !open {
+func (a *admission) settle(c *connection) int64 {
+	known := a.vouched != nil && a.vouched(c.peer)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, open := a.all[c]; !open {
 		return 0
 	}
-	if !known && r.unknown >= r.mostUnknown && !r.makeRoom(true) {
-		r.refused.Add(1)
-		delete(r.all, c)
+	if !known && a.unknown >= a.mostUnknown && !a.evict(true) {
+		a.refused.Add(1)
+		delete(a.all, c)
 		return 0
 	}
 	c.known.Store(known)
-	r.all[c] = known
+	a.all[c] = known
 	if !known {
-		r.unknown++
+		a.unknown++
 	}
-	if r.parties[c.party] == nil {
-		r.parties[c.party] = new(atomic.Int64)
+	if a.parties[c.party] == nil {
+		a.parties[c.party] = new(atomic.Int64)
 	}
-	c.open = r.parties[c.party]
+	c.open = a.parties[c.party]
 	return c.open.Add(1)
 }
 
 // know notes that the client was attested: its connection is not an unknown one any more.
-func (r *room) know(c *connection) {
+func (a *admission) know(c *connection) {
 	if c.known.Load() || c.open == nil {
 		return
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if known, open := r.all[c]; open && !known {
-		r.all[c] = true
-		r.unknown--
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if known, open := a.all[c]; open && !known {
+		a.all[c] = true
+		a.unknown--
 		c.known.Store(true)
 	}
 }
 
 // leave counts a connection no more. It can be called again.
-func (r *room) leave(c *connection) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.forget(c)
+func (a *admission) leave(c *connection) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.forget(c)
 }
 
-// forget is called with r.mu held.
-func (r *room) forget(c *connection) {
-	known, open := r.all[c]
+// forget is called with a.mu held.
+func (a *admission) forget(c *connection) {
+	known, open := a.all[c]
 	if !open {
 		return
 	}
-	delete(r.all, c)
+	delete(a.all, c)
 	if !known {
-		r.unknown--
+		a.unknown--
 	}
 	if c.open != nil && c.open.Add(-1) == 0 {
-		delete(r.parties, c.party)
+		delete(a.parties, c.party)
 	}
 }
 
-// makeRoom closes connections that wait for no answer: those of unknown clients first, then those
+// evict closes connections that wait for no answer: those of unknown clients first, then those
 // of whoever has most, then those that have waited longest. It closes an eighth of them, so that
-// the next newcomers need no search. It is called with r.mu held.
-func (r *room) makeRoom(unknownOnly bool) bool {
-	victims := r.waiting(unknownOnly, false)
+// the next newcomers need no search. It is called with a.mu held.
+func (a *admission) evict(unknownOnly bool) bool {
+	victims := a.waiting(unknownOnly, false)
 	if n := len(victims); n > 0 {
 		victims = victims[:(n+7)/8]
-	} else if r.cutAnswered {
-		victims = r.waiting(unknownOnly, true)
+	} else if a.evictAnswering {
+		victims = a.waiting(unknownOnly, true)
 		victims = victims[:min(1, len(victims))]
 	}
 	for _, v := range victims {
-		r.cut.Add(1)
-		r.forget(v.connection)
+		a.evicted.Add(1)
+		a.forget(v.connection)
 		reset(v.conn)
 	}
 	return len(victims) > 0
@@ -157,9 +158,9 @@ type victim struct {
 
 // waiting returns the connections that wait for an answer, or those that do not; the first to be
 // closed stands first.
-func (r *room) waiting(unknownOnly, asked bool) []victim {
+func (a *admission) waiting(unknownOnly, asked bool) []victim {
 	var all []victim
-	for c, known := range r.all {
+	for c, known := range a.all {
 		if c.open != nil && c.asked.Load() == asked && !(unknownOnly && known) { // the others are being looked up
 			all = append(all, victim{c, known, c.open.Load(), c.since.Load()})
 		}
@@ -174,17 +175,17 @@ func (r *room) waiting(unknownOnly, asked bool) []victim {
 }
 
 // open returns the number of open connections.
-func (r *room) open() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.all)
+func (a *admission) open() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.all)
 }
 
 // each calls f for the connections whose request is being answered, or for the others.
-func (r *room) each(asked bool, f func(*connection)) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for c := range r.all {
+func (a *admission) each(asked bool, f func(*connection)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for c := range a.all {
 		if c.asked.Load() == asked {
 			f(c)
 		}
