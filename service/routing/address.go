@@ -71,7 +71,7 @@ func isLocal(a netip.Addr) (bool, error) {
 // installAddress puts the Plan's listen address on lo where it is wanted, or in mode loopback makes the metadata server's our own. What an
 // earlier Plan wanted goes when nothing leads there any more (see removeEarlier).
 func installAddress(p Plan) error {
-	if p.Mode == ModeLoopback {
+	if p.traits().localServer {
 		err := installLocalRoute()
 		if err == nil && p.Link != "" {
 			err = installLink(p.Link)
@@ -99,7 +99,7 @@ func installAddress(p Plan) error {
 func removeEarlier(p Plan, s nodeFacts) error {
 	keep := p.Listen.Addr()
 	var errs []error
-	if p.Mode == ModeLoopback {
+	if p.traits().localServer {
 		keep = netip.Addr{}
 		errs = append(errs, removeLinks(p.Link))
 	} else {
@@ -185,7 +185,7 @@ func removeAddress(keep netip.Addr) error {
 }
 
 func checkAddress(p Plan) []error {
-	if p.Mode == ModeLoopback {
+	if p.traits().localServer {
 		errs := checkLocalRoute()
 		if p.Link != "" {
 			errs = append(errs, checkLink(p.Link)...)

@@ -17,16 +17,17 @@ func backends(p Plan) (use, other string) {
 		return p.Binary, ""
 	}
 	use, other = "iptables", "iptables-legacy"
+	legacy := other
 	if _, err := exec.LookPath(use); err != nil {
 		return use, ""
 	}
 	if isLegacy(use) {
-		other = "iptables-nft"
+		legacy, other = use, "iptables-nft"
 	}
 	if _, err := exec.LookPath(other); err != nil {
 		return use, ""
 	}
-	if kubelets := kubeletChains(); kubelets[isLegacy(other)] && !kubelets[isLegacy(use)] {
+	if kubelets := kubeletChains(legacy); kubelets[isLegacy(other)] && !kubelets[isLegacy(use)] {
 		p.Log.WithFields(map[string]any{"command": other, "default": use}).
 			Info("kubelet's iptables rules are in the other backend: using that")
 		use, other = other, use
@@ -34,15 +35,16 @@ func backends(p Plan) (use, other string) {
 	return use, other
 }
 
-// kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy one.
-func kubeletChains() map[bool]bool {
+// kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy one, which has the
+// command.
+func kubeletChains(legacy string) map[bool]bool {
 	found := map[bool]bool{}
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
 		if yes, err := nftChainExists(ipv4, "mangle", name); err == nil && yes {
 			found[false] = true
 		}
 		if yes, err := legacyTable("mangle", ipv4); err == nil && yes && !found[true] {
-			if x, err := openXtables("iptables-legacy", true, ipv4); err == nil {
+			if x, err := openXtables(legacy, true, ipv4); err == nil {
 				found[true], _ = x.ChainExists("mangle", name)
 			}
 		}

@@ -18,6 +18,7 @@ type chainState struct {
 	before []string // rules of the base chain that a packet meets before the first of them
 	faults []error  // what the Plan wants and is not there, or stands and should not
 
+	unlisted    bool  // it holds a rule that iptables cannot list
 	foreign     error // who else jumps to it
 	redirection error // who else redirects the metadata server in the base chain
 }
@@ -55,7 +56,7 @@ func (x *xtables) read(ctx context.Context, chains []chain) (map[string]chainSta
 func (x *xtables) state(ctx context.Context, c chain) (s chainState, err error) {
 	s.rules, s.exists, err = x.list(ctx, c.table, c.name)
 	if errors.Is(err, errIncompatible) {
-		s.rules, s.exists, err = []string{"(rules that iptables cannot list)"}, true, nil
+		s.exists, s.unlisted, err = true, true, nil
 	}
 	if err == nil && (s.exists || c.table == "nat") {
 		err = x.readBase(ctx, c, &s)
@@ -168,6 +169,9 @@ func (x *xtables) compare(ctx context.Context, c chain, s chainState) (errs []er
 		if before != "" {
 			errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.base, c.jump(), before))
 		}
+	}
+	if s.unlisted {
+		return append(errs, x.missing(c, "the rules of %s are not ours alone: nft put one there", c.name)), nil
 	}
 	more, err := x.compareRules(ctx, c, s.rules)
 	return append(errs, more...), err

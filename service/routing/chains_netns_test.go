@@ -16,7 +16,7 @@ func TestChainState(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		pre := ownChains()[len(ownChains())-1]
-		const ours, fromNFT = "-m comment --comment gke-metadata-emulator -j GME-PRE", "insert rule ip nat PREROUTING tcp dport { 7, 8 } accept"
+		const ours, fromNFT = "-m comment --comment gke-metadata-emulator -j GME-PRE", "insert rule ip nat PREROUTING tcp dport { 7, 8 } dnat to 10.244.0.77"
 		for _, c := range []struct {
 			name, put string
 			exists    bool
@@ -51,6 +51,9 @@ func TestChainState(t *testing.T) {
 						if err != nil {
 							return err
 						}
+						if _, _, err = x.list(t.Context(), "nat", "PREROUTING"); errors.Is(err, errIncompatible) != unlisted {
+							t.Errorf("a rule of nft's %v: listed: %v", unlisted, err)
+						}
 						s, err = x.state(t.Context(), pre)
 						return err
 					}); err != nil {
@@ -67,7 +70,7 @@ func TestChainState(t *testing.T) {
 					}
 				}
 				if c.exists && b.plan.Binary == "iptables-nft" {
-					b.sh("nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } accept # handle //p')")
+					b.sh("nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } dnat to 10.244.0.77 # handle //p')")
 				}
 			})
 		}

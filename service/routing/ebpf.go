@@ -22,7 +22,7 @@ func openEBPF(p Plan) (*ebpfMode, error) {
 	return m, m.usable()
 }
 
-const detaching = "whoever detaches an eBPF program"
+const detaching = "detaching an eBPF program"
 
 func (m *ebpfMode) wakes() (c causes, silent string) { return causeNFTables | causeEBPF, detaching }
 

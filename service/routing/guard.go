@@ -64,7 +64,7 @@ const (
 // first of each family is the end of the guard, to which others go: it is added first and deleted
 // last. Mode loopback needs the uplinks.
 func guardRules(p Plan, s nodeFacts) (rules []policyRule) {
-	loopback := p.Mode == ModeLoopback && !p.Closed
+	loopback := p.traits().localServer && !p.Closed
 	guarded := p.Guard
 	if loopback {
 		guarded = append(slices.Clone(guarded), metadataServer) // else the host's own requests came to us too
@@ -161,7 +161,7 @@ func place(want, reach, others []policyRule) []policyRule {
 func reachRules(p Plan, s nodeFacts, six bool) (rules []policyRule) {
 	for _, l := range []netip.AddrPort{p.Listen, s.listen6} {
 		a := l.Addr()
-		if p.Closed || p.Mode == ModeLoopback || !l.IsValid() || a.Is6() != six || a.IsUnspecified() || a.IsLoopback() {
+		if p.Closed || p.traits().localServer || !l.IsValid() || a.Is6() != six || a.IsUnspecified() || a.IsLoopback() {
 			continue
 		}
 		rules = append(rules, policyRule{pref: usualPref, six: six, to: a, port: l.Port(),
@@ -327,7 +327,7 @@ func installGuard(p Plan, s nodeFacts) error {
 		return err
 	}
 	l, err := readRules(false)
-	if err != nil || p.Mode != ModeLoopback && slices.ContainsFunc(l.ours, policyRule.serves) {
+	if err != nil || !p.traits().localServer && slices.ContainsFunc(l.ours, policyRule.serves) {
 		return err
 	}
 	return trimGuard(p, s)

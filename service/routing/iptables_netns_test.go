@@ -247,3 +247,18 @@ func TestWrittenIsCounted(t *testing.T) {
 		}
 	})
 }
+
+// TestUnlistableChain: a rule of nft's in a chain of ours, which iptables cannot list, is named as a fault, and
+// the next install takes it away.
+func TestUnlistableChain(t *testing.T) {
+	b := newBed(t, "iptables-nft")
+	b.install(b.plan)
+	whole := b.ruleset()
+	b.sh("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")
+	if err := b.check(b.plan); !errors.Is(err, ErrMissing) || !strings.Contains(err.Error(), "-t nat the rules of GME-PRE are not ours alone") {
+		t.Errorf("check: %v", err)
+	}
+	b.install(b.plan)
+	b.same("repair", b.ruleset(), whole)
+	b.green(b.plan)
+}
