@@ -4,10 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // iptables is mode iptables: DNAT by whichever backend the node uses.
@@ -42,7 +43,7 @@ func openIPTables(p Plan, command string) (*iptables, error) {
 	if m.four, err = openXtables(m.use, m.legacy, false); err != nil {
 		return nil, fmt.Errorf("mode %s: %w: install it, or use routing mode %s, which needs no command", ModeIPTables, err, ModeNFTables)
 	}
-	if haveIPv6() {
+	if netobj.HaveIPv6() {
 		if m.six, m.noSix = openXtables(m.use, m.legacy, true); m.noSix != nil {
 			p.Log.WithError(m.noSix).Debug("no IPv6 rules")
 		}
@@ -239,8 +240,7 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 	// there are on any node with kube-proxy or a network that masquerades.
 	step("nat")
 	if !instead || !p.redirects() {
-		resetConnections(netip.Addr{})
-		resetAllSix()
+		resetListeners()
 	}
 	step("filter", "raw")
 	for _, r := range removals {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -32,7 +31,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan, surroundings{})) // closed, whatever else is not to be had
+			err = errors.Join(err, addObjects(r.plan, surroundings{}, onlyRules)) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
@@ -79,8 +78,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
 		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
 		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan, surroundings{})); err == nil {
-			err = errors.Join(checkGuard(r.plan, surroundings{})...)
+		if err = errors.Join(err, addObjects(r.plan, surroundings{}, onlyRules)); err == nil {
+			err = errors.Join(checkObjects(r.plan, surroundings{}, onlyRules)...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -107,7 +106,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
-	if err := removeEarlier(r.plan, n.surroundings); err != nil {
+	if err := trimObjects(r.plan, n.surroundings, everything); err != nil {
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
@@ -165,7 +164,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	listen := r.plan.Listen
-	l, err := readAddress(listen.Addr())
+	local, err := isLocal(listen.Addr())
 	if err != nil {
 		return n, nil, err
 	}
@@ -176,7 +175,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 			foreign = errors.Join(foreign, r.realServer())
 		}
 	}
-	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
+	if local || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
@@ -201,13 +200,13 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(n.surroundings); err != nil {
+	if err := addClosed(r.plan, n.surroundings); err != nil {
 		return err
 	}
 	if err := n.put(ctx, n.surroundings); err != nil {
 		return err
 	}
-	return installRoute(r.plan, n.surroundings)
+	return addObjects(r.plan, n.surroundings, everything)
 }
 
 // putAgain puts everything, whatever was found to be right.
@@ -219,17 +218,13 @@ func (r *router) putAgain(ctx context.Context, n *node) error {
 	return r.put(ctx, n)
 }
 
-func (r *router) putClosed(s surroundings) error {
-	return errors.Join(installAddress(r.plan), installGuard(r.plan, s), installListenRoute(s.listen6.Addr())) // closed, whatever else is not to be had
-}
-
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := r.putClosed(why.node.surroundings)
+	err := addClosed(r.plan, why.node.surroundings)
 	if err == nil {
-		err = errors.Join(installRoute(r.plan, why.node.surroundings), removeEarlier(r.plan, why.node.surroundings))
+		err = trimObjects(r.plan, why.node.surroundings, everything)
 	}
 	if err == nil {
 		err = errors.Join(r.checkShared(why.node.surroundings)...)
@@ -244,7 +239,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan, surroundings{})...)
+		return errors.Join(checkObjects(r.plan, surroundings{}, onlyRules)...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -253,7 +248,7 @@ func (r *router) Check(ctx context.Context) error {
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkGuard(r.plan, surroundings{}), err)...)
+		return errors.Join(append(checkObjects(r.plan, surroundings{}, onlyRules), err)...)
 	}
 	r.warnOvertaken(n.surroundings)
 	errs := r.check(ctx, n)
@@ -273,7 +268,7 @@ func (r *router) check(ctx context.Context, n *node) []error {
 
 // checkShared reads back what all modes have.
 func (r *router) checkShared(s surroundings) []error {
-	return slices.Concat(checkGuard(r.plan, s), checkAddress(r.plan), checkRoute(r.plan, s))
+	return checkObjects(r.plan, s, everything)
 }
 
 func (r *router) Remove(ctx context.Context) error {
@@ -295,7 +290,7 @@ func (r *router) Remove(ctx context.Context) error {
 }
 
 func (r *router) removeAll(ctx context.Context, state State) error {
-	errs := []error{removeLinks("")} // else the doors were gone before the address
+	errs := []error{trimObjects(Plan{}, surroundings{}, onLinks)} // else the doors were gone before the address
 	for _, p := range parts {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
@@ -303,7 +298,7 @@ func (r *router) removeAll(ctx context.Context, state State) error {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{}), removeListenRoutes(netip.Addr{})))
+	return r.readBack(state, trimObjects(Plan{}, surroundings{}, everything))
 }
 
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
