@@ -27,6 +27,7 @@ var importRules = []struct {
 	{"k8s.io/", []string{"service/kube"}, "Kubernetes' libraries are large and change often: one package knows them"},
 	{"github.com/cilium/ebpf", []string{"service/routing"}, "one package changes the node"},
 	{"github.com/google/nftables", []string{"service/routing"}, "one package changes the node"},
+	{"github.com/coreos/go-iptables", []string{"service/routing"}, "it runs commands"},
 	{"os/exec", []string{"service/routing", "packaging/gen"},
 		"the serving process starts no other: it has no right to, once it runs in its sandbox"},
 	{"github.com/mdlayher/netlink", []string{"service/routing/netobj"},

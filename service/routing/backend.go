@@ -6,11 +6,12 @@ import (
 	"strings"
 )
 
-// backends returns the command to use and, where the choice was ours, the other backend's if it may hold rules of ours from an
-// earlier choice.
+// backends returns the command to use and, where the choice was ours, the other backend's if it may
+// hold rules of ours from an earlier choice.
 //
-// Two backends can be in use on one node, and each is blind for the other's rules. What kubelet uses decides: it marks its own by a
-// chain in table mangle. Before its first start that is the command "iptables".
+// Two backends can be in use on one node, and each is blind for the other's rules. What kubelet
+// uses decides: it marks its own by a chain in table mangle. Before its first start that is the
+// command "iptables".
 func backends(p Plan) (use, other string) {
 	if p.Binary != "" && p.Binary != "iptables" {
 		return p.Binary, ""
@@ -26,7 +27,8 @@ func backends(p Plan) (use, other string) {
 		return use, ""
 	}
 	if kubelets := kubeletChains(); kubelets[isLegacy(other)] && !kubelets[isLegacy(use)] {
-		p.Log.WithFields(map[string]any{"command": other, "default": use}).Info("kubelet's iptables rules are in the other backend: using that")
+		p.Log.WithFields(map[string]any{"command": other, "default": use}).
+			Info("kubelet's iptables rules are in the other backend: using that")
 		use, other = other, use
 	}
 	return use, other
@@ -35,19 +37,21 @@ func backends(p Plan) (use, other string) {
 // kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy one.
 func kubeletChains() map[bool]bool {
 	found := map[bool]bool{}
-	legacy, _ := glanceLegacy("mangle", false)
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-		if yes, err := nftChainExists(xtablesFamily(false), "mangle", name); err == nil && yes {
+		if yes, err := nftChainExists(ipv4, "mangle", name); err == nil && yes {
 			found[false] = true
 		}
-		if _, yes := legacy.chains[name]; yes {
-			found[true] = true
+		if yes, err := legacyTable("mangle", ipv4); err == nil && yes && !found[true] {
+			if x, err := openXtables("iptables-legacy", true, ipv4); err == nil {
+				found[true], _ = x.ChainExists("mangle", name)
+			}
 		}
 	}
 	return found
 }
 
-// isLegacy says which backend a command is of. Its name tells, or that of the program behind its links; else it is asked.
+// isLegacy says which backend a command is of. Its name tells, or that of the program behind its
+// links; else it is asked.
 func isLegacy(command string) bool {
 	for _, name := range []string{filepath.Base(command), program(command)} {
 		switch {

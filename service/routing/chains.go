@@ -6,49 +6,98 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
-// survey looks at what leads to the chains: what stands of ours, by chain of ours, and as foreign who else uses our chains or redirects the
-// metadata server.
-//
-// A chain with one of our names is somebody else's when somebody jumps to it without our comment. What is in it says nothing: it may be
-// what an older version or half a flush left, and is replaced.
-func (x *xtables) survey(ctx context.Context, chains []chain) (stands map[string]glance, foreign, err error) {
-	if stands, err = x.glances(chains); err != nil {
-		return nil, nil, err
+// chainState is what stands of one of our chains.
+type chainState struct {
+	exists bool
+	rules  []string // as iptables -S prints them, without -A and the chain
+	jumps  []jumpAt // ours to it
+	before []string // rules of the base chain that a packet meets before the first of them
+	faults []error  // what the Plan wants and is not there, or stands and should not
+
+	foreign     error // who else jumps to it
+	redirection error // who else redirects the metadata server in the base chain
+}
+
+// right says whether install has nothing to do. Install moves a jump up; that it is not the first
+// rule is no fault.
+func (s chainState) right(c chain) bool {
+	if c.absent {
+		return !s.exists && len(s.jumps) == 0
 	}
-	var all []error
+	return len(s.faults) == 0 && s.jumps[0].position == 1
+}
+
+// read reads the chains back, and compares them with what is wanted.
+func (x *xtables) read(ctx context.Context, chains []chain) (map[string]chainState, error) {
+	states := map[string]chainState{}
 	for _, c := range chains {
-		g := stands[c.name]
-		if !g.odd {
-			continue
-		}
-		listed, err := x.list(ctx, nil, c.table, c.base)
-		if errors.Is(err, errIncompatible) {
-			g.odd = false // iptables has no words for it: what netlink tells is all that is known
-			g.foreign = g.unlisted
-			stands[c.name] = g
-			all = append(all, g.unlisted)
-			continue
+		s, err := x.state(ctx, c)
+		if err == nil {
+			s.faults, err = x.compare(ctx, c, s)
 		}
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		base := listed[c.base]
-		ours, by := jumps(base, c.name)
-		if len(ours) >= len(g.jumps) { // else it could not be listed: to put a jump that stands is to have two
-			g.jumps = ours
-		}
-		if by != "" {
-			g.foreign = foreignChain(c, by)
-			all = append(all, g.foreign)
-		}
-		stands[c.name] = g
-		if rule := redirection(base); c.table == "nat" && rule != "" {
-			all = append(all, foreignRedirection(c, "-t nat -A "+c.base+" "+rule))
+		states[c.name] = s
+	}
+	return states, nil
+}
+
+// state reads one chain and what leads to it.
+//
+// A chain with one of our names is somebody else's when somebody jumps to it without our comment.
+// What is in it says nothing: it may be what an older version or half a flush left, and is
+// replaced.
+func (x *xtables) state(ctx context.Context, c chain) (s chainState, err error) {
+	s.rules, s.exists, err = x.list(ctx, c.table, c.name)
+	if errors.Is(err, errIncompatible) {
+		s.rules, s.exists, err = []string{"(rules that iptables cannot list)"}, true, nil
+	}
+	if err == nil && (s.exists || c.table == "nat") {
+		err = x.readBase(ctx, c, &s)
+	}
+	return s, err
+}
+
+// readBase reads what leads to the chain.
+func (x *xtables) readBase(ctx context.Context, c chain, s *chainState) error {
+	base, _, err := x.list(ctx, c.table, c.base)
+	if errors.Is(err, errIncompatible) {
+		return x.readUnlisted(c, s)
+	}
+	var foreign string
+	if s.jumps, foreign = jumps(base, c.name); foreign != "" {
+		s.foreign = foreignChain(c, foreign)
+	}
+	if len(s.jumps) > 0 {
+		s.before = base[:s.jumps[0].position-1]
+	}
+	if rule := redirection(base); c.table == "nat" && rule != "" {
+		s.redirection = foreignRedirection(c, "-t nat -A "+c.base+" "+rule)
+	}
+	return err
+}
+
+// readUnlisted reads the jumps of a base chain that iptables cannot list (R-35: a rule of nft's in it).
+func (x *xtables) readUnlisted(c chain, s *chainState) error {
+	messages, err := nftRules(x.family, c.table, c.base)
+	for i, m := range messages {
+		r := parseNFTRule(m)
+		text := fmt.Sprintf("handle %d (a rule of nft's)", r.handle)
+		switch {
+		case r.to == c.name && r.ours:
+			s.jumps = append(s.jumps, jumpAt{position: i + 1, rule: c.jump()})
+		case r.to == c.name:
+			s.foreign = foreignChain(c, text)
+		case r.redirects && r.server && c.table == "nat":
+			s.redirection = foreignRedirection(c, text)
 		}
 	}
-	return stands, errors.Join(all...), nil
+	return err
 }
 
 func foreignChain(c chain, rule string) error {
@@ -56,143 +105,80 @@ func foreignChain(c chain, rule string) error {
 }
 
 func foreignRedirection(c chain, rule string) error {
-	return fmt.Errorf("%s %w, who redirects it by %s in chain %s: this may be GKE, or another metadata server; remove that first",
-		metadataServer, ErrForeign, rule, c.base)
+	return fmt.Errorf("%s %w, who redirects it by %s in chain %s: "+
+		"this may be GKE, or another metadata server; remove that first", metadataServer, ErrForeign, rule, c.base)
 }
 
 // redirection finds a rule that redirects the metadata server by itself. Ours never stand in a base chain.
 func redirection(base []string) string {
 	for _, rule := range base {
-		if strings.Contains(rule, "-d "+metadataServer.Addr().String()+"/32 ") && (strings.Contains(rule, "-j DNAT ") || strings.Contains(rule, "-j REDIRECT")) {
+		if strings.Contains(rule, "-d "+metadataServer.Addr().String()+"/32 ") &&
+			(strings.Contains(rule, "-j DNAT ") || strings.Contains(rule, "-j REDIRECT")) {
 			return rule
 		}
 	}
 	return ""
 }
 
-// reading is a check that has begun: all listings run at once, on nf_tables one for each chain of ours, which is all that cannot be seen
-// without, and on the legacy backend one for each table, which it reads as a whole in any case.
-type reading struct {
-	*xtables
-	chains   []chain
-	stands   map[string]glance              // of nf_tables
-	listings map[string]*runningCommand     // by chain, or by table of the legacy backend
-	tables   map[string]map[string][]string // what is in them, by chain
-	err      error
-}
-
-func (x *xtables) startCheck(ctx context.Context, chains []chain) *reading {
-	r := &reading{xtables: x, chains: chains, listings: map[string]*runningCommand{}, tables: map[string]map[string][]string{}}
-	if !x.legacy {
-		r.stands, r.err = x.glances(chains)
-	}
-	for _, c := range chains {
-		switch _, started := r.listings[c.table]; {
-		case r.err != nil, c.absent && !x.legacy:
-		case !x.legacy && r.stands[c.name].exists:
-			r.listings[c.name] = x.startList(ctx, c.table, c.name)
-		case x.legacy && !started && legacyTable(c.table, x.six): // else listing it would make it
-			r.listings[c.table] = x.startList(ctx, c.table)
+// foreignRedirections finds who redirects the metadata server by rules of iptables, in either backend.
+func foreignRedirections(ctx context.Context) error {
+	var all []error
+	for _, command := range []string{"iptables-nft", "iptables-legacy"} {
+		x, err := openXtables(command, isLegacy(command), ipv4)
+		if err != nil {
+			continue // who has no such command has no such rules
+		}
+		for _, c := range ownChains() {
+			if c.table != "nat" {
+				continue
+			}
+			s, err := x.state(ctx, c)
+			if err != nil {
+				return err
+			}
+			all = append(all, s.foreign, s.redirection)
 		}
 	}
-	return r
+	return errors.Join(all...)
 }
 
-// end compares every chain of ours with the kernel's, and names every rule that is missing or too much.
-func (r *reading) end(ctx context.Context) (faults map[string][]error, err error) {
-	faults, err = map[string][]error{}, r.err
-	for _, c := range r.chains {
-		if err == nil {
-			faults[c.name], err = r.endChain(ctx, c)
-		}
-	}
-	for _, l := range r.listings { // those that nobody waited for
-		_, _ = l.end()
-	}
-	return faults, err
-}
-
-// listed are the rules of one of the chains that were listed, by the listing's key.
-func (r *reading) listed(ctx context.Context, key, table string, chain ...string) (rules map[string][]string, err error) {
-	if l := r.listings[key]; l != nil {
-		delete(r.listings, key)
-		if r.tables[key], err = r.list(ctx, l, table, chain...); err != nil {
-			return nil, err
-		}
-	}
-	return r.tables[key], nil
-}
-
-// standing are the rules of the chain, and the jumps of ours to it.
-func (r *reading) standing(ctx context.Context, c chain) (rules []string, at []jumpAt, err error) {
-	if r.legacy {
-		table, err := r.listed(ctx, c.table, c.table)
-		at, _ = jumps(table[c.base], c.name)
-		return table[c.name], at, err
-	}
-	own, err := r.listed(ctx, c.name, c.table, c.name)
-	if err != nil {
-		return nil, nil, err
-	}
-	g := r.stands[c.name]
-	if g.odd {
-		base, err := r.list(ctx, nil, c.table, c.base)
-		if err != nil && !errors.Is(err, errIncompatible) {
-			return nil, nil, err
-		}
-		if ours, _ := jumps(base[c.base], c.name); len(ours) >= len(g.jumps) {
-			g.jumps = ours
-		}
-	}
-	return own[c.name], g.jumps, nil
-}
-
-func (r *reading) endChain(ctx context.Context, c chain) (errs []error, err error) {
-	rules, at, err := r.standing(ctx, c)
-	if err != nil {
-		return nil, err
-	}
+// compare names what of the chain is not there, too much, or in the wrong order.
+func (x *xtables) compare(ctx context.Context, c chain, s chainState) (errs []error, err error) {
 	if c.absent {
-		if len(at) > 0 {
-			errs = append(errs, r.missing(c, "-A %s %s should not be there any more", c.base, at[0].rule))
+		if len(s.jumps) > 0 {
+			errs = append(errs, x.missing(c, "-A %s %s should not be there any more", c.base, s.jumps[0].rule))
 		}
 		return errs, nil
 	}
-	// Others insert before our jump and do so again and again (Calico): to insist on the first place is a fight that nobody
-	// wins. Install moves the jump up, Check does not complain. An ACCEPT before ours can open one of the two doors
-	// of R-05, not both, and the guard does not depend on it.
-	switch {
-	case len(at) == 0:
-		errs = append(errs, r.missing(c, "-I %s 1 %s", c.base, c.jump()))
-	case len(at) > 1:
-		errs = append(errs, r.missing(c, "-A %s %s should be there once, not %d times", c.base, at[0].rule, len(at)))
+	// Others insert before our jump and do so again and again (Calico): to insist on the first
+	// place is a fight that nobody wins. Install moves the jump up, Check does not complain. An
+	// ACCEPT before ours can open one of the two doors of R-05, not both, and the guard does not
+	// depend on it.
+	switch n := len(s.jumps); {
+	case n == 0:
+		errs = append(errs, flushed([]error{x.missing(c, "-I %s 1 %s", c.base, c.jump())})...)
+	case n > 1:
+		errs = append(errs, x.missing(c, "-A %s %s should be there once, not %d times", c.base, s.jumps[0].rule, n))
 	}
-	if c.table == "raw" && len(at) > 0 && at[0].position > 1 {
-		before, err := r.untracks(ctx, c, at[0].position)
+	if c.table == "raw" {
+		before, err := x.untracks(ctx, c, s.before)
 		if err != nil {
 			return nil, err
 		}
 		if before != "" {
-			errs = append(errs, r.missing(c, "-I %s 1 %s before %s", c.base, c.jump(), before))
+			errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.base, c.jump(), before))
 		}
 	}
-	more, err := r.compare(ctx, c, rules)
+	more, err := x.compareRules(ctx, c, s.rules)
 	return append(errs, more...), err
 }
 
-// untracks finds a rule that a packet meets before the jump at the position, and that says how
-// conntrack is to take it: of two such rules the first one counts.
-func (x *xtables) untracks(ctx context.Context, c chain, position int) (rule string, err error) {
-	table, err := x.list(ctx, nil, c.table)
-	if err != nil {
-		if errors.Is(err, errIncompatible) {
-			err = nil
-		}
-		return "", err
-	}
+// untracks finds a rule that a packet meets before our jump, and that says how conntrack is to take
+// it: of two such rules the first one counts.
+func (x *xtables) untracks(ctx context.Context, c chain, before []string) (rule string, err error) {
 	seen := map[string]bool{c.name: true}
-	var walk func(name string, rules []string)
-	walk = func(name string, rules []string) {
+	var walk func(name string, rules []string) error
+	walk = func(name string, rules []string) error {
 		for _, r := range rules {
 			words := strings.Fields(r)
 			at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
@@ -200,21 +186,30 @@ func (x *xtables) untracks(ctx context.Context, c chain, position int) (rule str
 				continue
 			}
 			target := words[at+1]
-			if rule == "" && (target == "CT" || target == "NOTRACK") {
+			if target == "CT" || target == "NOTRACK" {
 				rule = "-A " + name + " " + r
+				return nil
 			}
-			if !seen[target] {
-				seen[target] = true
-				walk(target, table[target])
+			if seen[target] {
+				continue
+			}
+			seen[target] = true
+			of, _, err := x.list(ctx, c.table, target)
+			if err != nil && !errors.Is(err, errIncompatible) {
+				return err
+			}
+			if err := walk(target, of); err != nil || rule != "" {
+				return err
 			}
 		}
+		return nil
 	}
-	walk(c.base, table[c.base][:min(position-1, len(table[c.base]))])
-	return rule, nil
+	err = walk(c.base, before)
+	return rule, err
 }
 
-// compare names what of the chain's rules is not there, too much, or in the wrong order.
-func (x *xtables) compare(ctx context.Context, c chain, standing []string) (errs []error, err error) {
+// compareRules names what of the chain's rules is not there, too much, or in the wrong order.
+func (x *xtables) compareRules(ctx context.Context, c chain, standing []string) (errs []error, err error) {
 	if slices.Equal(c.rules, standing) {
 		return nil, nil
 	}
@@ -225,7 +220,7 @@ func (x *xtables) compare(ctx context.Context, c chain, standing []string) (errs
 		}
 		yes := false
 		if len(standing) > 0 {
-			if yes, err = x.has(ctx, c.table, c.name, rule); err != nil {
+			if yes, err = x.hasRule(ctx, c.table, c.name, rule); err != nil {
 				return nil, err
 			}
 		}
@@ -253,7 +248,7 @@ func (x *xtables) compare(ctx context.Context, c chain, standing []string) (errs
 }
 
 func (x *xtables) layer() string {
-	if x.six {
+	if x.family == ipv6 {
 		return layerIP6Tables
 	}
 	return layerIPTables
@@ -282,4 +277,77 @@ func jumps(base []string, name string) (ours []jumpAt, foreign string) {
 		ours = append(ours, jumpAt{position: i + 1, rule: rule})
 	}
 	return ours, foreign
+}
+
+// remove removes our chains of the tables, the redirecting ones first. Chains that somebody else
+// jumps to are emptied and named.
+func (x *xtables) remove(ctx context.Context, tables ...string) (err error) {
+	for range 3 { // what was seen may have been flushed meanwhile
+		var foreign error
+		if foreign, err = x.tryRemove(ctx, tables); err == nil {
+			return foreign
+		}
+	}
+	return err
+}
+
+func (x *xtables) tryRemove(ctx context.Context, tables []string) (foreign, err error) {
+	states := map[string]chainState{}
+	var chains []chain
+	for _, c := range slices.Backward(ownChains()) {
+		var s chainState
+		if !slices.Contains(tables, c.table) {
+			continue
+		}
+		if s.exists, err = x.hasChain(ctx, c.table, c.name); err == nil && s.exists {
+			err = x.readBase(ctx, c, &s)
+		}
+		if err != nil {
+			return nil, err
+		}
+		chains, states[c.name] = append(chains, c), s
+		foreign = errors.Join(foreign, s.foreign)
+	}
+	return foreign, x.restore(ctx, restoreText(chains, states))
+}
+
+// fingerprint is a text that tells, without a command, whether the chains are as they were when it
+// was taken. It has the handles of the rules of nf_tables: a rule never changes under its handle,
+// no table gives one twice, and a table that was made anew has another handle itself. A legacy
+// table tells how many rules it has and where its base chains begin. That does not show every
+// change (two rules swapped), which a sweep finds.
+func (x *xtables) fingerprint(b *strings.Builder) error {
+	tables := map[string]string{}
+	for _, c := range ownChains() {
+		if _, asked := tables[c.table]; !asked {
+			text, err := x.tablePrint(c.table)
+			if err != nil {
+				return err
+			}
+			tables[c.table] = text
+			fmt.Fprintf(b, "\n%s %s %s", x.family, c.table, text)
+		}
+		if x.legacy || tables[c.table] == "" {
+			continue
+		}
+		for _, name := range []string{c.base, c.name} {
+			fmt.Fprintf(b, " %s", name)
+			rules, err := nftRules(x.family, c.table, name)
+			if err != nil {
+				return err
+			}
+			for _, r := range rules {
+				fmt.Fprintf(b, " %x", attribute(r, unix.NFTA_RULE_HANDLE))
+			}
+		}
+	}
+	return nil
+}
+
+// tablePrint is a table's part of a fingerprint, "" if there is no such table.
+func (x *xtables) tablePrint(table string) (string, error) {
+	if !x.legacy {
+		return nftTableHandle(x.family, table)
+	}
+	return legacyCount(table, x.family)
 }

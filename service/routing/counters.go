@@ -11,12 +11,13 @@ import (
 	"strings"
 )
 
-// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables has dropped in this network namespace.
-// Without such tables it is empty: asking for one would make it.
-func legacyDrops(ctx context.Context, six bool) map[string]uint64 {
+// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables
+// has dropped in this network namespace. Without such tables it is empty: asking for one would make
+// it.
+func legacyDrops(ctx context.Context, family Family) map[string]uint64 {
 	drops, command := map[string]uint64{}, "iptables"
-	if six {
-		command = sixCommand(command)
+	if family == ipv6 {
+		command = ip6tables(command)
 	}
 	save := command + "-legacy-save"
 	if _, err := exec.LookPath(save); err != nil {
@@ -26,7 +27,7 @@ func legacyDrops(ctx context.Context, six bool) map[string]uint64 {
 		}
 	}
 	for _, table := range []string{"raw", "mangle", "nat", "filter", "security"} {
-		if !legacyTable(table, six) {
+		if exists, _ := legacyTable(table, family); !exists {
 			continue
 		}
 		out, err := exec.CommandContext(ctx, save, "-c", "-t", table).Output()
@@ -47,7 +48,8 @@ func savedDrops(command, table, text string, drops map[string]uint64) {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		if m := savedPolicy.FindStringSubmatch(line); m != nil {
-			drops[fmt.Sprintf("%s chain %s of table %s (policy DROP)", command, m[1], table)], _ = strconv.ParseUint(m[2], 10, 64)
+			name := fmt.Sprintf("%s chain %s of table %s (policy DROP)", command, m[1], table)
+			drops[name], _ = strconv.ParseUint(m[2], 10, 64)
 		}
 		if m := savedRule.FindStringSubmatch(line); m != nil {
 			n, _ := strconv.ParseUint(m[1], 10, 64)

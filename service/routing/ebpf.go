@@ -26,11 +26,6 @@ const detaching = "whoever detaches an eBPF program"
 
 func (m *ebpfMode) wakes() (c causes, silent string) { return causeNFTables | causeEBPF, detaching }
 
-func (m *ebpfMode) forget() {
-	m.good = nil
-	m.nfTables.forget()
-}
-
 // rewriting is what the programs have to do here and now.
 func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
 	r = rewriting{listen: m.plan.Listen, hostPods: s.hostPods}

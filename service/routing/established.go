@@ -16,30 +16,33 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// Connections to the real server from before the rules (R-08). FORWARD resets them on the ports that the guard leaves alone; what
-// the guard names is refused while it is routed and never gets to FORWARD, and a TCP socket that is established takes that refusal for
-// a passing disturbance and waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of a
-// connection and redirects it, and the emulator's kernel resets what it does not know.
+// Connections to the real server from before the rules (R-08). FORWARD resets them on the ports
+// that the guard leaves alone; what the guard names is refused while it is routed and never gets to
+// FORWARD, and a TCP socket that is established takes that refusal for a passing disturbance and
+// waits for minutes. So conntrack is made to forget them: it takes the next packet for the first of
+// a connection and redirects it, and the emulator's kernel resets what it does not know.
 //
-// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected, those on which the server speaks
-// first, and all where nf_conntrack_tcp_loose is 0.
+// Closed in any case; not reset but left hanging are IPv6 connections where IPv6 is not redirected,
+// those on which the server speaks first, and all where nf_conntrack_tcp_loose is 0.
 
-// forgetEstablished deletes the conntrack entries of connections to the metadata server of one family that were not redirected, in the
-// background: to walk through conntrack's table takes 10 ms, however few there are. Those of this host itself are left alone unless pods on
-// the host network are redirected too.
-func forgetEstablished(p Plan, s surroundings, six bool, background *sync.WaitGroup) {
+// forgetEstablished deletes the conntrack entries of connections to the metadata server of one
+// family that were not redirected, in the background: to walk through conntrack's table takes 10
+// ms, however few there are. Those of this host itself are left alone unless pods on the host
+// network are redirected too.
+func forgetEstablished(p Plan, s surroundings, family Family, background *sync.WaitGroup) {
 	if noConnections() {
 		return
 	}
 	failed := func(err error) {
-		p.Log.WithError(err).Warn("connections to the real metadata server from before are closed, but their clients may wait for an answer")
+		p.Log.WithError(err).Warn("connections to the real metadata server from before are closed, " +
+			"but their clients may wait for an answer")
 	}
 	addrs, err := netobj.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		failed(fmt.Errorf("list addresses: %w", err))
 		return
 	}
-	f := notRedirected{way: p.way(s, six)}
+	f := notRedirected{way: p.way(s, family)}
 	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
@@ -55,7 +58,7 @@ func forgetEstablished(p Plan, s surroundings, six bool, background *sync.WaitGr
 	}
 	background.Go(func() {
 		defer closeLater(conntrack.Close)
-		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f); err != nil {
+		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f); err != nil {
 			failed(fmt.Errorf("forget connections to %s: %w", f.server, err))
 		}
 	})
@@ -67,11 +70,13 @@ func noConnections() bool {
 	return err == nil && strings.TrimSpace(string(n)) == "0"
 }
 
-// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought them. They last for two minutes after
-// the end; where another mode has packets look otherwise conntrack would give a new connection from the same port another port, and at
-// that one the kernel of the client knows no socket (A-01), or go on translating to an address that is gone, where routers say "network is
-// unreachable". Where pods are redirected as before, by whatever, those of redirections are left until they are over. An Install that follows
-// on its like looks for those again, unless there is DNAT: some were not over then.
+// forgetServed deletes the conntrack entries of connections to the emulator, whichever mode brought
+// them. They last for two minutes after the end; where another mode has packets look otherwise
+// conntrack would give a new connection from the same port another port, and at that one the kernel
+// of the client knows no socket (A-01), or go on translating to an address that is gone, where
+// routers say "network is unreachable". Where pods are redirected as before, by whatever, those of
+// redirections are left until they are over. An Install that follows on its like looks for those
+// again, unless there is DNAT: some were not over then.
 func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 	if noConnections() {
 		return nil
@@ -81,13 +86,13 @@ func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 		return fmt.Errorf("forget connections: %w", err)
 	}
 	defer closeLater(conntrack.Close)
-	for _, six := range []bool{false, true} {
-		if six && !s.listen6.IsValid() {
+	for _, family := range families {
+		if family == ipv6 && !s.listen6.IsValid() {
 			continue
 		}
-		f := served{p.way(s, six), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
+		f := served{p.way(s, family), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
 		for tries := 5; ; tries-- {
-			n, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(xtablesFamily(six)), f)
+			n, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f)
 			if err != nil {
 				return fmt.Errorf("forget connections to %s: %w", f.listen, err)
 			}
@@ -130,7 +135,8 @@ type notRedirected struct {
 
 func (f notRedirected) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	if !ok || netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server || flow.Forward.Protocol != unix.IPPROTO_TCP {
+	if !ok || flow.Forward.Protocol != unix.IPPROTO_TCP ||
+		netip.AddrPortFrom(to.Unmap(), flow.Forward.DstPort) != f.server {
 		return false
 	}
 	from, _ := netip.AddrFromSlice(flow.Forward.SrcIP)

@@ -2,14 +2,11 @@ package routing
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -33,9 +30,9 @@ type Examination struct {
 	HostSlices []string   // the host's own cgroups that exist
 	IPv6       bool       // the node has IPv6
 
-	Redirected  *uint64  // connections that the rule which redirects has counted; nil: that cannot be read, or the mode counts none
+	Redirected  *uint64  // connections that the redirecting rule has counted; nil: unknown, or the mode counts none
 	Redirected6 *uint64  // the same of IPv6; nil as well where its requests are not redirected
-	Policies    []string // base chains on the way to the emulator that drop what they do not accept; nil without the privilege
+	Policies    []string // base chains on the way to the emulator with policy drop; nil without the privilege
 	Facts       Facts
 }
 
@@ -45,7 +42,8 @@ type Uplink struct{ Name, Why string }
 // Examine looks at the node in the network namespace of the calling thread. state is what was installed last.
 func Examine(ctx context.Context, p Plan, state State) Examination {
 	p, err := p.checked()
-	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: netobj.HaveIPv6(), CgroupV2: cgroup2(), HostSlices: existing(cgroup2(), HostCgroups())}
+	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: netobj.HaveIPv6(), CgroupV2: cgroup2(),
+		HostSlices: existing(cgroup2(), HostCgroups())}
 	r := &router{plan: p, hostCgroups: HostCgroups()}
 	if err == nil {
 		x.Rules = r.Check(ctx)
@@ -60,15 +58,19 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		return x
 	}
 	if local, err := isLocal(p.Listen.Addr()); err == nil {
-		x.Local = local || p.Mode == ModeLoopback // there it is for pods alone
+		x.Local = local || p.traits().localServer // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
 	six := p.Listen6.IsValid()
 	if six {
 		x.Holder6 = Listener(p.Listen6)
-		x.Redirected6 = redirected(ctx, p, state, true)
 	}
-	x.Redirected = redirected(ctx, p, state, false)
+	if m, err := openMode(ctx, p, state.Command); err == nil {
+		x.Redirected = m.redirected(ipv4)
+		if six {
+			x.Redirected6 = m.redirected(ipv6)
+		}
+	}
 	x.Policies = dropPolicies(ctx, x.Local, six)
 	return x
 }
@@ -105,58 +107,9 @@ func (d device) why() string {
 	return d.kind
 }
 
-var counter = regexp.MustCompile(` -c (\d+) \d+ `)
-
-// redirected reads the counter of the rule that redirects pods in one family.
-func redirected(ctx context.Context, p Plan, state State, six bool) *uint64 {
-	switch {
-	case p.Mode == ModeNFTables:
-		return redirectedByNFTables(six)
-	case p.Mode != ModeIPTables || state.Command == "":
-		return nil
-	}
-	command := state.Command
-	if six {
-		command = sixCommand(command)
-	}
-	if isLegacy(command) && !legacyTable("nat", six) {
-		return nil // and listing it would make it
-	}
-	out, err := start(ctx, "", command, "--wait", lockSeconds, "-t", "nat", "-v", "-S", "GME-PRE").end()
-	if err != nil {
-		return nil
-	}
-	for line := range strings.Lines(out) {
-		if m := counter.FindStringSubmatch(line); m != nil && strings.Contains(line, "-j DNAT") {
-			if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
-				return &n
-			}
-		}
-	}
-	return nil
-}
-
-func redirectedByNFTables(six bool) *uint64 {
-	rules, err := nftRules(xtablesFamily(six), nftTable, "prerouting")
-	if err != nil {
-		return nil
-	}
-	for _, m := range rules {
-		for _, e := range attributes(attribute(m, unix.NFTA_RULE_EXPRESSIONS)) {
-			if unix.ByteSliceToString(within(e.value, unix.NFTA_EXPR_NAME)) != "counter" {
-				continue
-			}
-			if packets := within(within(e.value, unix.NFTA_EXPR_DATA), unix.NFTA_COUNTER_PACKETS); len(packets) == 8 {
-				n := binary.BigEndian.Uint64(packets)
-				return &n
-			}
-		}
-	}
-	return nil
-}
-
-// dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy iptables, that drop by their policy what
-// goes to an emulator of this node, or is forwarded to one elsewhere, by IPv6 too where that is served.
+// dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy
+// iptables, that drop by their policy what goes to an emulator of this node, or is forwarded to one
+// elsewhere, by IPv6 too where that is served.
 func dropPolicies(ctx context.Context, local, six bool) (names []string) {
 	hook, legacy := uint32(unix.NF_INET_FORWARD), "FORWARD"
 	if local {
@@ -176,11 +129,12 @@ func dropPolicies(ctx context.Context, local, six bool) (names []string) {
 		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
 			continue
 		}
-		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE)), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_NAME))))
+		table, name := attribute(c, unix.NFTA_CHAIN_TABLE), attribute(c, unix.NFTA_CHAIN_NAME)
+		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(table), unix.ByteSliceToString(name)))
 	}
-	drops := legacyDrops(ctx, false)
+	drops := legacyDrops(ctx, ipv4)
 	if six {
-		maps.Copy(drops, legacyDrops(ctx, true))
+		maps.Copy(drops, legacyDrops(ctx, ipv6))
 	}
 	for name := range drops {
 		if strings.Contains(name, "tables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {

@@ -18,12 +18,12 @@ const (
 // families are both, in the order in which reports name them.
 var families = []Family{ipv4, ipv6}
 
-// familyOf is the family of a valid address.
+// familyOf is the family of an address; of the zero Addr it is ipv4.
 func familyOf(a netip.Addr) Family {
-	if a.Is4() {
-		return ipv4
+	if a.Is6() {
+		return ipv6
 	}
-	return ipv6
+	return ipv4
 }
 
 // has says whether the address is of the family.

@@ -42,29 +42,34 @@ func Listener(l netip.AddrPort) ListenedBy {
 	by.PID, by.Exe = owner(inode)
 	self, err := os.Readlink("/proc/self/exe")
 	// An upgrade may have replaced the file of a program that still runs.
-	by.Own = by.PID == "1" || err == nil && strings.TrimSuffix(by.Exe, " (deleted)") == strings.TrimSuffix(self, " (deleted)")
+	running := func(exe string) string { return strings.TrimSuffix(exe, " (deleted)") }
+	by.Own = by.PID == "1" || err == nil && running(by.Exe) == running(self)
 	return by
 }
 
-// foreignListener returns an error when another program listens where the emulator wants to: GKE's own metadata server, or
-// whatever has 0.0.0.0:988 (Lustre's port: R-19). systemd listens in the emulator's name, and the emulator itself may.
+// foreignListener returns an error when another program listens where the emulator wants to: GKE's
+// own metadata server, or whatever has 0.0.0.0:988 (Lustre's port: R-19). systemd listens in the
+// emulator's name, and the emulator itself may.
 func foreignListener(l netip.AddrPort) error {
 	by := Listener(l)
 	switch {
 	case !by.At.IsValid() || by.Own:
 		return nil
 	case by.PID == "":
-		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it", l, ErrForeign, by.At)
+		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it",
+			l, ErrForeign, by.At)
 	}
 	if l == metadataServer { // mode loopback
-		return fmt.Errorf("%s %w: %s listens on %s; stop it, or have it listen on an address of its own", l, ErrForeign, by, by.At)
+		return fmt.Errorf("%s %w: %s listens on %s; stop it, or have it listen on an address of its own",
+			l, ErrForeign, by, by.At)
 	}
-	return fmt.Errorf("%s %w: %s listens on %s; this may be GKE's own metadata server; choose another listen address or stop it",
-		l, ErrForeign, by, by.At)
+	return fmt.Errorf("%s %w: %s listens on %s; this may be GKE's own metadata server; "+
+		"choose another listen address or stop it", l, ErrForeign, by, by.At)
 }
 
-// listener finds the socket that gets connections to l in this network namespace, by its inode. The kernel is asked for listeners alone:
-// /proc/net/tcp walks through all connections, 4 ms even where there are none.
+// listener finds the socket that gets connections to l in this network namespace, by its inode. The
+// kernel is asked for listeners alone: /proc/net/tcp walks through all connections, 4 ms even where
+// there are none.
 func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		b := make([]byte, 56) // struct inet_diag_req_v2
@@ -85,7 +90,8 @@ func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
 	return "", netip.AddrPort{}
 }
 
-// parseSocket reads the local address and the inode of a struct inet_diag_msg; the zero AddrPort if it is cut short.
+// parseSocket reads the local address and the inode of a struct inet_diag_msg; the zero AddrPort if
+// it is cut short.
 func parseSocket(b []byte) (at netip.AddrPort, inode string) {
 	if len(b) < 72 {
 		return at, ""

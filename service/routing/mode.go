@@ -3,35 +3,83 @@ package routing
 import (
 	"context"
 	"fmt"
+	"slices"
 )
 
-// mode is what one way of bringing requests to the emulator has that the others have not: a firewall's rules, or programs, or nothing.
-// A value belongs to one node and remembers what it found to be right there, so that the next look is cheap. All else is written once,
-// in router: the desired state and its lock, the guard, addresses and routes, uplinks, reading back, counting.
+// mode is what one way of bringing requests to the emulator has that the others have not: a
+// firewall's rules, or programs, or nothing. A value belongs to one node and remembers what stood
+// when check found nothing missing, for changed. All else is written once, in router: the desired
+// state and its lock, the guard, addresses and routes, uplinks, reading back, counting.
 type mode interface {
 	// command is the program by which the kernel is changed, for State; "" where there is none.
 	command() string
-	// wakes is the cause after which changed is asked. Where the kernel tells nobody of a change, silent says what tells nothing:
-	// then changed is asked every pollSilent, and wakes is told as the cause when it said yes.
+	// wakes is the cause after which changed is asked. Where the kernel tells nobody of a change,
+	// silent says what tells nothing: then changed is asked every pollSilent, and wakes is told as
+	// the cause when it said yes.
 	wakes() (c causes, silent string)
-	// changed says whether anything of the mode's may be other than check found it when it was right. It takes microseconds.
+	// changed says whether anything of the mode's may be other than check found it when it was
+	// right. It takes microseconds.
 	changed() bool
-	// survey looks at all that put depends on, and changes nothing. It refuses what belongs to somebody else (ErrForeign), and
-	// returns what of the mode's is not as it should be, as far as the survey saw it.
+	// survey looks at all that put depends on, and changes nothing. It refuses what belongs to
+	// somebody else (ErrForeign), and returns what of the mode's is not as it should be, as far as
+	// the survey saw it.
 	survey(ctx context.Context, s surroundings) (faults []error, err error)
 	// put makes the mode's part of the Plan stand, closed things before open ones. A survey came before it.
 	put(ctx context.Context, s surroundings) error
-	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error for what cannot be read.
+	// redirected is how many connections the rule that redirects pods has counted in one family;
+	// nil: that cannot be read, or the mode counts none.
+	redirected(Family) *uint64
+	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error
+	// for what cannot be read.
 	check(ctx context.Context, s surroundings) []error
-	// forget has the next survey and check read everything, whatever was found to be right before.
-	forget()
+}
+
+// traits are what shared code has to know of a mode. To add a mode is to add its row, and its case
+// in openMode, modeText and removers.
+type traits struct {
+	mode string
+
+	dnat      bool // rules of a firewall change where packets to the metadata server go
+	redirects bool // the same, by whatever means: the emulator listens elsewhere than pods ask
+	observes  bool // the mode counts who connects and changes nothing: it has no guard, and needs no uplinks
+
+	localServer   bool // policy rules make the metadata server's address this node's own for pods
+	anyListener   bool // pods are told where the emulator listens, so that it may be at any address
+	blindToLinks  bool // the mode sees who connects, and not by which interface
+	firstTargetCT bool // whether a packet is tracked is said by the first rule that it meets
+	runsIPTables  bool // the kernel is changed by commands
+}
+
+var modeTraits = []traits{
+	{mode: ModeIPTables, dnat: true, redirects: true, firstTargetCT: true, runsIPTables: true},
+	{mode: ModeNFTables, dnat: true, redirects: true},
+	{mode: ModeLoopback, localServer: true},
+	{mode: ModeEBPF, redirects: true, blindToLinks: true},
+	{mode: ModeNone, anyListener: true},
+	{mode: ModeObserve, observes: true},
 }
 
 // modes are those that there is a Router for.
-var modes = []string{ModeIPTables, ModeNFTables, ModeLoopback, ModeEBPF, ModeNone, ModeObserve}
+var modes = func() (names []string) {
+	for _, t := range modeTraits {
+		names = append(names, t.mode)
+	}
+	return names
+}()
 
-// openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last Install, "" if there is none or if it
-// is to be chosen anew.
+// traits are those of the Plan's mode; none where that is unknown or to be found out.
+func (p Plan) traits() traits {
+	if i := slices.IndexFunc(modeTraits, func(t traits) bool { return t.mode == p.Mode }); i >= 0 {
+		return modeTraits[i]
+	}
+	return traits{}
+}
+
+func (p Plan) redirects() bool { return p.traits().redirects }
+func (p Plan) dnats() bool     { return p.traits().dnat }
+
+// openMode gets ready the mode of a checked Plan that is not Closed. command is State's of the last
+// Install, "" if there is none or if it is to be chosen anew.
 func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 	switch p.Mode {
 	case ModeIPTables:
@@ -46,14 +94,19 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 	return nil, fmt.Errorf("routing mode %q cannot be installed", p.Mode)
 }
 
-// parts are what modes have in the kernel beside what all share, and how all that any Install can have put there is taken away: without memory
-// of the Install, and by any Plan. instead says whether the Plan's mode stands already, and is to do what the part did.
-var parts = []struct {
+// removers take away what modes have in the kernel beside what all share: all that any Install can
+// have put there, without memory of it, and by any Plan. instead says whether the Plan's mode
+// stands already, and is to do what was done.
+var removers = []struct {
 	of     []string // modes
 	remove func(ctx context.Context, p Plan, instead bool) error
 }{
-	{[]string{ModeEBPF}, func(_ context.Context, p Plan, _ bool) error { return p.pins(ModeEBPF, redirectHooks).remove() }},
-	{[]string{ModeObserve}, func(_ context.Context, p Plan, _ bool) error { return p.pins(ModeObserve, observeHooks).remove() }},
+	{[]string{ModeEBPF}, func(_ context.Context, p Plan, _ bool) error {
+		return p.pins(ModeEBPF, redirectHooks).remove()
+	}},
+	{[]string{ModeObserve}, func(_ context.Context, p Plan, _ bool) error {
+		return p.pins(ModeObserve, observeHooks).remove()
+	}},
 	{[]string{ModeIPTables}, removeIPTables},
 	{[]string{ModeNFTables, ModeLoopback, ModeNone, ModeEBPF}, removeNFTables},
 }

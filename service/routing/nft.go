@@ -1,8 +1,10 @@
 package routing
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"sync"
 
 	"github.com/google/nftables"
@@ -33,9 +35,9 @@ func generation() (uint32, error) {
 	return binary.BigEndian.Uint32(id), nil
 }
 
-func nftChainExists(family uint8, table, name string) (bool, error) {
-	_, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, family,
-		nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+func nftChainExists(family Family, table, name string) (bool, error) {
+	_, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, uint8(family),
+		nftName(unix.NFTA_CHAIN_TABLE, table), nftName(unix.NFTA_CHAIN_NAME, name))
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
@@ -43,9 +45,9 @@ func nftChainExists(family uint8, table, name string) (bool, error) {
 }
 
 // nftRules dumps the rules of one chain; a chain or table that is not there has none.
-func nftRules(family uint8, table, name string) (rules [][]byte, err error) {
-	all, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family,
-		nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(name)))
+func nftRules(family Family, table, name string) (rules [][]byte, err error) {
+	all, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, uint8(family),
+		nftName(unix.NFTA_RULE_TABLE, table), nftName(unix.NFTA_RULE_CHAIN, name))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return nil, permission(err)
 	}
@@ -78,13 +80,69 @@ func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][
 	})
 }
 
+// nftTableHandle is a table's handle, "" if there is no such table.
+func nftTableHandle(family Family, name string) (string, error) {
+	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family),
+		nftName(unix.NFTA_TABLE_NAME, name))
+	if errors.Is(err, unix.ENOENT) || err == nil && len(tables) == 0 {
+		return "", nil
+	}
+	if err != nil {
+		return "", permission(err)
+	}
+	return fmt.Sprintf("%x", attribute(tables[0], nftaTableHandle)), nil
+}
+
+// xtRule is what a rule that iptables-nft made, or nft in a chain of iptables', says of our chains.
+type xtRule struct {
+	to        string // the chain that it jumps or goes to
+	ours      bool   // our comment is on it
+	redirects bool   // it changes where packets go
+	server    bool   // it names an address of the metadata server
+	handle    uint64
+}
+
+// parseNFTRule reads what of a rule concerns our chains. Chains that iptables cannot list are read so.
+func parseNFTRule(message []byte) (r xtRule) {
+	if h := attribute(message, unix.NFTA_RULE_HANDLE); len(h) == 8 {
+		r.handle = binary.BigEndian.Uint64(h)
+	}
+	for _, e := range attributes(attribute(message, unix.NFTA_RULE_EXPRESSIONS)) {
+		data := within(e.value, unix.NFTA_EXPR_DATA)
+		switch unix.ByteSliceToString(within(e.value, unix.NFTA_EXPR_NAME)) {
+		case "immediate":
+			verdict := within(within(data, unix.NFTA_IMMEDIATE_DATA), unix.NFTA_DATA_VERDICT)
+			r.to = unix.ByteSliceToString(within(verdict, unix.NFTA_VERDICT_CHAIN))
+		case "match":
+			r.ours = r.ours || unix.ByteSliceToString(within(data, unix.NFTA_MATCH_NAME)) == "comment" &&
+				unix.ByteSliceToString(within(data, unix.NFTA_MATCH_INFO)) == comment
+		case "target":
+			switch unix.ByteSliceToString(within(data, unix.NFTA_TARGET_NAME)) {
+			case "DNAT", "REDIRECT", "NETMAP":
+				r.redirects = true
+			}
+		case "nat", "redir":
+			r.redirects = true
+		case "cmp":
+			value := within(within(data, unix.NFTA_CMP_DATA), unix.NFTA_DATA_VALUE)
+			r.server = r.server || bytes.Equal(value, metadataServer.Addr().AsSlice()) ||
+				bytes.Equal(value, metadataServer6.Addr().AsSlice())
+		}
+	}
+	return r
+}
+
+// nftName is an attribute that names a table or a chain.
+func nftName(kind int, name string) *nl.RtAttr { return nl.NewRtAttr(kind, nl.ZeroTerminated(name)) }
+
 // transactions opens a connection to nf_tables for one transaction or several. Its end is closeTransactions.
 func transactions() (*nftables.Conn, error) { return nftables.New(nftables.AsLasting()) }
 
 func closeTransactions(c *nftables.Conn) { closeLater(func() { _ = c.CloseLasting() }) }
 
-// closeLater closes a socket of netfilter's behind the caller's back, in its turn. Until nf_tables has let go of what transactions
-// deleted, which takes 10 ms and more, the kernel holds whoever closes one, and with it the next transaction.
+// closeLater closes a socket of netfilter's behind the caller's back, in its turn. Until nf_tables
+// has let go of what transactions deleted, which takes 10 ms and more, the kernel holds whoever
+// closes one, and with it the next transaction.
 func closeLater(closing func()) { closer() <- closing }
 
 var closer = sync.OnceValue(func() chan<- func() {

@@ -13,35 +13,25 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever else knows only iptables leave alone.
-// It is put up and read by netlink, without a process: about a millisecond.
+// nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever
+// else knows only iptables leave alone. It is put up and read by netlink, without a process:
+// about a millisecond.
 type nfTables struct {
-	plan  Plan
-	good  string // what stood when all was right; "": it is not known
-	since uint32 // the generation of nf_tables at which good was read
+	plan     Plan
+	standing string // what stood when check found nothing missing; "": it did, or has not looked
 
 	background sync.WaitGroup // what put began and check waits for
 }
 
 func (m *nfTables) command() string                  { return "" }
 func (m *nfTables) wakes() (c causes, silent string) { return causeNFTables, "" }
-func (m *nfTables) forget()                          { m.good = "" }
 
 func (m *nfTables) changed() bool {
-	g, err := generation()
-	if err == nil && m.good != "" && g == m.since {
-		return false
-	}
-	now, readErr := readNFTables()
-	if err != nil || readErr != nil || m.good == "" || now.print() != m.good {
-		return true
-	}
-	m.since = g
-	return false
+	now, err := readNFTables()
+	return err != nil || m.standing == "" || now.fingerprint() != m.standing
 }
 
 func (m *nfTables) survey(ctx context.Context, s surroundings) (faults []error, err error) {
@@ -62,7 +52,7 @@ func (m *nfTables) survey(ctx context.Context, s surroundings) (faults []error, 
 
 // put replaces all in one transaction, so that a packet sees the rules of before or of after.
 func (m *nfTables) put(ctx context.Context, s surroundings) error {
-	if m.good != "" && !m.changed() {
+	if len(m.check(ctx, s)) == 0 {
 		return nil
 	}
 	before, err := readNFTables()
@@ -79,17 +69,17 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 			return err
 		}
 	}
-	for _, six := range []bool{false, true} {
-		chains, err := nftChainsFor(m.plan, s, six)
+	for _, family := range families {
+		chains, err := nftChainsFor(m.plan, s, family)
 		if err != nil {
 			return err
 		}
-		t := &nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}
-		if len(chains) == 0 && !before.of(six).exists {
+		t := &nftables.Table{Name: nftTable, Family: nftables.TableFamily(family)}
+		if len(chains) == 0 && !before.of(family).exists {
 			continue
 		}
 		c.AddTable(t)
-		if before.of(six).exists {
+		if before.of(family).exists {
 			c.DelTable(t) // which is an error where there is none any more, but for the line before
 			if len(chains) > 0 {
 				c.AddTable(t)
@@ -97,56 +87,77 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		}
 		for _, chain := range chains {
 			policy, priority := nftables.ChainPolicyAccept, nftables.ChainPriority(chain.priority)
-			to := c.AddChain(&nftables.Chain{Name: chain.name, Table: t, Type: nftables.ChainType(chain.kind), Hooknum: hooks[chain.hook], Priority: &priority, Policy: &policy})
+			to := c.AddChain(&nftables.Chain{Name: chain.name, Table: t, Type: nftables.ChainType(chain.kind),
+				Hooknum: hooks[chain.hook], Priority: &priority, Policy: &policy})
 			for _, r := range chain.rules {
-				c.AddRule(&nftables.Rule{Table: t, Chain: to, Exprs: r.exprs, UserData: userdata.Append(nil, markType, []byte(r.mark))})
+				c.AddRule(&nftables.Rule{Table: t, Chain: to, Exprs: r.exprs,
+					UserData: userdata.Append(nil, markType, []byte(r.mark))})
 			}
 		}
 	}
 	if err := c.Flush(); err != nil {
 		hint := ""
 		if s.hostPods {
-			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: set routing.interceptHostPods to off, or routing.mode to iptables)"
+			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: " +
+				"set routing.interceptHostPods to off, or routing.mode to iptables)"
 		}
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
-	for _, six := range []bool{false, true} {
-		if !m.plan.dnats() || !m.plan.way(s, six).listen.IsValid() || len(before.of(six).rules["prerouting"]) > 0 {
+	for _, family := range families {
+		if !m.plan.dnats() || !m.plan.way(s, family).listen.IsValid() || len(before.of(family).rules["prerouting"]) > 0 {
 			continue // else for some time pods were not redirected
 		}
-		forgetEstablished(m.plan, s, six, &m.background)
+		forgetEstablished(m.plan, s, family, &m.background)
 	}
 	return nil
 }
 
-// markType is the type of the userdata that holds a rule's mark: none that nft knows, so that it passes over it.
+// markType is the type of the userdata that holds a rule's mark: none that nft knows, so that it
+// passes over it.
 const markType userdata.Type = 77
 
 func (m *nfTables) check(_ context.Context, s surroundings) (errs []error) {
 	defer m.background.Wait()
-	m.good = ""
-	g, err := generation()
-	if err != nil {
-		return []error{fmt.Errorf("ask nf_tables: %w", permission(err))}
-	}
+	m.standing = ""
 	now, err := readNFTables()
 	if err != nil {
 		return []error{err}
 	}
-	for _, six := range []bool{false, true} {
-		family := map[bool]string{false: "ip", true: "ip6"}[six]
-		chains, err := nftChainsFor(m.plan, s, six)
+	for _, family := range families {
+		chains, err := nftChainsFor(m.plan, s, family)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a cgroup that went away this moment: the next look does not ask for it
 		} else if err != nil {
 			return append(errs, err)
 		}
-		errs = append(errs, now.of(six).compare(family, chains)...)
+		errs = append(errs, now.of(family).compare(family.nft(), chains)...)
 	}
 	if len(errs) == 0 {
-		m.good, m.since = now.print(), g
+		m.standing = now.fingerprint()
 	}
 	return errs
+}
+
+func (m *nfTables) redirected(family Family) *uint64 {
+	if !m.plan.dnats() {
+		return nil
+	}
+	rules, err := nftRules(family, nftTable, "prerouting")
+	if err != nil {
+		return nil
+	}
+	for _, m := range rules {
+		for _, e := range attributes(attribute(m, unix.NFTA_RULE_EXPRESSIONS)) {
+			if unix.ByteSliceToString(within(e.value, unix.NFTA_EXPR_NAME)) != "counter" {
+				continue
+			}
+			if packets := within(within(e.value, unix.NFTA_EXPR_DATA), unix.NFTA_COUNTER_PACKETS); len(packets) == 8 {
+				n := binary.BigEndian.Uint64(packets)
+				return &n
+			}
+		}
+	}
+	return nil
 }
 
 // compare names what is not there, too much, or in the wrong order.
@@ -210,27 +221,28 @@ type standingRule struct {
 // standingTables are those of families ip and ip6.
 type standingTables [2]standingTable
 
-func (s standingTables) of(six bool) standingTable {
-	if six {
+func (s standingTables) of(family Family) standingTable {
+	if family == ipv6 {
 		return s[1]
 	}
 	return s[0]
 }
 
-// print tells whether anything is other than it was.
-func (s standingTables) print() string { return fmt.Sprint(s) }
+// fingerprint tells whether anything is other than it was.
+func (s standingTables) fingerprint() string { return fmt.Sprint(s) }
 
 func readNFTables() (s standingTables, err error) {
-	for i, six := range []bool{false, true} {
-		if s[i], err = readNFTable(xtablesFamily(six)); err != nil {
+	for i, family := range families {
+		if s[i], err = readNFTable(family); err != nil {
 			return s, fmt.Errorf("read table %s: %w", nftTable, permission(err))
 		}
 	}
 	return s, nil
 }
 
-func readNFTable(family uint8) (t standingTable, err error) {
-	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, family, nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(nftTable)))
+func readNFTable(family Family) (t standingTable, err error) {
+	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family),
+		nftName(unix.NFTA_TABLE_NAME, nftTable))
 	if errors.Is(err, unix.ENOENT) {
 		return t, nil
 	}
@@ -245,8 +257,8 @@ func readNFTable(family uint8) (t standingTable, err error) {
 		}
 	}
 	for _, name := range []string{"raw", "raw-output", "forward", "input", "local", "output", "prerouting"} {
-		chains, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, family,
-			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(nftTable)), nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+		chains, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, uint8(family),
+			nftName(unix.NFTA_CHAIN_TABLE, nftTable), nftName(unix.NFTA_CHAIN_NAME, name))
 		if errors.Is(err, unix.ENOENT) {
 			continue
 		}
@@ -257,10 +269,11 @@ func readNFTable(family uint8) (t standingTable, err error) {
 			t.heads[name], t.rules[name] = parseNFTChain(m), nil
 		}
 	}
-	rules, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(nftTable)))
+	rules, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, uint8(family),
+		nftName(unix.NFTA_RULE_TABLE, nftTable))
 	for _, m := range rules {
-		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != nftTable { // old kernels tell all rules of the family
-			continue
+		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != nftTable {
+			continue // old kernels tell all rules of the family
 		}
 		name := unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_CHAIN))
 		t.rules[name] = append(t.rules[name], parseMarked(m))
@@ -276,7 +289,8 @@ func parseNFTChain(message []byte) string {
 	if len(number) != 4 || len(priority) != 4 || len(policy) != 4 {
 		return "no base chain"
 	}
-	c := nftChain{kind: unix.ByteSliceToString(attribute(message, unix.NFTA_CHAIN_TYPE)), hook: "?", priority: int(int32(binary.BigEndian.Uint32(priority)))}
+	c := nftChain{kind: unix.ByteSliceToString(attribute(message, unix.NFTA_CHAIN_TYPE)), hook: "?",
+		priority: int(int32(binary.BigEndian.Uint32(priority)))}
 	for name, n := range hooks {
 		if uint32(*n) == binary.BigEndian.Uint32(number) {
 			c.hook = name
@@ -324,9 +338,9 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 
 // each changes the tables that are there, in one transaction.
 func (s standingTables) each(c *nftables.Conn, what string, change func(*nftables.Table, standingTable)) error {
-	for i, six := range []bool{false, true} {
+	for i, family := range families {
 		if s[i].exists {
-			change(&nftables.Table{Name: nftTable, Family: nftables.TableFamily(xtablesFamily(six))}, s[i])
+			change(&nftables.Table{Name: nftTable, Family: nftables.TableFamily(family)}, s[i])
 		}
 	}
 	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -335,8 +349,8 @@ func (s standingTables) each(c *nftables.Conn, what string, change func(*nftable
 	return nil
 }
 
-// endRedirection has nobody redirected any more, and tells those who were: as long as chains of type nat stand, conntrack translates what they
-// are sent.
+// endRedirection has nobody redirected any more, and tells those who were: as long as chains of
+// type nat stand, conntrack translates what they are sent.
 func (s standingTables) endRedirection(c *nftables.Conn) error {
 	redirects := false
 	err := s.each(c, "change", func(t *nftables.Table, was standingTable) {
@@ -353,20 +367,28 @@ func (s standingTables) endRedirection(c *nftables.Conn) error {
 	return err
 }
 
+// nft is the word of nft for the family.
+func (f Family) nft() string {
+	if f == ipv6 {
+		return "ip6"
+	}
+	return "ip"
+}
+
 // nftablesText is what put does, as nft reads it.
 func nftablesText(p Plan, s surroundings) (string, error) {
 	var b strings.Builder
-	for _, six := range []bool{false, true} {
-		chains, err := nftChainsFor(p, s, six)
+	for _, family := range families {
+		chains, err := nftChainsFor(p, s, family)
 		if err != nil {
 			return "", err
 		}
-		what, family := "the way to the emulator", "ip"
-		if six {
-			what, family = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()], "ip6"
+		what := "the way to the emulator"
+		if family == ipv6 {
+			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
 		}
 		if len(chains) > 0 {
-			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nftText(chains, family))
+			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nftText(chains, family.nft()))
 		}
 	}
 	return b.String(), nil

@@ -16,8 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nftTable is the name of the one table that is ours, of family ip, and of family ip6 where something there is guarded or redirected
-// (H-24). In mode nftables with listen 169.254.169.252:988, the uplink eth0 and docker0 spared, nft list table prints
+// nftTable is the name of the one table that is ours, of family ip, and of family ip6 where
+// something there is guarded or redirected (H-24). In mode nftables with listen
+// 169.254.169.252:988, the uplink eth0 and docker0 spared, nft list table prints
 //
 //	table ip gke-metadata-emulator {
 //		chain raw {
@@ -60,8 +61,9 @@ import (
 //		}
 //	}
 //
-// An accept is final for its own chain only: what a later chain of somebody else's refuses stays refused (R-30). So there is no accept
-// for what is forwarded to an emulator elsewhere, nor for what the node itself sends to the listener (R-34), which mode iptables has.
+// An accept is final for its own chain only: what a later chain of somebody else's refuses stays
+// refused (R-30). So there is no accept for what is forwarded to an emulator elsewhere, nor for
+// what the node itself sends to the listener (R-34), which mode iptables has.
 const nftTable = "gke-metadata-emulator"
 
 // nftChain is one base chain of our table.
@@ -73,10 +75,12 @@ type nftChain struct {
 
 // hooks are netfilter's, by the words of nft.
 var hooks = map[string]*nftables.ChainHook{
-	"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "forward": nftables.ChainHookForward, "output": nftables.ChainHookOutput,
+	"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput,
+	"forward": nftables.ChainHookForward, "output": nftables.ChainHookOutput,
 }
 
-// Priorities: before everybody else's of the hook, by ten. nft 1.0.6 refuses "dstnat - 10" in output, so they are numbers in what is shown.
+// Priorities: before everybody else's of the hook, by ten. nft 1.0.6 refuses "dstnat - 10" in
+// output, so they are numbers in what is shown.
 const (
 	priorityRaw     = -310
 	priorityDestNAT = -110
@@ -88,8 +92,9 @@ func (c nftChain) head() string {
 	return fmt.Sprintf("type %s hook %s priority %d; policy accept;", c.kind, c.hook, c.priority)
 }
 
-// nftRule is a rule as nft writes it, and as the kernel gets it. The text lies with the rule in the kernel, where nft does not show it: a
-// rule is never changed, only replaced, so it tells what the rule is, whatever a kernel makes of the expressions when they are read back.
+// nftRule is a rule as nft writes it, and as the kernel gets it. The text lies with the rule in the
+// kernel, where nft does not show it: a rule is never changed, only replaced, so it tells what the
+// rule is, whatever a kernel makes of the expressions when they are read back.
 type nftRule struct {
 	text  string
 	mark  string // the text, and what it stands for that it does not tell
@@ -123,7 +128,8 @@ func byInterface(name string) nftPart {
 	} else {
 		value = append(value, make([]byte, unix.IFNAMSIZ-len(value))...)
 	}
-	return nftPart{text: fmt.Sprintf("iifname %q", text), exprs: []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, equals(value)}}
+	return nftPart{text: fmt.Sprintf("iifname %q", text), exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, equals(value)}}
 }
 
 func notLoopback() nftPart {
@@ -139,16 +145,19 @@ func toServer(a netip.AddrPort) nftPart { return ofTCP(a, "daddr %s tcp dport %d
 // fromServer matches packets of TCP from an address and a port.
 func fromServer(a netip.AddrPort) nftPart { return ofTCP(a, "saddr %s tcp sport %d", 12, 8, 0) }
 
-// ofTCP matches packets of TCP that have the address at one of the offsets, which are those of IPv4 and of IPv6, and the port at its own.
+// ofTCP matches packets of TCP that have the address at one of the offsets, which are those of IPv4
+// and of IPv6, and the port at its own.
 func ofTCP(a netip.AddrPort, format string, ipv4, ipv6, port uint32) nftPart {
 	word, offset := "ip ", ipv4
 	if a.Addr().Is6() {
 		word, offset = "ip6 ", ipv6
 	}
 	return nftPart{text: word + fmt.Sprintf(format, a.Addr(), a.Port()), exprs: []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(a.Addr().BitLen() / 8)}, equals(a.Addr().AsSlice()),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset,
+			Len: uint32(a.Addr().BitLen() / 8)}, equals(a.Addr().AsSlice()),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equals([]byte{unix.IPPROTO_TCP}),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2}, equals(binary.BigEndian.AppendUint16(nil, a.Port())),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: port, Len: 2},
+		equals(binary.BigEndian.AppendUint16(nil, a.Port())),
 	}}
 }
 
@@ -165,7 +174,8 @@ func sourceTranslated() nftPart {
 	const ipsSrcNAT = 1 << 4 // IPS_SRC_NAT of linux/netfilter/nf_conntrack_common.h
 	return nftPart{text: "ct status snat", exprs: []expr.Any{
 		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, ipsSrcNAT), Xor: make([]byte, 4)},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binary.NativeEndian.AppendUint32(nil, ipsSrcNAT), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}}
 }
@@ -173,7 +183,8 @@ func sourceTranslated() nftPart {
 // tracked is what track is of iptables.
 func tracked() nftPart {
 	return nftPart{text: "ct zone set 0", exprs: []expr.Any{
-		&expr.Immediate{Register: 1, Data: make([]byte, 2)}, &expr.Ct{Key: expr.CtKeyZONE, Register: 1, SourceRegister: true}}}
+		&expr.Immediate{Register: 1, Data: make([]byte, 2)},
+		&expr.Ct{Key: expr.CtKeyZONE, Register: 1, SourceRegister: true}}}
 }
 
 // originallyTo matches what was sent to the address before DNAT.
@@ -182,10 +193,12 @@ func originallyTo(a netip.Addr) nftPart {
 	if a.Is6() {
 		word = "ip6"
 	}
-	return nftPart{text: fmt.Sprintf("ct original %s daddr %s", word, a), exprs: []expr.Any{&expr.Ct{Key: expr.CtKeyDST, Register: 1}, equals(a.AsSlice())}}
+	return nftPart{text: fmt.Sprintf("ct original %s daddr %s", word, a), exprs: []expr.Any{
+		&expr.Ct{Key: expr.CtKeyDST, Register: 1}, equals(a.AsSlice())}}
 }
 
-// ofCgroup matches what sockets of a cgroup send. The rule holds the number of the cgroup: one that is made anew has another.
+// ofCgroup matches what sockets of a cgroup send. The rule holds the number of the cgroup: one that
+// is made anew has another.
 func ofCgroup(path string) (nftPart, error) {
 	info, err := os.Stat(filepath.Join(cgroup2(), path))
 	if err != nil {
@@ -194,7 +207,8 @@ func ofCgroup(path string) (nftPart, error) {
 	id, err := inode(info)
 	level := strings.Count(path, "/") + 1
 	return nftPart{text: fmt.Sprintf("socket cgroupv2 level %d %q", level, path), mark: fmt.Sprint(id), exprs: []expr.Any{
-		&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: uint32(level), Register: 1}, equals(binary.NativeEndian.AppendUint64(nil, id)),
+		&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: uint32(level), Register: 1},
+		equals(binary.NativeEndian.AppendUint64(nil, id)),
 	}}, err
 }
 
@@ -224,29 +238,31 @@ func dnat(to netip.AddrPort) nftPart {
 	}}
 }
 
-// nftChainsFor is the Plan as chains of one family, in the order in which they are put up; none: there is to be no table.
-func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err error) {
+// nftChainsFor is the Plan as chains of one family, in the order in which they are put up; none:
+// there is to be no table.
+func nftChainsFor(p Plan, s surroundings, family Family) (chains []nftChain, err error) {
 	forward := nftChain{name: "forward", kind: "filter", hook: "forward", priority: priorityFilter}
 	for _, name := range p.Spare {
 		forward.rules = append(forward.rules, rule(byInterface(name), leave()))
 	}
 	guarded := false
-	w := p.way(s, six)
+	w := p.way(s, family)
 	for _, a := range resetServers(p, s) {
-		if a.Addr().Is6() == six {
+		if family.has(a.Addr()) {
 			guarded = true
 			forward.rules = append(forward.rules, rule(toServer(a), reset())) // R-08
 		}
 	}
-	if six && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
+	if family == ipv6 && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
 		if guarded {
 			chains = append(chains, forward)
 		}
 		return chains, nil
 	}
 	if !p.dnats() {
-		// No clash of ports (A-18): all clients send to one address and port, so two of one source are one connection.
-		return append(doors(p, s, six), forward), nil
+		// No clash of ports (A-18): all clients send to one address and port, so two of one source
+		// are one connection.
+		return append(doors(p, s, family), forward), nil
 	}
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
@@ -289,15 +305,15 @@ func nftChainsFor(p Plan, s surroundings, six bool) (chains []nftChain, err erro
 	return append(chains, prerouting), nil
 }
 
-// doors keep other hosts out where pods may send to the listen address themselves: two, of which each holds alone (R-05). What listens on
-// 127.0.0.0/8 nobody reaches anyway.
-func doors(p Plan, s surroundings, six bool) []nftChain {
+// doors keep other hosts out where pods may send to the listen address themselves: two, of which
+// each holds alone (R-05). What listens on 127.0.0.0/8 nobody reaches anyway.
+func doors(p Plan, s surroundings, family Family) []nftChain {
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
 	to := toServer(p.Listen)
 	if p.Listen.Addr().IsUnspecified() {
 		to = toPort(p.Listen.Port())
-	} else if p.Listen.Addr().Is6() != six {
+	} else if !family.has(p.Listen.Addr()) {
 		return nil
 	}
 	if p.Listen.Addr().IsLoopback() {
@@ -314,7 +330,8 @@ func doors(p Plan, s surroundings, six bool) []nftChain {
 func toPort(port uint16) nftPart {
 	p := toServer(netip.AddrPortFrom(netip.IPv4Unspecified(), port))
 	return nftPart{text: fmt.Sprintf("fib daddr type local tcp dport %d", port), exprs: append([]expr.Any{
-		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, equals(binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL)),
+		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		equals(binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL)),
 	}, p.exprs[2:]...)}
 }
 
@@ -334,14 +351,19 @@ func environmentText(p Plan) string {
 		who, field, net.JoinHostPort(host, strconv.Itoa(int(p.Listen.Port()))))
 }
 
-// resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata server's other doors (H-25, H-26). DNS
-// on 53 passes.
+// resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata
+// server's other doors (H-25, H-26). DNS on 53 passes.
 func resetServers(p Plan, s surroundings) []netip.AddrPort {
-	servers := []netip.AddrPort{metadataServer, netip.AddrPortFrom(metadataServer.Addr(), 443), netip.AddrPortFrom(metadataServer.Addr(), 8080)}
+	addresses := []netip.Addr{metadataServer.Addr()}
 	if s.listen6.IsValid() {
-		servers = append(servers, metadataServer6, netip.AddrPortFrom(metadataServer6.Addr(), 443), netip.AddrPortFrom(metadataServer6.Addr(), 8080))
+		addresses = append(addresses, metadataServer6.Addr())
 	}
-	servers = append(servers, p.Guard...)
+	servers := slices.Clone(p.Guard)
+	for _, a := range addresses {
+		for _, port := range []uint16{80, 443, 8080} {
+			servers = append(servers, netip.AddrPortFrom(a, port))
+		}
+	}
 	slices.SortFunc(servers, netip.AddrPort.Compare)
 	return slices.Compact(servers)
 }

@@ -114,7 +114,7 @@ func wantObjects(p Plan, s surroundings, have netobj.Snapshot) (all []netobj.Obj
 	listen := p.Listen.Addr()
 	switch {
 	case p.Closed:
-	case p.Mode == ModeLoopback:
+	case p.traits().localServer:
 		all = append(all, loopbackRoute)
 		if p.Link != "" {
 			link := ownLink(p.Link)
@@ -220,7 +220,7 @@ func addAll(objects []netobj.Object) error {
 // mode's part stands, and go in trimObjects.
 func addClosed(p Plan, s surroundings) error {
 	err := addObjects(p, s, closedOnes)
-	if err == nil && p.Mode == ModeLoopback {
+	if err == nil && p.traits().localServer {
 		err = trimObjects(p, s, onlyRules)
 	}
 	return err

@@ -16,22 +16,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// observeMode is mode observe (U-36): mode ebpf's programs count who connects to 169.254.169.254:80, by cgroup, and change nothing. Of what all
-// modes share there is the listen address only, so that the service finds itself; no guard.
+// observeMode is mode observe (U-36): mode ebpf's programs count who connects to
+// 169.254.169.254:80, by cgroup, and change nothing. Of what all modes share there is the listen
+// address only, so that the service finds itself; no guard.
 type observeMode struct {
 	pins
 	plan Plan
 	good [][]ebpf.ProgramID // by hook, what was attached when all was last found right; nil: not known
 }
 
-// Observation is how often the processes of one cgroup connected to the metadata server since mode observe was installed.
+// Observation is how often the processes of one cgroup connected to the metadata server since mode
+// observe was installed.
 type Observation struct {
 	Cgroup      string `json:"cgroup"`                // from the root of the hierarchy; "" if it is gone
-	HostNetwork bool   `json:"hostNetwork,omitempty"` // it did so from the host's network namespace, and from outside the host's own slices
+	HostNetwork bool   `json:"hostNetwork,omitempty"` // from the host's network namespace, outside the host's own slices
 	Connects    uint64 `json:"connects"`
 }
 
-// observedAtMost bounds the kernel's table: of more cgroups than that the ones that asked longest ago are forgotten.
+// observedAtMost bounds the kernel's table: of more cgroups than that the ones that asked longest
+// ago are forgotten.
 const observedAtMost = 4096
 
 // publishedAtMost bounds the file of the state. All of them are Observed's.
@@ -49,8 +52,8 @@ func (m *observeMode) command() string { return "" }
 func (m *observeMode) wakes() (c causes, silent string) {
 	return causeEBPF, detaching
 }
-func (m *observeMode) forget()       { m.good = nil }
-func (m *observeMode) table() string { return filepath.Join(m.dir, "counts") }
+func (m *observeMode) redirected(Family) *uint64 { return nil }
+func (m *observeMode) table() string             { return filepath.Join(m.dir, "counts") }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.
 func (m *observeMode) counting(s surroundings, table *ebpf.Map) (r rewriting, err error) {
@@ -83,7 +86,8 @@ func (m *observeMode) newTable() (*ebpf.Map, error) {
 	if err := os.MkdirAll(m.dir, 0o700); err != nil {
 		return nil, err
 	}
-	table, err := ebpf.NewMap(&ebpf.MapSpec{Name: "gme_counts", Type: ebpf.LRUHash, KeySize: uint32(binary.Size(count{})), ValueSize: 8, MaxEntries: observedAtMost})
+	table, err := ebpf.NewMap(&ebpf.MapSpec{Name: "gme_counts", Type: ebpf.LRUHash,
+		KeySize: uint32(binary.Size(count{})), ValueSize: 8, MaxEntries: observedAtMost})
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +130,8 @@ func (m *observeMode) changed() bool {
 	return err != nil || !slices.EqualFunc(now, m.good, slices.Equal)
 }
 
-// Observed reads what mode observe has counted, the most first. It needs the right to read the kernel's table.
+// Observed reads what mode observe has counted, the most first. It needs the right to read the
+// kernel's table.
 func Observed(p Plan) ([]Observation, error) {
 	p, err := p.checked()
 	if err != nil {
@@ -159,7 +164,8 @@ func (m *observeMode) observed() (all []Observation, err error) {
 	for entries := table.Iterate(); entries.Next(&key, &times); err = entries.Err() {
 		found[Observation{Cgroup: names[key.Cgroup], HostNetwork: key.Network == host}] += times
 	}
-	if err != nil && !errors.Is(err, ebpf.ErrIterationAborted) { // aborted: the table changed too fast, and what was read is good
+	// Aborted: the table changed too fast, and what was read is good.
+	if err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return nil, err
 	}
 	for o, times := range found {

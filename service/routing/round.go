@@ -15,7 +15,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// RepairedMessage is the MESSAGE_ID of a repair's line in the journal: journalctl MESSAGE_ID=34dc6653a365475ca9a4127419a4246b.
+// RepairedMessage is the MESSAGE_ID of a repair's line in the journal: journalctl
+// MESSAGE_ID=34dc6653a365475ca9a4127419a4246b.
 const RepairedMessage = "34dc6653a365475ca9a4127419a4246b"
 
 var (
@@ -72,6 +73,7 @@ func (w *watcher) round(ctx context.Context) {
 		w.pending |= why
 		return
 	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+		w.report(r, by, start)
 		w.bad, w.unread, w.disturbed = true, true, true
 		w.pending |= why
 		if w.by == "" {
@@ -84,15 +86,21 @@ func (w *watcher) round(ctx context.Context) {
 		return
 	}
 	w.bad, w.unread = false, false
+	w.report(r, by, start)
+	w.succeed()
+}
+
+// report logs what a repair put back.
+func (w *watcher) report(r *repair, by string, start time.Time) {
 	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
-	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(r.faults), ","), "cause": strings.Join(slices.Compact(found), ","),
-		"missing": strings.Join(texts(r.faults), "; "), "took": time.Since(start).Round(100 * time.Microsecond).String()}
+	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(r.faults), ","),
+		"cause": strings.Join(slices.Compact(found), ","), "missing": strings.Join(texts(r.faults), "; "),
+		"took": time.Since(start).Round(100 * time.Microsecond).String()}
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
 		fields["by"] = by
 	}
 	w.Log.WithFields(fields).Warn("routing: repaired what was missing")
-	w.succeed()
 }
 
 // next is when the bucket has a token again.
@@ -102,8 +110,9 @@ func next(bucket *rate.Limiter) time.Time {
 	return time.Now().Add(r.Delay())
 }
 
-// look reads back what the causes can have touched, and returns all that is missing of it. It waits for an Install or Remove of
-// another process to be over. Without a router there is nothing to keep.
+// look reads back what the causes can have touched, and returns all that is missing of it. It waits
+// for an Install or Remove of another process to be over. Without a router there is nothing to
+// keep.
 func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error) {
 	unlock, err := lock(ctx, w.RunDir, unix.LOCK_SH)
 	if err != nil {
@@ -163,9 +172,6 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	if w.read != nil {
 		w.read()
 	}
-	if w.node != nil && why&causeEverything != 0 {
-		w.node.forget() // for once what was found right is not believed
-	}
 	if w.node == nil {
 		n, err := w.router.open(ctx, state.Command, false)
 		if err != nil {
@@ -173,7 +179,8 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		}
 		if w.node = n; n.silent() != "" && n.silent() != w.silent {
 			w.silent = n.silent()
-			w.Log.WithField("every", pollSilent.String()).Info("routing: " + n.silent() + " tells nobody of a change, so it is asked whether there is one; what that does not show waits for the next sweep")
+			w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
+				n.silent(), pollSilent, w.sweep)
 		}
 		errs = w.router.checkShared(n.surroundings) // all of it, with what is known now
 	}
@@ -226,7 +233,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 		return
 	}
 	if w.node != nil {
-		if m, ok := w.node.mode.(*observeMode); ok && !w.bad {
+		if m, counts := w.node.mode.(interface{ observed() ([]Observation, error) }); counts && !w.bad {
 			if s.Observed, err = m.observed(); err != nil {
 				w.Log.WithError(err).Warn("routing: what was observed is not published")
 			}
@@ -289,12 +296,15 @@ func texts(errs []error) (all []string) {
 }
 
 func (s surroundings) equal(o surroundings) bool {
-	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) && s.hostPods == o.hostPods && s.six == o.six && s.listen6 == o.listen6
+	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) &&
+		s.hostPods == o.hostPods && s.six == o.six && s.listen6 == o.listen6
 }
 
-// askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and the network may have changed.
+// askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and
+// the network may have changed.
 func (w *watcher) askCloud(why causes) {
-	if w.asking || w.router == nil || !w.router.asksCloud() || why&(causeAddress|causeRoute|causeLink|causeEverything) == 0 {
+	const network = causeAddress | causeRoute | causeLink | causeEverything
+	if w.asking || w.router == nil || !w.router.asksCloud() || why&network == 0 {
 		return
 	}
 	w.asking = true

@@ -25,8 +25,9 @@ func (r *router) Install(ctx context.Context) error {
 	return err
 }
 
-// install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile something else is desired than what was
-// found to be missing, and the node that it returns knows what to compare with.
+// install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile
+// something else is desired than what was found to be missing, and the node that it returns
+// knows what to compare with.
 func (r *router) install(ctx context.Context, why *repair) (n *node, err error) {
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
@@ -76,8 +77,9 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	state.Installs++
 	// The state first: whoever repairs must not take what follows for a flush, nor undo it.
 	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
-		// Closed leaves alone what stands besides the guard: rules that a good configuration installed still lead pods to
-		// the emulator, which tells them the reason. And a node whose rules cannot be made is closed too.
+		// Closed leaves alone what stands besides the guard: rules that a good configuration
+		// installed still lead pods to the emulator, which tells them the reason. And a node
+		// whose rules cannot be made is closed too.
 		if err = errors.Join(err, addObjects(r.plan, surroundings{}, onlyRules)); err == nil {
 			err = errors.Join(checkObjects(r.plan, surroundings{}, onlyRules)...)
 		}
@@ -89,9 +91,9 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	changed := before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good
 	if changed {
-		// Of another mode something may stand, or may still where a change did not come to its end. It goes last: until then requests had a way,
-		// by whichever of the two.
-		for _, p := range parts {
+		// Of another mode something may stand, or may still where a change did not come to its end.
+		// It goes last: until then requests had a way, by whichever of the two.
+		for _, p := range removers {
 			if slices.Contains(p.of, r.plan.Mode) {
 				continue
 			}
@@ -100,7 +102,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			}
 		}
 	}
-	again := plain && !r.plan.dnats() && r.plan.Mode != ModeObserve // which leaves other people's redirections be
+	again := plain && !r.plan.dnats() && !r.plan.traits().observes // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
 		if err := forgetServed(ctx, r.plan, n.surroundings, was); err != nil {
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
@@ -124,7 +126,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 // be put before.
 func (r *router) warnOvertaken(s surroundings) {
 	for _, chain := range untracking(r.plan) {
-		r.plan.Log.Warn("pods may not be redirected: " + chain + " comes before the rules and takes packets out of conntrack: " +
+		r.plan.Log.Warn("pods may not be redirected: " + chain +
+			" comes before the rules and takes packets out of conntrack: " +
 			"set routing.mode to nftables, whose rules overrule that")
 	}
 	for _, rule := range bypasses(r.plan, s) {
@@ -146,7 +149,8 @@ func (r *router) open(ctx context.Context, command string, say bool) (n *node, e
 	return n, err
 }
 
-// survey looks at everything that Install depends on, and changes nothing. It refuses what belongs to somebody else.
+// survey looks at everything that Install depends on, and changes nothing. It refuses what belongs
+// to somebody else.
 func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []error, err error) {
 	if why != nil && why.node != nil {
 		n = why.node // nothing is opened anew
@@ -169,7 +173,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	begins := why == nil || why.of.Desired == ""
-	if r.plan.Mode == ModeLoopback {
+	if r.plan.traits().localServer {
 		foreign = errors.Join(foreign, foreignAddress())
 		if begins && !r.plan.Force {
 			foreign = errors.Join(foreign, r.realServer())
@@ -188,17 +192,18 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 	return n, faults, foreign
 }
 
-// lookAgain notices what has changed around the rules since they were read: then they all have to be read anew.
+// lookAgain notices what has changed around the rules since they were read: then they all have to
+// be read anew.
 func (r *router) lookAgain(n *node) (changed bool, err error) {
 	now, err := r.look(false)
 	if err == nil && !now.equal(n.surroundings) {
 		n.surroundings, changed = now, true
-		n.forget()
 	}
 	return changed, err
 }
 
-// put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an answer, not with the real server's.
+// put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an
+// answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
 	if err := addClosed(r.plan, n.surroundings); err != nil {
 		return err
@@ -211,7 +216,6 @@ func (r *router) put(ctx context.Context, n *node) error {
 
 // putAgain puts everything, whatever was found to be right.
 func (r *router) putAgain(ctx context.Context, n *node) error {
-	n.forget()
 	if _, err := n.survey(ctx, n.surroundings); err != nil {
 		return err
 	}
@@ -252,7 +256,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	r.warnOvertaken(n.surroundings)
 	errs := r.check(ctx, n)
-	if r.plan.Mode == ModeLoopback { // whose guard is what serves pods: no repair helps, so install only warns
+	if r.plan.traits().localServer { // whose guard is what serves pods: no repair helps, so install only warns
 		for _, rule := range bypasses(r.plan, n.surroundings) {
 			errs = append(errs, fmt.Errorf("pods are not served where this comes before the guard: %s"+
 				": delete that rule and add it again with a preference of 1 or more, or that route to table main", rule))
@@ -291,7 +295,7 @@ func (r *router) Remove(ctx context.Context) error {
 
 func (r *router) removeAll(ctx context.Context, state State) error {
 	errs := []error{trimObjects(Plan{}, surroundings{}, onLinks)} // else the doors were gone before the address
-	for _, p := range parts {
+	for _, p := range removers {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -303,7 +307,7 @@ func (r *router) removeAll(ctx context.Context, state State) error {
 
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
 func (r *router) asksCloud() bool {
-	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && r.plan.Mode != ModeObserve && !r.cloud.known()
+	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && !r.plan.traits().observes && !r.cloud.known()
 }
 
 // ask has the cloud's metadata server asked once, from the calling thread's network namespace.
@@ -318,7 +322,7 @@ func (r *router) ask() string {
 func (r *router) look(say bool) (s surroundings, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
-	if len(s.uplinks) == 0 && r.plan.Mode != ModeObserve {
+	if len(s.uplinks) == 0 && !r.plan.traits().observes {
 		devices, err := readDevices()
 		if err != nil {
 			return s, err
@@ -339,7 +343,7 @@ func (r *router) look(say bool) (s surroundings, err error) {
 		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
 	}
 	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
-	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && r.plan.Mode != ModeObserve {
+	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && !r.plan.traits().observes {
 		s.slices = nil // whichever comes and goes
 	}
 	if say {
@@ -352,7 +356,8 @@ func (r *router) look(say bool) (s surroundings, err error) {
 // state is what the Plan wants from now on.
 func (r *router) state(desired string) (before, now State) {
 	p := r.plan
-	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard, Since: time.Now().UTC().Truncate(time.Second)}
+	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
+		Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
 		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
 		s.Link, s.Force = p.Link, p.Force
@@ -368,7 +373,7 @@ func (r *router) state(desired string) (before, now State) {
 	if old.Desired == desired {
 		s.Since, s.HostNetwork, s.IPv6 = old.Since, old.HostNetwork, old.IPv6
 	}
-	if s.Mode == ModeObserve {
+	if p.traits().observes {
 		s.Observed = old.Observed
 	}
 	return old, s

@@ -125,7 +125,7 @@ func (p Plan) checked() (Plan, error) {
 			p.Guard = DefaultGuard()
 		}
 	}
-	if p.Mode == ModeObserve {
+	if p.traits().observes {
 		p.Guard, p.InterceptHostPods = nil, "off"
 	}
 	slices.SortFunc(p.Guard, netip.AddrPort.Compare)
@@ -142,7 +142,7 @@ func (p Plan) checked() (Plan, error) {
 	if !slices.Contains(modes, p.Mode) {
 		return p, fmt.Errorf("routing mode %q is not supported: use %s", p.Mode, strings.Join(modes, ", "))
 	}
-	errs = append(errs, checkListen(p.Mode, p.Listen), checkListen6(p))
+	errs = append(errs, p.checkListen(), checkListen6(p))
 	if !p.redirects() && p.InterceptHostPods == "on" {
 		errs = append(errs, fmt.Errorf("interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off", p.Mode))
 	}
@@ -153,7 +153,7 @@ func (p Plan) checked() (Plan, error) {
 	}
 	switch {
 	case p.Link == "":
-	case p.Mode != ModeLoopback:
+	case !p.traits().localServer:
 		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
 	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
 		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
@@ -168,32 +168,26 @@ func (p Plan) checked() (Plan, error) {
 			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
 		}
 	}
-	if p.Mode == ModeEBPF && len(p.Spare) > 0 {
+	if p.traits().blindToLinks && len(p.Spare) > 0 {
 		errs = append(errs, fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
-			strings.Join(p.Spare, ", "), ModeEBPF, ModeIPTables))
+			strings.Join(p.Spare, ", "), p.Mode, ModeIPTables))
 	}
 	return p, errors.Join(errs...)
 }
 
-// redirects says whether the mode changes where packets go, and listens elsewhere than pods ask.
-func (p Plan) redirects() bool { return p.dnats() || p.Mode == ModeEBPF }
-
-// dnats says whether a firewall's rules do that.
-func (p Plan) dnats() bool { return p.Mode == ModeIPTables || p.Mode == ModeNFTables }
-
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
 
-func checkListen(mode string, l netip.AddrPort) error {
+func (p Plan) checkListen() error {
 	const remedy = "; the usual choice is 169.254.169.252:988"
-	a := l.Addr()
+	l, a, has := p.Listen, p.Listen.Addr(), p.traits()
 	switch {
-	case mode == ModeLoopback:
+	case has.localServer:
 		if l != metadataServer {
-			return fmt.Errorf("listen %s: mode %s redirects nothing, so it listens where pods ask: %s", l, mode, metadataServer)
+			return fmt.Errorf("listen %s: mode %s redirects nothing, so it listens where pods ask: %s", l, p.Mode, metadataServer)
 		}
 		return nil
-	case mode == ModeNone:
+	case has.anyListener:
 		if !l.IsValid() {
 			return errors.New("listen: an address and a port are needed")
 		}
@@ -201,7 +195,7 @@ func checkListen(mode string, l netip.AddrPort) error {
 	case !l.IsValid() || l.Port() == 0:
 		return fmt.Errorf("listen %s: an address and a port are needed%s", l, remedy)
 	case !a.Is4():
-		return fmt.Errorf("listen %s: mode %s redirects to an IPv4 address%s", l, mode, remedy)
+		return fmt.Errorf("listen %s: mode %s redirects to an IPv4 address%s", l, p.Mode, remedy)
 	case a.IsUnspecified():
 		return fmt.Errorf("listen %s: rules cannot redirect to every address, nor guard every address of the node%s", l, remedy)
 	case a.IsLoopback():

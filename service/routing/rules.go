@@ -13,8 +13,9 @@ const comment = "gke-metadata-emulator"
 
 // chain is one chain of ours, what jumps to it, and what is in it.
 //
-// With listen 169.254.169.252:988, one uplink eth0, docker0 spared and the host intercepted, iptables -S prints (the listen
-// address stands for whatever is configured; guards name its port too, so that nothing else on that address is touched):
+// With listen 169.254.169.252:988, one uplink eth0, docker0 spared and the host intercepted,
+// iptables -S prints (the listen address stands for whatever is configured; guards name its port
+// too, so that nothing else on that address is touched):
 //
 //	*filter
 //	-A GME-FWD -i docker0 -j RETURN
@@ -52,8 +53,8 @@ type chain struct {
 // jump is what stands at position 1 of the base chain.
 func (c chain) jump() string { return "-m comment --comment " + comment + " -j " + c.name }
 
-// ownChains are all chains that any Plan can have made in either family, in the order in which they are put up: closed before open.
-// Removing goes the other way round.
+// ownChains are all chains that any Plan can have made in either family, in the order in which they
+// are put up: closed before open. Removing goes the other way round.
 func ownChains() []chain {
 	return []chain{
 		{table: "filter", base: "FORWARD", name: "GME-FWD", absent: true},
@@ -66,30 +67,34 @@ func ownChains() []chain {
 	}
 }
 
-// chainsFor is the Plan as chains of one family. IPv6 has the guard's alone where nothing is redirected there.
-func chainsFor(p Plan, s surroundings, six bool) []chain {
-	chains, w := ownChains(), p.way(s, six)
+// chainsFor is the Plan as chains of one family. IPv6 has the guard's alone where nothing is
+// redirected there.
+func chainsFor(p Plan, s surroundings, family Family) []chain {
+	chains, w := ownChains(), p.way(s, family)
 	for i := range chains {
 		c := &chains[i]
 		switch {
 		case c.name == "GME-FWD":
-			if !six || s.six || w.listen.IsValid() {
-				c.rules = forwardRules(p, w, six)
+			if family == ipv4 || s.six || w.listen.IsValid() {
+				c.rules = forwardRules(p, w, family)
 			}
 		case !w.listen.IsValid():
 		case c.name == "GME-IN":
-			// A-18 (port clash): a connection whose source conntrack changed has another port here than in the client's socket, and
-			// that port may be another client's. The SYN of a process of the node has gone through POSTROUTING and is refused at once.
-			// only what was redirected is accepted, never what was sent here directly.
+			// A-18 (port clash): a connection whose source conntrack changed has another port here
+			// than in the client's socket, and that port may be another client's. The SYN of a
+			// process of the node has gone through POSTROUTING and is refused at once. R-05: only
+			// what was redirected is accepted, never what was sent here directly.
 			c.rules = []string{
 				to(w.listen) + " -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset",
 				to(w.listen) + " -m conntrack --ctorigdst " + w.server.Addr().String() + " -j ACCEPT",
 				notLocal(w.listen) + " -j DROP",
 			}
 		case c.name == "GME-LOCAL":
-			// A-18 again: the SYN of a pod is translated behind the INPUT chain, so the listener's answer is dropped, but for the RST of
-			// the refusal above. A network that masquerades what its pods send to the node is not served: whose socket it is nobody can tell.
-			// R-34 (rejects in OUTPUT): what the node sends to the listener, and its answers, are no business of rules for other services.
+			// A-18 again: the SYN of a pod is translated behind the INPUT chain, so the listener's
+			// answer is dropped, but for the RST of the refusal above. A network that masquerades
+			// what its pods send to the node is not served: whose socket it is nobody can tell.
+			// R-34 (rejects in OUTPUT): what the node sends to the listener, and its answers, are
+			// no business of rules for other services.
 			c.rules = []string{
 				from(w.listen) + " ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP",
 				from(w.listen) + " -j ACCEPT",
@@ -108,8 +113,8 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 			}
 			c.rules = append(c.rules, from(w.listen)+track)
 		case c.name == "GME-OUT":
-			// all of the host but its own slices, which leaves pods on the host network. Without a slice to spare
-			// (no cgroup v2: R-22) there is no such chain.
+			// all of the host but its own slices, which leaves pods on the host network.
+			// Without a slice to spare (no cgroup v2: R-22) there is no such chain.
 			if s.hostPods {
 				for _, slice := range s.slices {
 					c.rules = append(c.rules, "-m cgroup --path "+slice+" -j RETURN")
@@ -127,9 +132,10 @@ func chainsFor(p Plan, s surroundings, six bool) []chain {
 	return chains
 }
 
-// forwardRules let redirected packets through to an emulator that lives in another namespace, container or machine of the node,
-// and back; and reset what still talks to a real metadata server (R-08: connections that were opened before).
-func forwardRules(p Plan, w way, six bool) (rules []string) {
+// forwardRules let redirected packets through to an emulator that lives in another namespace,
+// container or machine of the node, and back; and reset what still talks to a real metadata server
+// connections that were opened before).
+func forwardRules(p Plan, w way, family Family) (rules []string) {
 	for _, name := range p.Spare {
 		rules = append(rules, "-i "+name+" -j RETURN")
 	}
@@ -145,7 +151,7 @@ func forwardRules(p Plan, w way, six bool) (rules []string) {
 	}
 	var order []netip.Addr
 	for _, g := range guard {
-		if g.Addr().Is6() != six {
+		if !family.has(g.Addr()) {
 			continue
 		}
 		if !slices.Contains(order, g.Addr()) {
@@ -211,10 +217,12 @@ func join(ports []uint16) string {
 	return strings.Join(texts, ",")
 }
 
-// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew, or taken away if it is absent; jumps
-// that stand elsewhere than once at position 1 taken out and put there. One COMMIT a table makes each table's change atomic: a packet sees
-// the rules of before or of after, and 0 of 9762 requests were lost. stands is what is there now, by chain name. "" is nothing to do.
-func restoreText(chains []chain, stands map[string]glance) string {
+// restoreText is what iptables-restore --noflush gets: every chain of ours emptied and filled anew,
+// or taken away if it is absent; jumps that stand elsewhere than once at position 1 taken out and
+// put there. One COMMIT a table makes each table's change atomic: a packet sees the rules of before
+// or of after, and 0 of 9762 requests were lost. stands is what is there now, by chain name.
+// "" is nothing to do.
+func restoreText(chains []chain, stands map[string]chainState) string {
 	var b strings.Builder
 	chains = slices.DeleteFunc(slices.Clone(chains), func(c chain) bool {
 		g := stands[c.name]
@@ -259,5 +267,4 @@ func restoreText(chains []chain, stands map[string]glance) string {
 type jumpAt struct {
 	position int    // from 1
 	rule     string // without -A and the base chain
-	handle   uint64 // nf_tables'
 }

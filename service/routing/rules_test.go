@@ -84,15 +84,15 @@ func TestRestoreTextMovesJumps(t *testing.T) {
 		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
 		{table: "nat", base: "PREROUTING", name: "GME-PRE", rules: []string{"-i lo -j RETURN"}},
 	}
-	stands := func(name, rule string, positions ...int) map[string]glance {
-		g := glance{exists: true}
+	stands := func(name, rule string, positions ...int) map[string]chainState {
+		g := chainState{exists: true}
 		for _, at := range positions {
 			g.jumps = append(g.jumps, jumpAt{position: at, rule: rule})
 		}
-		return map[string]glance{name: g}
+		return map[string]chainState{name: g}
 	}
-	pre := func(positions ...int) map[string]glance { return stands("GME-PRE", chains[1].jump(), positions...) }
-	out := func(positions ...int) map[string]glance {
+	pre := func(positions ...int) map[string]chainState { return stands("GME-PRE", chains[1].jump(), positions...) }
+	out := func(positions ...int) map[string]chainState {
 		m := stands("GME-OUT", chains[0].jump(), positions...)
 		m["GME-PRE"] = pre(1)["GME-PRE"]
 		return m
@@ -100,7 +100,7 @@ func TestRestoreTextMovesJumps(t *testing.T) {
 	const flushOut = ":GME-OUT - [0:0]\n"
 	for _, c := range []struct {
 		name   string
-		stands map[string]glance
+		stands map[string]chainState
 		flush  string
 		want   string
 	}{

@@ -21,7 +21,7 @@ func Show(p Plan) (string, error) {
 		}
 	}
 	command := ""
-	if p.Mode == ModeIPTables {
+	if p.traits().runsIPTables {
 		command, _ = backends(p)
 	}
 	return text(p, s, command)
@@ -29,7 +29,7 @@ func Show(p Plan) (string, error) {
 
 func text(p Plan, s surroundings, command string) (string, error) {
 	var b strings.Builder
-	if p.Mode == ModeLoopback && !p.Closed {
+	if p.traits().localServer && !p.Closed {
 		fmt.Fprintf(&b, "# the metadata server's address is this node's own, "+
 			"for those whom the rules below send to that table\n%s\n",
 			netobj.Commands(loopbackRoute))

@@ -26,8 +26,8 @@ const noIPv6Here = "IPv6 is not there or disabled on lo"
 // way is what is redirected in one family, and where to; without a valid listen nothing is.
 type way struct{ server, listen netip.AddrPort }
 
-func (p Plan) way(s surroundings, six bool) way {
-	if six {
+func (p Plan) way(s surroundings, family Family) way {
+	if family == ipv6 {
 		return way{metadataServer6, s.listen6}
 	}
 	return way{metadataServer, p.Listen}
@@ -67,7 +67,6 @@ func (r *router) putSix(ctx context.Context, n *node) error {
 	}
 	with := *n
 	n.refuseSix(err)
-	n.forget()
 	if _, again := n.survey(ctx, n.surroundings); again != nil || r.put(ctx, n) != nil {
 		n.surroundings = with.surroundings // it was not IPv6
 		return err

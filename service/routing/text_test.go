@@ -40,13 +40,13 @@ func FuzzRuleText(f *testing.F) {
 			if p.dnats() {
 				s.listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 			}
-			for _, six := range []bool{false, true} {
-				for line := range strings.Lines(restoreText(chainsFor(p, s, six), nil)) {
+			for _, family := range families {
+				for line := range strings.Lines(restoreText(chainsFor(p, s, family), nil)) {
 					if p.redirects() && !restoreLine.MatchString(strings.TrimSuffix(line, "\n")) {
 						t.Errorf("%q", line)
 					}
 				}
-				chains, err := nftChainsFor(p, s, six)
+				chains, err := nftChainsFor(p, s, family)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -220,7 +220,7 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 
 func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: xtablesFamily(t.addr.Is6()), Version: nl.NFNETLINK_V0})
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(familyOf(t.addr)), Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
 		r.AddData(a)
 	}

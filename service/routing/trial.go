@@ -203,14 +203,14 @@ func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, e
 }
 
 func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by []string, err error) {
-	before := legacyDrops(ctx, addr.Is6())
+	before := legacyDrops(ctx, familyOf(addr))
 	trace, err := startTrace(addr, link)
 	try()
 	if err == nil {
 		by, err = trace.drops(200 * time.Millisecond)
 		err = errors.Join(err, trace.close())
 	}
-	by = append(by, risen(before, legacyDrops(ctx, addr.Is6()))...)
+	by = append(by, risen(before, legacyDrops(ctx, familyOf(addr)))...)
 	if len(by) > 0 || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
 		return by, nil // a kernel without nf_tables has none of its chains
 	}

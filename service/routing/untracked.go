@@ -3,7 +3,6 @@ package routing
 import (
 	"fmt"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -12,7 +11,7 @@ import (
 // Those of iptables-nft's table raw are put in order by install, and mode nftables overrules all of
 // them: the kernel has a packet tracked that is given a zone, whatever was said of it before.
 func untracking(p Plan) (names []string) {
-	if p.Mode != ModeIPTables || p.Closed {
+	if !p.traits().firstTargetCT || p.Closed {
 		return nil
 	}
 	const ours = -300 // of table raw
@@ -23,7 +22,8 @@ func untracking(p Plan) (names []string) {
 	for _, c := range chains {
 		hook := attribute(c, unix.NFTA_CHAIN_HOOK)
 		number, priority := within(hook, unix.NFTA_HOOK_HOOKNUM), within(hook, unix.NFTA_HOOK_PRIORITY)
-		if len(number) != 4 || be32(number) != unix.NF_INET_PRE_ROUTING || len(priority) != 4 || int32(be32(priority)) > ours {
+		if len(number) != 4 || be32(number) != unix.NF_INET_PRE_ROUTING ||
+			len(priority) != 4 || int32(be32(priority)) > ours {
 			continue
 		}
 		family, table := nftFamily(c), unix.ByteSliceToString(attribute(c, unix.NFTA_CHAIN_TABLE))
@@ -38,7 +38,7 @@ func untracking(p Plan) (names []string) {
 
 // tableUntracks says whether a rule of the table takes packets out of conntrack.
 func tableUntracks(family uint8, table string) bool {
-	of := nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table))
+	of := nftName(unix.NFTA_RULE_TABLE, table)
 	rules, _ := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family, of)
 	for _, m := range rules {
 		if unix.ByteSliceToString(attribute(m, unix.NFTA_RULE_TABLE)) != table { // old kernels tell all rules of the family
