@@ -220,7 +220,7 @@ func TestInstallForgetsWhatIsOver(t *testing.T) {
 		if err := b.Do(func() error {
 			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 			for _, f := range flows {
-				if (served{way: b.plan.way(surroundings{}, ipv4), redirected: true}).MatchConntrackFlow(f) {
+				if (served{redirectTarget: b.plan.target(nodeFacts{}, ipv4), redirected: true}).MatchConntrackFlow(f) {
 					n++
 				}
 			}

@@ -24,7 +24,7 @@ const detaching = "whoever detaches an eBPF program"
 func (m *ebpfMode) wakes() (c causes, silent string) { return causeNFTables | causeEBPF, detaching }
 
 // rewriting is what the programs have to do here and now.
-func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
+func (m *ebpfMode) rewriting(s nodeFacts) (r rewriting, err error) {
 	r = rewriting{listen: m.plan.Listen, hostPods: s.hostPods}
 	if r.hostPods {
 		r.spared = cgroupIDs(m.root, s.slices)
@@ -34,7 +34,7 @@ func (m *ebpfMode) rewriting(s surroundings) (r rewriting, err error) {
 }
 
 // survey tells of the programs too, if they are gone.
-func (m *ebpfMode) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+func (m *ebpfMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
 	if faults, err = m.nfTables.survey(ctx, s); err != nil {
 		return nil, err
 	}
@@ -46,7 +46,7 @@ func (m *ebpfMode) survey(ctx context.Context, s surroundings) (faults []error, 
 }
 
 // put begins with the doors, but where DNAT stands: that goes when the programs have taken over, and kept other hosts out until then.
-func (m *ebpfMode) put(ctx context.Context, s surroundings) error {
+func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 	r, err := m.rewriting(s)
 	if err != nil {
 		return err
@@ -73,7 +73,7 @@ func (m *ebpfMode) put(ctx context.Context, s surroundings) error {
 	return nil
 }
 
-func (m *ebpfMode) check(ctx context.Context, s surroundings) []error {
+func (m *ebpfMode) check(ctx context.Context, s nodeFacts) []error {
 	errs := m.nfTables.check(ctx, s)
 	r, err := m.rewriting(s)
 	if err != nil {
@@ -85,7 +85,7 @@ func (m *ebpfMode) check(ctx context.Context, s surroundings) []error {
 func (m *ebpfMode) changed() bool { return m.pins.changed() || m.nfTables.changed() }
 
 // ebpfText is the doors as commands, and the programs, which no command can type, as comments.
-func ebpfText(p Plan, s surroundings) (string, error) {
+func ebpfText(p Plan, s nodeFacts) (string, error) {
 	m := &ebpfMode{nfTables: &nfTables{plan: p}, pins: p.pins(ModeEBPF, redirectHooks)}
 	r, err := m.rewriting(s)
 	if err != nil {

@@ -285,7 +285,7 @@ func TestServedFlows(t *testing.T) {
 		f.Forward.Protocol, f.Forward.DstIP, f.Forward.DstPort, f.Reverse.SrcIP = unix.IPPROTO_TCP, dst.Addr().AsSlice(), dst.Port(), net.ParseIP(by)
 		return f
 	}
-	w := way{metadataServer, netip.MustParseAddrPort("169.254.169.252:988")}
+	w := redirectTarget{metadataServer, netip.MustParseAddrPort("169.254.169.252:988")}
 	for _, c := range []struct {
 		flow                    *netlink.ConntrackFlow
 		picks, over, redirected bool
@@ -296,13 +296,13 @@ func TestServedFlows(t *testing.T) {
 		{flow("169.254.169.254:80", "169.254.169.254", nl.TCP_CONNTRACK_TIME_WAIT), false, false, false}, // the cloud's
 		{flow("169.254.169.254:53", "169.254.169.252", nl.TCP_CONNTRACK_TIME_WAIT), false, false, false},
 	} {
-		if got := (served{way: w}).MatchConntrackFlow(c.flow); got != c.picks {
+		if got := (served{redirectTarget: w}).MatchConntrackFlow(c.flow); got != c.picks {
 			t.Errorf("%v: %t", c.flow.Forward, got)
 		}
-		if got := (served{way: w, over: true}).MatchConntrackFlow(c.flow); got != c.over {
+		if got := (served{redirectTarget: w, over: true}).MatchConntrackFlow(c.flow); got != c.over {
 			t.Errorf("%v, over: %t", c.flow.Forward, got)
 		}
-		if got := (served{way: w, redirected: true}).MatchConntrackFlow(c.flow); got != c.redirected {
+		if got := (served{redirectTarget: w, redirected: true}).MatchConntrackFlow(c.flow); got != c.redirected {
 			t.Errorf("%v, redirected: %t", c.flow.Forward, got)
 		}
 	}

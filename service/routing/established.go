@@ -29,7 +29,7 @@ import (
 // family that were not redirected, in the background: to walk through conntrack's table takes 10
 // ms, however few there are. Those of this host itself are left alone unless pods on the host
 // network are redirected too.
-func forgetEstablished(p Plan, s surroundings, family Family, background *sync.WaitGroup) {
+func forgetEstablished(p Plan, s nodeFacts, family Family, background *sync.WaitGroup) {
 	if noConnections() {
 		return
 	}
@@ -42,7 +42,7 @@ func forgetEstablished(p Plan, s surroundings, family Family, background *sync.W
 		failed(fmt.Errorf("list addresses: %w", err))
 		return
 	}
-	f := notRedirected{way: p.way(s, family)}
+	f := notRedirected{redirectTarget: p.target(s, family)}
 	if !s.hostPods {
 		f.host = map[netip.Addr]bool{}
 		for _, a := range addrs {
@@ -77,7 +77,7 @@ func noConnections() bool {
 // routers say "network is unreachable". Where pods are redirected as before, by whatever, those of
 // redirections are left until they are over. An Install that follows on its like looks for those
 // again, unless there is DNAT: some were not over then.
-func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
+func forgetServed(ctx context.Context, p Plan, s nodeFacts, was Plan) error {
 	if noConnections() {
 		return nil
 	}
@@ -90,7 +90,7 @@ func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 		if family == ipv6 && !s.listen6.IsValid() {
 			continue
 		}
-		f := served{p.way(s, family), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
+		f := served{p.target(s, family), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}
 		for tries := 5; ; tries-- {
 			n, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f)
 			if err != nil {
@@ -110,7 +110,7 @@ func forgetServed(ctx context.Context, p Plan, s surroundings, was Plan) error {
 
 // served picks connections that were redirected to the emulator, and those that went there directly.
 type served struct {
-	way
+	redirectTarget
 	over       bool // only those that are
 	redirected bool // only those that were
 }
@@ -129,7 +129,7 @@ func (f served) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 
 // notRedirected picks connections to the real metadata server.
 type notRedirected struct {
-	way
+	redirectTarget
 	host map[netip.Addr]bool
 }
 

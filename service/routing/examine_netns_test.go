@@ -21,7 +21,7 @@ func TestExamine(t *testing.T) {
 			}
 			return x
 		}
-		if x := examine(); len(Faults(x.Rules)) == 0 || len(x.Guard) != len(guardRules(b.plan, surroundings{})) || x.Redirected != nil {
+		if x := examine(); len(Faults(x.Rules)) == 0 || len(x.Guard) != len(guardRules(b.plan, nodeFacts{})) || x.Redirected != nil {
 			t.Errorf("before anything was installed: %+v", x)
 		}
 		b.install(b.plan)

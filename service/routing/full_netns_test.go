@@ -69,7 +69,7 @@ func TestFullRunDirectory(t *testing.T) {
 	says("remove", b.Do(func() error { return b.router(p).Remove(t.Context()) }))
 	b.same("nothing to write to: remove", sorted(b.ruleset()), before)
 	says("install", b.Do(func() error { return b.router(p).Install(t.Context()) }))
-	if err := b.Do(func() error { return errors.Join(checkObjects(p, surroundings{}, onlyRules)...) }); err != nil {
+	if err := b.Do(func() error { return errors.Join(checkObjects(p, nodeFacts{}, onlyRules)...) }); err != nil {
 		t.Errorf("install without space: %v", err)
 	}
 	b.remove(b.plan)
@@ -97,7 +97,7 @@ func TestRepairNamesAll(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			seen := n.check(t.Context(), n.surroundings)
+			seen := n.check(t.Context(), n.nodeFacts)
 			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo")
 			why := &repair{of: state, why: causeNFTables, faults: seen, node: n, mode: true}
 			if _, err = r.install(t.Context(), why); err != nil {

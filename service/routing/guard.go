@@ -64,7 +64,7 @@ const (
 // guardRules are the Plan's at their usual preference, in the order in which they are asked. The
 // first of each family is the end of the guard, to which others go: it is added first and deleted
 // last. Mode loopback needs the uplinks.
-func guardRules(p Plan, s surroundings) (rules []netobj.Rule) {
+func guardRules(p Plan, s nodeFacts) (rules []netobj.Rule) {
 	loopback := p.traits().localServer && !p.Closed
 	guarded := p.Guard
 	if loopback {
@@ -159,7 +159,7 @@ func place(usual, reach, standing []netobj.Rule) []netobj.Rule {
 
 // reachRules make the emulator's address this node's own before rules of others can lead elsewhere.
 // Where it is another's they decide nothing.
-func reachRules(p Plan, s surroundings) (rules []netobj.Rule) {
+func reachRules(p Plan, s nodeFacts) (rules []netobj.Rule) {
 	for _, l := range []netip.AddrPort{p.Listen, s.listen6} {
 		a := l.Addr()
 		if p.Closed || p.traits().localServer || !l.IsValid() || a.IsUnspecified() || a.IsLoopback() {
@@ -216,7 +216,7 @@ type guard struct {
 }
 
 // guards are those of the families that the Plan has something to guard in.
-func guards(p Plan, s surroundings, have netobj.Snapshot) (both []guard) {
+func guards(p Plan, s nodeFacts, have netobj.Snapshot) (both []guard) {
 	for _, family := range families {
 		other := func(r netobj.Rule) bool { return !family.has(r.To.Addr()) }
 		g := guard{standing: have.Rules(uint8(family)), usual: slices.DeleteFunc(guardRules(p, s), other)}
@@ -277,7 +277,7 @@ func (g guard) faults() (errs []error) {
 
 // bypasses are the rules of others that walk round the guard, and that it cannot be put before; and
 // the routes that lead what is guarded off the node by table local, where that is asked first.
-func bypasses(p Plan, s surroundings) (texts []string) {
+func bypasses(p Plan, s nodeFacts) (texts []string) {
 	have, _ := netobj.Read() // what cannot be read Check tells
 	for _, g := range guards(p, s, have) {
 		before := g.before()

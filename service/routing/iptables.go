@@ -82,7 +82,7 @@ func (m *iptablesMode) fingerprint() string {
 }
 
 // survey reads what stands, and refuses chains and redirections of others.
-func (m *iptablesMode) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+func (m *iptablesMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
 	var foreign []error
 	m.surveyed = map[Family]map[string]chainState{}
 	for _, x := range m.tables {
@@ -101,7 +101,7 @@ func (m *iptablesMode) survey(ctx context.Context, s surroundings) (faults []err
 }
 
 // put applies what differs from the survey, by one iptables-restore for each family.
-func (m *iptablesMode) put(ctx context.Context, s surroundings) error {
+func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 	if len(m.tables) == 1 && s.listen6.IsValid() {
 		return fmt.Errorf("install the IPv6 rules: %w", m.noIPv6)
 	}
@@ -113,7 +113,7 @@ func (m *iptablesMode) put(ctx context.Context, s surroundings) error {
 		}
 	}
 	for _, x := range m.tables {
-		if m.plan.way(s, x.family).listen.IsValid() && len(m.surveyed[x.family]["GME-PRE"].jumps) == 0 {
+		if m.plan.target(s, x.family).listen.IsValid() && len(m.surveyed[x.family]["GME-PRE"].jumps) == 0 {
 			forgetEstablished(m.plan, s, x.family, &m.background) // for some time pods were not redirected
 		}
 	}
@@ -127,7 +127,7 @@ func (m *iptablesMode) put(ctx context.Context, s surroundings) error {
 }
 
 // check reads all chains back.
-func (m *iptablesMode) check(ctx context.Context, s surroundings) (errs []error) {
+func (m *iptablesMode) check(ctx context.Context, s nodeFacts) (errs []error) {
 	defer m.background.Wait()
 	before := m.fingerprint()
 	for _, x := range m.tables {
@@ -222,7 +222,7 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 }
 
 // iptablesText is what iptables-restore gets on a node that has nothing of ours.
-func iptablesText(p Plan, s surroundings, command string) string {
+func iptablesText(p Plan, s nodeFacts, command string) string {
 	var b strings.Builder
 	for _, family := range slices.Backward(families) {
 		chains := chainsFor(p, s, family)

@@ -221,14 +221,14 @@ func TestWrittenIsCounted(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				if _, err := n.survey(t.Context(), n.surroundings); err != nil {
+				if _, err := n.survey(t.Context(), n.nodeFacts); err != nil {
 					return err
 				}
-				if err := n.put(t.Context(), n.surroundings); err != nil {
+				if err := n.put(t.Context(), n.nodeFacts); err != nil {
 					return err
 				}
 				b.sh(c.harm)
-				errs = n.check(t.Context(), n.surroundings)
+				errs = n.check(t.Context(), n.nodeFacts)
 				return nil
 			}); err != nil {
 				t.Fatal(err)

@@ -92,7 +92,7 @@ func TestClosedGuard(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
-		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()}, surroundings{})); got != want {
+		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()}, nodeFacts{})); got != want {
 			t.Errorf("%d faults named, want %d", got, want)
 		}
 		b.install(closed)

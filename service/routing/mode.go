@@ -23,15 +23,15 @@ type mode interface {
 	// survey looks at all that put depends on, and changes nothing. It refuses what belongs to
 	// somebody else (ErrForeign), and returns what of the mode's is not as it should be, as far as
 	// the survey saw it.
-	survey(ctx context.Context, s surroundings) (faults []error, err error)
+	survey(ctx context.Context, s nodeFacts) (faults []error, err error)
 	// put makes the mode's part of the Plan stand, closed things before open ones. A survey came before it.
-	put(ctx context.Context, s surroundings) error
+	put(ctx context.Context, s nodeFacts) error
 	// redirected is how many connections the rule that redirects pods has counted in one family;
 	// nil: that cannot be read, or the mode counts none.
 	redirected(Family) *uint64
 	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error
 	// for what cannot be read.
-	check(ctx context.Context, s surroundings) []error
+	check(ctx context.Context, s nodeFacts) []error
 }
 
 // traits are what shared code has to know of a mode. To add a mode is to add its row, and its case
@@ -112,7 +112,7 @@ var removers = []struct {
 }
 
 // modeText is what put does on a node that has nothing of it yet, as shell commands.
-func modeText(p Plan, s surroundings, command string) (string, error) {
+func modeText(p Plan, s nodeFacts, command string) (string, error) {
 	switch p.Mode {
 	case ModeIPTables:
 		return iptablesText(p, s, command), nil
@@ -132,14 +132,14 @@ func modeText(p Plan, s surroundings, command string) (string, error) {
 
 // node is where a Plan stands, as far as it is known.
 type node struct {
-	surroundings
+	nodeFacts
 	mode
 }
 
-// around is what is known of the node's surroundings.
-func (n *node) around() (s surroundings) {
+// around is what is known of the node.
+func (n *node) around() (s nodeFacts) {
 	if n != nil {
-		s = n.surroundings
+		s = n.nodeFacts
 	}
 	return s
 }

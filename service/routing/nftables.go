@@ -34,24 +34,24 @@ func (m *nfTables) changed() bool {
 	return err != nil || m.standing == "" || now.fingerprint() != m.standing
 }
 
-func (m *nfTables) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+func (m *nfTables) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
 	faults = m.check(ctx, s)
 	now, err := readNFTables()
 	if err != nil {
 		return nil, err
 	}
-	way := "forward" // where nothing is redirected
+	chain := "forward" // where nothing is redirected
 	if m.plan.dnats() {
-		way = "prerouting"
+		chain = "prerouting"
 	}
-	if len(now[0].rules[way]) == 0 {
+	if len(now[0].rules[chain]) == 0 {
 		faults = flushed(faults)
 	}
 	return faults, foreignRedirections(ctx)
 }
 
 // put replaces all in one transaction, so that a packet sees the rules of before or of after.
-func (m *nfTables) put(ctx context.Context, s surroundings) error {
+func (m *nfTables) put(ctx context.Context, s nodeFacts) error {
 	if len(m.check(ctx, s)) == 0 {
 		return nil
 	}
@@ -104,7 +104,7 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
 	}
 	for _, family := range families {
-		if !m.plan.dnats() || !m.plan.way(s, family).listen.IsValid() || len(before.of(family).rules["prerouting"]) > 0 {
+		if !m.plan.dnats() || !m.plan.target(s, family).listen.IsValid() || len(before.of(family).rules["prerouting"]) > 0 {
 			continue // else for some time pods were not redirected
 		}
 		forgetEstablished(m.plan, s, family, &m.background)
@@ -116,7 +116,7 @@ func (m *nfTables) put(ctx context.Context, s surroundings) error {
 // passes over it.
 const markType userdata.Type = 77
 
-func (m *nfTables) check(_ context.Context, s surroundings) (errs []error) {
+func (m *nfTables) check(_ context.Context, s nodeFacts) (errs []error) {
 	defer m.background.Wait()
 	m.standing = ""
 	now, err := readNFTables()
@@ -376,7 +376,7 @@ func (f Family) nft() string {
 }
 
 // nftablesText is what put does, as nft reads it.
-func nftablesText(p Plan, s surroundings) (string, error) {
+func nftablesText(p Plan, s nodeFacts) (string, error) {
 	var b strings.Builder
 	for _, family := range families {
 		chains, err := nftChainsFor(p, s, family)

@@ -240,13 +240,13 @@ func dnat(to netip.AddrPort) nftPart {
 
 // nftChainsFor is the Plan as chains of one family, in the order in which they are put up; none:
 // there is to be no table.
-func nftChainsFor(p Plan, s surroundings, family Family) (chains []nftChain, err error) {
+func nftChainsFor(p Plan, s nodeFacts, family Family) (chains []nftChain, err error) {
 	forward := nftChain{name: "forward", kind: "filter", hook: "forward", priority: priorityFilter}
 	for _, name := range p.Spare {
 		forward.rules = append(forward.rules, rule(byInterface(name), leave()))
 	}
 	guarded := false
-	w := p.way(s, family)
+	w := p.target(s, family)
 	for _, a := range resetServers(p, s) {
 		if family.has(a.Addr()) {
 			guarded = true
@@ -307,7 +307,7 @@ func nftChainsFor(p Plan, s surroundings, family Family) (chains []nftChain, err
 
 // doors keep other hosts out where pods may send to the listen address themselves: two, of which
 // each holds alone. What listens on 127.0.0.0/8 nobody reaches anyway.
-func doors(p Plan, s surroundings, family Family) []nftChain {
+func doors(p Plan, s nodeFacts, family Family) []nftChain {
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
 	to := toServer(p.Listen)
@@ -353,7 +353,7 @@ func environmentText(p Plan) string {
 
 // resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata
 // server's other doors (H-25, H-26). DNS on 53 passes.
-func resetServers(p Plan, s surroundings) []netip.AddrPort {
+func resetServers(p Plan, s nodeFacts) []netip.AddrPort {
 	addresses := []netip.Addr{metadataServer.Addr()}
 	if s.listen6.IsValid() {
 		addresses = append(addresses, metadataServer6.Addr())

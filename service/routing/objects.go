@@ -110,7 +110,7 @@ func ours(o netobj.Object) bool {
 
 // wantObjects lists the objects that the Plan wants on this node, in the order in which to add
 // them.
-func wantObjects(p Plan, s surroundings, have netobj.Snapshot) (all []netobj.Object) {
+func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object) {
 	listen := p.Listen.Addr()
 	switch {
 	case p.Closed:
@@ -149,7 +149,7 @@ func wantObjects(p Plan, s surroundings, have netobj.Snapshot) (all []netobj.Obj
 // needs it, so it is there only where pods on the host network are redirected, and only as long as
 // table main has no other: it would take the real server away from the node's daemons. Programs see
 // connect() before it asks for a route.
-func wantsRoute(p Plan, s surroundings) bool { return s.hostPods && p.dnats() }
+func wantsRoute(p Plan, s nodeFacts) bool { return s.hostPods && p.dnats() }
 
 // routed says whether somebody else has a route there.
 func routed(have netobj.Snapshot) bool {
@@ -180,7 +180,7 @@ func onLinks(o netobj.Object) bool {
 }
 
 // diffObjects reads what there is, and compares the selected objects.
-func diffObjects(p Plan, s surroundings, of selection) (absent, surplus []netobj.Object, err error) {
+func diffObjects(p Plan, s nodeFacts, of selection) (absent, surplus []netobj.Object, err error) {
 	have, err := netobj.Read(p.Link)
 	absent, surplus = netobj.Diff(wantObjects(p, s, have), have, ours)
 	// Where not all could be read the rules are put up: closed, whatever else is not to be had.
@@ -189,7 +189,7 @@ func diffObjects(p Plan, s surroundings, of selection) (absent, surplus []netobj
 }
 
 // addObjects adds what is missing of the selected objects.
-func addObjects(p Plan, s surroundings, of selection) error {
+func addObjects(p Plan, s nodeFacts, of selection) error {
 	absent, _, err := diffObjects(p, s, of)
 	return errors.Join(err, addAll(absent))
 }
@@ -218,7 +218,7 @@ func addAll(objects []netobj.Object) error {
 // addClosed adds what stands before the mode's part does. Rules of the guard that are not wanted
 // any more have to go before mode loopback's can serve; those of mode loopback stay until another
 // mode's part stands, and go in trimObjects.
-func addClosed(p Plan, s surroundings) error {
+func addClosed(p Plan, s nodeFacts) error {
 	err := addObjects(p, s, closedOnes)
 	if err == nil && p.traits().localServer {
 		err = trimObjects(p, s, onlyRules)
@@ -230,7 +230,7 @@ func addClosed(p Plan, s surroundings) error {
 // long as rules, or conntrack by rules of before, lead to an address, it has to be this node's:
 // else the packets are forwarded, and a connect() fails by what a router says of them. What others
 // do meanwhile may have the kernel delete another one of ours: so what is left is looked at again.
-func trimObjects(p Plan, s surroundings, of selection) error {
+func trimObjects(p Plan, s nodeFacts, of selection) error {
 	for range 5 {
 		absent, surplus, err := diffObjects(p, s, of)
 		errs := []error{err, addAll(absent)}
@@ -251,7 +251,7 @@ func trimObjects(p Plan, s surroundings, of selection) error {
 
 // checkObjects names the selected objects that are not as the Plan wants them. Rules too many make
 // no difference.
-func checkObjects(p Plan, s surroundings, of selection) (errs []error) {
+func checkObjects(p Plan, s nodeFacts, of selection) (errs []error) {
 	have, err := netobj.Read(p.Link)
 	if err != nil {
 		return []error{err}

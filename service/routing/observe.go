@@ -55,17 +55,17 @@ func (m *observeMode) redirected(Family) *uint64 { return nil }
 func (m *observeMode) table() string             { return filepath.Join(m.dir, "counts") }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.
-func (m *observeMode) counting(s surroundings, table *ebpf.Map) (r rewriting, err error) {
+func (m *observeMode) counting(s nodeFacts, table *ebpf.Map) (r rewriting, err error) {
 	r = rewriting{counts: table, hostPods: len(s.slices) > 0, spared: cgroupIDs(m.root, s.slices)}
 	r.hostNet, err = hostNetwork()
 	return r, err
 }
 
-func (m *observeMode) survey(ctx context.Context, s surroundings) (faults []error, err error) {
+func (m *observeMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
 	return flushed(m.check(ctx, s)), nil
 }
 
-func (m *observeMode) put(_ context.Context, s surroundings) error {
+func (m *observeMode) put(_ context.Context, s nodeFacts) error {
 	table, err := ebpf.LoadPinnedMap(m.table(), nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		table, err = m.newTable()
@@ -96,7 +96,7 @@ func (m *observeMode) newTable() (*ebpf.Map, error) {
 	return table, nil
 }
 
-func (m *observeMode) check(_ context.Context, s surroundings) []error {
+func (m *observeMode) check(_ context.Context, s nodeFacts) []error {
 	m.verified = nil
 	table, err := ebpf.LoadPinnedMap(m.table(), nil)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -182,9 +182,9 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
 				n.silent(), pollSilent, w.sweep)
 		}
-		errs = w.router.checkShared(n.surroundings) // all of it, with what is known now
+		errs = w.router.checkShared(n.nodeFacts) // all of it, with what is known now
 	}
-	errs = append(errs, w.node.check(ctx, w.node.surroundings)...)
+	errs = append(errs, w.node.check(ctx, w.node.nodeFacts)...)
 	w.unread = false
 	return errs, nil
 }
@@ -295,7 +295,7 @@ func texts(errs []error) (all []string) {
 	return all
 }
 
-func (s surroundings) equal(o surroundings) bool {
+func (s nodeFacts) equal(o nodeFacts) bool {
 	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) &&
 		s.hostPods == o.hostPods && s.six == o.six && s.listen6 == o.listen6
 }

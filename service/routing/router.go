@@ -32,7 +32,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addObjects(r.plan, surroundings{}, onlyRules)) // closed, whatever else is not to be had
+			err = errors.Join(err, addObjects(r.plan, nodeFacts{}, onlyRules)) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
@@ -51,7 +51,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
-			why.add(r.checkShared(why.node.surroundings)...)
+			why.add(r.checkShared(why.node.nodeFacts)...)
 			return why.node, r.repairLight(why, state)
 		}
 		var faults []error
@@ -70,7 +70,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 				}
 			}
 		} else if err == nil {
-			why.add(append(r.checkShared(n.surroundings), faults...)...)
+			why.add(append(r.checkShared(n.nodeFacts), faults...)...)
 		}
 	}
 	state.count(why)
@@ -80,8 +80,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		// Closed leaves alone what stands besides the guard: rules that a good configuration
 		// installed still lead pods to the emulator, which tells them the reason. And a node
 		// whose rules cannot be made is closed too.
-		if err = errors.Join(err, addObjects(r.plan, surroundings{}, onlyRules)); err == nil {
-			err = errors.Join(checkObjects(r.plan, surroundings{}, onlyRules)...)
+		if err = errors.Join(err, addObjects(r.plan, nodeFacts{}, onlyRules)); err == nil {
+			err = errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -104,11 +104,11 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	}
 	again := plain && !r.plan.dnats() && !r.plan.traits().observes // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
-		if err := forgetServed(ctx, r.plan, n.surroundings, was); err != nil {
+		if err := forgetServed(ctx, r.plan, n.nodeFacts, was); err != nil {
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
-	if err := trimObjects(r.plan, n.surroundings, everything); err != nil {
+	if err := trimObjects(r.plan, n.nodeFacts, everything); err != nil {
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
@@ -118,13 +118,13 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
-	r.warnOvertaken(n.surroundings)
+	r.warnOvertaken(n.nodeFacts)
 	return n, r.readBack(state, errors.Join(errs...))
 }
 
 // warnOvertaken says which rules of others the guard and what has pods tracked cannot
 // be put before.
-func (r *router) warnOvertaken(s surroundings) {
+func (r *router) warnOvertaken(s nodeFacts) {
 	for _, chain := range untracking(r.plan) {
 		r.plan.Log.Warn("pods may not be redirected: " + chain +
 			" comes before the rules and takes packets out of conntrack: " +
@@ -139,7 +139,7 @@ func (r *router) warnOvertaken(s surroundings) {
 // open looks around without asking for rules.
 func (r *router) open(ctx context.Context, command string, say bool) (n *node, err error) {
 	n = &node{}
-	if n.surroundings, err = r.look(say); err != nil {
+	if n.nodeFacts, err = r.look(say); err != nil {
 		return n, err
 	}
 	m, err := openMode(ctx, r.plan, command)
@@ -162,7 +162,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	var foreign error
-	if faults, err = n.survey(ctx, n.surroundings); errors.Is(err, ErrForeign) {
+	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, ErrForeign) {
 		foreign = err
 	} else if err != nil {
 		return n, nil, err
@@ -196,8 +196,8 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 // be read anew.
 func (r *router) lookAgain(n *node) (changed bool, err error) {
 	now, err := r.look(false)
-	if err == nil && !now.equal(n.surroundings) {
-		n.surroundings, changed = now, true
+	if err == nil && !now.equal(n.nodeFacts) {
+		n.nodeFacts, changed = now, true
 	}
 	return changed, err
 }
@@ -205,18 +205,18 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an
 // answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := addClosed(r.plan, n.surroundings); err != nil {
+	if err := addClosed(r.plan, n.nodeFacts); err != nil {
 		return err
 	}
-	if err := n.put(ctx, n.surroundings); err != nil {
+	if err := n.put(ctx, n.nodeFacts); err != nil {
 		return err
 	}
-	return addObjects(r.plan, n.surroundings, everything)
+	return addObjects(r.plan, n.nodeFacts, everything)
 }
 
 // putAgain puts everything, whatever was found to be right.
 func (r *router) putAgain(ctx context.Context, n *node) error {
-	if _, err := n.survey(ctx, n.surroundings); err != nil {
+	if _, err := n.survey(ctx, n.nodeFacts); err != nil {
 		return err
 	}
 	return r.put(ctx, n)
@@ -226,12 +226,12 @@ func (r *router) putAgain(ctx context.Context, n *node) error {
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := addClosed(r.plan, why.node.surroundings)
+	err := addClosed(r.plan, why.node.nodeFacts)
 	if err == nil {
-		err = trimObjects(r.plan, why.node.surroundings, everything)
+		err = trimObjects(r.plan, why.node.nodeFacts, everything)
 	}
 	if err == nil {
-		err = errors.Join(r.checkShared(why.node.surroundings)...)
+		err = errors.Join(r.checkShared(why.node.nodeFacts)...)
 	}
 	return r.readBack(state, err)
 }
@@ -243,7 +243,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkObjects(r.plan, surroundings{}, onlyRules)...)
+		return errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -252,12 +252,12 @@ func (r *router) Check(ctx context.Context) error {
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkObjects(r.plan, surroundings{}, onlyRules), err)...)
+		return errors.Join(append(checkObjects(r.plan, nodeFacts{}, onlyRules), err)...)
 	}
-	r.warnOvertaken(n.surroundings)
+	r.warnOvertaken(n.nodeFacts)
 	errs := r.check(ctx, n)
 	if r.plan.traits().localServer { // whose guard is what serves pods: no repair helps, so install only warns
-		for _, rule := range bypasses(r.plan, n.surroundings) {
+		for _, rule := range bypasses(r.plan, n.nodeFacts) {
 			errs = append(errs, fmt.Errorf("pods are not served where this comes before the guard: %s"+
 				": delete that rule and add it again with a preference of 1 or more, or that route to table main", rule))
 		}
@@ -267,11 +267,11 @@ func (r *router) Check(ctx context.Context) error {
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return append(r.checkShared(n.surroundings), n.check(ctx, n.surroundings)...)
+	return append(r.checkShared(n.nodeFacts), n.check(ctx, n.nodeFacts)...)
 }
 
 // checkShared reads back what all modes have.
-func (r *router) checkShared(s surroundings) []error {
+func (r *router) checkShared(s nodeFacts) []error {
 	return checkObjects(r.plan, s, everything)
 }
 
@@ -294,7 +294,7 @@ func (r *router) Remove(ctx context.Context) error {
 }
 
 func (r *router) removeAll(ctx context.Context, state State) error {
-	errs := []error{trimObjects(Plan{}, surroundings{}, onLinks)} // else the doors were gone before the address
+	errs := []error{trimObjects(Plan{}, nodeFacts{}, onLinks)} // else the doors were gone before the address
 	for _, p := range removers {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
@@ -302,7 +302,7 @@ func (r *router) removeAll(ctx context.Context, state State) error {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, trimObjects(Plan{}, surroundings{}, everything))
+	return r.readBack(state, trimObjects(Plan{}, nodeFacts{}, everything))
 }
 
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.
@@ -319,7 +319,7 @@ func (r *router) ask() string {
 }
 
 // look finds out what the rules must know of the node.
-func (r *router) look(say bool) (s surroundings, err error) {
+func (r *router) look(say bool) (s nodeFacts, err error) {
 	log := r.plan.Log
 	s.uplinks = slices.Clone(r.plan.Uplinks)
 	if len(s.uplinks) == 0 && !r.plan.traits().observes {

@@ -69,8 +69,8 @@ func ownChains() []chain {
 
 // chainsFor is the Plan as chains of one family. IPv6 has the guard's alone where nothing is
 // redirected there.
-func chainsFor(p Plan, s surroundings, family Family) []chain {
-	chains, w := ownChains(), p.way(s, family)
+func chainsFor(p Plan, s nodeFacts, family Family) []chain {
+	chains, w := ownChains(), p.target(s, family)
 	for i := range chains {
 		c := &chains[i]
 		switch {
@@ -135,7 +135,7 @@ func chainsFor(p Plan, s surroundings, family Family) []chain {
 // forwardRules let redirected packets through to an emulator that lives in another namespace,
 // container or machine of the node, and back; and reset what still talks to a real metadata server
 // connections that were opened before).
-func forwardRules(p Plan, w way, family Family) (rules []string) {
+func forwardRules(p Plan, w redirectTarget, family Family) (rules []string) {
 	for _, name := range p.Spare {
 		rules = append(rules, "-i "+name+" -j RETURN")
 	}
@@ -194,12 +194,12 @@ func notLocal(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s ! -i lo -p tcp -m tcp --dport %d", single(l), l.Port())
 }
 
-func (w way) redirect() string {
+func (w redirectTarget) redirect() string {
 	return to(w.server) + " -j DNAT --to-destination " + w.listen.String()
 }
 
 // spared are the interfaces from which no pod of this node speaks.
-func spared(p Plan, s surroundings) []string {
+func spared(p Plan, s nodeFacts) []string {
 	names := []string{"lo"}
 	for _, name := range slices.Concat(p.Spare, s.uplinks) {
 		if !slices.Contains(names, name) {

@@ -27,30 +27,30 @@ func TestShownText(t *testing.T) {
 	plain := Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Guard: DefaultGuard()}
 	for name, c := range map[string]struct {
 		plan Plan
-		on   surroundings
+		on   nodeFacts
 	}{
-		"default": {plain, surroundings{uplinks: []string{"eth0"}, six: true}},
-		"no-ipv6": {plain, surroundings{uplinks: []string{"eth0"}}},
+		"default": {plain, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+		"no-ipv6": {plain, nodeFacts{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
-			surroundings{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
+			nodeFacts{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
 		},
 		"node-address-spare-and-guards": {
 			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
-			surroundings{uplinks: []string{"eth0"}, six: true},
+			nodeFacts{uplinks: []string{"eth0"}, six: true},
 		},
 		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
-			surroundings{uplinks: []string{"bond0", "eth0"}, six: true}},
+			nodeFacts{uplinks: []string{"bond0", "eth0"}, six: true}},
 		"ipv6": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), Spare: []string{"docker0"},
 				Guard: DefaultGuard(), InterceptHostPods: "on"},
-			surroundings{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
+			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
 		},
-		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer}, Link: "gme0"}, surroundings{uplinks: []string{"eth0"}, six: true}},
-		"none":          {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}}, surroundings{uplinks: []string{"eth0"}}},
-		"observe":       {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"}, surroundings{}},
-		"closed":        {Plan{Closed: true}, surroundings{}},
+		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer}, Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+		"none":          {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}}, nodeFacts{uplinks: []string{"eth0"}}},
+		"observe":       {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"}, nodeFacts{}},
+		"closed":        {Plan{Closed: true}, nodeFacts{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := c.plan.checked()
@@ -166,7 +166,7 @@ func TestUplinks(t *testing.T) {
 func TestLoopbackExemptsTheHost(t *testing.T) {
 	lo := netobj.Rule{Pref: usualPref, To: netobj.Host(metadataServer.Addr()), IIF: "lo", Action: unix.FR_ACT_GOTO, Arg: usualPref + 1}
 	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
-		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, surroundings{uplinks: []string{"eth0", "wan+"}})
+		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, nodeFacts{uplinks: []string{"eth0", "wan+"}})
 		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
 			t.Errorf("%v", rules)
 		}

@@ -14,7 +14,7 @@ func Show(p Plan) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	var s surroundings
+	var s nodeFacts
 	if !p.Closed {
 		if s, err = (&router{plan: p, hostCgroups: HostCgroups()}).look(false); err != nil {
 			return "", err
@@ -27,7 +27,7 @@ func Show(p Plan) (string, error) {
 	return text(p, s, command)
 }
 
-func text(p Plan, s surroundings, command string) (string, error) {
+func text(p Plan, s nodeFacts, command string) (string, error) {
 	var b strings.Builder
 	if p.traits().localServer && !p.Closed {
 		fmt.Fprintf(&b, "# the metadata server's address is this node's own, "+

@@ -23,14 +23,14 @@ var metadataServer6 = netip.AddrPortFrom(netip.MustParseAddr("fd20:ce::254"), 80
 
 const noIPv6Here = "IPv6 is not there or disabled on lo"
 
-// way is what is redirected in one family, and where to; without a valid listen nothing is.
-type way struct{ server, listen netip.AddrPort }
+// redirectTarget is what is redirected in one family, and where to; without a valid listen nothing is.
+type redirectTarget struct{ server, listen netip.AddrPort }
 
-func (p Plan) way(s surroundings, family Family) way {
+func (p Plan) target(s nodeFacts, family Family) redirectTarget {
 	if family == ipv6 {
-		return way{metadataServer6, s.listen6}
+		return redirectTarget{metadataServer6, s.listen6}
 	}
-	return way{metadataServer, p.Listen}
+	return redirectTarget{metadataServer, p.Listen}
 }
 
 // sixAround says where IPv6 requests go on this node, or why nowhere.
@@ -67,8 +67,8 @@ func (r *router) putSix(ctx context.Context, n *node) error {
 	}
 	with := *n
 	n.refuseSix(err)
-	if _, again := n.survey(ctx, n.surroundings); again != nil || r.put(ctx, n) != nil {
-		n.surroundings = with.surroundings // it was not IPv6
+	if _, again := n.survey(ctx, n.nodeFacts); again != nil || r.put(ctx, n) != nil {
+		n.nodeFacts = with.nodeFacts // it was not IPv6
 		return err
 	}
 	r.sixRefused = n.whyNot6

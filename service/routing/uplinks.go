@@ -12,8 +12,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// surroundings is what the rules need to know of the node they stand on.
-type surroundings struct {
+// nodeFacts are what the rules need to know of the node they stand on.
+type nodeFacts struct {
 	uplinks  []string       // interfaces behind which there are other hosts
 	slices   []string       // cgroups of the host itself that exist
 	hostPods bool           // pods on the host network are redirected, which is whoever is outside slices
