@@ -5,6 +5,8 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # Tests are built by whoever types make and run by root; what they build themselves goes into a cache of root's own.
 AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-metadata-emulator-test-cache")
+# Most tests wait for a kernel, a process or a deadline, and more of them than there are processors can.
+SIDE_BY_SIDE := -p 3 -parallel 4
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
@@ -86,7 +88,8 @@ golden: ## write anew what the code makes: documents, manual pages, reference co
 	@.ci/golden
 
 test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
-	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" $(GO) test -race -count=1 -timeout 20m $(AS_ROOT) ./...
+	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" \
+		$(GO) run ./.ci/progress $(GO) test -json -race -count=1 -timeout 20m $(SIDE_BY_SIDE) $(AS_ROOT) ./...
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run

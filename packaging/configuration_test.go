@@ -12,8 +12,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
-// The shipped configuration names the keys that have to be set. With these filled in it loads, and so
-// does the example.
+// The shipped configuration names the keys that have to be set. With these filled in it loads, and
+// so does the example.
 func TestConfiguration(t *testing.T) {
 	text, err := os.ReadFile("config.yaml")
 	if err != nil {
@@ -54,9 +54,9 @@ func TestConfigurationReference(t *testing.T) {
 	}
 }
 
-// Files that operators edit never change again. Where a release ships another, dpkg asks each operator
-// who edited it, and an unattended upgrade stops there with the units not restarted. Do not update
-// these checksums.
+// Files that operators edit never change again. Where a release ships another, dpkg asks each
+// operator who edited it, and an unattended upgrade stops there with the units not restarted. Do
+// not update these checksums.
 func TestConfigurationFilesNeverChange(t *testing.T) {
 	for file, want := range map[string]string{
 		"config.yaml": "1bc73e0068857bc4fd5ecea93c2679658ef5c0b2bbb1393d78d36321f95b4d93",
@@ -82,9 +82,9 @@ func TestConfigurationFilesNeverChange(t *testing.T) {
 	}
 }
 
-// A release before this one had another default and did not know a key. Files that the operator edited
-// stay as they are over an upgrade, a downgrade and another upgrade that nobody attends, and nothing
-// lies beside them.
+// A release before this one had another default and did not know a key. Files that the operator
+// edited stay as they are over an upgrade, a downgrade and another upgrade that nobody attends, and
+// nothing lies beside them.
 const (
 	edit = `mkdir -p /etc/default /etc/sysconfig
 for f in /etc/gke-metadata-emulator/config.yaml $flags; do echo '# mine' >>$f; done
@@ -96,6 +96,7 @@ test "$(echo /etc/gke-metadata-emulator/* $flags*)" = "/etc/gke-metadata-emulato
 )
 
 func TestUpgradeOfEditedDeb(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "old.deb", built(t, older, "*.deb"))
@@ -106,6 +107,7 @@ func TestUpgradeOfEditedDeb(t *testing.T) {
 }
 
 func TestUpgradeOfEditedRPM(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.rpm", built(t, packages, "*.rpm"))
 	place(t, root, "old.rpm", built(t, older, "*.rpm"))
@@ -122,6 +124,7 @@ mkdir -p /var/lib/pacman
 
 // Arch Linux calls such files backups.
 func TestUpgradeOfEditedArch(t *testing.T) {
+	t.Parallel()
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "new.pkg.tar.zst", built(t, packages, "*.pkg.tar.zst"))
 	place(t, root, "old.pkg.tar.zst", built(t, older, "*.pkg.tar.zst"))
@@ -133,9 +136,10 @@ func TestUpgradeOfEditedArch(t *testing.T) {
 		"pacman -Rdd --noconfirm --noprogressbar gke-metadata-emulator\n" + disabled)
 }
 
-// apk asks nobody: what was edited below /etc stays, whatever the package says. Debian has no apk to try
-// it with, so this holds only that the files lie there.
+// apk asks nobody: what was edited below /etc stays, whatever the package says. Debian has no apk
+// to try it with, so this holds only that the files lie there.
 func TestConfigurationOfApk(t *testing.T) {
+	t.Parallel()
 	need(t, "tar", "gzip")
 	list := output(t, "tar", "-tzf", built(t, packages, "*.apk"))
 	for _, want := range []string{"etc/" + program + "/config.yaml", "etc/default/" + program} {

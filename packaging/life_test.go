@@ -15,8 +15,9 @@ import (
 	"testing"
 )
 
-// machine is a Debian root of the test's own, without a running systemd, as image builders have it. It has a network of
-// its own too, so that nothing which is done in it can reach the rules of the machine that runs the test.
+// machine is a Debian root of the test's own, without a running systemd, as image builders have it.
+// It has a network of its own too, so that nothing which is done in it can reach the rules of the
+// machine that runs the test.
 func machine(t *testing.T) (root string, run func(script string) string) {
 	t.Helper()
 	return machineOf(t, "GME_TEST_ROOTFS")
@@ -30,7 +31,8 @@ func machineOf(t *testing.T, variable string) (root string, run func(script stri
 	}
 	tree := os.Getenv(variable)
 	if tree == "" {
-		lacking(t, variable+" names no minimal Debian, a tarball or a folder: `make test` makes one with packaging/bed/rootfs")
+		lacking(t, variable+" names no minimal Debian, a tarball or a folder: `make test` makes one with "+
+			"packaging/bed/rootfs")
 	}
 	need(t, "tar", "zstd", "unshare", "chroot")
 	root = t.TempDir()
@@ -46,8 +48,10 @@ func machineOf(t *testing.T, variable string) (root string, run func(script stri
 	}
 	return root, func(script string) string {
 		t.Helper()
-		cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "--propagation=private", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--",
-			"sh", "-euc", `mount -t proc proc "$1/proc"; mount --bind /dev/null "$1/dev/null"; exec chroot "$1" sh -exc "$2"`, "sh", root, script)
+		cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "--propagation=private", "--net", "--ipc", "--pid",
+			"--fork", "--kill-child", "--",
+			"sh", "-euc", `mount -t proc proc "$1/proc"; mount --bind /dev/null "$1/dev/null"; exec chroot "$1" sh -exc "$2"`,
+			"sh", root, script)
 		cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive"}
 		out, err := cmd.CombinedOutput()
 		if err != nil {
@@ -72,8 +76,8 @@ func place(t *testing.T, root, name, file string) {
 	}
 }
 
-// files is all that is in a root, and what of it: type, mode, owner, content. Logs, the packagers' own data and the
-// backups and locks of whoever edits the list of users are left out.
+// files is all that is in a root, and what of it: type, mode, owner, content. Logs, the packagers'
+// own data and the backups and locks of whoever edits the list of users are left out.
 func files(t *testing.T, root string) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -153,9 +157,10 @@ test -n "$(find /etc/systemd/system -name 'gke-metadata-emulator*')"
 	quiet   = "test ! -e /run/gke-metadata-emulator; test ! -e /run/systemd/system\n" // nothing was started
 )
 
-// A life of the deb in an image that is being built: units are enabled and not started, an operator's choices survive
-// upgrade and downgrade, and a purge leaves nothing.
+// A life of the deb in an image that is being built: units are enabled and not started, an
+// operator's choices survive upgrade and downgrade, and a purge leaves nothing.
 func TestLifeOfDeb(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	before := files(t, root)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
@@ -165,15 +170,18 @@ func TestLifeOfDeb(t *testing.T) {
 	run("dpkg -i /tmp/new.deb\n" + enabled + `test "$(gke-metadata-emulator version | cut -d' ' -f2)" = 1.0.0`)
 	run(disable + "echo '# mine' >>/etc/gke-metadata-emulator/config.yaml\ndpkg -i /tmp/old.deb\n" + disabled + kept)
 	run("dpkg -i /tmp/new.deb\n" + disabled + kept)
-	run("dpkg -r gke-metadata-emulator\n" + disabled + kept + "test ! -e /usr/bin/gke-metadata-emulator; test ! -e /var/lib/gke-metadata-emulator")
+	run("dpkg -r gke-metadata-emulator\n" + disabled + kept +
+		"test ! -e /usr/bin/gke-metadata-emulator; test ! -e /var/lib/gke-metadata-emulator")
 	run("dpkg -i /tmp/new.deb\n" + enabled + kept)
 	run("touch /etc/gke-metadata-emulator/other.json\ndpkg -P gke-metadata-emulator\n" + disabled)
 	same(t, before, files(t, root))
 }
 
-// A purge takes along what recipes and operators put beside the package's files, and what is others' stays. Where nobody can
-// remove users, since there is no package passwd, it says so and succeeds.
+// A purge takes along what recipes and operators put beside the package's files, and what is
+// others' stays. Where nobody can remove users, since there is no package passwd, it says so and
+// succeeds.
 func TestPurge(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "provision.sh", "recipes/provision.sh")
@@ -201,11 +209,13 @@ test ! -e /etc/gke-metadata-emulator`)
 
 // A life of the rpm. Red Hat's packages leave their users behind, and so does this one.
 func TestLifeOfRPM(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	if _, err := os.Stat(filepath.Join(root, "usr/bin/rpm")); err != nil {
 		lacking(t, "there is no rpm in GME_TEST_ROOTFS: packaging/bed/rootfs has it")
 	}
-	run("rpm -qa; mkdir -p /etc/sysconfig /usr/share/licenses /usr/share/man/man5 /usr/share/man/man8") // its database; what Red Hat's filesystem.rpm has
+	// its database; what Red Hat's filesystem.rpm has
+	run("rpm -qa; mkdir -p /etc/sysconfig /usr/share/licenses /usr/share/man/man5 /usr/share/man/man8")
 	before := files(t, root)
 	place(t, root, "new.rpm", built(t, packages, "*.rpm"))
 	place(t, root, "old.rpm", built(t, older, "*.rpm"))
@@ -221,6 +231,7 @@ func TestLifeOfRPM(t *testing.T) {
 
 // Scripts know no unit by its name: those of this version are enabled, also if there are none.
 func TestLifeWithoutUnits(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	before := files(t, root)

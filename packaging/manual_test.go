@@ -15,8 +15,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
-// Every page renders without a warning, and says of each command and of its own flags what --help says; the keys are in section 5.
+// Every page renders without a warning, and says of each command and of its own flags what --help
+// says; the keys are in section 5.
 func TestManual(t *testing.T) {
+	t.Parallel()
 	need(t, "man")
 	root := unpacked(t)
 	binary := filepath.Join(root, "usr/bin", program)
@@ -26,7 +28,8 @@ func TestManual(t *testing.T) {
 		t.Fatalf("%v, %v", files, err)
 	}
 	for _, f := range files {
-		cmd := exec.CommandContext(t.Context(), "man", "--warnings", "--encoding=UTF-8", "--no-hyphenation", "--no-justification", "--local-file", f)
+		cmd := exec.CommandContext(t.Context(), "man", "--warnings", "--encoding=UTF-8", "--no-hyphenation",
+			"--no-justification", "--local-file", f)
 		var out, errs bytes.Buffer
 		cmd.Env = append(os.Environ(), "MANWIDTH=1000", "LC_ALL=C.UTF-8", "MAN_KEEP_FORMATTING=", "GROFF_NO_SGR=1")
 		cmd.Stdout, cmd.Stderr = &out, &errs
@@ -90,14 +93,17 @@ func TestManual(t *testing.T) {
 // plain is a text in which only words count.
 func plain(s string) string {
 	s = regexp.MustCompile(`.\x08`).ReplaceAllString(s, "")
-	return strings.Join(strings.Fields(strings.NewReplacer("’", "'", "‘", "'", "“", `"`, "”", `"`).Replace(s)), " ")
+	s = strings.NewReplacer("’", "'", "‘", "'", "“", `"`, "”", `"`).Replace(s)
+	return strings.Join(strings.Fields(s), " ")
 }
 
 // What a shell completes is what there is.
 func TestCompletions(t *testing.T) {
+	t.Parallel()
 	root := unpacked(t)
 	for shell, file := range map[string]string{
-		"bash": "bash-completion/completions/" + program, "zsh": "zsh/vendor-completions/_" + program, "fish": "fish/vendor_completions.d/" + program + ".fish",
+		"bash": "bash-completion/completions/" + program, "zsh": "zsh/vendor-completions/_" + program,
+		"fish": "fish/vendor_completions.d/" + program + ".fish",
 	} {
 		file = filepath.Join(root, "usr/share", file)
 		if _, err := os.Stat(file); errors.Is(err, fs.ErrNotExist) {

@@ -1,4 +1,5 @@
-// Package packaging is tests: of what the packages hold, of their scripts, and of a machine's life with them.
+// Package packaging is tests: of what the packages hold, of their scripts, and of a machine's life
+// with them.
 package packaging
 
 import (
@@ -58,7 +59,8 @@ func build(tree, version string, env ...string) (string, error) {
 		return "", err
 	}
 	cmd := exec.Command(filepath.Join(tree, "packaging/build"), out, runtime.GOARCH)
-	cmd.Env = append(os.Environ(), "VERSION=v"+version, "SOURCE_DATE_EPOCH=1700000000", "FORMATS=deb rpm apk archlinux tar", "GPG_KEY=")
+	cmd.Env = append(os.Environ(), "VERSION=v"+version, "SOURCE_DATE_EPOCH=1700000000",
+		"FORMATS=deb rpm apk archlinux tar", "GPG_KEY=")
 	cmd.Env = append(cmd.Env, env...)
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("packaging/build: %w\n%s", err, text)
@@ -136,7 +138,8 @@ func TestScripts(t *testing.T) {
 		}
 	}
 	need(t, "shellcheck")
-	if out, err := exec.CommandContext(t.Context(), "shellcheck", append(scripts, "build", "repo")...).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "shellcheck", append(scripts, "build",
+		"repo")...).CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
@@ -207,9 +210,12 @@ func TestContents(t *testing.T) {
 		"/usr/bin/" + program, "/usr/lib/systemd/system/" + program + ".service",
 		"/etc/" + program + "/config.yaml", "/etc/default/" + program,
 		"/usr/share/man/man8/" + program + ".8.gz", "/usr/share/man/man5/" + program + ".5.gz",
-		"/usr/share/bash-completion/completions/" + program, "/usr/share/zsh/vendor-completions/_" + program, "/usr/share/fish/vendor_completions.d/" + program + ".fish",
-		"/usr/share/doc/" + program + "/copyright", "/usr/share/doc/" + program + "/changelog.gz", "/usr/share/doc/" + program + "/changelog.Debian.gz",
-		"/usr/share/doc/" + program + "/rbac.yaml", "/usr/share/doc/" + program + "/rbac-dedicated.yaml", "/usr/share/doc/" + program + "/examples/config.yaml",
+		"/usr/share/bash-completion/completions/" + program, "/usr/share/zsh/vendor-completions/_" + program,
+		"/usr/share/fish/vendor_completions.d/" + program + ".fish",
+		"/usr/share/doc/" + program + "/copyright", "/usr/share/doc/" + program + "/changelog.gz",
+		"/usr/share/doc/" + program + "/changelog.Debian.gz",
+		"/usr/share/doc/" + program + "/rbac.yaml", "/usr/share/doc/" + program + "/rbac-dedicated.yaml",
+		"/usr/share/doc/" + program + "/examples/config.yaml",
 	} {
 		if !slices.Contains(files, want) {
 			t.Errorf("the deb lacks %s", want)
@@ -243,9 +249,12 @@ func TestContents(t *testing.T) {
 			want = append(want, here.Replace(f))
 		}
 	}
-	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/docs", "/usr/share/doc/"+program+"/examples",
-		"/usr/share/doc/"+program+"/recipes", "/usr/share/doc/"+program+"/recipes/ansible", "/usr/share/doc/"+program+"/recipes/ansible/roles",
-		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator", "/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/defaults",
+	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/docs",
+		"/usr/share/doc/"+program+"/examples",
+		"/usr/share/doc/"+program+"/recipes", "/usr/share/doc/"+program+"/recipes/ansible",
+		"/usr/share/doc/"+program+"/recipes/ansible/roles",
+		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator",
+		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/defaults",
 		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator/tasks",
 		"/usr/share/licenses/"+program, "/usr/share/licenses/"+program+"/LICENSE",
 		"/usr/share/fish", "/usr/share/fish/vendor_completions.d", "/usr/share/zsh", "/usr/share/zsh/site-functions")
@@ -268,13 +277,15 @@ func sorted(lines string) string {
 
 // Another checkout, with other modes and times, makes the same bytes.
 func TestReproducible(t *testing.T) {
+	t.Parallel()
 	need(t, "git", "cp")
 	first, err := packages()
 	if err != nil {
 		t.Fatal(err)
 	}
 	tree := filepath.Join(t.TempDir(), "elsewhere")
-	files := strings.Split(strings.TrimSuffix(output(t, "git", "-C", "..", "ls-files", "-z", "--cached", "--others", "--exclude-standard"), "\x00"), "\x00")
+	files := strings.Split(strings.TrimSuffix(output(t, "git", "-C", "..", "ls-files", "-z", "--cached", "--others",
+		"--exclude-standard"), "\x00"), "\x00")
 	for _, f := range files {
 		if strings.HasSuffix(f, ".test") {
 			continue
@@ -305,7 +316,8 @@ func TestReproducible(t *testing.T) {
 	}
 }
 
-// The SBOM, the licences and the package's licence field speak of the modules that the linker put in.
+// The SBOM, the licences and the package's licence field speak of the modules that the linker put
+// in.
 func TestSBOMAndCopyright(t *testing.T) {
 	root := unpacked(t)
 	info, err := buildinfo.ReadFile(filepath.Join(root, "usr/bin", program))
@@ -356,7 +368,8 @@ func TestSBOMAndCopyright(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "\nlicense: " + strings.Join(slices.Compact(licences), " AND ") + " "; !strings.Contains(string(nfpm), want) {
+	if want := "\nlicense: " + strings.Join(slices.Compact(licences), " AND ") +
+		" "; !strings.Contains(string(nfpm), want) {
 		t.Errorf("nfpm.yaml: want %q", want)
 	}
 }
@@ -376,10 +389,12 @@ func lint(t *testing.T, name string, args ...string) {
 }
 
 func TestLintian(t *testing.T) {
+	t.Parallel()
 	lint(t, "lintian", "--fail-on", "error,warning", "--tag-display-limit", "0", built(t, packages, "*.deb"))
 }
 
 func TestRpmlint(t *testing.T) {
+	t.Parallel()
 	rules, err := os.ReadFile("lint/rpmlint.toml")
 	if err != nil {
 		t.Fatal(err)

@@ -25,11 +25,13 @@ func TestRecipesArePackaged(t *testing.T) {
 	}
 }
 
-// builder is a machine with the tools of image builders, without a running systemd, and with the recipes and the deb in /tmp.
+// builder is a machine with the tools of image builders, without a running systemd, and with the
+// recipes and the deb in /tmp.
 func builder(t *testing.T) (root string, run func(script string) string) {
 	t.Helper()
 	root, run = machineOf(t, "GME_TEST_RECIPES")
-	if out, err := exec.CommandContext(t.Context(), "cp", "-r", "recipes", filepath.Join(root, "tmp")).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "cp", "-r", "recipes",
+		filepath.Join(root, "tmp")).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
@@ -57,13 +59,15 @@ func gate(t *testing.T) string {
 
 // The shell provisioner, run in a chroot of an image without lists of packages.
 func TestRecipeProvision(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "provision.sh", "recipes/provision.sh")
 	place(t, root, "mine.yaml", "examples/config.yaml")
 	place(t, root, "broken.yaml", "recipes/cloud-init.yaml")
 	const provision = "sh /tmp/provision.sh /tmp/new.deb"
-	run("KUBELET=kubelet.service " + provision + "\n" + enabled + quiet + gated(t) + "! gke-metadata-emulator config check")
+	run("KUBELET=kubelet.service " + provision + "\n" + enabled + quiet + gated(t) +
+		"! gke-metadata-emulator config check")
 	run(provision + " /tmp/mine.yaml\ngke-metadata-emulator config check\n" + enabled + quiet)
 	run("! " + provision + " /tmp/broken.yaml\n! sh /tmp/provision.sh /tmp/mine.yaml\ngke-metadata-emulator config check")
 	run(`preset=/etc/systemd/system-preset/00-test.preset unit=gke-metadata-emulator-attest.service
@@ -75,7 +79,8 @@ grep "^provision.sh: $unit is not enabled: " /tmp/said`)
 // Without arguments, or with such as cannot be, each says in one line what it wants.
 func TestRecipesWithoutArguments(t *testing.T) {
 	for script, want := range map[string]string{
-		"recipes/provision.sh": "PACKAGE [CONFIG]", "recipes/sysext": "DEB OUT", "./build": "OUT ARCH", "./repo": "PACKAGES OUT",
+		"recipes/provision.sh": "PACKAGE [CONFIG]", "recipes/sysext": "DEB OUT", "./build": "OUT ARCH",
+		"./repo":     "PACKAGES OUT",
 		"bed/rootfs": "DIR [recipes|vm]", "bed/older": "DIR",
 	} {
 		out, err := exec.CommandContext(t.Context(), script).CombinedOutput()
@@ -85,29 +90,38 @@ func TestRecipesWithoutArguments(t *testing.T) {
 			t.Errorf("%s: %v\n%s", script, err, out)
 		}
 	}
-	for script, args := range map[string][]string{"recipes/provision.sh": {"/nowhere.deb"}, "recipes/sysext": {"/nowhere.deb", "/nowhere"}} {
+	for script, args := range map[string][]string{"recipes/provision.sh": {"/nowhere.deb"},
+		"recipes/sysext": {"/nowhere.deb", "/nowhere"}} {
 		out, err := exec.CommandContext(t.Context(), script, args...).CombinedOutput()
-		if text := string(out); err == nil || !strings.Contains(text, "there is no package /nowhere.deb") || strings.Count(text, "\n") != 1 {
+		if text := string(out); err == nil || !strings.Contains(text, "there is no package /nowhere.deb") ||
+			strings.Count(text, "\n") != 1 {
 			t.Errorf("%s %v: %v\n%s", script, args, err, out)
 		}
 	}
 }
 
-// The role, as somebody runs it on a machine or in a chroot; then once more, when nothing is left to be done.
+// The role, as somebody runs it on a machine or in a chroot; then once more, when nothing is left
+// to be done.
 func TestRecipeAnsible(t *testing.T) {
+	t.Parallel()
 	_, run := builder(t)
 	play(t, run, "/tmp/recipes/ansible/playbook.yml", "-e gke_metadata_emulator_package=/tmp/new.deb")
 	run(enabled + quiet + "! gke-metadata-emulator config check\ntest ! -e /etc/systemd/system/kubelet.service.d")
-	play(t, run, "/tmp/recipes/ansible/playbook.yml", "-e gke_metadata_emulator_package=/tmp/new.deb -e gke_metadata_emulator_gates=kubelet.service "+
-		`-e '{"gke_metadata_emulator_config": {"workloadIdentityProvider": "projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster", "projectID": "my-project", "routing": {"spare": ["docker0"]}}}'`)
-	run("gke-metadata-emulator config check\ngke-metadata-emulator config show | grep -x '  spare: \\[docker0\\]'\n" + enabled + quiet + gated(t))
+	play(t, run, "/tmp/recipes/ansible/playbook.yml",
+		"-e gke_metadata_emulator_package=/tmp/new.deb -e gke_metadata_emulator_gates=kubelet.service "+
+			`-e '{"gke_metadata_emulator_config": {"workloadIdentityProvider": `+
+			`"projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster", "projectID": "my-project", `+
+			`"routing": {"spare": ["docker0"]}}}'`)
+	run("gke-metadata-emulator config check\ngke-metadata-emulator config show | grep -x '  excludeInterfaces: " +
+		"\\[docker0\\]'\n" + enabled + quiet + gated(t))
 }
 
 const playing = `mkdir -p /dev/shm; mount -t tmpfs tmpfs /dev/shm
 export LC_ALL=C.UTF-8
 ansible-playbook -i localhost, -c local `
 
-// play runs a playbook in the machine that run runs scripts in, twice: the second time changes nothing.
+// play runs a playbook in the machine that run runs scripts in, twice: the second time changes
+// nothing.
 func play(t *testing.T, run func(string) string, playbook, args string) {
 	t.Helper()
 	cmd := playing + playbook + " " + args
@@ -122,8 +136,10 @@ func play(t *testing.T, run func(string) string, playbook, args string) {
 	}
 }
 
-// Image-builder's node.yml includes the roles that a variable names, and hands ansible_user_vars to ansible-playbook.
+// Image-builder's node.yml includes the roles that a variable names, and hands ansible_user_vars to
+// ansible-playbook.
 func TestRecipeImageBuilder(t *testing.T) {
+	t.Parallel()
 	text, err := os.ReadFile("recipes/image-builder.json")
 	if err != nil {
 		t.Fatal(err)
@@ -142,23 +158,27 @@ func TestRecipeImageBuilder(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(root, "tmp/recipes/ansible/node.yml"), []byte(node), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	run(fmt.Sprintf(playing+"/tmp/recipes/ansible/node.yml --extra-vars node_custom_roles_post=%q --extra-vars %q", v["node_custom_roles_post"], vars))
+	run(fmt.Sprintf(playing+"/tmp/recipes/ansible/node.yml --extra-vars node_custom_roles_post=%q --extra-vars %q",
+		v["node_custom_roles_post"], vars))
 	run(enabled + quiet + gated(t))
 }
 
 // cloud-init finds nothing wrong with it, and writes a configuration that loads.
 func TestRecipeCloudInit(t *testing.T) {
+	t.Parallel()
 	root, run := builder(t)
 	run("dpkg -i /tmp/new.deb\ncloud-init schema --config-file /tmp/recipes/cloud-init.yaml\n" +
 		"cloud-init --file /tmp/recipes/cloud-init.yaml single --name write_files --frequency always\n" +
 		"gke-metadata-emulator config check; stat -c '%U %a' /etc/gke-metadata-emulator/config.yaml | grep -x 'root 644'")
-	if c, err := config.Load(filepath.Join(root, "etc/gke-metadata-emulator/config.yaml"), nil); err != nil || c.Project.ID != "my-project" {
+	if c, err := config.Load(filepath.Join(root, "etc/gke-metadata-emulator/config.yaml"), nil); err != nil ||
+		c.Project.ID != "my-project" {
 		t.Errorf("%+v, %v", c.Project.ID, err)
 	}
 }
 
 // Packer bakes a machine that it reaches by SSH: the chroot, in a network of its own.
 func TestRecipePacker(t *testing.T) {
+	t.Parallel()
 	_, run := builder(t)
 	text := run(`ip link set lo up; mkdir -p /run/sshd /dev/shm; mount -t tmpfs tmpfs /dev/shm
 mkdir -p -m 700 /root/.ssh; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/key; cp /root/.ssh/key.pub /root/.ssh/authorized_keys
@@ -209,14 +229,17 @@ func TestRecipeFlatcar(t *testing.T) {
 	if _, err := config.Load(file, nil); err != nil {
 		t.Error(err)
 	}
-	want := strings.Replace(gate(t), "-e /usr/bin/"+program, "-e /etc/extensions/"+program+".raw", 1) // the binary comes later
+	// the binary comes later
+	want := strings.Replace(gate(t), "-e /usr/bin/"+program, "-e /etc/extensions/"+program+".raw", 1)
 	if !strings.Contains(bu.Systemd.Units[0].Dropins[0].Contents, want+"\n") {
 		t.Errorf("kubelet does not wait: %q", bu.Systemd.Units[0].Dropins[0].Contents)
 	}
 }
 
-// The extension holds what the package does below /usr, and nothing outside of it; what it does in a machine is for packaging/bed/recipes.
+// The extension holds what the package does below /usr, and nothing outside of it; what it does in
+// a machine is for packaging/bed/recipes.
 func TestRecipeSysext(t *testing.T) {
+	t.Parallel()
 	need(t, "mksquashfs", "unsquashfs", "dpkg-deb")
 	var sums []string
 	dir := t.TempDir()
@@ -229,7 +252,8 @@ func TestRecipeSysext(t *testing.T) {
 	}
 	image := filepath.Join(dir, "tree")
 	output(t, "unsquashfs", "-no-progress", "-d", image, filepath.Join(dir, "one", program+".raw"))
-	if top, err := filepath.Glob(filepath.Join(image, "*")); err != nil || len(top) != 1 || filepath.Base(top[0]) != "usr" {
+	if top, err := filepath.Glob(filepath.Join(image, "*")); err != nil || len(top) != 1 ||
+		filepath.Base(top[0]) != "usr" {
 		t.Errorf("%v, %v", top, err)
 	}
 	pkg := unpacked(t)

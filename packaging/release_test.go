@@ -11,8 +11,10 @@ import (
 	"testing"
 )
 
-// Every version makes a package that Alpine and Arch Linux take, and one that lies between two releases sorts there.
+// Every version makes a package that Alpine and Arch Linux take, and one that lies between two
+// releases sorts there.
 func TestVersions(t *testing.T) {
+	t.Parallel()
 	need(t, "tar", "zstd")
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "1.pkg.tar.zst", built(t, older, "*.pkg.tar.zst"))
@@ -52,7 +54,8 @@ func TestTarball(t *testing.T) {
 	dir = filepath.Join(dir, entries[0].Name())
 	pkg := unpacked(t)
 	for name, same := range map[string]string{
-		program: filepath.Join(pkg, "usr/bin", program), "copyright": filepath.Join(pkg, "usr/share/doc", program, "copyright"),
+		program: filepath.Join(pkg, "usr/bin", program), "copyright": filepath.Join(pkg, "usr/share/doc", program,
+			"copyright"),
 		"LICENSE": "../LICENSE", "README.md": "../README.md", "config.yaml": "config.yaml",
 		"examples/config-reference.yaml": "examples/config-reference.yaml",
 		"man/" + program + ".5.gz":       filepath.Join(pkg, "usr/share/man/man5", program+".5.gz"),
@@ -68,7 +71,8 @@ func TestTarball(t *testing.T) {
 	}
 }
 
-// keyring makes a key that is thrown away, and returns the environment that signs by it, and its public half.
+// keyring makes a key that is thrown away, and returns the environment that signs by it, and its
+// public half.
 func keyring(t *testing.T) (env []string, public string) {
 	t.Helper()
 	need(t, "gpg", "gpg-agent", "gpgconf", "gpgv")
@@ -94,6 +98,7 @@ func keyring(t *testing.T) (env []string, public string) {
 
 // With a key SHA256SUMS has a signature; without one there is none that could be taken for one.
 func TestSignature(t *testing.T) {
+	t.Parallel()
 	env, public := keyring(t)
 	unsigned, err := packages()
 	if err != nil {
@@ -111,7 +116,8 @@ func TestSignature(t *testing.T) {
 	if err := os.WriteFile(sums, []byte("0000  other\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "gpgv", "--keyring", public, sums+".asc", sums).CombinedOutput(); err == nil {
+	if out, err := exec.CommandContext(t.Context(), "gpgv", "--keyring", public, sums+".asc",
+		sums).CombinedOutput(); err == nil {
 		t.Errorf("other checksums are vouched for too:\n%s", out)
 	}
 	if _, err := build("..", "1.0.0", append(env, "FORMATS=tar", "GPG_KEY=nobody@example.invalid")...); err == nil {
@@ -119,7 +125,8 @@ func TestSignature(t *testing.T) {
 	}
 }
 
-// repositories makes them of both releases, in a folder, from packages that were put beside each other in this order.
+// repositories makes them of both releases, in a folder, from packages that were put beside each
+// other in this order.
 func repositories(t *testing.T, env []string, releases ...func() (string, error)) string {
 	t.Helper()
 	need(t, "apt-ftparchive", "createrepo_c")
@@ -140,6 +147,7 @@ func repositories(t *testing.T, env []string, releases ...func() (string, error)
 
 // The same packages make the same repositories. A key adds signatures, and changes nothing else.
 func TestRepositoriesAreReproducible(t *testing.T) {
+	t.Parallel()
 	need(t, "diff")
 	env, _ := keyring(t)
 	one, two := repositories(t, nil, older, packages), repositories(t, env, packages, older)
@@ -158,7 +166,8 @@ func TestRepositoriesAreReproducible(t *testing.T) {
 	}
 }
 
-// hosted puts signed repositories into a machine, as if a company had them on a file system that all machines share.
+// hosted puts signed repositories into a machine, as if a company had them on a file system that
+// all machines share.
 func hosted(t *testing.T, root string) {
 	t.Helper()
 	env, _ := keyring(t)
@@ -169,6 +178,7 @@ func hosted(t *testing.T, root string) {
 
 // apt installs and upgrades from it, and takes no index that was changed after it was signed.
 func TestRepositoryOfApt(t *testing.T) {
+	t.Parallel()
 	root, run := machine(t)
 	hosted(t, root)
 	run(`rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*
@@ -188,6 +198,7 @@ grep -q 'unexpected size\|Hash Sum' /tmp/said`)
 
 // So does dnf. What the rpm requires is there, and Debian's.
 func TestRepositoryOfDnf(t *testing.T) {
+	t.Parallel()
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	hosted(t, root)
 	const provided = "name: stand-in\narch: noarch\nversion: 1.0.0\n" +

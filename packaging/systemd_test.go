@@ -9,13 +9,14 @@ import (
 	"testing"
 )
 
-// oldest is RHEL 8's systemd. What came later may be missing and must not matter: a systemd that does not know a directive
-// warns, ignores the line and loads the unit. A value that it does not know is another matter for some directives, so
-// values have a table of their own.
+// oldest is RHEL 8's systemd. What came later may be missing and must not matter: a systemd that
+// does not know a directive warns, ignores the line and loads the unit. A value that it does not
+// know is another matter for some directives, so values have a table of their own.
 const oldest = 239
 
-// since is the version of systemd that brought each directive of our units, as its manual pages say; 0 is older than they
-// tell, and each of those is in 239's own table (src/core/load-fragment-gperf.gperf.m4).
+// since is the version of systemd that brought each directive of our units, as its manual pages
+// say; 0 is older than they tell, and each of those is in 239's own table
+// (src/core/load-fragment-gperf.gperf.m4).
 var since = map[string]int{
 	// [Unit]
 	"After": 0, "Before": 0, "DefaultDependencies": 0, "Description": 0, "Documentation": 0, "ReloadPropagatedFrom": 0,
@@ -31,9 +32,11 @@ var since = map[string]int{
 	// what it may take
 	"LimitCORE": 0, "LimitNOFILE": 0, "MemoryHigh": 231, "MemoryMax": 231, "OOMScoreAdjust": 0, "TasksMax": 227,
 	// what it may do
-	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressAllow": 235, "IPAddressDeny": 235, "KeyringMode": 235, "LockPersonality": 235,
-	"MemoryDenyWriteExecute": 231, "NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateIPC": 248, "PrivateMounts": 239, "PrivateNetwork": 0,
-	"PrivateTmp": 0, "ProcSubset": 247, "ProtectClock": 245, "ProtectControlGroups": 232, "ProtectHome": 214,
+	"CapabilityBoundingSet": 0, "DevicePolicy": 208, "IPAddressAllow": 235, "IPAddressDeny": 235, "KeyringMode": 235,
+	"LockPersonality":        235,
+	"MemoryDenyWriteExecute": 231, "NoNewPrivileges": 187, "PrivateDevices": 209, "PrivateIPC": 248, "PrivateMounts": 239,
+	"PrivateNetwork": 0,
+	"PrivateTmp":     0, "ProcSubset": 247, "ProtectClock": 245, "ProtectControlGroups": 232, "ProtectHome": 214,
 	"ProtectHostname": 242, "ProtectKernelLogs": 244, "ProtectKernelModules": 232, "ProtectKernelTunables": 232,
 	"ProtectProc": 247, "ProtectSystem": 214, "ReadWritePaths": 231, "RemoveIPC": 232, "RestrictAddressFamilies": 211,
 	"RestrictNamespaces": 233, "RestrictRealtime": 231, "RestrictSUIDSGID": 242, "SystemCallArchitectures": 209,
@@ -46,9 +49,9 @@ var hardening = map[string]bool{
 	"ProtectProc": true, "RestrictSUIDSGID": true,
 }
 
-// values are what 239 understands of the directives that our units use. An older or newer form makes it refuse the unit for
-// some, run it without the line for others, so a form that is not here has to be looked up. The number is the version
-// whose NEWS has it.
+// values are what 239 understands of the directives that our units use. An older or newer form
+// makes it refuse the unit for some, run it without the line for others, so a form that is not here
+// has to be looked up. The number is the version whose NEWS has it.
 var values = map[string]string{
 	"After": unitNames, "Also": unitNames, "Before": unitNames, "ReloadPropagatedFrom": unitNames, "Requires": unitNames,
 	"WantedBy": unitNames, "Wants": unitNames,
@@ -67,7 +70,8 @@ var values = map[string]string{
 	"DevicePolicy": `closed`, "KeyringMode": `private`, "IPAddressAllow": `[0-9.]+`, "IPAddressDeny": `any`,
 	"RestrictNamespaces":      `yes|net`,                                                      // names of namespaces: 233
 	"RestrictAddressFamilies": `AF_(UNIX|NETLINK|INET|INET6)( AF_(NETLINK|INET|INET6|UNIX))*`, // 211
-	"CapabilityBoundingSet":   `|CAP_[A-Z_]+( CAP_[A-Z_]+)*`, "SystemCallArchitectures": `native`, "SystemCallErrorNumber": `EPERM`,
+	"CapabilityBoundingSet":   `|CAP_[A-Z_]+( CAP_[A-Z_]+)*`, "SystemCallArchitectures": `native`,
+	"SystemCallErrorNumber": `EPERM`,
 }
 
 const (
@@ -75,7 +79,8 @@ const (
 	plainly   = `yes|no|-?\d+(ms|s|min)?` // and what has no line above
 )
 
-// Every directive of our units is known to the oldest systemd or is nothing but hardening, and so is every form of value.
+// Every directive of our units is known to the oldest systemd or is nothing but hardening, and so
+// is every form of value.
 func TestOldestSystemd(t *testing.T) {
 	files, err := filepath.Glob("../systemd/" + program + "*")
 	if err != nil || len(files) == 0 {
@@ -98,7 +103,8 @@ func TestOldestSystemd(t *testing.T) {
 				t.Errorf("%s: %s needs systemd %d, RHEL 8 has %d", file, line, version, oldest)
 			case version > oldest: // ignored there
 			case !regexp.MustCompile("^(" + form + ")$").MatchString(value):
-				t.Errorf("%s: %s: does systemd %d understand this? See its manual pages, and write it down in values", file, line, oldest)
+				t.Errorf("%s: %s: does systemd %d understand this? See its manual pages, and write it down in values", file, line,
+					oldest)
 			}
 		}
 	}
@@ -140,9 +146,11 @@ func directives(t *testing.T, file string) []string {
 	return lines
 }
 
-// The generator runs in every boot, before anything is mounted, with whatever sh there is. It writes one drop-in, where a
-// configuration that loads says where to listen; without one, with a broken one and without the program it does nothing.
+// The generator runs in every boot, before anything is mounted, with whatever sh there is. It
+// writes one drop-in, where a configuration that loads says where to listen; without one, with a
+// broken one and without the program it does nothing.
 func TestGenerator(t *testing.T) {
+	t.Parallel()
 	root, run := machineOf(t, "GME_TEST_RECIPES")
 	place(t, root, "new.deb", built(t, packages, "*.deb"))
 	place(t, root, "mine.yaml", "examples/config.yaml")

@@ -23,8 +23,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// activeConfig is all that follows from one configuration, or from having none. It is immutable; a reload puts another
-// one in its place.
+// activeConfig is all that follows from one configuration, or from having none. It is immutable; a
+// reload puts another one in its place.
 type activeConfig struct {
 	server.Active
 	config config.Config
@@ -32,7 +32,8 @@ type activeConfig struct {
 	superseded chan struct{} // closed when another one took over
 }
 
-// backend is the costly part of an activeConfig: watch and cache. A reload that does not concern it keeps it.
+// backend is the costly part of an activeConfig: watch and cache. A reload that does not concern it
+// keeps it.
 type backend struct {
 	needs    needs
 	cluster  *kube.Cluster
@@ -45,7 +46,8 @@ type backend struct {
 	end      func()               // and waits until it did
 }
 
-// retire is stop for a backend whose successor serves: those whom it holds move on, and mints come to their end.
+// retire is stop for a backend whose successor serves: those whom it holds move on, and mints come
+// to their end.
 func (b *backend) retire() {
 	if b == nil {
 		return
@@ -82,8 +84,10 @@ type needs struct {
 }
 
 func needsOf(c config.Config) (needs, error) {
-	n := needs{attestation: fmt.Sprintf("%q %q", c.Attestation, c.HostIdentities), kubeconfig: c.Kubeconfig, nodeName: c.NodeName, audience: c.TokenAudience, unlinked: c.ImpersonateUnlinked,
-		prefetch: c.Prefetch, identity: c.WorkloadIdentity, google: c.Google, mintsPerPod: c.Limits.MintsPerPod, keysPerPod: c.Limits.KeysPerPod}
+	n := needs{attestation: fmt.Sprintf("%q %q", c.Attestation, c.HostIdentities), kubeconfig: c.Kubeconfig,
+		nodeName: c.NodeName, audience: c.TokenAudience, unlinked: c.ImpersonateUnlinked,
+		prefetch: c.Prefetch, identity: c.WorkloadIdentity, google: c.Google, mintsPerPod: c.Limits.MintsPerPod,
+		keysPerPod: c.Limits.KeysPerPod}
 	if c.Google.CAFile != "" {
 		pem, err := os.ReadFile(c.Google.CAFile)
 		if err != nil {
@@ -145,8 +149,9 @@ func (s *Service) newActive(c config.Config, old *activeConfig) (*activeConfig, 
 	return a, nil
 }
 
-// Validate finds what only the metadata tree can tell of a configuration that loads: extraMetadata that is in the way of
-// what GKE serves. The error is a *config.Error; file is what the fault is said to be in.
+// Validate finds what only the metadata tree can tell of a configuration that loads: extraMetadata
+// that is in the way of what GKE serves. The error is a *config.Error; file is what the fault is
+// said to be in.
 func Validate(c config.Config, file string) error {
 	if _, err := server.NewTree(c, nil, nil); err != nil {
 		return &config.Error{Faults: []config.Fault{{File: file, Key: "extraMetadata", Problem: err.Error(),
@@ -170,14 +175,15 @@ func resolve(c config.Config) config.Config {
 	return c
 }
 
-// instanceID derives a positive int64 that stays the same for the machine's life, without giving the machine id away,
-// which is confidential by machine-id(5) (E-10).
+// instanceID derives a positive int64 that stays the same for the machine's life, without giving
+// the machine id away, which is confidential by machine-id(5) (E-10).
 func instanceID(seed string) string {
 	sum := sha256.Sum256([]byte("gke-metadata-emulator instance id " + seed))
 	return strconv.FormatUint(max(1, binary.BigEndian.Uint64(sum[:])>>1), 10)
 }
 
-// tokensFor returns a snapshot of tokens that somebody with the same needs left: the backend before, or the process before.
+// tokensFor returns a snapshot of tokens that somebody with the same needs left: the backend
+// before, or the process before.
 func tokensFor(n needs, old *activeConfig, left *fdstore) []byte {
 	if old != nil && old.backend != nil && old.needs.digest() == n.digest() {
 		return old.cache.Snapshot()
@@ -194,8 +200,9 @@ func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend,
 	})
 	b.accounts = accountReader{b.cluster, n.unlinked}
 	google, err := token.NewGoogle(token.GoogleOptions{
-		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL, IAMCredentialsURL: n.google.IAMCredentialsURL,
-		Lifetime: n.google.TokenLifetime, QuotaProject: n.google.QuotaProject, CAFile: n.google.CAFile,
+		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL,
+		IAMCredentialsURL: n.google.IAMCredentialsURL,
+		Lifetime:          n.google.TokenLifetime, QuotaProject: n.google.QuotaProject, CAFile: n.google.CAFile,
 		Kubernetes: b.accounts, Log: s.log, Registerer: s.registry,
 	})
 	if err != nil {
@@ -232,7 +239,8 @@ func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend,
 
 // attestOptions say what askers are known by.
 func (s *Service) attestOptions(c config.Config, b *backend) attest.Options {
-	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Proxies: c.Attestation.Proxies, Replaced: b.replaced, Registerer: s.registry}
+	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Proxies: c.Attestation.Proxies,
+		Replaced: b.replaced, Registerer: s.registry}
 	if c.Attestation.Mode == "kernel" {
 		o.Kernel = s.kernel
 	}
@@ -255,14 +263,15 @@ func accountsOf(hosts []config.HostIdentity) (sas []workload.ServiceAccount) {
 	return sas
 }
 
-// accountReader reads ServiceAccounts' annotations, and takes those that are not linked for the operator's account
-// where the operator wants that (G-18).
+// accountReader reads ServiceAccounts' annotations, and takes those that are not linked for the
+// operator's account where the operator wants that (G-18).
 type accountReader struct {
 	*kube.Cluster
 	unlinked string
 }
 
-func (r accountReader) Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error) {
+func (r accountReader) Account(ctx context.Context, sa workload.ServiceAccount,
+	maxAge time.Duration) (workload.Account, error) {
 	a, err := r.Cluster.Account(ctx, sa, maxAge)
 	if err == nil && !a.Linked() {
 		a.GoogleEmail = r.unlinked
@@ -273,8 +282,8 @@ func (r accountReader) Account(ctx context.Context, sa workload.ServiceAccount, 
 // anyAge: what is known of an account's annotations is good enough to fetch a token ahead (H-21).
 const anyAge = -1
 
-// prefetch keeps the cache to the ServiceAccounts that this node's pods use (K-04), and has the token that their clients
-// will ask for first fetched before they do (H-21).
+// prefetch keeps the cache to the ServiceAccounts that this node's pods use (K-04), and has the
+// token that their clients will ask for first fetched before they do (H-21).
 func (b *backend) prefetch(ctx context.Context) error {
 	var reading sync.Map // ServiceAccounts whose annotations are waited for
 	var g errgroup.Group

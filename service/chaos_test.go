@@ -65,12 +65,12 @@ var loads = []struct {
 	{"many namespaces", (*chaosBed).manyNamespaces, false},
 	{"many cgroups", (*chaosBed).manyCgroups, false},
 	{"ambiguous sockets", (*chaosBed).ambiguousSockets, false},
-	{"requests without end", (*chaosBed).requestsWithoutEnd, false},
+	{"requests without end", (*chaosBed).requestsWithoutEnd, true},
 	{"waits for changes", (*chaosBed).waits, true},
 	{"audiences without end", (*chaosBed).audiences, true},
 	{"scrapes without end", (*chaosBed).metricsFlood, true},
 	{"pods that come and go", (*chaosBed).churn, true},
-	{"spoofed SYNs", (*chaosBed).synFlood, false},
+	{"spoofed SYNs", (*chaosBed).synFlood, true},
 }
 
 // TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is asserted; times are told alone.

@@ -106,6 +106,7 @@ func TestPortClashWithoutRules(t *testing.T) {
 // TestConntrackZone: pods whose connections the network keeps in a conntrack zone of their own are
 // served, though SO_ORIGINAL_DST knows the default zone alone.
 func TestConntrackZone(t *testing.T) {
+	t.Parallel()
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan)
 		command := cmp.Or(plan.Binary, "iptables-nft")

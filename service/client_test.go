@@ -31,6 +31,7 @@ func (b *bed) sends(t *testing.T, path string) net.Conn {
 
 // A client that ends its half of the connection waits for its answer, and gets it.
 func TestHalfClosed(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "prefetch: none")
 	b.ready(t)
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: 300 * time.Millisecond})
@@ -62,6 +63,7 @@ func TestHalfClosed(t *testing.T) {
 
 // A request that comes in half is none.
 func TestHalfClosedInTheMiddle(t *testing.T) {
+	t.Parallel()
 	b := newBed(t)
 	for _, text := range []string{"", "GET / HTTP/1.1\r\nHost: metad", "PUT /latest/api/token HTTP/1.1\r\nHost: metadata\r\nContent-Length: 9\r\n\r\nabc"} {
 		c := b.dial(t, linked)
@@ -80,6 +82,7 @@ func TestHalfClosedInTheMiddle(t *testing.T) {
 
 // A client that left has its request ended, and is written nothing.
 func TestClientLeft(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "prefetch: none")
 	b.ready(t)
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Minute})
@@ -163,6 +166,7 @@ func (b *bed) neverReads(t *testing.T) net.Conn {
 
 // A client that reads nothing is not waited for, neither while we serve nor at the end; one that is slow with its header neither.
 func TestClientsThatDoNotRead(t *testing.T) {
+	t.Parallel()
 	b := newBed(t)
 	b.ready(t)
 	b.neverReads(t)

@@ -343,6 +343,7 @@ func TestQuotaProject(t *testing.T) {
 
 // H-04: what net/http refuses by itself has our header too. A body that does not come is not waited for.
 func TestRefusedByNetHTTP(t *testing.T) {
+	t.Parallel()
 	b := newBed(t)
 	b.ready(t)
 	host := "Host: metadata\r\nMetadata-Flavor: Google\r\n"

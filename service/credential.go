@@ -10,9 +10,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 )
 
-// CopyCredential puts a copy of the kubeconfig that is asked for ("" = kubelet's) at path, readable by the group of this
-// process, and returns where it was found: "" when there is none, and then there is no copy either. One that cannot be
-// used leaves the copy of the one before: kubelet may be about to write the rest of it.
+// CopyCredential puts a copy of the kubeconfig that is asked for ("" = kubelet's) at path, readable
+// by the group of this process, and returns where it was found: "" when there is none, and then
+// there is no copy either. One that cannot be used leaves the copy of the one before: kubelet may
+// be about to write the rest of it.
 func CopyCredential(kubeconfig, path string) (from string, err error) {
 	text, from, err := kube.Copy(kubeconfig)
 	if err != nil {

@@ -1,69 +1,92 @@
-// Package service is the emulator: what GKE's metadata server does for GKE's pods, done for the pods of any node.
+// Package service is the emulator: what GKE's metadata server does for GKE's pods, done for the
+// pods of any node.
 //
 // Two stories tell it all.
 //
 // # A request
 //
-// A pod's client library sends GET /computeMetadata/v1/instance/service-accounts/default/token to 169.254.169.254:80.
+// A pod's client library sends GET /computeMetadata/v1/instance/service-accounts/default/token to
+// 169.254.169.254:80.
 //
-//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an address of lo, or in mode
-//     loopback to the address itself; or, in mode ebpf, programs that had the connect() go there in the first place. What a
-//     mode is, is told once (mode.go); what all share is written once (router.go).
-//  2. accept (connections.go): both ends of the socket are written down as the kernel sees them,
-//     before and after DNAT. Before a byte is read, the kernel is asked whose socket the other one is: its cgroup names a pod's UID and a
-//     container, or a unit of the node ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
-//  3. find (server.go): the path leads to a place in the tree, which is one literal (tree.go). `/` may be answered
-//     without knowing who asks, and waits for nothing: clients probe it and remember the answer for life.
-//  4. rules (guard.go): a table of what is refused for its header alone: proxies, foreign hosts, a missing flavor.
-//     What another cloud's server is asked for goes there (passthrough.go), if a pod on the host network asks that the operator named.
-//  5. who is it: package attest looks the evidence up in what package kube watches: the live pod of this node with that UID, or
-//     the identity that the operator gave the unit. What is not known yet is waited for, 2 s at most. No evidence, or two
-//     kinds of it, is a refusal and not a guess; an address counts for pods alone whom nothing else can name.
-//  6. what may it see: package metadata evaluates the place for this caller. An account that is not the caller's does
-//     not exist for it.
-//  7. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its annotations say. The cache
-//     has it, or asks package token's Google: a ServiceAccount token from Kubernetes (TokenRequest, bound to the pod), a
-//     federated token for it from Google's STS, and the linked Google service account's token for that from IAM. One
-//     mint is in flight for one request; it outlives the first asker; it is done again before the token gets old.
+//  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an
+//     address of lo, or in mode loopback to the address itself; or, in mode ebpf, programs that had
+//     the connect() go there in the first place. What a mode is, is told once (mode.go); what all
+//     share is written once (router.go).
+//  2. accept (server/connections.go): both ends of the socket are written down as the kernel sees
+//     them, before and after DNAT. Before a byte is read, the kernel is asked whose socket the
+//     other one is: its cgroup names a pod's UID and a container, or a unit of the node
+//     ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
+//  3. find (server/server.go): the path leads to a place in the tree, which is one literal
+//     (server/tree.go). `/` may be answered without knowing who asks, and waits for nothing:
+//     clients probe it and remember the answer for life.
+//  4. rules (server/rules.go): a table of what is refused for its header alone: proxies, foreign
+//     hosts, a missing flavor. What another cloud's server is asked for goes there
+//     (server/passthrough.go), if a pod on the host network asks that the operator named.
+//  5. who is it: package attest looks the evidence up in what package kube watches: the live pod of
+//     this node with that UID, or the identity that the operator gave the unit. What is not known
+//     yet is waited for, 2 s at most. No evidence, or two kinds of it, is a refusal and not a
+//     guess; an address counts for pods alone whom nothing else can name.
+//  6. what may it see: package metadata evaluates the place for this caller. An account that is not
+//     the caller's does not exist for it.
+//  7. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its
+//     annotations say. The cache has it, or asks package token's Google: a ServiceAccount token
+//     from Kubernetes (TokenRequest, bound to the pod), a federated token for it from Google's STS,
+//     and the linked Google service account's token for that from IAM. One mint is in flight for
+//     one request; it outlives the first asker; it is done again before the token gets old.
 //  8. the evidence again: had the process died meanwhile, or the pod, the answer is thrown away.
-//  9. write (server.go): one function turns an answer, or an error by way of one table (refusal.go), into bytes. One
-//     audit line tells of each token that was handed out, one metric of each request.
+//  9. write (server/server.go): one function turns an answer, or an error by way of one table
+//     (server/refusal.go), into bytes. One audit line tells of each token that was issued
+//     (server/audit.go), one metric of each request.
 //
 // # A life on a node
 //
-//  1. ExecStartPre runs `routing install`: the rules stand before anything is served. Where there is no configuration,
-//     or a broken one, only the guard stands: no pod reaches the cloud's own metadata server.
-//  2. serve takes the listener from systemd, or binds it. A configuration that is missing or broken is a state and not
-//     an end: pods get 503 with the reason until the file is mended.
-//  3. READY=1 when a real GET through our own listener was answered; where the closed guard stands alone there is no
-//     address to ask at, and that is ready too. Neither the API server nor Google is waited for:
-//     on a first boot kubelet has no credentials yet, and starts after us. They are picked up when they appear.
-//  4. The pods' ServiceAccounts are known as the pods are, and their tokens are fetched ahead (site.go).
-//  5. A second after tokens came at the latest, systemd holds them for the next process, in a sealed memfd (fdstore.go):
-//     after a restart or a SIGKILL no token is minted again that is still good.
-//  6. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache, connections. A
-//     configuration that does not load changes nothing.
-//  7. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and only then is the
-//     listener left, and whoever was accepted is answered (run.go). The rules stay for the next one.
-//  8. ExecStopPost runs `routing remove`, and stops the socket, when the unit is stopped for good, unless routing.onStop is
-//     keep.
+//  1. ExecStartPre runs `routing install`: the rules stand before anything is served. Where there
+//     is no configuration, or a broken one, only the guard stands: no pod reaches the cloud's own
+//     metadata server.
+//  2. serve takes the listener from systemd, or binds it. A configuration that is missing or broken
+//     is a state and not an end: pods get 503 with the reason until the file is mended.
+//  3. READY=1 when a real GET through our own listener was answered; where the closed guard stands
+//     alone there is no address to ask at, and that is ready too. Neither the API server nor Google
+//     is waited for: on a first boot kubelet has no credentials yet, and starts after us. They are
+//     picked up when they appear.
+//  4. The pods' ServiceAccounts are known as the pods are, and their tokens are fetched ahead
+//     (active.go).
+//  5. A second after tokens came at the latest, systemd holds them for the next process, in a
+//     sealed memfd (fdstore.go): after a restart or a SIGKILL no token is minted again that is
+//     still good.
+//  6. SIGHUP reads the configuration anew. What it does not change goes on as it was: watch, cache,
+//     connections (active.go); and so do all counters. A configuration that does not load changes
+//     nothing.
+//  7. SIGTERM: answers say Connection: close, long polls are released, mints come to their end, and
+//     only then is the listener left, and whoever was accepted is answered (run.go). The rules stay
+//     for the next one.
+//  8. ExecStopPost runs `routing remove`, and stops the socket, when the unit is stopped for good,
+//     unless routing.onStop is keep.
 //
-// Whether all of that works on a node is what `doctor` finds out: doctor_examine.go looks and tries, changing nothing that outlives it, and
-// doctor.go has the table of checks that judge what was seen.
+// Whether all of that works on a node is what `doctor` finds out: package doctor looks and tries,
+// changing nothing that outlives it, and has the table of checks that judge what was seen. It is no
+// part of the service, whose [status.Status] it asks for.
 //
-// The service runs without privileges; what needs root is done by other units, or by steps of this one: rules, a copy
-// of kubelet's credential (credential.go), and sockets in the network namespaces of pods and of other containers, which a helper opens and hands over
-// ([attest.Helper]): each can ask the kernel about its namespace, and nothing else.
+// The service runs without privileges; what needs root is done by other units, or by steps of this
+// one: rules, a copy of kubelet's credential (credential.go), and sockets in the network namespaces
+// of pods and of other containers, which a helper opens and hands over ([attest.Helper]): each can
+// ask the kernel about its namespace, and nothing else.
 //
-// Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to rules, policy rules, addresses,
-// links and routes, and it puts back what others flushed. It keeps what was installed last and lets be what was removed; what it
-// finds, and how often it had to repair, lies in a file that the service shows.
+// Beside it another unit runs `routing watch` (watch.go): the kernel tells it of every change to
+// rules, policy rules, addresses, links and routes, and it puts back what others flushed. It keeps
+// what was installed last and lets be what was removed; what it finds, and how often it had to
+// repair, lies in a file that the service shows.
 //
 // # Who may import whom
 //
-//	cmd → service → {attest, kube, token, metadata, routing, config} → workload
+//	cmd     → {service, doctor, status}
+//	service → {server, status, the six}
+//	doctor  → {status, the six}
+//	server  → the six
+//	the six = {attest, kube, token, metadata, routing, config} → workload
 //
-// The six in the middle never import each other: each says in an interface of one to three methods what it needs, and
-// this package hands it in. Kubernetes' libraries are known to kube alone, iptables, programs and processes to routing, netlink to
-// routing and attest, systemd to this package, flags to cmd. imports_test.go holds all of this, with the reasons.
+// The six never import each other: each says in an interface of one to three methods what it needs,
+// and this package hands it in. Kubernetes' libraries are known to kube alone, iptables, programs
+// and processes to routing, netlink to routing and attest, systemd to this package, flags to cmd,
+// and a ResponseWriter to server. imports_test.go holds all of this, with the reasons.
 package service

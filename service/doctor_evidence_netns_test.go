@@ -64,6 +64,7 @@ func (k *kernelBed) doctor(t *testing.T) map[string]doctor.Finding {
 // What leaves doctor's connection alone and breaks only the evidence is not green: pods are refused
 // then.
 func TestDoctorEvidence(t *testing.T) {
+	t.Parallel()
 	k := newKernelBed(t)
 	is := func(what string, verdict doctor.Verdict, text string) {
 		t.Helper()

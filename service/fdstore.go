@@ -21,13 +21,13 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
-// fdstore hands the cached tokens over to the next process: in a sealed memfd, which systemd holds for us over a
-// restart and a SIGKILL (FileDescriptorStoreMax=), and which no file system knows. Where nobody holds descriptors for us,
-// all of it does nothing.
+// fdstore hands the cached tokens over to the next process: in a sealed memfd, which systemd
+// holds for us over a restart and a SIGKILL (FileDescriptorStoreMax=), and which no file system
+// knows. Where nobody holds descriptors for us, all of it does nothing.
 //
-// What the process before left is believed only if it is a regular file of our own user that nobody can write to any
-// more, and of a configuration that leads to the same tokens. And it answers nobody by itself: which pod asks is known
-// from the first synced watch on, and not before.
+// What the process before left is believed only if it is a regular file of our own user that nobody
+// can write to any more, and of a configuration that leads to the same tokens. And it answers
+// nobody by itself: which pod asks is known from the first synced watch on, and not before.
 type fdstore struct {
 	log    logrus.FieldLogger
 	socket string // where systemd listens; "" where it does not
@@ -53,15 +53,16 @@ const (
 	snapshotForm = "gke-metadata-emulator snapshot 1\n"
 	headerLength = len(snapshotForm) + sha256.Size + 8
 
-	// mostHeld is what we leave in systemd's hands at a time: one, and another while it takes the place of the first.
-	// FileDescriptorStoreMax= is more, for what a process before us could not have removed.
+	// mostHeld is what we leave in systemd's hands at a time: one, and another while it takes the
+	// place of the first. FileDescriptorStoreMax= is more, for what a process before us could not
+	// have removed.
 	mostHeld = 2
 
 	allSeals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
 )
 
-// newFDStore returns the store behind a $NOTIFY_SOCKET. Before systemd 254 nothing says whether it holds descriptors for
-// us; one that does not closes what it gets.
+// newFDStore returns the store behind a $NOTIFY_SOCKET. Before systemd 254 nothing says whether it
+// holds descriptors for us; one that does not closes what it gets.
 func newFDStore(socket string, log logrus.FieldLogger) *fdstore {
 	if !strings.HasPrefix(socket, "/") && !strings.HasPrefix(socket, "@") { // none, or a virtual machine's vsock
 		socket = ""
@@ -69,8 +70,8 @@ func newFDStore(socket string, log logrus.FieldLogger) *fdstore {
 	return &fdstore{log: log, socket: socket}
 }
 
-// inherit takes over the descriptors that systemd gave us beside the listener, and has those that are no snapshot of ours
-// removed.
+// inherit takes over the descriptors that systemd gave us beside the listener, and has those that
+// are no snapshot of ours removed.
 func (f *fdstore) inherit(files []*os.File) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -100,7 +101,8 @@ func (f *fdstore) tokens(digest [sha256.Size]byte) []byte {
 		if s.Digest != digest {
 			continue
 		}
-		b, err := io.ReadAll(io.NewSectionReader(s.file, int64(headerLength), token.LongestSnapshot)) // the offset is everybody's
+		// the offset is everybody's
+		b, err := io.ReadAll(io.NewSectionReader(s.file, int64(headerLength), token.LongestSnapshot))
 		if err != nil {
 			f.log.WithError(err).Warn("the tokens of the process before cannot be read")
 			continue
@@ -110,8 +112,8 @@ func (f *fdstore) tokens(digest [sha256.Size]byte) []byte {
 	return nil
 }
 
-// handOver leaves the tokens for the next process: those of the backend in force when it takes over, and again after each
-// change, but not more often than once a second.
+// handOver leaves the tokens for the next process: those of the backend in force when it takes
+// over, and again after each change, but not more often than once a second.
 func (s *Service) handOver(ctx context.Context) error {
 	if s.fdstore.socket == "" {
 		return nil
@@ -149,8 +151,8 @@ func (s *Service) leaveTokens(now *activeConfig) error {
 	return s.fdstore.put(now.needs.digest(), now.cache.Snapshot)
 }
 
-// put leaves the tokens for the next process, in the place of all that was left before. An error passes: systemd's queue
-// is full for a moment. Nothing waits for it.
+// put leaves the tokens for the next process, in the place of all that was left before. An error
+// passes: systemd's queue is full for a moment. Nothing waits for it.
 func (f *fdstore) put(digest [sha256.Size]byte, tokens func() []byte) error {
 	if f.socket == "" {
 		return nil
@@ -161,7 +163,8 @@ func (f *fdstore) put(digest [sha256.Size]byte, tokens func() []byte) error {
 		return err
 	}
 	now := bootTime()
-	file, err := seal(slices.Concat([]byte(snapshotForm), digest[:], binary.BigEndian.AppendUint64(nil, uint64(now)), tokens()))
+	file, err := seal(slices.Concat([]byte(snapshotForm), digest[:], binary.BigEndian.AppendUint64(nil, uint64(now)),
+		tokens()))
 	if err != nil {
 		return err
 	}
@@ -196,7 +199,8 @@ func (f *fdstore) keep(n int) error {
 
 func (f *fdstore) remove(name string) error { return f.send("FDSTOREREMOVE=1\nFDNAME=" + name) }
 
-// send tells systemd, by a socket that never blocks: its queue holds ten datagrams, and all services share it.
+// send tells systemd, by a socket that never blocks: its queue holds ten datagrams, and all
+// services share it.
 func (f *fdstore) send(state string, fds ...int) error {
 	if f.socket == "" {
 		return nil

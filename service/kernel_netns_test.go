@@ -139,6 +139,7 @@ func TestKernelChurn(t *testing.T) {
 // TestKernel has everybody ask: pods on the pod network and on the host's, processes of the node with an identity and without, a
 // sandbox that only its address can name; with the API server there and away, with the helper there and away.
 func TestKernel(t *testing.T) {
+	t.Parallel()
 	k := newKernelBed(t, `hostIdentities:
 - {unit: kubelet.service, serviceAccount: default/plain}
 - {cgroup: /system.slice/docker-*.scope, serviceAccount: default/reader}`)
@@ -253,7 +254,7 @@ func TestKernel(t *testing.T) {
 		gets(host, "default:host")
 		gets(kubelet, "default:plain")
 		refused(sandbox, 503, "attestation.byAddress")
-		refused(late, 503, "the Kubernetes API is away since")
+		refused(late, 503, "the Kubernetes API is unavailable since")
 	})
 	k.eventually(t, "the API server is back", func() bool { return statusOf(t, k.dir).Cluster.Watching })
 	gets(sandbox, "default:sandbox")

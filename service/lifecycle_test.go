@@ -84,6 +84,7 @@ func receive[T any](t *testing.T, c <-chan T) T {
 
 // busy keep-alive connections lose nothing when the service stops.
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	b := newBed(t)
 	b.ready(t)
 	b.ask(t, linked, "GET", accts+"default/token", "")
@@ -174,7 +175,9 @@ func TestDrainWaitsForMints(t *testing.T) {
 
 // Section 6 of the contract, against stand-ins that go wrong.
 func TestWhenSomethingIsWrong(t *testing.T) {
+	t.Parallel()
 	t.Run("T-09: Google is unreachable", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.Exchange, googletest.Fault{Drop: true})
@@ -183,6 +186,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		}
 	})
 	t.Run("T-09: Google 429", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 429, Message: "Quota exceeded for quota metric"})
@@ -191,6 +195,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		}
 	})
 	t.Run("STS 400", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Message: "The audience in ID Token does not match"})
@@ -199,6 +204,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		}
 	})
 	t.Run("N-05: the audience is not granted", func(t *testing.T) {
+		t.Parallel()
 		b := newWorld(t)
 		b.kube.RevokeAudience(audience)
 		b.configure(t, "prefetch: none")
@@ -217,6 +223,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		}
 	})
 	t.Run("the API server is away, nothing cached", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t, "prefetch: none")
 		b.ready(t)
 		b.kube.Close()
@@ -226,12 +233,13 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		}
 	})
 	t.Run("the API server is away, and the token is cached: an address is believed of nobody", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t)
 		b.ready(t)
 		b.ask(t, linked, "GET", accts+"default/token", "")
 		b.kube.Refuse()
 		b.eventually(t, "the watch is broken", func() bool { return !b.Status().Cluster.Watching })
-		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "the Kubernetes API is away since") {
+		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 || !strings.Contains(res.body, "the Kubernetes API is unavailable since") {
 			t.Errorf("%d %s", res.StatusCode, res.body)
 		}
 		b.kube.Accept()
@@ -241,6 +249,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 		}
 	})
 	t.Run("no kubeconfig yet", func(t *testing.T) {
+		t.Parallel()
 		b := newWorld(t)
 		if err := os.Rename(filepath.Join(b.dir, "kubeconfig"), filepath.Join(b.dir, "later")); err != nil {
 			t.Fatal(err)
@@ -300,7 +309,9 @@ func TestAddressReuse(t *testing.T) {
 }
 
 func TestLimits(t *testing.T) {
+	t.Parallel()
 	t.Run("connections", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t, "limits: {connectionsPerPod: 3}")
 		b.ready(t)
 		var open []net.Conn
@@ -321,6 +332,7 @@ func TestLimits(t *testing.T) {
 		b.eventually(t, "closed connections are free again", func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
 	})
 	t.Run("keys", func(t *testing.T) {
+		t.Parallel()
 		b := newBed(t, "limits: {keysPerPod: 2}")
 		b.ready(t)
 		status := map[int]int{}
@@ -335,6 +347,7 @@ func TestLimits(t *testing.T) {
 
 // 100 pods with 100 ServiceAccounts: their tokens are there before anybody asked, for 100 exchanges and 100 access tokens.
 func TestPrefetch(t *testing.T) {
+	t.Parallel()
 	b := newWorld(t)
 	for _, name := range []string{"reader", "plain", "principal", "hostile", "denied", "missing"} {
 		b.kube.DeletePod("default", name)

@@ -15,7 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inherited returns what systemd handed over: the listeners, IPv4's first, and the descriptors that are none.
+// inherited returns what systemd handed over: the listeners, IPv4's first, and the descriptors that
+// are none.
 func inherited() (all []net.Listener, others []*os.File, err error) {
 	for _, f := range activation.Files(true) {
 		l, err := net.FileListener(f)
@@ -26,7 +27,8 @@ func inherited() (all []net.Listener, others []*os.File, err error) {
 		_ = f.Close() // l has a duplicate
 		all = append(all, l)
 		if l.Addr().Network() != "tcp" || len(all) > 2 {
-			return nil, nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP, and one more for listen6", l.Addr().Network(), l.Addr())
+			return nil, nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP, "+
+				"and one more for listen6", l.Addr().Network(), l.Addr())
 		}
 	}
 	slices.SortStableFunc(all, func(a, b net.Listener) int { return addrPortOf(a).Compare(addrPortOf(b)) })
@@ -40,12 +42,12 @@ func sortListeners(all []net.Listener, listen netip.AddrPort) {
 	}
 }
 
-// metadataServer is where pods ask. We listen there in routing.mode loopback, where it is an address of this node for pods alone: only a
-// socket that is transparent may answer from it (R-29).
+// metadataServer is where pods ask. We listen there in routing.mode loopback, where it is an
+// address of this node for pods alone: only a socket that is transparent may answer from it (R-29).
 var metadataServer = netip.MustParseAddr("169.254.169.254")
 
-// listen binds the address, also before it is there: the listener then waits for `routing install` to bring it, as the
-// socket unit's does (FreeBind=). key is the configuration's, for the error.
+// listen binds the address, also before it is there: the listener then waits for `routing install`
+// to bring it, as the socket unit's does (FreeBind=). key is the configuration's, for the error.
 func listen(ctx context.Context, key string, a netip.AddrPort) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
@@ -84,8 +86,8 @@ type listening struct {
 	over   bool
 }
 
-// add is called for each listener before it is served; done when nothing is accepted from it any more. Once all were
-// left there is no other.
+// add is called for each listener before it is served; done when nothing is accepted from it any
+// more. Once all were left there is no other.
 func (l *listening) add(x net.Listener) (done func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

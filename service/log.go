@@ -16,8 +16,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
-// configureLog sets level and format. The format auto is the journal's own protocol where stderr is the journal, text
-// on a terminal, and JSON for whoever else reads it.
+// configureLog sets level and format. The format auto is the journal's own protocol where stderr is
+// the journal, text on a terminal, and JSON for whoever else reads it.
 func configureLog(log *logrus.Logger, c config.Log, stderr io.Writer) {
 	log.SetOutput(stderr)
 	log.ReplaceHooks(make(logrus.LevelHooks))
@@ -56,7 +56,8 @@ type discard struct{}
 
 func (discard) Format(*logrus.Entry) ([]byte, error) { return nil, nil }
 
-// journalHook sends entries to the journal with their fields, so that `journalctl POD=ns/name` finds them.
+// journalHook sends entries to the journal with their fields, so that `journalctl POD=ns/name`
+// finds them.
 type journalHook struct{}
 
 func (journalHook) Levels() []logrus.Level { return logrus.AllLevels }
@@ -77,7 +78,8 @@ func (journalHook) Fire(e *logrus.Entry) error {
 
 var priorities = map[logrus.Level]journal.Priority{
 	logrus.TraceLevel: journal.PriDebug, logrus.DebugLevel: journal.PriDebug, logrus.InfoLevel: journal.PriInfo,
-	logrus.WarnLevel: journal.PriWarning, logrus.ErrorLevel: journal.PriErr, logrus.FatalLevel: journal.PriCrit, logrus.PanicLevel: journal.PriEmerg,
+	logrus.WarnLevel: journal.PriWarning, logrus.ErrorLevel: journal.PriErr, logrus.FatalLevel: journal.PriCrit,
+	logrus.PanicLevel: journal.PriEmerg,
 }
 
 // journalName makes a field name of the journal's grammar: A-Z, 0-9 and _, not led by _.

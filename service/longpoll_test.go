@@ -12,7 +12,11 @@ import (
 func TestWaitMeetsReload(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)
-	const path, clients, rounds = v1 + "instance/machine-type", 8, 300
+	const path, clients = v1 + "instance/machine-type", 8
+	rounds := 300
+	if testing.Short() {
+		rounds = 30
+	}
 	value := func(i int) string { return fmt.Sprintf("machineTypes/e2-%d", i) }
 	b.replace(t, "config.yaml", "machineTypes/n2-standard-4", value(0))
 	b.hangUp()

@@ -9,8 +9,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-// metrics are those of the process and its configuration. server, attest, kube and token register their own in the same
-// registry, which lives as long as the process: no counter falls on a reload.
+// metrics are those of the process and its configuration. server, attest, kube and token register
+// their own in the same registry, which lives as long as the process: no counter falls on a reload.
 type metrics struct {
 	reloads *prometheus.CounterVec
 	file    prometheus.Gauge
@@ -24,7 +24,8 @@ func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
 		}, []string{"outcome"}),
 		file: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_config_file_valid",
-			Help: "1 if the configuration on disk loads, else 0: then the one before stays in force, and a restart would refuse pods.",
+			Help: "1 if the configuration on disk loads, else 0: then the one before stays in force, and a restart would " +
+				"refuse pods.",
 		}),
 	}
 	r.MustRegister(m.reloads, m.file,
@@ -38,16 +39,23 @@ func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
 	return m
 }
 
-// ruleState tells what the routing commands read back last, out of the file that they leave: a process without capabilities
-// cannot read the rules itself.
+// ruleState tells what the routing commands read back last, out of the file that they leave: a
+// process without capabilities cannot read the rules itself.
 type ruleState struct{ runDir string }
 
 var (
-	rulesGood     = prometheus.NewDesc("gke_metadata_emulator_routing_good", "1 if all that was desired stood when the rules were read back, else 0.", nil, nil)
-	rulesReadBack = prometheus.NewDesc("gke_metadata_emulator_routing_read_back_timestamp_seconds", "When the rules were read back.", nil, nil)
-	rulesInstalls = prometheus.NewDesc("gke_metadata_emulator_routing_installs_total", "Installations of the rules since the node booted.", nil, nil)
-	rulesRepairs  = prometheus.NewDesc("gke_metadata_emulator_routing_repairs_total", "Rules that were found gone and put back, by the layer they are of and what had somebody look.", []string{"layer", "cause"}, nil)
-	rulesObserved = prometheus.NewDesc("gke_metadata_emulator_routing_observed_connects", "Connections to the metadata server that mode observe counted, by the network of the client: pod or host.", []string{"network"}, nil)
+	rulesGood = prometheus.NewDesc("gke_metadata_emulator_routing_good",
+		"1 if all that was desired stood when the rules were read back, else 0.", nil, nil)
+	rulesReadBack = prometheus.NewDesc("gke_metadata_emulator_routing_read_back_timestamp_seconds",
+		"When the rules were read back.", nil, nil)
+	rulesInstalls = prometheus.NewDesc("gke_metadata_emulator_routing_installs_total",
+		"Installations of the rules since the node booted.", nil, nil)
+	rulesRepairs = prometheus.NewDesc("gke_metadata_emulator_routing_repairs_total",
+		"Rules that were found gone and put back, by the layer they are of and what had somebody look.",
+		[]string{"layer", "cause"}, nil)
+	rulesObserved = prometheus.NewDesc("gke_metadata_emulator_routing_observed_connects",
+		"Connections to the metadata server that mode observe counted, by the network of the client: pod or host.",
+		[]string{"network"}, nil)
 )
 
 func (ruleState) Describe(c chan<- *prometheus.Desc) {

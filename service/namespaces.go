@@ -17,10 +17,12 @@ import (
 // serviceUser is who serves, when systemd's units are used.
 const serviceUser = "gke-metadata-emulator"
 
-// namespaceSocket is where HandOverNamespaces listens. The directory is root's and for the service's group.
+// namespaceSocket is where HandOverNamespaces listens. The directory is root's and for the
+// service's group.
 func namespaceSocket(runDir string) string { return filepath.Join(runDir, "attest", "attest.sock") }
 
-// HandOverNamespaces hands sockets in the network namespaces of this node's pods to the serving process, until ctx is done.
+// HandOverNamespaces hands sockets in the network namespaces of this node's pods to the serving
+// process, until ctx is done.
 func HandOverNamespaces(ctx context.Context, o Options) error {
 	if o.Stderr == nil {
 		o.Stderr = os.Stderr

@@ -15,9 +15,10 @@ func notify(log logrus.FieldLogger, state string) {
 	}
 }
 
-// tellSystemd says READY=1 once our own listener answered a real request, and WATCHDOG=1 as often as systemd wants to
-// hear it and only after another one was answered. READY waits neither for the API server nor for Google: on a first
-// boot kubelet has no credentials yet, and it starts after us.
+// tellSystemd says READY=1 once our own listener answered a real request, and WATCHDOG=1 as often
+// as systemd wants to hear it and only after another one was answered. READY waits neither for the
+// API server nor for Google: on a first boot kubelet has no credentials yet, and it starts after
+// us.
 func (s *Service) tellSystemd(ctx context.Context) error {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
@@ -29,13 +30,15 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 			break
 		}
 		if !logged && ctx.Err() == nil {
-			s.log.WithError(err).Error("our own listener does not answer yet: is its address there (`gke-metadata-emulator routing check`)?")
+			s.log.WithError(err).Error("our own listener does not answer yet: is its address there (`gke-metadata-emulator " +
+				"routing check`)?")
 		}
 		if !sleep(ctx, 100*time.Millisecond) {
 			return nil
 		}
 	}
-	s.log.WithFields(logrus.Fields{"listen": s.listener.Addr().String(), "after": time.Since(s.started).Round(time.Millisecond).String()}).Info("ready")
+	s.log.WithFields(logrus.Fields{"listen": s.listener.Addr().String(),
+		"after": time.Since(s.started).Round(time.Millisecond).String()}).Info("ready")
 	close(s.ready)
 	notify(s.log, daemon.SdNotifyReady+"\nSTATUS="+s.summary())
 	tick := interval / 3

@@ -30,6 +30,7 @@ END`
 // service is READY, its watchdog is told, and pods are served. In mode iptables the node's own
 // processes are too; a table of our own cannot overrule the rule, and doctor names it.
 func TestOutputRejects(t *testing.T) {
+	t.Parallel()
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
 		k.kill(k.server)

@@ -54,8 +54,12 @@ func (m *imds) take() []string {
 // TestPassthrough has everybody ask for AWS's metadata by way of rules that redirect pods on the host network and spare the node's own
 // slices, as which the service itself asks: it has to get there, and nobody by it who was not named.
 func TestPassthrough(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{routing.ModeIPTables, routing.ModeNFTables, routing.ModeEBPF} {
-		t.Run(mode, func(t *testing.T) { testPassthrough(t, mode) })
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			testPassthrough(t, mode)
+		})
 	}
 }
 

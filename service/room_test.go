@@ -6,8 +6,13 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // opened are connections that say nothing.
@@ -104,5 +109,42 @@ func TestMadeUpAddresses(t *testing.T) {
 	}
 	if err := b.server.Alive(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// scrapes counts the scrapes that collect it at once.
+type scrapes struct {
+	prometheus.Gauge
+	now, most atomic.Int64
+}
+
+func (s *scrapes) Collect(c chan<- prometheus.Metric) {
+	if n := s.now.Add(1); n > s.most.Load() {
+		s.most.Store(n)
+	}
+	for range 1000 {
+		runtime.Gosched() // others may collect meanwhile
+	}
+	s.Gauge.Collect(c)
+	s.now.Add(-1)
+}
+
+// However many scrape, one scrape is collected at a time.
+func TestScrapesTakeTurns(t *testing.T) {
+	b := newBed(t)
+	s := &scrapes{Gauge: prometheus.NewGauge(prometheus.GaugeOpts{Name: "scrapes_test"})}
+	b.registry.MustRegister(s)
+	g := b.gather()
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			if _, err := g.Gather(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := s.most.Load(); n != 1 {
+		t.Errorf("%d scrapes are collected at once", n)
 	}
 }

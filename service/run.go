@@ -26,13 +26,15 @@ import (
 
 // Options are what Run needs to know that is not in the configuration.
 type Options struct {
-	Load           func() (config.Config, error) // reads file and flags; asked again at each reload
-	File           string                        // what Load reads: while it is missing or broken, a change of it is a reload
-	Reload         <-chan os.Signal              // SIGHUP
-	RunDir         string                        // where the state of the rules is read
-	CgroupRoot     string                        // where the node's cgroups are; "": where the system has them
-	CredentialCopy string                        // where root puts a copy of a kubeconfig that this user may not read (R-27); "": nowhere
-	StatusSocket   string                        // where `status` asks; "": status.sock in RunDir
+	Load func() (config.Config, error) // reads file and flags; asked again at each reload
+	// what Load reads: while it is missing or broken, a change of it is a reload
+	File       string
+	Reload     <-chan os.Signal // SIGHUP
+	RunDir     string           // where the state of the rules is read
+	CgroupRoot string           // where the node's cgroups are; "": where the system has them
+	// where root puts a copy of a kubeconfig that this user may not read (R-27); "": nowhere
+	CredentialCopy string
+	StatusSocket   string // where `status` asks; "": status.sock in RunDir
 	Version        string
 	Stderr         io.Writer // nil: os.Stderr
 }
@@ -57,9 +59,9 @@ type Service struct {
 	ready     chan struct{} // closed at READY=1
 }
 
-// Run serves until ctx is done, and returns when nothing is left running. A configuration that cannot be loaded is an
-// error (what Load returned) when started by hand; with a listener of systemd's it is a state: READY, and 503 with the
-// reason (R-23).
+// Run serves until ctx is done, and returns when nothing is left running. A configuration that
+// cannot be loaded is an error (what Load returned) when started by hand; with a listener of
+// systemd's it is a state: READY, and 503 with the reason (R-23).
 func Run(ctx context.Context, o Options) error {
 	s := newService(o)
 	all, left, err := inherited()
@@ -102,19 +104,23 @@ func (s *Service) leaveStatus() {
 }
 
 func newService(o Options) *Service {
-	s := &Service{options: o, log: logrus.New(), registry: prometheus.NewRegistry(), started: time.Now(), ready: make(chan struct{})}
+	s := &Service{options: o, log: logrus.New(), registry: prometheus.NewRegistry(), started: time.Now(),
+		ready: make(chan struct{})}
 	if s.options.Stderr == nil {
 		s.options.Stderr = os.Stderr
 	}
 	configureLog(s.log, config.Default().Log, s.options.Stderr)
 	s.fdstore = newFDStore(os.Getenv("NOTIFY_SOCKET"), s.log)
-	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir), Spared: routing.HostCgroups(),
-		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log, Registerer: s.registry})
+	s.kernel = attest.NewKernel(attest.KernelOptions{CgroupRoot: o.CgroupRoot, Socket: namespaceSocket(o.RunDir),
+		Spared:     routing.HostCgroups(),
+		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log,
+		Registerer: s.registry})
 	s.metrics = newMetrics(s.registry, o.Version, o.RunDir)
 	return s
 }
 
-// load makes an activeConfig of what the configuration says now, with what it can take over from old.
+// load makes an activeConfig of what the configuration says now, with what it can take over from
+// old.
 func (s *Service) load(old *activeConfig) (*activeConfig, error) {
 	c, err := s.options.Load()
 	if err != nil {
@@ -190,8 +196,9 @@ func (s *Service) startAttestation(next *activeConfig) {
 	}
 }
 
-// drain ends without losing a request (R-26): answers say Connection: close for a while and long polls are released,
-// mints in flight come to their end, and only then is the listener left, which systemd goes on holding.
+// drain ends without losing a request (R-26): answers say Connection: close for a while and long
+// polls are released, mints in flight come to their end, and only then is the listener left, which
+// systemd goes on holding.
 func (s *Service) drain() {
 	_ = s.leaveTokens(s.active()) // tried again below
 	notify(s.log, daemon.SdNotifyStopping+"\nSTATUS=stopping")
@@ -211,8 +218,9 @@ func (s *Service) drain() {
 // fileInterval is how often the configuration on disk is read while another one is in force.
 const fileInterval = 5 * time.Second
 
-// reloadLoop reads the configuration anew on SIGHUP, and each second while there is none: a change of any of its files
-// ends that state (R-23). While there is one it only looks whether the files still load.
+// reloadLoop reads the configuration anew on SIGHUP, and each second while there is none: a change
+// of any of its files ends that state (R-23). While there is one it only looks whether the files
+// still load.
 func (s *Service) reloadLoop(ctx context.Context) error {
 	s.noteFile(s.active().Broken)
 	broken, file := time.NewTicker(time.Second), time.NewTicker(fileInterval)
@@ -255,12 +263,14 @@ func (s *Service) lookAtFile() {
 	case err == nil:
 		s.log.Info("the configuration on disk loads again")
 	default:
-		s.log.WithError(err).Error("the configuration on disk does not load: the one before stays in force, and a restart would refuse pods: correct " + s.options.File)
+		s.log.WithError(err).Error("the configuration on disk does not load: the one before stays in force, and a " +
+			"restart would refuse pods: correct " + s.options.File)
 	}
 }
 
-// reload puts what the configuration says now in place of what it said. One that does not load changes nothing, unless
-// there was none: then the reason is told anew, if it is another one or somebody asked.
+// reload puts what the configuration says now in place of what it said. One that does not load
+// changes nothing, unless there was none: then the reason is told anew, if it is another one or
+// somebody asked.
 func (s *Service) reload(ctx context.Context, asked bool) {
 	old := s.active()
 	next, err := s.load(old)
@@ -307,13 +317,15 @@ func (s *Service) describe(now *activeConfig) {
 		s.log.Warn(w)
 	}
 	if s.listening.health.IsValid() && s.listening.health != now.config.HealthListen {
-		s.log.Warnf("healthListen is %s now, which a restart brings: until then it is %s", now.config.HealthListen, s.listening.health)
+		s.log.Warnf("healthListen is %s now, which a restart brings: until then it is %s", now.config.HealthListen,
+			s.listening.health)
 	}
 }
 
-// listenAlso follows a listen address that a reload changed: the rules send pods there from now on, and connections to
-// the old one go on. Where systemd holds the listener, or the port needs a right that this process has not, that fails,
-// and the reload with it; where there was no configuration before, any is better than none (R-14).
+// listenAlso follows a listen address that a reload changed: the rules send pods there from now on,
+// and connections to the old one go on. Where systemd holds the listener, or the port needs a right
+// that this process has not, that fails, and the reload with it; where there was no configuration
+// before, any is better than none (R-14).
 func (s *Service) listenAlso(ctx context.Context, old *activeConfig, a netip.AddrPort) error {
 	if a.Port() == 0 || s.listening.on(a) || old.Broken == nil && old.config.Listen == a {
 		return nil
@@ -330,7 +342,8 @@ func (s *Service) listenAlso(ctx context.Context, old *activeConfig, a netip.Add
 	return nil
 }
 
-// listenIPv6 listens for IPv6 too (H-24), where systemd did not hand such a listener over. It is no reason for IPv4 not to be served.
+// listenIPv6 listens for IPv6 too (H-24), where systemd did not hand such a listener over. It is no
+// reason for IPv4 not to be served.
 func (s *Service) listenIPv6(ctx context.Context, a netip.AddrPort) {
 	if !a.IsValid() || s.listening.on(a) {
 		return
@@ -345,5 +358,7 @@ func (s *Service) listenIPv6(ctx context.Context, a netip.AddrPort) {
 
 // elsewhere says that no listener is where the configuration's key wants it, and what to do (R-14).
 func (s *Service) elsewhere(key string, want netip.AddrPort) string {
-	return fmt.Sprintf("%s is %s in the configuration, and the listener is at %s (systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket for it to follow, or change %[1]s back)", key, want, s.listening.String())
+	return fmt.Sprintf("%s is %s in the configuration, and the listener is at %s (systemctl daemon-reload && "+
+		"systemctl restart gke-metadata-emulator.socket for it to follow, or change %[1]s back)", key, want,
+		s.listening.String())
 }

@@ -21,15 +21,17 @@ import (
 // errSocketInUse is wrapped by listenUnix where a process listens at the path already.
 var errSocketInUse = errors.New("socket in use")
 
-// unixListener is a listener whose Close removes its socket file, and never that of another process.
+// unixListener is a listener whose Close removes its socket file, and never that of another
+// process.
 type unixListener struct {
 	*net.UnixListener
 	path string
 	file fs.FileInfo // what the listener made
 }
 
-// listenUnix listens at path, which our group may use. It replaces the socket file of a dead process. Where a
-// process listens there, the error wraps errSocketInUse and names that process; unit says which unit's socket it is.
+// listenUnix listens at path, which our group may use. It replaces the socket file of a dead
+// process. Where a process listens there, the error wraps errSocketInUse and names that process;
+// unit says which unit's socket it is.
 func listenUnix(ctx context.Context, network, path, unit string) (*unixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
@@ -81,11 +83,15 @@ func processOf(c net.Conn) string {
 		return "a process"
 	}
 	var peer *unix.Ucred
-	if e := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil || err != nil {
+	if e := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET,
+			unix.SO_PEERCRED)
+	}); e != nil || err != nil {
 		return "a process"
 	}
 	name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", peer.Pid)) // none where /proc does not show it
-	return fmt.Sprintf("process %d (%s)", peer.Pid, cmp.Or(strings.TrimSpace(string(name)), fmt.Sprintf("of user %d", peer.Uid)))
+	return fmt.Sprintf("process %d (%s)", peer.Pid,
+		cmp.Or(strings.TrimSpace(string(name)), fmt.Sprintf("of user %d", peer.Uid)))
 }
 
 // Close removes the socket file if it is still the one that the listener made.
@@ -107,8 +113,9 @@ func (l *unixListener) Close() error {
 	return err
 }
 
-// lockDirectory keeps others of us from replacing sockets in the directory. Looking who listens, removing and
-// binding are three steps, and two processes that start at once must not take each other's socket.
+// lockDirectory keeps others of us from replacing sockets in the directory. Looking who listens,
+// removing and binding are three steps, and two processes that start at once must not take each
+// other's socket.
 func lockDirectory(ctx context.Context, dir string) (unlock func(), err error) {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -128,17 +135,19 @@ func lockDirectory(ctx context.Context, dir string) (unlock func(), err error) {
 	}
 }
 
-// bindError says why a TCP address could not be bound, by whom it is used, and what to do. key is the
-// configuration's.
+// bindError says why a TCP address could not be bound, by whom it is used, and what to do. key is
+// the configuration's.
 func bindError(key string, a netip.AddrPort, err error) error {
 	remedy := "check that the address is valid on this node"
 	switch by := routing.Listener(a); {
 	case errors.Is(err, unix.EADDRINUSE) && by.PID == "1":
-		remedy = fmt.Sprintf("systemd listens on %s for a socket unit: start the service by its unit (systemctl restart gke-metadata-emulator), or choose another %s", by.At, key)
+		remedy = fmt.Sprintf("systemd listens on %s for a socket unit: start the service by its unit (systemctl restart "+
+			"gke-metadata-emulator), or choose another %s", by.At, key)
 	case errors.Is(err, unix.EADDRINUSE) && by.PID != "":
 		remedy = fmt.Sprintf("%s listens on %s: stop it, or choose another %s", by, by.At, key)
 	case errors.Is(err, unix.EADDRINUSE):
-		remedy = fmt.Sprintf("find the process with `ss -tanp 'sport = :%d'` as root, and stop it, or choose another %s", a.Port(), key)
+		remedy = fmt.Sprintf("find the process with `ss -tanp 'sport = :%d'` as root, and stop it, or choose another %s",
+			a.Port(), key)
 	case errors.Is(err, fs.ErrPermission):
 		remedy = fmt.Sprintf("no right to port %d: start the service by its unit, or as root", a.Port())
 	}

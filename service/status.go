@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -22,7 +23,8 @@ import (
 
 // Status tells the state of the service now.
 func (s *Service) Status() status.Status {
-	st := status.Status{Version: s.options.Version, Started: s.started, State: "serving", Listen: s.listener.Addr().String(),
+	st := status.Status{Version: s.options.Version, Started: s.started, State: "serving",
+		Listen:      s.listener.Addr().String(),
 		Connections: s.server.Connections().Open, Unreachable: s.server.Unreachable()}
 	st.Requests, st.Requests6 = s.server.Requests()
 	if state, err := routing.ReadState(s.options.RunDir); err != nil {
@@ -52,15 +54,18 @@ func (s *Service) Status() status.Status {
 	return st
 }
 
-// skippedHostPods returns the ServiceAccounts whose host pods were refused another cloud's metadata, and which passthrough
-// does not name now, sorted.
+// skippedHostPods returns the ServiceAccounts whose host pods were refused another cloud's
+// metadata, and which passthrough does not name now, sorted.
 func (s *Service) skippedHostPods(passthrough []string) (all []status.SkippedHostPod) {
 	for sa, n := range s.server.SkippedHostPods() {
 		if !slices.Contains(passthrough, sa.String()) {
 			all = append(all, status.SkippedHostPod{ServiceAccount: sa.String(), Requests: n})
 		}
 	}
-	slices.SortFunc(all, func(a, b status.SkippedHostPod) int { return strings.Compare(a.ServiceAccount, b.ServiceAccount) })
+	slices.SortFunc(all, func(a, b status.SkippedHostPod) int {
+		return strings.Compare(a.ServiceAccount,
+			b.ServiceAccount)
+	})
 	return all
 }
 
@@ -83,7 +88,8 @@ func (s *Service) attestation(active *activeConfig, c *kube.Status) status.Attes
 		}
 	}
 	for i, h := range active.config.HostIdentities {
-		a.HostIdentities = append(a.HostIdentities, status.HostIdentity{Unit: h.Unit, Cgroup: h.Cgroup, HostStatus: c.Hosts[i]})
+		a.HostIdentities = append(a.HostIdentities, status.HostIdentity{Unit: h.Unit, Cgroup: h.Cgroup,
+			HostStatus: c.Hosts[i]})
 	}
 	c.Hosts = nil // said above
 	return a
@@ -96,7 +102,8 @@ func (s *Service) summary() string {
 		return firstLine(errors.New(st.State + ": " + st.Reason))
 	}
 	if st.ConfigFile != "" {
-		return firstLine(errors.New("serving what was configured before; the configuration on disk does not load: " + st.ConfigFile))
+		return firstLine(errors.New("serving what was configured before; the configuration on disk does not load: " +
+			st.ConfigFile))
 	}
 	if !st.Cluster.Synced {
 		return firstLine(errors.New("serving; pods are not known yet: " + st.Cluster.Problem))
@@ -112,7 +119,8 @@ func firstLine(err error) string {
 	return line
 }
 
-// serveStatus answers `gke-metadata-emulator status` over a Unix socket that the service's group may use.
+// serveStatus answers `gke-metadata-emulator status` over a Unix socket that the service's group
+// may use.
 func (s *Service) serveStatus(ctx context.Context) error {
 	if err := s.listenStatus(ctx); err != nil {
 		s.log.WithError(err).Error("the status socket could not be made, so `status` does not work; pods are served")
@@ -124,12 +132,14 @@ func (s *Service) serveStatus(ctx context.Context) error {
 // listenStatus makes the status socket, unless it is there already.
 func (s *Service) listenStatus(ctx context.Context) (err error) {
 	if s.status == nil {
-		s.status, err = listenUnix(ctx, "unix", cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")), unit)
+		s.status, err = listenUnix(ctx, "unix",
+			cmp.Or(s.options.StatusSocket, filepath.Join(s.options.RunDir, "status.sock")), unit)
 	}
 	return err
 }
 
-// serveHealth answers probes and Prometheus on healthListen, which pods do not reach unless the operator says so.
+// serveHealth answers probes and Prometheus on healthListen, which pods do not reach unless the
+// operator says so.
 func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // whose sockets have not all options
@@ -141,9 +151,14 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	return s.server.ServeHealth(ctx, l, s.readiness, s.gather())
 }
 
-// gather collects the metrics of the process, and the gauges of the backend that is in force.
+// gather collects the metrics of the process, and the gauges of the backend that is in force. One
+// scrape does so at a time: each starts a goroutine for every collector, and a flood of scrapes would
+// have pods wait for all of them.
 func (s *Service) gather() prometheus.Gatherer {
+	var one sync.Mutex
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+		one.Lock()
+		defer one.Unlock()
 		g := prometheus.Gatherers{s.registry}
 		if b := s.active().backend; b != nil {
 			g = append(g, b.gauges)
@@ -152,7 +167,8 @@ func (s *Service) gather() prometheus.Gatherer {
 	})
 }
 
-// readiness is stricter than READY=1: a pod that asks now gets its token, as far as this node can tell.
+// readiness is stricter than READY=1: a pod that asks now gets its token, as far as this node can
+// tell.
 func (s *Service) readiness(ctx context.Context) error {
 	active := s.active()
 	if active.Broken != nil {
@@ -168,7 +184,8 @@ func (s *Service) readiness(ctx context.Context) error {
 		}
 		for _, text := range to {
 			if a, err := netip.ParseAddrPort(text); err == nil && !s.listening.on(a) {
-				return fmt.Errorf("the rules send pods to %s, and we listen on %s: restart gke-metadata-emulator", a, s.listening.String())
+				return fmt.Errorf("the rules send pods to %s, and we listen on %s: restart gke-metadata-emulator", a,
+					s.listening.String())
 			}
 		}
 	}

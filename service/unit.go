@@ -23,9 +23,10 @@ type systemd interface {
 	SystemStateContext(ctx context.Context) (*dbus.Property, error)
 }
 
-// StoppedForGood reports whether our unit is being stopped by somebody who wants it stopped: not restarted, not after a
-// crash, and not since the machine goes down, when pods still run and must not reach the cloud's own metadata server
-// . An error means that systemd could not be asked: then it must count as no.
+// StoppedForGood reports whether our unit is being stopped by somebody who wants it stopped: not
+// restarted, not after a crash, and not since the machine goes down, when pods still run and must
+// not reach the cloud's own metadata server. An error means that systemd could not be
+// asked: then it must count as no.
 func StoppedForGood(ctx context.Context) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, patienceWithSystemd)
 	defer cancel()
@@ -37,8 +38,9 @@ func StoppedForGood(ctx context.Context) (bool, error) {
 	return stoppedForGood(ctx, c)
 }
 
-// StopListening has the socket unit stopped too, which comes after us, and does not wait for it. A connection of the last
-// moment that waits there for somebody to answer would start us again otherwise, and the rules with us.
+// StopListening has the socket unit stopped too, which comes after us, and does not wait for it. A
+// connection of the last moment that waits there for somebody to answer would start us again
+// otherwise, and the rules with us.
 func StopListening(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, patienceWithSystemd)
 	defer cancel()
@@ -76,7 +78,8 @@ func stoppedForGood(ctx context.Context, s systemd) (bool, error) {
 	return stop && state.Value.Value() != "stopping", nil
 }
 
-// AskUnit asks systemd how the unit is. It returns the zero Unit where systemd does not answer within 2 s.
+// AskUnit asks systemd how the unit is. It returns the zero Unit where systemd does not answer
+// within 2 s.
 func AskUnit(ctx context.Context, name string) (r status.Unit) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()

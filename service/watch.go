@@ -12,9 +12,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-// WatchRouting keeps the rules standing until ctx is done. It says READY=1 when they were looked at for the first time, whatever was
-// found: giving up would leave nobody to look again. plan makes of the configuration, or of the reason why there is none, what is
-// to stand.
+// WatchRouting keeps the rules standing until ctx is done. It says READY=1 when they were looked at
+// for the first time, whatever was found: giving up would leave nobody to look again. plan makes of
+// the configuration, or of the reason why there is none, what is to stand.
 func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error) routing.Plan) error {
 	if o.Stderr == nil {
 		o.Stderr = os.Stderr
@@ -28,7 +28,8 @@ func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error
 			if err == nil {
 				configureLog(log, c.Log, o.Stderr)
 			} else {
-				log.WithError(err).Error("routing: the configuration is missing or broken: what stands stays, and where nothing does the guard alone goes up")
+				log.WithError(err).Error("routing: the configuration is missing or broken: what stands stays, and where " +
+					"nothing does the guard alone goes up")
 			}
 			p := plan(c, err)
 			if p.Reason != "" {

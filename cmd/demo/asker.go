@@ -13,22 +13,24 @@ import (
 	"time"
 )
 
-// asPod is in the environment of this binary where it is a pod's process.
+// asPod is an environment variable that makes this binary a pod's process.
 const asPod = "GKE_METADATA_EMULATOR_DEMO_POD"
 
-// Asker is what runs in a pod: it asks for what it is told to ask, by net/rpc over its third descriptor, until that is closed.
+// Asker runs in a pod. It sends requests that it receives by net/rpc on descriptor 3, until that is
+// closed.
 type Asker struct {
 	mu   sync.Mutex
 	load *load
-	kept http.Client // with the connections of questions to be kept
+	kept http.Client // with the connections of questions that keep theirs
 }
 
-// isPod reports whether this process is a pod's, and then was one until it was not needed any more.
+// isPod reports whether this process is a pod's. If so, it returns when the pod is no longer
+// needed.
 func isPod() bool {
 	if os.Getenv(asPod) == "" {
 		return false
 	}
-	// Whoever started it ends it: signals to all processes, from a terminal or from a machine that goes down, are not for it.
+	// The parent ends this process, and not a signal of a terminal or of a shutdown.
 	signal.Ignore(os.Interrupt, syscall.SIGTERM)
 	f := os.NewFile(3, "orders")
 	if c, err := net.FileConn(f); err == nil {
@@ -44,16 +46,16 @@ func isPod() bool {
 type Question struct {
 	Host, Path string
 	As         string // the sender's address; "": the asker's own
-	Keep       bool   // the connection for the next such question, which goes by it if it is open still
+	Keep       bool   // keeps the connection for the next question with Keep
 }
 
-// Answer is what somebody got.
+// Answer is a response.
 type Answer struct {
 	Status int
 	Body   string
 }
 
-// Ask sends what a client library sends.
+// Ask sends a client library's request.
 func (a *Asker) Ask(q Question, answer *Answer) (err error) {
 	if q.Keep {
 		*answer, err = askBy(&a.kept, q)
@@ -63,7 +65,7 @@ func (a *Asker) Ask(q Question, answer *Answer) (err error) {
 	return err
 }
 
-// dial connects as the one whose address it is, which has to be the asker's too.
+// dial connects from q.As, which must be one of the sender's addresses.
 func (q Question) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	d := net.Dialer{}
 	if q.As != "" {
@@ -72,12 +74,13 @@ func (q Question) dial(ctx context.Context, network, addr string) (net.Conn, err
 	return d.DialContext(ctx, network, addr)
 }
 
-// askOnce asks on a connection that dial makes.
+// askOnce sends a request on a new connection of dial.
 func askOnce(dial func(ctx context.Context, network, addr string) (net.Conn, error), q Question) (Answer, error) {
-	return askBy(&http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}, q)
+	return askBy(&http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: dial}}, q)
 }
 
-// askBy sends what a client library sends.
+// askBy sends a client library's request.
 func askBy(client *http.Client, q Question) (Answer, error) {
 	req, err := http.NewRequest(http.MethodGet, "http://"+q.Host+q.Path, nil)
 	if err != nil {
@@ -93,7 +96,7 @@ func askBy(client *http.Client, q Question) (Answer, error) {
 	return Answer{res.StatusCode, string(body)}, err
 }
 
-// Begin begins to ask without pause.
+// Begin starts a load of requests without pause.
 func (a *Asker) Begin(t Task, _ *struct{}) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -101,13 +104,13 @@ func (a *Asker) Begin(t Task, _ *struct{}) error {
 	return nil
 }
 
-// Counts says what came of the load so far, with examples of errors since it was last asked.
+// Counts returns the outcomes of the load so far, with the errors since the last call as examples.
 func (a *Asker) Counts(_ struct{}, c *Counts) error {
 	*c = a.current().counts()
 	return nil
 }
 
-// End lets what is in flight come to its end, and is Counts then.
+// End stops the load, waits for requests in flight, and returns its Counts.
 func (a *Asker) End(_ struct{}, c *Counts) error {
 	l := a.current()
 	l.end()

@@ -12,7 +12,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// network makes a pod's: on a link of its own or on the bridge, there with the address of one that died, if there is such a one.
+// network makes a pod's network: on a link of its own or on the bridge, with the address of a dead
+// pod if there is one.
 func (w *world) network(name string, before *pod, routed bool) (*netnstest.NS, error) {
 	if before != nil {
 		return w.node.AddPodAs(name, before.ns)
@@ -27,8 +28,9 @@ func (w *world) network(name string, before *pod, routed bool) (*netnstest.NS, e
 	return w.node.AddPod(name)
 }
 
-// churn has n pods live one after the other at one address. Each asks for a token as soon as it is there, and dies then. Of its birth
-// Kubernetes tells up to a second late, and of its death when the next one was answered.
+// churn runs n pods one after the other at one address. Each requests a token at once, and is then
+// killed. Kubernetes learns of a pod up to a second late, and of its death after the next pod was
+// answered.
 func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 	all := Counts{Of: map[string]int{}}
 	var wait sync.WaitGroup
@@ -44,11 +46,11 @@ func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 		if err := p.start(); err != nil {
 			return all, errors.Join(err, ns.Close())
 		}
-		told := make(chan struct{})
+		known := make(chan struct{})
 		wait.Go(func() {
-			defer close(told)
+			defer close(known)
 			<-time.After(rand.N(time.Second))
-			p.tell()
+			p.register()
 		})
 		began := time.Now()
 		a, err := p.ask(ctx, tokenPath)
@@ -61,7 +63,7 @@ func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 		if what != ok {
 			all.Examples = append(all.Examples, fmt.Sprintf("%s %s: %s", name, what, says))
 		}
-		<-told
+		<-known
 		p.die()
 		if before != nil {
 			w.kube.DeletePod("default", before.Name)
@@ -77,7 +79,7 @@ func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 	return all, nil
 }
 
-// outcome is what an answer to a request for a token is to the pod that got it.
+// outcome classifies the answer to a pod's request for a token.
 func (w *world) outcome(p *pod, a Answer) (what, says string) {
 	issued, _ := w.google.Lookup(accessToken(a.Body))
 	switch {

@@ -21,7 +21,7 @@ const (
 	idPath    = "/computeMetadata/v1/instance/service-accounts/default/identity?audience=https://run.example.com"
 )
 
-// run is the whole demonstration. An error says which step did not do what it must.
+// run is the whole demonstration. An error names the step that failed.
 func run(ctx context.Context, out io.Writer, binary string, keep bool) (err error) {
 	binary, err = filepath.Abs(binary)
 	if err != nil {
@@ -35,18 +35,21 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	}
 	d := &demo{out: out, began: time.Now()}
 
-	d.say("1. A node with pods and a stranger, and around it the cloud")
+	d.say("1. A node with pods, a pod that Kubernetes does not know, and a cloud")
 	w, err := newWorld(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
-	d.done("namespaces %s, reader %s, writer %s, stranger %s", w.node.Name, w.reader.ns.Addr, w.writer.ns.Addr, w.stranger.ns.Addr)
+	d.done("namespaces %s, reader %s, writer %s, stranger %s", w.node.Name, w.reader.ns.Addr, w.writer.ns.Addr,
+		w.stranger.ns.Addr)
 	switch {
 	case w.cgroups == nil:
-		d.done("each pod is a process in its network namespace; it has no cgroup of its own, and is known by its address: %v", w.noCgroups)
+		d.done("each pod is a process in its network namespace; it has no cgroup of its own, and is known by its address: "+
+			"%v", w.noCgroups)
 	case w.cgroups.Mount != nil:
-		d.done("each pod is a process, born in its network namespace and in its cgroup, in a cgroup v2 hierarchy that is mounted for this demo alone")
+		d.done("each pod is a process, born in its network namespace and in its cgroup, in a cgroup v2 hierarchy that is " +
+			"mounted for this demo alone")
 	default:
 		d.done("each pod is a process, born in its network namespace and in its cgroup, below %s", w.cgroups.Path)
 	}
@@ -58,7 +61,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	if err != nil || leak.Status != 200 || !strings.Contains(leak.Body, nodeSecret) {
 		return fmt.Errorf("the cloud's own metadata server should answer before there are rules: %v %v", leak, err)
 	}
-	d.done("without the emulator, a pod that asks 169.254.169.254 gets the node's own cloud credentials")
+	d.done("without the emulator, a pod gets the node's own cloud credentials from 169.254.169.254")
 	w.cloudAsked.Store(0)
 
 	d.say("2. systemctl start: ExecStartPre, then the service")
@@ -69,9 +72,9 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	d.done("gke-metadata-emulator routing install")
 	closed, err := w.reader.ask(ctx, tokenPath)
 	if err == nil {
-		return fmt.Errorf("there are rules and nobody serves, and still a pod was answered: %v", closed)
+		return fmt.Errorf("a pod was answered with rules and without a service: %v", closed)
 	}
-	d.done("nobody serves yet: a pod's connection is refused, and the cloud's own server is out of its reach")
+	d.done("before the service starts, a pod's connection is refused and does not reach the cloud's own server")
 	if err := e.start(ctx); err != nil {
 		return err
 	}
@@ -82,7 +85,8 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		}
 	}()
 	if e.helper != nil {
-		d.done("gke-metadata-emulator attest, which alone may enter pods' network namespaces: READY=1 to systemd after %s", e.helper.readyAfter.Round(time.Millisecond))
+		d.done("gke-metadata-emulator attest, which alone may enter pods' network namespaces: READY=1 to systemd after %s",
+			e.helper.readyAfter.Round(time.Millisecond))
 	}
 	d.done("gke-metadata-emulator serve: READY=1 to systemd after %s", e.serve.readyAfter.Round(time.Millisecond))
 
@@ -125,7 +129,8 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	if after != before {
 		return fmt.Errorf("the node's rules are not as they were; before:\n%s\nafter:\n%s", before, after)
 	}
-	d.done("iptables (both backends, both families), nftables, ip rule, ip route and ip address of the node: as before, byte for byte")
+	d.done("iptables (both backends, both families), nftables, ip rule, ip route and ip address of the node: as before, " +
+		"byte for byte")
 	if n := w.cloudAsked.Load(); n != 0 {
 		return fmt.Errorf("%d requests of pods reached the cloud's own metadata server", n)
 	}
@@ -140,7 +145,7 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	return nil
 }
 
-// demo prints.
+// demo prints the steps with their times.
 type demo struct {
 	out   io.Writer
 	began time.Time
@@ -153,7 +158,8 @@ func (d *demo) say(format string, args ...any) {
 }
 
 func (d *demo) done(format string, args ...any) {
-	_, _ = fmt.Fprintf(d.out, "   %6.0f ms  %s\n", float64(time.Since(d.last).Microseconds())/1000, fmt.Sprintf(format, args...))
+	_, _ = fmt.Fprintf(d.out, "   %6.0f ms  %s\n", float64(time.Since(d.last).Microseconds())/1000,
+		fmt.Sprintf(format, args...))
 	d.last = time.Now()
 }
 
@@ -164,8 +170,9 @@ func (d *demo) quote(text string) {
 	d.last = time.Now()
 }
 
-// pod asks as a pod does, and looks at the stand-in whose the tokens are that it got. One on the node's network asks where the
-// emulator listens: what it sends to the metadata server's address goes its own way (routing.interceptHostPods).
+// pod sends a pod's requests and checks at the stand-in that the tokens are the pod's. A pod on the
+// node's network uses the listen address, since its requests to the metadata server's address are
+// not redirected (routing.interceptHostPods).
 func (d *demo) pod(ctx context.Context, p *pod) error {
 	host, name := metadataAddr, p.Name
 	if p.HostNetwork {
@@ -202,7 +209,7 @@ func (d *demo) pod(ctx context.Context, p *pod) error {
 	return nil
 }
 
-// stranger asks as a pod that Kubernetes does not know, and as another host on the LAN.
+// stranger sends requests as a pod that Kubernetes does not know, and as another host on the LAN.
 func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 	a, err := w.stranger.ask(ctx, tokenPath)
 	if err != nil || a.Status != 503 {
@@ -215,7 +222,8 @@ func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 		}
 		d.done("a neighbour host that sends to %s by way of the node → nothing", host)
 	}
-	if n, m := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); n != served || m != served {
+	if n, m := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); n != served ||
+		m != served {
 		return fmt.Errorf("%d exchanges and %d access tokens were asked for at Google, and not %d of each", n, m, served)
 	}
 	d.done("calls to Google: %[1]d exchanges, %[1]d access tokens, %[1]d ID tokens: one exchange a ServiceAccount", served)
@@ -223,13 +231,16 @@ func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 }
 
 func (d *demo) keep(w *world, binary string) {
-	d.say("Left standing. In another terminal, as root:")
+	d.say("Everything keeps running. In another terminal, as root:")
 	for _, p := range []*pod{w.reader, w.writer, w.stranger} {
 		born := ""
 		if w.cgroups != nil {
-			born = "echo $$ >" + strings.Replace(w.cgroups.Path, "/proc/self/", fmt.Sprintf("/proc/%d/", os.Getpid()), 1) + "/" + p.cgroup + "/cgroup.procs; "
+			born = "echo $$ >" + strings.Replace(w.cgroups.Path, "/proc/self/", fmt.Sprintf("/proc/%d/", os.Getpid()), 1) +
+				"/" + p.cgroup + "/cgroup.procs; "
 		}
-		_, _ = fmt.Fprintf(d.out, "   sh -c '%sexec nsenter --net=%s curl -H \"Metadata-Flavor: Google\" http://%s%s'\n", born, p.ns.Path(), metadataAddr, tokenPath)
+		_, _ = fmt.Fprintf(d.out, "   sh -c '%sexec nsenter --net=%s curl -H \"Metadata-Flavor: Google\" http://%s%s'\n",
+			born, p.ns.Path(), metadataAddr, tokenPath)
 	}
-	_, _ = fmt.Fprintf(d.out, "   GKE_METADATA_EMULATOR_RUN=%s %s status\n   nsenter --net=%s iptables-save\nCtrl-C ends it.\n", w.dir, binary, w.node.Path())
+	_, _ = fmt.Fprintf(d.out, "   GKE_METADATA_EMULATOR_RUN=%s %s status\n   nsenter --net=%s iptables-save\nCtrl-C "+
+		"ends it.\n", w.dir, binary, w.node.Path())
 }

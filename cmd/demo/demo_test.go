@@ -30,7 +30,8 @@ func TestDemo(t *testing.T) {
 		t.Fatal(err)
 	}
 	binary := filepath.Join(t.TempDir(), "gke-metadata-emulator")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-race", "-o", binary, "../gke-metadata-emulator").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-race", "-o", binary,
+		"../gke-metadata-emulator").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
 	for _, backend := range []string{"nft", "legacy"} {
@@ -63,7 +64,8 @@ func TestDemo(t *testing.T) {
 func useBackend(t *testing.T, backend string) {
 	t.Helper()
 	dir := t.TempDir()
-	for _, name := range []string{"iptables", "iptables-restore", "iptables-save", "ip6tables", "ip6tables-restore", "ip6tables-save"} {
+	for _, name := range []string{"iptables", "iptables-restore", "iptables-save", "ip6tables", "ip6tables-restore",
+		"ip6tables-save"} {
 		family, verb, _ := strings.Cut(name, "-")
 		real := family + "-" + backend
 		if verb != "" {
@@ -86,7 +88,8 @@ func useBackend(t *testing.T, backend string) {
 // A missing binary is named, and how to make it.
 func TestNoBinary(t *testing.T) {
 	var out bytes.Buffer
-	if err := run(t.Context(), &out, filepath.Join(t.TempDir(), "absent"), false); err == nil || !strings.Contains(err.Error(), "make build") {
+	if err := run(t.Context(), &out, filepath.Join(t.TempDir(), "absent"), false); err == nil ||
+		!strings.Contains(err.Error(), "make build") {
 		t.Errorf("%v", err)
 	}
 }

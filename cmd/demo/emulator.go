@@ -25,7 +25,8 @@ type emulator struct {
 	helper *daemon // nil: there are no cgroups for it to look at
 }
 
-// in returns a command of the binary inside the node, with what systemd would give it: the cgroups too, where this machine has others.
+// in returns a command of the binary inside the node, with what systemd would give it: the cgroups
+// too, where this machine has others.
 func (e *emulator) in(ctx context.Context, args ...string) *exec.Cmd {
 	line := append([]string{e.binary}, args...)
 	if g := e.world.cgroups; g != nil && g.Mount != nil {
@@ -93,7 +94,8 @@ func (e *emulator) daemon(ctx context.Context, args ...string) (*daemon, error) 
 	d.Env = append(d.Env, "NOTIFY_SOCKET="+path)
 	d.Stdout, d.Stderr = &d.log, &d.log
 	began := time.Now()
-	if g := e.world.cgroups; g != nil { // where the node's systemd has its units, by which the emulator finds the node's root
+	// where the node's systemd has its units, by which the emulator finds the node's root
+	if g := e.world.cgroups; g != nil {
 		err = g.Start(e.world.node.NS, "system.slice/gke-metadata-emulator.service", d.Cmd)
 	} else {
 		err = d.Start()

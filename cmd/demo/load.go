@@ -16,8 +16,9 @@ import (
 	"time"
 )
 
-// load is what a pod asks without pause: two askers with a connection for each request, two that keep theirs.
-// They speak HTTP over connections of their own, since net/http's client asks again by itself where a connection was lost.
+// load sends a pod's requests without pause: two senders with a new connection per request, and two
+// that keep theirs. They speak HTTP on their own connections, since net/http's client repeats a
+// request after a lost connection.
 type load struct {
 	Task
 	stop context.CancelFunc
@@ -27,21 +28,21 @@ type load struct {
 	count Counts
 }
 
-// Task is what a pod is to ask without pause.
+// Task describes a load.
 type Task struct {
-	Email string // of the one who asks
+	Email string // the expected email of the pod
 	At    string // metadataAddr or metadataAddr6
 }
 
-// Counts is what came of requests.
+// Counts holds the outcomes of requests.
 type Counts struct {
 	Of       map[string]int // outcome
-	Tokens   map[string]int // of those answered, how many with which access token: whose it is, those know who gave it out
+	Tokens   map[string]int // answers by access token; the stand-in knows whose a token is
 	Longest  time.Duration
 	Examples []string // of errors
 }
 
-// What can come of a request. Each has a number in the end, also when that is 0.
+// The outcomes of a request. Each is reported, also when its number is 0.
 const (
 	ok          = "answered"    // 200, and the asker's own email or a token of its own
 	leaked      = "leaked"      // the cloud's own metadata server answered
@@ -54,9 +55,9 @@ const (
 )
 
 const (
-	// patience is for machines that are emulated too, where a restart takes 15 s.
-	patience    = 40 * time.Second
-	maxExamples = 5
+	// requestTimeout suits emulated machines, where a restart takes 15 s.
+	requestTimeout = 40 * time.Second
+	maxExamples    = 5
 )
 
 func beginLoad(t Task) *load {
@@ -83,7 +84,7 @@ func (l *load) end() {
 	l.wait.Wait()
 }
 
-// ask asks, one request after the other.
+// ask sends one request after the other.
 func (l *load) ask(ctx context.Context, keep bool, pause time.Duration) {
 	var c *connection
 	tick := time.NewTicker(pause)
@@ -131,7 +132,7 @@ type connection struct {
 }
 
 func dial(host string) (*connection, string, error) {
-	c, err := net.DialTimeout("tcp", host+":80", patience)
+	c, err := net.DialTimeout("tcp", host+":80", requestTimeout)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return nil, refused, err
@@ -141,13 +142,14 @@ func dial(host string) (*connection, string, error) {
 	return &connection{Conn: c, host: host, in: bufio.NewReader(c)}, "", nil
 }
 
-// ask sends one request, for an access token or for the email, and says what came of it, and the token.
+// ask sends one request, for an access token or for the email, and returns its outcome and the
+// token.
 func (c *connection) ask(email string, forToken bool) (what, token string, err error) {
 	path := emailPath
 	if forToken {
 		path = tokenPath
 	}
-	_ = c.SetDeadline(time.Now().Add(patience))
+	_ = c.SetDeadline(time.Now().Add(requestTimeout))
 	_, err = fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: %s\r\nMetadata-Flavor: Google\r\n\r\n", path, c.host)
 	if err == nil {
 		_, err = c.in.Peek(1)
@@ -187,7 +189,7 @@ func (c *connection) ask(email string, forToken bool) (what, token string, err e
 	return wrong, "", fmt.Errorf("%s got what is not its own", email)
 }
 
-// accessToken is the one in an answer, "" if there is none.
+// accessToken returns the token of an answer, or "".
 func accessToken(body string) string {
 	var got struct {
 		AccessToken string `json:"access_token"`

@@ -1,6 +1,7 @@
-// Command demo shows the emulator at work: a node, pods and a stranger that are processes in cgroups and network namespaces, the real
-// binary with its real rules, and stand-ins for the Kubernetes API, for Google and for a cloud's own metadata server that
-// verify every signature and field. Everything is gone afterwards, and it says whether the node's rules are as before.
+// Command demo shows the emulator at work. A node, pods and a pod that Kubernetes does not know are
+// processes in cgroups and network namespaces. The real binary runs with its real rules. Stand-ins
+// for the Kubernetes API, for Google and for a cloud's metadata server verify every signature and
+// field. In the end demo removes everything, and checks that the node's rules are as before.
 package main
 
 import (
@@ -17,10 +18,12 @@ func main() {
 		return
 	}
 	emulator := flag.String("emulator", "bin/gke-metadata-emulator", "the binary to show")
-	keep := flag.Bool("keep", false, "leave everything standing until Ctrl-C, and say how to ask by hand")
-	world := flag.String("world", "", "make only what surrounds the emulator, around a machine that was booted to be the node, and take orders at this directory's control.sock")
-	probe := flag.String("probe", "", "with --world: load from two pods from the beginning to the end, written down second by second in this file")
-	beside := flag.String("beside", "", "with --world: a link that the machine has already, and keeps")
+	keep := flag.Bool("keep", false, "keep everything until Ctrl-C, and print commands to try")
+	world := flag.String("world", "", "make only the surroundings of the emulator, on a machine that was booted as the "+
+		"node, and take commands at this directory's control.sock")
+	probe := flag.String("probe", "", "with --world: load from two pods from the beginning to the end, recorded in this "+
+		"file second by second")
+	beside := flag.String("beside", "", "with --world: a link of the machine that is left alone")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "demo: unknown argument %q\n", flag.Arg(0))
@@ -35,7 +38,7 @@ func main() {
 	}
 	err := task()
 	if ctx.Err() != nil && !*keep && *world == "" {
-		os.Exit(130) // interrupted: whatever failed then failed for that
+		os.Exit(130) // interrupted, which explains any error
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// needs says in one line what this machine or this process lacks for the demo, before anything is made.
+// needs returns one error with everything that this machine or process lacks for the demo.
 func needs(effective uint64, keep bool) error {
 	var lacking []string
 	for _, c := range []struct {
@@ -28,7 +28,7 @@ func needs(effective uint64, keep bool) error {
 	}
 	tools := []string{"ip", "iptables", "nsenter", "mount", "unshare", "sh"}
 	if keep {
-		tools = append(tools, "curl") // the commands that --keep prints have it
+		tools = append(tools, "curl") // the commands that --keep prints use it
 	}
 	for _, tool := range tools {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -45,7 +45,8 @@ func needs(effective uint64, keep bool) error {
 	return nil
 }
 
-// capabilities are this process's, a bit for each; none where the kernel does not tell.
+// capabilities returns this process's effective capabilities, one bit each; 0 if the kernel does
+// not say.
 func capabilities() uint64 {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

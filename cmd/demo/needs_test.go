@@ -69,7 +69,8 @@ func TestNeeds(t *testing.T) {
 		})
 	}
 	all := uint64(1)<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_SYS_PTRACE
-	if err := needs(all&^(1<<unix.CAP_NET_ADMIN), false); err == nil || !strings.Contains(err.Error(), "lacks CAP_NET_ADMIN: ") {
+	if err := needs(all&^(1<<unix.CAP_NET_ADMIN), false); err == nil || !strings.Contains(err.Error(),
+		"lacks CAP_NET_ADMIN: ") {
 		t.Errorf("in a container without NET_ADMIN: %v", err)
 	}
 	if err := needs(all, false); err != nil {

@@ -19,10 +19,11 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// pod is a process of a pod as a container runtime with systemd's cgroups starts it: in its cgroup and its network namespace.
+// pod is the process of a pod, started as by a container runtime with systemd's cgroups: in its
+// cgroup and its network namespace.
 type pod struct {
 	kubetest.Pod
-	email  string // of the Google ServiceAccount that its own is linked to
+	email  string // of the Google service account that its ServiceAccount is linked to
 	ns     *netnstest.NS
 	cgroup string // below the world's
 
@@ -31,14 +32,17 @@ type pod struct {
 	rpc   *rpc.Client
 }
 
-// newPod prepares a pod with the ServiceAccount of its name: on the node's network if ns is that.
+// newPod prepares a pod with the ServiceAccount of its name. It is on the node's network if ns is
+// the node's.
 func (w *world) newPod(name string, ns *netnstest.NS) *pod {
 	uid, container := make([]byte, 16), make([]byte, 32)
 	_, _ = rand.Read(uid) // never fails, says its documentation
 	_, _ = rand.Read(container)
 	uid[6], uid[8] = uid[6]&0x0f|0x40, uid[8]&0x3f|0x80
-	p := &pod{world: w, ns: ns, email: name + "@my-project.iam.gserviceaccount.com", Pod: kubetest.Pod{Namespace: "default", Name: name,
-		ServiceAccount: name, Node: nodeName, UID: fmt.Sprintf("%x-%x-%x-%x-%x", uid[:4], uid[4:6], uid[6:8], uid[8:10], uid[10:])}}
+	p := &pod{world: w, ns: ns, email: name + "@my-project.iam.gserviceaccount.com",
+		Pod: kubetest.Pod{Namespace: "default", Name: name,
+			ServiceAccount: name, Node: nodeName, UID: fmt.Sprintf("%x-%x-%x-%x-%x", uid[:4], uid[4:6], uid[6:8], uid[8:10],
+				uid[10:])}}
 	if ns == w.node.NS {
 		p.HostNetwork = true
 	} else {
@@ -49,10 +53,11 @@ func (w *world) newPod(name string, ns *netnstest.NS) *pod {
 	return p
 }
 
-// tell has Kubernetes know the pod, and Google its ServiceAccount.
-func (p *pod) tell() {
+// register adds the pod to Kubernetes, and its ServiceAccount to Google.
+func (p *pod) register() {
 	p.world.google.Allow("system:serviceaccount:default:"+p.ServiceAccount, p.email)
-	p.world.kube.SetServiceAccount("default", p.ServiceAccount, map[string]string{"iam.gke.io/gcp-service-account": p.email})
+	p.world.kube.SetServiceAccount("default", p.ServiceAccount,
+		map[string]string{"iam.gke.io/gcp-service-account": p.email})
 	p.world.kube.SetPod(p.Pod)
 }
 
@@ -101,7 +106,7 @@ func (p *pod) die() {
 	}
 }
 
-// call has the process do something, and does not wait for longer than ctx.
+// call runs a method in the pod's process, until ctx is done.
 func (p *pod) call(ctx context.Context, method string, args, reply any) error {
 	c := p.rpc.Go("Asker."+method, args, reply, make(chan *rpc.Call, 1))
 	select {
@@ -112,7 +117,7 @@ func (p *pod) call(ctx context.Context, method string, args, reply any) error {
 	}
 }
 
-// ask has the pod ask 169.254.169.254, and askAt another host.
+// ask sends a request to 169.254.169.254 from the pod, and askAt to another host.
 func (p *pod) ask(ctx context.Context, path string) (Answer, error) {
 	return p.askAt(ctx, metadataAddr, path)
 }
@@ -121,7 +126,7 @@ func (p *pod) askAt(ctx context.Context, host, path string) (Answer, error) {
 	return p.put(ctx, Question{Host: host, Path: path})
 }
 
-// put has the pod ask that question.
+// put sends the question from the pod.
 func (p *pod) put(ctx context.Context, q Question) (Answer, error) {
 	a := new(Answer)
 	if err := p.call(ctx, "Ask", q, a); err != nil {
@@ -130,9 +135,10 @@ func (p *pod) put(ctx context.Context, q Question) (Answer, error) {
 	return *a, nil
 }
 
-// counted asks the pod by that method what came of its load. Tokens that are not its own are wrong answers.
+// counted returns the outcomes of the pod's load by that method. Tokens of others count as wrong
+// answers.
 func (p *pod) counted(method string) (Counts, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*requestTimeout)
 	defer cancel()
 	c := new(Counts)
 	if err := p.call(ctx, method, struct{}{}, c); err != nil {
@@ -148,10 +154,10 @@ func (p *pod) counted(method string) (Counts, error) {
 	return *c, nil
 }
 
-// loaded are pods that ask without pause.
+// loaded are pods with a load.
 type loaded []*pod
 
-// beginLoads has them ask at metadataAddr or metadataAddr6.
+// beginLoads starts loads to metadataAddr or metadataAddr6.
 func beginLoads(at string, l ...*pod) (loaded, error) {
 	for _, p := range l {
 		if err := p.call(context.Background(), "Begin", Task{p.email, at}, new(struct{})); err != nil {
@@ -161,10 +167,10 @@ func beginLoads(at string, l ...*pod) (loaded, error) {
 	return l, nil
 }
 
-// counts is what came of it so far, of all pods, and examples since it was last asked.
+// counts returns the outcomes of all pods so far, and the examples since the last call.
 func (l loaded) counts() (Counts, error) { return l.sum("Counts") }
 
-// end lets what is in flight come to its end.
+// end stops the loads and waits for requests in flight.
 func (l loaded) end() (Counts, error) { return l.sum("End") }
 
 func (l loaded) sum(method string) (Counts, error) {
@@ -197,7 +203,7 @@ func (c *Counts) add(other Counts) {
 	c.Examples = append(c.Examples, other.Examples...)
 }
 
-// String is one line of name=number, and one for each example.
+// String returns one line of name=number, and one line for each example.
 func (c Counts) String() string {
 	var b strings.Builder
 	for _, what := range []string{ok, leaked, wrong, unavailable, refused, reset, raced, unreachable} {

@@ -11,14 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// probe is load from the moment that there are pods until this process is told to end, written down second by second, so
-// that what happens while a machine goes down and comes up can be read afterwards. A line for each second that had any:
+// probe is load from the moment that there are pods until this process is told to end, written down
+// second by second, so that what happens while a machine goes down and comes up can be read
+// afterwards. A line for each second that had any:
 //
 //	boot=2f1c… up=12.503 answered=240 cloud=0 refused=2 # 10:15:03.127 refused: connection refused
 //
-// boot is the kernel's boot_id, up its uptime in seconds at the end of the line's second, cloud how many requests the
-// cloud's own metadata server had; what is behind # is for people. The last line of a probe that came to its end says
-// "ended" too: without one nobody knows what came after it.
+// boot is the kernel's boot_id, up its uptime in seconds at the end of the line's second, cloud how
+// many requests the cloud's own metadata server had; what is behind # is for people. The last line
+// of a probe that came to its end says "ended" too: without one nobody knows what came after it.
 type probe struct {
 	world *world
 	load  loaded
@@ -36,8 +37,8 @@ func (w *world) beginProbe(path string) (*probe, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Lines of the boot before stay. They are in the kernel's hands as soon as they are written, and on the disk at the
-	// latest as the machine goes down.
+	// Lines of the boot before stay. They are in the kernel's hands as soon as they are written, and
+	// on the disk at the latest as the machine goes down.
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
 		return nil, err

@@ -21,32 +21,45 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
-// kubeletDir is where a kubelet keeps its certificate, and so does ours, with its kubeconfig.
+// kubeletDir is the directory of a kubelet's certificate, here with its kubeconfig.
 const kubeletDir = "/var/lib/kubelet"
 
-// surround makes this machine the node of a world, writes config.yaml, an operator's, into dir and a kubelet's root-only
-// credential where it belongs, and takes orders until ctx is done. A script inside a booted machine gives them, by
-// `curl --unix-socket DIR/control.sock http://world/ORDER`:
+// surround makes this machine the node of a world. It writes an operator's config.yaml into dir and
+// a kubelet's root-only credential to its usual path, and takes commands until ctx is done. A
+// script in a booted machine sends them by `curl --unix-socket DIR/control.sock
+// http://world/COMMAND`:
 //
-//	ask?from=reader&at=169.254.169.254   one request of a pod (reader, writer, host, stranger, or one that was started) or the
-//	                                     neighbour: "200 text", or the error; &as=writer: with the address of that pod as the
-//	                                     sender's; &keep=yes: by the connection of the last such request, if that is open still
-//	start?name=late                      a new pod, with a ServiceAccount of its name; &as=other: with the address of that one, which
-//	                                     died; &routed=yes: on a link of its own, not on the bridge
-//	kill?name=late                       it dies, and its address may be given to another
-//	tell?name=late                       Kubernetes says that it is no more
-//	churn?pods=20                        so many pods after each other, at one address
-//	begin                                load from two pods; &host=yes: and from the one on the node's network;
-//	                                     &six=yes: by IPv6, in place of IPv4
-//	end                                  no more of it: what came of it, as name=number, and as host_name=number
-//	cloud                                how many requests of pods the cloud's own metadata server has had since the last time
-//	calls                                how many there have been of Google's STS and IAM, as method=number
-//	rules                                the node's firewall, policy rules, routes and addresses, normalised (R-31)
-//	detach?pin=/sys/fs/bpf/some/link     by force, the program whose link is pinned there
-//	rotate                               a new certificate for kubelet
+//	ask?from=reader&at=169.254.169.254
+//		one request of a pod (reader, writer, host, stranger, or a started one) or of the
+//		neighbour; the result is "200 text", or the error; &as=writer: from that pod's address;
+//		&keep=yes: on the connection of the last such request, if it is open
+//	start?name=late
+//		starts a pod with a ServiceAccount of its name; &as=other: with the address of that dead
+//		pod; &routed=yes: on a link of its own and not on the bridge
+//	kill?name=late
+//		kills the pod, whose address may then be given to another
+//	tell?name=late
+//		deletes the pod in Kubernetes
+//	churn?pods=20
+//		runs so many pods one after the other at one address
+//	begin
+//		starts a load from two pods; &host=yes: also from the pod on the node's network;
+//		&six=yes: by IPv6 instead of IPv4
+//	end
+//		stops the load; the result is name=number, and host_name=number
+//	cloud
+//		the pods' requests to the cloud's own metadata server since the last time
+//	calls
+//		the calls of Google's STS and IAM, as method=number
+//	rules
+//		the node's firewall, policy rules, routes and addresses, normalised (R-31, ruleset as before)
+//	detach?pin=/sys/fs/bpf/some/link
+//		detaches the program whose link is pinned there, by force
+//	rotate
+//		gives kubelet a new certificate
 //
-// Where beside is the name of a link, that is the machine's own and is left alone. Where probed is the name of a file, there
-// is load all the while, and it gets what came of it.
+// beside names a link of the machine that is left alone, or is "". probed names a file for the
+// outcomes of a load that runs all the time, or is "".
 func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	w := &world{dir: dir}
 	defer func() { err = errors.Join(err, w.close()) }()
@@ -89,7 +102,8 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	return nil
 }
 
-// makeKubepods makes what kubelet makes at the root of the machine's cgroups, beside systemd's own slices.
+// makeKubepods makes what kubelet makes at the root of the machine's cgroups, beside systemd's own
+// slices.
 func (w *world) makeKubepods() (err error) {
 	w.cgroups, err = netnstest.NewCgroups(cgroupRoot, "kubepods.slice")
 	if errors.Is(err, netnstest.ErrNoCgroups) {
@@ -100,7 +114,8 @@ func (w *world) makeKubepods() (err error) {
 	if err != nil {
 		return err
 	}
-	// Pods that ask without pause leave the CPU to what they ask. Without the controller there is no such file.
+	// Pods that ask without pause leave the CPU to what they ask. Without the controller there is no
+	// such file.
 	_ = os.WriteFile(filepath.Join(w.cgroups.Path, "cpu.weight"), []byte("20"), 0)
 	return nil
 }
@@ -112,7 +127,7 @@ func (w *world) orders() http.Handler {
 	if w.host != nil {
 		pods["host"] = w.host
 	}
-	var told int32
+	var reported int32
 	order := func(do func(r *http.Request) (string, error)) http.HandlerFunc {
 		return func(rw http.ResponseWriter, r *http.Request) {
 			mu.Lock()
@@ -229,8 +244,8 @@ func (w *world) orders() http.Handler {
 		return line.String() + c.String(), errors.Join(err1, err2)
 	}))
 	mux.Handle("/cloud", order(func(*http.Request) (string, error) {
-		since := w.cloudAsked.Load() - told
-		told += since
+		since := w.cloudAsked.Load() - reported
+		reported += since
 		return fmt.Sprint(since), nil
 	}))
 	mux.Handle("/calls", order(func(*http.Request) (string, error) {
@@ -257,7 +272,8 @@ func (w *world) orders() http.Handler {
 	return mux
 }
 
-// pretend gives a namespace an address that is another's too, so that it would get what is sent there in answer, until undo.
+// pretend gives a namespace an address that is another's too, so that it would get what is sent
+// there in answer, until undo.
 func pretend(ctx context.Context, ns *netnstest.NS, addr string) (undo func(), err error) {
 	out, err := ns.Command(ctx, "ip", "address", "add", addr+"/32", "dev", "lo").CombinedOutput()
 	if err != nil {

@@ -85,8 +85,9 @@ func newWorld(ctx context.Context) (_ *world, err error) {
 	return w, w.configure(path)
 }
 
-// makeCgroups has a place for pods beside what else is on this machine: in its own cgroups, or where it has none of version 2 in some
-// that nobody else sees. Where there are neither, pods are known by their addresses.
+// makeCgroups has a place for pods beside what else is on this machine: in its own cgroups, or
+// where it has none of version 2 in some that nobody else sees. Where there are neither, pods are
+// known by their addresses.
 func (w *world) makeCgroups() error {
 	name := fmt.Sprintf("gke-metadata-emulator-demo-%d", os.Getpid())
 	for _, root := range []string{cgroupRoot, ""} {
@@ -108,7 +109,9 @@ func (w *world) populate(ctx context.Context) (err error) {
 	if w.neighbour, err = w.node.AddNeighbour("neighbour"); err != nil {
 		return err
 	}
-	ways := map[netip.Addr][]string{w.node.Addr: {"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16", "10.245.0.0/16"}} // whatever it can
+	// whatever it can
+	ways := map[netip.Addr][]string{w.node.Addr: {"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16",
+		"10.245.0.0/16"}}
 	if haveIPv6() {
 		ways[w.node.Six] = []string{"fd20:ce::254/128", "fd20:ce::252/128", "fd00:244::/64", "fd00:245::/64"}
 	}
@@ -150,7 +153,7 @@ func (w *world) populate(ctx context.Context) (err error) {
 func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error) {
 	p := w.newPod(name, ns)
 	if known {
-		p.tell()
+		p.register()
 	}
 	if err := p.start(); err != nil {
 		return nil, err
@@ -159,15 +162,18 @@ func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error
 	return p, nil
 }
 
-// startCloud serves what many a cloud has at 169.254.169.254: the node's own credentials, for whoever asks.
+// startCloud serves what many a cloud has at 169.254.169.254: the node's own credentials, for
+// whoever asks.
 func (w *world) startCloud() error {
-	w.cloud = &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		// The node may ask what is there, and does so once; its pods' packets keep their own addresses.
-		if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr && from.Addr() != w.node.Six {
-			w.cloudAsked.Add(1)
-		}
-		_, _ = io.WriteString(rw, nodeSecret)
-	})}
+	w.cloud = &http.Server{ReadHeaderTimeout: 5 * time.Second,
+		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			// The node may ask what is there, and does so once; its pods' packets keep their own addresses.
+			if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr &&
+				from.Addr() != w.node.Six {
+				w.cloudAsked.Add(1)
+			}
+			_, _ = io.WriteString(rw, nodeSecret)
+		})}
 	servers := []string{"169.254.169.254:80", "169.254.169.254:443"} // H-25
 	if haveIPv6() {
 		servers = append(servers, "[fd00:ec2::254]:80", "[fd20:ce::254]:80") // R-32, H-24
@@ -179,10 +185,12 @@ func (w *world) startCloud() error {
 		}
 		go func() { _ = w.cloud.Serve(l) }()
 	}
-	// What is nobody's to keep from anybody: a name server beside it, and what node and pods have for other hosts.
-	w.others = &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		_, _ = io.WriteString(rw, "not the metadata server: "+r.Host)
-	})}
+	// What is nobody's to keep from anybody: a name server beside it, and what node and pods have for
+	// other hosts.
+	w.others = &http.Server{ReadHeaderTimeout: 5 * time.Second,
+		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(rw, "not the metadata server: "+r.Host)
+		})}
 	if err := w.serveOther(w.node.Cloud, "169.254.169.254:53"); err != nil {
 		return err
 	}
@@ -290,7 +298,8 @@ func (w *world) verifyIDToken(token, email string) error {
 	if err := parsed.Claims(w.google.JWKS(), &claims); err != nil {
 		return err
 	}
-	if err := claims.Validate(jwt.Expected{AnyAudience: jwt.Audience{"https://run.example.com"}, Time: time.Now()}); err != nil {
+	if err := claims.Validate(jwt.Expected{AnyAudience: jwt.Audience{"https://run.example.com"},
+		Time: time.Now()}); err != nil {
 		return err
 	}
 	if claims.Email != email {

@@ -9,15 +9,16 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 )
 
-// attestCommand is what gke-metadata-emulator-attest.service runs.
+// attestCommand is the command of gke-metadata-emulator-attest.service.
 func attestCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "attest",
-		Short: "Let the service ask the kernel which pod or container asks, until SIGTERM",
-		Long: `Let the service ask the kernel which pod or container asks, until SIGTERM.
-The kernel tells of a socket only who stands in its network namespace, and the service may enter none. This finds those of
-the node's processes, opens a socket in each that can ask and do nothing else, and hands it to the service. It needs
-CAP_SYS_ADMIN and CAP_SYS_PTRACE. While it is away the service knows the pods that it knew; new ones wait for it.`,
+		Short: "Open sockets that identify the pod behind a connection, until SIGTERM",
+		Long: `Open sockets that identify the pod behind a connection, until SIGTERM.
+The kernel gives information on a socket only within its network namespace, and the service may not enter any.
+This command finds the network namespaces of the node's processes, opens in each a socket that can query the
+kernel and do nothing else, and passes these sockets to the service. It needs CAP_SYS_ADMIN and CAP_SYS_PTRACE.
+While it does not run, the service answers pods that it knows already; new pods wait.`,
 		Example: `  sudo gke-metadata-emulator attest`,
 		Args:    arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {

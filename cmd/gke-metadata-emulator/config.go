@@ -13,9 +13,9 @@ func configCommand() *cobra.Command {
 func configCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Say everything that is wrong with the configuration",
-		Long: `Say everything that is wrong with the configuration, with file, line and remedy, and exit with 78;
-or say ok. Warnings, on standard error, are about what is allowed and seldom meant.`,
+		Short: "Print every fault of the configuration",
+		Long: `Print every fault of the configuration, with file, line and remedy, and exit with status 78. Without a fault
+print ok. Warnings, on standard error, are about settings that are valid but rarely intended.`,
 		Example: `  gke-metadata-emulator config check
   gke-metadata-emulator config check --config ./config.yaml --routing-mode nftables`,
 		Args: arguments,
@@ -38,7 +38,7 @@ or say ok. Warnings, on standard error, are about what is allowed and seldom mea
 func configShowCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "show",
-		Short:   "Print the configuration with defaults and flags in it, as YAML",
+		Short:   "Print the configuration as YAML, with all defaults and flags",
 		Example: `  gke-metadata-emulator config show`,
 		Args:    arguments,
 	}

@@ -9,12 +9,14 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 )
 
-// credentialCopy is where root puts the copy of a kubeconfig that the service's user may not read. It is on a tmpfs.
+// credentialCopy is the path of root's copy of a kubeconfig that the service's user may not read.
+// It is on a tmpfs.
 func credentialCopy() string { return filepath.Join(runDir(), "credential", "kubeconfig") }
 
-// credentialCommand is what gke-metadata-emulator-credential.service runs, and nobody by hand.
+// credentialCommand is the command of gke-metadata-emulator-credential.service. Nobody runs it by
+// hand.
 func credentialCommand() *cobra.Command {
-	cmd := group("credential", "Hand kubelet's credential to the service's user", credentialCopyCommand())
+	cmd := group("credential", "Copy kubelet's credential for the service's user", credentialCopyCommand())
 	cmd.Hidden = true
 	return cmd
 }
@@ -22,17 +24,17 @@ func credentialCommand() *cobra.Command {
 func credentialCopyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "copy",
-		Short: "Copy the kubeconfig, with what the files hold that it names, for this process's group",
-		Long: `Copy the kubeconfig, with what the files hold that it names, for this process's group to read.
-Without a kubeconfig, or with a configuration that does not say which, there is nothing to copy: that is said on
-standard error and is no failure.`,
+		Short: "Copy the kubeconfig and the files that it names, readable for this process's group",
+		Long: `Copy the kubeconfig and the contents of the files that it names, readable for this process's group.
+Without a kubeconfig or a valid configuration there is nothing to copy. This is reported on standard error and is
+not a failure.`,
 		Args: arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		c, err := load()
 		if err != nil {
-			say(cmd, "nothing is copied: %s", explain(err))
+			say(cmd, "no credential copied: %s", explain(err))
 			return nil
 		}
 		from, err := service.CopyCredential(c.Kubeconfig, credentialCopy())
@@ -40,7 +42,7 @@ standard error and is no failure.`,
 			return err
 		}
 		if from == "" {
-			say(cmd, "nothing is copied: there is no kubeconfig yet")
+			say(cmd, "no credential copied: there is no kubeconfig yet")
 			return nil
 		}
 		fmt.Fprintf(cmd.OutOrStdout(), "copied %s\n", from)

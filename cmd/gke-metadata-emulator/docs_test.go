@@ -35,7 +35,8 @@ func documents(t *testing.T) map[string]string {
 	return texts
 }
 
-var invocation = regexp.MustCompile("(?m)(?:^|`|=\\+?/usr/bin/|serve by )gke-metadata-emulator((?: [a-z-]+(?:=[^ `\n]*)?)*)")
+var invocation = regexp.MustCompile("(?m)(?:^|`|=\\+?/usr/bin/|serve by )gke-metadata-emulator((?: [a-z-]+(?:=[^ " +
+	"`\n]*)?)*)")
 
 // Docs: each command and flag that a document tells to type is there.
 func TestDocsCommands(t *testing.T) {

@@ -16,24 +16,26 @@ func doctorCommand(flagFiles []string) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Try the whole way from a pod's request to its token on this node, and say what to do where it breaks",
-		Long: `Try the whole way from a pod's request to its token on this node, and say what to do where it breaks.
+		Short: "Check every step from a pod's request to its token on this node, with remedies",
+		Long: `Check every step from a pod's request to its token on this node, with remedies.
 
-One line for each check: ok; warn, where somebody should look; fail, with what to do; skip, where it could not be tried, and why. The
-exit status is 1 if a check failed. Configuration, listener, rules and what others have put beside them, the credential and what the
-API server grants it, Google's services, clocks and DNS are looked at; the running service is asked for what it knows.
+It prints one line for each check: ok; warn, with a state to review; fail, with the remedy; skip, with the reason why
+the check could not run. The exit status is 1 if a check failed. The checks cover the configuration, the listener, the
+rules and the rules of other programs, the credential and its rights at the API server, Google's services, clocks and
+DNS. The running service is asked for its state.
 
-As root it connects from a throw-away network namespace as a pod would, by IPv6 too where listen6 is set, and names the chain that drops
-the connection, if one does. Where the connection arrives it is attested as a pod's is.
-It judges what the service runs with: the configuration file, and the flags of /etc/default/gke-metadata-emulator or
-/etc/sysconfig/gke-metadata-emulator. Flags given to it win.
-One token of one pod of this node is requested and exchanged at Google, and thrown away: no token is printed.`,
+As root it connects from a temporary network namespace as a pod would, by IPv6 too where listen6 is set, and names the
+chain that drops the connection, if one does. A connection that arrives is identified as a pod's would be.
+It uses the service's settings: the configuration file, and the flags of /etc/default/gke-metadata-emulator or
+/etc/sysconfig/gke-metadata-emulator. Flags on its own command line take precedence.
+It requests and exchanges one token of one pod of this node, and discards it: no token is printed.`,
 		Example: `  sudo gke-metadata-emulator doctor
   sudo gke-metadata-emulator doctor --output json | jq '.checks[] | select(.verdict == "fail")'`,
 		Args: arguments,
 	}
 	cmd.Flags().StringVar(&output, "output", "text", "text for a person, json for a program")
-	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"},
+		cobra.ShellCompDirectiveNoFileComp))
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if output != "text" && output != "json" {

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// golden holds a file of the tree to be what the code makes. `make golden` writes it anew, for a person to look at.
+// golden holds a file of the tree to be what the code makes. `make golden` writes it anew, for a
+// person to look at.
 func golden(t *testing.T, name, got string) {
 	t.Helper()
 	if os.Getenv("UPDATE_GOLDEN") != "" {

@@ -1,6 +1,7 @@
-// Command gke-metadata-emulator gives every pod of a Linux node Google credentials, as GKE's metadata server would.
+// Command gke-metadata-emulator gives every pod of a Linux node Google credentials, as GKE's
+// metadata server does.
 //
-// Flags come in here and become a config.Config; what happens then is told in package service.
+// This package turns flags into a config.Config. Package service does the rest.
 package main
 
 import (
@@ -18,7 +19,7 @@ import (
 
 const program = "gke-metadata-emulator"
 
-// Exit codes. A script can tell what it did wrong from what went wrong.
+// Exit codes separate wrong usage and a broken configuration from other failures.
 const (
 	exitFailure = 1
 	exitUsage   = 2
@@ -27,7 +28,7 @@ const (
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
-// run is the one place that prints an error and makes an exit code of it.
+// run is the only place that prints an error and chooses the exit code.
 func run(args []string, stdout, stderr io.Writer) int {
 	root := rootCommand()
 	root.SetArgs(args)
@@ -54,42 +55,43 @@ func run(args []string, stdout, stderr io.Writer) int {
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:     program,
-		Version: buildVersion(), // for --version; a template of our own would link text/template and a megabyte with it
+		Version: buildVersion(), // for --version; a template would link text/template, a megabyte
 		Short:   "Google credentials for every pod of this node",
 		Long: `On any Linux node, every Google client library works with no key and no per-pod setting:
-what pods send to 169.254.169.254:80 is answered as GKE's own metadata server would.`,
+it answers pods' requests to 169.254.169.254:80 as GKE's own metadata server does.`,
 		Args:              arguments,
 		RunE:              func(cmd *cobra.Command, _ []string) error { return missingCommand(cmd) },
 		SilenceErrors:     true, // run prints them
-		SilenceUsage:      true, // a failure is no reason to explain the flags
+		SilenceUsage:      true, // a failure does not print the flags
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
 	root.PersistentFlags().String("config", config.DefaultFile, "the configuration file")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{fmt.Sprintf("%v; see %s --help", err, cmd.CommandPath())}
 	})
-	root.AddCommand(serveCommand(), attestCommand(), doctorCommand(unitFlagFiles), routingCommand(), configCommand(), statusCommand(), credentialCommand(), versionCommand())
+	root.AddCommand(serveCommand(), attestCommand(), doctorCommand(unitFlagFiles), routingCommand(), configCommand(),
+		statusCommand(), credentialCommand(), versionCommand())
 	return root
 }
 
-// usageError is a mistake on the command line.
+// usageError is an error of the command line.
 type usageError struct{ text string }
 
 func (e *usageError) Error() string { return e.text }
 
-// arguments refuses whatever is left after the flags: no command takes any.
+// arguments refuses arguments besides flags, since no command takes any.
 func arguments(cmd *cobra.Command, args []string) error {
 	switch {
 	case len(args) == 0:
 		return nil
 	case !cmd.HasAvailableSubCommands():
-		return &usageError{fmt.Sprintf("%s takes no argument, and there is %q", cmd.CommandPath(), args[0])}
+		return &usageError{fmt.Sprintf("unexpected argument %q: %s takes none", args[0], cmd.CommandPath())}
 	}
 	cmd.SuggestionsMinimumDistance = 2
 	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-		return &usageError{fmt.Sprintf("there is no command %q: did you mean %s?", args[0], strings.Join(near, " or "))}
+		return &usageError{fmt.Sprintf("there is no command %q: write %s", args[0], strings.Join(near, " or "))}
 	}
-	return &usageError{fmt.Sprintf("there is no command %q; see %s --help", args[0], cmd.CommandPath())}
+	return &usageError{fmt.Sprintf("there is no command %q: see %s --help", args[0], cmd.CommandPath())}
 }
 
 func missingCommand(cmd *cobra.Command) error {
@@ -100,12 +102,12 @@ func missingCommand(cmd *cobra.Command) error {
 		}
 	}
 	if !cmd.HasParent() {
-		return &usageError{"a command is needed: " + strings.Join(names, ", ")}
+		return &usageError{"no command given: write one of " + strings.Join(names, ", ")}
 	}
-	return &usageError{fmt.Sprintf("%s needs one of its own commands: %s", cmd.Name(), strings.Join(names, ", "))}
+	return &usageError{fmt.Sprintf("no command of %s given: write one of %s", cmd.Name(), strings.Join(names, ", "))}
 }
 
-// group is a command that only holds others.
+// group is a command that only holds other commands.
 func group(name, short string, commands ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{Use: name, Short: short, Args: arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error { return missingCommand(cmd) }}
@@ -113,7 +115,8 @@ func group(name, short string, commands ...*cobra.Command) *cobra.Command {
 	return cmd
 }
 
-// explain is an error for a person: one fault of a configuration goes on the line of the program's name, more go below it.
+// explain returns an error's text. Several faults of a configuration are written on lines of their
+// own.
 func explain(err error) string {
 	var broken *config.Error
 	if errors.As(err, &broken) && len(broken.Faults) > 1 {

@@ -54,6 +54,7 @@ func TestRoutingScripts(t *testing.T) {
 	}
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
+			t.Parallel()
 			out, err := inNewNetwork(t, os.Args[0], inside+"="+file)
 			if errors.Is(err, unix.EPERM) {
 				lacking(t, "a network namespace needs CAP_SYS_ADMIN")
@@ -74,7 +75,8 @@ func inNewNetwork(t *testing.T, program, variable string) (out []byte, err error
 		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return
 		}
-		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestRoutingScripts$", "-test.v="+strconv.FormatBool(testing.Verbose()))
+		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestRoutingScripts$",
+			"-test.v="+strconv.FormatBool(testing.Verbose()))
 		cmd.Env = append(os.Environ(), variable)
 		out, err = cmd.CombinedOutput()
 	}()
@@ -173,8 +175,8 @@ func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(background[len(background)-1].Process.Signal(unix.SignalNum("SIG" + args[0])))
 }
 
-// cluster: `cluster FILE` runs a Kubernetes and a Google with one linked pod of node1, and writes a configuration for them, kubeconfig and
-// all, to the file.
+// cluster: `cluster FILE` runs a Kubernetes and a Google with one linked pod of node1, and writes a
+// configuration for them, kubeconfig and all, to the file.
 func cluster(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: cluster FILE")
@@ -185,7 +187,8 @@ func cluster(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Defer(kube.Close)
 	kube.GrantAudience(audience)
 	kube.SetServiceAccount("default", "reader", map[string]string{"iam.gke.io/gcp-service-account": email})
-	kube.SetPod(kubetest.Pod{Namespace: "default", Name: "pod", ServiceAccount: "reader", Node: "node1", Addresses: []string{"10.1.2.3"}})
+	kube.SetPod(kubetest.Pod{Namespace: "default", Name: "pod", ServiceAccount: "reader", Node: "node1",
+		Addresses: []string{"10.1.2.3"}})
 	google, err := googletest.New(googletest.Options{Providers: map[string]googletest.Provider{audience: {Issuer: kube.Issuer(), JWKS: kube.JWKS}}})
 	ts.Check(err)
 	ts.Defer(google.Close)
@@ -194,8 +197,10 @@ func cluster(ts *testscript.TestScript, neg bool, args []string) {
 	kubeconfig, err := kube.Kubeconfig("node1")
 	ts.Check(err)
 	ts.Check(os.WriteFile(ts.MkAbs("kubeconfig"), kubeconfig, 0o600))
-	ts.Check(os.WriteFile(ts.MkAbs(args[0]), fmt.Appendf(nil, "workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: kubeconfig\n"+
-		"google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}\nhealthListen: 127.0.0.1:16322\n", testProvider, google.STSURL(), google.URL()), 0o600))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), fmt.Appendf(nil,
+		"workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: kubeconfig\n"+
+			"google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}\nhealthListen: 127.0.0.1:16322\n", testProvider,
+		google.STSURL(), google.URL()), 0o600))
 	world[ts.Getenv("WORK")] = standIns{kube, google}
 }
 
@@ -236,7 +241,8 @@ func secrets(ts *testscript.TestScript, neg bool, files []string) {
 
 // Flags are made of the table, and --help shows each with its default.
 func TestHelpOfEveryKey(t *testing.T) {
-	for _, args := range [][]string{{"serve"}, {"routing", "install"}, {"routing", "check"}, {"routing", "remove"}, {"routing", "show"}, {"routing", "watch"}, {"config", "check"}, {"config", "show"}, {"doctor"}} {
+	for _, args := range [][]string{{"serve"}, {"routing", "install"}, {"routing", "check"}, {"routing", "remove"},
+		{"routing", "show"}, {"routing", "watch"}, {"config", "check"}, {"config", "show"}, {"doctor"}} {
 		var out, errs bytes.Buffer
 		if code := run(append(args, "--help"), &out, &errs); code != 0 || errs.Len() > 0 {
 			t.Fatalf("%v --help: exit code %d, %s", args, code, &errs)

@@ -18,8 +18,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
-// The manual pages are made here, of the tree of commands, and lie in packaging/man. So neither cobra/doc nor what it
-// needs is in the program. packaging/gen puts in date and version.
+// The manual pages are made here, of the tree of commands, and lie in packaging/man. So neither
+// cobra/doc nor what it needs is in the program. packaging/gen puts in date and version.
 const manDir = "../../packaging/man"
 
 const (
@@ -192,7 +192,8 @@ func TestDocsManual(t *testing.T) {
 	}
 }
 
-// keepFromManual leaves out the options that are keys of the configuration, which are in section 5, and the history.
+// keepFromManual leaves out the options that are keys of the configuration, which are in section 5,
+// and the history.
 func keepFromManual(c *cobra.Command) {
 	c.DisableAutoGenTag = true
 	c.Flags().VisitAll(func(f *pflag.Flag) {

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// keepMemoryPrivate has the kernel refuse this process's memory to other processes of its user: tokens are in it. It is to be called before
-// any secret is read. No directive of systemd's does this.
+// keepMemoryPrivate prevents other processes of the same user from reading this process's memory,
+// which holds tokens. It is called before any secret is read. No systemd directive does this.
 func keepMemoryPrivate() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("PR_SET_DUMPABLE: %w", err)

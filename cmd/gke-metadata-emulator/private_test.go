@@ -50,10 +50,12 @@ func TestMemoryIsPrivate(t *testing.T) {
 	url := "http://" + l.Addr().String()
 	l.Close() // the descriptor goes on listening, as systemd's does
 	asUser := func(cmd *exec.Cmd) *exec.Cmd {
-		cmd.Dir, cmd.SysProcAttr = dir, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, Pdeathsig: syscall.SIGKILL}
+		cmd.Dir, cmd.SysProcAttr = dir, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534},
+			Pdeathsig: syscall.SIGKILL}
 		return cmd
 	}
-	serve := asUser(exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" serve --config absent.yaml`, own))
+	serve := asUser(exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" serve --config absent.yaml`,
+		own))
 	serve.Env = append(os.Environ(), "LISTEN_FDS=1", "GKE_METADATA_EMULATOR_RUN="+dir)
 	serve.ExtraFiles = []*os.File{file}
 	if err := serve.Start(); err != nil {
@@ -69,7 +71,8 @@ func TestMemoryIsPrivate(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"mem", "environ"} {
-		out, err := asUser(exec.CommandContext(t.Context(), "head", "-c", "1", fmt.Sprintf("/proc/%d/%s", serve.Process.Pid, name))).CombinedOutput()
+		out, err := asUser(exec.CommandContext(t.Context(), "head", "-c", "1",
+			fmt.Sprintf("/proc/%d/%s", serve.Process.Pid, name))).CombinedOutput()
 		if err == nil || !strings.Contains(string(out), "Permission denied") {
 			t.Errorf("%s can be read by its user: %v: %s", name, err, out)
 		}

@@ -21,24 +21,26 @@ import (
 )
 
 func routingCommand() *cobra.Command {
-	return group("routing", "Bring pods' requests to the service, or check, remove and show what does",
-		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(), routingObserveCommand(), routingWatchCommand())
+	return group("routing", "Install, check, remove, show, count and watch the redirect rules",
+		routingInstallCommand(), routingCheckCommand(), routingRemoveCommand(), routingShowCommand(),
+		routingObserveCommand(), routingWatchCommand())
 }
 
 func routingInstallCommand() *cobra.Command {
 	var onStart bool
 	cmd := &cobra.Command{
 		Use:   "install",
-		Short: "Put up the rules, whatever stands already",
-		Long: `Put up the rules, whatever stands already, and read them back.
-Where the configuration is missing or broken, only the guard goes up, so that no pod reaches the cloud's own metadata
-server: that is said on standard error and is no failure.`,
+		Short: "Install the rules, from any earlier state",
+		Long: `Install the rules, from any earlier state, and read them back.
+With a missing or broken configuration only the guard is installed, so that no pod reaches the cloud's own metadata
+server. This is reported on standard error and is not a failure.`,
 		Example: `  sudo gke-metadata-emulator routing install`,
 		Args:    arguments,
 	}
-	cmd.Flags().BoolVar(&onStart, "on-start", false, "after a failure wait before exiting: 250ms after the first in a row, 15s at most, "+
-		"since systemd starts the service again at once")
-	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { // a flag that only another version has fails here
+	cmd.Flags().BoolVar(&onStart, "on-start", false,
+		"after a failure wait before the exit, 250ms at first and 15s at most, "+
+			"because systemd starts the service again at once")
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { // also for a flag of another version
 		err = cmd.Root().FlagErrorFunc()(cmd, err)
 		if onStart {
 			backOff(cmd, routing.NoteInstall(runDir(), err))
@@ -47,7 +49,7 @@ server: that is said on standard error and is no failure.`,
 	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard goes up").Fitted(cmd.Context())
+		p := plan(cmd, load, "only the guard is installed").Fitted(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
@@ -60,11 +62,12 @@ server: that is said on standard error and is no failure.`,
 	return cmd
 }
 
-// backOff waits until it is worth another try, or for SIGTERM.
+// backOff waits before the exit, until SIGTERM at the latest.
 func backOff(cmd *cobra.Command, f *routing.Failure) {
 	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	say(cmd, "routing install failed %d times in a row since %s: next try in %s: run `%s doctor` to see what is wrong", f.Times, f.Since.Format(time.TimeOnly), f.Delay(), program)
+	say(cmd, "routing install failed %d times in a row since %s: next try in %s: run `%s doctor`", f.Times,
+		f.Since.Format(time.TimeOnly), f.Delay(), program)
 	select {
 	case <-time.After(f.Delay()):
 	case <-ctx.Done():
@@ -75,21 +78,21 @@ func routingCheckCommand() *cobra.Command {
 	var wait time.Duration
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Say what of the rules is missing, and change nothing",
-		Long: `Say what of the rules is missing, one a line, and exit with 1; say nothing when all stands. Nothing is changed.
-Where the configuration is missing or broken, the guard is what has to stand.`,
+		Short: "Print what is missing of the rules",
+		Long: `Print what is missing of the rules, one item a line, and exit with status 1. Print nothing when the rules are
+complete. Nothing is changed. With a missing or broken configuration only the guard is checked.`,
 		Example: `  sudo gke-metadata-emulator routing check
   sudo gke-metadata-emulator routing check --wait=30s`,
 		Args: arguments,
 	}
-	cmd.Flags().DurationVar(&wait, "wait", 0, "ask again until all stands, for this long at most (30s in front of kubelet)")
+	cmd.Flags().DurationVar(&wait, "wait", 0, "check again until the rules are complete, for this long at most")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
 			if errors.Is(err, routing.ErrMissing) {
-				return fmt.Errorf("this does not stand as it should:\n%w", err)
+				return fmt.Errorf("the rules are not complete:\n%w", err)
 			}
 			return err
 		})
@@ -97,7 +100,8 @@ Where the configuration is missing or broken, the guard is what has to stand.`,
 	return cmd
 }
 
-// untilNil asks until the answer is nil, will not change or wait is over, and returns the last answer.
+// untilNil calls ask until it returns nil or an error that will not change, or until wait is over,
+// and returns the last result.
 func untilNil(ctx context.Context, wait time.Duration, ask func(context.Context) error) error {
 	over := time.After(wait)
 	tick := time.NewTicker(200 * time.Millisecond)
@@ -121,13 +125,15 @@ func routingRemoveCommand() *cobra.Command {
 	var onStop bool
 	cmd := &cobra.Command{
 		Use:   "remove",
-		Short: "Take the rules away without a trace",
-		Long: `Take the rules away without a trace, whoever put them up and whatever the configuration says.
-From then on pods reach the cloud's own metadata server again.`,
+		Short: "Remove all rules of this service",
+		Long: `Remove all rules of this service, whatever version and configuration installed them.
+Afterwards pods reach the cloud's own metadata server again.`,
 		Example: `  sudo gke-metadata-emulator routing remove`,
 		Args:    arguments,
 	}
-	cmd.Flags().BoolVar(&onStop, "on-stop", false, "only if systemd is stopping the service for good, and routing.onStop is not keep: not to restart it, not after a crash, not at poweroff; the socket is stopped too")
+	cmd.Flags().BoolVar(&onStop, "on-stop", false,
+		"remove only if systemd is stopping the service, and not for a restart, after a crash, at poweroff or with "+
+			"routing.onStop: keep; the socket is stopped too")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if onStop {
@@ -135,24 +141,24 @@ From then on pods reach the cloud's own metadata server again.`,
 				return nil
 			}
 			if err := service.StopListening(cmd.Context()); err != nil {
-				say(cmd, "%v: the next connection starts the service again", err)
+				say(cmd, "the socket is not stopped: %v: the next connection starts the service again", err)
 			}
 		}
-		err := withRouter(cmd, plan(cmd, load, "removing all the same").AsInstalled(cmd.Context()), routing.Router.Remove)
+		err := withRouter(cmd, plan(cmd, load, "the rules are removed").AsInstalled(cmd.Context()), routing.Router.Remove)
 		if err == nil {
-			routing.NoteInstall(runDir(), nil) // an install is not wanted any more
+			routing.NoteInstall(runDir(), nil) // no install is desired any more
 		}
 		return err
 	}
 	return cmd
 }
 
-// rulesStay reports whether the end of the service is not the end of the rules. What cannot be found out counts as yes:
-// closed, never open (R-01).
+// rulesStay reports whether the rules stay when the service ends. If that is unknown, the rules
+// stay: closed and never open (R-01, life of the rules).
 func rulesStay(cmd *cobra.Command, load func() (config.Config, error)) bool {
 	stopped, err := service.StoppedForGood(cmd.Context())
 	if err != nil {
-		say(cmd, "%v: the rules stay", err)
+		say(cmd, "the rules stay: %v", err)
 	}
 	if !stopped {
 		return true
@@ -162,23 +168,24 @@ func rulesStay(cmd *cobra.Command, load func() (config.Config, error)) bool {
 		return c.Routing.OnStop == "keep"
 	}
 	if _, absent := os.Stat(configFile(cmd)); errors.Is(absent, fs.ErrNotExist) {
-		return false // nobody asked for them to stay
+		return false // no configuration, so no routing.onStop: keep
 	}
-	say(cmd, "the configuration is broken, so whether routing.onStop is keep is not known: the rules stay; `%s routing remove` removes them", program)
+	say(cmd, "the rules stay: the configuration is broken, so routing.onStop is unknown: remove them with `%s routing "+
+		"remove`", program)
 	return true
 }
 
 func routingShowCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show",
-		Short: "Print what install does on this node, as shell commands",
+		Short: "Print the work of install on this node as shell commands",
 		Example: `  gke-metadata-emulator routing show
   gke-metadata-emulator routing show --routing-mode auto`,
 		Args: arguments,
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard would go up").Fitted(cmd.Context())
+		p := plan(cmd, load, "only the guard would be installed").Fitted(cmd.Context())
 		if p.Reason != "" {
 			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
 		}
@@ -195,11 +202,12 @@ func routingShowCommand() *cobra.Command {
 func routingObserveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "observe",
-		Short: "Print who connected to the metadata server, where routing.mode is observe",
-		Long: `Print who connected to 169.254.169.254:80 since routing.mode: observe was installed: how often, from which network, and by
-which cgroup, which names the pod. Those are who gets this service's answers with mode iptables or ebpf; "host" only where pods
-on the host network are redirected too. The host's own daemons are not listed.
-Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends packets without connect().`,
+		Short: "Print the connections to the metadata server that mode observe counted",
+		Long: `Print the connections to 169.254.169.254:80 since routing.mode: observe was installed, with their number,
+network and cgroup, which names the pod. With mode iptables or ebpf this service answers these connections.
+It answers those of network "host" only where pods on the host network are redirected too. The node's own
+daemons are not listed. Not counted are pods with a kernel of their own (gVisor, Kata), and packets that are
+sent without connect().`,
 		Example: `  sudo gke-metadata-emulator routing install --routing-mode observe
   sudo gke-metadata-emulator routing observe`,
 		Args: arguments,
@@ -223,10 +231,11 @@ Not seen are pods that bring a kernel of their own (gVisor, Kata), and who sends
 func routingWatchCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "watch",
-		Short: "Put back what others flush, until SIGTERM",
-		Long: `Put back what others flush, until SIGTERM: what install put up last, whoever ran it. What remove took away stays away.
-Where neither was run since the node booted, what the configuration says goes up, and where it is missing or broken
-the guard alone. SIGHUP reads the configuration anew; one that does not load changes nothing.`,
+		Short: "Restore rules that other programs remove, until SIGTERM",
+		Long: `Restore rules that other programs remove, until SIGTERM. The desired state is that of the last install or
+remove, whoever ran it. Without either since the node booted, the desired state is the configuration's, and
+with a missing or broken configuration the guard alone. SIGHUP reads the configuration again; a broken one
+changes nothing.`,
 		Example: `  sudo gke-metadata-emulator routing watch`,
 		Args:    arguments,
 	}
@@ -237,13 +246,15 @@ the guard alone. SIGHUP reads the configuration anew; one that does not load cha
 		reload := make(chan os.Signal, 1)
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
-		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(), Stderr: cmd.ErrOrStderr()},
+		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(),
+			Stderr: cmd.ErrOrStderr()},
 			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).Fitted(ctx) })
 	}
 	return cmd
 }
 
-// plan is what the configuration says about routing; without one it is the closed guard (R-23), and consequence is said.
+// plan returns the configuration's routing. Without a valid configuration it returns the closed
+// guard (R-23, broken configuration), and prints the consequence.
 func plan(cmd *cobra.Command, load func() (config.Config, error), consequence string) routing.Plan {
 	c, err := load()
 	if err != nil {
@@ -266,8 +277,10 @@ func planOf(c config.Config, closed bool) routing.Plan {
 		c = config.Default()
 	}
 	return routing.Plan{
-		Mode: c.Routing.Mode, Listen: c.Listen, Listen6: c.Listen6, Uplinks: c.Routing.Uplinks, Spare: c.Routing.Spare,
-		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force, Closed: closed, RunDir: runDir(),
+		Mode: c.Routing.Mode, Listen: c.Listen, Listen6: c.Listen6, Uplinks: c.Routing.Uplinks,
+		Spare:             c.Routing.ExcludeInterfaces,
+		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force,
+		Closed: closed, RunDir: runDir(),
 	}
 }
 

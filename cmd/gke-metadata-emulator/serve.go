@@ -14,9 +14,9 @@ func serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Answer pods' requests until SIGTERM",
-		Long: `Answer pods' requests until SIGTERM; SIGHUP reads the configuration anew.
-With a listener handed over by systemd a missing or broken configuration is a state and not an end:
-pods are answered 503 with the reason until it is mended.`,
+		Long: `Answer pods' requests until SIGTERM. SIGHUP reads the configuration again.
+With a listener from systemd, a missing or broken configuration does not end the service: pods get 503 with the reason
+until the configuration is corrected.`,
 		Example: `  sudo gke-metadata-emulator routing install && sudo gke-metadata-emulator serve --log-level debug`,
 		Args:    arguments,
 	}
@@ -24,7 +24,7 @@ pods are answered 503 with the reason until it is mended.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 		defer stop()
-		signal.Ignore(syscall.SIGPIPE) // whoever reads our log may go away; pods stay
+		signal.Ignore(syscall.SIGPIPE) // the reader of the log may end before this process
 		reload := make(chan os.Signal, 1)
 		signal.Notify(reload, syscall.SIGHUP)
 		defer signal.Stop(reload)
@@ -32,7 +32,8 @@ pods are answered 503 with the reason until it is mended.`,
 			return err
 		}
 		return service.Run(ctx, service.Options{
-			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
+			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), StatusSocket: statusSocket(),
+			CredentialCopy: credentialCopy(), Version: buildVersion(),
 		})
 	}
 	return cmd

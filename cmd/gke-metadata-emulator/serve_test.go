@@ -15,8 +15,9 @@ import (
 	"time"
 )
 
-// R-23: with a listener of systemd's a missing configuration is a state. READY, STATUS says what is wrong, pods get 503
-// with the reason, and the file ends it; SIGTERM says STOPPING=1 and exits with 0.
+// R-23: with a listener of systemd's a missing configuration is a state. READY, STATUS says what is
+// wrong, pods get 503 with the reason, and the file ends it; SIGTERM says STOPPING=1 and exits with
+// 0.
 func TestServeWithSystemdsListener(t *testing.T) {
 	dir := t.TempDir()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -37,8 +38,10 @@ func TestServeWithSystemdsListener(t *testing.T) {
 	}
 	defer notify.Close()
 	config := filepath.Join(dir, "config.yaml")
-	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, program, "serve", "--config", config)
-	cmd.Env = append(os.Environ(), "LISTEN_FDS=1", "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "WATCHDOG_USEC=300000", "GKE_METADATA_EMULATOR_RUN="+dir)
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, program, "serve", "--config",
+		config)
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=1", "NOTIFY_SOCKET="+filepath.Join(dir, "notify"), "WATCHDOG_USEC=300000",
+		"GKE_METADATA_EMULATOR_RUN="+dir)
 	cmd.ExtraFiles = []*os.File{file}
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
@@ -78,18 +81,21 @@ func TestServeWithSystemdsListener(t *testing.T) {
 		return res.StatusCode, string(body)
 	}
 	expect("STATUS=not configured: ")
-	if status, body := get("/computeMetadata/v1/project/project-id"); status != 503 || !strings.Contains(body, config) || !strings.Contains(body, "no such file") {
+	if status, body := get("/computeMetadata/v1/project/project-id"); status != 503 || !strings.Contains(body, config) ||
+		!strings.Contains(body, "no such file") {
 		t.Errorf("not configured: %d %s", status, body)
 	}
 	expect("WATCHDOG=1")
 
-	text := fmt.Sprintf("workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: /absent\nrouting: {mode: none}\nattestation: {mode: source-ip}\nhealthListen: 127.0.0.1:0\n", testProvider)
+	text := fmt.Sprintf("workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: /absent\nrouting: {mode: "+
+		"none}\nattestation: {mode: source-ip}\nhealthListen: 127.0.0.1:0\n", testProvider)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	expect("STATUS=serving")
 	// Without a cluster nobody is known.
-	if status, body := get("/computeMetadata/v1/project/project-id"); status != 503 || !strings.Contains(body, "no kubeconfig: /absent") {
+	if status, body := get("/computeMetadata/v1/project/project-id"); status != 503 ||
+		!strings.Contains(body, "no kubeconfig: /absent") {
 		t.Errorf("configured: %d %s", status, body)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -109,7 +115,8 @@ func TestServeWithSystemdsListener(t *testing.T) {
 	}
 }
 
-// TestServeWithTwoListeners: what systemd hands over for listen6 is served as well, in whatever order it comes (H-24).
+// TestServeWithTwoListeners: what systemd hands over for listen6 is served as well, in whatever
+// order it comes (H-24).
 func TestServeWithTwoListeners(t *testing.T) {
 	dir := t.TempDir()
 	var files []*os.File
@@ -130,7 +137,8 @@ func TestServeWithTwoListeners(t *testing.T) {
 		files, urls = append(files, file), append(urls, "http://"+l.Addr().String()+"/computeMetadata/v1/project/project-id")
 		l.Close()
 	}
-	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, program, "serve", "--config", filepath.Join(dir, "absent.yaml"))
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, program, "serve", "--config",
+		filepath.Join(dir, "absent.yaml"))
 	cmd.Env = append(os.Environ(), "LISTEN_FDS=2", "GKE_METADATA_EMULATOR_RUN="+dir)
 	cmd.ExtraFiles = files
 	var log bytes.Buffer

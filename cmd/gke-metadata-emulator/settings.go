@@ -10,7 +10,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 )
 
-// settings gives a command a flag for every key of the configuration. What it returns reads file and flags, each time anew.
+// settings gives a command a flag for every key of the configuration. load reads file and flags,
+// each time again.
 func settings(cmd *cobra.Command) (load func() (config.Config, error)) {
 	flags := cmd.Flags()
 	flags.SortFlags = false // the order of the reference configuration
@@ -23,7 +24,8 @@ func settings(cmd *cobra.Command) (load func() (config.Config, error)) {
 			f.NoOptDefVal = "true"
 		}
 		if k.Values != nil {
-			_ = cmd.RegisterFlagCompletionFunc(k.Flag(), cobra.FixedCompletions(k.Values, cobra.ShellCompDirectiveNoFileComp)) // fails for an unknown flag only
+			// fails only for an unknown flag
+			_ = cmd.RegisterFlagCompletionFunc(k.Flag(), cobra.FixedCompletions(k.Values, cobra.ShellCompDirectiveNoFileComp))
 		}
 	}
 	return func() (config.Config, error) {
@@ -41,7 +43,7 @@ func settings(cmd *cobra.Command) (load func() (config.Config, error)) {
 	}
 }
 
-// withVersion says of keys that this version does not have what to do about them after a downgrade.
+// withVersion adds the remedy for a downgrade to faults about keys that this version does not have.
 func withVersion(err error) error {
 	var broken *config.Error
 	if !errors.As(err, &broken) {
@@ -52,21 +54,18 @@ func withVersion(err error) error {
 		if !f.Unknown {
 			continue
 		}
-		separator := ". "
-		if strings.HasSuffix(f.Remedy, "?") {
-			separator = " "
-		}
 		f.Problem += " in version " + buildVersion()
-		f.Remedy += separator + "If a newer version wrote it: upgrade to that, or remove the key"
+		f.Remedy += ". If a newer version wrote it: upgrade to that, or remove the key"
 	}
 	return err
 }
 
 func configFile(cmd *cobra.Command) string { return cmd.Flag("config").Value.String() }
 
-// usage is a key's line in --help, with its default: pflag leaves out the ones that it takes for zero.
+// usage is a key's line in --help, with its default, since pflag omits defaults that it takes for
+// zero values.
 func usage(k config.Key) string {
-	text := strings.ReplaceAll(k.Usage, "`", "'") // pflag would take it for the name of the value
+	text := strings.ReplaceAll(k.Usage, "`", "'") // pflag takes backquotes for the name of the value
 	if k.Values != nil {
 		text += ": " + strings.Join(k.Values, ", ")
 	}
@@ -76,7 +75,8 @@ func usage(k config.Key) string {
 	return text
 }
 
-// setting is a flag's text. config judges it, so that file and flags have one grammar and all their faults come at once.
+// setting is a flag's text. Package config checks it, so file and flags have one grammar, and all
+// faults are reported at once.
 type setting struct {
 	key   config.Key
 	text  string
@@ -93,7 +93,7 @@ func (s *setting) Set(text string) error {
 func (s *setting) Type() string {
 	switch t := s.key.Type(); t {
 	case "boolean":
-		return "bool" // pflag's word for a flag that needs no value
+		return "bool" // pflag's type of a flag that needs no value
 	case "list", "addresses":
 		return "a,b"
 	case "map":

@@ -14,23 +14,25 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
-// runDir is root's: the state of the rules and the lock lie there, and outlive the service. It is not what systemd says in
-// $RUNTIME_DIRECTORY, which belongs to the service's unprivileged user and is told to the unit's privileged steps too.
+// runDir is root's directory for the state of the rules and the lock, which stay when the service
+// ends. It is not $RUNTIME_DIRECTORY, which belongs to the service's unprivileged user and which
+// systemd also sets for the unit's privileged steps.
 func runDir() string {
-	if dir := os.Getenv("GKE_METADATA_EMULATOR_RUN"); dir != "" { // the tests' and the demo's
+	if dir := os.Getenv("GKE_METADATA_EMULATOR_RUN"); dir != "" { // for tests and the demo
 		return dir
 	}
 	return "/run/" + program
 }
 
-// statusSocket is in the unit's RuntimeDirectory=, the one place that the service's user may write to.
+// statusSocket is in the unit's RuntimeDirectory=, the only directory that the service's user may
+// write to.
 func statusSocket() string { return filepath.Join(runDir(), "serve", "status.sock") }
 
 func statusCommand() *cobra.Command {
 	var socket, output string
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Say what the running service does: listener, rules, pods, tokens (never their values), errors",
+		Short: "Print the state of the running service: listener, rules, pods, tokens without values, errors",
 		Example: `  sudo gke-metadata-emulator status
   sudo gke-metadata-emulator status --output json | jq .cluster.pods`,
 		Args: arguments,
@@ -63,6 +65,7 @@ func statusCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&output, "output", "text", "text for a person, json for a program")
 	cmd.Flags().StringVar(&socket, "socket", "", "the service's socket (default /run/"+program+"/serve/status.sock)")
-	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"},
+		cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

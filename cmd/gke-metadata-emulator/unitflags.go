@@ -11,10 +11,11 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// unitFlagFiles are where the units read flags from, and the generator: the last one that has some counts.
+// unitFlagFiles are the files that the units and the generator read flags from. The last file with
+// flags counts.
 var unitFlagFiles = []string{"/etc/default/" + program, "/etc/sysconfig/" + program}
 
-// readUnitFlags returns the flags that the units run with, and the file that has them; "" where none has.
+// readUnitFlags returns the units' flags and their file; "" without any.
 func readUnitFlags(files []string) (flags []string, file string, err error) {
 	for _, name := range files {
 		text, err := os.ReadFile(name)
@@ -36,8 +37,8 @@ func readUnitFlags(files []string) (flags []string, file string, err error) {
 	return flags, file, nil
 }
 
-// addUnitFlags gives a command the flags that the units run with, so that it judges what they do. Flags of the
-// command line win. It returns the file that the flags came from.
+// addUnitFlags gives a command the units' flags, so that it checks what the units run. Flags of the
+// command line take precedence. It returns the file of the flags.
 func addUnitFlags(cmd *cobra.Command, files []string) (file string, err error) {
 	flags, file, err := readUnitFlags(files)
 	if err != nil || file == "" {
@@ -46,7 +47,8 @@ func addUnitFlags(cmd *cobra.Command, files []string) (file string, err error) {
 	given := map[*pflag.Flag]string{}
 	cmd.Flags().Visit(func(f *pflag.Flag) { given[f] = f.Value.String() })
 	if err := cmd.Flags().Parse(flags); err != nil {
-		return file, fmt.Errorf("%s: %w: correct GKE_METADATA_EMULATOR_FLAGS there: the service does not start with it", file, err)
+		return file, fmt.Errorf("%s: %w: the service does not start: correct GKE_METADATA_EMULATOR_FLAGS in this file", file,
+			err)
 	}
 	for f, value := range given {
 		if err := f.Value.Set(value); err != nil {

@@ -22,10 +22,13 @@ func TestDoctorReadsUnitFlags(t *testing.T) {
 		args []string
 		want string
 	}{
-		"none":           {"# GKE_METADATA_EMULATOR_FLAGS=--config=/x\n", nil, "there is no such file"},
-		"the units'":     {"GKE_METADATA_EMULATOR_FLAGS=\"--config=" + config + " --listen=127.0.0.1:70000\"\n", nil, "--listen: "},
-		"own flags win":  {"GKE_METADATA_EMULATOR_FLAGS=--config=/x --routing-mode=bad\n", []string{"--config", config, "--routing-mode=none"}, config + ": workloadIdentityProvider"},
-		"a flag unknown": {"GKE_METADATA_EMULATOR_FLAGS=--lisen=1\n", nil, flags + ": unknown flag: --lisen: correct GKE_METADATA_EMULATOR_FLAGS there"},
+		"none": {"# GKE_METADATA_EMULATOR_FLAGS=--config=/x\n", nil, "there is no such file"},
+		"the units'": {"GKE_METADATA_EMULATOR_FLAGS=\"--config=" + config + " --listen=127.0.0.1:70000\"\n", nil,
+			"--listen: "},
+		"own flags win": {"GKE_METADATA_EMULATOR_FLAGS=--config=/x --routing-mode=bad\n",
+			[]string{"--config", config, "--routing-mode=none"}, config + ": workloadIdentityProvider"},
+		"a flag unknown": {"GKE_METADATA_EMULATOR_FLAGS=--lisen=1\n", nil, flags +
+			": unknown flag: --lisen: the service does not start: correct GKE_METADATA_EMULATOR_FLAGS in"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if err := os.WriteFile(flags, []byte(tt.file), 0o600); err != nil {

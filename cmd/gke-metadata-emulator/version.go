@@ -9,10 +9,10 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is set by the build of a release: -ldflags "-X main.version=1.2.3".
+// version is set in builds of a release by -ldflags "-X main.version=1.2.3".
 var version string
 
-// buildVersion is the release's, else what go knows of the module.
+// buildVersion is the release's version, or else the module's.
 func buildVersion() string {
 	if version != "" {
 		return version
@@ -31,7 +31,8 @@ func versionCommand() *cobra.Command {
   gke-metadata-emulator --version`,
 		Args: arguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %s/%s\n", program, buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %s/%s\n", program, buildVersion(), runtime.Version(), runtime.GOOS,
+				runtime.GOARCH)
 			return nil
 		},
 	}

@@ -10,8 +10,8 @@ import (
 
 var heading = regexp.MustCompile(`(?m)^## \[?v?([0-9][^\] ]*)\]? - ([0-9]{4}-[0-9]{2}-[0-9]{2})$`)
 
-// changelog writes the packagers' changelog, an entry for each release, as nfpm reads it, and the operators' compressed.
-// The packagers' says only which release it is: what changed is told once.
+// changelog writes the packagers' changelog, an entry for each release, as nfpm reads it, and the
+// operators' compressed. The packagers' says only which release it is: what changed is told once.
 func (r release) changelog(file, dir string) error {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -19,7 +19,8 @@ func (r release) changelog(file, dir string) error {
 	}
 	var b strings.Builder
 	entry := func(version string, date time.Time) {
-		fmt.Fprintf(&b, "- semver: %s-1\n  date: %s\n  packager: %s\n  deb: {urgency: medium, distributions: [unstable]}\n  changes:\n"+
+		fmt.Fprintf(&b, "- semver: %s-1\n  date: %s\n  packager: %s\n  deb: {urgency: medium, distributions: [unstable]}\n "+
+			" changes:\n"+
 			"  - note: \"Release %s: changelog.gz says what changed.\"\n",
 			strings.Replace(version, "-", "~", 1), date.Format(time.RFC3339), maintainer, version)
 	}

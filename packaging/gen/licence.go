@@ -15,14 +15,18 @@ import (
 // linked is a module that is in the program, with the licences that its linked packages are under.
 type linked struct {
 	path, version string
-	texts         map[string]string // of each licence and notice file from the linked packages up to the module's root, by its path in the module
+	// of each licence and notice file from the linked packages up to the module's root, by its path in
+	// the module
+	texts map[string]string
 }
 
 var licenceFile = regexp.MustCompile(`(?i)^(licen[cs]e|copying|notice)[^/]*$`)
 
-// linkedModules asks go for the packages of the program; GOOS is linux, and both architectures link the same modules.
+// linkedModules asks go for the packages of the program; GOOS is linux, and both architectures link
+// the same modules.
 func linkedModules() ([]linked, error) {
-	cmd := exec.Command("go", "list", "-deps", "-f", "{{with .Module}}{{.Path}}|{{.Version}}|{{.Dir}}|{{$.Dir}}{{end}}", "./cmd/"+program)
+	cmd := exec.Command("go", "list", "-deps", "-f", "{{with .Module}}{{.Path}}|{{.Version}}|{{.Dir}}|{{$.Dir}}{{end}}",
+		"./cmd/"+program)
 	cmd.Env = append(os.Environ(), "GOOS=linux", "CGO_ENABLED=0")
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()
@@ -50,7 +54,8 @@ func linkedModules() ([]linked, error) {
 			}
 			for _, file := range files {
 				name, _ := filepath.Rel(f[2], filepath.Join(dir, file.Name()))
-				if file.IsDir() || !licenceFile.MatchString(file.Name()) || strings.HasSuffix(file.Name(), ".go") || m.texts[name] != "" {
+				if file.IsDir() || !licenceFile.MatchString(file.Name()) || strings.HasSuffix(file.Name(), ".go") ||
+					m.texts[name] != "" {
 					continue
 				}
 				text, err := os.ReadFile(filepath.Join(dir, file.Name()))
@@ -64,7 +69,8 @@ func linkedModules() ([]linked, error) {
 	var all []linked
 	for _, name := range slices.Sorted(maps.Keys(modules)) {
 		if modules[name].licences() == nil {
-			return nil, fmt.Errorf("%s: no licence that gen knows in %v: read it, and teach licencesOf", name, slices.Sorted(maps.Keys(modules[name].texts)))
+			return nil, fmt.Errorf("%s: no licence that gen knows in %v: read it, and teach licencesOf", name,
+				slices.Sorted(maps.Keys(modules[name].texts)))
 		}
 		all = append(all, modules[name])
 	}
@@ -95,7 +101,8 @@ func licencesOf(text string) (names []string) {
 		names = append(names, "ISC")
 	}
 	if has("Redistribution and use in source and binary forms") {
-		if has("Neither the name") || has("The names of its contributors may not") || has("may be used to endorse or promote") {
+		if has("Neither the name") || has("The names of its contributors may not") ||
+			has("may be used to endorse or promote") {
 			names = append(names, "BSD-3-Clause")
 		} else {
 			names = append(names, "BSD-2-Clause")
@@ -111,7 +118,8 @@ func debian(licences []string) string {
 
 var holder = regexp.MustCompile(`(?mi)^[ #*/]*(?:copyright (?:\(c\)|©|[0-9]{4})|\(c\) [0-9]{4}|© [0-9]{4}).*$`)
 
-// copyright writes Debian's machine-readable form. Apache's text is referred to, as Debian wants it; all others are given.
+// copyright writes Debian's machine-readable form. Apache's text is referred to, as Debian wants
+// it; all others are given.
 func copyright(dir string) error {
 	modules, err := linkedModules()
 	if err != nil {
@@ -119,7 +127,8 @@ func copyright(dir string) error {
 	}
 	const own = "github.com/" + program + "/" + program
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\nUpstream-Name: %s\nSource: https://%s\n"+
+	fmt.Fprintf(&b, "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\nUpstream-Name: "+
+		"%s\nSource: https://%s\n"+
 		"Comment: the program is linked statically; Files names the Go modules that are in it.\n", program, own)
 	for _, m := range modules {
 		if m.path == own {
@@ -151,14 +160,17 @@ func copyright(dir string) error {
 			holders = []string{"the authors of " + m.path}
 		}
 		if len(texts) == 0 {
-			texts = []string{"The Apache License, Version 2.0; on Debian systems its text is in /usr/share/common-licenses/Apache-2.0."}
+			texts = []string{"The Apache License, Version 2.0; on Debian systems its text is in " +
+				"/usr/share/common-licenses/Apache-2.0."}
 		}
-		fmt.Fprintf(&b, "\nFiles: %s/*\nCopyright: %s\nLicense: %s\n", m.path, strings.Join(holders, "\n "), debian(m.licences()))
+		fmt.Fprintf(&b, "\nFiles: %s/*\nCopyright: %s\nLicense: %s\n", m.path, strings.Join(holders, "\n "),
+			debian(m.licences()))
 		b.WriteString(indent(strings.Join(texts, "\n\n")))
 		fmt.Fprintf(&b, "Comment: version %s\n", m.version)
 		b.WriteString(indent(strings.Join(notices, "\n\n")))
 	}
-	b.WriteString("\nLicense: Apache-2.0\n" + indent("The Apache License, Version 2.0; on Debian systems its text is in /usr/share/common-licenses/Apache-2.0."))
+	b.WriteString("\nLicense: Apache-2.0\n" + indent("The Apache License, Version 2.0; on Debian systems its text is in "+
+		"/usr/share/common-licenses/Apache-2.0."))
 	return write(dir, "copyright", b.Bytes())
 }
 

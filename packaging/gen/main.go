@@ -1,10 +1,16 @@
-// Command gen writes what the packages hold and nobody writes by hand: manual pages, completions, changelogs, licences, SBOM.
+// Command gen makes generated files of the packages: manual pages, completions, changelogs, licences,
+// SBOM and tarball.
 //
-//	gen manual PAGES PROGRAM DIR  the manual pages of a folder, with date and version, compressed, and PROGRAM's completions
-//	gen changelog FILE DIR        the changelog as nfpm wants it, and compressed
-//	gen copyright DIR             the licences of all that is linked in
-//	gen sbom PROGRAM FILE         CycloneDX, of what the program's build information says
-//	gen tar DIR ARCH OUT          the tarball of one architecture, for systems without a package; DIR has what the others wrote
+//	gen manual PAGES PROGRAM DIR
+//		compresses the manual pages of PAGES, with date and version, and PROGRAM's completions
+//	gen changelog FILE DIR
+//		writes the changelog in nfpm's form and compressed
+//	gen copyright DIR
+//		writes the licences of everything that is linked in
+//	gen sbom PROGRAM FILE
+//		writes CycloneDX from the program's build information
+//	gen tar DIR ARCH OUT
+//		writes the tarball of an architecture from DIR, for systems without a package
 //
 // SOURCE_DATE_EPOCH and VERSION come from packaging/build. The same input makes the same bytes.
 package main

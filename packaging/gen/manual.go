@@ -8,8 +8,8 @@ import (
 	"strings"
 )
 
-// manual dates the pages, which `make golden` made of the program's commands and of the configuration's keys, and has
-// the program write its completions.
+// manual dates the pages, which `make golden` made of the program's commands and of the
+// configuration's keys, and has the program write its completions.
 func (r release) manual(pages, binary, dir string) error {
 	files, err := filepath.Glob(filepath.Join(pages, program+"*"))
 	if err != nil || len(files) == 0 {

@@ -45,7 +45,8 @@ type bom struct {
 	Dependencies []dependency `json:"dependencies"`
 }
 
-// sbom says which modules are in a program, by what the linker wrote into it, with the checksums of go.sum.
+// sbom says which modules are in a program, by what the linker wrote into it, with the checksums of
+// go.sum.
 func (r release) sbom(binary, file string) error {
 	info, err := buildinfo.ReadFile(binary)
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// tarred are the files of the tarball: a folder in it, and patterns of what lies there. BUILD stands for
-// the first argument of gen tar, ARCH for the second.
+// tarred are the files of the tarball: a folder in it, and patterns of what lies there. BUILD
+// stands for the first argument of gen tar, ARCH for the second.
 var tarred = []struct {
 	folder string
 	files  []string
@@ -26,7 +26,8 @@ var tarred = []struct {
 	{"systemd", []string{"systemd/*"}},
 }
 
-// tar writes the tarball of one architecture. Owners, modes and times are the same wherever it is made.
+// tar writes the tarball of one architecture. Owners, modes and times are the same wherever it is
+// made.
 func (r release) tar(build, arch, out string) error {
 	name := fmt.Sprintf("%s_%s_linux_%s", program, r.version, arch)
 	place := strings.NewReplacer("BUILD", build, "ARCH", arch)

@@ -8,10 +8,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxAddresses bounds what is kept of one namespace, which is its owner's to fill. Those beyond are not known: their clients are refused.
+// maxAddresses bounds what is kept of one namespace, which is its owner's to fill. Those beyond are
+// not known: their clients are refused.
 const maxAddresses = 256
 
-var errTooMany = fmt.Errorf("the network namespace has more than %d addresses: those beyond are not known, nor what becomes of them", maxAddresses)
+var errTooMany = fmt.Errorf("the network namespace has more than %d addresses: those beyond are not known, nor what "+
+	"becomes of them", maxAddresses)
 
 // subscribeAddresses has the socket become readable when an address of its namespace comes or goes.
 func (s *netlinkSocket) subscribeAddresses() error {
@@ -23,8 +25,9 @@ func (s *netlinkSocket) subscribeAddresses() error {
 	return nil
 }
 
-// addresses asks for all addresses of the namespace that a client could have, and the interface of each. What was told of changes until
-// then is thrown away: it is in the answer. errTooMany says that there are more than are kept; the socket is of no use then.
+// addresses asks for all addresses of the namespace that a client could have, and the interface of
+// each. What was told of changes until then is thrown away: it is in the answer. errTooMany says
+// that there are more than are kept; the socket is of no use then.
 func (s *netlinkSocket) addresses() (found map[netip.Addr]uint32, err error) {
 	for range 3 {
 		if found, err = s.dumpAddresses(); err != errLost {
@@ -74,8 +77,8 @@ func (s *netlinkSocket) dumpAddresses() (map[netip.Addr]uint32, error) {
 	}
 }
 
-// parseAddress reads a struct ifaddrmsg with its attributes. ok is false for what is the address of no client of ours: loopback's and a
-// link's own are in every namespace.
+// parseAddress reads a struct ifaddrmsg with its attributes. ok is false for what is the address of
+// no client of ours: loopback's and a link's own are in every namespace.
 func parseAddress(b []byte) (a netip.Addr, device uint32, ok bool) {
 	if len(b) < unix.SizeofIfAddrmsg {
 		return netip.Addr{}, 0, false

@@ -1,8 +1,9 @@
 // Package attest answers one question: who is behind this connection?
 //
-// The evidence is what the kernel's record of the client's socket says: the cgroup of the process that made it, and
-// so the pod, or the unit of the node. [Kernel] asks it before a byte is read, and an [Attestor] looks it up in
-// what Kubernetes says of this node's pods. An address is no evidence, but for pods that the operator says are known by nothing else.
+// The evidence is what the kernel's record of the client's socket says: the cgroup
+// of the process that made it, and so the pod, or the unit of the node. [Kernel] asks it before a
+// byte is read, and an [Attestor] looks it up in what Kubernetes says of this node's pods. An
+// address is no evidence, but for pods that the operator says are known by nothing else.
 package attest
 
 import (
@@ -31,12 +32,14 @@ var (
 	ErrNoAccount = errors.New("a static pod has no ServiceAccount, and so no identity")
 	// ErrReplaced says that the attestor that was asked is out of use: another one is to be asked.
 	ErrReplaced = errors.New("the configuration changed meanwhile")
-	// ErrChanged says that the evidence no longer names the caller that it named when the connection was attested.
+	// ErrChanged says that the evidence no longer names the caller that it named when the connection
+	// was attested.
 	ErrChanged = errors.New("whoever opened this connection is not there any more; connect again")
 )
 
 // final are the errors that waiting does not mend.
-var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods, ErrSpared, ErrOtherNamespace}
+var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods,
+	ErrSpared, ErrOtherNamespace}
 
 func isFinal(err error) bool {
 	return slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) })
@@ -45,15 +48,17 @@ func isFinal(err error) bool {
 // ByAddress is the kind of evidence that is none: the connection's source address.
 const ByAddress = "source-ip"
 
-// Hold is how long a request waits for its pod to become known. In 11 of 12 pods the first request came before the
-// watch had the pod's address, up to 130 ms early (N-11, H-22); clients wait for 3 s and more (H-21).
+// Hold is how long a request waits for its pod to become known. In 11 of 12 pods the first request
+// came before the watch had the pod's address, up to 130 ms early (N-11, H-22); clients wait for 3
+// s and more (H-21).
 const Hold = 2 * time.Second
 
 // Pods is this node's pods. Both channels are closed when another look may say more.
 type Pods interface {
 	// Of returns the live pod with the UID. An error says why one may be there that is not known.
 	Of(uid string) (pod workload.Caller, known bool, changed <-chan struct{}, err error)
-	// At returns the live pods that have the address. An error means that addresses cannot be believed now.
+	// At returns the live pods that have the address. An error means that addresses cannot be believed
+	// now.
 	At(netip.Addr) (pods []workload.Caller, changed <-chan struct{}, err error)
 }
 
@@ -67,10 +72,12 @@ type Witness interface {
 
 // Options say what an Attestor goes by.
 type Options struct {
-	Pods       Pods
-	Kernel     Witness               // nil: the address is all that is looked at
-	ByAddress  []string              // RuntimeClasses of pods that only their address can name
-	Proxies    []string              // ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are in
+	Pods      Pods
+	Kernel    Witness  // nil: the address is all that is looked at
+	ByAddress []string // RuntimeClasses of pods that only their address can name
+	// ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are
+	// in
+	Proxies    []string
 	Hosts      []Host                // processes of the node that have an identity; the first that fits counts
 	Replaced   <-chan struct{}       // when it is closed, those who are held get ErrReplaced
 	Registerer prometheus.Registerer // several Attestors may share it; nil: nothing is counted
@@ -87,7 +94,8 @@ type Attestor struct {
 func New(o Options) *Attestor {
 	a := &Attestor{Options: o, ownAddrs: net.InterfaceAddrs, count: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_attestations_total",
-		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) and asker (pod, host; nobody).",
+		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) " +
+			"and asker (pod, host; nobody).",
 	}, []string{"evidence", "asker"})}
 	if o.Registerer == nil {
 		return a
@@ -101,28 +109,31 @@ func New(o Options) *Attestor {
 	return a
 }
 
-// Look asks the kernel who is on the other end. It is to be called once, before a byte is read from the connection, and not from where
-// connections are accepted: it takes some µs for each network namespace that has the client's address, and up to half a second for a
-// client of which a packet was lost.
+// Look asks the kernel who is on the other end. It is to be called once, before a byte is read from
+// the connection, and not from where connections are accepted: it takes some µs for each
+// network namespace that has the client's address, and up to half a second for a client of which a
+// packet was lost.
 func (a *Attestor) Look(p *Peer) {
 	if a.Kernel != nil {
 		p.evidence, p.err = a.Kernel.Look(p.Conn)
 	}
 }
 
-// Vouched reports, without waiting, whether p's client is known to be a pod or a unit of the node, whoever that is. What is not is an
-// address, which somebody may have made up.
+// Vouched reports, without waiting, whether p's client is known to be a pod or a unit of the node,
+// whoever that is. What is not is an address, which somebody may have made up.
 func (a *Attestor) Vouched(p *Peer) bool {
 	if p.evidence != nil {
 		return true
 	}
 	pods, _, err := a.Pods.At(p.Client.Addr())
-	return err == nil && slices.ContainsFunc(pods, func(c workload.Caller) bool { return a.BelievesAddress(c.RuntimeClass) })
+	return err == nil && slices.ContainsFunc(pods,
+		func(c workload.Caller) bool { return a.BelievesAddress(c.RuntimeClass) })
 }
 
-// Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first answer binds the
-// connection: whoever comes to be in the caller's place gets ErrChanged on it, never the first one's identity nor its own.
-// Errors: those of this package, the index's own, and ctx's.
+// Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first
+// answer binds the connection: whoever comes to be in the caller's place gets ErrChanged on it,
+// never the first one's identity nor its own. Errors: those of this package, the index's own, and
+// ctx's.
 func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error) {
 	if b := p.binding.Load(); b != nil {
 		return b.caller, a.Check(ctx, p)
@@ -147,9 +158,9 @@ func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error)
 	return b.caller, nil
 }
 
-// Check reports whether the evidence still names the caller that Attest returned. It is asked after the evidence was
-// used and before the answer is written, and makes no system call. Where an address is the evidence, it waits while the
-// API server's next watch is opened.
+// Check reports whether the evidence still names the caller that Attest returned. It is asked after
+// the evidence was used and before the answer is written, and makes no system call. Where an
+// address is the evidence, it waits while the API server's next watch is opened.
 func (a *Attestor) Check(ctx context.Context, p *Peer) error {
 	b := p.binding.Load()
 	if b == nil {
@@ -196,7 +207,8 @@ func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err erro
 	return nil, nil
 }
 
-// hold tries until there is an answer, or an error that waiting does not mend, but no longer than [Hold].
+// hold tries until there is an answer, or an error that waiting does not mend, but no longer than
+// [Hold].
 func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}, err error)) error {
 	var timeout <-chan time.Time
 	for {
@@ -226,8 +238,8 @@ func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}
 	}
 }
 
-// find looks once at what there is. An address counts only where nothing else can be had: where the operator wants no other
-// evidence, and for pods of the RuntimeClasses that he named.
+// find looks once at what there is. An address counts only where nothing else can be had: where the
+// operator wants no other evidence, and for pods of the RuntimeClasses that he named.
 func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error) {
 	if p.evidence == nil && a.Kernel != nil && !isFinal(p.err) {
 		if p.search == 0 {
@@ -268,7 +280,8 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 	return b, changed, err
 }
 
-// proxied returns the pod whose network namespace it is, where the operator named the pod that made the socket there.
+// proxied returns the pod whose network namespace it is, where the operator named the pod that made
+// the socket there.
 func (a *Attestor) proxied(other *OtherNamespaceError) (b binding, changed <-chan struct{}, err error) {
 	if len(a.Proxies) == 0 || other.Pod == "" {
 		return b, nil, other
@@ -301,19 +314,24 @@ func (a *Attestor) isProxy(pod workload.Caller) bool {
 	return slices.Contains(a.Proxies, pod.ServiceAccount.String())
 }
 
-// sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose sockets the node's kernel does not
-// have, and if no namespace has the address (gVisor), or only the pod's own (Kata), or that of a process of no pod, as Kata's
-// virtual machine is where it has a cgroup of its own. A search that began after the client came must have come to its end: the address may be another pod's already, whose namespace was not known yet.
+// sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose
+// sockets the node's kernel does not have, and if no namespace has the address (gVisor), or
+// only the pod's own (Kata), or that of a process of no pod, as Kata's virtual machine is where it
+// has a cgroup of its own. A search that began after the client came must have come to its end: the
+// address may be another pod's already, whose namespace was not known yet.
 func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
 	pods, changed, err := a.Pods.At(p.Client.Addr())
 	var held *NoSocketError
 	switch {
 	case err != nil && len(a.ByAddress) > 0:
 		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
-	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && !held.Others && held.Holder != pods[0].PodUID:
+	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && !held.Others &&
+		held.Holder != pods[0].PodUID:
 		return workload.Caller{}, changed, p.err
 	case !a.BelievesAddress(pods[0].RuntimeClass):
-		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0], pods[0].RuntimeClass)
+		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is "+
+			"that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0],
+			pods[0].RuntimeClass)
 	case !a.Kernel.Searched(p.search):
 		return workload.Caller{}, changed, p.err
 	}
@@ -336,12 +354,14 @@ func (a *Attestor) byAddress(client netip.Addr) (workload.Caller, <-chan struct{
 	case len(pods) > 1:
 		return workload.Caller{}, changed, fmt.Errorf("%w: %s belongs to %s and %s", ErrAmbiguous, client, pods[0], pods[1])
 	case a.own(client):
-		return workload.Caller{}, changed, fmt.Errorf("%w: %s is an address of the node itself, so a process of the node or a pod on the host network asks, and by address they cannot be told apart", ErrNotPod, client)
+		return workload.Caller{}, changed, fmt.Errorf("%w: %s is an address of the node itself, so a process of the node "+
+			"or a pod on the host network asks, and by address they cannot be told apart", ErrNotPod, client)
 	}
 	return workload.Caller{}, changed, fmt.Errorf("%w: none has the address %s", ErrUnknown, client)
 }
 
-// own reports whether the address is one of the node's (N-14). Asked only of addresses that no pod has.
+// own reports whether the address is one of the node's (N-14). Asked only of addresses that no pod
+// has.
 func (a *Attestor) own(client netip.Addr) bool {
 	if client.IsLoopback() {
 		return true

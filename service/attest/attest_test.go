@@ -59,7 +59,8 @@ func (x *index) set(err error, addr string, uids ...string) {
 	defer x.mu.Unlock()
 	var pods []workload.Caller
 	for _, uid := range uids {
-		pods = append(pods, workload.Caller{PodUID: uid, PodName: "pod-" + uid, ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa-" + uid}})
+		pods = append(pods, workload.Caller{PodUID: uid, PodName: "pod-" + uid,
+			ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa-" + uid}})
 	}
 	x.pods[netip.MustParseAddr(addr)], x.err = pods, err
 	close(x.changed)
@@ -225,7 +226,8 @@ func BenchmarkAttestKnown(b *testing.B) {
 	}
 }
 
-// Whoever is held when the configuration changes asks the next attestor, and is not refused by the old one.
+// Whoever is held when the configuration changes asks the next attestor, and is not refused by the
+// old one.
 func TestReplaced(t *testing.T) {
 	replaced := make(chan struct{})
 	a := New(Options{Pods: newIndex(), Replaced: replaced})

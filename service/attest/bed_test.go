@@ -26,8 +26,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// This file makes a node with pods: cgroups and network namespaces of the test's own, processes in them, rules that redirect, a helper in a
-// process of its own, and a Kernel in the node's network namespace.
+// This file makes a node with pods: cgroups and network namespaces of the test's own, processes in
+// them, rules that redirect, a helper in a process of its own, and a Kernel in the node's network
+// namespace.
 
 // roles are what the test binary can be started as, by the variable.
 const (
@@ -198,7 +199,8 @@ func (b *bed) startKernel(root string) {
 	eventually(b.t, "the kernel runs", func() bool { return b.kernel.Status().Hierarchy != "" })
 }
 
-// startHelper starts one in a process of its own, on the node, and waits until it has told all it knows.
+// startHelper starts one in a process of its own, on the node, and waits until it has told all it
+// knows.
 func (b *bed) startHelper() {
 	b.t.Helper()
 	b.startHelperAt(b.cgroups)
@@ -207,7 +209,8 @@ func (b *bed) startHelper() {
 
 func (b *bed) startHelperAt(root string) {
 	b.t.Helper()
-	b.helper = self(context.Background(), "helper", "ROOT="+strings.Replace(root, fmt.Sprintf("/fd/%d/", b.mount.Fd()), "/fd/3/", 1), "SOCKET="+b.socket)
+	b.helper = self(context.Background(), "helper", "ROOT="+strings.Replace(root, fmt.Sprintf("/fd/%d/", b.mount.Fd()),
+		"/fd/3/", 1), "SOCKET="+b.socket)
 	b.helper.ExtraFiles = []*os.File{b.mount}
 	// With the rights that the unit has, and no others.
 	setpriv, err := exec.LookPath("setpriv")
@@ -219,7 +222,8 @@ func (b *bed) startHelperAt(root string) {
 		b.t.Fatal(err)
 	}
 	b.helper.Path = setpriv
-	b.helper.Args = []string{"setpriv", "--no-new-privs", "--bounding-set=-all,+sys_admin,+sys_ptrace", "--inh-caps=-all", program}
+	b.helper.Args = []string{"setpriv", "--no-new-privs", "--bounding-set=-all,+sys_admin,+sys_ptrace", "--inh-caps=-all",
+		program}
 	b.start(b.node.NS, b.helper)
 	helper := b.helper
 	b.t.Cleanup(func() { kill(helper) })
@@ -243,7 +247,8 @@ func kill(cmd *exec.Cmd) {
 	}
 }
 
-// start starts the command in the namespace. The thread that starts it lives on as long as the test: the command dies with it.
+// start starts the command in the namespace. The thread that starts it lives on as long as the
+// test: the command dies with it.
 func (b *bed) start(ns *netnstest.NS, cmd *exec.Cmd) {
 	b.t.Helper()
 	started, over := make(chan error), make(chan struct{})
@@ -276,10 +281,12 @@ func helperRole() error {
 	if err := os.Chmod(socket, 0o660); err != nil {
 		return err
 	}
-	return RunHelper(context.Background(), HelperOptions{CgroupRoot: os.Getenv("ROOT"), Listener: l, User: 65534, Log: quiet()})
+	return RunHelper(context.Background(), HelperOptions{CgroupRoot: os.Getenv("ROOT"), Listener: l, User: 65534,
+		Log: quiet()})
 }
 
-// serverRole is a Kernel that looks at each connection to the listener that it is handed, and writes down what it found.
+// serverRole is a Kernel that looks at each connection to the listener that it is handed, and
+// writes down what it found.
 func serverRole() error {
 	l, err := net.FileListener(os.NewFile(4, "listener"))
 	if err != nil {
@@ -305,7 +312,8 @@ func serverRole() error {
 	}
 }
 
-// tamper tries to change the pods' network namespaces by the sockets in them, and returns how many let it.
+// tamper tries to change the pods' network namespaces by the sockets in them, and returns how many
+// let it.
 func (k *Kernel) tamper() (changed int) {
 	k.routing.Lock()
 	defer k.routing.Unlock()

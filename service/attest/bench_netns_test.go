@@ -48,7 +48,8 @@ func BenchmarkLook(b *testing.B) {
 	})
 }
 
-// BenchmarkFreshConnection connects, sends a byte and gets one; every second connection is looked at before that is read. Medians are told.
+// BenchmarkFreshConnection connects, sends a byte and gets one; every second connection is looked
+// at before that is read. Medians are told.
 func BenchmarkFreshConnection(b *testing.B) {
 	bed := newBed(b)
 	c := bed.client(containerPath(1, 1), bed.pod("asks"))
@@ -87,7 +88,8 @@ func BenchmarkFreshConnection(b *testing.B) {
 	b.ReportMetric((with-without)/1e3, "µs-added")
 }
 
-// BenchmarkPods starts a helper where there are pods, and tells when all are known, and what that holds.
+// BenchmarkPods starts a helper where there are pods, and tells when all are known, and what that
+// holds.
 func BenchmarkPods(b *testing.B) {
 	for _, pods := range []int{110, 500} {
 		b.Run(strconv.Itoa(pods), func(b *testing.B) {
@@ -122,8 +124,8 @@ func BenchmarkPods(b *testing.B) {
 	}
 }
 
-// BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110 pods, among 60 units of the node, and
-// opens the sockets in them.
+// BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110
+// pods, among 60 units of the node, and opens the sockets in them.
 func BenchmarkScan(b *testing.B) {
 	bed := newBed(b)
 	var node uint64
@@ -146,7 +148,8 @@ func BenchmarkScan(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		h := &Helper{options: HelperOptions{Log: quiet()}, home: node, poller: p, cgroups: g, found: map[uint64]*anchor{}, pending: map[string]*look{}}
+		h := &Helper{options: HelperOptions{Log: quiet()}, home: node, poller: p, cgroups: g, found: map[uint64]*anchor{},
+			pending: map[string]*look{}}
 		h.sweep()
 		opened := openIn(slices.Collect(maps.Values(h.found)))
 		b.StopTimer()
@@ -165,7 +168,8 @@ func BenchmarkScan(b *testing.B) {
 	}
 }
 
-// BenchmarkNewPod is the time from the start of a pod's first process until its namespace can be asked.
+// BenchmarkNewPod is the time from the start of a pod's first process until its namespace can be
+// asked.
 func BenchmarkNewPod(b *testing.B) {
 	bed := newBed(b)
 	bed.startHelper()
@@ -180,7 +184,8 @@ func BenchmarkNewPod(b *testing.B) {
 	}
 }
 
-// BenchmarkDeath is the time from the kill of a pod's last process until its evidence is dead, and its namespace let go.
+// BenchmarkDeath is the time from the kill of a pod's last process until its evidence is dead, and
+// its namespace let go.
 func BenchmarkDeath(b *testing.B) {
 	bed := newBed(b)
 	bed.startHelper()

@@ -13,9 +13,10 @@ type place struct {
 	podPath   string // the path up to the pod's own segment
 }
 
-// parse finds the pod in the path of a cgroup: a pod segment directly under kubelet's own root, which is where nobody but the root of the
-// node makes cgroups. What a container, a service or a user names like a pod below itself is no pod: it is that container, service
-// or user. Another pod's segment below a pod is ErrPods. Paths below the node's root cgroup:
+// parse finds the pod in the path of a cgroup: a pod segment directly under kubelet's own root,
+// which is where nobody but the root of the node makes cgroups. What a container, a service
+// or a user names like a pod below itself is no pod: it is that container, service or user. Another
+// pod's segment below a pod is ErrPods. Paths below the node's root cgroup:
 //
 //	/kubepods/burstable/pod<UID>/<ID>
 //	/kubelet/kubepods/burstable/pod<UID>/<ID>
@@ -56,14 +57,15 @@ func (n nodeRoot) isPods(path string) bool {
 	return err != nil || p.pod != ""
 }
 
-// kubeletsOwn reports whether above, the segments from the node's root down to a pod's, are a place where kubelet has its pods.
+// kubeletsOwn reports whether above, the segments from the node's root down to a pod's, are a place
+// where kubelet has its pods.
 func kubeletsOwn(above []string, segment string) bool {
 	switch {
 	case strings.HasPrefix(segment, "pod"): // kubelet itself makes these
 		return above[0] == "kubepods" && len(above) <= 2 || above[0] == "kubelet" && above[1] == "kubepods" && len(above) <= 3
 	case !strings.HasSuffix(segment, ".slice"):
-		// The runtime puts a path that is relative below its own cgroup. A container of Docker's that this befalls too has its own
-		// segment there, so its root can make nothing beside that.
+		// The runtime puts a path that is relative below its own cgroup. A container of Docker's that
+		// this befalls too has its own segment there, so its root can make nothing beside that.
 		return slices.Equal(above, []string{"system.slice", "containerd.service"})
 	}
 	// Slices are systemd's, which makes x-y.slice in x.slice alone, for root.
@@ -79,7 +81,8 @@ func kubeletsOwn(above []string, segment string) bool {
 	return above[0] != "user.slice" && above[0] != "machine.slice"
 }
 
-// podSegment returns the UID if the segment is a pod's, and the container's id if the segment names that too.
+// podSegment returns the UID if the segment is a pod's, and the container's id if the segment names
+// that too.
 func podSegment(above []string, segment string) (uid, container string) {
 	if uid, ok := strings.CutPrefix(segment, "pod"); ok && underKubepods(above) {
 		return validUID(uid), ""
@@ -130,8 +133,8 @@ func validUID(uid string) string {
 	return uid
 }
 
-// containerID returns the id in a container's segment, of 32 hexadecimal digits or more: <ID>, cri-containerd-<ID>.scope. CRI-O's
-// monitor of a container is no part of it.
+// containerID returns the id in a container's segment, of 32 hexadecimal digits or more: <ID>,
+// cri-containerd-<ID>.scope. CRI-O's monitor of a container is no part of it.
 func containerID(segment string) string {
 	name := strings.TrimSuffix(segment, ".scope")
 	prefix, id, ok := cutLast(name, "-")
@@ -151,8 +154,9 @@ func cutLast(s, separator string) (before, after string, found bool) {
 	return "", s, false
 }
 
-// Unit returns the systemd unit that the cgroup is of: kubelet.service; a slice where it lies in no other unit; "" where the node's
-// systemd made none of it. A unit's own processes may make cgroups below it and name them as they like, so nothing below a unit counts.
+// Unit returns the systemd unit that the cgroup is of: kubelet.service; a slice where it lies in no
+// other unit; "" where the node's systemd made none of it. A unit's own processes may make cgroups
+// below it and name them as they like, so nothing below a unit counts.
 func (e *Evidence) Unit() string {
 	path, _ := e.node.below(e.Cgroup)
 	unit := ""

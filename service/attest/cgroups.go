@@ -15,22 +15,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Limits of what is followed below pods, units and other cgroups of the node that are no slices: who owns such a cgroup can make as many
-// below it as it likes. Those beyond are not known, and what asks from there is refused. What kubelet, its runtime and systemd make for
-// the node, which is pods, their containers, slices and units, counts for neither.
+// Limits of what is followed below pods, units and other cgroups of the node that are no slices:
+// who owns such a cgroup can make as many below it as it likes. Those beyond are not known, and
+// what asks from there is refused. What kubelet, its runtime and systemd make for the node, which
+// is pods, their containers, slices and units, counts for neither.
 const (
 	maxCgroups         = 32 << 10 // in all
 	maxCgroupsPerParty = 1 << 10
 )
 
-// cgroups is a hierarchy of cgroups by id, kept as it is by inotify, which needs no privilege.
+// cgroups is a hierarchy of cgroups by id, kept as it is by inotify, which needs no privilege
+//
 type cgroups struct {
 	root string   // where it is mounted
 	node nodeRoot // where our node is in it
 	log  logrus.FieldLogger
-	// Called with the path of a pod's own cgroup when one in it came or went, or its first process or its last, and with that of a cgroup
-	// of no pod when that came or went. The lock is held: it asks nothing of this. nil: nobody wants to know, and pods are not watched
-	// for processes.
+	// Called with the path of a pod's own cgroup when one in it came or went, or its first process or
+	// its last, and with that of a cgroup of no pod when that came or went. The lock is held: it asks
+	// nothing of this. nil: nobody wants to know, and pods are not watched for processes.
 	changed func(path string)
 
 	fd   int // inotify
@@ -54,10 +56,11 @@ type cgroup struct {
 	place place
 	fault error // why it is nobody's evidence
 
-	id           uint64 // the inode of its directory
-	parent       *cgroup
-	pod          *cgroup            // the pod's own, if this is in a pod
-	party        *cgroup            // the pod, or the unit or other cgroup outside of slices, that this is or is in; nil for a slice
+	id     uint64 // the inode of its directory
+	parent *cgroup
+	pod    *cgroup // the pod's own, if this is in a pod
+	// the pod, or the unit or other cgroup outside of slices, that this is or is in; nil for a slice
+	party        *cgroup
 	below        int                // of a party: how many
 	kids         map[string]*cgroup // by name
 	watch        int32              // of the directory
@@ -80,7 +83,8 @@ func newCgroups(root string, log logrus.FieldLogger) (*cgroups, error) {
 
 func (g *cgroups) close() { _ = g.file.Close() }
 
-// walk brings what is known up to date, whatever events were missed. Who asks meanwhile waits for it the first time only.
+// walk brings what is known up to date, whatever events were missed. Who asks meanwhile waits for
+// it the first time only.
 func (g *cgroups) walk() {
 	g.mu.Lock()
 	g.problem = nil
@@ -134,7 +138,8 @@ func (g *cgroups) reconcile(parent *cgroup, name string) {
 	g.add(parent, name)
 }
 
-// add starts to follow the cgroup of that name and all below it. What is made while it looks comes twice, which does no harm.
+// add starts to follow the cgroup of that name and all below it. What is made while it looks comes
+// twice, which does no harm.
 func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 	c := &cgroup{parent: parent, kids: map[string]*cgroup{}}
 	if parent != nil {
@@ -150,11 +155,13 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 		return nil // gone already
 	}
 	c.id = now.Ino
-	// A pod's own cgroup is root's: who was given a cgroup to make others in it can name them like a pod's, but not give them to root.
+	// A pod's own cgroup is root's: who was given a cgroup to make others in it can name them like a
+	// pod's, but not give them to root.
 	if c.pod == c && c.fault == nil && now.Uid != 0 {
 		c.fault = fmt.Errorf("%w: the cgroup %s belongs to user %d", ErrOwner, c.path, now.Uid)
 	}
-	watch, err := unix.InotifyAddWatch(g.fd, g.root+c.path, unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ONLYDIR)
+	watch, err := unix.InotifyAddWatch(g.fd, g.root+c.path,
+		unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ONLYDIR)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -205,14 +212,17 @@ func (g *cgroups) full(c *cgroup) error {
 	case c.party == nil || c.party == c:
 		return nil
 	case c.party.below >= maxCgroupsPerParty:
-		return fmt.Errorf("too many cgroups below %s, of which %d are known: what asks from the others is refused", c.party.path, maxCgroupsPerParty)
+		return fmt.Errorf("too many cgroups below %s, of which %d are known: what asks from the others is refused",
+			c.party.path, maxCgroupsPerParty)
 	case c.isDeep() && g.deep >= maxCgroups:
-		return fmt.Errorf("too many cgroups below pods and units, of which %d are known: what asks from the others is refused, the first in %s", maxCgroups, c.path)
+		return fmt.Errorf("too many cgroups below pods and units, of which %d are known: what asks from the others is "+
+			"refused, the first in %s", maxCgroups, c.path)
 	}
 	return nil
 }
 
-// isDeep reports whether the cgroup counts for [maxCgroups]: it is none that kubelet, its runtime or systemd makes for the node.
+// isDeep reports whether the cgroup counts for [maxCgroups]: it is none that kubelet, its runtime
+// or systemd makes for the node.
 func (c *cgroup) isDeep() bool {
 	return c.party != nil && c.party != c && (c.pod == nil || c.parent != c.pod)
 }
@@ -288,8 +298,8 @@ func (g *cgroups) problemIs(err error) {
 	g.problem = err
 }
 
-// watchProcesses has the kernel tell when the cgroup gets its first process or loses its last, and reports whether it has one now.
-// The root has no such file, and always has some.
+// watchProcesses has the kernel tell when the cgroup gets its first process or loses its last, and
+// reports whether it has one now. The root has no such file, and always has some.
 func (g *cgroups) watchProcesses(c *cgroup) (bool, error) {
 	file := g.root + c.path + "/cgroup.events"
 	if c.processWatch == 0 {
@@ -306,7 +316,8 @@ func (g *cgroups) watchProcesses(c *cgroup) (bool, error) {
 	return populated(file)
 }
 
-// populated reports whether a cgroup has a process. An error says that this cannot be told now, as without a descriptor to spare.
+// populated reports whether a cgroup has a process. An error says that this cannot be told now, as
+// without a descriptor to spare.
 func populated(file string) (bool, error) {
 	fd, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
@@ -318,10 +329,12 @@ func populated(file string) (bool, error) {
 	defer func() { _ = unix.Close(fd) }()
 	var b [128]byte
 	n, err := unix.Read(fd, b[:])
-	return err == nil && strings.Contains(string(b[:max(n, 0)]), "populated 1"), nil // a read fails when the cgroup was removed
+	// a read fails when the cgroup was removed
+	return err == nil && strings.Contains(string(b[:max(n, 0)]), "populated 1"), nil
 }
 
-// lookup returns what the cgroup with this id says. The first time it costs three system calls, later none.
+// lookup returns what the cgroup with this id says. The first time it costs three system calls,
+// later none.
 func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -341,7 +354,8 @@ func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	} else if !alive {
 		return nil, fmt.Errorf("%w: %s", ErrEmptyCgroup, c.path)
 	}
-	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path, node: g.node, life: new(atomic.Bool), doubt: g.doubt}
+	c.evidence = &Evidence{Kind: ByCgroup, PodUID: c.place.pod, Container: c.place.container, Cgroup: c.path,
+		node: g.node, life: new(atomic.Bool), doubt: g.doubt}
 	if c.path == "" {
 		c.evidence.Cgroup = "/"
 	}
@@ -383,7 +397,8 @@ func (g *cgroups) nodePaths() (paths []string) {
 // byAge orders cgroups: they are numbered as they are made.
 func byAge(a, b *cgroup) int { return cmp.Compare(a.id, b.id) }
 
-// inPod returns the paths of the pod's cgroups, the oldest first, up to n of them; none where the pod is no more.
+// inPod returns the paths of the pod's cgroups, the oldest first, up to n of them; none where the
+// pod is no more.
 func (g *cgroups) inPod(path string, n int) (paths []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

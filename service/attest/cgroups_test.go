@@ -11,8 +11,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// followed is an index of a directory's tree. Any file system has directories with inodes, and tells of them; only that a cgroup is without
-// processes is cgroupfs's own to say: here a file says so, which is written anew.
+// followed is an index of a directory's tree. Any file system has directories with inodes, and
+// tells of them; only that a cgroup is without processes is cgroupfs's own to say: here a file says
+// so, which is written anew.
 func followed(t *testing.T) (*cgroups, string) {
 	t.Helper()
 	root := t.TempDir()
@@ -74,7 +75,8 @@ func TestCgroupsAreFollowed(t *testing.T) {
 		t.Fatalf("what was there before: %+v", e)
 	}
 	after := mkdir(t, root+containerPath(2, 2))
-	eventually(t, "what was made later is known", func() bool { e := find(after); return e != nil && e.PodUID == podUID(2) })
+	eventually(t, "what was made later is known",
+		func() bool { e := find(after); return e != nil && e.PodUID == podUID(2) })
 
 	// A cgroup that lost its processes is dead; one that gets some again is another life.
 	populate(t, root+containerPath(1, 1), false)
@@ -92,7 +94,8 @@ func TestCgroupsAreFollowed(t *testing.T) {
 	if err := os.Rename(root+"/kubepods/burstable/pod"+podUID(2), root+"/kubepods/burstable/pod"+podUID(3)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it is known by its new name", func() bool { now := find(after); return now != nil && now.PodUID == podUID(3) && !e.Alive() })
+	eventually(t, "it is known by its new name",
+		func() bool { now := find(after); return now != nil && now.PodUID == podUID(3) && !e.Alive() })
 	e = find(after)
 	if err := os.RemoveAll(root + "/kubepods/burstable/pod" + podUID(3)); err != nil {
 		t.Fatal(err)
@@ -114,7 +117,8 @@ func TestWalk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Rename(root+"/system.slice/a.service", root+"/elsewhere"); err != nil { // keeps the inode from being used again
+	// keeps the inode from being used again
+	if err := os.Rename(root+"/system.slice/a.service", root+"/elsewhere"); err != nil {
 		t.Fatal(err)
 	}
 	fresh := mkdir(t, root+"/system.slice/a.service")
@@ -137,7 +141,8 @@ func TestWalk(t *testing.T) {
 	}
 }
 
-// A workload or a user that makes cgroups without end is not followed without end, and says nothing of others: not of pods, nor of units.
+// A workload or a user that makes cgroups without end is not followed without end, and says nothing
+// of others: not of pods, nor of units.
 func TestTooManyCgroups(t *testing.T) {
 	if os.Geteuid() != 0 {
 		netnstest.Lacks(t, netnstest.ErrNeedsRoot)
@@ -171,21 +176,25 @@ func TestTooManyCgroups(t *testing.T) {
 	}
 	known("another pod", pod)
 	known("a unit", unit)
-	if n, problem := g.known(); n > 2*maxCgroupsPerParty+20 || problem == nil || !strings.Contains(problem.Error(), "too many cgroups") {
+	if n, problem := g.known(); n > 2*maxCgroupsPerParty+20 || problem == nil ||
+		!strings.Contains(problem.Error(), "too many cgroups") {
 		t.Errorf("%d, %v", n, problem)
 	}
-	if _, err := g.lookup(beyond); err != nil && (!errors.Is(err, ErrUnknownCgroup) || !strings.Contains(err.Error(), "too many cgroups below")) {
+	if _, err := g.lookup(beyond); err != nil && (!errors.Is(err, ErrUnknownCgroup) ||
+		!strings.Contains(err.Error(), "too many cgroups below")) {
 		t.Errorf("one of those beyond is refused without the reason: %v", err)
 	}
 
-	// Where the whole table is full, kubelet's pods, its runtime's containers and systemd's units have room.
+	// Where the whole table is full, kubelet's pods, its runtime's containers and systemd's units have
+	// room.
 	g.deep += maxCgroups
 	later, service := mkdir(t, root+containerPath(3, 3)), mkdir(t, root+"/system.slice/late.service")
 	inside := mkdir(t, root+containerPath(3, 3)+"/own")
 	g.walk()
 	known("a pod in a full table", later)
 	known("a unit in a full table", service)
-	if _, err := g.lookup(inside); !errors.Is(err, ErrUnknownCgroup) || !strings.Contains(err.Error(), "too many cgroups below") {
+	if _, err := g.lookup(inside); !errors.Is(err, ErrUnknownCgroup) || !strings.Contains(err.Error(),
+		"too many cgroups below") {
 		t.Errorf("what a workload makes in a full table: %v", err)
 	}
 	g.deep -= maxCgroups

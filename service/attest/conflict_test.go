@@ -26,7 +26,8 @@ func TestConflicts(t *testing.T) {
 		}
 		conflict(maxConflicts + 1)
 		all := k.Status().Conflicts
-		if len(all) != maxConflicts || all[0].Address != netip.MustParseAddr("10.0.0.2") || all[maxConflicts-1].Refused != 2 ||
+		if len(all) != maxConflicts || all[0].Address != netip.MustParseAddr("10.0.0.2") ||
+			all[maxConflicts-1].Refused != 2 ||
 			all[0].Between != [2]string{"a", "network namespace 8 of /x"} {
 			t.Errorf("%+v", all)
 		}

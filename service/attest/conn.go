@@ -45,7 +45,8 @@ func (b *binding) kind() string {
 	return b.evidence.Kind
 }
 
-// Evidence returns by what the connection was attested, and the container that asks; "" as long as it was not, or where that is not known.
+// Evidence returns by what the connection was attested, and the container that asks; "" as long as
+// it was not, or where that is not known.
 func (p *Peer) Evidence() (kind, container string) {
 	b := p.binding.Load()
 	switch {
@@ -57,11 +58,13 @@ func (p *Peer) Evidence() (kind, container string) {
 	return b.evidence.Kind, b.evidence.Container
 }
 
-// HostPod reports whether the connection was attested to a pod on the host network: the kernel found the socket in the node's network
-// namespace and in a cgroup of the pod's, and Kubernetes says that the pod is there. An address says neither.
+// HostPod reports whether the connection was attested to a pod on the host network: the kernel
+// found the socket in the node's network namespace and in a cgroup of the pod's, and Kubernetes
+// says that the pod is there. An address says neither.
 func (p *Peer) HostPod() bool {
 	b := p.binding.Load()
-	return b != nil && b.evidence != nil && b.evidence.Kind == ByCgroup && b.evidence.OnHost && b.caller.PodUID != "" && b.caller.HostNetwork
+	return b != nil && b.evidence != nil && b.evidence.Kind == ByCgroup && b.evidence.OnHost && b.caller.PodUID != "" &&
+		b.caller.HostNetwork
 }
 
 // MaybeHostPod reports whether [Attestor.Attest] could come to that.
@@ -72,7 +75,8 @@ func (p *Peer) MaybeHostPod() bool {
 	return errors.Is(p.err, ErrUnknownCgroup) // of a pod that has just started
 }
 
-// Party is whom a connection counts for before anybody knows who that is: a pod, a unit of the node, or an address. It is comparable.
+// Party is whom a connection counts for before anybody knows who that is: a pod, a unit of the
+// node, or an address. It is comparable.
 type Party struct {
 	PodUID, Unit string
 	Address      netip.Addr // where the kernel says neither; pods on the host network share theirs
@@ -102,8 +106,8 @@ func (p *Peer) Party() Party {
 // Accept writes down both ends of c. Whose the other one is, [Attestor.Look] asks.
 func Accept(c net.Conn) *Peer { return &Peer{Conn: accepted(c)} }
 
-// accepted reads both ends of c, and asks conntrack what the client dialled (SO_ORIGINAL_DST, 1 µs: A-02).
-// Where conntrack knows nothing of the connection, it was not translated.
+// accepted reads both ends of c, and asks conntrack what the client dialled (SO_ORIGINAL_DST, 1 µs:
+// Where conntrack knows nothing of the connection, it was not translated.
 func accepted(c net.Conn) Conn {
 	conn := Conn{Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}
 	conn.Original = conn.Server
@@ -125,8 +129,9 @@ func accepted(c net.Conn) Conn {
 	return conn
 }
 
-// originalDst reads the kernel's sockaddr through two typed calls of x/sys whose buffers are large enough for it:
-// 16 bytes of sockaddr_in in an ipv6_mreq, 28 bytes of sockaddr_in6 in an ip6_mtuinfo.
+// originalDst reads the kernel's sockaddr through two typed calls of x/sys whose buffers are large
+// enough for it: 16 bytes of sockaddr_in in an ipv6_mreq, 28 bytes of sockaddr_in6 in an
+// ip6_mtuinfo.
 func originalDst(fd int, server netip.Addr) (netip.AddrPort, bool) {
 	if server.Is4() {
 		m, err := unix.GetsockoptIPv6Mreq(fd, unix.IPPROTO_IP, unix.SO_ORIGINAL_DST)
@@ -136,7 +141,8 @@ func originalDst(fd int, server netip.Addr) (netip.AddrPort, bool) {
 		b := m.Multiaddr
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), binary.BigEndian.Uint16(b[2:4])), true
 	}
-	m, err := unix.GetsockoptIPv6MTUInfo(fd, unix.IPPROTO_IPV6, unix.SO_ORIGINAL_DST) // IP6T_SO_ORIGINAL_DST has the same number
+	// IP6T_SO_ORIGINAL_DST has the same number
+	m, err := unix.GetsockoptIPv6MTUInfo(fd, unix.IPPROTO_IPV6, unix.SO_ORIGINAL_DST)
 	if err != nil {
 		return netip.AddrPort{}, false
 	}
@@ -145,7 +151,8 @@ func originalDst(fd int, server netip.Addr) (netip.AddrPort, bool) {
 	return netip.AddrPortFrom(netip.AddrFrom16(m.Addr.Addr), binary.BigEndian.Uint16(port)), true
 }
 
-// addrPort returns a's address, 4-in-6 written as 4, and without a zone: the index knows none.
+// addrPort returns a's address, 4-in-6 written as 4, and without a zone: the index knows
+// none.
 func addrPort(a net.Addr) netip.AddrPort {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {

@@ -8,13 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// eventBuffer is how many bytes of the kernel's events are taken at once: some 5,000, where the queue holds 16,384 (fs.inotify.max_queued_events).
+// eventBuffer is how many bytes of the kernel's events are taken at once: some 5,000, where the
+// queue holds 16,384 (fs.inotify.max_queued_events).
 const eventBuffer = 256 << 10
 
 // follow takes the kernel's events until close. told is called after each lot of them.
 //
-// What was found to be alive is in doubt while events were lost, as the kernel does where they come faster than they are taken,
-// until all is read anew; and while so many wait that what they tell is old. Who asks meanwhile waits.
+// What was found to be alive is in doubt while events were lost, as the kernel does where they come
+// faster than they are taken, until all is read anew; and while so many wait that what they
+// tell is old. Who asks meanwhile waits.
 func (g *cgroups) follow(told func()) error {
 	buffer := make([]byte, eventBuffer)
 	for fresh := true; ; told() {
@@ -75,7 +77,8 @@ func (g *cgroups) readProcesses() {
 	}
 }
 
-// readProcess has the evidence die with the last process. One of which that cannot be told is dead too: whoever asked by it asks again.
+// readProcess has the evidence die with the last process. One of which that cannot be told is dead
+// too: whoever asked by it asks again.
 func (g *cgroups) readProcess(c *cgroup) {
 	if alive, err := populated(g.root + c.path + "/cgroup.events"); !alive || err != nil {
 		g.die(c)

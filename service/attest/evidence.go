@@ -6,39 +6,52 @@ import (
 	"sync/atomic"
 )
 
-// What Look says when it has no evidence. The first six may be otherwise in a moment: [Kernel.Changes] tells when to look again. The
-// others are final for the connection.
+// What Look says when it has no evidence. The first six may be otherwise in a moment:
+// [Kernel.Changes] tells when to look again. The others are final for the connection.
 var (
-	// ErrNoNamespace says that no network namespace that we know holds the client's address. The helper was asked to look for new ones.
+	// ErrNoNamespace says that no network namespace that we know holds the client's address. The
+	// helper was asked to look for new ones.
 	ErrNoNamespace = errors.New("no known network namespace has the address")
-	// ErrHelperAway is ErrNoNamespace while gke-metadata-emulator-attest.service does not run: nobody looks for new namespaces.
-	ErrHelperAway = errors.New("no known network namespace has the address, and gke-metadata-emulator-attest.service, which finds them, is not there")
-	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is gone, or forged its address,
-	// or is behind a NAT of the pod's own, or in a sandbox with a network stack of its own; or the address is another pod's
-	// already, whose namespace is not known yet.
+	// ErrHelperAway is ErrNoNamespace while gke-metadata-emulator-attest.service does not run: nobody
+	// looks for new namespaces.
+	ErrHelperAway = errors.New("no known network namespace has the address, and gke-metadata-emulator-attest.service, " +
+		"which finds them, is not there")
+	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is
+	// gone, or forged its address, or is behind a NAT of the pod's own, or in a sandbox
+	// with a network stack of its own; or the address is another pod's already, whose namespace
+	// is not known yet.
 	ErrNoSocket = errors.New("the kernel knows no socket at the other end")
-	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or it is looked for now.
+	// ErrUnknownCgroup says that the socket's cgroup is none that we know. It was removed, or
+	// it is looked for now.
 	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")
-	// ErrNamespaceOwner says that no process of a pod was found yet in the network namespace that a pod's process made the socket in. The
-	// helper was asked to look again.
+	// ErrNamespaceOwner says that no process of a pod was found yet in the network namespace that a
+	// pod's process made the socket in. The helper was asked to look again.
 	ErrNamespaceOwner = errors.New("whose network namespace the client's socket is in is not known yet")
-	// ErrOtherNamespace says that the socket was made by a process of one pod in the network namespace of another.
-	ErrOtherNamespace = errors.New("the client's socket is in the network namespace of another pod than that of the process that made it")
-	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that all are read anew.
+	// ErrOtherNamespace says that the socket was made by a process of one pod in the network namespace
+	// of another.
+	ErrOtherNamespace = errors.New("the client's socket is in the network namespace of another pod than that of the " +
+		"process that made it")
+	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that
+	// all are read anew.
 	ErrNotRead = errors.New("the cgroups of the node are being read anew")
-	// ErrSockets says that there are two sockets that could be the other end. Others can bring that about: KernelStatus names them.
+	// ErrSockets says that there are two sockets that could be the other end. Others can bring
+	// that about: KernelStatus names them.
 	ErrSockets = errors.New("two sockets could be the other end")
-	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or a node with cgroup v1.
+	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or
+	// a node with cgroup v1.
 	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
-	// ErrSpared says that the connection was redirected, and that the socket it seems to come from is of a process of the node that nobody
-	// redirects. Conntrack gives a connection another port where two of one port come to the same address, and at that one the process has
-	// a connection to the real metadata server.
-	ErrSpared = errors.New("the client's socket is of a process of the node that is not redirected, and the connection was")
+	// ErrSpared says that the connection was redirected, and that the socket it seems to come from is
+	// of a process of the node that nobody redirects. Conntrack gives a connection another port where
+	// two of one port come to the same address, and at that one the process has a connection to the
+	// real metadata server.
+	ErrSpared = errors.New("the client's socket is of a process of the node that is not redirected, and the connection " +
+		"was")
 	// ErrEmptyCgroup says that no process is left where the socket was made.
 	ErrEmptyCgroup = errors.New("no process is left in the cgroup of the client's socket")
 	// ErrOwner says that a cgroup has a pod's name and is not root's, as kubelet's are.
 	ErrOwner = errors.New("the cgroup has a pod's name and was not made by kubelet")
-	// ErrPods says that the evidence names two pods: one below the other in a cgroup's path, or two in one namespace (cgroup v1).
+	// ErrPods says that the evidence names two pods: one below the other in a cgroup's path, or
+	// two in one namespace (cgroup v1).
 	ErrPods = errors.New("the evidence names two pods")
 )
 
@@ -65,7 +78,8 @@ type OtherNamespaceError struct {
 }
 
 func (e *OtherNamespaceError) Error() string {
-	return fmt.Sprintf("%s: a process of %s made it in %s (a mesh's node proxy belongs into attestation.proxies)", ErrOtherNamespace, e.Cgroup.Cgroup, e.namespace)
+	return fmt.Sprintf("%s: a process of %s made it in %s (a mesh's node proxy belongs into attestation.proxies)",
+		ErrOtherNamespace, e.Cgroup.Cgroup, e.namespace)
 }
 
 // Is has it be ErrOtherNamespace.
@@ -73,12 +87,14 @@ func (e *OtherNamespaceError) Is(target error) bool { return target == ErrOtherN
 
 // Kinds of evidence.
 const (
-	ByCgroup    = "cgroup" // the cgroup of the client's socket
-	ByNamespace = "netns"  // the network namespace of the client's socket, which is one pod's; where the node has cgroup v1
-	ByProxy     = "proxy"  // that network namespace, where a proxy of the operator's made the socket
+	ByCgroup = "cgroup" // the cgroup of the client's socket
+	// the network namespace of the client's socket, which is one pod's; where the node has cgroup v1
+	ByNamespace = "netns"
+	ByProxy     = "proxy" // that network namespace, where a proxy of the operator's made the socket
 )
 
-// Evidence is what the kernel's record of the client's socket says. It does not change, but that it may die.
+// Evidence is what the kernel's record of the client's socket says. It does not change, but that it
+// may die.
 type Evidence struct {
 	Kind      string // ByCgroup, ByNamespace or ByProxy
 	PodUID    string // as Kubernetes writes it; "" for a process that is no pod's
@@ -91,8 +107,9 @@ type Evidence struct {
 	proxy     *Evidence    // for ByProxy: of whose cgroup the socket is
 }
 
-// Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead, also when another process comes to live
-// in the same cgroup. It costs no system call: the kernel tells of its last process in some 10 ms, more where we are not scheduled.
+// Alive reports whether the cgroup, or the namespace, still has a process. What died stays dead,
+// also when another process comes to live in the same cgroup. It costs no system call: the kernel
+// tells of its last process in some 10 ms, more where we are not scheduled.
 func (e *Evidence) Alive() bool { return e.life.Load() && (e.proxy == nil || e.proxy.Alive()) }
 
 // inDoubt reports whether Alive may be wrong, since the kernel's news is not all taken.

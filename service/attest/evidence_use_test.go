@@ -75,13 +75,15 @@ func alive(e Evidence) *Evidence {
 }
 
 func inPod(uid string) *Evidence {
-	return alive(Evidence{Kind: ByCgroup, PodUID: uid, Container: "c0ffee", Cgroup: "/kubepods.slice/kubepods-pod" + uid + ".slice/cri-containerd-c0ffee.scope"})
+	return alive(Evidence{Kind: ByCgroup, PodUID: uid, Container: "c0ffee",
+		Cgroup: "/kubepods.slice/kubepods-pod" + uid + ".slice/cri-containerd-c0ffee.scope"})
 }
 
 func inCgroup(path string) *Evidence { return alive(Evidence{Kind: ByCgroup, Cgroup: path}) }
 
 func pod(uid, runtimeClass string) workload.Caller {
-	return workload.Caller{PodUID: uid, PodName: "pod-" + uid, RuntimeClass: runtimeClass, ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa-" + uid}}
+	return workload.Caller{PodUID: uid, PodName: "pod-" + uid, RuntimeClass: runtimeClass,
+		ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa-" + uid}}
 }
 
 var puller = workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}
@@ -109,58 +111,92 @@ func TestKernelEvidence(t *testing.T) {
 	}{
 		"the cgroup names the pod": {evidence: inPod("a"), pods: []workload.Caller{pod("a", "")}, want: "a"},
 		"U-06: the cgroup decides, whoever has the address by what Kubernetes says": {
-			evidence: inPod("a"), pods: []workload.Caller{pod("a", ""), pod("b", "")}, at: []workload.Caller{pod("b", "")}, want: "a"},
+			evidence: inPod("a"), pods: []workload.Caller{pod("a", ""), pod("b", "")}, at: []workload.Caller{pod("b", "")},
+			want: "a"},
 		"K-03: a pod on the host network": {evidence: inPod("a"), pods: []workload.Caller{pod("a", "")}, want: "a"},
 		"N-11: a UID that the API server reports later": {
 			evidence: inPod("a"), later: func(x *index, _ *witness) { x.live(nil, pod("a", "")) }, want: "a", took: time.Second},
 		"N-11: one that it never reports, though another pod has the address": {
 			evidence: inPod("a"), at: []workload.Caller{pod("b", "gvisor")}, err: ErrUnknown, says: "pod a", took: Hold},
-		"the API server is away: a known UID is still the pod's":  {evidence: inPod("a"), pods: []workload.Caller{pod("a", "")}, index: away, want: "a"},
-		"the API server is away: an unknown UID is held, and why": {evidence: inPod("a"), pods: []workload.Caller{pod("b", "")}, index: away, err: away, took: Hold},
-		"a dead cgroup":   {evidence: dead, pods: []workload.Caller{pod("a", "")}, at: []workload.Caller{pod("a", "gvisor")}, err: ErrChanged},
-		"A-13: no socket": {look: noSocket, at: []workload.Caller{pod("a", "")}, later: searched, err: ErrNoSocket, took: Hold},
-		"A-13: a socket in a namespace that is found after the accept": {look: noSocket, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
-		"nobody left where the socket was made":                        {look: ErrEmptyCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrEmptyCgroup},
-		"a pod's name on somebody's cgroup":                            {look: ErrOwner, at: []workload.Caller{pod("a", "gvisor")}, err: ErrOwner},
-		"A-12: sockets in two namespaces":                              {look: ErrSockets, at: []workload.Caller{pod("a", "gvisor")}, err: ErrSockets},
-		"A-17: two pods":                                               {look: ErrPods, at: []workload.Caller{pod("a", "gvisor")}, err: ErrPods},
-		"no cgroup":                                                    {look: ErrNoCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrNoCgroup},
-		"A-11: a cgroup that nobody knows":                             {look: ErrUnknownCgroup, at: []workload.Caller{pod("a", "gvisor")}, err: ErrUnknownCgroup, took: Hold},
-		"the helper is away":                                           {look: ErrHelperAway, at: []workload.Caller{pod("a", "gvisor")}, err: ErrHelperAway, says: "gke-metadata-emulator-attest.service", took: Hold},
-		"the helper comes back":                                        {look: ErrHelperAway, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
-		"a namespace is found after the accept":                        {look: ErrNoNamespace, pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a", took: time.Second},
+		"the API server is away: a known UID is still the pod's": {evidence: inPod("a"),
+			pods: []workload.Caller{pod("a", "")}, index: away, want: "a"},
+		"the API server is away: an unknown UID is held, and why": {evidence: inPod("a"),
+			pods: []workload.Caller{pod("b", "")}, index: away, err: away, took: Hold},
+		"a dead cgroup": {evidence: dead, pods: []workload.Caller{pod("a", "")}, at: []workload.Caller{pod("a", "gvisor")},
+			err: ErrChanged},
+		"A-13: no socket": {look: noSocket, at: []workload.Caller{pod("a", "")}, later: searched, err: ErrNoSocket,
+			took: Hold},
+		"A-13: a socket in a namespace that is found after the accept": {look: noSocket,
+			pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a",
+			took: time.Second},
+		"nobody left where the socket was made": {look: ErrEmptyCgroup,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrEmptyCgroup},
+		"a pod's name on somebody's cgroup": {look: ErrOwner,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrOwner},
+		"A-12: sockets in two namespaces": {look: ErrSockets,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrSockets},
+		"A-17: two pods": {look: ErrPods,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrPods},
+		"no cgroup": {look: ErrNoCgroup,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrNoCgroup},
+		"A-11: a cgroup that nobody knows": {look: ErrUnknownCgroup,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrUnknownCgroup, took: Hold},
+		"the helper is away": {look: ErrHelperAway,
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrHelperAway, says: "gke-metadata-emulator-attest.service",
+			took: Hold},
+		"the helper comes back": {look: ErrHelperAway,
+			pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a",
+			took: time.Second},
+		"a namespace is found after the accept": {look: ErrNoNamespace,
+			pods: []workload.Caller{pod("a", "")}, later: func(_ *index, w *witness) { w.say(inPod("a"), nil) }, want: "a",
+			took: time.Second},
 
 		"a pod whose namespace is not found is not believed for its address": {
 			look: ErrNoNamespace, at: []workload.Caller{pod("a", "")}, later: searched, err: ErrNoNamespace, took: Hold},
 		"A-14: a sandbox is, once its namespace was searched for": {
 			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
 		"A-14: news of others is no search": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, err: ErrNoNamespace, took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")},
+			later: func(_ *index, w *witness) { w.say(nil, ErrNoNamespace) }, err: ErrNoNamespace, took: Hold},
 		"A-14: a sandbox whose namespace has the address, and no socket": {
-			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
+			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a",
+			took: time.Second},
 		"A-14: a sandbox's address that another pod's namespace has": {
-			look: &NoSocketError{Holder: "b"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
+			look: &NoSocketError{Holder: "b"}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket,
+			took: Hold},
 		"A-14: a sandbox whose machine has a cgroup of no pod": {
-			look: &NoSocketError{Others: true}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a", took: time.Second},
+			look: &NoSocketError{Others: true}, at: []workload.Caller{pod("a", "gvisor")}, later: searched, want: "a",
+			took: time.Second},
 		"A-14: a sandbox's address that two namespaces have": {
 			look: noSocket, at: []workload.Caller{pod("a", "gvisor")}, later: searched, err: ErrNoSocket, took: Hold},
 		"A-14: the search finds whose address it is now": {
 			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, pods: []workload.Caller{pod("b", "")},
 			later: func(_ *index, w *witness) { w.say(inPod("b"), nil) }, want: "b", took: time.Second},
 		"A-14: a sandbox that is not configured": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "kata")}, err: ErrNoNamespace, says: "attestation.byAddress", took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "kata")}, err: ErrNoNamespace, says: "attestation.byAddress",
+			took: Hold},
 		"A-14: two pods have the sandbox's address": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor"), pod("b", "gvisor")}, later: searched, err: ErrNoNamespace, took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor"), pod("b", "gvisor")}, later: searched,
+			err: ErrNoNamespace, took: Hold},
 		"A-14: a sandbox while the API server is away": {
-			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, index: away, later: searched, err: away, took: Hold},
+			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, index: away, later: searched, err: away,
+			took: Hold},
 
-		"a unit that is named":             {evidence: inCgroup("/system.slice/kubelet.service"), want: "kubelet.service", account: puller},
-		"a cgroup that is named":           {evidence: inCgroup("/system.slice/docker-0abc.scope/init"), want: "docker-0abc.scope", account: workload.ServiceAccount{Namespace: "ns", Name: "docker"}},
-		"a unit that is not":               {evidence: inCgroup("/system.slice/sshd.service"), at: []workload.Caller{pod("a", "gvisor")}, err: ErrNotPod, says: "sshd.service"},
-		"a cgroup of no unit":              {evidence: inCgroup("/foo"), err: ErrNotPod, says: "/foo"},
-		"a delegated cgroup named as one":  {evidence: inCgroup("/system.slice/evil.service/kubelet.service"), err: ErrNotPod, says: "evil.service"},
-		"a pod's cgroup named as a unit's": {evidence: alive(Evidence{Kind: ByCgroup, PodUID: "a", Cgroup: "/kubepods.slice/kubepods-poda.slice/x.scope/kubelet.service"}), pods: []workload.Caller{pod("a", "")}, want: "a"},
-		"a static pod":                     {evidence: inPod("a"), pods: []workload.Caller{{PodUID: "a", PodName: "static", ServiceAccount: workload.ServiceAccount{Namespace: "ns"}}}, err: ErrNoAccount, says: "ns/static"},
+		"a unit that is named": {evidence: inCgroup("/system.slice/kubelet.service"), want: "kubelet.service",
+			account: puller},
+		"a cgroup that is named": {evidence: inCgroup("/system.slice/docker-0abc.scope/init"),
+			want: "docker-0abc.scope", account: workload.ServiceAccount{Namespace: "ns", Name: "docker"}},
+		"a unit that is not": {evidence: inCgroup("/system.slice/sshd.service"),
+			at: []workload.Caller{pod("a", "gvisor")}, err: ErrNotPod, says: "sshd.service"},
+		"a cgroup of no unit": {evidence: inCgroup("/foo"), err: ErrNotPod, says: "/foo"},
+		"a delegated cgroup named as one": {evidence: inCgroup("/system.slice/evil.service/kubelet.service"),
+			err: ErrNotPod, says: "evil.service"},
+		"a pod's cgroup named as a unit's": {evidence: alive(Evidence{Kind: ByCgroup, PodUID: "a",
+			Cgroup: "/kubepods.slice/kubepods-poda.slice/x.scope/kubelet.service"}), pods: []workload.Caller{pod("a", "")},
+			want: "a"},
+		"a static pod": {evidence: inPod("a"),
+			pods: []workload.Caller{{PodUID: "a", PodName: "static", ServiceAccount: workload.ServiceAccount{Namespace: "ns"}}},
+			err:  ErrNoAccount, says: "ns/static"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -237,11 +273,16 @@ func TestConfigurationChanges(t *testing.T) {
 		evidence      *Evidence
 		want          error
 	}{
-		"from addresses to the kernel":          {before: Options{}, after: Options{Kernel: newWitness(nil, ErrNoNamespace)}, want: ErrChanged},
-		"to the kernel, and a sandbox's":        {before: Options{}, after: Options{Kernel: newWitness(nil, ErrNoNamespace), ByAddress: []string{"gvisor"}}},
-		"a unit that is named no more":          {before: Options{Kernel: newWitness(kubelet, nil), Hosts: named}, after: Options{Kernel: newWitness(kubelet, nil)}, want: ErrChanged},
-		"a unit that is still named":            {before: Options{Kernel: newWitness(kubelet, nil), Hosts: named}, after: Options{Hosts: named}},
-		"a unit with another ServiceAccount":    {before: Options{Kernel: newWitness(kubelet, nil), Hosts: named}, after: Options{Hosts: []Host{{Unit: "kubelet.service"}}}, want: ErrChanged},
+		"from addresses to the kernel": {before: Options{}, after: Options{Kernel: newWitness(nil, ErrNoNamespace)},
+			want: ErrChanged},
+		"to the kernel, and a sandbox's": {before: Options{}, after: Options{Kernel: newWitness(nil, ErrNoNamespace),
+			ByAddress: []string{"gvisor"}}},
+		"a unit that is named no more": {before: Options{Kernel: newWitness(kubelet, nil), Hosts: named},
+			after: Options{Kernel: newWitness(kubelet, nil)}, want: ErrChanged},
+		"a unit that is still named": {before: Options{Kernel: newWitness(kubelet, nil), Hosts: named},
+			after: Options{Hosts: named}},
+		"a unit with another ServiceAccount": {before: Options{Kernel: newWitness(kubelet, nil), Hosts: named},
+			after: Options{Hosts: []Host{{Unit: "kubelet.service"}}}, want: ErrChanged},
 		"from the kernel to addresses: as good": {before: Options{Kernel: newWitness(inPod("a"), nil)}, after: Options{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -260,7 +301,8 @@ func TestConfigurationChanges(t *testing.T) {
 	}
 }
 
-// By address, a request waits while the next watch is opened, and is not lost to it; when none is, it is refused.
+// By address, a request waits while the next watch is opened, and is not lost to it; when none is,
+// it is refused.
 func TestAddressWhileTheWatchIsReopened(t *testing.T) {
 	for name, again := range map[string]bool{"opened": true, "not": false} {
 		t.Run(name, func(t *testing.T) {
@@ -286,7 +328,8 @@ func TestAddressWhileTheWatchIsReopened(t *testing.T) {
 
 func TestParty(t *testing.T) {
 	x := newIndex()
-	for want, e := range map[string]*Evidence{"pod a": inPod("a"), "kubelet.service": inCgroup("/system.slice/kubelet.service"), "10.1.0.1": nil} {
+	for want, e := range map[string]*Evidence{"pod a": inPod("a"),
+		"kubelet.service": inCgroup("/system.slice/kubelet.service"), "10.1.0.1": nil} {
 		p := peer(podClient)
 		p.evidence = e
 		if got := p.Party().String(); got != want {
@@ -378,10 +421,11 @@ func TestHostPod(t *testing.T) {
 		maybe    bool // before it is attested
 		is       bool
 	}{
-		"it is":                                        {onHost(inPod("a")), nil, hostPod, true, true},
-		"a socket in a pod's namespace":                {inPod("a"), nil, hostPod, false, false},
-		"a pod on the pod network by Kubernetes":       {onHost(inPod("a")), nil, pod("a", ""), true, false},
-		"a process of the node":                        {onHost(inCgroup("/system.slice/x.service")), nil, workload.Caller{Unit: "x.service"}, false, false},
+		"it is":                                  {onHost(inPod("a")), nil, hostPod, true, true},
+		"a socket in a pod's namespace":          {inPod("a"), nil, hostPod, false, false},
+		"a pod on the pod network by Kubernetes": {onHost(inPod("a")), nil, pod("a", ""), true, false},
+		"a process of the node": {onHost(inCgroup("/system.slice/x.service")), nil,
+			workload.Caller{Unit: "x.service"}, false, false},
 		"a cgroup that is not known yet":               {nil, ErrUnknownCgroup, hostPod, true, false},
 		"an address":                                   {nil, nil, hostPod, false, false},
 		"a namespace that is not known yet":            {nil, ErrNoNamespace, hostPod, false, false},

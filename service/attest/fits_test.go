@@ -36,7 +36,8 @@ func TestFits(t *testing.T) {
 		}
 	}
 	fits("at accept")
-	for deadline := time.Now().Add(10 * time.Second); look().acknowledged < fitSlack+200; <-time.After(10 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); look().
+		acknowledged < fitSlack+200; <-time.After(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%+v is not idle", look())
 		}

@@ -14,14 +14,15 @@ import (
 )
 
 const (
-	walkInterval    = time.Second            // between walks for a cgroup that is not known, of 40 ms where there are 1000
-	scanInterval    = 100 * time.Millisecond // between two looks that the helper is asked for
-	addressInterval = 20 * time.Millisecond  // between two looks at the addresses of one namespace, which its owner can change as he likes
+	walkInterval = time.Second            // between walks for a cgroup that is not known, of 40 ms where there are 1000
+	scanInterval = 100 * time.Millisecond // between two looks that the helper is asked for
+	// between two looks at the addresses of one namespace, which its owner can change as he likes
+	addressInterval = 20 * time.Millisecond
 	retryInterval   = 250 * time.Millisecond // until a helper that is not there is tried again
 )
 
-// Run follows the cgroups, our own network namespace, and what the helper hands over, until ctx is done. It gives nothing up: what fails is
-// logged, shown by Status, and tried again.
+// Run follows the cgroups, our own network namespace, and what the helper hands over, until ctx is
+// done. It gives nothing up: what fails is logged, shown by Status, and tried again.
 func (k *Kernel) Run(ctx context.Context) error {
 	for {
 		err := k.run(ctx)
@@ -84,7 +85,8 @@ func (k *Kernel) run(ctx context.Context) (err error) {
 	return g.Wait()
 }
 
-// openOwn makes our own namespace one that can be asked, once it answered for a connection of our own.
+// openOwn makes our own namespace one that can be asked, once it answered for a connection of our
+// own.
 func (k *Kernel) openOwn(groups *cgroups) error {
 	diag, err := openNetlink(unix.NETLINK_SOCK_DIAG)
 	if err != nil {
@@ -104,7 +106,8 @@ func (k *Kernel) openOwn(groups *cgroups) error {
 		return fmt.Errorf("ask for a connection of our own (with the module tcp_diag): %w", err)
 	}
 	s := KernelStatus{Hierarchy: "cgroup2", Evidence: ByCgroup}
-	const without = ": pods are told by their network namespaces, the containers of one are not told apart, and pods on the host network are not told at all"
+	const without = ": pods are told by their network namespaces, the containers of one are not told apart, and pods on " +
+		"the host network are not told at all"
 	switch {
 	case groups == nil:
 		s.Hierarchy, s.Evidence = "cgroup1", ByNamespace
@@ -184,7 +187,8 @@ func (k *Kernel) addressesChanged(n *namespace) {
 	}
 }
 
-// readAddresses notes what addresses the namespace has, and reports whether that can be done again. The lock of the route sockets is held.
+// readAddresses notes what addresses the namespace has, and reports whether that can be done again.
+// The lock of the route sockets is held.
 func (k *Kernel) readAddresses(n *namespace) bool {
 	if n.closed() {
 		return false
@@ -192,7 +196,8 @@ func (k *Kernel) readAddresses(n *namespace) bool {
 	found, err := n.route.addresses()
 	if err != nil && !n.warned { // its owner could make it happen again and again
 		n.warned = true
-		k.options.Log.WithError(err).WithField("namespace", n).Warn("attest: not all addresses of a network namespace are known")
+		k.options.Log.WithError(err).WithField("namespace",
+			n).Warn("attest: not all addresses of a network namespace are known")
 	}
 	if err != nil && err != errTooMany {
 		return true // with those that were known
@@ -240,7 +245,8 @@ func (k *Kernel) drop(n *namespace) {
 	k.changed()
 }
 
-// forget ends a run. Where another follows, what was evidence may have died unseen; at the end of all, who is being answered still is.
+// forget ends a run. Where another follows, what was evidence may have died unseen; at the end of
+// all, who is being answered still is.
 func (k *Kernel) forget(groups *cgroups, dead bool) {
 	if dead && groups != nil {
 		groups.dieAll()
@@ -373,7 +379,8 @@ func (k *Kernel) askHelper(ctx context.Context, c *net.UnixConn, complete <-chan
 	}
 }
 
-// take makes a namespace of what the helper handed over. One that was known is asked by the new sockets from then on.
+// take makes a namespace of what the helper handed over. One that was known is asked by the new
+// sockets from then on.
 func (k *Kernel) take(m helperMessage, fds []int) error {
 	n, err := newNamespace(m.Namespace, fds[0], fds[1], fds[2], k.buffer)
 	if err != nil {

@@ -27,21 +27,24 @@ type HelperOptions struct {
 }
 
 const (
-	sweepInterval = 30 * time.Second     // between looks at all cgroups, whatever happens
-	askedInterval = time.Second          // between looks at all cgroups because somebody asks
-	firstLook     = 5 * time.Millisecond // until one without a namespace of its own is looked at again; each look doubles it
-	lastLook      = 5 * time.Second
-	sendTimeout   = time.Second
-	maxServers    = 4 // that are connected: those beyond are closed at once
-	acceptAgain   = 100 * time.Millisecond
+	sweepInterval = 30 * time.Second // between looks at all cgroups, whatever happens
+	askedInterval = time.Second      // between looks at all cgroups because somebody asks
+	// until one without a namespace of its own is looked at again; each look doubles it
+	firstLook   = 5 * time.Millisecond
+	lastLook    = 5 * time.Second
+	sendTimeout = time.Second
+	maxServers  = 4 // that are connected: those beyond are closed at once
+	acceptAgain = 100 * time.Millisecond
 )
 
-// maxOthers bounds the network namespaces of no pod that are handed over: any user of the node may be allowed to make some.
+// maxOthers bounds the network namespaces of no pod that are handed over: any user of the node may
+// be allowed to make some.
 const maxOthers = 512
 
-// Helper finds the network namespaces of this node that pods, other containers and units live in, opens sockets in them and hands these
-// over to the server, which may do none of that. All that it keeps of a namespace is a pidfd, so none outlives its processes.
-// Nothing that a server says steers what it does, but that it looks.
+// Helper finds the network namespaces of this node that pods, other containers and units live in,
+// opens sockets in them and hands these over to the server, which may do none of that. All
+// that it keeps of a namespace is a pidfd, so none outlives its processes. Nothing that a
+// server says steers what it does, but that it looks.
 type Helper struct {
 	options HelperOptions
 	home    uint64 // our own network namespace
@@ -62,7 +65,8 @@ type Helper struct {
 	pending map[string]*look // cgroups to look at, by path: pods' own, and those of no pod
 }
 
-// anchor is a process by which a namespace is found. What is told of it does not change, but for another.
+// anchor is a process by which a namespace is found. What is told of it does not change, but for
+// another.
 type anchor struct {
 	process
 	key    uint64          // of the poller
@@ -132,7 +136,8 @@ func RunHelper(ctx context.Context, o HelperOptions) error {
 	return err
 }
 
-// accept serves whoever may connect: the directory of the socket says who can, and the kernel who did.
+// accept serves whoever may connect: the directory of the socket says who can, and the kernel who
+// did.
 func (h *Helper) accept(l *net.UnixListener) error {
 	for {
 		c, err := l.AcceptUnix()
@@ -205,7 +210,8 @@ func (h *Helper) look() {
 
 // short reports whether the process, or the machine, is short of descriptors or memory.
 func short(err error) bool {
-	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNABORTED)
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) ||
+		errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNABORTED)
 }
 
 // do has the loop do f.
@@ -249,8 +255,8 @@ func (h *Helper) loop() error {
 	}
 }
 
-// soon has a cgroup looked at now, and then again until it has a namespace of its own: its processes come into it before they enter
-// that, and a pod on the host network never has one.
+// soon has a cgroup looked at now, and then again until it has a namespace of its own: its
+// processes come into it before they enter that, and a pod on the host network never has one.
 func (h *Helper) soon(path string) {
 	h.mu.Lock()
 	h.pending[path] = &look{due: time.Now(), wait: firstLook}
@@ -258,8 +264,8 @@ func (h *Helper) soon(path string) {
 	signal(h.wake)
 }
 
-// due returns the cgroups whose time has come, and how long there is nothing to do then. One of no pod, as nearly all of a node are, is
-// left to the sweeps after 5 s.
+// due returns the cgroups whose time has come, and how long there is nothing to do then. One of no
+// pod, as nearly all of a node are, is left to the sweeps after 5 s.
 func (h *Helper) due() (paths []string, next time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -285,7 +291,8 @@ func (h *Helper) allPending() []string {
 	return slices.Collect(maps.Keys(h.pending))
 }
 
-// sweep looks at all cgroups, whatever events were missed. A pod's process is the better anchor, so pods come first.
+// sweep looks at all cgroups, whatever events were missed. A pod's process is the better anchor, so
+// pods come first.
 func (h *Helper) sweep() {
 	h.swept, h.problem = time.Now(), ""
 	h.cgroups.walk()

@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A helper that is short of descriptors, or that its own user floods, goes on: it serves those who are connected, and others when it can again.
+// A helper that is short of descriptors, or that its own user floods, goes on: it serves those who
+// are connected, and others when it can again.
 func TestHelperIsFlooded(t *testing.T) {
 	b := newBed(t)
 	c := b.client(containerPath(1, 1), b.pod("one"))

@@ -22,7 +22,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// Known pods go on being known while the helper is killed again and again, and new ones are when it is back.
+// Known pods go on being known while the helper is killed again and again, and new ones are when it
+// is back.
 func TestHelperKilledUnderLoad(t *testing.T) {
 	b := newBed(t)
 	const pods = 8
@@ -85,7 +86,8 @@ func TestHelperCapabilities(t *testing.T) {
 	b := newBed(t)
 	b.startHelper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.helper.Process.Pid))
-	if err != nil || !strings.Contains(string(status), "CapEff:\t0000000000280000") || !strings.Contains(string(status), "CapBnd:\t0000000000280000") {
+	if err != nil || !strings.Contains(string(status), "CapEff:\t0000000000280000") ||
+		!strings.Contains(string(status), "CapBnd:\t0000000000280000") {
 		t.Errorf("%v: %s", err, status)
 	}
 }
@@ -139,14 +141,18 @@ func TestNothingIsPinned(t *testing.T) {
 	if n := b.kernel.Status().Namespaces; n != 0 {
 		t.Errorf("%d namespaces are left", n)
 	}
-	eventually(t, "the helper has closed all", func() bool { return openFiles(t, strconv.Itoa(b.helper.Process.Pid)) <= helper })
+	eventually(t, "the helper has closed all", func() bool {
+		return openFiles(t,
+			strconv.Itoa(b.helper.Process.Pid)) <= helper
+	})
 	b.kernel.cgroups.mu.Lock()
 	cgroups, watches := len(b.kernel.cgroups.byID), len(b.kernel.cgroups.byWatch)
 	b.kernel.cgroups.mu.Unlock()
 	if cgroups > 10 || watches > 20 {
 		t.Errorf("%d cgroups and %d watches are left", cgroups, watches)
 	}
-	t.Logf("%d namespaces came and went; veths %d before and %d after; descriptors of ours %d and %d", seen, before, veths(), descriptors, openFiles(t, "self"))
+	t.Logf("%d namespaces came and went; veths %d before and %d after; descriptors of ours %d and %d", seen, before,
+		veths(), descriptors, openFiles(t, "self"))
 }
 
 // sleeper is a process that does nothing.
@@ -160,7 +166,11 @@ func (b *bed) sleeper(cgroup string, ns *netnstest.NS) *client {
 // removeCgroup removes it, and the pod's if that is empty then.
 func (b *bed) removeCgroup(path string) {
 	b.t.Helper()
-	eventually(b.t, "the cgroup is removed", func() bool { err := unix.Rmdir(b.cgroups + path); return err == nil || err == unix.ENOENT })
+	eventually(b.t, "the cgroup is removed", func() bool {
+		err := unix.Rmdir(b.cgroups + path)
+		return err == nil ||
+			err == unix.ENOENT
+	})
 	_ = unix.Rmdir(filepath.Dir(b.cgroups + path))
 }
 
@@ -225,7 +235,8 @@ func TestUnprivileged(t *testing.T) {
 			Evidence *Evidence
 			Changed  int
 		}
-		if err := errors.Join(err, json.Unmarshal([]byte(line), &found)); err != nil || found.Evidence == nil || found.Evidence.PodUID != uid {
+		if err := errors.Join(err, json.Unmarshal([]byte(line), &found)); err != nil || found.Evidence == nil ||
+			found.Evidence.PodUID != uid {
 			t.Errorf("%v: %s; want %s", err, line, uid)
 		}
 		if found.Changed != 0 {
@@ -266,7 +277,8 @@ func TestPeers(t *testing.T) {
 			return
 		}
 		defer own.Close()
-		if c, err := dialHelper(context.Background(), own.Addr().String()); err == nil || !strings.Contains(err.Error(), "and not root") {
+		if c, err := dialHelper(context.Background(), own.Addr().String()); err == nil ||
+			!strings.Contains(err.Error(), "and not root") {
 			t.Errorf("a helper that is not root: %v, %v", c, err)
 		}
 	})

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// podHierarchy returns where the cgroups are that tell of pods: the one hierarchy of cgroup v2, or one of v1's, in all of which pods are.
+// podHierarchy returns where the cgroups are that tell of pods: the one hierarchy of cgroup v2, or
+// one of v1's, in all of which pods are.
 func podHierarchy(root string) (string, error) {
 	unified, err := unifiedHierarchy(root)
 	if unified || err != nil {
@@ -25,7 +26,8 @@ func podHierarchy(root string) (string, error) {
 			return filepath.Join(root, controller), nil
 		}
 	}
-	return "", fmt.Errorf("%s is no cgroup v2 hierarchy, and below it is none of v1 with the memory, cpu or pids controller", root)
+	return "", fmt.Errorf("%s is no cgroup v2 hierarchy, and below it is none of v1 with the memory, cpu or pids "+
+		"controller", root)
 }
 
 // process is one that lives in a network namespace.
@@ -41,7 +43,8 @@ func (p process) close() {
 	}
 }
 
-// there reports whether the process lives and is in its namespace still, of which the inode is not another one's then.
+// there reports whether the process lives and is in its namespace still, of which the inode is not
+// another one's then.
 func (p process) there() bool {
 	now, err := networkNamespace(strconv.Itoa(p.pid))
 	return err == nil && now == p.namespace && !ended(p.pidfd)
@@ -62,8 +65,9 @@ func firstProcess(cgroup string) (process, error) {
 	return process{}, nil
 }
 
-// openProcess returns a process of the cgroup, or none if it is not there any more. Between two looks its number may become another
-// process's: it is of the cgroup if it is listed after the pidfd was made, and its namespace is what was read if it lives after that.
+// openProcess returns a process of the cgroup, or none if it is not there any more. Between two
+// looks its number may become another process's: it is of the cgroup if it is listed after the
+// pidfd was made, and its namespace is what was read if it lives after that.
 func openProcess(cgroup, number string) (process, error) {
 	pid, err := strconv.Atoi(number)
 	if err != nil || pid <= 0 {
@@ -107,8 +111,9 @@ type opened struct {
 	err         error
 }
 
-// openIn makes them in all of the namespaces. The thread that goes there ends with it: one that waits somewhere would keep that alive.
-// The first thread of a process cannot end, so it is kept busy meanwhile.
+// openIn makes them in all of the namespaces. The thread that goes there ends with it: one that
+// waits somewhere would keep that alive. The first thread of a process cannot end, so it is kept
+// busy meanwhile.
 func openIn(anchors []*anchor) []opened {
 	done := make(chan []opened)
 	go func() {
@@ -192,14 +197,16 @@ func (h *Helper) send(s *server, m helperMessage, fds ...int) bool {
 	return err == nil
 }
 
-// cannot notes what fails for want of a right or of a newer kernel. That a process ends meanwhile is no news.
+// cannot notes what fails for want of a right or of a newer kernel. That a process ends meanwhile
+// is no news.
 func (h *Helper) cannot(err error) {
 	var problem string
 	switch {
 	case err == nil:
 		return
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		problem = "network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module that forbids it"
+		problem = "network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module " +
+			"that forbids it"
 	case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL):
 		problem = "network namespaces cannot be asked: a kernel with setns(2) by pidfd is needed (Linux 5.8)"
 	case errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist):

@@ -74,8 +74,9 @@ func (h *Helper) settlePod(pod string) bool {
 	return settled
 }
 
-// settleOther finds the namespaces that processes of a cgroup of no pod live in, and reports whether there is one, or the cgroup is gone.
-// Any process of a unit may have one of its own, so all are looked at: one on the node's network, as nearly all are, costs a system call.
+// settleOther finds the namespaces that processes of a cgroup of no pod live in, and reports
+// whether there is one, or the cgroup is gone. Any process of a unit may have one of its own, so
+// all are looked at: one on the node's network, as nearly all are, costs a system call.
 func (h *Helper) settleOther(path string) bool {
 	here := map[uint64]bool{}
 	cgroup := h.cgroups.root + path
@@ -133,7 +134,8 @@ func (h *Helper) room() bool {
 		}
 	}
 	if n >= maxOthers {
-		h.problemIs(fmt.Sprintf("there are more than %d network namespaces of no pod: the clients in those beyond are not known", maxOthers))
+		h.problemIs(fmt.Sprintf("there are more than %d network namespaces of no pod: the clients in those beyond are not "+
+			"known", maxOthers))
 	}
 	return n < maxOthers
 }

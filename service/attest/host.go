@@ -8,17 +8,18 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// Host gives the processes of a systemd unit of the node, or those in a cgroup and below it, the identity of a ServiceAccount, whatever
-// network namespace they are in. In both patterns * and ? stand for what [path.Match] takes them for, and so never for a /. One of the two
-// is "".
+// Host gives the processes of a systemd unit of the node, or those in a cgroup and below it, the
+// identity of a ServiceAccount, whatever network namespace they are in. In both patterns * and ?
+// stand for what [path.Match] takes them for, and so never for a /. One of the two is "".
 type Host struct {
 	Unit           string // kubelet.service
 	Cgroup         string // from the root of the hierarchy: /system.slice/docker-*.scope
 	ServiceAccount workload.ServiceAccount
 }
 
-// fits reports whether the evidence is of such a process. Whoever owns a cgroup can make any below it, so only the beginning of a path
-// says who that is: [Evidence.Unit] is the outermost unit, and a pattern begins at the root.
+// fits reports whether the evidence is of such a process. Whoever owns a cgroup can make any below
+// it, so only the beginning of a path says who that is: [Evidence.Unit] is the outermost unit, and
+// a pattern begins at the root.
 func (h Host) fits(e *Evidence) bool {
 	if h.Unit != "" {
 		ok, err := path.Match(h.Unit, e.Unit())

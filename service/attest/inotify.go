@@ -28,10 +28,12 @@ func (e inotifyEvent) name() string {
 	return string(name)
 }
 
-// subdirectories returns the inodes of a directory's directories by name. os.ReadDir leaves them out, and asks for each again.
+// subdirectories returns the inodes of a directory's directories by name. os.ReadDir leaves them
+// out, and asks for each again.
 func subdirectories(path string) (map[string]uint64, error) {
 	var s unix.Stat_t
-	if err := unix.Stat(path, &s); err == nil && s.Nlink == 2 { // itself and its name above: no directory below, as in every second cgroup
+	// itself and its name above: no directory below, as in every second cgroup
+	if err := unix.Stat(path, &s); err == nil && s.Nlink == 2 {
 		return nil, nil
 	}
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)

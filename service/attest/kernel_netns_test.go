@@ -51,7 +51,8 @@ func (b *bed) refused(what string, c Conn, reasons ...error) {
 	b.t.Errorf("%s: Look = %+v, %v; want %v", what, e, err, reasons)
 }
 
-// two containers in one pod's namespace are told apart, and so are a pod on the host network and a unit of the node.
+// two containers in one pod's namespace are told apart, and so are a pod on the host
+// network and a unit of the node.
 func TestIdentities(t *testing.T) {
 	b := newBed(t)
 	one := b.pod("one")
@@ -81,8 +82,9 @@ func TestIdentities(t *testing.T) {
 	}
 }
 
-// A pod on the host network that connects to the listen address and then, from the same port, to the metadata server: conntrack gives the
-// second connection another port. If that is one of which a process of the node has a connection to the real server, the pod is not that process.
+// A pod on the host network that connects to the listen address and then, from the same port, to
+// the metadata server: conntrack gives the second connection another port. If that is one of which
+// a process of the node has a connection to the real server, the pod is not that process.
 func TestPortOfAnother(t *testing.T) {
 	b := newBed(t)
 	if _, err := b.node.Cloud.Listen("tcp4", metadataAddr); err != nil {
@@ -95,7 +97,8 @@ func TestPortOfAnother(t *testing.T) {
 	if own := unit.do("dial tcp4 %s %s", metadataAddr, port); own != port.String() {
 		t.Fatal(own)
 	}
-	b.in(b.node.NS, "iptables -t nat -A POSTROUTING -p tcp -d 169.254.169.252 --dport 988 -j SNAT --to-source %s", port) // conntrack takes one at random
+	// conntrack takes one at random
+	b.in(b.node.NS, "iptables -t nat -A POSTROUTING -p tcp -d 169.254.169.252 --dport 988 -j SNAT --to-source %s", port)
 	host.do(dial)
 	conn := accepted(b.accept(port.String()))
 	if conn.Original.String() != metadataAddr {
@@ -176,15 +179,19 @@ func TestMakerOfTheSocket(t *testing.T) {
 	b.client(containerPath(1, 1), ns) // somebody stays
 	b.cgroup(containerPath(3, 3))
 	maker.do("move %s", b.seenByClients(containerPath(3, 3)))
-	// The socket stays its maker's. It is refused once the helper has seen that two pods are in the namespace.
-	if e, err := b.look(accepted(conn)); !errors.Is(err, ErrOtherNamespace) && (err != nil || e.PodUID != podUID(1) || !e.Alive()) {
+	// The socket stays its maker's. It is refused once the helper has seen that two pods are in the
+	// namespace.
+	if e, err := b.look(accepted(conn)); !errors.Is(err, ErrOtherNamespace) &&
+		(err != nil || e.PodUID != podUID(1) || !e.Alive()) {
 		t.Errorf("the connection of a process that was moved is %+v, %v", e, err)
 	}
-	// What it makes from now on is its new cgroup's, which is another pod's than the namespace it is in.
+	// What it makes from now on is its new cgroup's, which is another pod's than the namespace it is
+	// in.
 	b.refused("a process that was moved", accepted(b.accept(maker.do(dial))), ErrOtherNamespace)
 }
 
-// of a cgroup that was removed nothing is known, whoever still has a socket that was made in it.
+// of a cgroup that was removed nothing is known, whoever still has a socket that was made in
+// it.
 func TestRemovedCgroup(t *testing.T) {
 	b := newBed(t)
 	c := b.client(containerPath(1, 1), b.pod("one"))
@@ -244,7 +251,8 @@ func TestClientsThatLeave(t *testing.T) {
 	b.refused("reset", accepted(conn), ErrNoSocket)
 }
 
-// TestOldTranslation: conntrack may tell of a connection where an earlier one from the same port went.
+// TestOldTranslation: conntrack may tell of a connection where an earlier one from the same port
+// went.
 func TestOldTranslation(t *testing.T) {
 	b := newBed(t)
 	host := b.client(containerPath(3, 4), b.node.NS)
@@ -259,7 +267,8 @@ func TestOldTranslation(t *testing.T) {
 	host.do("reset %s", from)
 	b.refused("reset", there, ErrNoSocket)
 
-	// Conntrack says that the connection was redirected: then it is not that of a process which nobody redirects.
+	// Conntrack says that the connection was redirected: then it is not that of a process which nobody
+	// redirects.
 	unit := b.client("/system.slice/kubelet.service", b.node.NS)
 	there = accepted(b.accept(unit.do("dial tcp4 " + listenAddr + " 127.0.0.1:0")))
 	if e, err := b.look(there); err != nil || e.Unit() != "kubelet.service" {
@@ -284,8 +293,8 @@ func TestSpoofedAddress(t *testing.T) {
 	b.in(b.node.NS, "ip neigh flush dev cni0")
 	end := func(port int) string { return netip.AddrPortFrom(victimNS.Addr, uint16(port)).String() }
 
-	// The attacker has the address without having it: no namespace but the victim's is known to hold it. The victim listens on the same
-	// port, or is about to connect from it.
+	// The attacker has the address without having it: no namespace but the victim's is known to hold
+	// it. The victim listens on the same port, or is about to connect from it.
 	poison()
 	b.in(attackerNS, "ip route add local %s/32 dev lo", victimNS.Addr)
 	victim.do("listen %s", end(41000))
@@ -311,7 +320,8 @@ func TestSpoofedAddress(t *testing.T) {
 	b.in(attackerNS, "ip link set eth0 arp off") // else it would answer for the address
 	b.twoSockets(attacker, victim, victimNS.Addr, 41003)
 	conflicts := b.kernel.Status().Conflicts
-	if len(conflicts) != 1 || conflicts[0].Address != victimNS.Addr || !slices.Contains(conflicts[0].Between[:], podUID(1)) || !slices.Contains(conflicts[0].Between[:], podUID(2)) {
+	if len(conflicts) != 1 || conflicts[0].Address != victimNS.Addr || !slices.Contains(conflicts[0].Between[:],
+		podUID(1)) || !slices.Contains(conflicts[0].Between[:], podUID(2)) {
 		t.Errorf("Conflicts = %+v", conflicts)
 	}
 
@@ -366,7 +376,8 @@ func (b *bed) holders(a netip.Addr) []holder {
 	return b.kernel.byAddr[a]
 }
 
-// A pod with CAP_NET_ADMIN may send netlink messages to the sockets that we ask by: they are tied to the kernel.
+// A pod with CAP_NET_ADMIN may send netlink messages to the sockets that we ask by: they are tied
+// to the kernel.
 func TestForgedAnswers(t *testing.T) {
 	b := newBed(t)
 	ns := b.pod("one")
@@ -405,7 +416,8 @@ func TestForgedAnswers(t *testing.T) {
 	if m, err := s.receive(); m != nil || err != nil {
 		t.Errorf("a message that is not the kernel's was received: %v, %v", m, err)
 	}
-	// A namespace may be handed over anew meanwhile, and its descriptors then be somebody else's: what was seen counts if it was not.
+	// A namespace may be handed over anew meanwhile, and its descriptors then be somebody else's: what
+	// was seen counts if it was not.
 	holder := func() *namespace { return b.holders(netip.MustParseAddrPort(own).Addr())[0].namespace }
 	for again := true; again; {
 		n := holder()
@@ -438,7 +450,8 @@ func TestForgedCgroups(t *testing.T) {
 	b.refused("a user's own", accepted(b.accept(user.do(dial))), ErrOwner)
 }
 
-// root in what is no pod makes cgroups below its own, and has one that is named like a pod's ask. It stays what it is.
+// root in what is no pod makes cgroups below its own, and has one that is named like a pod's
+// ask. It stays what it is.
 func TestForgedPods(t *testing.T) {
 	b := newBed(t)
 	escaped := strings.ReplaceAll(podUID(9), "-", "_")
@@ -447,10 +460,12 @@ func TestForgedPods(t *testing.T) {
 	var units []string
 	for _, forged := range []struct{ own, unit, below string }{
 		{"/system.slice/" + docker, docker, containerPath(9, 9)},
-		{"/system.slice/" + docker, docker, "/kubepods.slice/kubepods-pod" + escaped + ".slice/cri-containerd-" + containerIDOf(9) + ".scope"},
+		{"/system.slice/" + docker, docker, "/kubepods.slice/kubepods-pod" + escaped + ".slice/cri-containerd-" +
+			containerIDOf(9) + ".scope"},
 		{"/docker/" + containerIDOf(2), "", containerPath(9, 9)},
 		{"/user.slice/user-0.slice/user@0.service", "user@0.service", containerPath(9, 9)},
-		{"/system.slice/containerd.service/system.slice:docker:" + containerIDOf(3), "containerd.service", "/kubepods-pod" + escaped + ".slice:cri-containerd:" + containerIDOf(9)},
+		{"/system.slice/containerd.service/system.slice:docker:" + containerIDOf(3), "containerd.service",
+			"/kubepods-pod" + escaped + ".slice:cri-containerd:" + containerIDOf(9)},
 	} {
 		ns := b.node.NS
 		if len(clients) < 3 {
@@ -491,5 +506,8 @@ func TestDeath(t *testing.T) {
 	if err := ns.Close(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the veth is gone", func() bool { return !bytes.Contains([]byte(b.in(b.node.NS, "ip -o link")), []byte("veth1@")) })
+	eventually(t, "the veth is gone", func() bool {
+		return !bytes.Contains([]byte(b.in(b.node.NS, "ip -o link")),
+			[]byte("veth1@"))
+	})
 }

@@ -22,8 +22,8 @@ func (k *Kernel) asks() (n uint32) {
 	return n
 }
 
-// Users of the node may be allowed to make network namespaces, with any address. A pod of that address is found among them, and each
-// connection costs no more than a few questions.
+// Users of the node may be allowed to make network namespaces, with any address. A pod of that
+// address is found among them, and each connection costs no more than a few questions.
 func TestManyNamespaces(t *testing.T) {
 	const others = 60
 	b := newBed(t)
@@ -53,7 +53,8 @@ func TestManyNamespaces(t *testing.T) {
 	}
 	slices.Sort(took)
 	t.Logf("%d namespaces: p50 %v, p99 %v", others+1, took[looks/2], took[looks*99/100])
-	if s := b.kernel.Status(); !strings.Contains(strings.Join(s.Lacks, "\n"), fmt.Sprintf("1 addresses are in more than %d network namespaces", maxAskedOfOne)) {
+	if s := b.kernel.Status(); !strings.Contains(strings.Join(s.Lacks, "\n"),
+		fmt.Sprintf("1 addresses are in more than %d network namespaces", maxAskedOfOne)) {
 		t.Errorf("status does not say so: %+v", s)
 	}
 }
@@ -69,13 +70,15 @@ func TestAskable(t *testing.T) {
 	for i := range uint64(500) {
 		all = append(all, in(1000+i, "/user.slice/user-1000.slice/user@1000.service"))
 	}
-	container, own, one, two := in(1, "/system.slice/docker-x.scope"), holder{namespace: &namespace{}}, in(2, containerPath(1, 1)), in(3, containerPath(2, 2))
+	container, own, one, two := in(1, "/system.slice/docker-x.scope"), holder{namespace: &namespace{}},
+		in(2, containerPath(1, 1)), in(3, containerPath(2, 2))
 	all = append(all, container, own, one, two)
 	for i := range uint64(50) {
 		all = append(all, in(2000+i, containerPath(3, 3)))
 	}
 	got := askable(all)
-	for what, h := range map[string]holder{"a container's": container, "our own": own, "a pod's": one, "another pod's": two} {
+	for what, h := range map[string]holder{"a container's": container, "our own": own, "a pod's": one,
+		"another pod's": two} {
 		if !slices.Contains(got, h) {
 			t.Errorf("%s is not asked", what)
 		}

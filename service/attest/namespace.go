@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namespace is a network namespace whose sockets we can ask for: a pod's, another container's or unit's, or our own.
+// namespace is a network namespace whose sockets we can ask for: a pod's, another container's or
+// unit's, or our own.
 type namespace struct {
 	inode      uint64 // 0: our own
 	generation int    // of the helper that handed it over
@@ -68,7 +69,8 @@ func (n *namespace) socket(local, remote netip.AddrPort, device uint32) (socketF
 	return n.diag.socket(local, remote, device)
 }
 
-// close lets go of the namespace: as long as its sockets are open it stays, and its links with it.
+// close lets go of the namespace: as long as its sockets are open it stays, and its links with it
+//
 func (n *namespace) close(p *poller) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -91,7 +93,8 @@ func (n *namespace) closed() bool {
 	return n.diag == nil
 }
 
-// pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that is no pod's nothing can be said by it.
+// pods notes whose processes were found in the namespace, by the cgroups of their pods; of one that
+// is no pod's nothing can be said by it.
 func (n *namespace) pods(node nodeRoot, cgroups []string) {
 	n.cgroups, n.ofNode = cgroups, len(cgroups) > 0
 	n.uids = map[string]bool{}

@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// netlinkSocket speaks with the kernel about the network namespace that it was made in, whoever uses it, and wherever. The kernel
-// answers within the call that asks, so nothing here waits. Not for concurrent use.
+// netlinkSocket speaks with the kernel about the network namespace that it was made in, whoever
+// uses it, and wherever. The kernel answers within the call that asks, so nothing here
+// waits. Not for concurrent use.
 type netlinkSocket struct {
 	fd       int
 	sequence uint32
@@ -25,8 +26,9 @@ func openNetlink(protocol int) (int, error) {
 	return fd, nil
 }
 
-// newNetlink takes the descriptor over. It ties the socket to the kernel: whoever has CAP_NET_ADMIN in the namespace, as a pod may, could
-// otherwise send it answers of his own. receive looks at the sender besides.
+// newNetlink takes the descriptor over. It ties the socket to the kernel: whoever has CAP_NET_ADMIN
+// in the namespace, as a pod may, could otherwise send it answers of his own. receive looks at the
+// sender besides.
 func newNetlink(fd int, buffer []byte) (*netlinkSocket, error) {
 	if err := unix.Connect(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil, fmt.Errorf("tie a netlink socket to the kernel: %w", err)
@@ -36,7 +38,8 @@ func newNetlink(fd int, buffer []byte) (*netlinkSocket, error) {
 
 const (
 	headerLen = unix.SizeofNlMsghdr
-	// foreignMessages bounds what a socket may hold that is no answer, so that nobody keeps us reading.
+	// foreignMessages bounds what a socket may hold that is no answer, so that nobody keeps us
+	// reading.
 	foreignMessages = 64
 )
 
@@ -65,7 +68,8 @@ func (s *netlinkSocket) send(b []byte) error {
 // errLost says that the kernel had no room for a message.
 var errLost = errors.New("netlink: a message was lost")
 
-// receive returns the next datagram that the kernel sent, and nil when there is none. It is good until the next call.
+// receive returns the next datagram that the kernel sent, and nil when there is none. It is good
+// until the next call.
 func (s *netlinkSocket) receive() ([]byte, error) {
 	for range foreignMessages {
 		n, from, err := unix.Recvfrom(s.fd, s.buffer[:cap(s.buffer)], unix.MSG_DONTWAIT|unix.MSG_TRUNC)
@@ -97,7 +101,8 @@ type message struct {
 	data        []byte
 }
 
-// nextMessage cuts the first message off a datagram. ok is false at its end, and where it makes no sense.
+// nextMessage cuts the first message off a datagram. ok is false at its end, and where it makes no
+// sense.
 func nextMessage(b []byte) (m message, rest []byte, ok bool) {
 	if len(b) < headerLen {
 		return message{}, nil, false
@@ -107,8 +112,9 @@ func nextMessage(b []byte) (m message, rest []byte, ok bool) {
 		return message{}, nil, false
 	}
 	m = message{
-		kind: binary.NativeEndian.Uint16(b[4:]), flags: binary.NativeEndian.Uint16(b[6:]), sequence: binary.NativeEndian.Uint32(b[8:]),
-		data: b[headerLen:n],
+		kind: binary.NativeEndian.Uint16(b[4:]), flags: binary.NativeEndian.Uint16(b[6:]),
+		sequence: binary.NativeEndian.Uint32(b[8:]),
+		data:     b[headerLen:n],
 	}
 	return m, b[min(align(n), uint64(len(b))):], true
 }

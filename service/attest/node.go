@@ -6,18 +6,21 @@ import (
 	"strings"
 )
 
-// nodeRoot is the path of the cgroup that is the node's own root, "" for the root of the hierarchy. The two differ where the node is a
-// container that sees the cgroups of its host, as some of kind's and of Docker in Docker are.
+// nodeRoot is the path of the cgroup that is the node's own root, "" for the root of the hierarchy.
+// The two differ where the node is a container that sees the cgroups of its host, as some of kind's
+// and of Docker in Docker are.
 type nodeRoot string
 
-// below returns the path of a cgroup from the node's root. ok is false for a cgroup that is not the node's.
+// below returns the path of a cgroup from the node's root. ok is false for a cgroup that is not the
+// node's.
 func (n nodeRoot) below(path string) (rest string, ok bool) {
 	rest, ok = strings.CutPrefix(path, string(n))
 	return rest, ok && (rest == "" || rest[0] == '/')
 }
 
-// findNode finds our node in the hierarchy of cgroups that is mounted at root. It goes by where the node's systemd has put us, which no
-// container has a say in. A root that is no mount's is the node's.
+// findNode finds our node in the hierarchy of cgroups that is mounted at root. It goes by where the
+// node's systemd has put us, which no container has a say in. A root that is no mount's is the
+// node's.
 func findNode(root string) nodeRoot {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -30,7 +33,8 @@ func findNode(root string) nodeRoot {
 	return nodeOf(ownCgroup(string(mounts), string(cgroups), root))
 }
 
-// ownCgroup returns the path of our cgroup from root, by /proc/self/mountinfo and /proc/self/cgroup; "/" where root is no mount's.
+// ownCgroup returns the path of our cgroup from root, by /proc/self/mountinfo and
+// /proc/self/cgroup; "/" where root is no mount's.
 func ownCgroup(mounts, cgroups, root string) string {
 	top, options := "", []string(nil)
 	for line := range strings.Lines(mounts) {
@@ -55,7 +59,8 @@ func ownCgroup(mounts, cgroups, root string) string {
 	return "/"
 }
 
-// nodeOf returns where the node is that we are a unit of: above our unit and the slices that it is in.
+// nodeOf returns where the node is that we are a unit of: above our unit and the slices that it is
+// in.
 func nodeOf(own string) nodeRoot {
 	segments := strings.Split(own, "/")
 	n := len(segments) - 1

@@ -20,8 +20,8 @@ func (b *bed) others() (n int) {
 	return n
 }
 
-// Containers that are no pods, and units with a network of their own, are known by their cgroups: those that were there before the helper,
-// and those that start later.
+// Containers that are no pods, and units with a network of their own, are known by their cgroups:
+// those that were there before the helper, and those that start later.
 func TestOtherNamespaces(t *testing.T) {
 	b := newBed(t)
 	scope := func(n int) string { return "/system.slice/docker-" + containerIDOf(n) + ".scope" }
@@ -56,10 +56,12 @@ func TestOtherNamespaces(t *testing.T) {
 	for _, c := range []*client{early, late, mixed, bare, second} {
 		kill(c.cmd)
 	}
-	eventually(t, "all are let go, and their evidence is dead", func() bool { return b.kernel.Status().Namespaces == 1 && !e.Alive() })
+	eventually(t, "all are let go, and their evidence is dead",
+		func() bool { return b.kernel.Status().Namespaces == 1 && !e.Alive() })
 }
 
-// A pod that has the node believe that a container's address is its own is seen for what it is, or refused.
+// A pod that has the node believe that a container's address is its own is seen for what it is, or
+// refused.
 func TestSpoofedContainer(t *testing.T) {
 	b := newBed(t)
 	containerNS, attackerNS := b.pod("container"), b.pod("attacker")
@@ -82,7 +84,8 @@ func TestSpoofedContainer(t *testing.T) {
 
 	b.in(attackerNS, "ip address add %s/32 dev eth0", containerNS.Addr)
 	attacker.do("spoof %s %s", end(41001), metadataAddr)
-	eventually(t, "the second holder of the address is known", func() bool { return len(b.holders(containerNS.Addr)) == 2 })
+	eventually(t, "the second holder of the address is known",
+		func() bool { return len(b.holders(containerNS.Addr)) == 2 })
 	if e, err := b.look(accepted(b.accept(end(41001)))); err != nil || e.PodUID != podUID(2) {
 		t.Errorf("the attacker is %+v, %v", e, err)
 	}

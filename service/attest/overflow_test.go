@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// a death of which the kernel could not tell, since its queue of events was full, is noticed all the same.
+// a death of which the kernel could not tell, since its queue of events was full, is noticed
+// all the same.
 func TestOverflow(t *testing.T) {
 	b := newBed(t)
 	limit, err := os.ReadFile("/proc/sys/fs/inotify/max_queued_events")
@@ -65,7 +66,8 @@ func watch(t *testing.T, file string) func() bool {
 	}
 }
 
-// From the word that events were lost until all is read anew, nobody is served by what was known before.
+// From the word that events were lost until all is read anew, nobody is served by what was known
+// before.
 func TestDoubt(t *testing.T) {
 	root := t.TempDir()
 	g, err := newCgroups(root, quiet())
@@ -113,7 +115,8 @@ func TestDoubt(t *testing.T) {
 	g.mu.Lock()
 	told(unix.IN_Q_OVERFLOW)
 	eventually(t, "all is in doubt", func() bool { return first.inDoubt() && second.inDoubt() })
-	a := New(Options{Pods: newIndex(), Kernel: newWitness(first, nil), Hosts: []Host{{Unit: "a.service", ServiceAccount: puller}}})
+	a := New(Options{Pods: newIndex(), Kernel: newWitness(first, nil),
+		Hosts: []Host{{Unit: "a.service", ServiceAccount: puller}}})
 	p := &Peer{evidence: first}
 	if _, _, err := a.find(p); !errors.Is(err, ErrNotRead) {
 		t.Errorf("who asks meanwhile: %v", err)
@@ -123,7 +126,8 @@ func TestDoubt(t *testing.T) {
 		t.Errorf("who is answered meanwhile: %v", err)
 	}
 	g.mu.Unlock()
-	// The inotify descriptor has events that nobody takes here: what comes next without a loss ends the doubt.
+	// The inotify descriptor has events that nobody takes here: what comes next without a loss ends
+	// the doubt.
 	eventually(t, "all is read anew", func() bool { told(0); return !first.inDoubt() })
 	if !first.Alive() || second.Alive() {
 		t.Errorf("alive are %v and %v, want the first alone", first.Alive(), second.Alive())

@@ -33,8 +33,9 @@ func newPoller() (*poller, error) {
 	return &poller{fd: fd, file: os.NewFile(uintptr(fd), "epoll"), ready: map[uint64]func(){}}, nil
 }
 
-// add has ready called, from run's goroutine, once when fd becomes readable, and again after each again. It may be called without cause:
-// when another descriptor got the number of one that was closed.
+// add has ready called, from run's goroutine, once when fd becomes readable, and again after each
+// again. It may be called without cause: when another descriptor got the number of one that was
+// closed.
 func (p *poller) add(fd int, ready func()) (key uint64, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

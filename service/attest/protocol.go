@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The helper listens on a SOCK_SEQPACKET socket. The server sends one byte, scanRequest, and nothing else; the helper sends JSON.
+// The helper listens on a SOCK_SEQPACKET socket. The server sends one byte, scanRequest, and
+// nothing else; the helper sends JSON.
 const (
 	scanRequest = 's'
 	maxMessage  = 64 << 10
@@ -19,10 +20,12 @@ const (
 
 // helperMessage is what the helper tells.
 type helperMessage struct {
-	// A network namespace, by its inode. With it come a pidfd of a process in it, a SOCK_DIAG and a ROUTE socket in it.
-	Namespace uint64   `json:"namespace,omitempty"`
-	Cgroups   []string `json:"cgroups,omitempty"` // of the pods whose processes were found in it, and one of no pod if there is any
-	Gone      bool     `json:"gone,omitempty"`    // no process is in it any more; no descriptors
+	// A network namespace, by its inode. With it come a pidfd of a process in it, a SOCK_DIAG and a
+	// ROUTE socket in it.
+	Namespace uint64 `json:"namespace,omitempty"`
+	// of the pods whose processes were found in it, and one of no pod if there is any
+	Cgroups []string `json:"cgroups,omitempty"`
+	Gone    bool     `json:"gone,omitempty"` // no process is in it any more; no descriptors
 	// All cgroups were looked at, and all that was found was told.
 	Complete bool   `json:"complete,omitempty"`
 	Problem  string `json:"problem,omitempty"` // what cannot be done
@@ -60,7 +63,10 @@ func peerOf(c *net.UnixConn) (*unix.Ucred, error) {
 		return nil, err
 	}
 	var peer *unix.Ucred
-	if e := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil {
+	if e := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET,
+			unix.SO_PEERCRED)
+	}); e != nil {
 		return nil, e
 	}
 	return peer, err
@@ -82,7 +88,8 @@ func sendMessage(c *net.UnixConn, m helperMessage, fds ...int) error {
 	return err
 }
 
-// receiveMessage returns one message with its descriptors: as many as belong to it, or none where it fails.
+// receiveMessage returns one message with its descriptors: as many as belong to it, or none where
+// it fails.
 func receiveMessage(c *net.UnixConn, buffer []byte) (helperMessage, []int, error) {
 	control := make([]byte, unix.CmsgSpace(3*4))
 	n, controls, flags, _, err := c.ReadMsgUnix(buffer, control)

@@ -65,7 +65,8 @@ func TestMessages(t *testing.T) {
 		fds   []int
 		fails bool
 	}{
-		{"a namespace", helperMessage{Namespace: 7, Cgroups: []string{"/kubepods/podx"}}, []int{pipe[0], pipe[1], pipe[0]}, false},
+		{"a namespace", helperMessage{Namespace: 7, Cgroups: []string{"/kubepods/podx"}}, []int{pipe[0], pipe[1], pipe[0]},
+			false},
 		{"that is gone", helperMessage{Namespace: 7, Gone: true}, nil, false},
 		{"all told", helperMessage{Complete: true, Problem: "p"}, nil, false},
 		{"too few descriptors", helperMessage{Namespace: 7}, []int{pipe[0]}, true},
@@ -77,7 +78,8 @@ func TestMessages(t *testing.T) {
 			t.Fatal(err)
 		}
 		m, fds, err := receiveMessage(b, buffer)
-		if (err != nil) != tt.fails || !tt.fails && (m.Namespace != tt.m.Namespace || m.Complete != tt.m.Complete || len(fds) != len(tt.fds)) {
+		if (err != nil) != tt.fails || !tt.fails && (m.Namespace != tt.m.Namespace || m.Complete != tt.m.Complete ||
+			len(fds) != len(tt.fds)) {
 			t.Errorf("%s: %+v, %v, %v", tt.name, m, fds, err)
 		}
 		for _, fd := range fds {
@@ -96,7 +98,8 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// Whatever comes, a message has the descriptors that belong to it, and a namespace with a path that is no pod's is nobody's evidence.
+// Whatever comes, a message has the descriptors that belong to it, and a namespace with a path that
+// is no pod's is nobody's evidence.
 func FuzzMessage(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b, control []byte) {
 		m, fds, err := parseMessage(b, control, 0)

@@ -10,12 +10,14 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// a mesh's node proxy makes sockets of its own cgroup in the network namespaces of other pods. It does not lend them its identity.
+// a mesh's node proxy makes sockets of its own cgroup in the network namespaces of other
+// pods. It does not lend them its identity.
 func TestProxyNamespace(t *testing.T) {
 	b := newBed(t)
 	proxyNS, appNS := b.pod("proxy"), b.pod("app")
 	proxy := b.client(containerPath(1, 1), proxyNS)
-	inApp := b.client(containerPath(1, 1), appNS) // the second process of its cgroup, as a thread of ztunnel's is not seen either
+	// the second process of its cgroup, as a thread of ztunnel's is not seen either
+	inApp := b.client(containerPath(1, 1), appNS)
 	b.client("/system.slice/containerd.service", appNS)
 	b.startHelper()
 	b.mustBe(proxy, dial, podUID(1), containerIDOf(1))
@@ -78,15 +80,24 @@ func TestProxies(t *testing.T) {
 		want    string
 		err     error
 	}{
-		"nobody is named":                 {pods: []workload.Caller{pod("z", ""), pod("b", "")}, pod: "b", err: ErrOtherNamespace},
-		"another is named":                {proxies: []string{"ns/sa-b"}, pods: []workload.Caller{pod("z", ""), pod("b", "")}, pod: "b", err: ErrOtherNamespace},
-		"the proxy is named":              {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""), pod("b", "")}, pod: "b", want: "b"},
-		"several pods are in there":       {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""), pod("b", "")}, err: ErrOtherNamespace},
-		"Kubernetes knows no such proxy":  {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("b", "")}, pod: "b", err: ErrUnknown},
-		"Kubernetes knows no such pod":    {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", "")}, pod: "b", err: ErrUnknown},
-		"the proxy's cgroup is dead":      {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""), pod("b", "")}, pod: "b", dead: func(e *Evidence, _ *OtherNamespaceError) { e.life.Store(false) }, err: ErrChanged},
-		"the pod's namespace is no more":  {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""), pod("b", "")}, pod: "b", dead: func(_ *Evidence, o *OtherNamespaceError) { o.life.Store(false) }, err: ErrChanged},
-		"a pod without a service account": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""), {PodUID: "b", PodName: "b"}}, pod: "b", err: ErrNoAccount},
+		"nobody is named": {pods: []workload.Caller{pod("z", ""), pod("b", "")}, pod: "b",
+			err: ErrOtherNamespace},
+		"another is named": {proxies: []string{"ns/sa-b"}, pods: []workload.Caller{pod("z", ""),
+			pod("b", "")}, pod: "b", err: ErrOtherNamespace},
+		"the proxy is named": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""),
+			pod("b", "")}, pod: "b", want: "b"},
+		"several pods are in there": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""),
+			pod("b", "")}, err: ErrOtherNamespace},
+		"Kubernetes knows no such proxy": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("b", "")}, pod: "b",
+			err: ErrUnknown},
+		"Kubernetes knows no such pod": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", "")}, pod: "b",
+			err: ErrUnknown},
+		"the proxy's cgroup is dead": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""),
+			pod("b", "")}, pod: "b", dead: func(e *Evidence, _ *OtherNamespaceError) { e.life.Store(false) }, err: ErrChanged},
+		"the pod's namespace is no more": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""),
+			pod("b", "")}, pod: "b", dead: func(_ *Evidence, o *OtherNamespaceError) { o.life.Store(false) }, err: ErrChanged},
+		"a pod without a service account": {proxies: []string{"ns/sa-z"}, pods: []workload.Caller{pod("z", ""),
+			{PodUID: "b", PodName: "b"}}, pod: "b", err: ErrNoAccount},
 	} {
 		t.Run(name, func(t *testing.T) {
 			x, proxy := newIndex(), inPod("z")

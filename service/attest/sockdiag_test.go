@@ -44,7 +44,8 @@ func TestParseSocket(t *testing.T) {
 		return b
 	}
 	six := netip.MustParseAddrPort("[fd00::2]:40000")
-	mapped := forgedAnswer(7, 1, 42, netip.AddrPortFrom(netip.AddrFrom16(clientEnd.Addr().As16()), clientEnd.Port()), netip.AddrPortFrom(netip.AddrFrom16(serverEnd.Addr().As16()), serverEnd.Port()))
+	mapped := forgedAnswer(7, 1, 42, netip.AddrPortFrom(netip.AddrFrom16(clientEnd.Addr().As16()), clientEnd.Port()),
+		netip.AddrPortFrom(netip.AddrFrom16(serverEnd.Addr().As16()), serverEnd.Port()))
 	for name, tt := range map[string]struct {
 		answer    []byte
 		local     netip.AddrPort

@@ -13,7 +13,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// newV1Bed makes a node whose cgroups are of v1: a hierarchy of the test's own, without controllers, where systemd has its own.
+// newV1Bed makes a node whose cgroups are of v1: a hierarchy of the test's own, without
+// controllers, where systemd has its own.
 func newV1Bed(t *testing.T) *bed {
 	t.Helper()
 	b := newBed(t)
@@ -22,7 +23,8 @@ func newV1Bed(t *testing.T) *bed {
 	fs, err := unix.Fsopen("cgroup", unix.FSOPEN_CLOEXEC)
 	if err == nil {
 		defer unix.Close(fs)
-		err = errors.Join(unix.FsconfigSetFlag(fs, "none"), unix.FsconfigSetString(fs, "name", fmt.Sprintf("gme-%d-%d", os.Getpid(), bedSequence.Add(1))), unix.FsconfigCreate(fs))
+		err = errors.Join(unix.FsconfigSetFlag(fs, "none"), unix.FsconfigSetString(fs, "name",
+			fmt.Sprintf("gme-%d-%d", os.Getpid(), bedSequence.Add(1))), unix.FsconfigCreate(fs))
 	}
 	if err != nil {
 		netnstest.Lacks(t, fmt.Errorf("mount a cgroup v1 hierarchy: %w", err))
@@ -37,14 +39,20 @@ func newV1Bed(t *testing.T) *bed {
 	t.Cleanup(func() {
 		kids, _ := subdirectories(hierarchy)
 		for kid := range kids {
-			eventually(t, "the cgroups are removed", func() bool { removeCgroups(hierarchy + "/" + kid); return !exists(hierarchy + "/" + kid) })
+			eventually(t, "the cgroups are removed", func() bool {
+				removeCgroups(hierarchy + "/" +
+					kid)
+				return !exists(hierarchy + "/" + kid)
+			})
 		}
 		v1.Close()
 		b.mount = unified
 	})
 	root := t.TempDir()
 	// In the hierarchy's own root all processes of this machine are.
-	if err := errors.Join(os.Mkdir(hierarchy+"/node", 0o755), os.Symlink("/proc/self/fd/3/node", root+"/systemd")); err != nil { // the helper's third
+	// the helper's third
+	if err := errors.Join(os.Mkdir(hierarchy+"/node", 0o755), os.Symlink("/proc/self/fd/3/node",
+		root+"/systemd")); err != nil {
 		t.Fatal(err)
 	}
 	b.startKernel(root)
@@ -68,7 +76,8 @@ func (b *bed) v1Client(path string, ns *netnstest.NS) *client {
 	return c
 }
 
-// With cgroup v1 a pod's own network namespace is the evidence, and one of two pods is none, nor is one that another process is in too.
+// With cgroup v1 a pod's own network namespace is the evidence, and one of two pods is none, nor is
+// one that another process is in too.
 func TestCgroupV1(t *testing.T) {
 	b := newV1Bed(t)
 	one, shared := b.pod("one"), b.pod("shared")
@@ -102,7 +111,8 @@ func TestCgroupV1(t *testing.T) {
 	conn = b.accept(a.do(dial))
 	eventually(t, "the namespace is ambiguous", func() bool {
 		_, err := b.kernel.Look(accepted(conn))
-		return errors.Is(err, ErrNoCgroup) && strings.Contains(err.Error(), "guest.service, which is no pod's") && !evidence.Alive()
+		return errors.Is(err, ErrNoCgroup) && strings.Contains(err.Error(), "guest.service, which is no pod's") &&
+			!evidence.Alive()
 	})
 	kill(guest.cmd)
 	eventually(t, "it is the pod's again", func() bool {
@@ -113,5 +123,6 @@ func TestCgroupV1(t *testing.T) {
 	kill(container.cmd)
 	kill(side.cmd)
 	kill(a.cmd)
-	eventually(t, "the evidence is dead, and its namespace let go", func() bool { return !evidence.Alive() && b.kernel.Status().Namespaces == 1 })
+	eventually(t, "the evidence is dead, and its namespace let go",
+		func() bool { return !evidence.Alive() && b.kernel.Status().Namespaces == 1 })
 }

@@ -1,7 +1,8 @@
-// Package config answers one question: what did the operator ask for?
+// Package config answers one question: what did the operator configure?
 //
-// Raw text (YAML and flags) goes in, a typed and resolved Config comes out, or every fault at once. One table of keys
-// (keys.go) is what the YAML check, the flags, `config show`, the reference configuration and the documentation come from.
+// Its input is text (YAML and flags). Its output is a typed and resolved Config, or all faults at
+// once. One table of keys (keys.go) is the source of the YAML check, the flags, `config show`, the
+// reference configuration and the documentation.
 package config
 
 import (
@@ -9,96 +10,100 @@ import (
 	"time"
 )
 
-// DefaultFile is where the packages put the configuration.
+// DefaultFile is the path of the configuration in the packages.
 const DefaultFile = "/etc/gke-metadata-emulator/config.yaml"
 
-// Config is a valid configuration with everything resolved that can be resolved without a cluster and without Google:
-// nobody has to know a default or a grammar again after Load.
+// Config is a valid configuration with all defaults resolved, except those that need a cluster or
+// Google. Nothing after Load has to know a default or a grammar.
 type Config struct {
 	WorkloadIdentity     WorkloadIdentity
-	CredentialConfigFile string // where Google's side was read from (G-18); absolute, "" if it was not
+	CredentialConfigFile string // gcloud's credential configuration (G-18, external_account); absolute, "" = none
 	Project              Project
-	Kubeconfig           string // absolute; "" = search kubelet's usual places
-	NodeName             string // "" = find out
-	TokenAudience        string // `aud` of the ServiceAccount's token (G-17); never ""
+	Kubeconfig           string // absolute; "" = search kubelet's usual paths
+	NodeName             string // "" = detect
+	TokenAudience        string // `aud` of the ServiceAccount's token (G-17, the token's audience); never ""
 	Listen               netip.AddrPort
-	Listen6              netip.AddrPort // invalid = IPv6 is not served (H-24)
+	Listen6              netip.AddrPort // invalid = IPv6 is not served (H-24, IPv6)
 	HealthListen         netip.AddrPort
 	Routing              Routing
 	Attestation          Attestation
-	HostIdentities       []HostIdentity // the first that fits counts
-	Passthrough          []string       // ServiceAccounts, NAMESPACE/NAME, that may reach the cloud's metadata server from the host network (U-02)
-	Google               Google
-	Instance             Instance
-	Cluster              Cluster           // all three or none (E-16)
-	ExtraMetadata        map[string]string // path below /computeMetadata/v1/, cleaned, e.g. "instance/machine-type" → value (U-17)
-	EmailForUnlinked     string            // E-24; never ""
-	ImpersonateUnlinked  string            // the Google service account of every pod that is not linked (G-18); "" = none
-	Prefetch             string            // linked | all | none
-	Limits               Limits
-	HostCheck            bool // H-16
-	Log                  Log
+	HostIdentities       []HostIdentity // the first match counts
+	// NAMESPACE/NAME of ServiceAccounts that may use the cloud's server (U-02, passthrough)
+	Passthrough         []string
+	Google              Google
+	Instance            Instance
+	Cluster             Cluster           // all three or none (E-16, cluster attributes)
+	ExtraMetadata       map[string]string // cleaned path such as "instance/machine-type" → value (U-17, extra paths)
+	EmailForUnlinked    string            // E-24, email of unlinked accounts; never ""
+	ImpersonateUnlinked string            // Google service account of pods that are not linked; "" = none
+	Prefetch            string            // linked | all | none
+	Limits              Limits
+	HostCheck           bool // H-16, header Host
+	Log                 Log
 
-	Warnings []string // valid, but worth a line in the log and in `config check`
+	Warnings []string // for the log and `config check`: settings that are valid but rarely intended
 }
 
-// WorkloadIdentity is the pool and provider that Google's token service exchanges for.
+// WorkloadIdentity is the pool and the provider of the token exchange.
 type WorkloadIdentity struct {
-	Audience string // what STS wants (G-03): //iam.googleapis.com/<PoolName>/providers/<provider>, or identitynamespace:POOL:ISSUER
+	// Audience is STS's: //iam.googleapis.com/<PoolName>/providers/<provider>, or
+	// identitynamespace:POOL:ISSUER (G-03, STS audience).
+	Audience string
 	Pool     string // the pool's id
 	PoolName string // projects/NUMBER/locations/global/workloadIdentityPools/POOL; "" for an identitynamespace
 }
 
-// Project is the Google Cloud project that pods are told they are in.
+// Project is the Google Cloud project that the metadata tree names.
 type Project struct {
 	ID     string
-	Number string // all digits (E-07)
+	Number string // digits (E-07, project number)
 }
 
-// Routing is how pods' packets get to Listen.
+// Routing says how pods' packets get to Listen.
 type Routing struct {
 	Mode              string
-	Uplinks           []string // interfaces that lead off the node, "eth+" for all that begin so; none: found out (R-05)
-	Spare             []string // interfaces whose requests are left alone: docker0, virbr0
+	Uplinks           []string // interfaces that lead off the node, or "eth+"; none = detect (R-05, uplinks)
+	ExcludeInterfaces []string // interfaces whose requests are never redirected: docker0, virbr0
 	InterceptHostPods string   // auto | on | off
 	Guard             []netip.AddrPort
 	Link              string // mode loopback: the link that gets the metadata server's address
-	Force             bool   // mode loopback also where a metadata server answers this node
-	OnStop            string // remove | keep, when the service is stopped for good (R-01)
+	Force             bool   // allows mode loopback where a metadata server answers this node
+	OnStop            string // remove | keep, when the service is stopped (R-01, life of the rules)
 }
 
-// Attestation is what tells who asks.
+// Attestation says what identifies the caller.
 type Attestation struct {
 	Mode      string   // kernel | source-ip
-	ByAddress []string // RuntimeClasses of pods that are known by address in any mode (A-14)
-	Proxies   []string // ServiceAccounts, NAMESPACE/NAME, of proxies that ask for the pod whose network namespace they are in (A-20)
+	ByAddress []string // RuntimeClasses of pods that are identified by address in any mode (A-14, sandboxes)
+	Proxies   []string // NAMESPACE/NAME of proxies that act for the pod of their network namespace (A-20, node proxies)
 }
 
-// Google is where Google is and how it is asked.
+// Google says where Google's services are and how to use them.
 type Google struct {
 	UniverseDomain    string
-	STSURL            string // the whole URL of the token endpoint (G-08), path included
-	IAMCredentialsURL string // scheme and host, no path and no trailing slash (G-11)
+	STSURL            string // of the token endpoint, with its path (G-08, STS URL)
+	IAMCredentialsURL string // scheme and host, without path and trailing slash
 	CAFile            string // absolute; "" = the system's roots
 	TokenLifetime     time.Duration
-	QuotaProject      string // out of the credential configuration; "" = none
+	QuotaProject      string // of the credential configuration; "" = none
 }
 
-// Instance is what the node says of itself. Empty fields are found out or, as Name, not served (E-12).
+// Instance holds the values below instance/. Empty fields are detected or, as Name, not served
+// (E-12, instance name).
 type Instance struct {
 	Hostname string
-	ID       string // decimal, a positive int64 (E-10), or ""
+	ID       string // decimal, a positive int64 (E-10, instance id), or ""
 	Zone     string // the short form, europe-west4-a
 	Name     string
 }
 
-// Cluster is what instance/attributes/ says; all of it or none (E-16).
+// Cluster holds the values below instance/attributes/: all or none (E-16, cluster attributes).
 type Cluster struct{ Name, Location, UID string }
 
-// Limits bound what one pod can take from the others.
+// Limits bound what one pod can use.
 type Limits struct{ ConnectionsPerPod, MintsPerPod, KeysPerPod int }
 
-// Log is how much is logged and in which form.
+// Log says how much is logged and in which form.
 type Log struct {
 	Level  string // debug | info | warning | error
 	Format string // auto | journal | text | json

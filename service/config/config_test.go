@@ -65,7 +65,9 @@ func TestMinimal(t *testing.T) {
 		Listen:        netip.MustParseAddrPort("169.254.169.252:988"),
 		HealthListen:  netip.MustParseAddrPort("127.0.0.1:16322"),
 		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto", OnStop: "remove",
-			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("[fd00:ec2::254]:80"), netip.MustParseAddrPort("[fd20:ce::254]:80")}},
+			//
+			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"),
+				netip.MustParseAddrPort("[fd00:ec2::254]:80"), netip.MustParseAddrPort("[fd20:ce::254]:80")}},
 		Attestation: Attestation{Mode: "kernel"},
 		Google: Google{UniverseDomain: "googleapis.com", STSURL: "https://sts.googleapis.com/v1/token",
 			IAMCredentialsURL: "https://iamcredentials.googleapis.com", TokenLifetime: time.Hour},
@@ -94,13 +96,15 @@ func TestResolved(t *testing.T) {
 			func(c Config) any { return c.TokenAudience }, "//iam.googleapis.com/" + testProvider},
 		{"G-03 identitynamespace", "projectID: my-project\nnumericProjectID: 5\nworkloadIdentityProvider: " + namespace, nil,
 			func(c Config) any { return []any{c.WorkloadIdentity, c.TokenAudience, c.EmailForUnlinked} },
-			[]any{WorkloadIdentity{Audience: namespace, Pool: "my-project.svc.id.goog"}, "my-project.svc.id.goog", "my-project.svc.id.goog"}},
+			[]any{WorkloadIdentity{Audience: namespace, Pool: "my-project.svc.id.goog"}, "my-project.svc.id.goog",
+				"my-project.svc.id.goog"}},
 		{"G-17 audience of its own", minimal + "tokenAudience: https://example.com/x", nil,
 			func(c Config) any { return c.TokenAudience }, "https://example.com/x"},
 		{"G-09 universe", minimal + "google: {universeDomain: example.goog}", nil,
 			func(c Config) any { return []string{c.Google.STSURL, c.Google.IAMCredentialsURL} },
 			[]string{"https://sts.example.goog/v1/token", "https://iamcredentials.example.goog"}},
-		{"G-08 regional endpoint without a path", minimal + "google: {stsURL: https://sts.europe-west4.rep.googleapis.com}", nil,
+		{"G-08 regional endpoint without a path", minimal + "google: {stsURL: https://sts.europe-west4.rep.googleapis.com}",
+			nil,
 			func(c Config) any { return c.Google.STSURL }, "https://sts.europe-west4.rep.googleapis.com/v1/token"},
 		{"G-08 endpoint with a path", minimal + "google: {stsURL: https://sts.internal:8443/x/token}", nil,
 			func(c Config) any { return c.Google.STSURL }, "https://sts.internal:8443/x/token"},
@@ -108,28 +112,36 @@ func TestResolved(t *testing.T) {
 			func(c Config) any { return c.Google.IAMCredentialsURL }, "https://iam.internal"},
 		{"the project is not the pool's", minimal + "numericProjectID: 42", nil,
 			func(c Config) any { return c.Project.Number }, "42"},
-		{"U-17 extra metadata", minimal + "extraMetadata:\n  instance/machine-type: n2\n  /computeMetadata/v1/instance/tags: '[]'\n  instance/preemptible: FALSE\n  instance/empty:\n", nil,
+		{"U-17 extra metadata", minimal + "extraMetadata:\n  instance/machine-type: n2\n  " +
+			"/computeMetadata/v1/instance/tags: '[]'\n  instance/preemptible: FALSE\n  instance/empty:\n", nil,
 			func(c Config) any { return c.ExtraMetadata },
-			map[string]string{"instance/machine-type": "n2", "instance/tags": "[]", "instance/preemptible": "FALSE", "instance/empty": ""}},
+			map[string]string{"instance/machine-type": "n2", "instance/tags": "[]", "instance/preemptible": "FALSE",
+				"instance/empty": ""}},
 		{"null and empty mean the default", minimal + "listen:\nprefetch: ''\nrouting: {guard: [], mode: ~}\nlimits:\n", nil,
 			func(c Config) any {
 				return []any{c.Listen.String(), c.Prefetch, len(c.Routing.Guard), c.Routing.Mode, c.Limits.KeysPerPod}
 			},
 			[]any{"169.254.169.252:988", "linked", 3, "iptables", 64}},
-		{"lists replace the default", minimal + "routing: {guard: ['169.254.169.254:80'], spare: [docker0, virbr0, docker0]}", nil,
-			func(c Config) any { return []any{len(c.Routing.Guard), c.Routing.Spare} }, []any{1, []string{"docker0", "virbr0"}}},
+		{"lists replace the default", minimal + "routing: {guard: ['169.254.169.254:80'], excludeInterfaces: [docker0, " +
+			"virbr0, docker0]}", nil,
+			func(c Config) any { return []any{len(c.Routing.Guard), c.Routing.ExcludeInterfaces} },
+			[]any{1, []string{"docker0", "virbr0"}}},
 		{"a flag beats the file", minimal + "prefetch: all", map[string]string{"prefetch": "none"},
 			func(c Config) any { return c.Prefetch }, "none"},
 		{"an empty flag is the default", minimal + "prefetch: all", map[string]string{"prefetch": ""},
 			func(c Config) any { return c.Prefetch }, "linked"},
 		{"a flag beats a bad value in the file", minimal + "prefetch: whatever", map[string]string{"prefetch": "all"},
 			func(c Config) any { return c.Prefetch }, "all"},
-		{"lists in flags", minimal, map[string]string{"routing.spare": "docker0, virbr0", "extraMetadata": "instance/a=1,instance/b=x=y"},
-			func(c Config) any { return []any{c.Routing.Spare, c.ExtraMetadata} },
+		{"lists in flags", minimal, map[string]string{"routing.excludeInterfaces": "docker0, virbr0",
+			"extraMetadata": "instance/a=1,instance/b=x=y"},
+			func(c Config) any { return []any{c.Routing.ExcludeInterfaces, c.ExtraMetadata} },
 			[]any{[]string{"docker0", "virbr0"}, map[string]string{"instance/a": "1", "instance/b": "x=y"}}},
-		{"processes of the node", minimal + "kubeconfig: /k\nhostIdentities:\n- {unit: kubelet.service, serviceAccount: kube-system/image-puller}\n- cgroup: /system.slice/docker-*.scope\n  serviceAccount: ns/docker\n", nil,
+		{"processes of the node", minimal + "kubeconfig: /k\nhostIdentities:\n- {unit: kubelet.service, serviceAccount: " +
+			"kube-system/image-puller}\n- cgroup: /system.slice/docker-*.scope\n  serviceAccount: ns/docker\n", nil,
 			func(c Config) any { return c.HostIdentities }, someIdentities},
-		{"processes of the node in a flag", minimal, map[string]string{"hostIdentities": "unit:kubelet.service=kube-system/image-puller, cgroup:/system.slice/docker-*.scope=ns/docker"},
+		{"processes of the node in a flag", minimal,
+			map[string]string{"hostIdentities": "unit:kubelet.service=kube-system/image-puller, " +
+				"cgroup:/system.slice/docker-*.scope=ns/docker"},
 			func(c Config) any { return c.HostIdentities }, someIdentities},
 		{"U-02", minimal + "passthrough: [kube-system/aws-node, kube-system/ebs-csi-node-sa]", nil,
 			func(c Config) any { return c.Passthrough }, []string{"kube-system/aws-node", "kube-system/ebs-csi-node-sa"}},
@@ -156,15 +168,18 @@ func TestResolved(t *testing.T) {
 	}
 }
 
-// TestListen6: off by default; a guard that leaves the real server open by IPv6 is worth a word where it is on (H-24).
+// TestListen6: off by default; a guard that leaves the real server open by IPv6 is worth a word
+// where it is on (H-24).
 func TestListen6(t *testing.T) {
 	if c := mustLoad(t, minimal, nil, nil); c.Listen6.IsValid() {
 		t.Error(c.Listen6)
 	}
 	const on = minimal + "listen6: '[fd20:ce::252]:988'\n"
-	for mode, text := range map[string]string{"iptables": on, "nftables": on + "routing: {mode: nftables}", "auto": on + "routing: {mode: auto}"} {
+	for mode, text := range map[string]string{"iptables": on, "nftables": on + "routing: {mode: nftables}",
+		"auto": on + "routing: {mode: auto}"} {
 		c := mustLoad(t, text, nil, nil)
-		if c.Listen6.String() != "[fd20:ce::252]:988" || !slices.Contains(c.Routing.Guard, metadataServer6) || len(c.Warnings) != 0 {
+		if c.Listen6.String() != "[fd20:ce::252]:988" || !slices.Contains(c.Routing.Guard, metadataServer6) ||
+			len(c.Warnings) != 0 {
 			t.Errorf("%s: %v %v %q", mode, c.Listen6, c.Routing.Guard, c.Warnings)
 		}
 	}
@@ -184,12 +199,14 @@ func TestWarnings(t *testing.T) {
 		{"R-19 Lustre", "routing: {mode: none}\nlisten: 0.0.0.0:988", "listen: port 988 on every address is what Lustre"},
 		{"health for everybody", "healthListen: 0.0.0.0:16322", "healthListen: 0.0.0.0:16322 is not loopback"},
 		{"R-32 guard", "routing: {guard: ['168.63.129.16:80']}", "routing.guard: without 169.254.169.254:80"},
-		{"H-16", "hostCheck: false", "hostCheck: off"},
+		{"H-16", "hostCheck: false", "hostCheck is off"},
 		{"attestation by address", "attestation: {mode: source-ip}", "attestation.mode is source-ip"},
 		{"N-07", "hostIdentities: [{unit: kubelet.service, serviceAccount: a/b}]", "hostIdentities: without a kubeconfig"},
 		{"U-02 auto", "passthrough: [a/b]", "passthrough: routing.interceptHostPods is auto, which redirects"},
-		{"U-02 off", "passthrough: [a/b]\nrouting: {interceptHostPods: off}", "passthrough: routing.interceptHostPods is off"},
-		{"U-02 loopback", "passthrough: [a/b]\nrouting: {mode: loopback}", "passthrough: routing.mode loopback redirects no pod on the host network"},
+		{"U-02 off", "passthrough: [a/b]\nrouting: {interceptHostPods: off}",
+			"passthrough: routing.interceptHostPods is off"},
+		{"U-02 loopback", "passthrough: [a/b]\nrouting: {mode: loopback}",
+			"passthrough: routing.mode loopback redirects no pod on the host network"},
 		{"U-02 none", "passthrough: [a/b]\nrouting: {mode: none}", "passthrough: routing.mode none"},
 		{"U-02 on", "passthrough: [a/b]\nrouting: {interceptHostPods: on}", ""},
 		{"none", "listen: 169.254.169.252:39999", ""},
@@ -233,8 +250,8 @@ func TestFiles(t *testing.T) {
 		{"no file", filepath.Join(dir, "absent"), nil, "absent: there is no such file: create it"},
 		{"no file asked for", "", nil, "--workload-identity-provider: is not set"},
 		{"a directory", dir, nil, "is a directory: make it a file"},
-		{"a large file", write("large.yaml", minimal+strings.Repeat("#", mostBytes)), nil, "it has more than 1048576 bytes"},
-		{"as large as may be", write("cap.yaml", minimal+strings.Repeat("#", mostBytes-len(minimal))), nil, ""},
+		{"a large file", write("large.yaml", minimal+strings.Repeat("#", maxBytes)), nil, "more than 1048576 bytes"},
+		{"as large as may be", write("cap.yaml", minimal+strings.Repeat("#", maxBytes-len(minimal))), nil, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := Load(tt.file, tt.flags)
@@ -257,7 +274,8 @@ func TestKeys(t *testing.T) {
 		"routing.mode": "routing-mode", "workloadIdentityProvider": "workload-identity-provider",
 		"routing.interceptHostPods": "routing-intercept-host-pods", "google.stsURL": "google-sts-url",
 		"google.iamCredentialsURL": "google-iam-credentials-url", "limits.connectionsPerPod": "limits-connections-per-pod",
-		"log.level": "log-level", "projectID": "project-id", "numericProjectID": "numeric-project-id", "google.caFile": "google-ca-file",
+		"log.level": "log-level", "projectID": "project-id", "numericProjectID": "numeric-project-id",
+		"google.caFile": "google-ca-file",
 	} {
 		if got := FlagName(path); got != want {
 			t.Errorf("the flag of %s is %s, not %s", path, got, want)

@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// credential is what is used of the file that `gcloud iam workload-identity-pools create-cred-config` writes (G-18).
-// Its credential_source is not: the subject token is the pod's own.
+// credential holds the used fields of the file that `gcloud iam workload-identity-pools
+// create-cred-config` writes (G-18, external_account). Its credential_source is not used: the
+// subject token is the pod's own.
 type credential struct {
 	Type             string `json:"type"`
 	Audience         string `json:"audience"`
@@ -29,20 +30,24 @@ var impersonation = regexp.MustCompile(`^(https://[^/]+)/v1/projects/-/serviceAc
 
 const (
 	credentialKey = "credentialConfigFile"
-	makeAnother   = "gcloud iam workload-identity-pools create-cred-config PROVIDER --credential-source-file=unused --output-file=FILE"
+	makeAnother   = "gcloud iam workload-identity-pools create-cred-config PROVIDER --credential-source-file=unused " +
+		"--output-file=FILE"
 )
 
-// resolveCredential lays the credential configuration below the explicit settings, which must not contradict it.
+// resolveCredential adds the credential configuration's values below the explicit settings. A
+// contradiction is a fault.
 func (l *loader) resolveCredential() {
 	if l.CredentialConfigFile == "" || l.broken[credentialKey] {
 		if l.impersonateUnlinked && !l.broken[credentialKey] {
-			l.complain("impersonateUnlinked", 0, bad("set "+credentialKey+" to a file with service_account_impersonation_url, or remove it", "there is no account to impersonate"))
+			l.complain("impersonateUnlinked", 0, bad("set "+credentialKey+" to a file with service_account_impersonation_url, "+
+				"or remove it", "no account to impersonate is configured"))
 		}
 		return
 	}
 	data, err := l.read(l.CredentialConfigFile)
 	if err != nil {
-		l.complain(credentialKey, 0, bad("name a file that this user can read", "%s: %s", quote(l.CredentialConfigFile), reason(err)))
+		l.complain(credentialKey, 0, bad("name a file that this user can read", "%s: %s", quote(l.CredentialConfigFile),
+			reason(err)))
 		return
 	}
 	var c credential
@@ -54,16 +59,20 @@ func (l *loader) resolveCredential() {
 	if c.Type != "external_account" {
 		t := bad(makeAnother, "%s is not external_account", quote(c.Type))
 		if c.Type == "service_account" || c.Type == "authorized_user" {
-			t = bad("delete it and use workload identity federation: "+makeAnother, "%s is a key, which this service neither needs nor reads", quote(c.Type))
+			t = bad("delete it and use workload identity federation: "+makeAnother,
+				"%s is a key file, which this service never uses", quote(c.Type))
 		}
 		l.credentialFault("type", 0, t)
 		return
 	}
-	if !strings.HasSuffix(c.SubjectTokenType, ":token-type:jwt") && !strings.HasSuffix(c.SubjectTokenType, ":token-type:id_token") {
-		l.credentialFault("subject_token_type", 0, bad(makeAnother, "%s is not a Kubernetes token's: urn:ietf:params:oauth:token-type:jwt", quote(c.SubjectTokenType)))
+	if !strings.HasSuffix(c.SubjectTokenType, ":token-type:jwt") && !strings.HasSuffix(c.SubjectTokenType,
+		":token-type:id_token") {
+		l.credentialFault("subject_token_type", 0, bad(makeAnother,
+			"%s is not a Kubernetes token's: urn:ietf:params:oauth:token-type:jwt", quote(c.SubjectTokenType)))
 	}
 	if c.WorkforceProject != "" {
-		l.credentialFault("workforce_pool_user_project", 0, bad(makeAnother, "is for people's identities, and pods have a workload identity pool"))
+		l.credentialFault("workforce_pool_user_project", 0, bad(makeAnother,
+			"is for workforce pools, and pods use a workload identity pool"))
 	}
 	if c.Audience == "" {
 		l.credentialFault("audience", 0, bad(makeAnother, "is not set"))
@@ -74,18 +83,21 @@ func (l *loader) resolveCredential() {
 	l.take("quota_project_id", c.QuotaProject, "", projectID, &l.Google.QuotaProject)
 	if n := c.Impersonation.Lifetime; n != 0 {
 		lifetime := duration(l.Google.TokenLifetime)
-		l.take("service_account_impersonation.token_lifetime_seconds", duration(time.Duration(n)*time.Second), "google.tokenLifetime", tokenLifetime, &lifetime)
+		l.take("service_account_impersonation.token_lifetime_seconds", duration(time.Duration(n)*time.Second),
+			"google.tokenLifetime", tokenLifetime, &lifetime)
 		l.Google.TokenLifetime, _ = time.ParseDuration(lifetime) // the check has parsed it
 	}
 	l.takeImpersonation(c.ImpersonationURL)
 }
 
-// takeImpersonation reads the one URL that holds two things: where IAM is, and whom to impersonate where no ServiceAccount says so.
+// takeImpersonation reads the URL that holds IAM's address and the account to impersonate for
+// unlinked ServiceAccounts.
 func (l *loader) takeImpersonation(u string) {
 	const field = "service_account_impersonation_url"
 	if u == "" {
 		if l.impersonateUnlinked {
-			l.complain("impersonateUnlinked", 0, bad("make the file with --service-account=EMAIL, or remove it", "%s names no account to impersonate", l.CredentialConfigFile))
+			l.complain("impersonateUnlinked", 0, bad("make the file with --service-account=EMAIL, or remove it",
+				"%s names no account to impersonate", l.CredentialConfigFile))
 		}
 		return
 	}
@@ -95,7 +107,8 @@ func (l *loader) takeImpersonation(u string) {
 	}
 	m := impersonation.FindStringSubmatch(u)
 	if m == nil || !googleEmail.MatchString(m[2]) {
-		l.credentialFault(field, 0, bad("write https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/EMAIL:generateAccessToken",
+		l.credentialFault(field, 0, bad("write https://iamcredentials.googleapis.com/v1/projects/-/"+
+			"serviceAccounts/EMAIL:generateAccessToken",
 			"%s does not name the access tokens of a Google service account", quote(u)))
 		return
 	}
@@ -105,7 +118,8 @@ func (l *loader) takeImpersonation(u string) {
 	}
 }
 
-// take checks a field of the file and keeps it, unless the setting of the same meaning is given: then both must say the same.
+// take checks a field of the file and keeps it. If the setting with the same meaning is given too,
+// both must be equal.
 func (l *loader) take(field, text, setting string, check func(string) (string, *trouble), into *string) {
 	if text == "" {
 		return
@@ -118,17 +132,19 @@ func (l *loader) take(field, text, setting string, check func(string) (string, *
 	if _, given := l.given[setting]; !given {
 		*into = s
 	} else if s != *into && !l.broken[setting] {
-		l.complain(setting, 0, bad("remove one of the two", "%s contradicts %s of %s, which says %s", quote(*into), field, l.CredentialConfigFile, quote(s)))
+		l.complain(setting, 0, bad("remove one of the two", "%s contradicts %s of %s, which says %s", quote(*into), field,
+			l.CredentialConfigFile, quote(s)))
 	}
 }
 
-// credentialFault notes a fault of the file itself.
+// credentialFault records a fault of the file itself.
 func (l *loader) credentialFault(field string, line int, t *trouble) {
 	l.broken[credentialKey] = true
-	l.faults = append(l.faults, Fault{File: l.CredentialConfigFile, Line: line, Key: field, Problem: t.problem, Remedy: t.remedy})
+	l.faults = append(l.faults, Fault{File: l.CredentialConfigFile, Line: line, Key: field, Problem: t.problem,
+		Remedy: t.remedy})
 }
 
-// badJSON never shows the content: the file may be a key.
+// badJSON never shows the content, since the file may be a key.
 func badJSON(data []byte, err error) (t *trouble, line int) {
 	const remedy = "name the file that gcloud wrote"
 	at := func(offset int64) int {

@@ -1,7 +1,7 @@
 package config
 
-// examples has a value for each key, as it stands in the file after the key's colon. docs/configuration.md shows them,
-// and a test loads them.
+// examples has a value for each key, as it is written after the key's colon. docs/configuration.md
+// shows these values, and a test loads them.
 var examples = map[string]string{
 	"workloadIdentityProvider":  "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster",
 	"credentialConfigFile":      "credential.json",
@@ -15,7 +15,7 @@ var examples = map[string]string{
 	"healthListen":              "127.0.0.1:9988",
 	"routing.mode":              "nftables",
 	"routing.uplinks":           "[eth0, bond+]",
-	"routing.spare":             "[docker0, virbr0]",
+	"routing.excludeInterfaces": "[docker0, virbr0]",
 	"routing.interceptHostPods": `"off"`,
 	"routing.guard":             `["169.254.169.254:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80", "168.63.129.16:80"]`,
 	"routing.link":              "gme0",
@@ -50,5 +50,5 @@ var examples = map[string]string{
 	"log.format":                "json",
 }
 
-// Example is a value of the key, as YAML; "" if nobody wrote one.
+// Example returns a value of the key as YAML.
 func (k Key) Example() string { return examples[k.Path] }

@@ -8,17 +8,18 @@ import (
 	"strings"
 )
 
-// Fault is one thing that is wrong: where, what, and what to do about it.
+// Fault is one error of the configuration: where, what, and what to do.
 type Fault struct {
-	File    string // "" when the value came from a flag
-	Line    int    // 0 when the fault is no line's: a key that is missing
+	File    string // "" for a flag
+	Line    int    // 0 when no line is at fault, such as for a missing key
 	Key     string // dotted, as in the file; "" for the file as a whole
 	Problem string
 	Remedy  string
-	Unknown bool // this version has no such key: another one may
+	Unknown bool // the key does not exist in this version
 }
 
-// String returns one line: `config.yaml:12: routing.mode: "iptabels" is not one of iptables, nftables, loopback, none: …`.
+// String returns one line: `config.yaml:12: routing.mode: "iptabels" is not one of iptables,
+// nftables, loopback, none: …`.
 func (f Fault) String() string {
 	var parts []string
 	switch {
@@ -35,7 +36,7 @@ func (f Fault) String() string {
 	return strings.Join(append(parts, f.Problem, f.Remedy), ": ")
 }
 
-// Error is every fault of a configuration, by file and line; those of flags come last.
+// Error holds all faults of a configuration, by file and line, and those of flags last.
 type Error struct{ Faults []Fault }
 
 // Error returns a line for each fault.
@@ -62,7 +63,7 @@ func sortFaults(faults []Fault, file string) {
 	})
 }
 
-// trouble is a fault that does not know where it is yet.
+// trouble is a fault without its place.
 type trouble struct {
 	problem, remedy string
 	unknown         bool
@@ -76,8 +77,8 @@ func noSuchKey(remedy string) *trouble {
 	return &trouble{problem: "there is no such key", remedy: remedy, unknown: true}
 }
 
-// quote shows what was given, on one line and not at any length: somebody may have put the content of a file where its
-// name belongs.
+// quote returns a value on one line and of bounded length, since it may be a file's content in the
+// place of its name.
 func quote(s string) string {
 	const most = 80
 	if r := []rune(s); len(r) > most {

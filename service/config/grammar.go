@@ -13,26 +13,30 @@ import (
 )
 
 var (
-	digits      = regexp.MustCompile(`^[1-9][0-9]{0,18}$`)
-	project     = regexp.MustCompile(`^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$`) // with a domain where the project is domain-scoped
-	poolPart    = regexp.MustCompile(`^[a-z0-9-]{4,32}$`)
-	namespace   = regexp.MustCompile(`^[a-z][a-z0-9.:-]{2,126}[a-z0-9]$`) // my-project.svc.id.goog
-	dnsName     = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`)
+	digits = regexp.MustCompile(`^[1-9][0-9]{0,18}$`)
+	// with the domain of a domain-scoped project
+	project   = regexp.MustCompile(`^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$`)
+	poolPart  = regexp.MustCompile(`^[a-z0-9-]{4,32}$`)
+	namespace = regexp.MustCompile(`^[a-z][a-z0-9.:-]{2,126}[a-z0-9]$`) // my-project.svc.id.goog
+	dnsName   = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9]([A-Za-z0-9-]{0,` +
+		`61}[A-Za-z0-9])?$`)
 	plainWord   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$`)
 	zoneName    = regexp.MustCompile(`^[a-z][a-z0-9-]{0,61}[a-z0-9]$`)
-	linkName    = regexp.MustCompile(`^[A-Za-z0-9_.@-]{1,15}$`) // narrower than the kernel's: it becomes part of a rule
+	linkName    = regexp.MustCompile(`^[A-Za-z0-9_.@-]{1,15}$`) // stricter than the kernel's, since rules contain it
 	segmentName = regexp.MustCompile(`^[A-Za-z0-9_.@:-]+$`)
 	poolEmail   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9@.:_-]{0,252}[A-Za-z0-9]$`)
-	googleEmail = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{0,62}@([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$`)
+	googleEmail = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{0,62}@([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,` +
+		`61}[a-z0-9]$`)
 )
 
 const (
 	providerForm  = "projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER"
 	namespaceForm = "identitynamespace:POOL:ISSUER"
-	iamDomain     = "//iam.googleapis.com/" // in every universe (G-03, G-09)
+	iamDomain     = "//iam.googleapis.com/" // in every universe (G-03, STS audience; G-09, other universes)
 )
 
-// provider reads a workload identity provider as Google's documentation, gcloud and the console write it.
+// provider reads a workload identity provider in the forms of Google's documentation, gcloud and
+// the console.
 func provider(s string) (string, *trouble) {
 	if rest, ok := strings.CutPrefix(s, "identitynamespace:"); ok {
 		pool, issuer, found := strings.Cut(rest, ":https://")
@@ -47,10 +51,12 @@ func provider(s string) (string, *trouble) {
 	name := strings.TrimPrefix(strings.TrimPrefix(s, "https:"), iamDomain)
 	p := strings.Split(name, "/")
 	if len(p) >= 4 && p[2] == "locations" && p[3] != "global" || strings.Contains(name, "workforcePools") {
-		return "", bad("write "+providerForm, "%s is not a workload identity pool's: those are global", quote(s))
+		return "", bad("write "+providerForm, "%s is not the provider of a workload identity pool: their location is global",
+			quote(s))
 	}
 	if len(p) == 6 && p[4] == "workloadIdentityPools" {
-		return "", bad("append /providers/PROVIDER: gcloud iam workload-identity-pools providers list --location=global --workload-identity-pool=POOL",
+		return "", bad("append /providers/PROVIDER: gcloud iam workload-identity-pools providers list --location=global "+
+			"--workload-identity-pool=POOL",
 			"%s names a pool and not its provider", quote(s))
 	}
 	if len(p) != 8 || p[0] != "projects" || p[2] != "locations" || p[4] != "workloadIdentityPools" || p[6] != "providers" {
@@ -61,7 +67,8 @@ func provider(s string) (string, *trouble) {
 		if project.MatchString(p[1]) {
 			who = p[1]
 		}
-		return "", bad("gcloud projects describe "+who+" --format='value(projectNumber)'", "%s is not a project's number", quote(p[1]))
+		return "", bad("gcloud projects describe "+who+" --format='value(projectNumber)'", "%s is not a project's number",
+			quote(p[1]))
 	}
 	for _, id := range []string{p[5], p[7]} {
 		if !poolPart.MatchString(id) {
@@ -71,7 +78,7 @@ func provider(s string) (string, *trouble) {
 	return name, nil
 }
 
-// identity spells out what a provider in its normal form means, and the number of its project.
+// identity returns the meaning of a provider in its normal form, and the number of its project.
 func identity(provider string) (w WorkloadIdentity, projectNumber string) {
 	if rest, ok := strings.CutPrefix(provider, "identitynamespace:"); ok {
 		pool, _, _ := strings.Cut(rest, ":https://")
@@ -83,14 +90,16 @@ func identity(provider string) (w WorkloadIdentity, projectNumber string) {
 
 func projectID(s string) (string, *trouble) {
 	if digits.MatchString(s) {
-		return "", bad("gcloud projects describe "+s+" --format='value(projectId)'", "%s is a project's number and not its ID", quote(s))
+		return "", bad("gcloud projects describe "+s+" --format='value(projectId)'",
+			"%s is a project's number and not its ID", quote(s))
 	}
 	return match(s, project, "the ID of a project", "it has 6 to 30 of a-z, 0-9 and -, and begins with a letter")
 }
 
 func projectNumber(s string) (string, *trouble) {
 	if project.MatchString(s) {
-		return "", bad("gcloud projects describe "+s+" --format='value(projectNumber)'", "%s is a project's ID and not its number", quote(s))
+		return "", bad("gcloud projects describe "+s+" --format='value(projectNumber)'",
+			"%s is a project's ID and not its number", quote(s))
 	}
 	return match(s, digits, "a project's number", "write digits only")
 }
@@ -122,7 +131,8 @@ func label(s string) (string, *trouble) {
 
 func zone(s string) (string, *trouble) {
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {
-		return "", bad("write what stands after the last slash: the project's number is put before it", "%s is more than the zone", quote(s))
+		return "", bad("write the part after the last slash, such as europe-west4-a", "%s is not the short form of a zone",
+			quote(s))
 	}
 	return match(s, zoneName, "a zone", "write it as europe-west4-a")
 }
@@ -134,7 +144,8 @@ func interfaceName(s string) (string, *trouble) {
 func interfacePattern(s string) (string, *trouble) {
 	name, t := interfaceName(strings.TrimSuffix(s, "+"))
 	if t != nil || len(s) > 15 {
-		return "", bad("write one name as `ip link` shows it, or its beginning and a +", "%s is not the name of an interface", quote(s))
+		return "", bad("write one name as `ip link` shows it, or its beginning and a +",
+			"%s is not the name of an interface", quote(s))
 	}
 	return name + s[len(name):], nil
 }
@@ -148,27 +159,29 @@ func unlinkedEmail(s string) (string, *trouble) {
 
 func audience(s string) (string, *trouble) {
 	if len(s) > 1024 || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return "", bad("write one of the provider's allowed audiences, on one line and without spaces", "%s is not an audience", quote(s))
+		return "", bad("write one of the provider's allowed audiences, on one line and without spaces",
+			"%s is not an audience", quote(s))
 	}
 	return s, nil
 }
 
 func tokenLifetime(s string) (string, *trouble) {
-	const least, most = 10 * time.Minute, 12 * time.Hour // what Google's credential configurations allow too
+	const least, most = 10 * time.Minute, 12 * time.Hour // as in Google's credential configurations
 	d, err := time.ParseDuration(s)
 	switch {
 	case err != nil:
 		return "", bad("write a number with a unit, such as 1h or 45m", "%s is not a duration", quote(s))
 	case d < least || d > most || d%time.Second != 0:
-		return "", bad("write a duration from 10m to 12h; more than 1h needs the organisation's consent", "%s is not a lifetime that Google gives", quote(s))
+		return "", bad("write a duration from 10m to 12h; more than 1h needs the organisation's consent",
+			"%s is not a lifetime that Google gives", quote(s))
 	}
 	return s, nil
 }
 
-// filePath refuses what cannot be a file's name, such as the file's content.
+// filePath refuses a text that cannot be a file's name, such as the file's content.
 func filePath(s string) (string, *trouble) {
 	if len(s) > 4096 || strings.HasPrefix(s, "{") || strings.ContainsFunc(s, unicode.IsControl) {
-		return "", bad("write where the file is, not what is in it", "this is not the path of a file")
+		return "", bad("write the path of the file, not its content", "this is not the path of a file")
 	}
 	return filepath.Clean(s), nil
 }
@@ -176,12 +189,13 @@ func filePath(s string) (string, *trouble) {
 func addrPort(s string) (netip.AddrPort, *trouble) {
 	a, err := netip.ParseAddrPort(s)
 	if err != nil || a.Addr().Zone() != "" || a.Addr().IsMulticast() {
-		return a, bad("write ADDRESS:PORT with a numeric address, such as 169.254.169.252:988, or [ADDRESS]:PORT in quotes for IPv6", "%s is not an address and a port", quote(s))
+		return a, bad("write ADDRESS:PORT with a numeric address, such as 169.254.169.252:988, or [ADDRESS]:PORT in quotes "+
+			"for IPv6", "%s is not an address and a port", quote(s))
 	}
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
 }
 
-// endpoint reads a URL that tokens are sent to: https whatever the host, and nothing that could be read in two ways.
+// endpoint reads a URL that tokens are sent to. It must be https for every host, and unambiguous.
 func endpoint(s string) (*url.URL, *trouble) {
 	u, err := url.Parse(s)
 	switch {
@@ -190,13 +204,14 @@ func endpoint(s string) (*url.URL, *trouble) {
 	case u.User != nil || strings.Contains(u.Host, "@"): // not shown: it may hold a password
 		return nil, bad("write https://HOST/PATH", "the URL holds a user's name or password")
 	case u.Scheme == "http":
-		return nil, bad("write https://; google.caFile names the authority of a private endpoint", "%s would send tokens in clear", quote(s))
+		return nil, bad("write https://; google.caFile names the authority of a private endpoint",
+			"%s would send tokens unencrypted", quote(s))
 	case u.Scheme != "https" || u.Hostname() == "":
 		return nil, bad("write https://HOST/PATH", "%s is not an https URL", quote(s))
 	case strings.ContainsAny(s, "?#"):
 		return nil, bad("remove what stands after ? or #", "%s is not the URL of a service", quote(s))
 	case u.Path != "" && u.JoinPath().Path != u.Path:
-		return nil, bad("write the path without //, . and ..", "%s has a path that can be read in two ways", quote(s))
+		return nil, bad("write the path without //, . and ..", "%s has an ambiguous path", quote(s))
 	}
 	if _, err := netip.ParseAddr(u.Hostname()); err != nil && !dnsName.MatchString(u.Hostname()) {
 		return nil, bad("write https://HOST/PATH", "%s has no host's name", quote(s))
@@ -210,7 +225,8 @@ func endpoint(s string) (*url.URL, *trouble) {
 	return u, nil
 }
 
-// stsURL completes a bare host: regional and private endpoints are documented as one (G-08).
+// stsURL adds the path to a bare host, as regional and private endpoints are documented (G-08, STS
+// URL).
 func stsURL(s string) (string, *trouble) {
 	u, t := endpoint(s)
 	if t != nil {
@@ -222,14 +238,14 @@ func stsURL(s string) (string, *trouble) {
 	return u.String(), nil
 }
 
-// iamCredentialsURL returns scheme and host: the methods' paths are the API's (G-11).
+// iamCredentialsURL returns scheme and host. The API defines the paths of its methods.
 func iamCredentialsURL(s string) (string, *trouble) {
 	u, t := endpoint(s)
 	if t != nil {
 		return "", t
 	}
 	if p := strings.TrimSuffix(u.Path, "/"); p != "" && p != "/v1" {
-		return "", bad("write https://"+u.Host, "%s has a path, and the path is the API's", quote(s))
+		return "", bad("write https://"+u.Host, "%s has a path, which this service adds itself", quote(s))
 	}
 	return "https://" + u.Host, nil
 }
@@ -239,14 +255,16 @@ func metadataPath(s string) (string, *trouble) {
 	p := strings.TrimPrefix(strings.TrimPrefix(s, "/"), "computeMetadata/v1/")
 	for segment := range strings.SplitSeq(p, "/") {
 		if !segmentName.MatchString(segment) || segment == "." || segment == ".." {
-			return "", bad("write path: value, such as instance/machine-type: n2-standard-4", "%s is not a path below /computeMetadata/v1/", quote(s))
+			return "", bad("write path: value, such as instance/machine-type: n2-standard-4",
+				"%s is not a path below /computeMetadata/v1/", quote(s))
 		}
 	}
 	if p == "instance/service-accounts" || strings.HasPrefix(p, "instance/service-accounts/") {
-		return "", bad("remove it: who a pod is comes from its ServiceAccount alone", "%s would be somebody's identity", quote(s))
+		return "", bad("remove it: a pod's identity comes from its ServiceAccount only", "%s is derived from the caller",
+			quote(s))
 	}
 	if key, own := ownPaths[p]; own {
-		return "", bad(fmt.Sprintf("set %s instead", key), "%s has a setting of its own", quote(s))
+		return "", bad(fmt.Sprintf("set %s instead", key), "%s has its own key", quote(s))
 	}
 	return p, nil
 }

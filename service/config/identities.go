@@ -11,8 +11,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// HostIdentity gives processes of the node the identity of a ServiceAccount. One of Unit and Cgroup is "". Both are patterns as
-// [path.Match] reads them.
+// HostIdentity gives processes of the node the identity of a ServiceAccount. Either Unit or Cgroup
+// is set. Both are patterns of [path.Match].
 type HostIdentity struct {
 	Unit           string // kubelet.service
 	Cgroup         string // from the root of the hierarchy: /system.slice/docker-*.scope
@@ -27,7 +27,8 @@ var (
 	serviceAccount = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 )
 
-// splitIdentities reads them as a flag gives them: unit:PATTERN=NAMESPACE/NAME,cgroup:PATTERN=NAMESPACE/NAME.
+// splitIdentities reads the form of a flag:
+// unit:PATTERN=NAMESPACE/NAME,cgroup:PATTERN=NAMESPACE/NAME.
 func splitIdentities(s string) (items []item) {
 	for part := range strings.SplitSeq(s, ",") {
 		name, text, _ := strings.Cut(strings.TrimSpace(part), "=")
@@ -36,18 +37,18 @@ func splitIdentities(s string) (items []item) {
 	return items
 }
 
-// readIdentities reads a list of small maps, each into an item as a flag would give it.
+// readIdentities reads a list of maps. Each becomes an item in the form of a flag.
 func (l *loader) readIdentities(k Key, n *yaml.Node) (items []item) {
 	wrong := func(n *yaml.Node, format string, args ...any) {
 		l.complain(k.Path, n.Line, bad("write "+identityForm, format, args...))
 	}
 	if n.Kind != yaml.SequenceNode {
-		wrong(n, "is a list, and here is %s", kindOf(n))
+		wrong(n, "must be a list, not %s", kindOf(n))
 		return nil
 	}
 	for _, entry := range n.Content {
 		if entry.Kind != yaml.MappingNode {
-			wrong(entry, "here is %s where an identity belongs", kindOf(entry))
+			wrong(entry, "must be an identity, not %s", kindOf(entry))
 			continue
 		}
 		given, good := map[string]string{}, true
@@ -57,11 +58,11 @@ func (l *loader) readIdentities(k Key, n *yaml.Node) (items []item) {
 			given[name.Value] = v.Value
 			switch {
 			case !slices.Contains([]string{"unit", "cgroup", "serviceAccount"}, name.Value):
-				wrong(name, "an identity has no %s", quote(name.Value))
+				wrong(name, "unknown key %s of an identity", quote(name.Value))
 			case twice:
 				wrong(name, "%s is given twice", name.Value)
 			case v.Kind != yaml.ScalarNode || !plainTag(v):
-				wrong(v, "here is %s where one value belongs", kindOf(v))
+				wrong(v, "must be one value, not %s", kindOf(v))
 			default:
 				continue
 			}
@@ -82,12 +83,15 @@ func (l *loader) readIdentities(k Key, n *yaml.Node) (items []item) {
 	return items
 }
 
-// setIdentities turns items into identities. Every item is looked at, whatever the ones before it were.
+// setIdentities turns items into identities. It reports the faults of every item.
 func setIdentities(items []item, complain func(line int, t *trouble)) (all []HostIdentity) {
 	for _, it := range items {
 		id, t := hostIdentity(it.name)
-		if t == nil && slices.ContainsFunc(all, func(other HostIdentity) bool { return other.Unit == id.Unit && other.Cgroup == id.Cgroup }) {
-			t = bad("keep one of them: the first that fits counts", "%s is given twice", quote(id.Unit+id.Cgroup))
+		if t == nil && slices.ContainsFunc(all, func(other HostIdentity) bool {
+			return other.Unit == id.Unit &&
+				other.Cgroup == id.Cgroup
+		}) {
+			t = bad("keep one of them: the first match counts", "%s is given twice", quote(id.Unit+id.Cgroup))
 		}
 		if t != nil {
 			complain(it.line, t)
@@ -114,15 +118,18 @@ func hostIdentity(s string) (HostIdentity, *trouble) {
 	_, err := path.Match(pattern, "")
 	switch {
 	case kind == "unit" && (err != nil || !unitPattern.MatchString(pattern)):
-		return HostIdentity{}, bad("write its full name as systemctl shows it, such as kubelet.service or docker-*.scope", "%s is not a systemd unit", quote(pattern))
+		return HostIdentity{}, bad("write its full name as systemctl prints it, such as kubelet.service or docker-*.scope",
+			"%s is not a systemd unit", quote(pattern))
 	case kind == "unit":
 		return HostIdentity{Unit: pattern}, nil
 	case kind == "cgroup" && (err != nil || !cgroupPattern.MatchString(pattern) || path.Clean(pattern) != pattern):
-		return HostIdentity{}, bad("write it from the root of the hierarchy, as /proc/PID/cgroup shows it after 0::, such as /system.slice/docker-*.scope", "%s is not a cgroup", quote(pattern))
+		return HostIdentity{}, bad("write it from the root of the hierarchy, as /proc/PID/cgroup shows it after 0::, such "+
+			"as /system.slice/docker-*.scope", "%s is not a cgroup", quote(pattern))
 	case kind == "cgroup":
 		return HostIdentity{Cgroup: pattern}, nil
 	}
-	return HostIdentity{}, bad("write unit:UNIT=NAMESPACE/NAME or cgroup:PATH=NAMESPACE/NAME", "%s names no process of the node", quote(s))
+	return HostIdentity{}, bad("write unit:UNIT=NAMESPACE/NAME or cgroup:PATH=NAMESPACE/NAME",
+		"%s names no process of the node", quote(s))
 }
 
 func showIdentities(all []HostIdentity, indent string) string {
@@ -135,12 +142,13 @@ func showIdentities(all []HostIdentity, indent string) string {
 		if id.Cgroup != "" {
 			key, pattern = "cgroup", id.Cgroup
 		}
-		b.WriteString("\n" + indent + "  - {" + key + ": " + flow(pattern) + ", serviceAccount: " + flow(id.ServiceAccount.String()) + "}")
+		b.WriteString("\n" + indent + "  - {" + key + ": " + flow(pattern) + ", serviceAccount: " +
+			flow(id.ServiceAccount.String()) + "}")
 	}
 	return b.String()
 }
 
-// flow quotes a text only where YAML would read it as something else between braces.
+// flow quotes a text only where YAML would read it differently between braces.
 func flow(s string) string {
 	if s = scalar(s); strings.ContainsAny(s, "[]{},") && !strings.HasPrefix(s, "'") && !strings.HasPrefix(s, `"`) {
 		return "'" + s + "'"
@@ -150,6 +158,7 @@ func flow(s string) string {
 
 func (l *loader) checkHostIdentities() {
 	if len(l.HostIdentities) > 0 && l.Attestation.Mode == "source-ip" && !l.broken["attestation.mode"] {
-		l.complain("hostIdentities", 0, bad("remove them, or set attestation.mode to kernel", "processes of the node cannot be told apart by their address"))
+		l.complain("hostIdentities", 0, bad("remove them, or set attestation.mode to kernel",
+			"attestation.mode source-ip cannot identify processes of the node"))
 	}
 }

@@ -8,18 +8,19 @@ import (
 	"unicode"
 )
 
-// Key is one setting. The table of them is all that is known about the shape of a configuration.
+// Key is one setting. The table of keys defines the whole form of a configuration.
 type Key struct {
 	Path    string   // dotted: routing.mode
-	Default string   // as the flag would be given it; "" where there is none, or where Usage says what it is
-	Values  []string // of a choice; nil otherwise
+	Default string   // in the form of the flag; "" where there is none, or where Usage describes it
+	Values  []string // of a choice; nil for other types
 	Usage   string   // one line, without a full stop
 
-	field func(*raw) any                  // where it is kept; what it points to is the setting's type
-	check func(string) (string, *trouble) // the grammar of a text, of each item of a list, of each path of a map; returns the normal form
+	field func(*raw) any // a pointer to the value, whose type is the setting's
+	// check returns the normal form of a text, of an item of a list, or of a path of a map.
+	check func(string) (string, *trouble)
 }
 
-// raw is a configuration whose settings were looked at one by one, but not together yet.
+// raw is a configuration whose settings were checked one by one and not yet together.
 type raw struct {
 	Config
 	provider            string // projects/… or identitynamespace:…
@@ -28,77 +29,91 @@ type raw struct {
 
 var keys = []Key{
 	{Path: "workloadIdentityProvider", check: provider,
-		Usage: "projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER, or identitynamespace:POOL:ISSUER",
+		Usage: "projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER, or " +
+			"identitynamespace:POOL:ISSUER",
 		field: func(r *raw) any { return &r.provider }},
 	{Path: "credentialConfigFile", check: filePath,
-		Usage: "the JSON file of `gcloud iam workload-identity-pools create-cred-config`, instead of workloadIdentityProvider",
+		Usage: "the JSON file of `gcloud iam workload-identity-pools create-cred-config`, instead of " +
+			"workloadIdentityProvider",
 		field: func(r *raw) any { return &r.CredentialConfigFile }},
 	{Path: "projectID", check: projectID,
 		Usage: "the ID of the Google Cloud project that pods are told they are in",
 		field: func(r *raw) any { return &r.Project.ID }},
 	{Path: "numericProjectID", check: projectNumber,
-		Usage: "its number; default: the number in workloadIdentityProvider",
+		Usage: "the project's number; default: the number in workloadIdentityProvider",
 		field: func(r *raw) any { return &r.Project.Number }},
 	{Path: "kubeconfig", check: filePath,
-		Usage: "how to reach the API server; default: the first of kubelet's usual places that exists",
+		Usage: "kubeconfig for the API server; default: the first of kubelet's usual paths that exists",
 		field: func(r *raw) any { return &r.Kubeconfig }},
 	{Path: "nodeName", check: nodeName,
-		Usage: "this node's name in Kubernetes; default: what the kubeconfig's credential says, else the host name",
+		Usage: "this node's name in Kubernetes; default: the name in the kubeconfig's credential, else the host name",
 		field: func(r *raw) any { return &r.NodeName }},
 	{Path: "tokenAudience", check: audience,
-		Usage: "audience of the ServiceAccounts' tokens, as in the RBAC manifest; default: //iam.googleapis.com/<workloadIdentityProvider>",
+		Usage: "audience of the ServiceAccounts' tokens, as in the RBAC manifest; default: " +
+			"//iam.googleapis.com/<workloadIdentityProvider>",
 		field: func(r *raw) any { return &r.TokenAudience }},
 	{Path: "listen", Default: "169.254.169.252:988",
-		Usage: "address and port that pods' requests are sent on to; in routing.mode loopback it is 169.254.169.254:80",
+		Usage: "address and port that pods' requests are redirected to; in routing.mode loopback it is 169.254.169.254:80",
 		field: func(r *raw) any { return &r.Listen }},
 	{Path: "listen6",
-		Usage: "in routing.mode iptables and nftables, address and port that requests to [fd20:ce::254]:80 are sent on to, such as [fd20:ce::252]:988; default: IPv6 is not served",
+		Usage: "address and port that requests to [fd20:ce::254]:80 are redirected to in routing.mode iptables and " +
+			"nftables, such as [fd20:ce::252]:988; default: IPv6 is not served",
 		field: func(r *raw) any { return &r.Listen6 }},
 	{Path: "healthListen", Default: "127.0.0.1:16322",
 		Usage: "address and port of /healthz, /readyz and /metrics",
 		field: func(r *raw) any { return &r.HealthListen }},
 
-	{Path: "routing.mode", Default: "iptables", Values: []string{"auto", "iptables", "nftables", "loopback", "ebpf", "observe", "none"},
-		Usage: "how pods' requests are brought to the listen address; auto: as fits the node, with the reason in log and status; none: by GCE_METADATA_HOST in their environment; observe: not at all, those who would be are counted",
+	{Path: "routing.mode", Default: "iptables", Values: []string{"auto", "iptables", "nftables", "loopback", "ebpf",
+		"observe", "none"},
+		Usage: "how pods' requests reach the listen address; auto: by the mode that fits the node, with the reason in log " +
+			"and status; none: by GCE_METADATA_HOST in the pods' environment; observe: not at all, the connections that would " +
+			"be redirected are counted",
 		field: func(r *raw) any { return &r.Routing.Mode }},
 	{Path: "routing.uplinks", check: interfacePattern,
-		Usage: "interfaces that lead off the node, where a + at the end stands for any ending; default: found out",
+		Usage: "interfaces that lead off the node, where eth+ means every name that begins with eth; default: detected",
 		field: func(r *raw) any { return &r.Routing.Uplinks }},
-	{Path: "routing.spare", check: interfaceName,
-		Usage: "interfaces whose requests are left alone, such as docker0 or virbr0",
-		field: func(r *raw) any { return &r.Routing.Spare }},
+	{Path: "routing.excludeInterfaces", check: interfaceName,
+		Usage: "interfaces whose requests are never redirected, such as docker0 or virbr0",
+		field: func(r *raw) any { return &r.Routing.ExcludeInterfaces }},
 	{Path: "routing.interceptHostPods", Default: "auto", Values: []string{"auto", "on", "off"},
-		Usage: "redirect pods on the host network too; auto: where no metadata server of the cloud answers the node",
+		Usage: "redirect pods on the host network too; auto: only where no metadata server of a cloud answers the node",
 		field: func(r *raw) any { return &r.Routing.InterceptHostPods }},
 	{Path: "routing.guard", Default: "169.254.169.254:80,[fd00:ec2::254]:80,[fd20:ce::254]:80",
 		Usage: "the cloud's own metadata servers, which no pod may reach",
 		field: func(r *raw) any { return &r.Routing.Guard }},
 	{Path: "routing.link", check: interfaceName,
-		Usage: "in mode loopback, a dummy link that gets 169.254.169.254, for Cilium with BPF host routing; the node's own daemons then have no other server there",
+		Usage: "in mode loopback, a dummy link that gets 169.254.169.254, for Cilium with BPF host routing; the node's own " +
+			"daemons then cannot reach the cloud's server",
 		field: func(r *raw) any { return &r.Routing.Link }},
 	{Path: "routing.force", Default: "false",
 		Usage: "install mode loopback also where a metadata server of the cloud answers this node",
 		field: func(r *raw) any { return &r.Routing.Force }},
 	{Path: "routing.onStop", Default: "remove", Values: []string{"remove", "keep"},
-		Usage: "what becomes of all this when the service is stopped for good; keep: nobody answers pods until it is started again",
+		Usage: "what happens to the rules when the service is stopped; keep: the rules stay, and pods get no answer until " +
+			"the service is started again",
 		field: func(r *raw) any { return &r.Routing.OnStop }},
 
 	{Path: "attestation.mode", Default: "kernel", Values: []string{"kernel", "source-ip"},
-		Usage: "what tells who asks: the kernel's record of the client's socket, or its address alone, which a dead pod shares with the next owner",
+		Usage: "what identifies the caller: the kernel's record of the client's socket, or only the client's address, " +
+			"which a new pod may get from a dead one",
 		field: func(r *raw) any { return &r.Attestation.Mode }},
 	{Path: "attestation.byAddress", check: label,
-		Usage: "RuntimeClasses of sandboxes, such as gvisor, whose sockets the node's kernel does not have: their pods are known by address",
+		Usage: "RuntimeClasses of sandboxes, such as gvisor, whose sockets are not in the node's kernel: their pods are " +
+			"identified by address",
 		field: func(r *raw) any { return &r.Attestation.ByAddress }},
 	{Path: "attestation.proxies", check: accountName,
-		Usage: "ServiceAccounts, NAMESPACE/NAME, of a mesh's node proxies, such as istio-system/ztunnel: what they ask in the network namespace of a pod, that pod asks",
+		Usage: "ServiceAccounts, NAMESPACE/NAME, of a service mesh's node proxies, such as istio-system/ztunnel: their " +
+			"requests from a pod's network namespace count as the pod's",
 		field: func(r *raw) any { return &r.Attestation.Proxies }},
 
 	{Path: "hostIdentities",
-		Usage: "processes of the node that get a ServiceAccount's identity: {unit: kubelet.service, serviceAccount: NAMESPACE/NAME}, or {cgroup: /system.slice/docker-*.scope, serviceAccount: NAMESPACE/NAME}; the first that fits counts",
+		Usage: "processes of the node that get a ServiceAccount's identity: {unit: kubelet.service, serviceAccount: " +
+			"NAMESPACE/NAME}, or {cgroup: /system.slice/docker-*.scope, serviceAccount: NAMESPACE/NAME}; the first match counts",
 		field: func(r *raw) any { return &r.HostIdentities }},
 
 	{Path: "passthrough", check: accountName,
-		Usage: "ServiceAccounts, NAMESPACE/NAME, whose pods on the host network may ask the cloud's own metadata server what is not Google's, where routing.interceptHostPods redirects them",
+		Usage: "ServiceAccounts, NAMESPACE/NAME, whose pods on the host network may use the cloud's own metadata server " +
+			"for paths that are not Google's, where routing.interceptHostPods redirects them",
 		field: func(r *raw) any { return &r.Passthrough }},
 
 	{Path: "google.universeDomain", Default: "googleapis.com", check: domain,
@@ -111,7 +126,7 @@ var keys = []Key{
 		Usage: "URL of the IAM Credentials service; default: https://iamcredentials.<universeDomain>",
 		field: func(r *raw) any { return &r.Google.IAMCredentialsURL }},
 	{Path: "google.caFile", check: filePath,
-		Usage: "PEM file of the authorities that vouch for these two; default: the system's",
+		Usage: "PEM file of certificate authorities for these two services, beside the system's",
 		field: func(r *raw) any { return &r.Google.CAFile }},
 	{Path: "google.tokenLifetime", Default: "1h", check: tokenLifetime,
 		Usage: "lifetime of the access tokens of Google service accounts, 10m to 12h",
@@ -131,7 +146,7 @@ var keys = []Key{
 		field: func(r *raw) any { return &r.Instance.Name }},
 
 	{Path: "cluster.name", check: label,
-		Usage: "what instance/attributes/cluster-name answers; programs then believe that this is GKE",
+		Usage: "what instance/attributes/cluster-name answers; programs then take this cluster for GKE",
 		field: func(r *raw) any { return &r.Cluster.Name }},
 	{Path: "cluster.location", check: label,
 		Usage: "what instance/attributes/cluster-location answers",
@@ -147,24 +162,24 @@ var keys = []Key{
 		Usage: "the email of ServiceAccounts that are not linked to Google; default: the pool's id",
 		field: func(r *raw) any { return &r.EmailForUnlinked }},
 	{Path: "impersonateUnlinked", Default: "false",
-		Usage: "make every pod that is not linked the service account that credentialConfigFile impersonates",
+		Usage: "give every pod that is not linked the Google service account that credentialConfigFile impersonates",
 		field: func(r *raw) any { return &r.impersonateUnlinked }},
 	{Path: "prefetch", Default: "linked", Values: []string{"linked", "all", "none"},
-		Usage: "whose tokens are fetched before anybody asks",
+		Usage: "whose tokens are minted before the first request",
 		field: func(r *raw) any { return &r.Prefetch }},
 
 	{Path: "limits.connectionsPerPod", Default: "256",
 		Usage: "connections that one pod may hold open",
 		field: func(r *raw) any { return &r.Limits.ConnectionsPerPod }},
 	{Path: "limits.mintsPerPod", Default: "16",
-		Usage: "tokens that may be in the making for one pod",
+		Usage: "tokens that may be minted for one pod at the same time",
 		field: func(r *raw) any { return &r.Limits.MintsPerPod }},
 	{Path: "limits.keysPerPod", Default: "64",
-		Usage: "distinct sets of scopes and audiences of one pod",
+		Usage: "different tokens, by scopes and audience, that may be cached for one pod",
 		field: func(r *raw) any { return &r.Limits.KeysPerPod }},
 
 	{Path: "hostCheck", Default: "true",
-		Usage: "refuse requests for other host names, the guard against DNS rebinding",
+		Usage: "refuse requests whose header Host is not a name of the metadata server, against DNS rebinding",
 		field: func(r *raw) any { return &r.HostCheck }},
 	{Path: "log.level", Default: "info", Values: []string{"debug", "info", "warning", "error"},
 		Usage: "how much is logged; debug has a line for each request",
@@ -180,7 +195,8 @@ func Keys() []Key { return slices.Clone(keys) }
 // Flag returns the name of the setting's flag, without dashes.
 func (k Key) Flag() string { return FlagName(k.Path) }
 
-// Type says what the setting takes: text, choice, boolean, number, duration, address, list, addresses, map or identities.
+// Type names the setting's type: text, choice, boolean, number, duration, address, list, addresses,
+// map or identities.
 func (k Key) Type() string {
 	switch k.field(new(raw)).(type) {
 	case *bool:
@@ -206,7 +222,8 @@ func (k Key) Type() string {
 	return "text"
 }
 
-// FlagName returns a dotted key in kebab case: google.iamCredentialsURL is google-iam-credentials-url.
+// FlagName returns a dotted key in kebab case: google-iam-credentials-url for
+// google.iamCredentialsURL.
 func FlagName(path string) string {
 	var b strings.Builder
 	r := []rune(path)
@@ -227,7 +244,8 @@ func FlagName(path string) string {
 	return b.String()
 }
 
-// Default returns what holds where nothing is configured. It is not valid: no provider and no project have a default.
+// Default returns the configuration without any setting. It is not valid, since provider and
+// project have no default.
 func Default() Config {
 	r := defaults()
 	r.resolveURLs()
@@ -241,7 +259,7 @@ func defaults() raw {
 			continue
 		}
 		k.set(&r, k.split(k.Default), func(_ int, t *trouble) {
-			panic("config: the default of " + k.Path + ": " + t.problem) // the table is wrong, and every test says so
+			panic("config: the default of " + k.Path + ": " + t.problem) // a fault of the table fails every test
 		})
 	}
 	return r

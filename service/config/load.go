@@ -11,12 +11,13 @@ import (
 	"slices"
 )
 
-// mostBytes bounds every file that is read: a configuration has a few kilobytes.
-const mostBytes = 1 << 20
+// maxBytes bounds every file that is read. A configuration has a few kilobytes.
+const maxBytes = 1 << 20
 
-// Load reads a configuration file and lays flags (dotted key → text, as on the command line) over it. The error is
-// always an *Error and holds every fault. A file that does not exist is one, unless flags say all that has to be said.
-// An empty value means the default; a relative path in the file starts where the file is, one in a flag at the working directory.
+// Load reads a configuration file, with flags (dotted key → text, as on the command line) in place
+// of the file's values. The error is always an *Error and holds every fault. A file that does not
+// exist is a fault, unless the flags are enough. An empty value means the default. A relative path
+// starts at the file's directory, and in a flag at the working directory.
 func Load(file string, flags map[string]string) (Config, error) {
 	l := &loader{read: readFile, file: file}
 	return l.load(flags)
@@ -29,13 +30,13 @@ type loader struct {
 	raw
 	given      map[string]value
 	faults     []Fault
-	broken     map[string]bool // keys that have a fault: what depends on them is not looked at
-	noFile     bool            // there is no file
-	unread     bool            // what the file says is not known
-	incomplete bool            // something that has to be set is not
+	broken     map[string]bool // keys with a fault; checks that depend on them are left out
+	noFile     bool            // the file does not exist
+	unread     bool            // the file could not be read or parsed
+	incomplete bool            // a required setting is missing
 }
 
-// value is a setting that somebody gave.
+// value is a setting that the file or a flag gives.
 type value struct {
 	flag  bool
 	line  int
@@ -82,7 +83,7 @@ func (l *loader) readFlags(flags map[string]string) {
 	for _, path := range slices.Sorted(maps.Keys(flags)) {
 		k := slices.IndexFunc(keys, func(k Key) bool { return k.Path == path })
 		if k < 0 {
-			l.faults = append(l.faults, Fault{Key: path, Problem: "there is no such key", Remedy: didYouMean(path)})
+			l.faults = append(l.faults, Fault{Key: path, Problem: "there is no such key", Remedy: suggestKey(path)})
 			continue
 		}
 		delete(l.given, path)
@@ -92,7 +93,7 @@ func (l *loader) readFlags(flags map[string]string) {
 	}
 }
 
-// complain notes a fault of a key at the place that gave it; without a line, at the line of the key.
+// complain records a fault of a key at the place that gave it. Without a line it takes the key's.
 func (l *loader) complain(key string, line int, t *trouble) {
 	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy, Unknown: t.unknown}
 	if v, ok := l.given[key]; ok && v.flag {
@@ -110,14 +111,14 @@ func readFile(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, mostBytes+1))
-	if err == nil && len(data) > mostBytes {
-		err = fmt.Errorf("it has more than %d bytes", mostBytes)
+	data, err := io.ReadAll(io.LimitReader(f, maxBytes+1))
+	if err == nil && len(data) > maxBytes {
+		err = fmt.Errorf("more than %d bytes", maxBytes)
 	}
 	return data, err
 }
 
-// reason leaves out the operation and the path: the fault names the file.
+// reason leaves out the operation and the path, since the fault names the file.
 func reason(err error) string {
 	if p := (*fs.PathError)(nil); errors.As(err, &p) {
 		return p.Err.Error()
@@ -125,7 +126,7 @@ func reason(err error) string {
 	return err.Error()
 }
 
-// absolute says where a file is that a setting names.
+// absolute makes the path in a setting absolute.
 func (l *loader) absolute(key string, name *string) {
 	if *name == "" || filepath.IsAbs(*name) {
 		return

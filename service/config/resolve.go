@@ -11,7 +11,8 @@ import (
 	"strings"
 )
 
-// resolve looks at the settings together: what is missing, what contradicts what, what follows from what.
+// resolve checks the settings together and derives values: missing settings, contradictions,
+// defaults.
 func (l *loader) resolve() {
 	l.absolute("credentialConfigFile", &l.CredentialConfigFile)
 	l.absolute("kubeconfig", &l.Kubeconfig)
@@ -47,7 +48,7 @@ func (l *loader) resolveIdentity() {
 	l.require("numericProjectID", l.Project.Number, "write the number of projectID: an identitynamespace does not hold it")
 	if l.TokenAudience == "" {
 		l.TokenAudience = l.WorkloadIdentity.Audience
-		if l.WorkloadIdentity.PoolName == "" { // fleets and GKE give their tokens the pool's name
+		if l.WorkloadIdentity.PoolName == "" { // tokens of fleets and GKE have the pool's name as audience
 			l.TokenAudience = l.WorkloadIdentity.Pool
 		}
 	}
@@ -56,19 +57,20 @@ func (l *loader) resolveIdentity() {
 	}
 }
 
-// require reports whether a setting has a value or a fault of its own already.
+// require reports whether a setting has a value. If it has neither a value nor a fault, require
+// records one.
 func (l *loader) require(key, text, remedy string) bool {
 	if text != "" || l.broken[key] {
 		return text != ""
 	}
 	l.incomplete = true
-	if !l.unread { // else one fault says it all
+	if !l.unread { // otherwise the file's own fault is enough
 		l.complain(key, 0, bad(remedy, "is not set"))
 	}
 	return false
 }
 
-// resolveURLs fills in where Google is in this universe (G-09).
+// resolveURLs sets the URLs of Google's services in this universe (G-09, other universes).
 func (r *raw) resolveURLs() {
 	if r.Google.STSURL == "" {
 		r.Google.STSURL = "https://sts." + r.Google.UniverseDomain + "/v1/token"
@@ -91,17 +93,18 @@ func (l *loader) checkCA() {
 	}
 }
 
-// metadataServer is where pods ask.
+// metadataServer is the address that pods use.
 var metadataServer = netip.MustParseAddrPort("169.254.169.254:80")
 
 func (l *loader) checkListen() {
 	if at := l.Routing.Link; at != "" && l.Routing.Mode != "loopback" && !l.broken["routing.mode"] {
-		l.complain("routing.link", 0, bad("remove it", "routing.mode %s needs none", l.Routing.Mode))
+		l.complain("routing.link", 0, bad("remove it", "routing.mode %s uses no link", l.Routing.Mode))
 	} else if len(at) > 11 {
-		l.complain("routing.link", 0, bad("write a name of 11 letters at most, such as gme0", "%s is too long for the label of its address", quote(at)))
+		l.complain("routing.link", 0, bad("write a name of 11 letters at most, such as gme0",
+			"%s is too long for the label of its address", quote(at)))
 	}
 	if l.Routing.Mode == "loopback" && l.Listen == Default().Listen {
-		l.Listen = metadataServer // it redirects nothing
+		l.Listen = metadataServer // mode loopback redirects nothing
 	}
 	for _, s := range []struct {
 		key string
@@ -117,12 +120,13 @@ func (l *loader) checkListen() {
 	a := l.Listen.Addr()
 	if l.Listen.Port() != 0 && l.Listen.Port() == l.HealthListen.Port() &&
 		(a == l.HealthListen.Addr() || a.IsUnspecified() || l.HealthListen.Addr().IsUnspecified()) {
-		l.complain("healthListen", 0, bad("write another port", "is the listen address too"))
+		l.complain("healthListen", 0, bad("write another port", "is the same address as listen"))
 	}
 	switch l.Routing.Mode {
 	case "none", "loopback":
 		if l.Routing.InterceptHostPods == "on" {
-			l.complain("routing.interceptHostPods", 0, bad("write off", "routing.mode %s cannot tell pods on the host network from the node itself", l.Routing.Mode))
+			l.complain("routing.interceptHostPods", 0,
+				bad("write off", "routing.mode %s cannot tell pods on the host network from the node itself", l.Routing.Mode))
 		}
 	}
 	switch l.Routing.Mode {
@@ -130,27 +134,32 @@ func (l *loader) checkListen() {
 		return
 	case "loopback":
 		if l.Listen != metadataServer {
-			l.complain("listen", 0, bad("remove it, or use another routing.mode", "routing.mode loopback redirects nothing, so it listens where pods ask, at %s", metadataServer))
+			l.complain("listen", 0, bad("remove it, or use another routing.mode",
+				"routing.mode loopback redirects nothing, so it listens where pods ask, at %s", metadataServer))
 		}
 		return
 	}
-	if l.Routing.Mode == "ebpf" && len(l.Routing.Spare) > 0 && !l.broken["routing.spare"] {
-		l.complain("routing.spare", 0, bad("leave it empty, or set routing.mode to iptables", "routing.mode ebpf sees who connects, and not by which interface"))
+	if l.Routing.Mode == "ebpf" && len(l.Routing.ExcludeInterfaces) > 0 && !l.broken["routing.excludeInterfaces"] {
+		l.complain("routing.excludeInterfaces", 0, bad("leave it empty, or set routing.mode to iptables",
+			"routing.mode ebpf does not know the interface of a connection"))
 	}
 	const remedy = "write an address that nobody else uses, such as 169.254.169.252:988, or set routing.mode to none"
 	switch { // the target of a DNAT rule
 	case !a.Is4():
-		l.complain("listen", 0, bad(remedy, "routing.mode %s sends packets for 169.254.169.254 on, and those are IPv4", l.Routing.Mode))
+		l.complain("listen", 0, bad(remedy, "routing.mode %s redirects IPv4 packets, so listen must be an IPv4 address",
+			l.Routing.Mode))
 	case a.IsUnspecified():
-		l.complain("listen", 0, bad(remedy, "routing.mode %s sends packets on to one address, and %s is none", l.Routing.Mode, a))
-	case a.IsLoopback():
-		l.complain("listen", 0, bad(remedy, "packets from pods reach 127.0.0.0/8 only where route_localnet opens it to neighbours as well"))
+		l.complain("listen", 0, bad(remedy, "routing.mode %s redirects to one address, and %s means all addresses",
+			l.Routing.Mode, a))
+	case a.IsLoopback(): // R-04, the DNAT target
+		l.complain("listen", 0, bad(remedy, "pods reach 127.0.0.0/8 only with route_localnet, which opens it to neighbour "+
+			"hosts as well"))
 	case slices.ContainsFunc(l.Routing.Guard, func(g netip.AddrPort) bool { return g.Addr() == a }):
-		l.complain("listen", 0, bad(remedy, "%s is guarded: it is the cloud's own metadata server", a))
+		l.complain("listen", 0, bad(remedy, "%s is in routing.guard: it is the cloud's own metadata server", a))
 	}
 }
 
-// metadataServer6 is where pods ask by IPv6 (H-24).
+// metadataServer6 is the address that pods use by IPv6 (H-24, IPv6).
 var metadataServer6 = netip.MustParseAddrPort("[fd20:ce::254]:80")
 
 func (l *loader) checkListen6() {
@@ -161,21 +170,24 @@ func (l *loader) checkListen6() {
 	}
 	switch mode := l.Routing.Mode; {
 	case mode != "iptables" && mode != "nftables" && mode != "auto":
-		l.complain("listen6", 0, bad("remove it, or set routing.mode to iptables or nftables", "routing.mode %s serves IPv4 alone", mode))
+		l.complain("listen6", 0, bad("remove it, or set routing.mode to iptables or nftables",
+			"routing.mode %s serves IPv4 alone", mode))
 	case !a.Is6():
 		l.complain("listen6", 0, bad(remedy, "%s is not IPv6", a))
 	case at.Port() == 0:
 		l.complain("listen6", 0, bad("write a port from 1 to 65535", "has no port"))
 	case !a.IsGlobalUnicast():
-		l.complain("listen6", 0, bad(remedy, "%s is no unicast address that reaches beyond a link", a))
-	case a == metadataServer6.Addr() || slices.ContainsFunc(l.Routing.Guard, func(g netip.AddrPort) bool { return g.Addr() == a }):
-		l.complain("listen6", 0, bad(remedy, "%s is a metadata server's own", a))
+		l.complain("listen6", 0, bad(remedy, "%s is not a global unicast address", a))
+	case a == metadataServer6.Addr() || slices.ContainsFunc(l.Routing.Guard,
+		func(g netip.AddrPort) bool { return g.Addr() == a }):
+		l.complain("listen6", 0, bad(remedy, "%s is the address of a metadata server", a))
 	case at == l.HealthListen:
-		l.complain("healthListen", 0, bad("write another port", "is the listen6 address too"))
+		l.complain("healthListen", 0, bad("write another port", "is the same address as listen6"))
 	}
 }
 
-// checkCluster holds E-16: half of a cluster makes programs believe in GKE and then fail.
+// checkCluster requires all of the cluster's values or none (E-16, cluster attributes): with a part
+// of them programs take the cluster for GKE and then fail.
 func (l *loader) checkCluster() {
 	fields := []struct{ key, text string }{
 		{"cluster.name", l.Cluster.Name}, {"cluster.location", l.Cluster.Location}, {"cluster.uid", l.Cluster.UID},
@@ -192,7 +204,8 @@ func (l *loader) checkCluster() {
 		}
 	}
 	if len(set) > 0 && len(missing) > 0 {
-		l.complain(set[0], 0, bad("set all of name, location and uid, or none; uid: kubectl get namespace kube-system -o jsonpath='{.metadata.uid}'",
+		l.complain(set[0], 0, bad("set all of name, location and uid, or none; uid: kubectl get namespace kube-system -o "+
+			"jsonpath='{.metadata.uid}'",
 			"is set without %s", strings.Join(missing, " and ")))
 	}
 }
@@ -209,68 +222,80 @@ func (l *loader) checkExtraMetadata() {
 		for dir := path.Dir(p); dir != "."; dir = path.Dir(dir) {
 			_, value := l.ExtraMetadata[dir]
 			if _, own := ownPaths[dir]; value || own {
-				l.complain(key, line[p], bad("remove one of the two", "%s makes a directory of %s, which is a value", quote(p), quote(dir)))
+				l.complain(key, line[p], bad("remove one of the two", "%s makes a directory of %s, which is a value", quote(p),
+					quote(dir)))
 			}
 		}
 	}
 }
 
-// checkPassthrough refuses what could never be: who is on the host network is told by the kernel alone, and there has to be a server
-// beside us.
+// checkPassthrough refuses settings that cannot work: only the kernel identifies pods on the host
+// network, and passthrough needs a reachable server of the cloud.
 func (l *loader) checkPassthrough() {
 	const key = "passthrough"
 	switch {
 	case len(l.Passthrough) == 0:
 	case l.Attestation.Mode == "source-ip" && !l.broken["attestation.mode"]:
-		l.complain(key, 0, bad("remove it, or set attestation.mode to kernel", "pods on the host network cannot be told by their address"))
+		l.complain(key, 0, bad("remove it, or set attestation.mode to kernel",
+			"attestation.mode source-ip cannot identify pods on the host network"))
 	case l.Routing.Link != "" && !l.broken["routing.link"]:
-		l.complain(key, 0, bad("remove it, or use another routing.mode", "with routing.link %s is this node's own, and the cloud's server out of reach", metadataServer.Addr()))
+		l.complain(key, 0, bad("remove it, or use another routing.mode",
+			"routing.link makes %s an address of this node, so the cloud's server cannot be reached", metadataServer.Addr()))
 	}
 }
 
-// checkProxies refuses what could never be: an address says nothing of a proxy.
+// checkProxies refuses a setting that cannot work: an address does not identify a proxy.
 func (l *loader) checkProxies() {
 	if len(l.Attestation.Proxies) > 0 && l.Attestation.Mode == "source-ip" && !l.broken["attestation.mode"] {
-		l.complain("attestation.proxies", 0, bad("remove it, or set attestation.mode to kernel", "a proxy cannot be told by its address"))
+		l.complain("attestation.proxies", 0, bad("remove it, or set attestation.mode to kernel",
+			"attestation.mode source-ip cannot identify a proxy"))
 	}
 }
 
-// warn notes what is allowed and still seldom meant.
+// warn records settings that are valid but rarely intended.
 func (l *loader) warn() {
 	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
 	if l.Attestation.Mode == "source-ip" {
-		say("attestation.mode is source-ip: a dead pod and the next owner of its address cannot be told apart")
+		say("attestation.mode is source-ip: a dead pod and the next pod with its address cannot be distinguished")
 		if l.Routing.InterceptHostPods == "on" {
-			say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since by address they cannot be told apart")
+			say("routing.interceptHostPods is on: pods on the host network are redirected and then refused with 403, since " +
+				"their address does not identify them")
 		}
 	}
 	switch r := l.Routing; {
 	case len(l.Passthrough) == 0:
 	case slices.Contains([]string{"loopback", "none", "observe"}, r.Mode):
-		say("passthrough: routing.mode %s redirects no pod on the host network, so they reach the cloud's metadata server as it is", r.Mode)
+		say("passthrough: routing.mode %s redirects no pod on the host network, so they already reach the cloud's metadata "+
+			"server directly", r.Mode)
 	case r.InterceptHostPods == "off":
-		say("passthrough: routing.interceptHostPods is off, so pods on the host network reach the cloud's metadata server as it is")
+		say("passthrough: routing.interceptHostPods is off, so pods on the host network already reach the cloud's metadata " +
+			"server directly")
 	case r.InterceptHostPods == "auto":
-		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no metadata server of a cloud answers: write on")
+		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no " +
+			"metadata server of a cloud answers: set it to on")
 	}
-	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07
-		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; name one of an identity of its own")
+	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07, unbound requests
+		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; " +
+			"set kubeconfig to one of another identity")
 	}
 	low, high := l.ephemeral()
-	if p := l.Listen.Port(); p >= low && p <= high {
-		say("listen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
+	if p := l.Listen.Port(); p >= low && p <= high { // R-19, ephemeral ports
+		say("listen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service "+
+			"starts", p, low, high)
 	}
 	if p := l.Listen6.Port(); l.Listen6.IsValid() && p >= low && p <= high {
-		say("listen6: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
+		say("listen6: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service "+
+			"starts", p, low, high)
 	}
 	if p := l.HealthListen.Port(); p >= low && p <= high {
-		say("healthListen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the service starts", p, low, high)
+		say("healthListen: port %d lies in the ephemeral range %d-%d: another program's connection may hold it when the "+
+			"service starts", p, low, high)
 	}
 	if l.Listen.Addr().IsUnspecified() && l.Listen.Port() == 988 {
 		say("listen: port 988 on every address is what Lustre's client listens on as well: name one address")
 	}
 	if !l.HealthListen.Addr().IsLoopback() {
-		say("healthListen: %s is not loopback: whoever reaches it reads the metrics", l.HealthListen)
+		say("healthListen: %s is not loopback: everybody who can reach it can read the metrics", l.HealthListen)
 	}
 	if !slices.Contains(l.Routing.Guard, metadataServer) {
 		say("routing.guard: without %s in it pods may reach the cloud's own credentials", metadataServer)
@@ -282,11 +307,11 @@ func (l *loader) warn() {
 		say("impersonateUnlinked: every pod of this node that is not linked becomes %s", l.ImpersonateUnlinked)
 	}
 	if !l.HostCheck {
-		say("hostCheck: off, so a web page that rebinds its name to 169.254.169.254 can ask for tokens")
+		say("hostCheck is off: a web page that rebinds its DNS name to 169.254.169.254 can request tokens")
 	}
 }
 
-// ephemeral returns the ports that the kernel gives to connections.
+// ephemeral returns the kernel's range of ephemeral ports.
 func (l *loader) ephemeral() (low, high uint16) {
 	low, high = 32768, 60999 // the kernel's default
 	data, err := l.read("/proc/sys/net/ipv4/ip_local_port_range")

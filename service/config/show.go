@@ -12,19 +12,20 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// YAML returns the configuration with everything resolved. Load reads it as the same Config.
+// YAML returns the resolved configuration. Load reads it as the same Config.
 func (c Config) YAML() string {
 	r := raw{Config: c, impersonateUnlinked: c.ImpersonateUnlinked != "",
 		provider: strings.TrimPrefix(c.WorkloadIdentity.Audience, iamDomain)}
 	return r.yaml(func(Key) string { return "" })
 }
 
-// Reference returns a configuration file with every key, what it means and its default. It is valid once
-// workloadIdentityProvider and projectID are filled in.
+// Reference returns a configuration file with every key, its meaning and its default. It is valid
+// once workloadIdentityProvider and projectID are set.
 func Reference() string {
 	r := defaults()
 	return "# The configuration of gke-metadata-emulator: every key with its default.\n" +
-		"# Set workloadIdentityProvider and projectID; an empty value stands for the default, and an unknown key is an error.\n" +
+		"# Set workloadIdentityProvider and projectID; an empty value stands for the default, and an unknown key is an " +
+		"error.\n" +
 		r.yaml(func(k Key) string {
 			comment := "# " + k.Usage
 			if k.Values != nil {
@@ -61,7 +62,7 @@ func (r *raw) yaml(comment func(Key) string) string {
 	return b.String()
 }
 
-// show writes a setting as it stands after the colon of its key.
+// show writes a setting as it is written after the colon of its key.
 func show(field any, indent string) string {
 	list := func(texts []string) string {
 		for i, t := range texts {
@@ -103,10 +104,10 @@ func show(field any, indent string) string {
 		}
 		return b.String()
 	}
-	panic(fmt.Sprintf("config: a setting of type %T", field)) // the table is wrong, and every test says so
+	panic(fmt.Sprintf("config: a setting of type %T", field)) // a fault of the table fails every test
 }
 
-// scalar quotes a text only where YAML would read it as something else.
+// scalar quotes a text only where YAML would read it differently.
 func scalar(s string) string {
 	n := yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: s}
 	if strings.ContainsAny(s, "\n\r\t\u0085\u2028\u2029") {
@@ -119,7 +120,7 @@ func scalar(s string) string {
 	return strings.TrimSuffix(string(out), "\n")
 }
 
-// duration is Duration.String without the zeros at its end: 1h, not 1h0m0s.
+// duration is Duration.String without zeros at its end: 1h, not 1h0m0s.
 func duration(d time.Duration) string {
 	s := d.String()
 	if strings.HasSuffix(s, "m0s") {

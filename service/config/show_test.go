@@ -18,7 +18,7 @@ nodeName: node-1
 tokenAudience: "https://example.com/a#b"
 listen: 169.254.169.254:80
 healthListen: "[::1]:9000"
-routing: {mode: loopback, uplinks: [eth0], spare: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}
+routing: {mode: loopback, uplinks: [eth0], excludeInterfaces: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}
 attestation: {mode: kernel, byAddress: [gvisor, kata], proxies: [istio-system/ztunnel]}
 hostIdentities:
 - {unit: "docker-[0-9]*.scope", serviceAccount: kube-system/image-puller}
@@ -55,14 +55,17 @@ func TestShow(t *testing.T) {
 		var had, has raw
 		has.Config, has.provider, has.impersonateUnlinked = c, "set", true
 		had = defaults()
-		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "attestation.mode" && k.Path != "google.universeDomain" && k.Path != "listen6" {
+		if reflect.DeepEqual(k.field(&had), k.field(&has)) && k.Path != "routing.mode" && k.Path != "attestation.mode" &&
+			k.Path != "google.universeDomain" && k.Path != "listen6" {
 			t.Errorf("%s has its default in this test", k.Path)
 		}
 	}
 }
 
 func TestShowMinimal(t *testing.T) {
-	for _, text := range []string{minimal, minimal + "listen6: '[fd20:ce::252]:988'", "projectID: my-project\nnumericProjectID: 5\nworkloadIdentityProvider: identitynamespace:my-project.svc.id.goog:https://x/y"} {
+	for _, text := range []string{minimal, minimal + "listen6: '[fd20:ce::252]:988'",
+		"projectID: my-project\nnumericProjectID: 5\nworkloadIdentityProvider: " +
+			"identitynamespace:my-project.svc.id.goog:https://x/y"} {
 		c := mustLoad(t, text, nil, nil)
 		if again := mustLoad(t, c.YAML(), nil, nil); !reflect.DeepEqual(c, again) {
 			t.Errorf("what is shown is another configuration:\n%+v\n%+v", c, again)

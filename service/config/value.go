@@ -8,13 +8,14 @@ import (
 	"time"
 )
 
-// item is a setting's text, or one of its texts: a list has many, a map has many with names.
+// item is a setting's text, one text of a list, or one entry of a map.
 type item struct {
 	line       int
 	name, text string
 }
 
-// split reads a setting as a flag gives it: commas between the items of a list, path=value in a map.
+// split reads a setting in the form of a flag: commas between the items of a list, path=value in a
+// map.
 func (k Key) split(s string) []item {
 	switch k.Type() {
 	case "list", "addresses":
@@ -36,7 +37,7 @@ func (k Key) split(s string) []item {
 	return []item{{text: s}}
 }
 
-// set turns text into the setting's type and keeps it in r. Every item is looked at, whatever the ones before it were.
+// set converts text to the setting's type and stores it in r. It reports the faults of every item.
 func (k Key) set(r *raw, items []item, complain func(line int, t *trouble)) {
 	normal := func(it item) (string, bool) {
 		s, t := it.text, (*trouble)(nil)
@@ -65,10 +66,11 @@ func (k Key) set(r *raw, items []item, complain func(line int, t *trouble)) {
 		}
 		*field = b
 	case *int:
-		const most = 1_000_000 // beyond what a node can hold; what is meant as "no limit" should say so
+		const most = 1_000_000 // more than a node can hold
 		n, err := strconv.Atoi(items[0].text)
 		if err != nil || n < 1 || n > most {
-			complain(items[0].line, bad("write a number such as "+k.Default, "%s is not a whole number from 1 to %d", quote(items[0].text), most))
+			complain(items[0].line, bad("write a number such as "+k.Default, "%s is not a whole number from 1 to %d",
+				quote(items[0].text), most))
 			return
 		}
 		*field = n
@@ -96,7 +98,8 @@ func (k Key) set(r *raw, items []item, complain func(line int, t *trouble)) {
 			case t != nil:
 				complain(it.line, t)
 			case a.Port() == 0 || a.Addr().IsUnspecified():
-				complain(it.line, bad("write the address and the port of one server, such as 169.254.169.254:80", "%s names no single server", quote(it.text)))
+				complain(it.line, bad("write the address and the port of one server, such as 169.254.169.254:80",
+					"%s names no single server", quote(it.text)))
 			case !slices.Contains(*field, a):
 				*field = append(*field, a)
 			}
@@ -120,7 +123,7 @@ func (k Key) set(r *raw, items []item, complain func(line int, t *trouble)) {
 	}
 }
 
-// clear takes a default away, so that what is given replaces it instead of being added.
+// clear removes a default, so that given items replace it instead of being added to it.
 func (k Key) clear(r *raw) {
 	switch field := k.field(r).(type) {
 	case *[]string:
@@ -130,15 +133,15 @@ func (k Key) clear(r *raw) {
 	}
 }
 
-// correction is the remedy for a choice that does not exist.
+// correction returns the remedy for a value that is not one of Values.
 func (k Key) correction(s string) string {
 	if near := nearest(s, k.Values); near != "" {
-		return "did you mean " + near + "?"
+		return "write " + near + ""
 	}
 	return "write one of them, or remove the key for " + k.Default
 }
 
-// nearest returns the word that was probably meant, or "".
+// nearest returns the word that was probably intended, or "".
 func nearest(s string, words []string) string {
 	best, least := "", 1+max(1, min(3, len(s)/3))
 	for _, w := range words {
@@ -148,13 +151,14 @@ func nearest(s string, words []string) string {
 	}
 	for _, w := range words {
 		if best == "" && len(s) >= 3 && strings.HasPrefix(w, s) {
-			best = w // warn, for warning
+			best = w // such as warn for warning
 		}
 	}
 	return best
 }
 
-// distance counts the insertions, deletions and substitutions between two words (Levenshtein).
+// distance returns the Levenshtein distance between two words: insertions, deletions and
+// substitutions.
 func distance(a, b string) int {
 	const longest = 64 // longer than any key: not worth comparing
 	if len(a) > longest || len(b) > longest {

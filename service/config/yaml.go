@@ -12,7 +12,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// readYAML takes the settings out of a file, each with its line. It knows no setting: the table does.
+// readYAML reads the settings of a file, each with its line. The table of keys defines them.
 func (l *loader) readYAML(data []byte) {
 	doc, t, line := parseYAML(data)
 	if t != nil {
@@ -25,7 +25,8 @@ func (l *loader) readYAML(data []byte) {
 	}
 	if doc.Kind != yaml.MappingNode {
 		l.unread = true
-		l.complain("", doc.Line, bad("write key: value", "this is not a configuration: settings are expected, and here is %s", kindOf(doc)))
+		l.complain("", doc.Line, bad("write key: value", "not a configuration: must be a map of settings, not %s",
+			kindOf(doc)))
 		return
 	}
 	l.readMapping(doc, "")
@@ -34,8 +35,8 @@ func (l *loader) readYAML(data []byte) {
 // parseYAML returns the one document of data, or nil if there is nothing but comments.
 func parseYAML(data []byte) (doc *yaml.Node, t *trouble, line int) {
 	defer func() {
-		if r := recover(); r != nil { // the parser panics where it meets what its authors did not expect
-			t = bad("write plain key: value lines", "this is not YAML that can be read")
+		if r := recover(); r != nil { // the parser panics on some input
+			t = bad("write plain key: value lines", "this YAML cannot be parsed")
 		}
 	}()
 	d := yaml.NewDecoder(bytes.NewReader(data))
@@ -59,12 +60,13 @@ func (l *loader) readMapping(n *yaml.Node, prefix string) {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		name, v := n.Content[i], n.Content[i+1]
 		if name.Kind != yaml.ScalarNode || !plainTag(name) {
-			l.complain(strings.TrimSuffix(prefix, "."), name.Line, bad("write key: value", "here is %s where the name of a setting belongs", kindOf(name)))
+			l.complain(strings.TrimSuffix(prefix, "."), name.Line, bad("write key: value",
+				"must be the name of a setting, not %s", kindOf(name)))
 			continue
 		}
 		path := prefix + name.Value
 		if before, twice := seen[name.Value]; twice {
-			l.complain(path, name.Line, bad("keep one of them", "was set in line %d already", before))
+			l.complain(path, name.Line, bad("keep one of them", "is already set in line %d", before))
 			continue
 		}
 		seen[name.Value] = name.Line
@@ -77,10 +79,11 @@ func (l *loader) readMapping(n *yaml.Node, prefix string) {
 		case k >= 0:
 			l.readValue(keys[k], v)
 		case prefix != "" || !isGroup(path):
-			l.complain(path, name.Line, noSuchKey(didYouMean(path)))
+			l.complain(path, name.Line, noSuchKey(suggestKey(path)))
 		case isNull(v):
 		case v.Kind != yaml.MappingNode:
-			l.complain(path, v.Line, bad("write "+path+": with its keys indented below it", "is a group of keys, and here is %s", kindOf(v)))
+			l.complain(path, v.Line, bad("write "+path+": with its keys indented below it", "must be a group of keys, not %s",
+				kindOf(v)))
 		default:
 			l.readMapping(v, path+".")
 		}
@@ -95,7 +98,7 @@ func (l *loader) readValue(k Key, n *yaml.Node) {
 	ok := true
 	scalar := func(n *yaml.Node) string {
 		if n.Kind != yaml.ScalarNode || !plainTag(n) {
-			l.complain(k.Path, n.Line, bad("write the value itself", "here is %s where one value belongs", kindOf(n)))
+			l.complain(k.Path, n.Line, bad("write the value itself", "must be one value, not %s", kindOf(n)))
 			ok = false
 		}
 		if isNull(n) {
@@ -106,7 +109,8 @@ func (l *loader) readValue(k Key, n *yaml.Node) {
 	switch k.Type() {
 	case "list", "addresses":
 		if n.Kind != yaml.SequenceNode {
-			l.complain(k.Path, n.Line, bad("write "+k.Path[strings.LastIndexByte(k.Path, '.')+1:]+": [ONE, TWO]", "is a list, and here is %s", kindOf(n)))
+			l.complain(k.Path, n.Line, bad("write "+k.Path[strings.LastIndexByte(k.Path, '.')+1:]+": [ONE, TWO]",
+				"must be a list, not %s", kindOf(n)))
 			return
 		}
 		for _, part := range n.Content {
@@ -116,7 +120,7 @@ func (l *loader) readValue(k Key, n *yaml.Node) {
 		v.items = l.readIdentities(k, n)
 	case "map":
 		if n.Kind != yaml.MappingNode {
-			l.complain(k.Path, n.Line, bad("write path: value lines, indented below it", "is a map, and here is %s", kindOf(n)))
+			l.complain(k.Path, n.Line, bad("write path: value lines, indented below it", "must be a map, not %s", kindOf(n)))
 			return
 		}
 		for i := 0; i+1 < len(n.Content); i += 2 {
@@ -124,7 +128,8 @@ func (l *loader) readValue(k Key, n *yaml.Node) {
 		}
 	default:
 		text := scalar(n)
-		if want := map[string]string{"boolean": "!!bool", "number": "!!int"}[k.Type()]; ok && text != "" && n.ShortTag() != want && want != "" {
+		if want := map[string]string{"boolean": "!!bool", "number": "!!int"}[k.Type()]; ok && text != "" &&
+			n.ShortTag() != want && want != "" {
 			remedy := "write a number such as " + k.Default
 			if want == "!!bool" {
 				remedy = "write true or false"
@@ -146,7 +151,8 @@ func (l *loader) readValue(k Key, n *yaml.Node) {
 
 func isNull(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" }
 
-// plainTag refuses what YAML could make of a text besides the text: binary, merge keys and tags of other programs.
+// plainTag refuses YAML tags that make a text something else: binary, merge keys, tags of other
+// programs.
 func plainTag(n *yaml.Node) bool {
 	switch n.ShortTag() {
 	case "!!str", "!!int", "!!float", "!!bool", "!!null", "!!timestamp":
@@ -174,12 +180,13 @@ func kindOf(n *yaml.Node) string {
 	return "the text " + quote(n.Value)
 }
 
-// didYouMean is the remedy for a key that does not exist. People forget the group, write the flag, or mistype.
-func didYouMean(path string) string {
+// suggestKey returns the remedy for a key that does not exist. It recognises a missing group, a
+// flag's name and a mistyped name.
+func suggestKey(path string) string {
 	var paths []string
 	for _, k := range keys {
 		if last := k.Path[strings.LastIndexByte(k.Path, '.')+1:]; k.Flag() == path || strings.EqualFold(last, path) {
-			return "did you mean " + k.Path + "?"
+			return "write " + k.Path + ""
 		}
 		paths = append(paths, k.Path)
 		if group, _, found := strings.Cut(k.Path, "."); found && !slices.Contains(paths, group) {
@@ -187,12 +194,13 @@ func didYouMean(path string) string {
 		}
 	}
 	if near := nearest(path, paths); near != "" {
-		return "did you mean " + near + "?"
+		return "write " + near + ""
 	}
 	return "remove it; `gke-metadata-emulator config show` prints every key"
 }
 
-// The parser gives the line of a syntax error in its text only, and some of its errors count from 0.
+// yamlLine finds the line of a syntax error, which the parser gives only in its text. Some of its
+// errors count from 0.
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 
 func lineOf(err error, data []byte) int {
@@ -202,7 +210,7 @@ func lineOf(err error, data []byte) int {
 	}
 	lines := bytes.SplitAfter(data, []byte("\n"))
 	if n < len(lines) && yaml.Unmarshal(bytes.Join(lines[:n], nil), new(yaml.Node)) == nil {
-		n++ // nothing is wrong up to there
+		n++ // the lines before n are valid
 	}
 	return n
 }

@@ -12,25 +12,28 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
-// attestationCheck: who asks is what the kernel says, and in namespaces that are not the node's the helper lets the service ask it.
-// All of this is the service's own word.
-func attestationCheck(p *nodeReport) Finding {
+// attestationCheck: who asks is what the kernel says, and in namespaces that are not the node's the
+// helper lets the service ask it. All of this is the service's own word.
+func attestationCheck(r *nodeReport) Finding {
 	const helper = "gke-metadata-emulator-attest"
 	switch {
-	case p.status == nil:
-		return skip("the service would tell, and does not answer: %v", p.statusErr)
-	case p.status.Cluster == nil:
-		return skip("the service would tell, and does not serve: %s", p.status.Reason)
+	case r.status == nil:
+		return skip("the service would tell, and does not answer: %v", r.statusErr)
+	case r.status.Cluster == nil:
+		return skip("the service would tell, and does not serve: %s", r.status.Reason)
 	}
-	a, pods := p.status.Attestation, knownPods(p.status)
+	a, pods := r.status.Attestation, knownPods(r.status)
 	k := a.Kernel
 	switch {
 	case k == nil:
-		return warn("attestation.mode: kernel", "mode %s: an address says who asks, which a dead pod shares with the next owner; %s", a.Mode, pods)
+		return warn("attestation.mode: kernel", "mode %s: an address says who asks, which a dead pod shares with the "+
+			"next owner; %s", a.Mode, pods)
 	case k.Hierarchy == "":
-		return fail("journalctl -u gke-metadata-emulator", "mode %s, and the kernel cannot be asked: %s", a.Mode, cmp.Or(strings.Join(k.Lacks, "; "), "the service is starting"))
+		return fail("journalctl -u gke-metadata-emulator", "mode %s, and the kernel cannot be asked: %s", a.Mode,
+			cmp.Or(strings.Join(k.Lacks, "; "), "the service is starting"))
 	case !k.Helper:
-		return fail("systemctl restart "+helper+"; journalctl -u "+helper, "mode %s, but pods that start now are refused, since %s.service is away: %s; %s", a.Mode, helper, k.Problem, pods)
+		return fail("systemctl restart "+helper+"; journalctl -u "+helper,
+			"mode %s, but pods that start now are refused, since %s.service is away: %s; %s", a.Mode, helper, k.Problem, pods)
 	}
 	var wrong, remedies []string
 	if k.Problem != "" {
@@ -44,11 +47,13 @@ func attestationCheck(p *nodeReport) Finding {
 		wrong, remedies = append(wrong, "lacking: "+strings.Join(k.Lacks, "; ")), append(remedies, remedy)
 	}
 	for _, c := range k.Conflicts {
-		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets of %s, and %d connections were refused for it", p.status.PodName(c.Between[0]), p.status.PodName(c.Between[1]), c.Address, c.Refused))
+		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets of %s, and %d connections were refused for it",
+			r.status.PodName(c.Between[0]), r.status.PodName(c.Between[1]), c.Address, c.Refused))
 		remedies = append(remedies, fmt.Sprintf("remove %s from the one that does not own it", c.Address))
 	}
-	if classes, refused := sandboxes(p.status.Cluster.Pods); len(classes) > 0 {
-		wrong = append(wrong, fmt.Sprintf("RuntimeClass %s looks like a sandbox with a network of its own, whose pods are refused then: %s", strings.Join(classes, ", "), some(refused)))
+	if classes, refused := sandboxes(r.status.Cluster.Pods); len(classes) > 0 {
+		wrong = append(wrong, fmt.Sprintf("RuntimeClass %s looks like a sandbox with a network of its own, whose pods "+
+			"are refused then: %s", strings.Join(classes, ", "), some(refused)))
 		remedies = append(remedies, fmt.Sprintf("if it is one: attestation.byAddress: [%s]", strings.Join(classes, ", ")))
 	}
 	if len(wrong) > 0 {
@@ -57,7 +62,8 @@ func attestationCheck(p *nodeReport) Finding {
 	return good("mode %s, by %s, and %s.service is connected; %s", a.Mode, k.Evidence, helper, pods)
 }
 
-// knownPods says by what how many pods are known, and which of them by no more than their address, or by nothing, and why.
+// knownPods says by what how many pods are known, and which of them by no more than their address,
+// or by nothing, and why.
 func knownPods(s *status.Status) string {
 	type kind struct{ evidence, why string }
 	pods := map[kind][]string{}
@@ -89,12 +95,13 @@ func knownPods(s *status.Status) string {
 	return "pods are known: " + cmp.Or(strings.Join(texts, ", "), "none")
 }
 
-// sandboxes returns the RuntimeClasses that have the name of a sandbox whose sockets the node's kernel does not have and are not in
-// attestation.byAddress, and their pods.
+// sandboxes returns the RuntimeClasses that have the name of a sandbox whose sockets the node's
+// kernel does not have and are not in attestation.byAddress, and their pods.
 func sandboxes(all []kube.PodStatus) (classes, pods []string) {
 	for _, q := range all {
 		c := strings.ToLower(q.RuntimeClass)
-		if q.HostNetwork || q.Evidence == attest.ByAddress || !strings.Contains(c, "gvisor") && !strings.Contains(c, "runsc") && !strings.HasPrefix(c, "kata") {
+		if q.HostNetwork || q.Evidence == attest.ByAddress || !strings.Contains(c, "gvisor") &&
+			!strings.Contains(c, "runsc") && !strings.HasPrefix(c, "kata") {
 			continue
 		}
 		if !slices.Contains(classes, q.RuntimeClass) {

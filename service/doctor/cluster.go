@@ -14,32 +14,39 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
-// credentialCheck says with what the API server is asked, and whether it answers: the service's word where it runs, and doctor's own try.
-func credentialCheck(p *nodeReport) Finding {
+// credentialCheck says with what the API server is asked, and whether it answers: the service's
+// word where it runs, and doctor's own try.
+func credentialCheck(r *nodeReport) Finding {
 	const seeCopy = "systemctl restart gke-metadata-emulator-credential"
-	a := p.cluster
+	a := r.cluster
 	var away *kube.AwayError
 	errors.As(a.Reach, &away)
-	if p.status != nil && p.status.Cluster != nil {
-		c := p.status.Cluster
+	if r.status != nil && r.status.Cluster != nil {
+		c := r.status.Cluster
 		switch {
 		case c.NodeNameProblem != "":
 			return fail("correct or remove nodeName", "%s", c.NodeNameProblem)
 		case c.Watching && away != nil: // it may hang, and its connections stay open meanwhile
 			return fail("is the API server up, and can this node reach it?",
-				"%s does not answer doctor: %v; the service's watch is open still, and pods that it knows are served", a.Server, away.Err)
+				"%s does not answer doctor: %v; the service's watch is open still, and pods that it knows are served", a.Server,
+				away.Err)
 		case c.Watching:
-			return good("the service watches this node's pods at %s as %s, with %s", c.Server, cmp.Or(c.User, "somebody"), c.Kubeconfig)
+			return good("the service watches this node's pods at %s as %s, with %s", c.Server, cmp.Or(c.User, "somebody"),
+				c.Kubeconfig)
 		case c.Problem != "" && a.Reach == nil:
-			return fail("is the credential the service's user's to read? "+seeCopy, "the service says: %s; doctor itself gets an answer of %s with %s", c.Problem, a.Server, a.Kubeconfig)
+			return fail("is the credential the service's user's to read? "+seeCopy,
+				"the service says: %s; doctor itself gets an answer of %s with %s", c.Problem, a.Server, a.Kubeconfig)
 		case a.Reach == nil:
-			return warn("run doctor again; if it stays so: journalctl -u gke-metadata-emulator", "the service does not watch this node's pods now; doctor itself gets an answer of %s with %s", a.Server, a.Kubeconfig)
+			return warn("run doctor again; if it stays so: journalctl -u gke-metadata-emulator",
+				"the service does not watch this node's pods now; doctor itself gets an answer of %s with %s", a.Server,
+				a.Kubeconfig)
 		}
 	}
 	switch {
 	case away != nil:
-		return fail("can this node reach it, is it up, and is the credential still valid?", "%s with %s of %s: %v", a.Server, a.Credential, a.Kubeconfig, away.Err)
-	case errors.Is(a.Reach, kube.ErrNotConfigured) && !p.root:
+		return fail("can this node reach it, is it up, and is the credential still valid?", "%s with %s of %s: %v",
+			a.Server, a.Credential, a.Kubeconfig, away.Err)
+	case errors.Is(a.Reach, kube.ErrNotConfigured) && !r.root:
 		return skip("%v: %s", a.Reach, asRoot)
 	case a.Reach != nil:
 		return fail("kubelet writes it when it joins the cluster; else set kubeconfig", "%v", a.Reach)
@@ -76,13 +83,14 @@ func refused(err error, remedy string) Finding {
 	if !strings.Contains(m, "system:nodes") {
 		name = "rbac-dedicated.yaml"
 	}
-	r := fail("apply "+name+" as printed below (it lies in /usr/share/doc/gke-metadata-emulator too)", "missing grant: %s %s: %s", f.Verb, f.Resource, f.Message)
+	r := fail("apply "+name+" as printed below (it lies in /usr/share/doc/gke-metadata-emulator too)",
+		"missing grant: %s %s: %s", f.Verb, f.Resource, f.Message)
 	r.Manifest = m
 	return r
 }
 
-func podsCheck(p *nodeReport) Finding {
-	a := p.cluster
+func podsCheck(r *nodeReport) Finding {
+	a := r.cluster
 	switch {
 	case a.Reach != nil:
 		return skip("the API server could not be asked: see credential")
@@ -92,10 +100,10 @@ func podsCheck(p *nodeReport) Finding {
 		return refused(a.Watch, "can this node watch its pods?")
 	}
 	text := fmt.Sprintf("%d of this node, and %d on the host network, listed and watched", a.Pods, a.HostPods)
-	if p.status == nil || p.status.Cluster == nil {
+	if r.status == nil || r.status.Cluster == nil {
 		return good("%s", text)
 	}
-	for _, q := range p.status.Cluster.Pods {
+	for _, q := range r.status.Cluster.Pods {
 		if q.AccountError != "" {
 			return warn("correct its ServiceAccount", "%s; pod %s/%s is refused: %s", text, q.Namespace, q.Name, q.AccountError)
 		}
@@ -103,8 +111,8 @@ func podsCheck(p *nodeReport) Finding {
 	return good("%s", text)
 }
 
-func serviceAccountsCheck(p *nodeReport) Finding {
-	a := p.cluster
+func serviceAccountsCheck(r *nodeReport) Finding {
+	a := r.cluster
 	if f, yes := untried(a); yes {
 		return f
 	}
@@ -120,38 +128,40 @@ func serviceAccountsCheck(p *nodeReport) Finding {
 	return good("%s can be read, and is not linked to a Google service account", a.ServiceAccount)
 }
 
-func tokenRequestCheck(p *nodeReport) Finding {
-	a := p.cluster
+func tokenRequestCheck(r *nodeReport) Finding {
+	a := r.cluster
 	if f, yes := untried(a); yes {
 		return f
 	}
 	switch {
-	case p.config.TokenAudience == "":
+	case r.config.TokenAudience == "":
 		return skip("without a configuration no audience is known")
 	case errors.Is(a.Mint, kube.ErrNoPod):
 		return skip("pod %s/%s went away meanwhile", a.ServiceAccount.Namespace, a.Pod)
 	case a.Mint != nil:
 		return refused(a.Mint, "can the API server be reached, and does it issue tokens?")
 	}
-	return good("a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod, p.config.TokenAudience)
+	return good("a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod, r.config.TokenAudience)
 }
 
-func stsCheck(p *nodeReport) Finding { return p.believeService(reached(p.sts, "google.stsURL")) }
+func stsCheck(r *nodeReport) Finding { return r.believeService(reached(r.sts, "google.stsURL")) }
 
-func iamCheck(p *nodeReport) Finding {
-	return p.believeService(reached(p.iam, "google.iamCredentialsURL"))
+func iamCheck(r *nodeReport) Finding {
+	return r.believeService(reached(r.iam, "google.iamCredentialsURL"))
 }
 
-// believeService takes a failure to reach Google for doctor's own where the service, which has the environment of its unit, goes another way.
-func (p *nodeReport) believeService(f Finding) Finding {
-	if f.Verdict != Fail || p.status == nil || p.status.State != "serving" || p.status.Proxy == p.sts.Proxy {
+// believeService takes a failure to reach Google for doctor's own where the service, which has the
+// environment of its unit, goes another way.
+func (r *nodeReport) believeService(f Finding) Finding {
+	if f.Verdict != Fail || r.status == nil || r.status.State != "serving" || r.status.Proxy == r.sts.Proxy {
 		return f
 	}
-	way := "without a proxy"
-	if p.status.Proxy != "" {
-		way = "by proxy " + p.status.Proxy
+	route := "without a proxy"
+	if r.status.Proxy != "" {
+		route = "by proxy " + r.status.Proxy
 	}
-	return warn("run doctor with the HTTPS_PROXY of the service's unit, and see tokens below", "the service goes there %s; doctor itself fails: %s", way, f.Finding)
+	return warn("run doctor with the HTTPS_PROXY of the service's unit, and see tokens below",
+		"the service goes there %s; doctor itself fails: %s", route, f.Finding)
 }
 
 // reached judges whether one of Google's services is there.
@@ -170,31 +180,36 @@ func reached(r token.Reached, key string) Finding {
 	case errors.As(r.Err, &invalid) && invalid.Reason == x509.Expired:
 		return fail("is this node's clock right (see clock)?", "%s: %v", r.URL, r.Err)
 	case errors.As(r.Err, &authority), errors.As(r.Err, &host):
-		return fail("install ca-certificates; if a proxy opens TLS, name its authority in google.caFile", "%s: %v, %s", r.URL, r.Err, by)
+		return fail("install ca-certificates; if a proxy opens TLS, name its authority in google.caFile", "%s: %v, %s",
+			r.URL, r.Err, by)
 	case errors.As(r.Err, &record):
 		return fail("correct "+key, "%s does not speak TLS: %v", r.URL, r.Err)
 	}
-	return fail("let this node reach it: routes, firewalls, DNS, or a proxy in HTTPS_PROXY of the service's unit", "%s: %v, %s", cmp.Or(r.URL, key), r.Err, by)
+	return fail("let this node reach it: routes, firewalls, DNS, or a proxy in HTTPS_PROXY of the service's unit",
+		"%s: %v, %s", cmp.Or(r.URL, key), r.Err, by)
 }
 
-// exchangeCheck is a pod's token taken to Google: only Google knows whether the provider takes this cluster's tokens.
-func exchangeCheck(p *nodeReport) Finding {
-	if p.exchange == nil {
+// exchangeCheck is a pod's token taken to Google: only Google knows whether the provider takes this
+// cluster's tokens.
+func exchangeCheck(r *nodeReport) Finding {
+	if r.exchange == nil {
 		return skip("there is no token to exchange: see tokenrequest")
 	}
-	sa, provider := p.cluster.ServiceAccount, p.config.WorkloadIdentity.Audience
+	sa, provider := r.cluster.ServiceAccount, r.config.WorkloadIdentity.Audience
 	var e *token.GoogleError
-	switch err := p.exchange.err; {
-	case err == nil && p.exchange.email != "":
-		return good("STS takes the token of %s for %s, and IAM gives it those of %s", sa, provider, p.exchange.email)
+	switch err := r.exchange.err; {
+	case err == nil && r.exchange.email != "":
+		return good("STS takes the token of %s for %s, and IAM gives it those of %s", sa, provider, r.exchange.email)
 	case err == nil:
 		return good("STS takes the token of %s for %s", sa, provider)
 	case errors.As(err, &e) && e.Step == "STS" && !e.Temporary():
-		return fail("compare issuer, keys, allowed audiences and condition of the provider: gcloud iam workload-identity-pools providers describe", "%v (audience %s)", err, p.config.TokenAudience)
+		return fail("compare issuer, keys, allowed audiences and condition of the provider: gcloud iam "+
+			"workload-identity-pools providers describe", "%v (audience %s)", err, r.config.TokenAudience)
 	case errors.As(err, &e) && e.Step == "IAM" && !e.Temporary():
-		return warn("this concerns one ServiceAccount; the node itself is well", "STS takes the token of %s for %s; %v", sa, provider, err)
+		return warn("this concerns one ServiceAccount; the node itself is well", "STS takes the token of %s for %s; %v", sa,
+			provider, err)
 	default:
-		return p.believeService(fail("see sts and iam", "%v", err))
+		return r.believeService(fail("see sts and iam", "%v", err))
 	}
 }
 
@@ -203,9 +218,9 @@ const (
 	clockFail = time.Minute // Google takes tokens a little from the future, and certificates not at all
 )
 
-// clockCheck compares this node's clock with others'. Kubernetes' tokens say when they begin by the API server's clock, and Google reads that by
-// its own.
-func clockCheck(p *nodeReport) Finding {
+// clockCheck compares this node's clock with others'. Kubernetes' tokens say when they begin by the
+// API server's clock, and Google reads that by its own.
+func clockCheck(r *nodeReport) Finding {
 	type clock struct {
 		name string
 		skew time.Duration // its clock less ours
@@ -214,7 +229,7 @@ func clockCheck(p *nodeReport) Finding {
 	for _, c := range []struct {
 		name        string
 		asked, date time.Time
-	}{{"the API server", p.cluster.Asked, p.cluster.Date}, {"STS", p.sts.Asked, p.sts.Date}} {
+	}{{"the API server", r.cluster.Asked, r.cluster.Date}, {"STS", r.sts.Asked, r.sts.Date}} {
 		if !c.date.IsZero() {
 			clocks = append(clocks, clock{c.name, c.date.Sub(c.asked).Truncate(time.Second)})
 		}
@@ -224,7 +239,8 @@ func clockCheck(p *nodeReport) Finding {
 	}
 	if len(clocks) == 2 { // where both are off by the same, it is this node that is
 		if d := clocks[1].skew - clocks[0].skew; d.Abs() > clockFail && clocks[0].skew.Abs() > clockWarn {
-			return fail("have the API server's machine keep its time (NTP): Google refuses its tokens", "%s's clock and %s's are %s apart", clocks[0].name, clocks[1].name, d.Abs())
+			return fail("have the API server's machine keep its time (NTP): Google refuses its tokens",
+				"%s's clock and %s's are %s apart", clocks[0].name, clocks[1].name, d.Abs())
 		}
 	}
 	worst := clocks[0]
@@ -246,19 +262,20 @@ func clockCheck(p *nodeReport) Finding {
 }
 
 // tokensCheck is the service's own word on what it minted.
-func tokensCheck(p *nodeReport) Finding {
-	if p.status == nil {
+func tokensCheck(r *nodeReport) Finding {
+	if r.status == nil {
 		return skip("the service could not be asked: see service")
 	}
 	bad, last := 0, ""
-	for _, t := range p.status.Tokens {
+	for _, t := range r.status.Tokens {
 		if t.LastError != "" {
 			bad++
 			last = fmt.Sprintf("%s: %s", t.ServiceAccount, status.Bounded(t.LastError))
 		}
 	}
 	if bad > 0 {
-		return warn("gke-metadata-emulator status shows all", "%d of %d could not be minted or refreshed the last time, such as that of %s", bad, len(p.status.Tokens), last)
+		return warn("gke-metadata-emulator status shows all", "%d of %d could not be minted or refreshed the last time, "+
+			"such as that of %s", bad, len(r.status.Tokens), last)
 	}
-	return good("%d are cached, and the last mint of each went well", len(p.status.Tokens))
+	return good("%d are cached, and the last mint of each went well", len(r.status.Tokens))
 }

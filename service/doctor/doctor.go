@@ -1,6 +1,7 @@
-// Package doctor answers one question: does a pod of this node get its token, and if not, what is to be done?
-// examine.go looks at the node and what it depends on, and changes nothing that outlives it. checks, in doctor.go,
-// is the table of what is judged; each check reads what was seen and does nothing.
+// Package doctor answers one question: does a pod of this node get its token, and if not, what is
+// to be done? examine.go looks at the node and what it depends on, and changes nothing that
+// outlives it. checks, in doctor.go, is the table of what is judged; each check reads what was seen
+// and does nothing.
 package doctor
 
 import (
@@ -41,8 +42,8 @@ type Report struct {
 	Checks []Finding `json:"checks"`
 }
 
-// checks are all that Run makes. Each reads what examine saw, and does nothing. Those of IPv6 have no verdict, and so no line, where listen6 is
-// not set.
+// checks are all that Run makes. Each reads what examine saw, and does nothing. Those of IPv6 have
+// no verdict, and so no line, where listen6 is not set.
 var checks = []struct {
 	name  string
 	judge func(*nodeReport) Finding
@@ -94,11 +95,13 @@ type Options struct {
 	Unit func(ctx context.Context, name string) status.Unit
 }
 
-// Run walks the way from a pod's connect() to its token, on this node, and says of each step whether it works and what to do if not. It
-// asks the running service for what that knows better, and does without it. It changes nothing that outlives it.
+// Run walks the way from a pod's connect() to its token, on this node, and says of each step
+// whether it works and what to do if not. It asks the running service for what that knows better,
+// and does without it. It changes nothing that outlives it.
 //
-// What it asks of others is what any pod would: GET / of the metadata server from a throw-away namespace, one TokenRequest for a
-// pod of this node and one exchange of that token, which are thrown away unseen.
+// What it asks of others is what any pod would: GET / of the metadata server from a throw-away
+// namespace, one TokenRequest for a pod of this node and one exchange of that token, which are
+// thrown away unseen.
 func Run(ctx context.Context, o Options) Report {
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
@@ -106,9 +109,9 @@ func Run(ctx context.Context, o Options) Report {
 	return diagnose(examine(ctx, o))
 }
 
-func diagnose(p *nodeReport) (r Report) {
+func diagnose(n *nodeReport) (r Report) {
 	for _, c := range checks {
-		if f := c.judge(p); f.Verdict != "" {
+		if f := c.judge(n); f.Verdict != "" {
 			f.Check = c.name
 			r.Checks = append(r.Checks, f)
 		}

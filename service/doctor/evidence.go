@@ -66,29 +66,29 @@ func askProject(ctx context.Context, pod *routing.Trial, at netip.AddrPort) atte
 }
 
 // noEvidence is why no connection can be attested by the kernel's evidence; "": one can.
-func (p *nodeReport) noEvidence() string {
+func (r *nodeReport) noEvidence() string {
 	switch {
-	case p.status == nil || p.status.State != "serving":
+	case r.status == nil || r.status.State != "serving":
 		return "the service does not serve: see service"
-	case p.status.Attestation.Mode != "kernel":
-		return fmt.Sprintf("attestation.mode is %s, and an address is no evidence", p.status.Attestation.Mode)
+	case r.status.Attestation.Mode != "kernel":
+		return fmt.Sprintf("attestation.mode is %s, and an address is no evidence", r.status.Attestation.Mode)
 	}
 	return ""
 }
 
 // evidenceCheck: a connection is attested as a pod's is, so what leaves the connection alone and
 // breaks only the evidence is seen.
-func evidenceCheck(p *nodeReport) Finding {
+func evidenceCheck(r *nodeReport) Finding {
 	const remedy = "systemctl restart gke-metadata-emulator-attest (see attestation); " +
 		"if that does not help, look for rules that rewrite what pods send: iptables-save; nft list ruleset"
-	switch why := p.noEvidence(); {
+	switch why := r.noEvidence(); {
 	case why != "":
 		return skip("%s", why)
-	case !p.trial.ours && !p.trial6.ours:
+	case !r.trial.ours && !r.trial6.ours:
 		return skip("no connection reached the service: see connection")
 	}
 	var proven []string
-	for _, t := range []trial{p.trial, p.trial6} {
+	for _, t := range []trial{r.trial, r.trial6} {
 		a := t.attested
 		switch {
 		case !t.ours:

@@ -58,8 +58,8 @@ type nodeReport struct {
 }
 
 // observes says whether mode observe is what stands: it leaves all as it was, and guards nothing.
-func (p *nodeReport) observes() bool {
-	return p.state.Desired == routing.Installed && !p.state.Closed && p.state.Mode == routing.ModeObserve
+func (r *nodeReport) observes() bool {
+	return r.state.Desired == routing.Installed && !r.state.Closed && r.state.Mode == routing.ModeObserve
 }
 
 // answered is what GET / came to.
@@ -88,96 +88,103 @@ type exchanged struct {
 
 // examine looks at everything, most of it at once.
 func examine(ctx context.Context, o Options) *nodeReport {
-	p := newReport(ctx, o)
+	r := newReport(ctx, o)
 	var all sync.WaitGroup
-	all.Go(func() { p.askCluster(ctx, o) })
-	all.Go(func() { p.watcher = o.Unit(ctx, "gke-metadata-emulator-routing.service").Active })
-	all.Go(func() { p.unit = o.Unit(ctx, "gke-metadata-emulator.service") })
-	all.Go(func() { p.names, p.namesErr = resolve4(ctx, "metadata.google.internal") })
-	p.askNode(ctx)
+	all.Go(func() { r.askCluster(ctx, o) })
+	all.Go(func() { r.watcher = o.Unit(ctx, "gke-metadata-emulator-routing.service").Active })
+	all.Go(func() { r.unit = o.Unit(ctx, "gke-metadata-emulator.service") })
+	all.Go(func() { r.names, r.namesErr = resolve4(ctx, "metadata.google.internal") })
+	r.askNode(ctx)
 	all.Wait()
-	return p
+	return r
 }
 
 // newReport reads what was configured, what was installed, and what the service says.
 func newReport(ctx context.Context, o Options) *nodeReport {
-	p := &nodeReport{root: os.Geteuid() == 0, now: time.Now(), file: o.File, flags: o.FlagFile, version: o.Version, ports: ephemeralPorts()}
-	if p.config, p.broken = o.Load(); p.broken != nil {
-		p.config = config.Default()
+	r := &nodeReport{root: os.Geteuid() == 0, now: time.Now(), file: o.File, flags: o.FlagFile, version: o.Version,
+		ports: ephemeralPorts()}
+	if r.config, r.broken = o.Load(); r.broken != nil {
+		r.config = config.Default()
 	}
-	p.plan = o.Plan(p.config, p.broken)
-	p.state, p.stateErr = routing.ReadState(o.RunDir)
-	p.install, _ = routing.ReadFailure(o.RunDir) // one that cannot be read tells nothing
+	r.plan = o.Plan(r.config, r.broken)
+	r.state, r.stateErr = routing.ReadState(o.RunDir)
+	r.install, _ = routing.ReadFailure(o.RunDir) // one that cannot be read tells nothing
 	if text, err := status.Fetch(ctx, o.StatusSocket); err != nil {
-		p.statusErr = err
-	} else if err := json.Unmarshal(text, &p.status); err != nil {
-		p.status, p.statusErr = nil, fmt.Errorf("the answer of %s cannot be read (another version's?): %w", o.StatusSocket, err)
+		r.statusErr = err
+	} else if err := json.Unmarshal(text, &r.status); err != nil {
+		r.status, r.statusErr = nil, fmt.Errorf("the answer of %s cannot be read (another version's?): %w", o.StatusSocket,
+			err)
 	}
-	return p
+	return r
 }
 
-// askNode looks at the node's network, and connects as a pod would after the counter of connections was read.
-func (p *nodeReport) askNode(ctx context.Context) {
-	p.node = routing.Examine(ctx, p.plan, p.state)
-	p.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
-	if p.node.Local && !p.plan.Closed && p.plan.Mode != routing.ModeLoopback && !p.plan.Listen.Addr().IsUnspecified() {
-		p.direct = tryDirectly(ctx, p.plan.Listen, nil)
+// askNode looks at the node's network, and connects as a pod would after the counter of connections
+// was read.
+func (r *nodeReport) askNode(ctx context.Context) {
+	r.node = routing.Examine(ctx, r.plan, r.state)
+	r.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
+	if r.node.Local && !r.plan.Closed && r.plan.Mode != routing.ModeLoopback && !r.plan.Listen.Addr().IsUnspecified() {
+		r.direct = tryDirectly(ctx, r.plan.Listen, nil)
 	}
-	if !p.plan.Closed {
-		p.trial, p.trial6 = tryConnections(ctx, p.door(), p.plan.Listen6.IsValid() && p.notSix() == "", p.noEvidence() == "")
-		p.podTrial = tryFromPod(ctx, p.status, p.door())
+	if !r.plan.Closed {
+		r.trial, r.trial6 = tryConnections(ctx, r.entry(), r.plan.Listen6.IsValid() && r.notIPv6() == "",
+			r.noEvidence() == "")
+		r.podTrial = tryFromPod(ctx, r.status, r.entry())
 	}
 }
 
-// notSix is why requests by IPv6 are not redirected though they should be; "": they are.
-func (p *nodeReport) notSix() string {
-	if !p.node.IPv6 {
+// notIPv6 is why requests by IPv6 are not redirected though they should be; "": they are.
+func (r *nodeReport) notIPv6() string {
+	if !r.node.IPv6 {
 		return "this node has no IPv6"
 	}
-	return p.state.IPv6
+	return r.state.IPv6
 }
 
-// door is where pods ask: by its own address the emulator is asked only where nothing is routed.
-func (p *nodeReport) door() netip.AddrPort {
-	if p.plan.Mode == routing.ModeNone {
-		return p.plan.Listen
+// entry is where pods ask: by its own address the emulator is asked only where nothing is routed.
+func (r *nodeReport) entry() netip.AddrPort {
+	if r.plan.Mode == routing.ModeNone {
+		return r.plan.Listen
 	}
 	return routing.MetadataServer()
 }
 
 // askCluster tries the way to a pod's token, and from there to Google's.
-func (p *nodeReport) askCluster(ctx context.Context, o Options) {
+func (r *nodeReport) askCluster(ctx context.Context, o Options) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var all sync.WaitGroup
 	defer all.Wait()
-	google := token.GoogleOptions{Audience: p.config.WorkloadIdentity.Audience, PoolName: p.config.WorkloadIdentity.PoolName,
-		STSURL: p.config.Google.STSURL, IAMCredentialsURL: p.config.Google.IAMCredentialsURL, QuotaProject: p.config.Google.QuotaProject, CAFile: p.config.Google.CAFile}
+	google := token.GoogleOptions{Audience: r.config.WorkloadIdentity.Audience,
+		PoolName: r.config.WorkloadIdentity.PoolName,
+		STSURL:   r.config.Google.STSURL, IAMCredentialsURL: r.config.Google.IAMCredentialsURL,
+		QuotaProject: r.config.Google.QuotaProject, CAFile: r.config.Google.CAFile}
 	all.Go(func() {
 		g, err := token.NewGoogle(google)
 		if err != nil {
-			p.sts.Err, p.iam.Err = err, err
+			r.sts.Err, r.iam.Err = err, err
 			return
 		}
-		p.sts, p.iam = g.Reach(ctx)
+		r.sts, r.iam = g.Reach(ctx)
 	})
 	var jwt string
-	p.cluster, jwt = kube.Try(ctx, kube.Options{Kubeconfig: p.config.Kubeconfig, NodeName: p.config.NodeName, Audience: p.config.TokenAudience,
-		Copied: o.CredentialCopy, UserAgent: "gke-metadata-emulator-doctor/" + o.Version})
+	r.cluster, jwt = kube.Try(ctx, kube.Options{Kubeconfig: r.config.Kubeconfig, NodeName: r.config.NodeName,
+		Audience: r.config.TokenAudience,
+		Copied:   o.CredentialCopy, UserAgent: "gke-metadata-emulator-doctor/" + o.Version})
 	if jwt == "" {
 		return
 	}
-	account := p.cluster.Account
+	account := r.cluster.Account
 	if !account.Linked() {
-		account.GoogleEmail = p.config.ImpersonateUnlinked
+		account.GoogleEmail = r.config.ImpersonateUnlinked
 	}
 	mint := google // the other one is read by Reach
 	mint.Kubernetes = oneToken{account, jwt}
 	g, err := token.NewGoogle(mint)
 	if err == nil {
-		_, err = g.Token(ctx, token.AccessToken(p.cluster.ServiceAccount, account, nil)) // nobody needs the token
+		_, err = g.Token(ctx, token.AccessToken(r.cluster.ServiceAccount, account, nil)) // nobody needs the token
 	}
-	p.exchange = &exchanged{email: account.GoogleEmail, err: err}
+	r.exchange = &exchanged{email: account.GoogleEmail, err: err}
 }
 
 // oneToken is a Kubernetes that gave a token already.
@@ -193,7 +200,8 @@ func (o oneToken) Account(context.Context, workload.ServiceAccount, time.Duratio
 func (o oneToken) Token(context.Context, workload.ServiceAccount) (string, error) { return o.jwt, nil }
 
 // askRoot asks the metadata server for what clients probe. dial is nil for a process of the node.
-func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dial func(ctx context.Context, network, address string) (net.Conn, error)) (a answered) {
+func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration,
+	dial func(ctx context.Context, network, address string) (net.Conn, error)) (a answered) {
 	if dial == nil {
 		dial = new(net.Dialer).DialContext
 	}
@@ -214,8 +222,9 @@ func askRoot(ctx context.Context, at netip.AddrPort, patience time.Duration, dia
 		ours: res.Header.Get("Server") == "GKE Metadata Server" && res.Header.Get("Metadata-Flavor") == "Google"}
 }
 
-// tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has the connections attested.
-func tryConnections(ctx context.Context, at netip.AddrPort, six, evidence bool) (t, t6 trial) {
+// tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has
+// the connections attested.
+func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool) (t, t6 trial) {
 	pod, err := routing.NewTrial()
 	if err != nil {
 		return trial{impossible: err}, trial{impossible: err}
@@ -232,7 +241,7 @@ func tryConnections(ctx context.Context, at netip.AddrPort, six, evidence bool) 
 	if t = tryConnection(ctx, pod, pod.Addr, at); evidence {
 		t.attest(ctx, pod, at, inhabited)
 	}
-	if !six {
+	if !ipv6 {
 		return t, t6
 	}
 	if err := pod.AddSix(); err != nil {
@@ -270,7 +279,8 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 	return t
 }
 
-// tryConnection connects from that address of the pod's. What fails is done once more while it is looked at who drops it.
+// tryConnection connects from that address of the pod's. What fails is done once more while it is
+// looked at who drops it.
 func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at netip.AddrPort) (t trial) {
 	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
 	const patience = 3 * time.Second // a client's
@@ -280,11 +290,13 @@ func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at 
 	return t
 }
 
-// tryDirectly connects as a process of the node does that the rules spare (hostIdentities), and as the service's own probe.
-// dial is askRoot's.
-func tryDirectly(ctx context.Context, at netip.AddrPort, dial func(ctx context.Context, network, address string) (net.Conn, error)) (t trial) {
+// tryDirectly connects as a process of the node does that the rules spare (hostIdentities), and as
+// the service's own probe. dial is askRoot's.
+func tryDirectly(ctx context.Context, at netip.AddrPort,
+	dial func(ctx context.Context, network, address string) (net.Conn, error)) (t trial) {
 	if t.answered = askRoot(ctx, at, 2*time.Second, dial); t.err != nil {
-		t.dropped, t.traceErr = routing.DroppedHere(ctx, at.Addr(), func() { t.answered = askRoot(ctx, at, time.Second, dial) })
+		t.dropped, t.traceErr = routing.DroppedHere(ctx, at.Addr(),
+			func() { t.answered = askRoot(ctx, at, time.Second, dial) })
 	}
 	return t
 }

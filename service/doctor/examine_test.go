@@ -25,7 +25,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 )
 
-// testNode is a service that runs in this process, with the stand-ins for Kubernetes and Google, and one pod.
+// testNode is a service that runs in this process, with the stand-ins for Kubernetes and Google,
+// and one pod.
 type testNode struct {
 	kube   *kubetest.Server
 	google *googletest.Server
@@ -52,7 +53,8 @@ func newTestNode(t *testing.T) *testNode {
 	for name, address := range map[string]string{"reader": "127.0.0.2", "hostile": "127.0.0.5"} {
 		email := map[string]string{"reader": gsa, "hostile": "../../x:signBlob?"}[name]
 		n.kube.SetServiceAccount("default", name, map[string]string{"iam.gke.io/gcp-service-account": email})
-		n.kube.SetPod(kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: nodeName, Addresses: []string{address}})
+		n.kube.SetPod(kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: nodeName,
+			Addresses: []string{address}})
 	}
 	n.google, err = googletest.New(googletest.Options{Providers: map[string]googletest.Provider{
 		audience: {Issuer: n.kube.Issuer(), JWKS: n.kube.JWKS},
@@ -133,20 +135,22 @@ func (n *testNode) ask(t *testing.T, listen, path string) {
 	}
 }
 
-// What doctor sees of a service that runs, of a Kubernetes and of a Google is what they say; no token is in the report.
+// What doctor sees of a service that runs, of a Kubernetes and of a Google is what they say; no
+// token is in the report.
 func TestRunExamines(t *testing.T) {
 	n := newTestNode(t)
 	running := n.status(t, "the hostile annotation was read", func(s status.Status) bool {
-		return s.Cluster != nil && slices.ContainsFunc(s.Cluster.Pods, func(p kube.PodStatus) bool { return p.AccountError != "" })
+		return s.Cluster != nil &&
+			slices.ContainsFunc(s.Cluster.Pods, func(p kube.PodStatus) bool { return p.AccountError != "" })
 	})
 	examined := func() (*nodeReport, map[string]Finding) {
 		t.Helper()
 		o := Options{Load: n.load, File: "config.yaml", RunDir: n.dir, StatusSocket: n.socket(), Version: running.Version,
 			Plan: func(config.Config, error) routing.Plan { return routing.Plan{} }}
-		p := newReport(t.Context(), o)
-		p.askCluster(t.Context(), o)
+		seen := newReport(t.Context(), o)
+		seen.askCluster(t.Context(), o)
 		found := map[string]Finding{}
-		r := diagnose(p)
+		r := diagnose(seen)
 		for _, f := range r.Checks {
 			found[f.Check] = f
 		}
@@ -159,7 +163,7 @@ func TestRunExamines(t *testing.T) {
 				t.Error("a token is in the report")
 			}
 		}
-		return p, found
+		return seen, found
 	}
 	is := func(found map[string]Finding, want map[string]Verdict) {
 		t.Helper()
@@ -178,13 +182,15 @@ func TestRunExamines(t *testing.T) {
 	n.ask(t, running.Listen, "/computeMetadata/v1/project/project-id")
 	n.status(t, "it is counted", func(s status.Status) bool { return s.Requests == 1 })
 
-	p, found := examined()
-	is(found, map[string]Verdict{"service": OK, "credential": OK, "pods": Warn, "serviceaccounts": OK, "tokenrequest": OK, "sts": OK, "iam": OK, "clock": OK})
-	if p.cluster.Pods != 2 || !p.cluster.Account.Linked() || p.exchange == nil {
-		t.Errorf("%+v, %+v", p.cluster, p.exchange)
+	seen, found := examined()
+	is(found, map[string]Verdict{"service": OK, "credential": OK, "pods": Warn, "serviceaccounts": OK,
+		"tokenrequest": OK, "sts": OK, "iam": OK, "clock": OK})
+	if seen.cluster.Pods != 2 || !seen.cluster.Account.Linked() || seen.exchange == nil {
+		t.Errorf("%+v, %+v", seen.cluster, seen.exchange)
 	}
 
-	n.google.Break(googletest.Exchange, googletest.Fault{Status: http.StatusBadRequest, Body: `{"error":"invalid_target","error_description":"no such provider, said %TOKEN%"}`})
+	n.google.Break(googletest.Exchange, googletest.Fault{Status: http.StatusBadRequest,
+		Body: `{"error":"invalid_target","error_description":"no such provider, said %TOKEN%"}`})
 	_, found = examined()
 	is(found, map[string]Verdict{"sts": OK, "tokenrequest": OK, "exchange": Fail})
 	if !strings.Contains(found["exchange"].Finding, "no such provider") {
@@ -193,9 +199,9 @@ func TestRunExamines(t *testing.T) {
 	n.google.Heal()
 
 	n.kube.RevokeAudience(audience)
-	p, found = examined()
+	seen, found = examined()
 	is(found, map[string]Verdict{"tokenrequest": Fail, "exchange": Skip})
-	if p.exchange != nil || !strings.Contains(found["tokenrequest"].Manifest, audience) {
+	if seen.exchange != nil || !strings.Contains(found["tokenrequest"].Manifest, audience) {
 		t.Errorf("%+v", found["tokenrequest"])
 	}
 
@@ -209,7 +215,8 @@ func TestRunExamines(t *testing.T) {
 	is(found, map[string]Verdict{"service": Fail, "credential": Fail, "tokens": Skip})
 }
 
-// Whoever answers at the metadata server's address is told by its header; redirects are not followed, and nobody is waited for for long.
+// Whoever answers at the metadata server's address is told by its header; redirects are not
+// followed, and nobody is waited for for long.
 func TestAskRoot(t *testing.T) {
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Host != "169.254.169.254" || r.URL.Path != "/" {
@@ -224,7 +231,8 @@ func TestAskRoot(t *testing.T) {
 		t.Errorf("%+v", a)
 	}
 	web.Close()
-	if a := askRoot(t.Context(), routing.MetadataServer(), 10*time.Second, dialer(web.Listener.Addr().String())); a.err == nil || !isRefused(a.err) {
+	if a := askRoot(t.Context(), routing.MetadataServer(), 10*time.Second,
+		dialer(web.Listener.Addr().String())); a.err == nil || !isRefused(a.err) {
 		t.Errorf("%+v", a)
 	}
 }

@@ -14,28 +14,31 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
-// What becomes of pods' packets: of a pod's that is none, in either family, and of those that run here.
+// What becomes of pods' packets: of a pod's that is none, in either family, and of those that run
+// here.
 
-// policiesCheck: ACCEPT is not final across base chains. Whether one that drops by its policy is in the way is for the connection to say.
-func policiesCheck(p *nodeReport) Finding {
+// policiesCheck: ACCEPT is not final across base chains. Whether one that drops by its
+// policy is in the way is for the connection to say.
+func policiesCheck(r *nodeReport) Finding {
 	hook := "input"
-	if !p.node.Local {
+	if !r.node.Local {
 		hook = "forward"
 	}
 	switch {
-	case p.node.Policies == nil:
+	case r.node.Policies == nil:
 		return skip("to read the chains of others, %s", asRoot)
-	case len(p.node.Policies) == 0:
+	case len(r.node.Policies) == 0:
 		return good("no chain at hook %s drops by its policy", hook)
-	case p.trial.ours && (p.trial6.ours || !p.plan.Listen6.IsValid() || p.notSix() != ""):
-		return good("%s at hook %s drop by their policy, and let requests through", strings.Join(p.node.Policies, ", "), hook)
+	case r.trial.ours && (r.trial6.ours || !r.plan.Listen6.IsValid() || r.notIPv6() != ""):
+		return good("%s at hook %s drop by their policy, and let requests through", strings.Join(r.node.Policies, ", "), hook)
 	}
-	return warn("have them accept what goes to "+p.plan.Listen.String(), "%s at hook %s drop by their policy what they do not accept", strings.Join(p.node.Policies, ", "), hook)
+	return warn("have them accept what goes to "+r.plan.Listen.String(),
+		"%s at hook %s drop by their policy what they do not accept", strings.Join(r.node.Policies, ", "), hook)
 }
 
 // connectionCheck is a real connection by way of everybody's rules.
-func connectionCheck(p *nodeReport) Finding {
-	f, t := p.connection(p.trial, p.plan.Listen), p.podTrial
+func connectionCheck(r *nodeReport) Finding {
+	f, t := r.connection(r.trial, r.plan.Listen), r.podTrial
 	switch {
 	case f.Verdict != OK:
 		return f
@@ -46,7 +49,7 @@ func connectionCheck(p *nodeReport) Finding {
 	case t.err == nil:
 		return fail(installRules, "from pod %s: %s answered in the emulator's place", t.from, answeredBy(t.answered))
 	}
-	if chains := p.node.Untrack; len(chains) > 0 {
+	if chains := r.node.Untrack; len(chains) > 0 {
 		return fail("set routing.mode to nftables, whose rules overrule that",
 			"from pod %s: %v: %s takes packets out of conntrack before the rules", t.from, inner(t.err), some(chains))
 	}
@@ -55,52 +58,55 @@ func connectionCheck(p *nodeReport) Finding {
 }
 
 // connection6Check is one by IPv6.
-func connection6Check(p *nodeReport) Finding {
-	switch why := p.notSix(); {
-	case !p.plan.Listen6.IsValid():
+func connection6Check(r *nodeReport) Finding {
+	switch why := r.notIPv6(); {
+	case !r.plan.Listen6.IsValid():
 		return Finding{}
 	case why != "":
 		return skip("requests by IPv6 are not redirected: %s", why)
-	case p.trial6.impossible != nil && p.trial.impossible == nil:
-		return warn("do new interfaces get no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6)?", "%v", p.trial6.impossible)
+	case r.trial6.impossible != nil && r.trial.impossible == nil:
+		return warn("do new interfaces get no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6)?", "%v", r.trial6.impossible)
 	}
-	return p.connection(p.trial6, p.plan.Listen6)
+	return r.connection(r.trial6, r.plan.Listen6)
 }
 
 // connection judges a trial of what should end at the listen address.
-func (p *nodeReport) connection(t trial, listen netip.AddrPort) Finding {
+func (r *nodeReport) connection(t trial, listen netip.AddrPort) Finding {
 	from := "from a throw-away namespace, " + t.from
-	if p.plan.Mode == routing.ModeNone {
-		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", p.door())
+	if r.plan.Mode == routing.ModeNone {
+		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", r.entry())
 	}
 	switch {
-	case p.plan.Closed:
+	case r.plan.Closed:
 		return skip("without a configuration nothing leads to the service")
-	case p.observes():
+	case r.observes():
 		return skip("mode observe redirects nobody")
-	case routing.NotPermitted(t.impossible) || t.impossible != nil && !p.root:
+	case routing.NotPermitted(t.impossible) || t.impossible != nil && !r.root:
 		return skip("a throw-away namespace needs root: %s", asRoot)
 	case t.impossible != nil:
 		return warn("is another doctor running, or has the kernel no veth?", "%v", t.impossible)
-	case p.state.Mode == routing.ModeEBPF && !t.ours:
+	case r.state.Mode == routing.ModeEBPF && !t.ours:
 		return skip("mode ebpf serves the processes of pods, of which doctor is none: see traffic")
 	case t.ours:
 		return good("%s: answered as GKE's metadata server", from)
-	case t.err == nil && p.state.Desired != routing.Installed:
+	case t.err == nil && r.state.Desired != routing.Installed:
 		return fail(installRules, "%s: %s answered", from, answeredBy(t.answered))
 	case t.err == nil:
 		return fail(installRules, "%s: %s answered in the emulator's place", from, answeredBy(t.answered))
 	case len(t.dropped) > 0:
-		return fail(fmt.Sprintf("have it accept what pods send to %s; where pods' interfaces or addresses are trusted there already, this one is not", listen),
+		return fail(fmt.Sprintf("have it accept what pods send to %s; where pods' interfaces or addresses are trusted "+
+			"there already, this one is not", listen),
 			"%s: dropped by %s", from, strings.Join(t.dropped, "; "))
 	case isRefused(t.err):
-		return fail("is somebody listening (see listener), and do the rules stand (see rules)?", "%s: refused, by no chain that can be seen", from)
+		return fail("is somebody listening (see listener), and do the rules stand (see rules)?",
+			"%s: refused, by no chain that can be seen", from)
 	}
 	reason := fmt.Sprintf("%v, and no chain was seen to drop it", inner(t.err))
 	if t.traceErr != nil {
 		reason = fmt.Sprintf("%v; who drops it could not be seen: %v", inner(t.err), t.traceErr)
 	}
-	return fail("do the rules stand (see rules), does the network go past netfilter (see network)?", "%s: %s", from, reason)
+	return fail("do the rules stand (see rules), does the network go past netfilter (see network)?", "%s: %s", from,
+		reason)
 }
 
 // inner is what went wrong, without what was asked.
@@ -121,14 +127,16 @@ func isRefused(err error) bool {
 }
 
 // countedNothing is what to do where nobody's requests arrive.
-const countedNothing = "does the network go past netfilter (see network)? Ask for a token in a pod, and see whether this changes"
+const countedNothing = "does the network go past netfilter (see network)? Ask for a token in a pod, and see " +
+	"whether this changes"
 
-// podsOn counts the pods on the pod network that have such addresses, as far as the service knows of pods.
-func (p *nodeReport) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
-	if p.status == nil || p.status.Cluster == nil || !p.status.Cluster.Synced {
+// podsOn counts the pods on the pod network that have such addresses, as far as the service knows
+// of pods.
+func (r *nodeReport) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
+	if r.status == nil || r.status.Cluster == nil || !r.status.Cluster.Synced {
 		return 0, false
 	}
-	for _, q := range p.status.Cluster.Pods {
+	for _, q := range r.status.Cluster.Pods {
 		if !q.HostNetwork && such(q.Addresses) {
 			n++
 		}
@@ -136,57 +144,62 @@ func (p *nodeReport) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
 	return n, true
 }
 
-// trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or none has ever asked the service for
-// anything. Doctor's own connections are counted by the rule, and not by the service.
-func trafficCheck(p *nodeReport) Finding {
-	pods, known := p.podsOn(func([]netip.Addr) bool { return true })
+// trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or
+// none has ever asked the service for anything. Doctor's own connections are counted by the rule,
+// and not by the service.
+func trafficCheck(r *nodeReport) Finding {
+	pods, known := r.podsOn(func([]netip.Addr) bool { return true })
 	if !known {
-		pods = p.cluster.Pods
+		pods = r.cluster.Pods
 	}
-	n := p.node.Redirected
+	n := r.node.Redirected
 	switch {
-	case p.plan.Closed || p.state.Desired != routing.Installed:
+	case r.plan.Closed || r.state.Desired != routing.Installed:
 		return skip("nothing leads to the service")
-	case p.observes():
+	case r.observes():
 		return skip("mode observe redirects nobody; whom it would is told by gke-metadata-emulator routing observe")
-	case p.status != nil && p.status.Requests > 0:
-		return good("%d requests since the service started %s ago", p.status.Requests, status.Age(p.now, p.status.Started))
-	case pods == 0 && (p.status != nil || p.cluster.List == nil && p.cluster.Reach == nil):
+	case r.status != nil && r.status.Requests > 0:
+		return good("%d requests since the service started %s ago", r.status.Requests, status.Age(r.now, r.status.Started))
+	case pods == 0 && (r.status != nil || r.cluster.List == nil && r.cluster.Reach == nil):
 		return good("no pod runs here")
 	case n != nil && *n == 0:
 		return warn(countedNothing, "of the pods that run here (%d) no connection was ever redirected", pods)
-	case p.status != nil:
-		return warn(countedNothing, "of the pods that run here (%d) none has asked for anything since the service started %s ago", pods, status.Age(p.now, p.status.Started))
+	case r.status != nil:
+		return warn(countedNothing, "of the pods that run here (%d) none has asked for anything since the service "+
+			"started %s ago", pods, status.Age(r.now, r.status.Started))
 	case n != nil:
 		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
-	case !p.root:
+	case !r.root:
 		return skip("to read the counter of the rule that redirects, %s", asRoot)
 	}
-	return skip("mode %s counts no connections, and the service could not be asked: see service", p.state.Mode)
+	return skip("mode %s counts no connections, and the service could not be asked: see service", r.state.Mode)
 }
 
-// traffic6Check is the same of IPv6. Clients ask by it where there is no IPv4: that pods which have both never did tells nothing.
-func traffic6Check(p *nodeReport) Finding {
-	pods, known := p.podsOn(func(at []netip.Addr) bool { return len(at) > 0 && !slices.ContainsFunc(at, netip.Addr.Is4) })
-	n, why := p.node.Redirected6, p.notSix()
+// traffic6Check is the same of IPv6. Clients ask by it where there is no IPv4: that pods which have
+// both never did tells nothing.
+func traffic6Check(r *nodeReport) Finding {
+	pods, known := r.podsOn(func(at []netip.Addr) bool { return len(at) > 0 && !slices.ContainsFunc(at, netip.Addr.Is4) })
+	n, why := r.node.Redirected6, r.notIPv6()
 	switch {
-	case !p.plan.Listen6.IsValid():
+	case !r.plan.Listen6.IsValid():
 		return Finding{}
 	case why != "":
 		return skip("requests by IPv6 are not redirected: %s", why)
-	case p.state.Desired != routing.Installed:
+	case r.state.Desired != routing.Installed:
 		return skip("nothing leads to the service")
-	case p.status != nil && p.status.Requests6 > 0:
-		return good("%d requests by IPv6 since the service started %s ago", p.status.Requests6, status.Age(p.now, p.status.Started))
+	case r.status != nil && r.status.Requests6 > 0:
+		return good("%d requests by IPv6 since the service started %s ago", r.status.Requests6,
+			status.Age(r.now, r.status.Started))
 	case known && pods == 0:
 		return good("none by IPv6, and no pod that runs here has IPv6 alone")
 	case known && n != nil && *n == 0:
 		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) no connection was ever redirected", pods)
 	case known:
-		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) none has asked for anything by IPv6 since the service started %s ago", pods, status.Age(p.now, p.status.Started))
+		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) none has asked for anything by IPv6 "+
+			"since the service started %s ago", pods, status.Age(r.now, r.status.Started))
 	case n != nil:
 		return good("%d connections by IPv6 were redirected since the rules were put up, doctor's own among them", *n)
-	case !p.root:
+	case !r.root:
 		return skip("to read the counter of the rule that redirects requests by IPv6, %s", asRoot)
 	}
 	return skip("the rule that redirects requests by IPv6 has no counter, and the service could not be asked: see service")

@@ -22,9 +22,12 @@ import (
 )
 
 const (
-	refreshEvery  = 10 * time.Minute // ±20 %; 5,000 nodes with 30 ServiceAccounts each make 250 reads a second of the API server's memory
+	// refreshEvery is spread by ±20 %. A fleet of 5,000 nodes with 30 ServiceAccounts each then
+	// makes 250 reads a second from the API server's cache.
+	refreshEvery = 10 * time.Minute
+
 	readsAtOnce   = 16
-	retryRead     = time.Second // a read that failed is not repeated sooner
+	retryRead     = time.Second // the shortest wait after a read that failed
 	retryReadMax  = 5 * time.Minute
 	watchAgain    = 50 * time.Second // after the API server refused to let us watch ServiceAccounts
 	watchLifetime = 5 * time.Minute
@@ -33,7 +36,7 @@ const (
 // account is what is known of one ServiceAccount that live pods use.
 type account struct {
 	value   workload.Account
-	err     error // *AnnotationError or ErrNotFound: also something that the API server said
+	err     error // *AnnotationError or ErrNotFound; also an answer of the API server
 	version string
 	read    time.Time // zero: never
 	asked   time.Time // when the last consistent read began
@@ -46,16 +49,17 @@ type accounts struct {
 	mu      sync.Mutex
 	known   map[workload.ServiceAccount]*account
 	changed chan struct{}
-	flights singleflight.Group
+	reads   singleflight.Group
 	slots   chan struct{}
 
-	probe         sync.Mutex // held by the one who finds out whether we may watch
+	probe         sync.Mutex // held by the goroutine that finds out whether a watch is allowed
 	mayWatch      atomic.Bool
 	watchDeniedAt atomic.Int64
 }
 
 func newAccounts() *accounts {
-	return &accounts{known: map[workload.ServiceAccount]*account{}, changed: make(chan struct{}), slots: make(chan struct{}, readsAtOnce)}
+	return &accounts{known: map[workload.ServiceAccount]*account{}, changed: make(chan struct{}),
+		slots: make(chan struct{}, readsAtOnce)}
 }
 
 // Account returns what the ServiceAccount's annotations say. It reads them anew where what is known
@@ -103,8 +107,9 @@ func (c *Cluster) Changes() <-chan struct{} {
 	return c.accounts.changed
 }
 
-// readAccount reads a ServiceAccount that live pods use. A fresh read is a consistent one; the other kind comes from the API server's memory
-// and costs it nothing to speak of. The read goes on when the asker leaves.
+// readAccount reads a ServiceAccount that live pods use. With fresh the read is consistent.
+// Without, the API server answers from its cache, at almost no cost. The read continues when ctx
+// ends.
 func (c *Cluster) readAccount(ctx context.Context, sa workload.ServiceAccount, fresh bool) (account, error) {
 	x := c.pods.current.Load()
 	if !x.synced {
@@ -113,7 +118,7 @@ func (c *Cluster) readAccount(ctx context.Context, sa workload.ServiceAccount, f
 	if !x.uses(sa) {
 		return account{}, fmt.Errorf("%w %s", ErrNoPod, sa)
 	}
-	flight := c.accounts.flights.DoChan(sa.String()+" "+strconv.FormatBool(fresh), func() (any, error) {
+	read := c.accounts.reads.DoChan(sa.String()+" "+strconv.FormatBool(fresh), func() (any, error) {
 		select {
 		case c.accounts.slots <- struct{}{}:
 			defer func() { <-c.accounts.slots }()
@@ -125,7 +130,7 @@ func (c *Cluster) readAccount(ctx context.Context, sa workload.ServiceAccount, f
 	select {
 	case <-ctx.Done():
 		return account{}, ctx.Err()
-	case r := <-flight:
+	case r := <-read:
 		return r.Val.(account), r.Err
 	}
 }
@@ -137,9 +142,10 @@ func (c *Cluster) getAccount(ctx context.Context, sa workload.ServiceAccount, fr
 	}
 	asked := time.Now()
 	obj, err := c.get(ctx, k, sa, fresh)
-	// The Node authorizer learns of a new pod by a watch of its own, which may be behind ours.
+	// The Node authorizer sees a new pod through its own watch, which may be behind ours.
 	var refused *refusedPod
-	for wait := 50 * time.Millisecond; errors.As(err, &refused) && refused.reason == unrelated && wait < retryRead; wait *= 2 {
+	for wait := 50 * time.Millisecond; errors.As(err, &refused) && refused.reason == unrelated &&
+		wait < retryRead; wait *= 2 {
 		if !sleep(ctx, wait) {
 			break
 		}
@@ -151,11 +157,11 @@ func (c *Cluster) getAccount(ctx context.Context, sa workload.ServiceAccount, fr
 	}
 	switch {
 	case err == nil:
-		return c.learn(sa, obj, fresh, asked), nil
+		return c.store(sa, obj, fresh, asked), nil
 	case apierrors.IsNotFound(err) && !fresh:
-		return c.getAccount(ctx, sa, true) // the API server's memory may be behind
+		return c.getAccount(ctx, sa, true) // the API server's cache may be behind
 	case apierrors.IsNotFound(err):
-		return c.learn(sa, nil, true, asked), nil
+		return c.store(sa, nil, true, asked), nil
 	case ctx.Err() != nil:
 		return account{}, ctx.Err()
 	}
@@ -168,7 +174,8 @@ func (c *Cluster) getAccount(ctx context.Context, sa workload.ServiceAccount, fr
 	return account{}, err
 }
 
-func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount, fresh bool) (*corev1.ServiceAccount, error) {
+func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount,
+	fresh bool) (*corev1.ServiceAccount, error) {
 	cctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var o metav1.GetOptions
@@ -179,12 +186,13 @@ func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount
 	err := brief(k.core.Get().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).
 		VersionedParams(&o, c.codec).Do(cctx).Into(obj))
 	unbound := len(c.pods.current.Load().byAccount[sa]) == 0 && slices.Contains(c.pods.hosts, sa)
-	return obj, c.judge(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace, unbound: unbound}, err)
+	return obj, c.classify(ctx, call{verb: "get", resource: "serviceaccounts", namespace: sa.Namespace, unbound: unbound},
+		err)
 }
 
-// learn takes what the API server says of a ServiceAccount; nil is that it does not exist. asked is when
+// store keeps what the API server says of a ServiceAccount; nil is that it does not exist. asked is when
 // a consistent read began, zero for all other news.
-func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, fresh bool, asked time.Time) account {
+func (c *Cluster) store(sa workload.ServiceAccount, obj *corev1.ServiceAccount, fresh bool, asked time.Time) account {
 	now := account{read: time.Now().Round(0), asked: asked} // by the clock on the wall: time spent suspended counts
 	if obj == nil {
 		now.err = fmt.Errorf("%w: %s", ErrNotFound, sa)
@@ -202,11 +210,11 @@ func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, 
 		now.asked = a.asked
 	}
 	if !fresh && older(now.version, a.version) {
-		return *a // the API server's memory was behind what we know
+		return *a // the API server's cache was behind
 	}
-	if a.read.IsZero() || a.value != now.value || text(a.err) != text(now.err) {
+	if a.read.IsZero() || a.value != now.value || errorText(a.err) != errorText(now.err) {
 		if now.err != nil {
-			c.log.WithError(now.err).Warn("ServiceAccount cannot be used")
+			c.log.WithError(now.err).Warn("ServiceAccount cannot be used: its pods are refused")
 		}
 		close(c.accounts.changed)
 		c.accounts.changed = make(chan struct{})
@@ -215,8 +223,9 @@ func (c *Cluster) learn(sa workload.ServiceAccount, obj *corev1.ServiceAccount, 
 	return now
 }
 
-// entry returns the place to remember sa, or nil when no live pod uses it (K-04). The index is looked at under the accounts' lock: whoever
-// drops unused entries does so later.
+// entry returns the stored state of sa, which it makes where there is none. It returns nil when no
+// live pod uses sa (K-04, only accounts in use). It reads the index under the accounts' lock, so
+// unused entries are dropped later and not concurrently.
 func (c *Cluster) entry(sa workload.ServiceAccount) *account {
 	if !c.pods.current.Load().uses(sa) {
 		return nil
@@ -229,53 +238,54 @@ func (c *Cluster) entry(sa workload.ServiceAccount) *account {
 	return a
 }
 
-// forget drops everything: it was another cluster's.
+// forget drops everything, because it belongs to another cluster.
 func (a *accounts) forget() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	clear(a.known)
 }
 
-func text(err error) string {
+func errorText(err error) string {
 	if err == nil {
 		return ""
 	}
 	return err.Error()
 }
 
-// older compares two resource versions; those that are no numbers cannot be compared.
+// older compares two resource versions. Versions that are not numbers cannot be compared.
 func older(a, b string) bool {
 	x, errX := strconv.ParseUint(a, 10, 64)
 	y, errY := strconv.ParseUint(b, 10, 64)
 	return errX == nil && errY == nil && x < y
 }
 
-// keepAccounts runs one keeper for every ServiceAccount that live pods use, and forgets the others.
-func (c *Cluster) keepAccounts(ctx context.Context) {
-	keepers := map[workload.ServiceAccount]context.CancelFunc{}
+// followAccounts runs followAccount for every ServiceAccount that live pods use, and drops the
+// others.
+func (c *Cluster) followAccounts(ctx context.Context) {
+	running := map[workload.ServiceAccount]context.CancelFunc{}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer func() {
-		for stop := range maps.Values(keepers) {
+		for stop := range maps.Values(running) {
 			stop()
 		}
 	}()
 	for {
 		x := c.pods.current.Load()
-		for sa, stop := range keepers {
+		for sa, stop := range running {
 			if !x.uses(sa) {
 				stop()
-				delete(keepers, sa)
+				delete(running, sa)
 			}
 		}
 		c.accounts.mu.Lock()
 		maps.DeleteFunc(c.accounts.known, func(sa workload.ServiceAccount, _ *account) bool { return !x.uses(sa) })
 		c.accounts.mu.Unlock()
 		for _, sa := range x.accounts {
-			if keepers[sa] == nil {
+			if running[sa] == nil {
 				kctx, stop := context.WithCancel(ctx)
-				keepers[sa] = stop
-				wg.Go(func() { c.keepAccount(kctx, sa) })
+				running[sa] = stop
+				wg.Go(func() { c.followAccount(kctx, sa) })
 			}
 		}
 		select {
@@ -286,9 +296,9 @@ func (c *Cluster) keepAccounts(ctx context.Context) {
 	}
 }
 
-// keepAccount keeps one ServiceAccount fresh: it is read when its first pod appears, then watched where
+// followAccount keeps one ServiceAccount fresh: it is read when its first pod appears, then watched where
 // that is granted, else read every ten minutes.
-func (c *Cluster) keepAccount(ctx context.Context, sa workload.ServiceAccount) {
+func (c *Cluster) followAccount(ctx context.Context, sa workload.ServiceAccount) {
 	delay := retryRead / 2
 	for fresh := true; ; fresh = false {
 		_, err := c.readAccount(ctx, sa, fresh)
@@ -296,8 +306,8 @@ func (c *Cluster) keepAccount(ctx context.Context, sa workload.ServiceAccount) {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
-			// Also the Node authorizer that has not seen the pod yet.
-			if !sleep(ctx, around(delay)) {
+			// One cause is a Node authorizer that has not seen the pod yet.
+			if !sleep(ctx, jitter(delay)) {
 				return
 			}
 			delay = min(2*delay, retryReadMax)
@@ -314,35 +324,36 @@ func (c *Cluster) keepAccount(ctx context.Context, sa workload.ServiceAccount) {
 // anew: after a watch at once, else after c.refresh. A grant that comes later is noticed within a
 // minute. It returns false when ctx is done.
 func (c *Cluster) watchUntilOld(ctx context.Context, sa workload.ServiceAccount) bool {
-	old := time.Now().Add(around(c.refresh))
+	old := time.Now().Add(jitter(c.refresh))
 	for {
 		if c.watchAccount(ctx, sa) {
-			return sleep(ctx, around(2*retryRead)) // the watch ended, as watches do every few minutes
+			return sleep(ctx, jitter(2*retryRead)) // the watch ended, as watches do every few minutes
 		}
 		left := time.Until(old)
 		if left <= 0 {
 			return ctx.Err() == nil
 		}
-		if !sleep(ctx, min(left, around(c.watchAgain))) {
+		if !sleep(ctx, min(left, jitter(c.watchAgain))) {
 			return false
 		}
 	}
 }
 
-// around spreads what would otherwise happen at once, ±20 %.
-func around(d time.Duration) time.Duration {
+// jitter returns d ±20 %, so that many nodes do not act at the same moment.
+func jitter(d time.Duration) time.Duration {
 	return d*8/10 + time.Duration(rand.Int64N(int64(d)*4/10+1))
 }
 
-// watchAccount watches one ServiceAccount by name, as kubelet does with Secrets, and reports whether it could. One refusal
-// is enough to know: 100 ServiceAccounts do not ask 100 times.
+// watchAccount watches one ServiceAccount by name, as kubelet does with Secrets. It reports whether
+// a watch was open. One refusal stands for all accounts: a node with 100 ServiceAccounts does not
+// ask 100 times.
 func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) bool {
 	denied := func() bool { return time.Since(time.Unix(0, c.accounts.watchDeniedAt.Load())) < c.watchAgain }
 	if denied() {
 		return false
 	}
-	asks := !c.accounts.mayWatch.Load()
-	if asks {
+	probes := !c.accounts.mayWatch.Load()
+	if probes {
 		c.accounts.probe.Lock()
 		if denied() {
 			c.accounts.probe.Unlock()
@@ -359,7 +370,7 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 		c.accounts.watchDeniedAt.Store(time.Now().UnixNano())
 		c.log.Debug("ServiceAccounts cannot be watched; they are read every ten minutes, for each new pod, and before each mint")
 	}
-	if asks {
+	if probes {
 		c.accounts.probe.Unlock()
 	}
 	if err != nil {
@@ -380,9 +391,9 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 			}
 			switch e.Type {
 			case watch.Added, watch.Modified:
-				c.learn(sa, obj, false, time.Time{})
+				c.store(sa, obj, false, time.Time{})
 			case watch.Deleted:
-				c.learn(sa, nil, true, time.Time{})
+				c.store(sa, nil, true, time.Time{})
 			}
 		}
 	}
@@ -393,9 +404,10 @@ func (c *Cluster) openAccountWatch(ctx context.Context, sa workload.ServiceAccou
 	if err != nil {
 		return nil, err
 	}
-	seconds := int64(around(2 * watchLifetime).Seconds())
+	seconds := int64(jitter(2 * watchLifetime).Seconds())
 	w, err := c.watch(ctx, k, sa.Namespace, "serviceaccounts", metav1.ListOptions{
-		// From version 0, so that it begins with the present state: the object's own version may be months old, and gone (410).
+		// From version 0, so that the watch begins with the present state: the object's own version
+		// may be months old and expired (410 Gone).
 		FieldSelector: "metadata.name=" + sa.Name, ResourceVersion: "0", AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
 	code := "200"
 	var status apierrors.APIStatus
@@ -404,7 +416,7 @@ func (c *Cluster) openAccountWatch(ctx context.Context, sa workload.ServiceAccou
 	} else if err != nil {
 		code = "error"
 	}
-	// Not judged: that it is refused is the ordinary case (N-03), not a missing grant.
+	// Not recorded as a missing grant: a refusal is the usual case (N-03, nodes may not watch).
 	c.count(call{verb: "watch", resource: "serviceaccounts"}, code)
 	return w, err
 }

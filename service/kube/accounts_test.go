@@ -24,11 +24,13 @@ func TestAccount(t *testing.T) {
 	b := run(t, s, nil)
 	b.at(t, "10.1.0.11", "p1")
 	b.account(t, ksa, -1, linked)
-	s.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: "new@p.iam.gserviceaccount.com", AnnotationPrincipal: "true", AnnotationQuota: "quota-project"})
+	s.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: "new@p.iam.gserviceaccount.com",
+		AnnotationPrincipal: "true", AnnotationQuota: "quota-project"})
 	if a, err := b.Account(t.Context(), ksa, time.Hour); err != nil || a != linked {
 		t.Errorf("young enough: %+v, %v", a, err)
 	}
-	want := workload.Account{GoogleEmail: "new@p.iam.gserviceaccount.com", PrincipalAsEmail: true, QuotaProject: "quota-project"}
+	want := workload.Account{GoogleEmail: "new@p.iam.gserviceaccount.com", PrincipalAsEmail: true,
+		QuotaProject: "quota-project"}
 	changes := b.Changes()
 	if a, err := b.Account(t.Context(), ksa, 0); err != nil || a != want {
 		t.Errorf("read again: %+v, %v", a, err)
@@ -56,24 +58,30 @@ func TestAccount(t *testing.T) {
 func TestAccountThatCannotBeUsed(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	s.SetServiceAccount("ns1", "bad", map[string]string{AnnotationEmail: "x:signBlob?"})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "bad", Node: "node1", ServiceAccount: "bad", Addresses: []string{"10.1.0.21"}})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "none", Node: "node1", ServiceAccount: "none", Addresses: []string{"10.1.0.22"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "bad", Node: "node1", ServiceAccount: "bad",
+		Addresses: []string{"10.1.0.21"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "none", Node: "node1", ServiceAccount: "none",
+		Addresses: []string{"10.1.0.22"}})
 	b := run(t, s, nil)
 	b.at(t, "10.1.0.22", "none")
 	var bad *AnnotationError
-	if _, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "bad"}, -1); !errors.As(err, &bad) || bad.Key != AnnotationEmail {
+	if _, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "bad"}, -1); !errors.As(err,
+		&bad) || bad.Key != AnnotationEmail {
 		t.Errorf("bad: %v", err)
 	}
-	if _, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "none"}, -1); !errors.Is(err, ErrNotFound) {
+	if _, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "none"}, -1); !errors.Is(err,
+		ErrNotFound) {
 		t.Errorf("none: %v", err)
 	}
-	if _, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "nobody-uses"}, -1); !errors.Is(err, ErrNoPod) {
+	if _, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "nobody-uses"},
+		-1); !errors.Is(err, ErrNoPod) {
 		t.Errorf("unused: %v", err)
 	}
 	until(t, "the status", func() bool {
 		n := 0
 		for _, p := range b.Status().Pods {
-			if strings.Contains(p.AccountError, "gcp-service-account") || strings.Contains(p.AccountError, "no such ServiceAccount") {
+			if strings.Contains(p.AccountError, "gcp-service-account") || strings.Contains(p.AccountError,
+				"no such ServiceAccount") {
 				n++
 			}
 		}
@@ -81,7 +89,8 @@ func TestAccountThatCannotBeUsed(t *testing.T) {
 	})
 	// Mended.
 	s.SetServiceAccount("ns1", "bad", map[string]string{AnnotationEmail: "good@p.iam.gserviceaccount.com"})
-	if a, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "bad"}, 0); err != nil || a.GoogleEmail != "good@p.iam.gserviceaccount.com" {
+	if a, err := b.Account(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "bad"}, 0); err != nil ||
+		a.GoogleEmail != "good@p.iam.gserviceaccount.com" {
 		t.Errorf("mended: %+v, %v", a, err)
 	}
 }
@@ -103,7 +112,8 @@ func TestAccountsAreForgotten_K04(t *testing.T) {
 	until(t, "one account", func() bool { return count() == 1 })
 }
 
-// While the API is away the last known value stands for those who take any age; a mint needs a fresh one.
+// While the API is away the last known value stands for those who take any age; a mint needs a
+// fresh one.
 func TestAccountWhileAway(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
@@ -195,19 +205,20 @@ func TestServiceAccountWatchGranted(t *testing.T) {
 	}
 }
 
-// The poll takes the API server's memory, which may be behind: it never undoes what a fresh read said.
+// The poll takes the API server's memory, which may be behind: it never undoes what a fresh read
+// said.
 func TestStaleReadIsNotBelieved(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
 	b.at(t, "10.1.0.11", "p1")
 	b.account(t, ksa, 0, linked)
 	stale := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns1", Name: "ksa", ResourceVersion: "7"}}
-	if a := b.learn(ksa, stale, false, time.Time{}); a.value != linked {
+	if a := b.store(ksa, stale, false, time.Time{}); a.value != linked {
 		t.Errorf("a stale read is believed: %+v", a)
 	}
 	b.account(t, ksa, -1, linked)
 	// After a restore from a backup versions fall: a consistent read is believed whatever its version.
-	if a := b.learn(ksa, stale, true, time.Now()); a.value != (workload.Account{}) {
+	if a := b.store(ksa, stale, true, time.Now()); a.value != (workload.Account{}) {
 		t.Errorf("a fresh read is not believed: %+v", a)
 	}
 	if !older("9", "10") || older("10", "9") || older("x", "10") || older("9", "") {
@@ -221,14 +232,20 @@ func TestAccountsArePolled(t *testing.T) {
 	c := run(t, s, nil, func(b *bed) { b.refresh = 5 * time.Millisecond })
 	until(t, "the account", func() bool { a, err := c.Account(t.Context(), ksa, -1); return err == nil && a == linked })
 	s.SetServiceAccount("ns1", "ksa", nil)
-	until(t, "the annotation to be gone", func() bool { a, err := c.Account(t.Context(), ksa, -1); return err == nil && a == workload.Account{} })
+	until(t, "the annotation to be gone", func() bool {
+		a, err := c.Account(t.Context(), ksa, -1)
+		return err == nil &&
+			a == workload.Account{}
+	})
 }
 
-// The Node authorizer may learn of a pod later than we do: that is waited for, and is no missing grant.
+// The Node authorizer may learn of a pod later than we do: that is waited for, and is no missing
+// grant.
 func TestNodeAuthorizerIsBehind_N02(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	s.Inject(kubetest.Fault{Verb: "get", Resource: "serviceaccounts", Code: 403, Times: 2,
-		Message: `serviceaccounts "ksa" is forbidden: User "system:node:node1" cannot get resource "serviceaccounts" in API group "" in the namespace "ns1": node: no relationship found between node 'node1' and this object`})
+		Message: `serviceaccounts "ksa" is forbidden: User "system:node:node1" cannot get resource "serviceaccounts" in ` +
+			`API group "" in the namespace "ns1": node: no relationship found between node 'node1' and this object`})
 	b := run(t, s, nil)
 	b.at(t, "10.1.0.11", "p1")
 	if a, err := b.Account(t.Context(), ksa, -1); err != nil || a != linked {
@@ -241,7 +258,7 @@ func TestNodeAuthorizerIsBehind_N02(t *testing.T) {
 
 func TestAround(t *testing.T) {
 	for range 1000 {
-		if d := around(10 * time.Minute); d < 8*time.Minute || d > 12*time.Minute {
+		if d := jitter(10 * time.Minute); d < 8*time.Minute || d > 12*time.Minute {
 			t.Fatal(d)
 		}
 	}

@@ -18,14 +18,22 @@ func TestParseAccount(t *testing.T) {
 		want             workload.Account
 		bad              bool
 	}{
-		{"plain", e, "my-sa@my-project.iam.gserviceaccount.com", workload.Account{GoogleEmail: "my-sa@my-project.iam.gserviceaccount.com"}, false},
-		{"compute default", e, "123456789012-compute@developer.gserviceaccount.com", workload.Account{GoogleEmail: "123456789012-compute@developer.gserviceaccount.com"}, false},
-		{"App Engine", e, "my-project@appspot.gserviceaccount.com", workload.Account{GoogleEmail: "my-project@appspot.gserviceaccount.com"}, false},
-		{"App Engine, domain-scoped", e, "my-project.example.com@appspot.gserviceaccount.com", workload.Account{GoogleEmail: "my-project.example.com@appspot.gserviceaccount.com"}, false},
-		{"domain-scoped project", e, "sa@proj.example.com.iam.gserviceaccount.com", workload.Account{GoogleEmail: "sa@proj.example.com.iam.gserviceaccount.com"}, false},
-		{"other universe, prefix (G-09)", e, "sa@proj.eu0.iam.gserviceaccount.com", workload.Account{GoogleEmail: "sa@proj.eu0.iam.gserviceaccount.com"}, false},
-		{"other universe, domain (G-09)", e, "sa@proj.iam.example-cloud.goog", workload.Account{GoogleEmail: "sa@proj.iam.example-cloud.goog"}, false},
-		{"service agent", e, "service-123@gcp-sa-pubsub.iam.gserviceaccount.com", workload.Account{GoogleEmail: "service-123@gcp-sa-pubsub.iam.gserviceaccount.com"}, false},
+		{"plain", e, "my-sa@my-project.iam.gserviceaccount.com",
+			workload.Account{GoogleEmail: "my-sa@my-project.iam.gserviceaccount.com"}, false},
+		{"compute default", e, "123456789012-compute@developer.gserviceaccount.com",
+			workload.Account{GoogleEmail: "123456789012-compute@developer.gserviceaccount.com"}, false},
+		{"App Engine", e, "my-project@appspot.gserviceaccount.com",
+			workload.Account{GoogleEmail: "my-project@appspot.gserviceaccount.com"}, false},
+		{"App Engine, domain-scoped", e, "my-project.example.com@appspot.gserviceaccount.com",
+			workload.Account{GoogleEmail: "my-project.example.com@appspot.gserviceaccount.com"}, false},
+		{"domain-scoped project", e, "sa@proj.example.com.iam.gserviceaccount.com",
+			workload.Account{GoogleEmail: "sa@proj.example.com.iam.gserviceaccount.com"}, false},
+		{"other universe, prefix (G-09)", e, "sa@proj.eu0.iam.gserviceaccount.com",
+			workload.Account{GoogleEmail: "sa@proj.eu0.iam.gserviceaccount.com"}, false},
+		{"other universe, domain (G-09)", e, "sa@proj.iam.example-cloud.goog",
+			workload.Account{GoogleEmail: "sa@proj.iam.example-cloud.goog"}, false},
+		{"service agent", e, "service-123@gcp-sa-pubsub.iam.gserviceaccount.com",
+			workload.Account{GoogleEmail: "service-123@gcp-sa-pubsub.iam.gserviceaccount.com"}, false},
 		{"absent", "other", "x", workload.Account{}, false},
 		{"empty", e, "", workload.Account{}, false},
 		{"a method smuggled in", e, "x:signBlob?@p.iam.gserviceaccount.com", workload.Account{}, true},
@@ -88,11 +96,13 @@ func TestParseAccount(t *testing.T) {
 
 // What is accepted means nothing in a URL or a header.
 func FuzzParseAccount(f *testing.F) {
-	for _, s := range []string{"sa@p.iam.gserviceaccount.com", "123-compute@developer.gserviceaccount.com", "x:signBlob?", "../", "example.com:proj", "true"} {
+	for _, s := range []string{"sa@p.iam.gserviceaccount.com", "123-compute@developer.gserviceaccount.com", "x:signBlob?",
+		"../", "example.com:proj", "true"} {
 		f.Add(s, s, s)
 	}
 	f.Fuzz(func(t *testing.T, email, principal, project string) {
-		a, err := ParseAccount(ksa, map[string]string{AnnotationEmail: email, AnnotationPrincipal: principal, AnnotationQuota: project})
+		a, err := ParseAccount(ksa, map[string]string{AnnotationEmail: email, AnnotationPrincipal: principal,
+			AnnotationQuota: project})
 		if err != nil {
 			if (a != workload.Account{}) {
 				t.Errorf("half an account: %+v", a)

@@ -12,14 +12,14 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
-// Bounds of what the API server, or whatever answers in its place, sends and is quoted with. Client-go has none.
+// Bounds of answers of the API server, or of a server in its place. Client-go has none.
 const (
-	maxRefusal = 64 << 10 // bytes of an answer that is not 2xx; a Status has some hundred
-	maxAnswer  = 64 << 20 // bytes of one that is, but for a watch: 500 pods have 25 MB
+	maxRefusal = 64 << 10 // bytes of an answer that is not 2xx; a Status has a few hundred
+	maxAnswer  = 64 << 20 // bytes of a 2xx answer that is not a watch: 500 pods have 25 MB
 	maxMessage = 512      // bytes of a message
 )
 
-// bounding bounds the bodies of answers.
+// bounding limits the bodies of answers.
 type bounding struct{ http.RoundTripper }
 
 func (b bounding) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -36,7 +36,7 @@ func (b bounding) RoundTrip(r *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// WrappedRoundTripper is for client-go, which looks through wrappers for what can close idle connections.
+// WrappedRoundTripper lets client-go find the transport whose idle connections it closes.
 func (b bounding) WrappedRoundTripper() http.RoundTripper { return b.RoundTripper }
 
 type body struct {
@@ -60,7 +60,8 @@ func (a *atMost) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// brief returns err with what the API server said on one line of bounded length. It can be looked into as before.
+// brief returns err with the API server's message on one line of bounded length. errors.Is and
+// errors.As see the original.
 func brief(err error) error {
 	var status *apierrors.StatusError
 	switch {

@@ -13,7 +13,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube/kubetest"
 )
 
-// What the API server says, however long and whatever is in it, is one line of bounded length to the pod, in the log and in `status`.
+// What the API server says, however long and whatever is in it, is one line of bounded length to
+// the pod, in the log and in `status`.
 func TestLongRefusals(t *testing.T) {
 	long := "first line\n\x1b[31m" + strings.Repeat("no ", 4<<20)
 	for _, code := range []int{400, 401, 403, 404, 409, 418, 429, 500, 503} {

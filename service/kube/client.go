@@ -26,23 +26,25 @@ const (
 	callTimeout = 10 * time.Second // one call; a watch lives longer
 	listTimeout = 30 * time.Second
 
-	// client-go's default of 5 a second would make 100 pods wait 20 s (N-16). The API server has limits of its own
-	// (priority and fairness); these only stop a bug of ours.
+	// With client-go's default of 5 a second 100 pods would wait for 20 s (N-16, client-go's limiter).
+	// The API server has its own limits (priority and fairness). These stop a bug of this service.
 	qps, burst = 200, 400
 )
 
-// Client-go repeats a request ten times, a second apart, before it says that something is wrong. The reflector has a pace of its own, and
-// pods wait for the others: once will do, for a connection that died unnoticed.
+// Client-go repeats a request ten times, a second apart, before it returns an error. The reflector
+// has its own backoff, and pods wait for the other requests. One retry covers a connection that
+// died unnoticed.
 const noRetry, retryOnce = 0, 1
 
-// client is one credential's connections. It is thrown away with it.
+// client holds the connections of one credential. A new credential gets a new client.
 type client struct {
 	core, auth rest.Interface
 	http       *http.Client
 	conns      *connrotation.Dialer
 }
 
-// codec speaks core/v1 and authentication/v1 and nothing else: the whole clientset is 15 MB of binary more.
+// codec encodes core/v1 and authentication/v1 only. The whole clientset would add 15 MB to the
+// binary.
 type codec struct {
 	runtime.NegotiatedSerializer
 	runtime.ParameterCodec
@@ -52,7 +54,7 @@ func newCodec() codec {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, authenticationv1.AddToScheme} {
 		if err := add(s); err != nil {
-			panic(fmt.Sprintf("kube: %v", err)) // two constant type tables that contradict each other
+			panic(fmt.Sprintf("kube: %v", err)) // two constant type tables contradict each other
 		}
 	}
 	metav1.AddToGroupVersion(s, schema.GroupVersion{Version: "v1"})
@@ -67,7 +69,7 @@ func newClient(cfg *rest.Config, codec codec, userAgent string) (*client, error)
 	cfg.NegotiatedSerializer = codec.NegotiatedSerializer
 	cfg.ContentType = runtime.ContentTypeProtobuf
 	cfg.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	// A dialer of our own also keeps client-go from sharing this transport with the previous credential's.
+	// With its own dialer, client-go does not share this transport with the previous credential.
 	conns := connrotation.NewDialer((&net.Dialer{Timeout: callTimeout, KeepAlive: 30 * time.Second}).DialContext)
 	cfg.Dial = conns.DialContext
 	cfg.Wrap(func(rt http.RoundTripper) http.RoundTripper { return bounding{rt} })
@@ -93,7 +95,7 @@ func newClient(cfg *rest.Config, codec codec, userAgent string) (*client, error)
 	return c, nil
 }
 
-// close ends every connection, also those in use.
+// close ends every connection, also connections in use.
 func (c *client) close() {
 	if c.http == nil {
 		return
@@ -118,7 +120,8 @@ func (c *Cluster) listPods(ctx context.Context, k *client, o metav1.ListOptions)
 	return l, brief(err)
 }
 
-func (c *Cluster) watch(ctx context.Context, k *client, namespace, resource string, o metav1.ListOptions) (watch.Interface, error) {
+func (c *Cluster) watch(ctx context.Context, k *client, namespace, resource string,
+	o metav1.ListOptions) (watch.Interface, error) {
 	o.Watch = true
 	r := k.core.Get().MaxRetries(noRetry)
 	if namespace != "" {
@@ -128,7 +131,8 @@ func (c *Cluster) watch(ctx context.Context, k *client, namespace, resource stri
 	return w, brief(err)
 }
 
-// whoami asks the API server who we are. An identity that may not ask, and a server that is too old to be asked, is "".
+// whoami asks the API server for the name of this credential's user. It returns "" where the
+// identity may not ask, and where the API server has no SelfSubjectReview.
 func (c *Cluster) whoami(ctx context.Context, k *client) (string, error) {
 	call := call{verb: "create", resource: "selfsubjectreviews"}
 	cctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -139,10 +143,11 @@ func (c *Cluster) whoami(ctx context.Context, k *client) (string, error) {
 		c.contact()
 		return "", nil
 	}
-	return r.Status.UserInfo.Username, c.judge(ctx, call, err)
+	return r.Status.UserInfo.Username, c.classify(ctx, call, err)
 }
 
-// identify finds this node's name: configured, else the credential's, else the host's.
+// identify returns this node's name: the configured name, else the credential's, else the host
+// name.
 func (c *Cluster) identify(ctx context.Context, k *client, cred *credential) (name, user string, err error) {
 	user, source := cred.user, "client certificate"
 	if user == "" {
@@ -157,9 +162,10 @@ func (c *Cluster) identify(ctx context.Context, k *client, cred *credential) (na
 	case c.nodeName != "" && isNode && own != c.nodeName:
 		m := nameMismatch{configured: c.nodeName, credential: own}
 		if old := c.mismatch.Swap(&m); old != nil && *old == m {
-			return c.nodeName, user, nil // said before
+			return c.nodeName, user, nil // logged before
 		}
-		c.log.Errorf("nodeName is %q, but the credential is node %q's: the configured name is used, and Kubernetes will refuse it unless it is granted more; correct or remove nodeName", c.nodeName, own)
+		c.log.Errorf("nodeName is %q, but the credential belongs to node %q: Kubernetes refuses other nodes' pods: correct "+
+			"or remove nodeName", c.nodeName, own)
 		return c.nodeName, user, nil
 	case c.nodeName != "":
 		c.mismatch.Store(nil)
@@ -170,11 +176,11 @@ func (c *Cluster) identify(ctx context.Context, k *client, cred *credential) (na
 	}
 	h, err := os.Hostname()
 	if err != nil {
-		return "", "", fmt.Errorf("nodeName is not set and the host has no name: %w", err)
+		return "", "", fmt.Errorf("node name unknown: nodeName is not set and the host has no name: %w", err)
 	}
 	h = strings.ToLower(strings.TrimSpace(h)) // as kubelet does
 	c.log.WithField("source", "host name").Infof("this node is %q", h)
 	return h, user, nil
 }
 
-var errNoToken = errors.New("the API server's answer to a TokenRequest cannot be read")
+var errNoToken = errors.New("the API server's answer to a TokenRequest holds no token")

@@ -12,12 +12,13 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 )
 
-// A copy begins with a line that says of what it is one, and for which setting.
+// copyLine is the first line of a copy. It names the original file and the setting kubeconfig.
 const copyLine = "# The copy of %q that gke-metadata-emulator reads, for kubeconfig: %q\n"
 
-// Copy returns the kubeconfig that is asked for, or with "" that of the first of Places that exists, with what its files
-// hold instead of their names, and nothing but the current context. Root hands it to the service's unprivileged user.
-// Where there is no kubeconfig (yet), the text is nil and there is no error.
+// Copy returns a self-contained kubeconfig: the current context alone, with the contents of the
+// files that it names. The source is the given file, or with "" the first of Places that exists.
+// Root makes the copy for the service's unprivileged user (R-27, copy of the credential). Where no
+// kubeconfig exists yet, text is nil and err is nil.
 func Copy(kubeconfig string) (text []byte, path string, err error) {
 	return copyOf(kubeconfig, Places())
 }
@@ -30,7 +31,7 @@ func copyOf(kubeconfig string, places []string) (text []byte, path string, err e
 	case err != nil:
 		return nil, "", err
 	}
-	if _, err := k.credential(); err != nil { // for example a certificate whose key is not written yet
+	if _, err := k.credential(); err != nil { // such as a certificate whose key is not written yet
 		return nil, k.path, err
 	}
 	if err := clientcmdapi.MinifyConfig(k.config); err != nil {
@@ -43,7 +44,8 @@ func copyOf(kubeconfig string, places []string) (text []byte, path string, err e
 	return append(fmt.Appendf(nil, copyLine, k.path, kubeconfig), body...), k.path, nil
 }
 
-// loadCopy loads the copy at path if it is one for the setting; else the error is why there is need of it.
+// loadCopy loads the copy at path if it was made for this setting. Otherwise it returns need, the
+// error that made the copy necessary.
 func loadCopy(path, kubeconfig string, need error) (*contents, error) {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -54,16 +56,16 @@ func loadCopy(path, kubeconfig string, need error) (*contents, error) {
 	}
 	var of, asked string
 	if n, err := fmt.Fscanf(bytes.NewReader(raw), copyLine, &of, &asked); n != 2 || err != nil || asked != kubeconfig {
-		return nil, need // of another configuration: the right one is on its way
+		return nil, need // made for another configuration; root makes the right one soon
 	}
 	k, err := clientcmd.Load(raw)
 	if err != nil {
 		return nil, unusable(path, errors.New("not a kubeconfig (YAML or JSON of kind Config)"))
 	}
 	if err := inline(k, func(name string) ([]byte, error) {
-		return nil, fmt.Errorf("a copy names no file, and this one names %s", name)
+		return nil, fmt.Errorf("not a copy that this service made: a copy names no file: it names the file %s", name)
 	}); err != nil {
 		return nil, unusable(path, err)
 	}
-	return &contents{path: of + ", by its copy " + path, config: k, digest: sha256.Sum256(raw)}, nil
+	return &contents{path: of + " (read from its copy " + path + ")", config: k, digest: sha256.Sum256(raw)}, nil
 }

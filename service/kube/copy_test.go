@@ -44,8 +44,10 @@ func TestCopy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if cred.server != want.server || cred.user != "system:node:node1" || string(cred.config.CertData) != string(want.config.CertData) ||
-			string(cred.config.KeyData) != string(want.config.KeyData) || string(cred.config.CAData) != string(want.config.CAData) {
+		if cred.server != want.server || cred.user != "system:node:node1" ||
+			string(cred.config.CertData) != string(want.config.CertData) ||
+			string(cred.config.KeyData) != string(want.config.KeyData) ||
+			string(cred.config.CAData) != string(want.config.CAData) {
 			t.Error("the copy is another credential than the original")
 		}
 		if !strings.Contains(cred.path, conf) || !strings.Contains(cred.path, to) {
@@ -76,8 +78,11 @@ func TestCopyOfWhatIsNotThere(t *testing.T) {
 			t.Errorf("kubeconfig %q: %q, %q, %v", asked, text, path, err)
 		}
 	}
-	write(t, filepath.Join(dir, "kubelet.conf"), []byte(`{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c","cluster":{"server":"https://192.0.2.1:6443"}}],`+
-		`"contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],"users":[{"name":"u","user":{"client-certificate":"absent.pem","client-key":"absent.pem"}}]}`))
+	write(t, filepath.Join(dir, "kubelet.conf"),
+		[]byte(`{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c",`+
+			`"cluster":{"server":"https://192.0.2.1:6443"}}],`+
+			`"contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],"users":[{"name":"u",`+
+			`"user":{"client-certificate":"absent.pem","client-key":"absent.pem"}}]}`))
 	if text, _, err := copyOf(filepath.Join(dir, "kubelet.conf"), nil); err == nil {
 		t.Errorf("a certificate that is missing was copied: %q", text)
 	}
@@ -112,7 +117,8 @@ func TestCopyThatIsNone(t *testing.T) {
 	}
 	const head = `# The copy of "/etc/kubernetes/kubelet.conf" that gke-metadata-emulator reads, for kubeconfig: ""` + "\n"
 	conf := func(user string) string {
-		return `{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c","cluster":{"server":"https://192.0.2.1:6443"}}],` +
+		return `{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c",` +
+			`"cluster":{"server":"https://192.0.2.1:6443"}}],` +
 			`"contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],"users":[{"name":"u","user":` + user + `}]}`
 	}
 	for name, c := range map[string]struct{ text, asked, says string }{
@@ -125,7 +131,8 @@ func TestCopyThatIsNone(t *testing.T) {
 			if err := os.WriteFile(to, []byte(c.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := loadCopy(to, c.asked, need); !errors.Is(err, ErrNotConfigured) || !strings.Contains(err.Error(), c.says) {
+			if _, err := loadCopy(to, c.asked, need); !errors.Is(err, ErrNotConfigured) ||
+				!strings.Contains(err.Error(), c.says) {
 				t.Errorf("got %v", err)
 			}
 		})

@@ -15,41 +15,42 @@ import (
 )
 
 var (
-	// ErrNotConfigured says that there is no kubeconfig, or none that can be used. On a first boot
-	// kubelet has not written it yet: it is waited for.
+	// ErrNotConfigured: there is no usable kubeconfig. On a first boot kubelet has not written its
+	// kubeconfig yet; Run waits for it.
 	ErrNotConfigured = errors.New("no kubeconfig")
 
-	// ErrNoPod says that no live pod of this node uses the ServiceAccount, so nothing is known of it (K-04)
-	// and no token can be bound (N-07).
+	// ErrNoPod: no live pod of this node uses the ServiceAccount. So its state is not kept (K-04, only
+	// accounts in use), and no token can be bound to a pod (N-07, unbound requests).
 	ErrNoPod = errors.New("no live pod of this node uses the ServiceAccount")
 
-	// ErrNotFound says that the ServiceAccount does not exist (any more).
+	// ErrNotFound: the ServiceAccount does not exist.
 	ErrNotFound = errors.New("no such ServiceAccount")
 )
 
-// AwayError says that the API server cannot be asked, or does not accept the node's credential.
+// AwayError: the API server does not answer, or does not accept the node's credential.
 type AwayError struct {
-	Since time.Time // of the last contact; of the start when there was none
-	Err   error     // what the last attempt said
+	Since time.Time // the last contact, or the start of this process
+	Err   error     // of the last attempt
 }
 
 func (e *AwayError) Error() string {
-	return fmt.Sprintf("the Kubernetes API is away since %s: %v", e.Since.UTC().Format(time.RFC3339), e.Err)
+	return fmt.Sprintf("the Kubernetes API is unavailable since %s: %v", e.Since.UTC().Format(time.RFC3339), e.Err)
 }
 
 func (e *AwayError) Unwrap() error { return e.Err }
 
-// ForbiddenError says that the API server refused and that a grant can mend it (N-05).
+// ForbiddenError: the API server refused a request, and a grant would allow it (N-05, missing
+// grants).
 type ForbiddenError struct {
 	User      string // as the API server knows us; "" when unknown
 	Verb      string
-	Resource  string // "pods", "serviceaccounts", "serviceaccounts/token"; for a refused audience the audience
-	Namespace string // "" for all
-	Message   string // the API server's words
+	Resource  string // "pods", "serviceaccounts", "serviceaccounts/token", or a refused audience
+	Namespace string // "" for all namespaces
+	Message   string // of the API server
 
 	audience string
 	reason   refusal
-	unbound  bool // it is for a process of the node
+	unbound  bool // the request is for a process of the node
 }
 
 func (e *ForbiddenError) Error() string {
@@ -59,14 +60,16 @@ func (e *ForbiddenError) Error() string {
 	}
 	switch {
 	case e.reason == otherNode:
-		return s + ": " + e.Message + " (does nodeName name the node of this credential?)"
+		return s + ": " + e.Message + ": set nodeName to the node of this credential, or remove nodeName"
 	case e.nodeUnbound():
-		return s + " for a process of the node: " + e.Message + " (missing grant: a node's own credential gets tokens for its pods only; hostIdentities need a kubeconfig of another identity, whose manifest `gke-metadata-emulator status` prints)"
+		return "missing grant: " + s + " for a process of the node: " + e.Message +
+			": name a kubeconfig of another identity than the node's; `gke-metadata-emulator status` prints its manifest"
 	}
-	return s + ": " + e.Message + " (missing grant; `gke-metadata-emulator status` prints the manifest)"
+	return "missing grant: " + s + ": " + e.Message + ": apply the manifest that `gke-metadata-emulator status` prints"
 }
 
-// Manifest returns the YAML that grants what is missing, ready for kubectl apply; "" when no grant mends it.
+// Manifest returns the YAML that grants what is missing, ready for kubectl apply. It returns ""
+// when no grant would help.
 func (e *ForbiddenError) Manifest() string {
 	switch {
 	case e.reason == otherNode:
@@ -77,10 +80,12 @@ func (e *ForbiddenError) Manifest() string {
 	return manifest(e.User, e.audience, e.Verb == "get" && e.Resource == "serviceaccounts")
 }
 
-// nodeUnbound: NodeRestriction refuses what RBAC grants to nodes (N-07), so only another identity helps.
+// nodeUnbound reports a token for a process of the node that was requested with the node's own
+// credential. NodeRestriction refuses it whatever RBAC grants (N-07, unbound requests), so only
+// another identity helps.
 func (e *ForbiddenError) nodeUnbound() bool { return e.unbound && strings.HasPrefix(e.User, nodeUser) }
 
-// AnnotationError says that a ServiceAccount's annotation cannot be believed (K-00).
+// AnnotationError: a ServiceAccount's annotation is not valid (K-00, untrusted annotations).
 type AnnotationError struct {
 	ServiceAccount workload.ServiceAccount
 	Key            string
@@ -91,15 +96,17 @@ func (e *AnnotationError) Error() string {
 	return fmt.Sprintf("ServiceAccount %s: annotation %s: %s", e.ServiceAccount, e.Key, e.Reason)
 }
 
-// call names one kind of request to the API server. Verb and resource are few enough to be metric labels.
+// call names one kind of request to the API server. The pairs of verb and resource are few enough
+// for metric labels.
 type call struct {
 	verb, resource, namespace string
-	unbound                   bool // it is for a process of the node: no pod of this node has to do with it
+	unbound                   bool // for a process of the node and not for a pod
 }
 
-// judge is where every answer of the API server passes: it counts it, keeps track of contact and of missing grants, and
-// turns it into this package's errors. What only the caller can read (404, 409, 400, a refused pod) comes back as it was.
-func (c *Cluster) judge(ctx context.Context, k call, err error) error {
+// classify handles the outcome of every request to the API server. It counts the request, records
+// contact and missing grants, and returns one of this package's errors. Errors that only the caller
+// understands (404, 409, 400, a refused pod) are returned unchanged.
+func (c *Cluster) classify(ctx context.Context, k call, err error) error {
 	var status apierrors.APIStatus
 	isStatus := errors.As(err, &status)
 	switch {
@@ -113,7 +120,7 @@ func (c *Cluster) judge(ctx context.Context, k call, err error) error {
 		c.granted(k)
 		return nil
 	case ctx.Err() != nil && !isStatus:
-		return ctx.Err() // the asker left; it says nothing about the API server
+		return ctx.Err() // the caller left; the API server is not at fault
 	case !isStatus:
 		c.count(k, "error")
 		return c.lost(err)
@@ -122,9 +129,9 @@ func (c *Cluster) judge(ctx context.Context, k call, err error) error {
 	c.count(k, fmt.Sprint(st.Code))
 	switch {
 	case apierrors.IsUnauthorized(err):
-		// The certificate on disk may be newer than ours: look at once, not at the next poll.
+		// The certificate on disk may be newer: read it at once, not at the next poll.
 		c.wake()
-		return c.lost(fmt.Errorf("the credential of %s is not accepted: %w", c.kubeconfigInUse(), err))
+		return c.lost(fmt.Errorf("the API server does not accept the credential of %s: %w", c.kubeconfigInUse(), err))
 	case apierrors.IsForbidden(err):
 		c.contact()
 		return c.forbidden(k, st)
@@ -135,13 +142,14 @@ func (c *Cluster) judge(ctx context.Context, k call, err error) error {
 	return err
 }
 
-// forbidden turns a 403 into what it means.
+// forbidden returns the error that a 403 stands for.
 func (c *Cluster) forbidden(k call, st metav1.Status) error {
 	r := refusalOf(st.Message)
 	if r == podGone || r == unrelated && !k.unbound {
 		return &refusedPod{reason: r, message: st.Message}
 	}
-	f := &ForbiddenError{User: c.user(), Verb: k.verb, Resource: k.resource, Namespace: k.namespace, Message: st.Message, audience: c.audience, reason: r, unbound: k.unbound}
+	f := &ForbiddenError{User: c.user(), Verb: k.verb, Resource: k.resource, Namespace: k.namespace, Message: st.Message,
+		audience: c.audience, reason: r, unbound: k.unbound}
 	if f.User == "" {
 		f.User = userOf(st.Message)
 	}
@@ -154,8 +162,8 @@ func (c *Cluster) forbidden(k call, st metav1.Status) error {
 
 const audienceVerb = "request-serviceaccounts-token-audience"
 
-// refusedPod is a refusal that is about the pod, not about a grant: the pod went away, or the Node authorizer has
-// not seen it yet (its graph is filled by watches of its own).
+// refusedPod is a refusal of one pod, which no grant changes. The pod is gone, or the Node
+// authorizer has not seen it yet, since its graph is filled by its own watches.
 type refusedPod struct {
 	reason  refusal
 	message string
@@ -164,19 +172,19 @@ type refusedPod struct {
 func (e *refusedPod) Error() string { return e.message }
 func (e *refusedPod) Unwrap() error { return ErrNoPod }
 
-// refusal is what a 403's text says beyond its reason code.
+// refusal is the cause that the text of a 403 names, beyond its reason code.
 type refusal int
 
 const (
 	grantMissing    refusal = iota
-	audienceRefused         // N-05
-	podGone                 // N-07: deleted, made again, or elsewhere
-	unrelated               // N-02: no pod of this node uses it, as far as the Node authorizer knows
+	audienceRefused         // N-05, missing grants
+	podGone                 // N-07: the pod was deleted, replaced, or is on another node
+	unrelated               // N-02: the Node authorizer knows no pod of this node that uses the account
 	otherNode               // N-01: the field selector names another node
 )
 
-// refusalOf reads the API server's words. It is the only place that does: the Node authorizer and NodeRestriction
-// put everything into one reason code, Forbidden.
+// refusalOf matches the API server's text. It is the only place that does: the Node authorizer and
+// NodeRestriction use one reason code, Forbidden, for everything.
 func refusalOf(message string) refusal {
 	for _, t := range []struct {
 		text string
@@ -197,7 +205,8 @@ func refusalOf(message string) refusal {
 
 var inUser = regexp.MustCompile(`\bUser "([^"]{1,253})" cannot `)
 
-// userOf finds who the API server says we are: with exec plugins and tokens nobody else tells.
+// userOf returns the user name in the API server's message. With exec plugins and tokens there is
+// no other source.
 func userOf(message string) string {
 	if m := inUser.FindStringSubmatch(message); m != nil {
 		return m[1]

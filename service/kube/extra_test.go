@@ -53,7 +53,8 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// Client-go's own lines go where ours go, at debug, and the fine levels, which hold headers and bodies, nowhere.
+// Client-go's own lines go where ours go, at debug, and the fine levels, which hold headers and
+// bodies, nowhere.
 func TestRouteKlog(t *testing.T) {
 	to := new(buffer)
 	l := logrus.New()
@@ -65,7 +66,8 @@ func TestRouteKlog(t *testing.T) {
 	klog.Background().Error(errors.New("broken"), "an error")
 	klog.Background().V(8).Info("Request Body")
 	log := to.String()
-	for _, want := range []string{`level=debug msg="a line" a=1 b=2 logger=part`, `level=debug msg="an error" error=broken`} {
+	for _, want := range []string{`level=debug msg="a line" a=1 b=2 logger=part`,
+		`level=debug msg="an error" error=broken`} {
 		if !strings.Contains(log, want) {
 			t.Errorf("no %q in:\n%s", want, log)
 		}

@@ -22,8 +22,8 @@ import (
 )
 
 const (
-	patience = 20 * time.Second // for what takes milliseconds; the machine may be busy
-	provider = kubetest.CaseAudience
+	waitLimit = 20 * time.Second // for what takes milliseconds; the machine may be busy
+	provider  = kubetest.CaseAudience
 )
 
 var ksa = workload.ServiceAccount{Namespace: "ns1", Name: "ksa"}
@@ -38,7 +38,8 @@ type bed struct {
 	stop   func() // ends Run and waits for it
 }
 
-// newServer has node1 with pod ns1/p1 at 10.1.0.11, of ServiceAccount ns1/ksa that is linked to ksa@p.iam.gserviceaccount.com.
+// newServer has node1 with pod ns1/p1 at 10.1.0.11, of ServiceAccount ns1/ksa that is linked to
+// ksa@p.iam.gserviceaccount.com.
 func newServer(t *testing.T, o kubetest.Options) *kubetest.Server {
 	t.Helper()
 	s, err := kubetest.New(o)
@@ -47,7 +48,8 @@ func newServer(t *testing.T, o kubetest.Options) *kubetest.Server {
 	}
 	t.Cleanup(s.Close)
 	s.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: "ksa@p.iam.gserviceaccount.com"})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p1", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.11"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p1", Node: "node1", ServiceAccount: "ksa",
+		Addresses: []string{"10.1.0.11"}})
 	return s
 }
 
@@ -64,7 +66,8 @@ func run(t *testing.T, s *kubetest.Server, adjust func(*bed, *Options), inside .
 	log.SetLevel(logrus.TraceLevel)
 	r := prometheus.NewRegistry()
 	b.gather = r
-	o := Options{Kubeconfig: conf, Audience: provider, Poll: 10 * time.Millisecond, Log: log, Registerer: r, UserAgent: "gke-metadata-emulator/test"}
+	o := Options{Kubeconfig: conf, Audience: provider, Poll: 10 * time.Millisecond, Log: log, Registerer: r,
+		UserAgent: "gke-metadata-emulator/test"}
 	if adjust != nil {
 		adjust(b, &o)
 	}
@@ -96,7 +99,7 @@ func run(t *testing.T, s *kubetest.Server, adjust func(*bed, *Options), inside .
 // until polls; what it waits for has no channel.
 func until(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -105,15 +108,16 @@ func until(t *testing.T, what string, is func() bool) {
 		case <-tick.C:
 		case <-deadline.C:
 			buf := make([]byte, 1<<16)
-			t.Fatalf("waited %s for: %s\n%s", patience, what, buf[:runtime.Stack(buf, true)])
+			t.Fatalf("waited %s for: %s\n%s", waitLimit, what, buf[:runtime.Stack(buf, true)])
 		}
 	}
 }
 
-// at waits until the address belongs to exactly these pods, and returns them. It waits on the channel that At hands out.
+// at waits until the address belongs to exactly these pods, and returns them. It waits on the
+// channel that At hands out.
 func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
 	for {
 		got, changed, err := b.At(netip.MustParseAddr(address))
@@ -131,7 +135,7 @@ func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller
 // of waits until the UID is the caller's; the zero caller is nobody.
 func (b *bed) of(t *testing.T, uid string, want workload.Caller) {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
 	for {
 		got, known, changed, err := b.Of(uid)

@@ -11,11 +11,13 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// A ServiceAccount of processes of the node is known without a pod; its tokens are bound to a pod where there is one, else to nothing.
+// A ServiceAccount of processes of the node is known without a pod; its tokens are bound to a pod
+// where there is one, else to nothing.
 func TestHosts(t *testing.T) {
 	puller := workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}
 	s := newServer(t, kubetest.Options{})
-	s.SetServiceAccount("kube-system", "image-puller", map[string]string{AnnotationEmail: "puller@p.iam.gserviceaccount.com"})
+	s.SetServiceAccount("kube-system", "image-puller",
+		map[string]string{AnnotationEmail: "puller@p.iam.gserviceaccount.com"})
 	s.AddUser("gme", "dedicated-secret")
 	b := run(t, s, func(b *bed, o *Options) {
 		o.NodeName, o.Kubeconfig, o.Hosts = "node1", filepath.Join(b.dir, "conf"), []workload.ServiceAccount{puller}
@@ -40,14 +42,16 @@ func TestHosts(t *testing.T) {
 	if to := pod(); to != "" {
 		t.Errorf("bound to %q", to)
 	}
-	s.SetPod(kubetest.Pod{Namespace: "kube-system", Name: "puller", Node: "node1", ServiceAccount: "image-puller", Addresses: []string{"10.1.0.12"}})
+	s.SetPod(kubetest.Pod{Namespace: "kube-system", Name: "puller", Node: "node1", ServiceAccount: "image-puller",
+		Addresses: []string{"10.1.0.12"}})
 	b.at(t, "10.1.0.12", "puller")
 	if to := pod(); to != "puller" {
 		t.Errorf("bound to %q", to)
 	}
 }
 
-// N-07: a node's own credential gets no token for its processes, whatever RBAC grants; the error, the log and the status say what would.
+// N-07: a node's own credential gets no token for its processes, whatever RBAC grants; the error,
+// the log and the status say what would.
 func TestHostsNeedAnotherIdentity_N07(t *testing.T) {
 	puller := workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}
 	s := newServer(t, kubetest.Options{})
@@ -57,7 +61,8 @@ func TestHostsNeedAnotherIdentity_N07(t *testing.T) {
 	refused := func(what string, ask func() error) {
 		t.Helper()
 		var f *ForbiddenError
-		if err := ask(); !errors.As(err, &f) || !strings.Contains(err.Error(), "need a kubeconfig of another identity") || f.Manifest() != rbacDedicated {
+		if err := ask(); !errors.As(err, &f) || !strings.Contains(err.Error(), "name a kubeconfig of another identity") ||
+			f.Manifest() != rbacDedicated {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -72,7 +77,8 @@ func TestHostsNeedAnotherIdentity_N07(t *testing.T) {
 	if _, err := b.Token(t.Context(), ksa); err != nil { // of a pod: what is missing for others is still missing
 		t.Error(err)
 	}
-	if g := b.Status().MissingGrants; !slices.ContainsFunc(g, func(g Grant) bool { return g.Resource == tokens && g.Manifest == rbacDedicated }) {
+	if g := b.Status().MissingGrants; !slices.ContainsFunc(g,
+		func(g Grant) bool { return g.Resource == tokens && g.Manifest == rbacDedicated }) {
 		t.Errorf("status: %+v", g)
 	}
 }

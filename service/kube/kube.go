@@ -1,8 +1,11 @@
-// Package kube answers one question: which pods live on this node, what do their ServiceAccounts say, and a token for one of them.
+// Package kube answers one question: which pods are on this node, what do their ServiceAccounts'
+// annotations say, and what token does a ServiceAccount get?
 //
-// It uses the node's own kubelet credential, or any kubeconfig, and reads it anew as it rotates. A watch keeps an index of
-// this node's pods; ServiceAccounts are read one by one, since that is all a node may do (N-02, N-03). Nothing is kept that no live
-// pod of this node uses (K-04). The absence of a kubeconfig, of the API server and of grants are states, not failures: each has an error that says what to do.
+// It uses the node's own kubelet credential, or any other kubeconfig, and reads the file again when
+// it changes. A watch keeps an index of this node's pods. ServiceAccounts are read one by one,
+// since a node may do no more (N-02 and N-03, a node's rights). The package keeps nothing that no
+// live pod of this node uses (K-04, only accounts in use). A missing kubeconfig, an unavailable API
+// server and a missing grant are states: each has its own error, which says what to do.
 package kube
 
 import (
@@ -20,21 +23,23 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// Options say where the cluster is found. The zero value looks for kubelet's credential and asks for tokens with the API server's own audience.
+// Options say how to reach the cluster. The zero value finds kubelet's credential and requests
+// tokens with the API server's own audience.
 type Options struct {
 	Kubeconfig string                    // "" = the first of Places that exists
 	Places     []string                  // nil = Places()
-	Copied     string                    // where root puts a Copy of what this user may not read; "" = nowhere
+	Copied     string                    // where root puts a Copy of a file that this user may not read; "" = none
 	NodeName   string                    // "" = the credential's, else the host's
-	Audience   string                    // of tokens; also the literal in the RBAC rule (G-17)
-	Hosts      []workload.ServiceAccount // of processes of the node, whose tokens are bound to no pod
+	Audience   string                    // of tokens; also named in the RBAC rule (G-17, the token's audience)
+	Hosts      []workload.ServiceAccount // of processes of the node; their tokens are bound to no pod
 	UserAgent  string                    // "" = gke-metadata-emulator
 	Poll       time.Duration             // how often the kubeconfig and its files are read; 0 = 2 s
 	Log        logrus.FieldLogger
 	Registerer prometheus.Registerer // of counters, which several Clusters may share; nil = they go nowhere. Gauges: Cluster.Collect
 }
 
-// Cluster is what this node knows of its cluster. Its methods may be called from many goroutines, before and during Run.
+// Cluster is what this node knows of its cluster. Its methods may be called concurrently, before
+// and during Run.
 type Cluster struct {
 	kubeconfig, nodeName, audience, userAgent string
 	copied                                    string
@@ -44,9 +49,9 @@ type Cluster struct {
 	log                                       logrus.FieldLogger
 	metrics                                   metrics
 	codec                                     codec
-	life                                      context.Context // of reads that outlive their asker
+	life                                      context.Context // of reads that continue without their caller
 	end                                       context.CancelFunc
-	kick                                      chan struct{} // look at the kubeconfig now
+	kick                                      chan struct{} // makes Run read the kubeconfig now
 
 	client   atomic.Pointer[client]
 	pods     *pods
@@ -57,7 +62,7 @@ type Cluster struct {
 	mismatch atomic.Pointer[nameMismatch]
 }
 
-// state is what Status shows besides the pods. Guarded by Cluster.mu.
+// state is what Status shows besides the pods. Cluster.mu guards it.
 type state struct {
 	path, kind, server, identity, node string
 	trouble                            error     // why pods cannot be seen; nil when they can
@@ -71,7 +76,7 @@ type state struct {
 
 type nameMismatch struct{ configured, credential string }
 
-// New makes a Cluster; it does nothing until Run.
+// New returns a Cluster. It does nothing until Run.
 func New(o Options) *Cluster {
 	if o.Places == nil {
 		o.Places = Places()
@@ -98,15 +103,15 @@ func New(o Options) *Cluster {
 	return c
 }
 
-// Run keeps the Cluster in step with Kubernetes until ctx is done, and returns nil then. It is called once.
+// Run follows the cluster until ctx is done, and then returns nil. It is called once.
 func (c *Cluster) Run(ctx context.Context) error {
 	defer c.end()
 	ctx = withLogger(ctx, c.log)
 	var wg sync.WaitGroup
-	wg.Go(func() { c.keepAccounts(ctx) })
+	wg.Go(func() { c.followAccounts(ctx) })
 	defer wg.Wait()
 
-	last := new(client) // of the session before
+	last := new(client) // of the previous session
 	for s := c.next(ctx, nil); s != nil; {
 		session, stop := context.WithCancel(ctx)
 		var done sync.WaitGroup
@@ -116,7 +121,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 		done.Wait()
 		last.close()
 		last, s = s.client, next
-		time.AfterFunc(2*callTimeout, last.close) // mints in flight may end on it
+		time.AfterFunc(2*callTimeout, last.close) // mints in flight may still use it
 	}
 	last.close()
 	return nil
@@ -128,7 +133,8 @@ type session struct {
 	client *client
 }
 
-// next waits for a credential that differs from the present one and that a client can be made of. It returns nil when ctx is done.
+// next waits for a usable credential that differs from the present one. It returns nil when ctx is
+// done.
 func (c *Cluster) next(ctx context.Context, present *session) *session {
 	t := time.NewTicker(c.poll)
 	defer t.Stop()
@@ -140,16 +146,16 @@ func (c *Cluster) next(ctx context.Context, present *session) *session {
 			if k, err = newClient(cred.config, c.codec, c.userAgent); err == nil {
 				return &session{cred, k}
 			}
-			// For example a certificate whose key is not written yet.
-			err = fmt.Errorf("%w: no client can be made of %s: %w", ErrNotConfigured, cred.path, err)
+			// One cause is a certificate whose key is not written yet.
+			err = fmt.Errorf("%w: %s cannot be used: %w", ErrNotConfigured, cred.path, err)
 		}
 		switch {
 		case err == nil:
 			said = ""
 		case said != err.Error():
-			// Without a credential this is the state; with one the old one goes on.
+			// Without a credential this is the state; otherwise the old credential stays in use.
 			said = err.Error()
-			c.log.WithError(err).Warn("no usable kubeconfig; waiting for it")
+			c.log.WithError(err).Warn("no usable kubeconfig: looking again until there is one")
 			if present == nil {
 				c.setProblem(err)
 			}
@@ -172,7 +178,7 @@ func (c *Cluster) serve(ctx context.Context, s *session) {
 	c.client.Store(s.client)
 	c.log.WithFields(logrus.Fields{"kubeconfig": s.path, "server": s.server}).Info("using the Kubernetes API")
 
-	delay := c.backoff // a copy: it counts
+	delay := c.backoff // a copy, since Step changes it
 	for {
 		node, user, err := c.identify(ctx, s.client, s.credential)
 		if err == nil {
@@ -196,10 +202,14 @@ func (c *Cluster) serve(ctx context.Context, s *session) {
 	}
 }
 
-// At returns the live pods of this node that have the address; pods on the host network have none. Changed is closed at the next
-// change of the index, also when there is an error. With an error nobody may be believed for an address: the index was never filled, or
-// there is no word from the API server, and the address may have another owner by now. The callers are shared and must not be written to.
-// It neither locks nor allocates on its way to an answer.
+// At returns the live pods of this node that have the address. Pods on the host network have no
+// address of their own.
+//
+// changed is closed at the next change of the index, also when there is an error. An error means
+// that no address can be trusted: the index was never filled, or the API server does not answer and
+// the address may belong to another pod by now.
+//
+// The slice is shared and must not be written to. At neither locks nor allocates.
 func (c *Cluster) At(a netip.Addr) (callers []workload.Caller, changed <-chan struct{}, err error) {
 	x := c.pods.current.Load()
 	if !x.synced {
@@ -211,9 +221,11 @@ func (c *Cluster) At(a netip.Addr) (callers []workload.Caller, changed <-chan st
 	return x.byAddress[a.Unmap()], x.changed, nil
 }
 
-// Of returns the live pod of this node with the UID, also one on the host network or without an address yet. A static pod is known by
-// the UID that its cgroup names, and has no ServiceAccount. Changed is as At's. An error says why a pod may be there that is not known; one that is
-// known stays so while the API server is away, since a UID has one owner only.
+// Of returns the live pod of this node with the UID, also a pod on the host network or without an
+// address. A static pod is known by the UID in its cgroup's name, and has no ServiceAccount.
+//
+// changed is as At's. An error says why an unknown UID may be a pod's all the same. A known pod
+// stays known while the API server is unavailable, since a UID has one owner for ever.
 func (c *Cluster) Of(uid string) (caller workload.Caller, known bool, changed <-chan struct{}, err error) {
 	x := c.pods.current.Load()
 	if caller, known = x.byUID[uid]; known {
@@ -228,7 +240,8 @@ func (c *Cluster) Of(uid string) (caller workload.Caller, known bool, changed <-
 	return caller, false, x.changed, err
 }
 
-// Known returns nil once the pods of this node were listed, else why they were not, and a channel that is closed when that may have changed.
+// Known returns nil once the pods of this node were listed, else why they were not. changed is
+// closed when that may have changed.
 func (c *Cluster) Known() (changed <-chan struct{}, err error) {
 	x := c.pods.current.Load()
 	if !x.synced {
@@ -237,8 +250,12 @@ func (c *Cluster) Known() (changed <-chan struct{}, err error) {
 	return x.changed, err
 }
 
-// ServiceAccounts returns those that live pods of this node use, also pods on the host network, and those of Options.Hosts, sorted. It is nil as long as that is not known:
-// then nothing may be forgotten on its word. Changed is closed at the next change of the index. The slice is shared and must not be written to.
+// ServiceAccounts returns, sorted, the ServiceAccounts of live pods of this node, also of pods on
+// the host network, and those of Options.Hosts. It returns nil while the pods are unknown; the
+// caller must not drop anything then.
+//
+// changed is closed at the next change of the index. The slice is shared and must not be written
+// to.
 func (c *Cluster) ServiceAccounts() (sas []workload.ServiceAccount, changed <-chan struct{}) {
 	x := c.pods.current.Load()
 	if x.synced && x.accounts == nil {
@@ -258,7 +275,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// wake has the kubeconfig looked at now.
+// wake makes Run read the kubeconfig now.
 func (c *Cluster) wake() {
 	select {
 	case c.kick <- struct{}{}:

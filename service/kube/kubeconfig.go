@@ -17,7 +17,8 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 )
 
-// Places are where kubelets keep their kubeconfig, most common first. On nodes that match two, the first one wins.
+// Places returns the usual paths of kubelet's kubeconfig, most common first. The first that exists
+// is used.
 func Places() []string {
 	return []string{
 		"/etc/kubernetes/kubelet.conf",                          // kubeadm, kubespray, Cluster API
@@ -32,9 +33,9 @@ func Places() []string {
 	}
 }
 
-// credential is what a kubeconfig and all the files that it names held when they were read. Client-go would read
-// rotated certificates every five minutes only; we read all of it every few seconds and make a new client when a byte changed,
-// so the configuration here holds contents and no file names.
+// credential holds a kubeconfig and the contents of all files that it names. Client-go would read
+// rotated certificates again every five minutes. This package reads all files every few seconds and
+// makes a new client when a byte changed. So config holds contents and no file names.
 type credential struct {
 	path   string
 	server string
@@ -43,7 +44,7 @@ type credential struct {
 	digest [sha256.Size]byte
 }
 
-// kind says what the API server knows us by. It is nothing of the credential itself.
+// kind names the form of the credential. It shows nothing of the credential itself.
 func (c *credential) kind() string {
 	switch {
 	case c.config.ExecProvider != nil:
@@ -56,8 +57,8 @@ func (c *credential) kind() string {
 	return "none"
 }
 
-// find reads the configured kubeconfig, or the first of the usual places that exists; of what this user may not read,
-// root's copy.
+// find reads the configured kubeconfig, or the first of the usual paths that exists. Where this
+// user may not read the file, find reads root's copy (R-27, copy of the credential).
 func (c *Cluster) find() (*credential, error) {
 	k, err := locate(c.kubeconfig, c.places)
 	if errors.Is(err, fs.ErrPermission) && c.copied != "" {
@@ -71,7 +72,7 @@ func (c *Cluster) find() (*credential, error) {
 	return k.credential()
 }
 
-// locate loads the kubeconfig that is asked for, or with "" the first of the places that exists.
+// locate loads the given kubeconfig, or with "" the first of the places that exists.
 func locate(kubeconfig string, places []string) (*contents, error) {
 	if kubeconfig != "" {
 		return load(kubeconfig)
@@ -83,15 +84,15 @@ func locate(kubeconfig string, places []string) (*contents, error) {
 		}
 		return k, err
 	}
-	return nil, fmt.Errorf("%w: set kubeconfig; looked at %s", errNowhere, strings.Join(places, ", "))
+	return nil, fmt.Errorf("%w: none of %s exists: set kubeconfig", errNowhere, strings.Join(places, ", "))
 }
 
-// errNowhere says that none of the places exists.
+// errNowhere: none of the places exists.
 var errNowhere = fmt.Errorf("%w", ErrNotConfigured)
 
 var errReferenced = errors.New("named in the kubeconfig")
 
-// contents is a kubeconfig that names no files any more.
+// contents is a kubeconfig that names no files.
 type contents struct {
 	path   string
 	config *clientcmdapi.Config
@@ -105,7 +106,8 @@ func unusable(path string, err error) error {
 func load(path string) (*contents, error) {
 	wrong := func(err error) (*contents, error) {
 		if errors.Is(err, fs.ErrPermission) {
-			err = fmt.Errorf("%w (gke-metadata-emulator-credential.service copies it for the service's user: is it enabled?)", err)
+			err = fmt.Errorf("%w: no copy of it for the service's user: systemctl enable --now "+
+				"gke-metadata-emulator-credential.path", err)
 		}
 		return nil, unusable(path, err)
 	}
@@ -117,7 +119,7 @@ func load(path string) (*contents, error) {
 	sum.Write(raw)
 	k, err := clientcmd.Load(raw)
 	if err != nil {
-		// Not the parser's own words: they may quote the file, and the file may hold keys.
+		// Not the parser's message: it may quote the file, and the file may hold keys.
 		return wrong(errors.New("not a kubeconfig (YAML or JSON of kind Config)"))
 	}
 	for _, a := range k.AuthInfos {
@@ -157,7 +159,7 @@ func (k *contents) credential() (*credential, error) {
 	return cred, nil
 }
 
-// inline replaces the names of the files that the current context needs by what they hold.
+// inline replaces the names of the files that the current context needs by their contents.
 func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 	ctx := k.Contexts[k.CurrentContext]
 	if ctx == nil {
@@ -202,7 +204,7 @@ func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 	return take(&a.ClientKey, &a.ClientKeyData)
 }
 
-// commonName returns the CN of the first certificate, the client's own.
+// commonName returns the CN of the first certificate, which is the client's.
 func commonName(chain []byte) string {
 	for b, rest := pem.Decode(chain); b != nil; b, rest = pem.Decode(rest) {
 		if b.Type != "CERTIFICATE" {
@@ -212,8 +214,9 @@ func commonName(chain []byte) string {
 		if err != nil {
 			return ""
 		}
-		// Only an identity of a node says anything about names; but the groups must say so too.
-		if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization, "system:nodes") {
+		// A node's name counts only together with the group of nodes.
+		if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization,
+			"system:nodes") {
 			return ""
 		}
 		return cert.Subject.CommonName

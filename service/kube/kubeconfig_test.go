@@ -35,7 +35,8 @@ func must(t *testing.T) func([]byte, error) []byte {
 	}
 }
 
-// On a first boot kubelet has no credential yet: that is a state, its text names the places, and it ends by itself.
+// On a first boot kubelet has no credential yet: that is a state, its text names the places, and it
+// ends by itself.
 func TestKubeconfigAppearsLate(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	var late string
@@ -60,7 +61,8 @@ func TestKubeconfigAppearsLate(t *testing.T) {
 	if p := b.Status().Problem; !strings.Contains(p, "no kubeconfig") {
 		t.Errorf("status says %q", p)
 	}
-	// As it happens: first a file that is not finished, then a certificate that is not there, then all of it.
+	// As it happens: first a file that is not finished, then a certificate that is not there, then all
+	// of it.
 	if err := os.MkdirAll(filepath.Dir(late), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +73,8 @@ func TestKubeconfigAppearsLate(t *testing.T) {
 	}
 	<-changed
 	b.at(t, "10.1.0.11", "p1")
-	if st := b.Status(); st.Kubeconfig != late || st.NodeName != "node1" || st.User != "system:node:node1" || st.Credential != "client certificate" || st.Problem != "" || !st.Synced {
+	if st := b.Status(); st.Kubeconfig != late || st.NodeName != "node1" || st.User != "system:node:node1" ||
+		st.Credential != "client certificate" || st.Problem != "" || !st.Synced {
 		t.Errorf("status %+v", st)
 	}
 }
@@ -94,18 +97,20 @@ func TestUnusableKubeconfigs(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	conf := func(user string) string {
-		return `{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c","cluster":{"server":"https://192.0.2.1:6443"}}],` +
+		return `{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c",` +
+			`"cluster":{"server":"https://192.0.2.1:6443"}}],` +
 			`"contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],"users":[{"name":"u","user":` + user + `}]}`
 	}
 	write(t, at("empty.pem"), []byte("\n"))
 	for name, c := range map[string]struct{ text, says string }{
-		"empty":       {"", `current-context "" does not exist`},
-		"garbage":     {"\x00\x01 secret: hunter2", "not a kubeconfig"},
-		"no-context":  {`{"apiVersion":"v1","kind":"Config","current-context":"x"}`, `current-context "x" does not exist`},
-		"no-cert":     {conf(`{"client-certificate":"absent.pem","client-key":"absent.pem"}`), at("absent.pem")},
-		"empty-cert":  {conf(`{"client-certificate":"empty.pem","client-key":"empty.pem"}`), "is empty"},
-		"no-token":    {conf(`{"tokenFile":"absent.token"}`), "absent.token"},
-		"two-methods": {conf(`{"exec":{"apiVersion":"client.authentication.k8s.io/v1","command":"x"},"token":"hunter2"}`), "exec"},
+		"empty":      {"", `current-context "" does not exist`},
+		"garbage":    {"\x00\x01 secret: hunter2", "not a kubeconfig"},
+		"no-context": {`{"apiVersion":"v1","kind":"Config","current-context":"x"}`, `current-context "x" does not exist`},
+		"no-cert":    {conf(`{"client-certificate":"absent.pem","client-key":"absent.pem"}`), at("absent.pem")},
+		"empty-cert": {conf(`{"client-certificate":"empty.pem","client-key":"empty.pem"}`), "is empty"},
+		"no-token":   {conf(`{"tokenFile":"absent.token"}`), "absent.token"},
+		"two-methods": {conf(`{"exec":{"apiVersion":"client.authentication.k8s.io/v1","command":"x"},"token":"hunter2"}`),
+			"exec"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			write(t, at(name), []byte(c.text))
@@ -113,7 +118,8 @@ func TestUnusableKubeconfigs(t *testing.T) {
 			if err == nil {
 				_, err = k.credential()
 			}
-			if !errors.Is(err, ErrNotConfigured) || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), at(name)) {
+			if !errors.Is(err, ErrNotConfigured) || !strings.Contains(err.Error(), c.says) ||
+				!strings.Contains(err.Error(), at(name)) {
 				t.Errorf("got %v", err)
 			}
 			if err != nil && strings.ContainsAny(err.Error(), "\n") {
@@ -131,7 +137,8 @@ func TestUnusableKubeconfigs(t *testing.T) {
 	}
 }
 
-// A certificate whose key is not written yet: the old credential goes on, and the state says why when there is none.
+// A certificate whose key is not written yet: the old credential goes on, and the state says why
+// when there is none.
 func TestCertificateWithoutItsKey(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
@@ -143,7 +150,7 @@ func TestCertificateWithoutItsKey(t *testing.T) {
 	}
 	cut, _, _ := strings.Cut(string(whole), "-----BEGIN PRIVATE KEY")
 	write(t, pem, []byte(cut))
-	until(t, "a log line", func() bool { return strings.Contains(b.logs.String(), "no client can be made of") })
+	until(t, "a log line", func() bool { return strings.Contains(b.logs.String(), "cannot be used") })
 	b.at(t, "10.1.0.11", "p1")
 	s.GrantAudience(provider)
 	if _, err := b.Token(t.Context(), ksa); err != nil {
@@ -151,7 +158,8 @@ func TestCertificateWithoutItsKey(t *testing.T) {
 	}
 }
 
-// Kubelet's certificate rotates: the new one is used at once, and nothing that was known is forgotten meanwhile.
+// Kubelet's certificate rotates: the new one is used at once, and nothing that was known is
+// forgotten meanwhile.
 func TestCertificateRotates(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	s.GrantAudience(provider)
@@ -171,7 +179,8 @@ func TestCertificateRotates(t *testing.T) {
 				_, err := b.Token(t.Context(), ksa)
 				return err == nil
 			})
-			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "after", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.77"}})
+			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "after", Node: "node1", ServiceAccount: "ksa",
+				Addresses: []string{"10.1.0.77"}})
 			s.DropWatches() // the old certificate's streams live on at the server
 			b.at(t, "10.1.0.77", "after")
 			s.DeletePod("ns1", "after")
@@ -191,7 +200,7 @@ func TestCredentialNotAccepted(t *testing.T) {
 	var away *AwayError
 	until(t, "a refusal", func() bool {
 		_, err := b.Token(t.Context(), ksa)
-		return errors.As(err, &away) && strings.Contains(err.Error(), "is not accepted")
+		return errors.As(err, &away) && strings.Contains(err.Error(), "does not accept the credential")
 	})
 	if _, err := s.WriteKubelet(b.dir, "node1"); err != nil {
 		t.Fatal(err)
@@ -221,7 +230,8 @@ func TestTokenFileRotates(t *testing.T) {
 	write(t, filepath.Join(b.dir, "node.token"), []byte("second-secret\n"))
 	s.RevokeToken("first-secret")
 	s.DropWatches()
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa",
+		Addresses: []string{"10.1.0.12"}})
 	b.at(t, "10.1.0.12", "p2")
 }
 
@@ -232,7 +242,9 @@ func TestExecPlugin(t *testing.T) {
 	b := run(t, s, func(b *bed, o *Options) {
 		plugin := filepath.Join(b.dir, "plugin")
 		write(t, filepath.Join(b.dir, "exec.token"), []byte("exec-secret-1"))
-		write(t, plugin, []byte("#!/bin/sh\nprintf '{\"apiVersion\":\"client.authentication.k8s.io/v1\",\"kind\":\"ExecCredential\",\"status\":{\"token\":\"%s\"}}' \"$(cat \"$1\")\"\n"))
+		write(t, plugin, []byte("#!/bin/sh\nprintf "+
+			"'{\"apiVersion\":\"client.authentication.k8s.io/v1\",\"kind\":\"ExecCredential\",\"status\":{\"token\":\"%s\"}}' "+
+			"\"$(cat \"$1\")\"\n"))
 		o.Kubeconfig = filepath.Join(b.dir, "conf")
 		write(t, o.Kubeconfig, must(t)(s.ExecKubeconfig(plugin, filepath.Join(b.dir, "exec.token"))))
 	})
@@ -241,13 +253,18 @@ func TestExecPlugin(t *testing.T) {
 	write(t, filepath.Join(b.dir, "exec.token"), []byte("exec-secret-2"))
 	s.RevokeToken("exec-secret-1")
 	s.GrantAudience(provider)
-	until(t, "a token after the plugin was asked again", func() bool { _, err := b.Token(t.Context(), ksa); return err == nil })
+	until(t, "a token after the plugin was asked again", func() bool {
+		_,
+			err := b.Token(t.Context(), ksa)
+		return err == nil
+	})
 	if st := b.Status(); st.Credential != "plugin "+filepath.Join(b.dir, "plugin") || st.User != "system:node:node1" {
 		t.Errorf("status says %q of %q", st.Credential, st.User)
 	}
 }
 
-// The node's name: configured, else the certificate's, else SelfSubjectReview's, else the host's. A mismatch is one error line.
+// The node's name: configured, else the certificate's, else SelfSubjectReview's, else the host's. A
+// mismatch is one error line.
 func TestNodeName(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	t.Run("mismatch", func(t *testing.T) {
@@ -255,9 +272,10 @@ func TestNodeName(t *testing.T) {
 		until(t, "the refusal", func() bool {
 			var f *ForbiddenError
 			_, _, err := b.At(netip.MustParseAddr("10.1.0.11"))
-			return errors.As(err, &f) && strings.Contains(err.Error(), "does nodeName name the node of this credential?") && f.Manifest() == ""
+			return errors.As(err, &f) && strings.Contains(err.Error(), "set nodeName to the node of this credential") &&
+				f.Manifest() == ""
 		})
-		if n := strings.Count(b.logs.String(), `nodeName is \"node7\", but the credential is node \"node1\"`); n != 1 {
+		if n := strings.Count(b.logs.String(), `nodeName is \"node7\", but the credential belongs to node \"node1\"`); n != 1 {
 			t.Errorf("%d lines", n)
 		}
 		if st := b.Status(); st.NodeName != "node7" || !strings.Contains(st.NodeNameProblem, "node1") {
@@ -277,7 +295,8 @@ func TestNodeName(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "here", Node: strings.ToLower(host), ServiceAccount: "ksa", Addresses: []string{"10.3.0.1"}})
+		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "here", Node: strings.ToLower(host), ServiceAccount: "ksa",
+			Addresses: []string{"10.3.0.1"}})
 		b := run(t, s, func(b *bed, o *Options) {
 			o.Kubeconfig = filepath.Join(b.dir, "conf")
 			write(t, o.Kubeconfig, must(t)(s.TokenKubeconfig("dedicated-secret")))
@@ -290,7 +309,8 @@ func TestNodeName(t *testing.T) {
 // Another cluster's kubeconfig: nothing of the old one's is believed.
 func TestClusterChanges(t *testing.T) {
 	one, two := newServer(t, kubetest.Options{}), newServer(t, kubetest.Options{})
-	two.SetPod(kubetest.Pod{Namespace: "ns1", Name: "other", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.11"}})
+	two.SetPod(kubetest.Pod{Namespace: "ns1", Name: "other", Node: "node1", ServiceAccount: "ksa",
+		Addresses: []string{"10.1.0.11"}})
 	two.DeletePod("ns1", "p1")
 	two.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: "two@p.iam.gserviceaccount.com"})
 	b := run(t, one, nil)
@@ -335,7 +355,8 @@ func TestNoGoroutineIsLeft(t *testing.T) {
 					if strings.Contains(g, "testing.tRunner") || strings.Contains(g, "kubetest.") {
 						continue // the test itself; the server
 					}
-					if strings.Contains(g, "service/kube.") || strings.Contains(g, "k8s.io/client-go/") || strings.Contains(g, "http2clientConn") || strings.Contains(g, "http2ClientConn).readLoop") {
+					if strings.Contains(g, "service/kube.") || strings.Contains(g, "k8s.io/client-go/") ||
+						strings.Contains(g, "http2clientConn") || strings.Contains(g, "http2ClientConn).readLoop") {
 						return false
 					}
 				}

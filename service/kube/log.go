@@ -11,11 +11,12 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// RouteKlog sends what client-go logs to log, at debug: every failure that matters is said by this package once, in its own words. Client-go logs
-// to a global, so this is global too: a program calls it once, before the first New.
+// RouteKlog sends client-go's log to log, at level debug. This package logs every failure that
+// matters itself. Client-go logs to a global, so this setting is global: a program calls it once,
+// before the first New.
 func RouteKlog(log logrus.FieldLogger) { klog.SetLogger(logr.New(sink{log: log})) }
 
-// withLogger does the same for everything that is done under ctx.
+// withLogger does the same for everything that runs under ctx.
 func withLogger(ctx context.Context, log logrus.FieldLogger) context.Context {
 	return klog.NewContext(ctx, logr.New(sink{log: log}))
 }
@@ -26,7 +27,8 @@ func quiet() logrus.FieldLogger {
 	return l
 }
 
-// sink is a logr.LogSink. Client-go's finer levels hold request bodies and headers, so only the coarsest passes.
+// sink is a logr.LogSink. Client-go's finer levels hold request bodies and headers, so sink passes
+// the coarsest level only.
 type sink struct {
 	log  logrus.FieldLogger
 	name string

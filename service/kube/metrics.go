@@ -28,9 +28,10 @@ func newMetrics(r prometheus.Registerer) metrics {
 }
 
 var (
-	podsDesc = prometheus.NewDesc("gke_metadata_emulator_pods", "Live pods of this node that are known.", nil, nil)
+	podsDesc = prometheus.NewDesc("gke_metadata_emulator_pods", "Live pods of this node in the index.", nil, nil)
 	ageDesc  = prometheus.NewDesc("gke_metadata_emulator_pod_watch_age_seconds",
-		"Seconds since the Kubernetes API last said something about pods; 0 while a watch is open, -1 before the first contact.", nil, nil)
+		"Seconds since the last answer of the Kubernetes API about pods; 0 while a watch is open, -1 before the "+
+			"first answer.", nil, nil)
 )
 
 // Describe and Collect make a Cluster the prometheus.Collector of its own gauges.

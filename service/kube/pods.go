@@ -22,44 +22,47 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// pod is what we keep of a live pod: a few hundred bytes where the API's object has kilobytes.
+// pod is the part of a live pod that this package keeps: a few hundred bytes of the API object's
+// kilobytes.
 type pod struct {
 	caller               workload.Caller
-	static               string       // what the cgroup of a static pod names instead of its UID in the API; "" for all others
-	addrs                []netip.Addr // none for a pod on the host network: its address is the node's (N-14)
+	static               string       // the UID in a static pod's cgroup, which differs from the API's; "" otherwise
+	addrs                []netip.Addr // none for a pod on the host network, whose address is the node's (N-14)
 	running, terminating bool
 	seen                 time.Time // when it was first heard of
 }
 
 func (p *pod) equal(q *pod) bool {
-	return p.caller == q.caller && p.static == q.static && slices.Equal(p.addrs, q.addrs) && p.running == q.running && p.terminating == q.terminating
+	return p.caller == q.caller && p.static == q.static && slices.Equal(p.addrs, q.addrs) && p.running == q.running &&
+		p.terminating == q.terminating
 }
 
-// index is one generation of what is known of this node's pods. It never changes, so readers need no lock.
+// index is one generation of the known pods of this node. It never changes, so readers need no
+// lock.
 type index struct {
 	synced    bool
 	pods      []*pod // sorted by namespace and name
 	byAddress map[netip.Addr][]workload.Caller
-	byUID     map[string]workload.Caller // as the pod's cgroup names it
+	byUID     map[string]workload.Caller // by the UID in the pod's cgroup
 	byAccount map[workload.ServiceAccount][]*pod
 	newest    map[workload.ServiceAccount]time.Time // when the newest pod that uses it was first heard of
 	accounts  []workload.ServiceAccount             // sorted
 	changed   chan struct{}                         // closed when the next generation is there, or when the API server is in touch again
 }
 
-// pods is the store that the reflector fills. Its methods are the reflector's, which is one goroutine at a time;
-// the mutex is for reset and touch.
+// pods is the store that the reflector fills. The reflector calls its methods from one goroutine at
+// a time. The mutex is for reset and for the changes of the watch.
 type pods struct {
-	log     func(format string, args ...any) // debug
-	hosts   []workload.ServiceAccount        // of processes of the node, in use whatever pods there are
+	log     func(format string, args ...any) // at level debug
+	hosts   []workload.ServiceAccount        // of processes of the node, always in use
 	mu      sync.Mutex
 	live    map[types.NamespacedName]*pod
 	synced  bool
-	open    bool // there is a watch, which may have to tell first what we missed
+	open    bool // there is a watch, which may still be catching up
 	current atomic.Pointer[index]
 
-	watching atomic.Bool  // a watch is open and we missed nothing: what we know is what the API server says
-	touched  atomic.Int64 // Unix nanoseconds of the last word from the API server about pods
+	watching atomic.Bool  // a watch is open and has caught up: the index is the API server's state
+	touched  atomic.Int64 // Unix nanoseconds of the API server's last answer about pods
 }
 
 func newPods(hosts []workload.ServiceAccount, debugf func(string, ...any)) *pods {
@@ -68,7 +71,7 @@ func newPods(hosts []workload.ServiceAccount, debugf func(string, ...any)) *pods
 	return p
 }
 
-// publish makes what is known visible, and wakes who waits for it.
+// publish makes the present state visible, and wakes its waiters.
 func (p *pods) publish() {
 	old := p.current.Swap(p.build())
 	close(old.changed)
@@ -102,14 +105,14 @@ func (p *pods) build() *index {
 			x.use(q.caller.ServiceAccount, q)
 		}
 	}
-	for _, q := range x.pods { // after the static ones: nobody stands in another's place
+	for _, q := range x.pods { // after the static pods: a pod's own UID wins
 		x.byUID[q.caller.PodUID] = q.caller
 	}
 	slices.SortFunc(x.accounts, func(a, b workload.ServiceAccount) int { return strings.Compare(a.String(), b.String()) })
 	return x
 }
 
-// use notes that a pod uses the ServiceAccount, or, with nil, that processes of the node do.
+// use notes that a pod uses the ServiceAccount. With nil a process of the node uses it.
 func (x *index) use(sa workload.ServiceAccount, by *pod) {
 	users, known := x.byAccount[sa]
 	if !known {
@@ -147,8 +150,9 @@ func (p *pods) set(o *corev1.Pod, before map[types.NamespacedName]*pod) bool {
 	return !had || !old.equal(q)
 }
 
-// live: a pod that ended keeps its status.podIP while its address is used again (N-12), so the phase decides. A terminating
-// pod keeps its identity for as long as any of its containers may run (U-06).
+// live reports whether a pod counts. The phase decides, since a pod that ended keeps its
+// status.podIP while another pod gets the address (N-12, reused addresses). A terminating pod keeps
+// its identity while any of its containers may run (U-06, graceful termination).
 func live(o *corev1.Pod) bool {
 	if o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed {
 		return false
@@ -157,7 +161,8 @@ func live(o *corev1.Pod) bool {
 		return true
 	}
 	seen := false
-	for _, cs := range [][]corev1.ContainerStatus{o.Status.InitContainerStatuses, o.Status.ContainerStatuses, o.Status.EphemeralContainerStatuses} {
+	for _, cs := range [][]corev1.ContainerStatus{o.Status.InitContainerStatuses, o.Status.ContainerStatuses,
+		o.Status.EphemeralContainerStatuses} {
 		for i := range cs {
 			if cs[i].State.Terminated == nil {
 				return true
@@ -165,7 +170,7 @@ func live(o *corev1.Pod) bool {
 			seen = true
 		}
 	}
-	return !seen // nothing said about any container: it may be starting
+	return !seen // no container has a status yet: the pod may be starting
 }
 
 func convert(o *corev1.Pod) *pod {
@@ -178,7 +183,8 @@ func convert(o *corev1.Pod) *pod {
 	if o.Spec.RuntimeClassName != nil {
 		p.caller.RuntimeClass = *o.Spec.RuntimeClassName
 	}
-	// A static pod's mirror cannot have a ServiceAccount. Whoever else writes the annotation gets no other cgroup by it.
+	// A static pod's mirror cannot have a ServiceAccount. The annotation gives a pod that is not a
+	// mirror no other cgroup.
 	if p.caller.ServiceAccount.Name == "" {
 		p.static = o.Annotations[corev1.MirrorPodAnnotationKey]
 	}
@@ -188,7 +194,7 @@ func convert(o *corev1.Pod) *pod {
 	add := func(s string) {
 		a, err := netip.ParseAddr(s)
 		if err != nil || a.Zone() != "" {
-			return // the API server validates them; not an address is no address
+			return // the API server validates addresses
 		}
 		if a = a.Unmap(); !slices.Contains(p.addrs, a) {
 			p.addrs = append(p.addrs, a)
@@ -203,7 +209,7 @@ func convert(o *corev1.Pod) *pod {
 	return p
 }
 
-// strip drops on arrival what we never look at: specs, environment variables, managed fields.
+// strip drops unused fields on arrival: specs, environment variables, managed fields.
 func strip(o any) (any, error) {
 	p, is := o.(*corev1.Pod)
 	if !is {
@@ -217,8 +223,10 @@ func strip(o any) (any, error) {
 		return out
 	}
 	s := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, ResourceVersion: p.ResourceVersion, DeletionTimestamp: p.DeletionTimestamp},
-		Spec:       corev1.PodSpec{ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork, RuntimeClassName: p.Spec.RuntimeClassName},
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, ResourceVersion: p.ResourceVersion,
+			DeletionTimestamp: p.DeletionTimestamp},
+		Spec: corev1.PodSpec{ServiceAccountName: p.Spec.ServiceAccountName, HostNetwork: p.Spec.HostNetwork,
+			RuntimeClassName: p.Spec.RuntimeClassName},
 		Status: corev1.PodStatus{Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: p.Status.PodIPs,
 			InitContainerStatuses:      states(p.Status.InitContainerStatuses),
 			ContainerStatuses:          states(p.Status.ContainerStatuses),
@@ -230,7 +238,7 @@ func strip(o any) (any, error) {
 	return s, nil
 }
 
-// reset forgets everything: it was another node's, or another cluster's.
+// reset forgets everything, because it belongs to another node or cluster.
 func (p *pods) reset() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -238,7 +246,7 @@ func (p *pods) reset() {
 	p.publish()
 }
 
-// What follows is cache.TransformingStore and cache.ReflectorBookmarkStore.
+// The following methods are cache.TransformingStore and cache.ReflectorBookmarkStore.
 
 func (p *pods) Transformer() cache.TransformFunc { return strip }
 
@@ -270,7 +278,7 @@ func (p *pods) Delete(o any) error {
 	return nil
 }
 
-// Replace is always a new generation: who was told that nothing can be believed waits for it.
+// Replace always makes a new generation, which ends waits for a first or newer list.
 func (p *pods) Replace(os []any, _ string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -283,7 +291,7 @@ func (p *pods) Replace(os []any, _ string) error {
 		}
 	}
 	p.synced = true
-	p.watching.Store(p.open) // a watch that began with the present state
+	p.watching.Store(p.open) // the watch began with this state
 	p.log("%d live pods", len(p.live))
 	p.publish()
 	return nil
@@ -296,15 +304,17 @@ func (p *pods) Bookmark(string) error {
 	return nil
 }
 
-// opened and closed follow the watch: while it is open, silence is no news; HTTP/2's own pings end a dead one within 45 s.
-// A watch that goes on where the last one ended is believed at once, one that tells everything anew when it has.
+// opened and closed follow the watch. While a watch is open, the absence of events means the
+// absence of changes; HTTP/2's pings end a dead connection within 45 s. A watch that continues the
+// previous one is current at once. A watch that starts anew (anew) is current after its initial
+// events.
 func (p *pods) opened(anew bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.touched.Store(time.Now().UnixNano())
 	p.open = true
 	if !anew && !p.watching.Swap(true) {
-		p.publish() // who waits for an address asks again
+		p.publish() // wakes waiters for an address
 	}
 }
 
@@ -317,16 +327,19 @@ func (p *pods) closed() {
 	}
 }
 
-// longGap is how long there may be no watch before all is asked anew: a new watch would tell of what was missed, and nobody
-// could say when it has. Shorter ones come with every watch that the API server ends, every five to ten minutes.
+// longGap is the longest time without a watch that a new watch may bridge. A new watch delivers
+// missed events, but does not say when it has delivered all of them, so a longer gap needs a new
+// list. Short gaps are normal: the API server ends every watch after five to ten minutes.
 const longGap = 2 * time.Second
 
-// outOfTouch returns since when the API server said nothing about pods; false while what is known is the present.
+// outOfTouch returns the time of the API server's last answer about pods. It returns false while
+// the index is current.
 func (p *pods) outOfTouch() (time.Time, bool) {
 	return time.Unix(0, p.touched.Load()), !p.watching.Load()
 }
 
-// openWatch tells the store when the watch ends. The reflector stops every watch that it is done with.
+// openWatch tells the store when a watch ends. The reflector stops every watch that it no longer
+// needs.
 type openWatch struct {
 	watch.Interface
 	end func()
@@ -337,21 +350,21 @@ func (w *openWatch) Stop() {
 	w.end()
 }
 
-// follow keeps the store in step with the API server until ctx is done.
+// follow keeps the store current until ctx is done.
 func (c *Cluster) follow(ctx context.Context, k *client, node string) {
 	selector := "spec.nodeName=" + node
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			o.FieldSelector = selector
 			l, err := c.listPods(ctx, k, o)
-			// The reflector's own reading of the error (410 Gone and the like) needs the original.
+			// The reflector needs the original error: it handles 410 Gone and others.
 			return l, c.podsAnswer(ctx, call{verb: "list", resource: "pods"}, err)
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.FieldSelector = selector
 			anew := o.SendInitialEvents != nil && *o.SendInitialEvents
 			if since, lost := c.pods.outOfTouch(); !anew && lost && time.Since(since) > longGap {
-				return nil, apierrors.NewResourceExpired("the pods that were known are too old to go on from")
+				return nil, apierrors.NewResourceExpired("the known pods are too old: a new list is needed")
 			}
 			w, err := c.watch(ctx, k, "", "pods", o)
 			if err := c.podsAnswer(ctx, call{verb: "watch", resource: "pods"}, err); err != nil {
@@ -362,12 +375,13 @@ func (c *Cluster) follow(ctx context.Context, k *client, node string) {
 		},
 	}
 	backoff := c.backoff
-	cache.NewReflectorWithOptions(lw, &corev1.Pod{}, c.pods, cache.ReflectorOptions{Name: "pods", Backoff: &backoff, Clock: untilDone{ctx: ctx}}).RunWithContext(ctx)
+	cache.NewReflectorWithOptions(lw, &corev1.Pod{}, c.pods, cache.ReflectorOptions{Name: "pods", Backoff: &backoff,
+		Clock: untilDone{ctx: ctx}}).RunWithContext(ctx)
 	c.pods.closed()
 }
 
-// untilDone is a clock whose waits end with ctx: some of the reflector's do not look at its context, and would hold up a stop
-// or a new credential for half a minute.
+// untilDone is a clock whose waits end with ctx. Some waits of the reflector ignore its context,
+// and would delay a stop or a new credential for half a minute.
 type untilDone struct {
 	clock.RealClock
 	ctx context.Context
@@ -380,16 +394,16 @@ func (u untilDone) After(d time.Duration) <-chan time.Time {
 	return c
 }
 
-// podsAnswer remembers why pods cannot be seen, and returns the error as the reflector needs it.
+// podsAnswer stores why pods cannot be listed, and returns the error unchanged for the reflector.
 func (c *Cluster) podsAnswer(ctx context.Context, k call, err error) error {
-	if judged := c.judge(ctx, k, err); judged == nil || ctx.Err() == nil {
-		c.setProblem(judged)
+	if problem := c.classify(ctx, k, err); problem == nil || ctx.Err() == nil {
+		c.setProblem(problem)
 	}
 	return err
 }
 
-// relist is the pace at which a lost watch is sought again: no storm when an API server comes back to 5,000 nodes,
-// and never more than half a minute late.
+// relist is the backoff for a lost watch. It spreads the load when an API server comes back to
+// 5,000 nodes, and waits for half a minute at most.
 func relist() wait.Backoff {
 	return wait.Backoff{Duration: 800 * time.Millisecond, Factor: 2, Jitter: 0.5, Cap: 20 * time.Second, Steps: 10}
 }

@@ -19,7 +19,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// N-11: the first request comes before the watch has the pod's address; the channel says when it is worth asking again.
+// N-11: the first request comes before the watch has the pod's address; the channel says when it is
+// worth asking again.
 func TestAddressComesLater_N11(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
@@ -39,14 +40,17 @@ func TestAddressComesLater_N11(t *testing.T) {
 	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "late", Node: "node1", ServiceAccount: "ksa", Phase: "Pending"})
 	<-changed // a live pod without an address is a change of ServiceAccounts' users
 	b.at(t, "10.1.0.99")
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "late", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.99"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "late", Node: "node1", ServiceAccount: "ksa",
+		Addresses: []string{"10.1.0.99"}})
 	b.at(t, "10.1.0.99", "late")
 }
 
 // N-12, U-06: phase and deletion decide, and what of the containers still runs.
 func TestLive(t *testing.T) {
 	now := metav1.Now()
-	running, waiting, ended := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{}}, corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
+	running, waiting, ended := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}},
+		corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{}},
+		corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
 	cs := func(states ...corev1.ContainerState) (out []corev1.ContainerStatus) {
 		for _, s := range states {
 			out = append(out, corev1.ContainerStatus{State: s})
@@ -70,14 +74,17 @@ func TestLive(t *testing.T) {
 		{name: "evicted: failed while a container is said to run", phase: "Failed", main: cs(running)},
 		{name: "terminating and running", phase: "Running", deleted: true, main: cs(ended, running), want: true},
 		{name: "terminating, all ended", phase: "Running", deleted: true, init: cs(ended), main: cs(ended, ended)},
-		{name: "terminating, a debug container runs", phase: "Running", deleted: true, main: cs(ended), ephem: cs(running), want: true},
-		{name: "terminating, an init container runs", phase: "Pending", deleted: true, init: cs(running), main: cs(waiting), want: true},
+		{name: "terminating, a debug container runs", phase: "Running", deleted: true, main: cs(ended), ephem: cs(running),
+			want: true},
+		{name: "terminating, an init container runs", phase: "Pending", deleted: true, init: cs(running), main: cs(waiting),
+			want: true},
 		{name: "terminating, may be starting", phase: "Pending", deleted: true, main: cs(waiting), want: true},
 		{name: "terminating, nothing known", phase: "Pending", deleted: true, want: true},
 		{name: "crashed, not deleted", phase: "Running", main: cs(ended), want: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			p := &corev1.Pod{Status: corev1.PodStatus{Phase: c.phase, InitContainerStatuses: c.init, ContainerStatuses: c.main, EphemeralContainerStatuses: c.ephem}}
+			p := &corev1.Pod{Status: corev1.PodStatus{Phase: c.phase, InitContainerStatuses: c.init, ContainerStatuses: c.main,
+				EphemeralContainerStatuses: c.ephem}}
 			if c.deleted {
 				p.DeletionTimestamp = &now
 			}
@@ -124,26 +131,34 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// U-06: of two live pods with one address At returns both; whoever asks refuses. N-12: an ended one does not count.
+// U-06: of two live pods with one address At returns both; whoever asks refuses. N-12: an ended one
+// does not count.
 func TestOneAddressTwoPods_U06(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "other", Addresses: []string{"10.1.0.11"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "other",
+		Addresses: []string{"10.1.0.11"}})
 	b.at(t, "10.1.0.11", "p1", "p2")
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p1", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.11"}, Phase: "Succeeded", Ended: true})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p1", Node: "node1", ServiceAccount: "ksa",
+		Addresses: []string{"10.1.0.11"}, Phase: "Succeeded", Ended: true})
 	b.at(t, "10.1.0.11", "p2")
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "other", Addresses: []string{"10.1.0.11"}, Terminating: true})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "other",
+		Addresses: []string{"10.1.0.11"}, Terminating: true})
 	b.at(t, "::ffff:10.1.0.11", "p2") // terminating and running: still itself
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "other", Addresses: []string{"10.1.0.11"}, Terminating: true, Ended: true})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "other",
+		Addresses: []string{"10.1.0.11"}, Terminating: true, Ended: true})
 	b.at(t, "10.1.0.11")
 }
 
 // K-03: pods on the host network have no address in the index, but their ServiceAccounts are used.
 func TestServiceAccounts(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "host", Node: "node1", ServiceAccount: "agent", Addresses: []string{"192.0.2.1"}, HostNetwork: true})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "done", Node: "node1", ServiceAccount: "batch", Addresses: []string{"10.1.0.50"}, Phase: "Failed"})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "elsewhere", Node: "node2", ServiceAccount: "far", Addresses: []string{"10.2.0.1"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "host", Node: "node1", ServiceAccount: "agent",
+		Addresses: []string{"192.0.2.1"}, HostNetwork: true})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "done", Node: "node1", ServiceAccount: "batch",
+		Addresses: []string{"10.1.0.50"}, Phase: "Failed"})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "elsewhere", Node: "node2", ServiceAccount: "far",
+		Addresses: []string{"10.2.0.1"}})
 	b := run(t, s, func(_ *bed, o *Options) {
 		if sas, _ := New(*o).ServiceAccounts(); sas != nil {
 			t.Error("not nil before the pods are known")
@@ -195,7 +210,8 @@ func TestChurn(t *testing.T) {
 			for i := range 60 {
 				name := fmt.Sprintf("churn-%d-%d", w, i%7)
 				s.DeletePod("ns1", name)
-				s.SetPod(kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa", Addresses: []string{fmt.Sprintf("10.9.%d.%d", w, i)}})
+				s.SetPod(kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa",
+					Addresses: []string{fmt.Sprintf("10.9.%d.%d", w, i)}})
 				_, _, _ = b.At(netip.MustParseAddr("10.1.0.11")) // races are what is looked for
 				switch i % 20 {
 				case 7:
@@ -210,7 +226,8 @@ func TestChurn(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "last", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.9.9.9"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "last", Node: "node1", ServiceAccount: "ksa",
+		Addresses: []string{"10.9.9.9"}})
 	b.at(t, "10.9.9.9", "last")
 	for w := range 4 {
 		b.at(t, fmt.Sprintf("10.9.%d.59", w), fmt.Sprintf("churn-%d-%d", w, 59%7))
@@ -230,13 +247,15 @@ func TestFaults(t *testing.T) {
 	}{
 		{name: "no watch-list (before 1.32)", o: kubetest.Options{NoWatchList: true}},
 		{name: "410", f: []kubetest.Fault{{Verb: "watch", Resource: "pods", Code: 410, Times: 2}}},
-		{name: "410 on list", o: kubetest.Options{NoWatchList: true}, f: []kubetest.Fault{{Verb: "list", Resource: "pods", Code: 410, Times: 1}}},
+		{name: "410 on list", o: kubetest.Options{NoWatchList: true},
+			f: []kubetest.Fault{{Verb: "list", Resource: "pods", Code: 410, Times: 1}}},
 		{name: "429", f: []kubetest.Fault{{Resource: "pods", Code: 429, Times: 3}}},
 		{name: "500", f: []kubetest.Fault{{Resource: "pods", Code: 500, Times: 3}}},
 		{name: "503", f: []kubetest.Fault{{Resource: "pods", Code: 503, Times: 3}}},
 		{name: "504", f: []kubetest.Fault{{Resource: "pods", Code: 504, Times: 3}}},
 		{name: "truncated watch", f: []kubetest.Fault{{Verb: "watch", Resource: "pods", Truncate: true, Times: 2}}},
-		{name: "truncated list", o: kubetest.Options{NoWatchList: true}, f: []kubetest.Fault{{Verb: "list", Resource: "pods", Truncate: true, Times: 2}}},
+		{name: "truncated list", o: kubetest.Options{NoWatchList: true},
+			f: []kubetest.Fault{{Verb: "list", Resource: "pods", Truncate: true, Times: 2}}},
 		{name: "aborted", f: []kubetest.Fault{{Resource: "pods", Abort: true, Times: 4}}},
 		{name: "slow", f: []kubetest.Fault{{Latency: 20 * time.Millisecond}}},
 	} {
@@ -247,7 +266,8 @@ func TestFaults(t *testing.T) {
 			}
 			b := run(t, s, nil)
 			b.at(t, "10.1.0.11", "p1")
-			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}})
+			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa",
+				Addresses: []string{"10.1.0.12"}})
 			b.at(t, "10.1.0.12", "p2")
 			if p := b.Status().Problem; p != "" {
 				t.Errorf("problem left over: %s", p)
@@ -256,7 +276,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// The API server restarts: a UID is still the pod's, an address is nobody's until the server is back and has told what we missed.
+// The API server restarts: a UID is still the pod's, an address is nobody's until the server is
+// back and has told what we missed.
 func TestAPIServerRestarts(t *testing.T) {
 	for name, gap := range map[string]time.Duration{"for a moment": 0, "for long": time.Hour} {
 		t.Run(name, func(t *testing.T) {
@@ -280,9 +301,14 @@ func TestAPIServerRestarts(t *testing.T) {
 			if age := b.watchAge(); age < gap.Seconds() {
 				t.Errorf("pod watch age %v", age)
 			}
-			until(t, "the API server to be missed", func() bool { _, err := b.Token(t.Context(), ksa); return errors.As(err, &away) })
+			until(t, "the API server to be missed", func() bool {
+				_, err := b.Token(t.Context(), ksa)
+				return errors.As(err,
+					&away)
+			})
 			s.DeletePod("ns1", "p1") // unseen
-			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.11"}})
+			s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa",
+				Addresses: []string{"10.1.0.11"}})
 			s.Accept()
 			<-changed // who waits is woken
 			for {
@@ -298,12 +324,16 @@ func TestAPIServerRestarts(t *testing.T) {
 			if _, known, _, err := b.Of(uid); known || err != nil {
 				t.Errorf("Of a pod that went away = %v, %v", known, err)
 			}
-			until(t, "the log to say so", func() bool { return strings.Contains(b.logs.String(), "the Kubernetes API is back") })
+			until(t, "the log to say so", func() bool {
+				return strings.Contains(b.logs.String(),
+					"the Kubernetes API is available again")
+			})
 		})
 	}
 }
 
-// Pods are known by their UIDs before they have an address, on the host network too, and with their RuntimeClass.
+// Pods are known by their UIDs before they have an address, on the host network too, and with their
+// RuntimeClass.
 func TestOf(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
@@ -315,23 +345,27 @@ func TestOf(t *testing.T) {
 	} {
 		p.Namespace, p.Node = "ns1", "node1"
 		uid := s.SetPod(p)
-		b.of(t, uid, workload.Caller{PodUID: uid, PodName: p.Name, HostNetwork: p.HostNetwork, RuntimeClass: p.RuntimeClass, ServiceAccount: ksa})
+		b.of(t, uid, workload.Caller{PodUID: uid, PodName: p.Name, HostNetwork: p.HostNetwork, RuntimeClass: p.RuntimeClass,
+			ServiceAccount: ksa})
 		p.Phase, p.Ended = "Succeeded", true
 		s.SetPod(p)
 		b.of(t, uid, workload.Caller{})
 	}
 }
 
-// A static pod's cgroup names the UID that kubelet gave it, and not its mirror's. It has no ServiceAccount; who has one is in nobody's place.
+// A static pod's cgroup names the UID that kubelet gave it, and not its mirror's. It has no
+// ServiceAccount; who has one is in nobody's place.
 func TestStaticPods(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
 	victim := b.at(t, "10.1.0.11", "p1")[0]
-	mirror := s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "static", Node: "node1", Addresses: []string{"10.1.0.12"}, MirrorOf: "0123abcd"})
+	mirror := s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "static", Node: "node1", Addresses: []string{"10.1.0.12"},
+		MirrorOf: "0123abcd"})
 	static := workload.Caller{PodUID: mirror, PodName: "static", ServiceAccount: workload.ServiceAccount{Namespace: "ns1"}}
 	b.of(t, "0123abcd", static)
 	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "evil", Node: "node1", MirrorOf: victim.PodUID})
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "eviler", Node: "node1", ServiceAccount: "ksa", MirrorOf: "0123abcd", Addresses: []string{"10.1.0.13"}})
+	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "eviler", Node: "node1", ServiceAccount: "ksa", MirrorOf: "0123abcd",
+		Addresses: []string{"10.1.0.13"}})
 	b.at(t, "10.1.0.13", "eviler")
 	b.of(t, victim.PodUID, victim)
 	b.of(t, "0123abcd", static)
@@ -356,7 +390,7 @@ func TestStopWhileBackingOff(t *testing.T) {
 			go func() { b.stop(); close(stopped) }()
 			select {
 			case <-stopped:
-			case <-time.After(patience):
+			case <-time.After(waitLimit):
 				t.Fatal("Run goes on")
 			}
 		})

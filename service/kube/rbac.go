@@ -8,7 +8,8 @@ import (
 	"strings"
 )
 
-// The manifests that packages ship too. The first one adds to kubelet's own credential, the second one is for an identity made for us.
+// The manifests, which the packages ship too. rbacNode adds rights to kubelet's own credential.
+// rbacDedicated is for an identity made for this service.
 var (
 	//go:embed rbac.yaml
 	rbacNode string
@@ -22,7 +23,8 @@ const (
 	optionalGet         = `# - {apiGroups: [""], resources: ["serviceaccounts"], verbs: ["get"]}`
 )
 
-// manifest fills in who we are and the audience. getAccounts adds what Kubernetes 1.33 and older need (N-02).
+// manifest fills in the user and the audience. getAccounts adds the rule that Kubernetes 1.33 and
+// older need (N-02, reads of ServiceAccounts).
 func manifest(user, audience string, getAccounts bool) string {
 	if user != "" && !strings.HasPrefix(user, nodeUser) {
 		subject := fmt.Sprintf(`{apiGroup: rbac.authorization.k8s.io, kind: User, name: %s}`, quote(user))
@@ -46,7 +48,7 @@ const (
 	saUser   = "system:serviceaccount:"
 )
 
-// quote writes a YAML string: JSON's quoting is YAML's double-quoted style.
+// quote returns a YAML string. JSON's quoting is YAML's double-quoted style.
 func quote(s string) string {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)

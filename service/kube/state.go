@@ -2,11 +2,11 @@ package kube
 
 import (
 	"errors"
-	"fmt"
 	"time"
 )
 
-// awayAgain bounds what an API server that answers 429 to every other request makes us say.
+// awayAgain is the shortest time between two log lines about an unavailable API server. A server
+// that answers 429 to every other request would cause many.
 const awayAgain = 30 * time.Second
 
 // contact notes that the API server answered.
@@ -16,11 +16,11 @@ func (c *Cluster) contact() {
 	c.away, c.since = false, time.Now()
 	c.mu.Unlock()
 	if was {
-		c.log.WithField("since", since.UTC().Format(time.RFC3339)).Info("the Kubernetes API is back")
+		c.log.WithField("since", since.UTC().Format(time.RFC3339)).Info("the Kubernetes API is available again")
 	}
 }
 
-// lost notes that it did not, and returns the error that says since when.
+// lost notes that the API server did not answer, and returns the error that says since when.
 func (c *Cluster) lost(err error) error {
 	c.mu.Lock()
 	now := time.Now()
@@ -32,7 +32,7 @@ func (c *Cluster) lost(err error) error {
 	c.away, c.lastError, c.lastErrorAt = true, err.Error(), now
 	c.mu.Unlock()
 	if say {
-		c.log.WithError(err).Warn("the Kubernetes API is away")
+		c.log.WithError(err).Warn("the Kubernetes API is unavailable")
 	}
 	return e
 }
@@ -48,7 +48,7 @@ func (c *Cluster) setProblem(err error) {
 
 var errNotListed = errors.New("the pods of this node have not been listed yet")
 
-// problem returns why pods cannot be seen; never nil.
+// problem returns why pods cannot be listed. It never returns nil.
 func (c *Cluster) problem() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -58,13 +58,13 @@ func (c *Cluster) problem() error {
 	return &AwayError{Since: c.since, Err: errNotListed}
 }
 
-// lostTouch is the error of an index that is too old.
+// lostTouch returns the error for an index that is too old.
 func (c *Cluster) lostTouch(since time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var away *AwayError
 	if c.trouble == nil || errors.As(c.trouble, &away) {
-		e := &AwayError{Since: since, Err: errors.New("the watch of this node's pods is broken")}
+		e := &AwayError{Since: since, Err: errors.New("no watch of this node's pods is open")}
 		if away != nil {
 			e.Err = away.Err
 		}
@@ -85,11 +85,11 @@ func (c *Cluster) kubeconfigInUse() string {
 	return c.path
 }
 
-// Grant is something that the cluster's administrator has to allow.
+// Grant is a right that the cluster's administrator has to grant.
 type Grant struct {
 	Verb     string    `json:"verb"`
 	Resource string    `json:"resource"`
-	Message  string    `json:"message"`            // the API server's words
+	Message  string    `json:"message"`            // of the API server
 	Manifest string    `json:"manifest,omitempty"` // what to apply
 	Since    time.Time `json:"since"`
 	Last     time.Time `json:"last"`
@@ -97,10 +97,10 @@ type Grant struct {
 	logged time.Time
 }
 
-// logAgain is how often one missing grant is worth a line.
+// logAgain is the shortest time between two log lines about one missing grant.
 const logAgain = 10 * time.Minute
 
-// missing notes a refusal.
+// missing records a refusal.
 func (c *Cluster) missing(f *ForbiddenError) {
 	now := time.Now()
 	c.mu.Lock()
@@ -116,18 +116,13 @@ func (c *Cluster) missing(f *ForbiddenError) {
 	if say {
 		g.logged = now
 	}
-	m := g.Manifest
 	c.mu.Unlock()
-	if !say {
-		return
+	if say {
+		c.log.Error(f.Error())
 	}
-	if m != "" {
-		m = fmt.Sprintf("; apply this:\n%s", m)
-	}
-	c.log.Error(f.Error() + m)
 }
 
-// granted forgets a refusal that no longer holds.
+// granted drops a recorded refusal after a request succeeded.
 func (c *Cluster) granted(k call) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -140,7 +135,7 @@ func (c *Cluster) granted(k call) {
 	}
 }
 
-// grantKey keeps apart what is missing for pods and for processes of the node.
+// grantKey separates grants for pods from grants for processes of the node.
 func grantKey(verb, resource string, unbound bool) string {
 	if unbound {
 		return "unbound " + verb + " " + resource

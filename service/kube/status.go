@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// Status is what `status` shows of Kubernetes. It holds no secret.
+// Status is the part of `status` about Kubernetes. It holds no secret.
 type Status struct {
 	Kubeconfig      string       `json:"kubeconfig,omitempty"` // in use
 	Credential      string       `json:"credential,omitempty"` // client certificate | bearer token | plugin COMMAND | none
@@ -16,11 +16,11 @@ type Status struct {
 	User            string       `json:"user,omitempty"`
 	NodeName        string       `json:"nodeName,omitempty"`
 	NodeNameProblem string       `json:"nodeNameProblem,omitempty"`
-	Audience        string       `json:"audience,omitempty"`    // of the tokens that are asked for
+	Audience        string       `json:"audience,omitempty"`    // of requested tokens
 	Synced          bool         `json:"synced"`                // the pods were listed
-	Watching        bool         `json:"watching"`              // a watch is open now
+	Watching        bool         `json:"watching"`              // a watch is open and current
 	LastContact     *time.Time   `json:"lastContact,omitempty"` // of the pod watch
-	Problem         string       `json:"problem,omitempty"`     // why pods cannot be seen
+	Problem         string       `json:"problem,omitempty"`     // why pods cannot be listed
 	Pods            []PodStatus  `json:"pods"`
 	Hosts           []HostStatus `json:"hosts,omitempty"` // of Options.Hosts
 	LastError       string       `json:"lastError,omitempty"`
@@ -38,7 +38,7 @@ type PodStatus struct {
 	Terminating    bool         `json:"terminating,omitempty"`
 	RuntimeClass   string       `json:"runtimeClass,omitempty"`
 	ServiceAccount string       `json:"serviceAccount"`     // "" for a static pod
-	Evidence       string       `json:"evidence,omitempty"` // by what its connections are known; this package leaves it to others
+	Evidence       string       `json:"evidence,omitempty"` // what identifies its connections; package service sets it
 	AccountStatus
 }
 
@@ -55,22 +55,25 @@ type AccountStatus struct {
 	AccountError string     `json:"serviceAccountError,omitempty"`
 }
 
-// Status returns a picture of now.
+// Status returns the present state.
 func (c *Cluster) Status() Status {
 	x := c.pods.current.Load()
-	s := Status{Audience: c.audience, Synced: x.synced, Watching: c.pods.watching.Load(), Pods: make([]PodStatus, 0, len(x.pods))}
-	s.LastContact = moment(time.Unix(0, c.pods.touched.Load()))
+	s := Status{Audience: c.audience, Synced: x.synced, Watching: c.pods.watching.Load(),
+		Pods: make([]PodStatus, 0, len(x.pods))}
+	s.LastContact = timeOrNil(time.Unix(0, c.pods.touched.Load()))
 	if s.Watching {
-		s.LastContact = moment(time.Now())
+		s.LastContact = timeOrNil(time.Now())
 	}
 	if m := c.mismatch.Load(); m != nil {
 		s.NodeNameProblem = m.String()
 	}
 	c.accounts.mu.Lock()
 	for _, p := range x.pods {
-		s.Pods = append(s.Pods, PodStatus{Namespace: p.caller.ServiceAccount.Namespace, Name: p.caller.PodName, UID: p.caller.PodUID, Addresses: p.addrs,
-			HostNetwork: p.caller.HostNetwork, Terminating: p.terminating, RuntimeClass: p.caller.RuntimeClass, ServiceAccount: p.caller.ServiceAccount.Name,
-			AccountStatus: c.accounts.known[p.caller.ServiceAccount].status()})
+		s.Pods = append(s.Pods, PodStatus{Namespace: p.caller.ServiceAccount.Namespace, Name: p.caller.PodName,
+			UID: p.caller.PodUID, Addresses: p.addrs,
+			HostNetwork: p.caller.HostNetwork, Terminating: p.terminating, RuntimeClass: p.caller.RuntimeClass,
+			ServiceAccount: p.caller.ServiceAccount.Name,
+			AccountStatus:  c.accounts.known[p.caller.ServiceAccount].status()})
 	}
 	for _, sa := range c.pods.hosts {
 		s.Hosts = append(s.Hosts, HostStatus{sa.String(), c.accounts.known[sa].status()})
@@ -79,7 +82,7 @@ func (c *Cluster) Status() Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.Kubeconfig, s.Credential, s.Server, s.User, s.NodeName = c.path, c.kind, c.server, c.identity, c.node
-	s.Problem, s.LastError, s.LastErrorAt = text(c.trouble), c.lastError, moment(c.lastErrorAt)
+	s.Problem, s.LastError, s.LastErrorAt = errorText(c.trouble), c.lastError, timeOrNil(c.lastErrorAt)
 	for _, g := range c.grants {
 		s.MissingGrants = append(s.MissingGrants, *g)
 	}
@@ -93,15 +96,15 @@ func (a *account) status() AccountStatus {
 	if a == nil {
 		return AccountStatus{}
 	}
-	return AccountStatus{a.value.GoogleEmail, moment(a.read), text(cmp.Or(a.failure, a.err))}
+	return AccountStatus{a.value.GoogleEmail, timeOrNil(a.read), errorText(cmp.Or(a.failure, a.err))}
 }
 
 func (m *nameMismatch) String() string {
-	return fmt.Sprintf("nodeName is %q, but the credential is node %q's", m.configured, m.credential)
+	return fmt.Sprintf("nodeName is %q, but the credential belongs to node %q", m.configured, m.credential)
 }
 
-// moment is nil for a time that never was.
-func moment(t time.Time) *time.Time {
+// timeOrNil returns nil for the zero time and for the Unix epoch.
+func timeOrNil(t time.Time) *time.Time {
 	if t.IsZero() || t.UnixNano() == 0 {
 		return nil
 	}

@@ -17,15 +17,20 @@ import (
 const (
 	tokens = "serviceaccounts/token"
 
-	// tokenSeconds is not 3607: of the API server's own audience that makes a token of one year (N-09).
+	// tokenSeconds is not 3607: with the API server's own audience, 3607 gives a token of one year
+	// (N-09, extended tokens).
 	tokenSeconds = 3600
 
-	podsToTry = 3 // of those that use the ServiceAccount, when one after the other turns out to be gone
+	podsToTry = 3 // at most, when one pod after the other turns out to be gone
 )
 
-// Token asks for a token of the ServiceAccount with Options.Audience, bound by name and UID to a live pod of this node that uses it
-// (N-04): it dies with the pod. A running pod is preferred to a starting one, and either to one that terminates. For one of
-// Options.Hosts that no such pod uses, the token is bound to nothing, which a node's own credential may not ask for (N-07).
+// Token requests a token of the ServiceAccount with Options.Audience. The token is bound by name
+// and UID to a live pod of this node that uses the account, and expires with the pod (N-04, bound
+// tokens). A running pod is preferred to a starting one, and either to a terminating one.
+//
+// For an account of Options.Hosts that no such pod uses, the token is bound to nothing. A node's
+// own credential may not request such a token (N-07, unbound requests).
+//
 // Errors: ErrNoPod, ErrNotFound, *ForbiddenError, *AwayError, ErrNotConfigured.
 func (c *Cluster) Token(ctx context.Context, sa workload.ServiceAccount) (jwt string, err error) {
 	k, err := c.reach()
@@ -54,7 +59,7 @@ func (c *Cluster) Token(ctx context.Context, sa workload.ServiceAccount) (jwt st
 	return jwt, nil
 }
 
-// rank sorts pods by how long a token bound to them is likely to live.
+// rank orders pods by the expected life of a token that is bound to them; 0 is best.
 func (p *pod) rank() int {
 	switch {
 	case p.terminating:
@@ -65,35 +70,38 @@ func (p *pod) rank() int {
 	return 0
 }
 
-// request asks for a token that is bound to p, or to nothing.
+// request requests a token that is bound to p. With nil it is bound to nothing.
 func (c *Cluster) request(ctx context.Context, k *client, sa workload.ServiceAccount, p *pod) (string, error) {
 	cctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	seconds := int64(tokenSeconds)
 	ask := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
 	if p != nil {
-		ask.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: p.caller.PodName, UID: types.UID(p.caller.PodUID)}
+		ask.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod",
+			Name: p.caller.PodName, UID: types.UID(p.caller.PodUID)}
 	}
 	if c.audience != "" {
 		ask.Spec.Audiences = []string{c.audience}
 	}
 	got := new(authenticationv1.TokenRequest)
-	r := k.core.Post().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).SubResource("token").
+	r := k.core.Post().MaxRetries(retryOnce).Namespace(sa.Namespace).Resource("serviceaccounts").Name(sa.Name).
+		SubResource("token").
 		VersionedParams(&metav1.CreateOptions{}, c.codec).Body(ask).Do(cctx)
 	var code int
 	err := brief(r.StatusCode(&code).Into(got))
 	if code >= 200 && code < 300 && (err != nil || got.Status.Token == "") {
-		err = errNoToken // and not the decoder's words: the body it stumbled over is a token
+		err = errNoToken // not the decoder's message: the body that it could not decode is a token
 	}
-	err = c.judge(ctx, call{verb: "create", resource: tokens, namespace: sa.Namespace, unbound: p == nil}, err)
+	err = c.classify(ctx, call{verb: "create", resource: tokens, namespace: sa.Namespace, unbound: p == nil}, err)
 	if err != nil {
-		return "", gone(err)
+		return "", tokenError(err)
 	}
 	return got.Status.Token, nil
 }
 
-// gone reads the refusals that are about the pod (N-08), or the ServiceAccount.
-func gone(err error) error {
+// tokenError recognises refusals because of the pod (N-08, errors of TokenRequest) or of the
+// ServiceAccount.
+func tokenError(err error) error {
 	var status apierrors.APIStatus
 	if !errors.As(err, &status) {
 		return err
@@ -107,7 +115,7 @@ func gone(err error) error {
 	case apierrors.IsNotFound(err) && st.Details != nil && st.Details.Kind == "serviceaccounts":
 		return fmt.Errorf("%w: %w", ErrNotFound, err)
 	case apierrors.IsNotFound(err), apierrors.IsConflict(err), apierrors.IsBadRequest(err):
-		return fmt.Errorf("%w any more: %w", ErrNoPod, err)
+		return fmt.Errorf("%w: %w", ErrNoPod, err)
 	}
-	return fmt.Errorf("the API server refuses the TokenRequest: %w", err)
+	return fmt.Errorf("the API server refused the TokenRequest: %w", err)
 }

@@ -66,12 +66,14 @@ func TestToken(t *testing.T) {
 	}
 }
 
-// A running pod is preferred to a starting one, and either to one that terminates; ended ones are no candidates (N-04).
+// A running pod is preferred to a starting one, and either to one that terminates; ended ones are
+// no candidates (N-04).
 func TestTokenIsBoundToTheBestPod(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	s.GrantAudience(provider)
 	set := func(name, phase string, terminating, ended bool) {
-		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa", Phase: phase, Terminating: terminating, Ended: ended})
+		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa", Phase: phase,
+			Terminating: terminating, Ended: ended})
 	}
 	set("p1", "Succeeded", false, true)
 	set("a-leaving", "Running", true, false)
@@ -88,7 +90,8 @@ func TestTokenIsBoundToTheBestPod(t *testing.T) {
 	until(t, "nobody", func() bool { _, err := b.Token(t.Context(), ksa); return errors.Is(err, ErrNoPod) })
 }
 
-// N-07, N-08: the pod went away and the watch has not said so yet. Another pod of the ServiceAccount will do.
+// N-07, N-08: the pod went away and the watch has not said so yet. Another pod of the
+// ServiceAccount will do.
 func TestTokenWhenThePodIsGone(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -148,10 +151,12 @@ func TestTokenErrors(t *testing.T) {
 	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "none", Node: "node1", ServiceAccount: "none"})
 	b := run(t, s, nil)
 	b.at(t, "10.1.0.11", "p1")
-	if _, err := b.Token(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "none"}); !errors.Is(err, ErrNotFound) {
+	if _, err := b.Token(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "none"}); !errors.Is(err,
+		ErrNotFound) {
 		t.Errorf("no ServiceAccount: %v", err)
 	}
-	if _, err := b.Token(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "unused"}); !errors.Is(err, ErrNoPod) {
+	if _, err := b.Token(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "unused"}); !errors.Is(err,
+		ErrNoPod) {
 		t.Errorf("no pod: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -180,7 +185,8 @@ func TestTokenErrors(t *testing.T) {
 	}
 }
 
-// N-05: a refused audience names the missing grant and prints it, once in the log, and is forgotten when it is granted.
+// N-05: a refused audience names the missing grant and prints it, once in the log, and is forgotten
+// when it is granted.
 func TestMissingAudienceGrant_N05(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	b := run(t, s, nil)
@@ -191,7 +197,8 @@ func TestMissingAudienceGrant_N05(t *testing.T) {
 			t.Fatalf("got %v", err)
 		}
 	}
-	if f.User != "system:node:node1" || f.Verb != audienceVerb || f.Resource != provider || !strings.Contains(f.Message, "is not authorized to request tokens for audience") {
+	if f.User != "system:node:node1" || f.Verb != audienceVerb || f.Resource != provider ||
+		!strings.Contains(f.Message, "is not authorized to request tokens for audience") {
 		t.Errorf("%+v", f)
 	}
 	g := b.Status().MissingGrants
@@ -308,7 +315,8 @@ func TestManifestQuotes(t *testing.T) {
 	for _, m := range []string{rbacNode, rbacDedicated} {
 		parseManifest(t, m)
 	}
-	for _, p := range []struct{ in, what string }{{rbacNode, placeholderAudience}, {rbacNode, optionalGet}, {rbacDedicated, placeholderSubject}} {
+	for _, p := range []struct{ in, what string }{{rbacNode, placeholderAudience}, {rbacNode, optionalGet},
+		{rbacDedicated, placeholderSubject}} {
 		if strings.Count(p.in, p.what) != 1 {
 			t.Errorf("%q is not in the manifest once", p.what)
 		}

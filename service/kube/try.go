@@ -13,23 +13,24 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// Attempt is what each step from the credential to a pod's token came to, tried once. A step that was not tried since there was
-// nothing to try it with has no error and nothing else.
+// Attempt holds the outcome of each step from the credential to a pod's token, tried once. A step
+// that was not tried has no error and no result.
 type Attempt struct {
-	Kubeconfig string // the file, and root's copy of it where that was read
-	Credential string // its kind: client certificate, token, exec plugin
+	Kubeconfig string // the file, and root's copy where that was read (R-27, copy of the credential)
+	Credential string // its kind: client certificate, bearer token, plugin COMMAND
 	Server     string
 	User, Node string
-	Mismatch   string // nodeName is not the credential's
-	Reach      error  // *AwayError or ErrNotConfigured: nothing else was tried
+	Mismatch   string // not "": nodeName is not the credential's node
+	Reach      error  // *AwayError or ErrNotConfigured; nothing else was tried then
 
-	Asked, Date time.Time // when the API server was asked, and what its clock said then; zero: it did not say
+	Asked, Date time.Time // the time of the request, and the API server's clock then; zero: no Date header
 
 	List, Watch error // of this node's pods
 	Pods        int   // live ones with an address of their own
-	HostPods    int   // and those on the host network
+	HostPods    int   // live ones on the host network
 
-	// One pod, linked to a Google service account if any of those that were looked at is, running if any is; "": none.
+	// Pod is one pod; "" = none. A pod linked to a Google service account is preferred, then a running
+	// one.
 	Pod            string
 	ServiceAccount workload.ServiceAccount
 	Get            error // of the ServiceAccount
@@ -42,8 +43,9 @@ const (
 	watchProbe    = 5 * time.Second
 )
 
-// Try goes the way to a pod's token once, with the credential that a Cluster of these Options would use. It changes nothing; the API server
-// issues one token, which is bound to the pod and dies in an hour, and is returned beside what can be shown.
+// Try takes each step to a pod's token once, with the credential that a Cluster of these Options
+// would use. It changes nothing. The API server issues one token, which is bound to the pod and
+// expires in an hour; jwt returns it apart from what may be shown.
 func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
 	c := New(o)
 	defer c.end()
@@ -56,7 +58,7 @@ func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
 	a.Kubeconfig, a.Server, a.Credential = cred.path, cred.server, cred.kind()
 	k, err := newClient(cred.config, c.codec, c.userAgent)
 	if err != nil {
-		a.Reach = fmt.Errorf("%w: no client can be made of %s: %w", ErrNotConfigured, cred.path, err)
+		a.Reach = fmt.Errorf("%w: %s cannot be used: %w", ErrNotConfigured, cred.path, err)
 		return a, ""
 	}
 	defer k.close()
@@ -74,7 +76,7 @@ func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
 
 	selector := "spec.nodeName=" + a.Node
 	list, err := c.listPods(ctx, k, metav1.ListOptions{FieldSelector: selector, ResourceVersion: "0"})
-	a.List = c.judge(ctx, call{verb: "list", resource: "pods"}, err)
+	a.List = c.classify(ctx, call{verb: "list", resource: "pods"}, err)
 	a.Watch = c.tryWatch(ctx, k, selector)
 	if a.List != nil {
 		return a, ""
@@ -98,13 +100,13 @@ func Try(ctx context.Context, o Options) (a Attempt, jwt string) {
 	}
 	a.Pod, a.ServiceAccount = p.caller.PodName, p.caller.ServiceAccount
 	if c.audience == "" {
-		return a, "" // a token for the API server itself is nobody's business
+		return a, "" // never a token for the API server itself
 	}
 	jwt, a.Mint = c.request(ctx, k, a.ServiceAccount, p)
 	return a, jwt
 }
 
-// clock asks the API server for its version, which tells that it is there, and its clock.
+// clock requests the API server's version, to see that it answers and to read its clock.
 func (c *Cluster) clock(ctx context.Context, k *client, a *Attempt) error {
 	cctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -121,7 +123,8 @@ func (c *Cluster) clock(ctx context.Context, k *client, a *Attempt) error {
 	_ = res.Body.Close()
 	a.Date, _ = http.ParseTime(res.Header.Get("Date"))
 	if res.StatusCode == http.StatusUnauthorized {
-		return c.lost(fmt.Errorf("the credential of %s is not accepted: %s", a.Kubeconfig, http.StatusText(res.StatusCode)))
+		return c.lost(fmt.Errorf("the API server does not accept the credential of %s: %s", a.Kubeconfig,
+			http.StatusText(res.StatusCode)))
 	}
 	return nil
 }
@@ -130,14 +133,16 @@ func (c *Cluster) tryWatch(ctx context.Context, k *client, selector string) erro
 	cctx, cancel := context.WithTimeout(ctx, watchProbe)
 	defer cancel()
 	seconds := int64(1)
-	w, err := c.watch(cctx, k, "", "pods", metav1.ListOptions{FieldSelector: selector, ResourceVersion: "0", TimeoutSeconds: &seconds})
+	w, err := c.watch(cctx, k, "", "pods", metav1.ListOptions{FieldSelector: selector, ResourceVersion: "0",
+		TimeoutSeconds: &seconds})
 	if err == nil {
 		w.Stop()
 	}
-	return c.judge(ctx, call{verb: "watch", resource: "pods"}, err)
+	return c.classify(ctx, call{verb: "watch", resource: "pods"}, err)
 }
 
-// choose reads ServiceAccounts until one is linked, and returns a pod of it; else of the first.
+// choose reads ServiceAccounts until one is linked, and returns a pod of it, else a pod of the
+// first.
 func (c *Cluster) choose(ctx context.Context, k *client, pods []*pod, a *Attempt) (chosen *pod) {
 	looked := map[workload.ServiceAccount]bool{}
 	for _, p := range pods {

@@ -29,17 +29,26 @@ func TestTry(t *testing.T) {
 		serviceAccount, credential string
 		linked, mismatch, noJWT    bool
 	}{
-		{name: "all is well", reach: none, list: none, get: none, mint: none, pods: 3, hostPods: 1, serviceAccount: "linked", linked: true, credential: "client certificate"},
+		{name: "all is well", reach: none, list: none, get: none, mint: none, pods: 3, hostPods: 1, serviceAccount: "linked",
+			linked: true, credential: "client certificate"},
 		{name: "no kubeconfig", change: func(_ *kubetest.Server, o *Options) { o.Kubeconfig += ".absent" },
-			reach: func(err error) bool { return errors.Is(err, ErrNotConfigured) }, list: none, get: none, mint: none, noJWT: true},
+			reach: func(err error) bool { return errors.Is(err, ErrNotConfigured) }, list: none, get: none, mint: none,
+			noJWT: true},
 		{name: "away", change: func(s *kubetest.Server, _ *Options) { s.Refuse() },
-			reach: func(err error) bool { var e *AwayError; return errors.As(err, &e) }, list: none, get: none, mint: none, noJWT: true, credential: "client certificate"},
+			reach: func(err error) bool { var e *AwayError; return errors.As(err, &e) }, list: none, get: none, mint: none,
+			noJWT: true, credential: "client certificate"},
 		{name: "the audience is not granted", change: func(s *kubetest.Server, _ *Options) { s.RevokeAudience(audience) },
-			reach: none, list: none, get: none, mint: forbidden(audienceVerb, audience), pods: 3, hostPods: 1, serviceAccount: "linked", linked: true, noJWT: true, credential: "client certificate"},
-		{name: "ServiceAccounts are not granted", change: func(s *kubetest.Server, _ *Options) { s.DenyServiceAccountGet(true) },
-			reach: none, list: none, get: forbidden("get", "serviceaccounts"), mint: none, pods: 3, hostPods: 1, serviceAccount: "plain", credential: "client certificate"},
+			reach: none, list: none, get: none, mint: forbidden(audienceVerb, audience), pods: 3, hostPods: 1,
+			serviceAccount: "linked", linked: true, noJWT: true, credential: "client certificate"},
+		{name: "ServiceAccounts are not granted", change: func(s *kubetest.Server,
+			_ *Options) {
+			s.DenyServiceAccountGet(true)
+		},
+			reach: none, list: none, get: forbidden("get", "serviceaccounts"), mint: none, pods: 3, hostPods: 1,
+			serviceAccount: "plain", credential: "client certificate"},
 		{name: "another node's name", change: func(_ *kubetest.Server, o *Options) { o.NodeName = "other" },
-			reach: none, list: forbidden("list", "pods"), get: none, mint: none, mismatch: true, noJWT: true, credential: "client certificate"},
+			reach: none, list: forbidden("list", "pods"), get: none, mint: none, mismatch: true, noJWT: true,
+			credential: "client certificate"},
 		{name: "no pods", change: func(s *kubetest.Server, _ *Options) {
 			for _, p := range []string{"plain", "linked", "second", "host"} {
 				s.DeletePod("ns", p)
@@ -47,14 +56,16 @@ func TestTry(t *testing.T) {
 		}, reach: none, list: none, get: none, mint: none, noJWT: true, credential: "client certificate"},
 		{name: "by a plugin", change: func(s *kubetest.Server, o *Options) {
 			s.AddToken("abc", "system:node:n1", "system:nodes")
-			text, err := s.ExecKubeconfig("sh", "-c", `echo '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"abc"}}'`)
+			text, err := s.ExecKubeconfig("sh", "-c", `echo '{"apiVersion":"client.authentication.k8s.io/v1",`+
+				`"kind":"ExecCredential","status":{"token":"abc"}}'`)
 			if err == nil {
 				err = os.WriteFile(o.Kubeconfig, text, 0o600)
 			}
 			if err != nil {
 				t.Fatal(err)
 			}
-		}, reach: none, list: none, get: none, mint: none, pods: 3, hostPods: 1, serviceAccount: "linked", linked: true, credential: "plugin sh"},
+		}, reach: none, list: none, get: none, mint: none, pods: 3, hostPods: 1, serviceAccount: "linked", linked: true,
+			credential: "plugin sh"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := newServer(t, kubetest.Options{})
@@ -91,7 +102,8 @@ func TestTry(t *testing.T) {
 					t.Errorf("%s: %v", what, e.err)
 				}
 			}
-			if a.Pods != c.pods || a.HostPods != c.hostPods || a.ServiceAccount.Name != c.serviceAccount || a.Account.Linked() != c.linked || a.Credential != c.credential ||
+			if a.Pods != c.pods || a.HostPods != c.hostPods || a.ServiceAccount.Name != c.serviceAccount ||
+				a.Account.Linked() != c.linked || a.Credential != c.credential ||
 				(a.Mismatch != "") != c.mismatch || (jwt == "") != c.noJWT {
 				t.Errorf("%+v, a token: %t", a, jwt != "")
 			}

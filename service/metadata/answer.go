@@ -11,14 +11,17 @@ import (
 	"github.com/cespare/xxhash/v2"
 )
 
-// Answer is what to send. Its Body is shared between requests and must not be written to.
+// Answer is a response. Its Body is shared between requests and must not be written to.
 type Answer struct {
 	Body        []byte
-	ContentType string // Text, JSON, or what a Raw says
-	ETag        string // 16 hex digits that stand for the Body: stable over requests, restarts and nodes (H-07, H-12)
+	ContentType string // Text, JSON, or a Raw's
+	// ETag is 16 hex digits that depend on Body only, so it is the same after a restart and on every
+	// node (H-07, ETag; H-12, long polls).
+	ETag string
 
-	// Redirect is not empty when a directory was asked for without its slash (H-08); then the rest is empty. It is the
-	// path, cleaned and not percent-encoded, to which the server adds the Host as sent and the query.
+	// Redirect is set, and all else empty, when a directory was requested without its slash (H-08,
+	// redirect to the slash). It is the cleaned path, not percent-encoded. The server adds the
+	// request's Host and query.
 	Redirect string
 
 	// Issued is what the leaf says of the credential in the Body, for whoever keeps an audit trail; nil: the Body holds
@@ -27,7 +30,7 @@ type Answer struct {
 }
 
 func answer(body []byte, contentType string) Answer {
-	// xxhash: the body may be a token of a kilobyte, and this is on the path of every request.
+	// xxhash, since every request hashes its body, which may be a token of a kilobyte.
 	const digits = "0123456789abcdef"
 	var tag [16]byte
 	for i, sum := len(tag)-1, xxhash.Sum64(body); i >= 0; i, sum = i-1, sum>>4 {
@@ -36,8 +39,8 @@ func answer(body []byte, contentType string) Answer {
 	return Answer{Body: body, ContentType: contentType, ETag: string(tag[:])}
 }
 
-// Answer says what the place holds for the caller: a value, a listing, or with recursive=true all that is below it.
-// Errors are ErrNotFound, ErrBadQuery and whatever Per and Get return, as they return it.
+// Answer returns what the path holds for the caller: a value, a listing, or with recursive=true
+// everything below it. Errors are ErrNotFound, ErrBadQuery, and those of Per and Get, unchanged.
 func (m Match) Answer(ctx context.Context, q Query) (Answer, error) {
 	if m.at == nil {
 		return Answer{}, ErrNotFound
@@ -52,7 +55,7 @@ func (m Match) Answer(ctx context.Context, q Query) (Answer, error) {
 	}
 	slash := strings.HasSuffix(m.Path, "/")
 	switch {
-	case m.at.Get != nil && slash: // H-09
+	case m.at.Get != nil && slash: // H-09, a value has no slash
 		return Answer{}, ErrNotFound
 	case m.at.Get != nil:
 		return m.at.value(ctx, q)
@@ -92,7 +95,7 @@ func (n *node) directory(ctx context.Context, q Query) (Answer, error) {
 		return Answer{}, err
 	}
 	switch {
-	case f.recursive && !n.Open: // E-02: what is below an Open directory is not Open for that
+	case f.recursive && !n.Open: // E-02, open paths: the entries of an Open directory need not be Open
 		all, err := n.collect(ctx, q)
 		if err != nil {
 			return Answer{}, err
@@ -132,7 +135,8 @@ func (n *node) encode(v any) (Answer, error) {
 	return answer(b, JSON), nil
 }
 
-// encode is json.Marshal without the escapes for <, > and &, which nobody expects in a URL or an email.
+// encode is json.Marshal without the escapes for <, > and &, which clients do not expect in a URL
+// or an email.
 func encode(v any) ([]byte, error) {
 	if all, ok := v.([]string); ok && all == nil {
 		v = []string{} // [] and not null
@@ -146,7 +150,7 @@ func encode(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
 
-// text is the form of a value that a shell script reads.
+// text returns a value in the form that a shell script reads.
 func text(v any) ([]byte, error) {
 	switch v := v.(type) {
 	case string:

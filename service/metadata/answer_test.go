@@ -36,20 +36,26 @@ func TestAnswer(t *testing.T) {
 		{"E-16", v1 + "instance/attributes/cluster-name", "prod <&>", Text},
 		{"E-18", accts, "default/\n" + email + "/\n", Text},
 		{"E-19", accts + "default/", "aliases\nemail\nidentity\nscopes\ntoken\n", Text},
-		{"E-20 E-05", accts + "default/?recursive=true", `{"aliases":["default"],"email":"` + email + `","scopes":["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]}`, JSON},
+		{"E-20 E-05", accts + "default/?recursive=true", `{"aliases":["default"],"email":"` + email +
+			`","scopes":["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]}`,
+			JSON},
 		{"E-22", accts + email + "/email", email, Text},
 		{"E-22", accts + strings.ReplaceAll(email, "@", "%40") + "/email", email, Text},
 		{"E-23", accts + "default/email", email, Text},
 		{"E-27", accts + "default/aliases", "default\n", Text},
 		{"E-28", accts + "default/scopes", scopes, Text},
-		{"E-29 H-11", accts + "default/scopes?alt=json", `["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]`, JSON},
+		{"E-29 H-11", accts + "default/scopes?alt=json",
+			`["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]`, JSON},
 		{"E-30", v1 + "universe/universe-domain", "googleapis.com", Text},
-		{"T-01", accts + "default/token", `{"access_token":"` + secret + ` of ns/p1","expires_in":3599,"token_type":"Bearer"}`, JSON},
-		{"T-04", accts + "default/token?recursive=true&alt=xml&transport=alts", `{"access_token":"` + secret + ` of ns/p1","expires_in":3599,"token_type":"Bearer"}`, JSON},
+		{"T-01", accts + "default/token", `{"access_token":"` + secret +
+			` of ns/p1","expires_in":3599,"token_type":"Bearer"}`, JSON},
+		{"T-04", accts + "default/token?recursive=true&alt=xml&transport=alts",
+			`{"access_token":"` + secret + ` of ns/p1","expires_in":3599,"token_type":"Bearer"}`, JSON},
 		{"I-01 I-05", accts + "default/identity?audience=https://a;b:c", secret + ".https://a;b:c", Text},
 		{"H-10", v1 + "project/?recursive=TRUE", `{"numericProjectId":123456789012,"projectId":"my-project"}`, JSON},
 		{"H-10", v1 + "project/?recursive=yes", "numeric-project-id\nproject-id\n", Text},
-		{"H-10", v1 + "instance/attributes/?recursive=true", `{"cluster-location":"europe-west4","cluster-name":"prod <&>","cluster-uid":"0a1b"}`, JSON},
+		{"H-10", v1 + "instance/attributes/?recursive=true",
+			`{"cluster-location":"europe-west4","cluster-name":"prod <&>","cluster-uid":"0a1b"}`, JSON},
 		{"H-11", v1 + "project/project-id?alt=json", `"my-project"`, JSON},
 		{"H-11", v1 + "instance/id?alt=JSON", "9007199254740993", JSON},
 		{"H-11", v1 + "instance/id?alt=text", "9007199254740993", Text},
@@ -117,13 +123,14 @@ func TestNotFound(t *testing.T) {
 func TestRedirect_H08(t *testing.T) {
 	tree := newTree(t, sample())
 	for target, want := range map[string]string{
-		"/computeMetadata":                               "/computeMetadata/",
-		"/computeMetadata/v1":                            v1,
-		v1 + "instance?recursive=true":                   v1 + "instance/",
-		v1 + "instance/service-accounts":                 accts,
-		accts + "default?recursive=true":                 accts + "default/",
-		accts + strings.ReplaceAll(email, "@", "%40"):    accts + email + "/",
-		"//" + v1 + "/instance":                          v1 + "instance/", // never //host, which would send the client elsewhere
+		"/computeMetadata":                            "/computeMetadata/",
+		"/computeMetadata/v1":                         v1,
+		v1 + "instance?recursive=true":                v1 + "instance/",
+		v1 + "instance/service-accounts":              accts,
+		accts + "default?recursive=true":              accts + "default/",
+		accts + strings.ReplaceAll(email, "@", "%40"): accts + email + "/",
+		// never //host, which would send the client elsewhere
+		"//" + v1 + "/instance":                          v1 + "instance/",
 		v1 + "project/project-id/../../instance?alt=xml": v1 + "instance/",
 	} {
 		_, a, err := ask(t, tree, linked, target)
@@ -137,14 +144,17 @@ func TestPrincipalAsEmail_E25_E26(t *testing.T) {
 	tree := newTree(t, sample())
 	escaped := strings.NewReplacer("/", "%2F", ":", "%3A").Replace(principal)
 	for target, want := range map[string]string{
-		accts:                                  "default/\n" + principal + "/\n",
-		accts + "default/email":                principal,
-		accts + principal + "/email":           principal,
-		accts + escaped + "/email":             principal,
-		accts + principal + "/":                "aliases\nemail\nidentity\nscopes\ntoken\n",
-		accts + principal + "/token":           `{"access_token":"` + secret + ` of ns/p2","expires_in":3599,"token_type":"Bearer"}`,
-		accts + escaped + "/?recursive=true":   `{"aliases":["default"],"email":"` + principal + `","scopes":["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]}`,
-		accts + "?recursive=true&alt=json&x=%": `{"default":` + acct(principal) + `,"` + principal + `":` + acct(principal) + `}`,
+		accts:                        "default/\n" + principal + "/\n",
+		accts + "default/email":      principal,
+		accts + principal + "/email": principal,
+		accts + escaped + "/email":   principal,
+		accts + principal + "/":      "aliases\nemail\nidentity\nscopes\ntoken\n",
+		accts + principal + "/token": `{"access_token":"` + secret +
+			` of ns/p2","expires_in":3599,"token_type":"Bearer"}`,
+		accts + escaped + "/?recursive=true": `{"aliases":["default"],"email":"` + principal +
+			`","scopes":["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]}`,
+		accts + "?recursive=true&alt=json&x=%": `{"default":` + acct(principal) + `,"` + principal + `":` + acct(principal) +
+			`}`,
 	} {
 		_, a, err := ask(t, tree, unlinked, target)
 		if err != nil || string(a.Body) != want {
@@ -163,7 +173,8 @@ func TestPrincipalAsEmail_E25_E26(t *testing.T) {
 }
 
 func acct(email string) string {
-	return `{"aliases":["default"],"email":"` + email + `","scopes":["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]}`
+	return `{"aliases":["default"],"email":"` + email +
+		`","scopes":["https://www.googleapis.com/auth/cloud-platform","https://www.googleapis.com/auth/userinfo.email"]}`
 }
 
 // The whole tree, as a person would write it down.
@@ -200,7 +211,8 @@ func TestGolden_E05_E21_H11(t *testing.T) {
 // E-02: "/" is answered to anybody, so it must not be a way to what is below it.
 func TestOpen_E02(t *testing.T) {
 	tree := newTree(t, sample())
-	for _, target := range []string{"/", "", "/..", "//", "/?recursive=true", "/computeMetadata/..?recursive=true&alt=text"} {
+	for _, target := range []string{"/", "", "/..", "//", "/?recursive=true",
+		"/computeMetadata/..?recursive=true&alt=text"} {
 		m, a, err := ask(t, tree, workload.Caller{}, target)
 		if err != nil || !m.Open || string(a.Body) != "computeMetadata/\n" || a.ContentType != Text {
 			t.Errorf("%q: open %t, %q, %v", target, m.Open, a.Body, err)
@@ -233,7 +245,8 @@ func TestETag_H07_H12(t *testing.T) {
 	if tag(linked, v1+"?recursive=true") == tag(unlinked, v1+"?recursive=true") {
 		t.Error("what differs has one ETag")
 	}
-	// Clients that wait over an upgrade would all be woken by another hash. Published test vector of XXH64.
+	// Clients that wait over an upgrade would all be woken by another hash. Published test vector of
+	// XXH64.
 	if a := answer([]byte("abc"), Text); a.ETag != "44bc2cf5ad770999" {
 		t.Errorf("the ETag of abc is %s", a.ETag)
 	}

@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// What lookup and answering cost beside the leaf: the one here is made beforehand and allocates nothing.
+// What lookup and answering cost beside the leaf: the one here is made beforehand and allocates
+// nothing.
 func BenchmarkAnswer(b *testing.B) {
 	root := sample()
 	body := bytes.Repeat([]byte("x"), 1100)

@@ -7,31 +7,35 @@ import (
 	"strings"
 )
 
-// Unknown is the label of paths that lead nowhere.
+// Unknown is the label of paths that do not exist.
 const Unknown = "unknown"
 
-// Match is the place that a path leads to.
+// Match is the place in the tree that a path leads to.
 type Match struct {
-	Path string // the path after cleaning: rooted, without //, . or .., with a slash at its end if it had one (H-18)
-	Node string // the place's label: bounded, fit for metrics and logs ("instance/service-accounts/*/token"), or Unknown
-	Open bool   // it may be answered without knowing who asks
+	// Path is the cleaned path: rooted, without //, . or .., with a slash at its end if it had one
+	// (H-18, cleaned paths).
+	Path string
+	// Node is the place's label for metrics and logs, such as "instance/service-accounts/*/token", or
+	// Unknown. The number of labels is bounded.
+	Node string
+	Open bool // answered without knowing the caller
 
-	at   *node  // nil: nowhere
-	dyn  *node  // the directory with Per on the way, if there is one,
-	name string // and which of its names was asked for
+	at   *node  // nil: no such place
+	dyn  *node  // the directory with Per above it; nil if there is none
+	name string // the requested name in dyn
 }
 
-// Find says what a path, percent-decoded, leads to. It knows nothing of the caller: whether the account that the path
-// names is the caller's is for Answer to say.
+// Find returns the place of a percent-decoded path. It does not depend on the caller: Answer
+// decides whether the account in the path is the caller's.
 func (t *Tree) Find(p string) Match {
-	p = clean(p)
+	p = cleanPath(p)
 	if m, ok := t.usual[p]; ok {
 		return m
 	}
 	return t.walk(p)
 }
 
-// walk is Find for a clean path, by the tree itself.
+// walk is Find for a clean path, without the index.
 func (t *Tree) walk(p string) Match {
 	m := Match{Path: p, Node: Unknown}
 	n, rest := t.root, strings.Trim(p, "/")
@@ -51,9 +55,10 @@ func (t *Tree) walk(p string) Match {
 	return m
 }
 
-// split takes what follows a dynamic directory apart. A name may hold any number of slashes (E-26), and a value's none:
-// so a last segment that is a value's name is the value, and all before it is the dynamic name. No account can be
-// called after a value: the only names with a slash are principals, and those end in system:serviceaccount:NS:NAME.
+// split parses what follows a dynamic directory. A dynamic name may hold slashes (E-26, emails
+// as email), and a value's name may not. So a last segment that is a value's name is the value, and
+// everything before it is the dynamic name. No account has a value's name: the only names with
+// slashes are principals, which end in system:serviceaccount:NS:NAME.
 func (n *node) split(rest string) (name string, to *node) {
 	if i := strings.LastIndexByte(rest, '/'); i > 0 {
 		if leaf := n.each.byName[rest[i+1:]]; leaf != nil {
@@ -63,9 +68,10 @@ func (n *node) split(rest string) (name string, to *node) {
 	return rest, n.each
 }
 
-// clean returns the rooted, shortest form of a path. It keeps a slash at the end, and "." and ".." there count as one,
-// since they name directories (RFC 3986, 5.2.4). A path that is clean already costs no allocation.
-func clean(p string) string {
+// cleanPath returns the rooted, shortest form of a path. It keeps a slash at the end. A final "."
+// or ".." counts as a slash, since both name directories (RFC 3986, 5.2.4). A clean path costs no
+// allocation.
+func cleanPath(p string) string {
 	if p != "" && p[0] == '/' && !strings.Contains(p, "//") && !strings.Contains(p, "/.") {
 		return p
 	}
@@ -77,13 +83,14 @@ func clean(p string) string {
 	switch {
 	case last != "" && last != "." && last != ".." || c == "/":
 		return c
-	case len(p) == len(c)+1: // only the slash was taken off
+	case len(p) == len(c)+1: // path.Clean removed the slash only
 		return p
 	}
 	return c + "/"
 }
 
-// names are the caller's names in a dynamic directory, each once: an email could be "default" too.
+// names returns the caller's names in a dynamic directory, each once, since an email could also be
+// "default".
 func (n *node) names(ctx context.Context, q Query) ([]string, error) {
 	all, err := n.Per(ctx, q)
 	if err != nil {
@@ -98,7 +105,8 @@ func (n *node) names(ctx context.Context, q Query) ([]string, error) {
 	return names, nil
 }
 
-// has reports whether a cleaned name is among the caller's: principal://… arrives as principal:/… (E-26, H-18).
+// has reports whether a cleaned name is the caller's. A name principal://… arrives as principal:/…
+// (E-26, emails with slashes; H-18, cleaned paths).
 func (n *node) has(ctx context.Context, q Query, name string) (bool, error) {
 	all, err := n.Per(ctx, q)
 	if err != nil {

@@ -19,13 +19,14 @@ func TestLabels(t *testing.T) {
 		accts:                        "instance/service-accounts/",
 		accts + "default/token":      "instance/service-accounts/*/token",
 		accts + principal + "/token": "instance/service-accounts/*/token",
-		accts + "nobody/token":       "instance/service-accounts/*/token", // the label is bounded; whether it is there is for Answer to say
-		accts + "default/token/":     "instance/service-accounts/*/token",
-		accts + "nobody":             "instance/service-accounts/*/",
-		accts + "nobody/nothing":     "instance/service-accounts/*/",
-		"/latest/meta-data/":         Unknown,
-		"":                           "/",
-		"*":                          Unknown,
+		// the label is bounded; whether it is there is for Answer to say
+		accts + "nobody/token":   "instance/service-accounts/*/token",
+		accts + "default/token/": "instance/service-accounts/*/token",
+		accts + "nobody":         "instance/service-accounts/*/",
+		accts + "nobody/nothing": "instance/service-accounts/*/",
+		"/latest/meta-data/":     Unknown,
+		"":                       "/",
+		"*":                      Unknown,
 	} {
 		if m := tree.Find(path); m.Node != want {
 			t.Errorf("%q: got %q, want %q", path, m.Node, want)
@@ -51,7 +52,7 @@ func TestClean_H18(t *testing.T) {
 		"/../a/../../b": "/b",
 		"/a/...":        "/a/...",
 	} {
-		if got := clean(path); got != want {
+		if got := cleanPath(path); got != want {
 			t.Errorf("%q: got %q, want %q", path, got, want)
 		}
 	}
@@ -60,7 +61,8 @@ func TestClean_H18(t *testing.T) {
 // A request for a clean path is the hot one, and looking it up costs no allocation.
 func TestFindAllocatesNothing(t *testing.T) {
 	tree := newTree(t, sample())
-	for _, path := range []string{"/", accts + "default/token", accts + "default/", accts + email + "/token", "/latest/api/token"} {
+	for _, path := range []string{"/", accts + "default/token", accts + "default/", accts + email + "/token",
+		"/latest/api/token"} {
 		if n := testing.AllocsPerRun(100, func() { tree.Find(path) }); n != 0 {
 			t.Errorf("%s: %v allocations", path, n)
 		}
@@ -108,7 +110,8 @@ func TestNameOfEveryCaller(t *testing.T) {
 			t.Errorf("%s: %v, want %v", path, err, want)
 		}
 	}
-	if _, err := New(Node{Kids: []Node{{Name: "a", Each: "default", Kids: []Node{{Name: "b", Get: Value("")}}}}}); err == nil {
+	if _, err := New(Node{Kids: []Node{{Name: "a", Each: "default",
+		Kids: []Node{{Name: "b", Get: Value("")}}}}}); err == nil {
 		t.Error("Each without Per is accepted")
 	}
 }

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// FuzzPath (H-18): no path and no query makes the engine panic, leads out of the tree, or gets a credential from anywhere
-// but the place that is named after it.
+// FuzzPath (H-18): no path and no query makes the engine panic, leads out of the tree, or gets a
+// credential from anywhere but the place that is named after it.
 func FuzzPath(f *testing.F) {
 	tree := newTree(f, sample())
 	f.Fuzz(func(t *testing.T, path, query string) {
@@ -42,13 +42,15 @@ func FuzzPath(f *testing.F) {
 			}
 			return
 		}
-		if bytes.Contains(a.Body, []byte(secret)) && !strings.HasSuffix(m.Path, "/token") && !strings.HasSuffix(m.Path, "/identity") {
+		if bytes.Contains(a.Body, []byte(secret)) && !strings.HasSuffix(m.Path, "/token") &&
+			!strings.HasSuffix(m.Path, "/identity") {
 			t.Fatalf("%q, %q: %s holds a credential", path, query, m.Path)
 		}
 	})
 }
 
-// FuzzQuery (I-05): what url.ParseQuery can read is read as it reads it; the rest is never an error.
+// FuzzQuery (I-05): what url.ParseQuery can read is read as it reads it; the rest is never an
+// error.
 func FuzzQuery(f *testing.F) {
 	f.Fuzz(func(t *testing.T, raw string) {
 		got := ParseQuery(raw)

@@ -6,9 +6,10 @@ import (
 	"strings"
 )
 
-// Graft returns the tree with one more leaf at the path, which has no slash at either end and counts from the root that
-// is given; directories that are missing on the way are made (E-13, U-17). The given tree stays as it is. What is there
-// already is never replaced or hidden: that is an error, which names the place.
+// Graft returns the tree with one more leaf at the path, and with the missing directories above it
+// (E-13, U-17: extra metadata). The path has no slash at either end and starts at root, which is
+// not changed. Graft never replaces or hides an existing place: that is an error, which names the
+// place.
 func Graft(root Node, path string, leaf Get) (Node, error) {
 	n, err := graft(root, "", path, leaf)
 	if err != nil {
@@ -17,13 +18,13 @@ func Graft(root Node, path string, leaf Get) (Node, error) {
 	return n, nil
 }
 
-// graft hangs what is left of the path below n, which stands at "at".
+// graft adds the leaf below n. Its path from n is rest, and n's own path is at.
 func graft(n Node, at, rest string, leaf Get) (Node, error) {
 	switch {
 	case n.Get != nil:
-		return n, fmt.Errorf("%s is a value, so nothing can be below it: remove one of the two", at)
+		return n, fmt.Errorf("%s is a value and cannot have entries below it: remove one of the two", at)
 	case n.Per != nil:
-		return n, fmt.Errorf("what is below %s depends on who asks, and cannot be added to", at)
+		return n, fmt.Errorf("%s depends on the caller and takes no other entries: remove it", at)
 	}
 	name, below, deeper := strings.Cut(rest, "/")
 	if err := checkName(name); err != nil {
@@ -39,9 +40,9 @@ func graft(n Node, at, rest string, leaf Get) (Node, error) {
 	case i < 0:
 		i, n.Kids = len(n.Kids), append(n.Kids, Node{Name: name})
 	case !deeper && n.Kids[i].Get != nil:
-		return n, fmt.Errorf("%s has a value already: remove the second one", at)
+		return n, fmt.Errorf("%s already has a value: remove one of the two", at)
 	case !deeper:
-		return n, fmt.Errorf("%s is a directory, so it cannot be a value: name what is to be below it", at)
+		return n, fmt.Errorf("%s is a directory and cannot be a value: write a path below it", at)
 	}
 	var err error
 	n.Kids[i], err = graft(n.Kids[i], at, below, leaf)

@@ -8,7 +8,8 @@ import (
 func TestGraft_E13_U17(t *testing.T) {
 	before := sample()
 	root := before
-	for _, path := range []string{"instance/name", "instance/network-interfaces/0/ip", "instance/network-interfaces/0/mtu", "instance/attributes/kube-env"} {
+	for _, path := range []string{"instance/name", "instance/network-interfaces/0/ip",
+		"instance/network-interfaces/0/mtu", "instance/attributes/kube-env"} {
 		var err error
 		if root, err = Graft(root, "computeMetadata/v1/"+path, Value("of "+path)); err != nil {
 			t.Fatal(err)
@@ -18,9 +19,10 @@ func TestGraft_E13_U17(t *testing.T) {
 	for target, want := range map[string]string{
 		v1 + "instance/name": "of instance/name",
 		v1 + "instance/":     "attributes/\nhostname\nid\nname\nnetwork-interfaces/\nservice-accounts/\nzone\n",
-		v1 + "instance/network-interfaces/?recursive=true": `[{"ip":"of instance/network-interfaces/0/ip","mtu":"of instance/network-interfaces/0/mtu"}]`,
-		v1 + "instance/attributes/":                        "cluster-location\ncluster-name\ncluster-uid\nkube-env\n",
-		v1 + "instance/attributes/kube-env":                "of instance/attributes/kube-env",
+		v1 + "instance/network-interfaces/?recursive=true": `[{"ip":"of instance/network-interfaces/0/ip","mtu":"of ` +
+			`instance/network-interfaces/0/mtu"}]`,
+		v1 + "instance/attributes/":         "cluster-location\ncluster-name\ncluster-uid\nkube-env\n",
+		v1 + "instance/attributes/kube-env": "of instance/attributes/kube-env",
 	} {
 		if _, a, err := ask(t, tree, linked, target); err != nil || string(a.Body) != want {
 			t.Errorf("%s: got %q, %v, want %q", target, a.Body, err, want)
@@ -37,22 +39,23 @@ func TestGraftRefuses_E13(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{
-		"instance/zone":                       "instance/zone has a value already",
-		"instance/zone/x":                     "instance/zone is a value, so nothing can be below it",
-		"instance/attributes":                 "instance/attributes is a directory, so it cannot be a value",
+		"instance/zone":                       "instance/zone already has a value",
+		"instance/zone/x":                     "instance/zone is a value and cannot have entries below it",
+		"instance/attributes":                 "instance/attributes is a directory and cannot be a value",
 		"instance/service-accounts":           "instance/service-accounts is a directory",
-		"instance/service-accounts/default/x": "depends on who asks",
-		"instance/disks/0/mode":               "instance/disks/0/mode has a value already",
+		"instance/service-accounts/default/x": "depends on the caller",
+		"instance/disks/0/mode":               "instance/disks/0/mode already has a value",
 		"instance/disks/0/mode/x":             "instance/disks/0/mode is a value",
 		"instance/disks/0":                    "instance/disks/0 is a directory",
-		"":                                    `"" is no name`,
-		"instance/":                           `"" is no name`,
-		"instance//x":                         `"" is no name`,
-		"instance/../x":                       `".." is no name`,
+		"":                                    `"" is not a name`,
+		"instance/":                           `"" is not a name`,
+		"instance//x":                         `"" is not a name`,
+		"instance/../x":                       `".." is not a name`,
 		"instance/a b":                        `holds a space`,
 	} {
 		_, err := Graft(root, "computeMetadata/v1/"+path, Value("x"))
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), `"computeMetadata/v1/`+path+`"`) {
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(),
+			`"computeMetadata/v1/`+path+`"`) {
 			t.Errorf("%q: got %v, want it to say %q", path, err, want)
 		}
 	}

@@ -15,10 +15,13 @@ func TestErrorsPassThrough(t *testing.T) {
 	fail := func(err error) Get { return func(context.Context, Query) (any, error) { return nil, err } }
 	tree := newTree(t, Node{Kids: []Node{
 		{Name: "d", Kids: []Node{{Name: "refused", Get: fail(refused)}, {Name: "v", Get: Value("x")}}},
-		{Name: "per", Per: func(context.Context, Query) ([]string, error) { return nil, refused }, Kids: []Node{{Name: "v", Get: Value("x")}}},
+		{Name: "per", Per: func(context.Context, Query) ([]string, error) { return nil, refused },
+			Kids: []Node{{Name: "v", Get: Value("x")}}},
 	}})
-	for _, target := range []string{"/d/refused", "/d/?recursive=true", "/?recursive=true&alt=text", "/per/", "/per/a/", "/per/a", "/per/a/v", "/per/?alt=json"} {
-		if _, a, err := ask(t, tree, linked, target); !errors.Is(err, refused) || err.Error() != refused.Error() || a.Body != nil {
+	for _, target := range []string{"/d/refused", "/d/?recursive=true", "/?recursive=true&alt=text", "/per/", "/per/a/",
+		"/per/a", "/per/a/v", "/per/?alt=json"} {
+		if _, a, err := ask(t, tree, linked, target); !errors.Is(err, refused) || err.Error() != refused.Error() ||
+			a.Body != nil {
 			t.Errorf("%s: got %+v, %v", target, a, err)
 		}
 	}
@@ -51,7 +54,8 @@ func TestValues(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			tree := newTree(t, Node{Kids: []Node{{Name: "v", Get: Value(c.value)}}})
-			for target, want := range map[string]string{"/v": c.text, "/v?alt=json": c.json, "/?recursive=true": `{"v":` + c.json + "}"} {
+			for target, want := range map[string]string{"/v": c.text, "/v?alt=json": c.json,
+				"/?recursive=true": `{"v":` + c.json + "}"} {
 				if _, a, err := ask(t, tree, linked, target); err != nil || string(a.Body) != want {
 					t.Errorf("%s: got %q, %v, want %q", target, a.Body, err, want)
 				}
@@ -90,19 +94,24 @@ func TestRecursiveLeavesOut(t *testing.T) {
 	}
 }
 
-// GCE's numbered directories are arrays in JSON; programs that assume its tree decode them as such (U-17).
+// GCE's numbered directories are arrays in JSON; programs that assume its tree decode them as such
+// (U-17).
 func TestNumbered_U17(t *testing.T) {
 	dir := Node{Name: "disks"}
 	for _, name := range []string{"10", "2", "0", "1", "3", "4", "5", "6", "7", "8", "9"} {
 		dir.Kids = append(dir.Kids, Node{Name: name, Get: Value("d" + name)})
 	}
-	lost := Node{Name: "lost", Kids: []Node{{Name: "0", Get: func(context.Context, Query) (any, error) { return nil, ErrNotFound }}, {Name: "1", Get: Value("b")}}}
+	lost := Node{Name: "lost", Kids: []Node{{Name: "0", Get: func(context.Context, Query) (any, error) {
+		return nil,
+			ErrNotFound
+	}}, {Name: "1", Get: Value("b")}}}
 	gap := Node{Name: "gap", Kids: []Node{{Name: "0", Get: Value("a")}, {Name: "2", Get: Value("b")}}}
 	tree := newTree(t, Node{Kids: []Node{dir, gap, lost, {Name: "attributes", Verbatim: true, Kids: []Node{
 		{Name: "0", Kids: []Node{{Name: "kube-env", Get: Value("a")}}},
 	}}}})
 	for target, want := range map[string]string{
-		"/?recursive=true":              `{"attributes":{"0":{"kube-env":"a"}},"disks":["d0","d1","d2","d3","d4","d5","d6","d7","d8","d9","d10"],"gap":{"0":"a","2":"b"},"lost":{"1":"b"}}`,
+		"/?recursive=true": `{"attributes":{"0":{"kube-env":"a"}},"disks":["d0","d1","d2","d3","d4","d5","d6",` +
+			`"d7","d8","d9","d10"],"gap":{"0":"a","2":"b"},"lost":{"1":"b"}}`,
 		"/gap/?recursive=true&alt=text": "0 a\n2 b\n",
 		"/disks/":                       "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n",
 	} {
@@ -118,7 +127,8 @@ func TestNamesOnce_E24(t *testing.T) {
 		Name: "accts", Per: func(context.Context, Query) ([]string, error) { return []string{"default", "default"}, nil },
 		Kids: []Node{{Name: "v", Get: Value("x")}},
 	}}})
-	for target, want := range map[string]string{"/accts/": "default/\n", "/accts/?recursive=true": `{"default":{"v":"x"}}`, "/accts/default/v": "x"} {
+	for target, want := range map[string]string{"/accts/": "default/\n",
+		"/accts/?recursive=true": `{"default":{"v":"x"}}`, "/accts/default/v": "x"} {
 		if _, a, err := ask(t, tree, linked, target); err != nil || string(a.Body) != want {
 			t.Errorf("%s: got %q, %v, want %q", target, a.Body, err, want)
 		}

@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// ErrBadQuery means that the request's parameters are at fault. See BadQuery.
+// ErrBadQuery: the request's parameters are wrong. See BadQuery.
 var ErrBadQuery = errors.New("bad query")
 
-// BadQuery returns an error that is ErrBadQuery and reads as the text alone, since clients get to see the text and some
-// match it (I-02).
+// BadQuery returns an ErrBadQuery whose text is only the given one. Clients see the text, and some
+// match it (I-02, errors of identity).
 func BadQuery(format string, args ...any) error { return badQuery(fmt.Sprintf(format, args...)) }
 
 type badQuery string
@@ -21,9 +21,9 @@ type badQuery string
 func (b badQuery) Error() string      { return string(b) }
 func (badQuery) Is(target error) bool { return target == ErrBadQuery }
 
-// ParseQuery reads the query of a request as leniently as can be (I-05): unlike url.ParseQuery it takes a semicolon for
-// itself, and a percent sign that starts no escape too. It returns nil when there is nothing to read. The server's limit
-// on the size of a request's head bounds it.
+// ParseQuery parses a query leniently (I-05, lenient queries). Unlike url.ParseQuery it accepts a
+// semicolon, and a percent sign that starts no escape. It returns nil when there is nothing to
+// read. The server's limit for a request's head bounds the result.
 func ParseQuery(raw string) url.Values {
 	var v url.Values
 	for pair := range strings.SplitSeq(raw, "&") {
@@ -46,15 +46,16 @@ func unescape(s string) string {
 	return s
 }
 
-// Wait is what a long poll asks for (H-12). The waiting is the server's: it asks for the Answer again whenever something
-// changed, until Over or the timeout.
+// Wait holds the parameters of a long poll (H-12, long polls). The server waits: it evaluates the
+// Answer again after each change, until Over or the timeout.
 type Wait struct {
 	ForChange bool
 	LastETag  string
-	Timeout   time.Duration // 0: as long as the server likes; at most 136 years, so that it cannot overflow
+	Timeout   time.Duration // 0: the server's limit; at most 136 years, so that it cannot overflow
 }
 
-// ParseWait reads wait_for_change, last_etag and timeout_sec. Without the first the others mean nothing.
+// ParseWait reads wait_for_change, last_etag and timeout_sec. The others have no meaning without
+// the first.
 func ParseWait(v url.Values) (Wait, error) {
 	if !isTrue(v, "wait_for_change") {
 		return Wait{}, nil
@@ -70,13 +71,14 @@ func ParseWait(v url.Values) (Wait, error) {
 	return w, nil
 }
 
-// Over reports whether an answer with this ETag ends the wait: it is news to the client, or the client did not say what
-// it knows.
+// Over reports whether an answer with this ETag ends the wait: it differs from LastETag, or there
+// is no LastETag.
 func (w Wait) Over(etag string) bool {
 	return !w.ForChange || w.LastETag == "" || w.LastETag != etag
 }
 
-// form is how a request wants its answer. Zero is the default: a value as text, a directory as a listing.
+// form is the requested form of an answer. The zero value is the default: a value as text, a
+// directory as a listing.
 type form struct {
 	recursive bool
 	alt       string // altJSON, altText or ""
@@ -98,8 +100,9 @@ func parseForm(v url.Values) (form, error) {
 	return f, nil
 }
 
-// json reports the form of values: JSON when asked for, and by default when recursive, also of a single leaf.
+// json reports whether values are JSON: on request, and by default with recursive=, also for a
+// single leaf.
 func (f form) json() bool { return f.alt == altJSON || f.recursive && f.alt == "" }
 
-// isTrue takes true in any case (H-10). Everything else is false, as for GCE.
+// isTrue accepts true in any case (H-10, recursive answers). Everything else is false, as on GCE.
 func isTrue(v url.Values, key string) bool { return strings.EqualFold(v.Get(key), "true") }

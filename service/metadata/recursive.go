@@ -7,17 +7,19 @@ import (
 	"fmt"
 )
 
-// branch is a place and all that recursive=true shows below it, for one caller at one moment.
+// branch is a place with everything that recursive=true shows below it, for one caller at one
+// moment.
 type branch struct {
-	name, key string // in text, in JSON
+	name, key string // its name in text and in JSON
 	leaf      bool
 	value     any      // of a leaf
-	kids      []branch // of a directory,
-	list      bool     // which is an array
+	kids      []branch // of a directory
+	list      bool     // the directory is an array in JSON
 }
 
-// collect evaluates everything below a directory but what is Secret. It fails as a whole: half an answer would be
-// cached by clients as the whole one. Only a leaf that does not exist for the caller is left out.
+// collect evaluates everything below a directory except Secret leaves. Any error fails the whole
+// answer, since clients would cache a part as the whole. Only a leaf that does not exist for the
+// caller is left out.
 func (n *node) collect(ctx context.Context, q Query) (branch, error) {
 	b := branch{name: n.Name, key: n.key, list: n.list}
 	if n.Per != nil {
@@ -25,7 +27,7 @@ func (n *node) collect(ctx context.Context, q Query) (branch, error) {
 		if err != nil || len(names) == 0 {
 			return b, err
 		}
-		// All names are the caller's own and stand for the same values, which need be had only once.
+		// All names are of the same caller and have the same values, so one evaluation is enough.
 		each, err := n.each.collect(ctx, q)
 		if err != nil {
 			return b, err
@@ -55,17 +57,17 @@ func (n *node) collect(ctx context.Context, q Query) (branch, error) {
 		if err != nil {
 			return b, err
 		}
-		if _, raw := v.(Raw); raw { // should have been Secret; better unsaid than said in the wrong place
+		if _, raw := v.(Raw); raw { // the leaf should be Secret: leave it out
 			continue
 		}
 		b.kids = append(b.kids, branch{name: kid.Name, key: kid.key, leaf: true, value: v})
 	}
-	// A list that lost a member to ErrNotFound would move the ones behind it to another index.
+	// After an ErrNotFound, the following entries of a list would have other indexes.
 	b.list = b.list && len(b.kids) == len(n.kids)
 	return b, nil
 }
 
-// MarshalJSON keeps the order of the listing, which a map would lose.
+// MarshalJSON keeps the order of the listing, which a map does not.
 func (b branch) MarshalJSON() ([]byte, error) {
 	if b.leaf {
 		return encode(b.value)
@@ -97,8 +99,9 @@ func (b branch) MarshalJSON() ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// flatten appends a line "path value" for every value below a directory, the path as seen from there, and for a list of
-// values a line each. A value of several lines stands as it is. So does GCE (H-11; seen in published answers).
+// flatten appends a line "path value" for every value below a directory, with the path relative to
+// the directory, and for a list of values one line each. A value of several lines is written
+// unchanged, as GCE does (H-11, recursive text; seen in published answers).
 func (b branch) flatten(to []byte, path string) ([]byte, error) {
 	for _, kid := range b.kids {
 		at := path + kid.name

@@ -9,31 +9,31 @@ import (
 	"unicode"
 )
 
-// base is what labels leave out, as the contract does where it names paths.
+// base is left out of labels, as the contract does when it names paths.
 const base = "computeMetadata/v1/"
 
-// Tree is a Node after it was checked and indexed. It is immutable and may be used by any number of goroutines.
+// Tree is a checked and indexed Node. It is immutable and may be used concurrently.
 type Tree struct {
 	root  *node
-	usual map[string]Match // by the paths that clients write: clean, and with a name that every caller has
+	usual map[string]Match // the clean paths whose names every caller has
 }
 
-// node is a Node in the form that requests need: nothing is built, sorted or hashed again for them.
+// node is a Node prepared for requests, which build, sort and hash nothing again.
 type node struct {
 	Node
 	key    string           // its name in recursive JSON
-	label  string           // its path, dynamic names as *, directories with a slash; below base without it
+	label  string           // its path without base, with * for dynamic names and a slash after directories
 	kids   []*node          // as listed
-	byName map[string]*node // the same
-	each   *node            // with Per: the directory that every name is
-	list   bool             // a directory of 0, 1, 2…: an array in recursive JSON, as GCE's disks and network-interfaces are
-	index  Answer           // a directory's listing as text, unless Per makes it
+	byName map[string]*node // the same kids
+	each   *node            // with Per: the directory below each name
+	list   bool             // entries 0, 1, 2…: an array in recursive JSON, such as GCE's disks
+	index  Answer           // a directory's listing as text, without Per
 }
 
-// New checks a tree and indexes it. An error is a mistake in the tree, and names the place.
+// New checks and indexes a tree. An error is a mistake in the tree, and names the place.
 func New(root Node) (*Tree, error) {
 	if root.Name != "" {
-		return nil, fmt.Errorf("metadata: the root is called %q: leave its name empty", root.Name)
+		return nil, fmt.Errorf("metadata: the root has the name %q: leave it empty", root.Name)
 	}
 	n, err := compile(root, "", false)
 	if err != nil {
@@ -44,7 +44,8 @@ func New(root Node) (*Tree, error) {
 	return t, nil
 }
 
-// index notes what the paths of n and of all below it lead to. at ends in a slash where n is a directory.
+// index stores the Match of n and of everything below it. at ends in a slash where n is a
+// directory.
 func (t *Tree) index(n *node, at string) {
 	t.usual[at] = t.walk(at)
 	if n.Get != nil {
@@ -63,7 +64,7 @@ func (t *Tree) index(n *node, at string) {
 	if n.Each != "" {
 		t.index(n.each, at+n.Each+"/")
 		for p, m := range t.usual {
-			if m.dyn == n { // nobody has to be asked whether it is the caller's
+			if m.dyn == n { // the name is every caller's, so Per is not needed
 				m.dyn = nil
 				t.usual[p] = m
 			}
@@ -71,7 +72,7 @@ func (t *Tree) index(n *node, at string) {
 	}
 }
 
-// compile makes a node of what lies at path, which ends in a slash where it is a directory's.
+// compile makes the node for path, which ends in a slash where it is a directory.
 func compile(from Node, path string, verbatim bool) (*node, error) {
 	n := &node{Node: from, key: from.Name, label: strings.TrimPrefix(path, base)}
 	if n.label == "" {
@@ -84,19 +85,20 @@ func compile(from Node, path string, verbatim bool) (*node, error) {
 
 	switch {
 	case from.Get != nil && (from.Per != nil || len(from.Kids) > 0):
-		return nil, fmt.Errorf("%s is a value and a directory at once: give it Get, or Kids with or without Per", n.label)
+		return nil, fmt.Errorf("%s is a value and a directory: set either Get or Kids", n.label)
 	case from.Get != nil:
 		return n, nil
 	case from.Secret:
-		return nil, fmt.Errorf("%s is a directory, and only values can be Secret: mark those below it", n.label)
+		return nil, fmt.Errorf("%s is a directory and cannot be Secret: mark the values below it", n.label)
 	case from.Each != "" && from.Per == nil:
-		return nil, fmt.Errorf("%s has a name that every caller has, and no Per", n.label)
+		return nil, fmt.Errorf("%s has Each without Per", n.label)
 	case from.Per != nil && from.Open:
-		return nil, fmt.Errorf("%s is Open, but Per needs to know the caller", n.label)
+		return nil, fmt.Errorf("%s is Open, but Per needs the caller", n.label)
 	case from.Per != nil:
 		for _, kid := range from.Kids {
 			if kid.Get == nil {
-				return nil, fmt.Errorf("%s*/%s is a directory: below a dynamic name there can only be values, since the name may hold slashes itself", n.label, kid.Name)
+				return nil, fmt.Errorf("%s*/%s is a directory: only values may be below a dynamic name, which may hold slashes "+
+					"itself", n.label, kid.Name)
 			}
 		}
 		var err error
@@ -140,9 +142,9 @@ func compile(from Node, path string, verbatim bool) (*node, error) {
 func checkName(name string) error {
 	switch {
 	case name == "" || name == "." || name == "..":
-		return fmt.Errorf("%q is no name", name)
+		return fmt.Errorf("%q is not a name", name)
 	case strings.ContainsRune(name, '/'):
-		return fmt.Errorf("the name %q holds a slash: nest it", name)
+		return fmt.Errorf("the name %q holds a slash: use a directory", name)
 	case strings.ContainsFunc(name, func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }):
 		return fmt.Errorf("the name %q holds a space or a control character", name)
 	}
@@ -170,7 +172,8 @@ func camelCase(name string) string {
 	return strings.Join(words, "")
 }
 
-// entries are the names of a directory without Per, as its listing shows them (E-14).
+// entries returns the names of a directory without Per, as in its listing (E-14, slash after
+// directories).
 func (n *node) entries() []string {
 	names := make([]string, len(n.kids))
 	for i, k := range n.kids {

@@ -18,10 +18,13 @@ const (
 	secret    = "ya29.secret" // in every answer that holds a credential, and in no other
 )
 
-// The two callers of the tests: one is linked to a Google service account, one is not and shows its principal (E-25).
+// The two callers of the tests: one is linked to a Google service account, one is not and shows its
+// principal (E-25).
 var (
-	linked   = workload.Caller{PodUID: "u1", PodName: "p1", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "linked"}}
-	unlinked = workload.Caller{PodUID: "u2", PodName: "p2", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "plain"}}
+	linked = workload.Caller{PodUID: "u1", PodName: "p1", ServiceAccount: workload.ServiceAccount{Namespace: "ns",
+		Name: "linked"}}
+	unlinked = workload.Caller{PodUID: "u2", PodName: "p2", ServiceAccount: workload.ServiceAccount{Namespace: "ns",
+		Name: "plain"}}
 )
 
 func emailOf(_ context.Context, q Query) (any, error) {
@@ -68,7 +71,8 @@ func sample() Node {
 						}
 						return Raw{Body: []byte(fmt.Sprintf(`{"access_token":"%s of %s","expires_in":3599,"token_type":"Bearer"}`, secret, q.Caller)), ContentType: JSON}, nil
 					}},
-					{Name: "scopes", Get: Value([]string{"https://www.googleapis.com/auth/cloud-platform", "https://www.googleapis.com/auth/userinfo.email"})},
+					{Name: "scopes", Get: Value([]string{"https://www.googleapis.com/auth/cloud-platform",
+						"https://www.googleapis.com/auth/userinfo.email"})},
 					{Name: "identity", Secret: true, Get: func(_ context.Context, q Query) (any, error) {
 						if q.Values.Get("audience") == "" {
 							return nil, BadQuery("non-empty audience parameter required")
@@ -112,17 +116,22 @@ func TestNewRefuses(t *testing.T) {
 		root Node
 		want string
 	}{
-		{"a named root", Node{Name: "x"}, `the root is called "x"`},
-		{"a value with something below it", Node{Kids: []Node{{Name: "a", Get: leaf, Kids: []Node{{Name: "b"}}}}}, "a is a value and a directory at once"},
+		{"a named root", Node{Name: "x"}, `the root has the name "x"`},
+		{"a value with something below it", Node{Kids: []Node{{Name: "a", Get: leaf, Kids: []Node{{Name: "b"}}}}},
+			"a is a value and a directory"},
 		{"two of one name", Node{Kids: []Node{{Name: "a", Get: leaf}, {Name: "a", Get: leaf}}}, `"a" and "a" are both "a"`},
-		{"two of one key", Node{Kids: []Node{{Name: "a-b", Get: leaf}, {Name: "aB", Get: leaf}}}, `"a-b" and "aB" are both "aB"`},
-		{"no name", Node{Kids: []Node{{Get: leaf}}}, `below /: "" is no name`},
-		{"dots", Node{Kids: []Node{{Name: "a", Kids: []Node{{Name: "..", Get: leaf}}}}}, `below a/: ".." is no name`},
+		{"two of one key", Node{Kids: []Node{{Name: "a-b", Get: leaf}, {Name: "aB", Get: leaf}}},
+			`"a-b" and "aB" are both "aB"`},
+		{"no name", Node{Kids: []Node{{Get: leaf}}}, `below /: "" is not a name`},
+		{"dots", Node{Kids: []Node{{Name: "a", Kids: []Node{{Name: "..", Get: leaf}}}}}, `below a/: ".." is not a name`},
 		{"a slash", Node{Kids: []Node{{Name: "a/b", Get: leaf}}}, `"a/b" holds a slash`},
 		{"a line break", Node{Kids: []Node{{Name: "a\nb", Get: leaf}}}, `holds a space or a control character`},
-		{"a secret directory", Node{Kids: []Node{{Name: "a", Secret: true}}}, "a/ is a directory, and only values can be Secret"},
-		{"an open dynamic directory", Node{Kids: []Node{{Name: "a", Open: true, Per: per}}}, "a/ is Open, but Per needs to know the caller"},
-		{"a directory below a dynamic name", Node{Kids: []Node{{Name: "a", Per: per, Kids: []Node{{Name: "b"}}}}}, "a/*/b is a directory"},
+		{"a secret directory", Node{Kids: []Node{{Name: "a", Secret: true}}},
+			"a/ is a directory and cannot be Secret"},
+		{"an open dynamic directory", Node{Kids: []Node{{Name: "a", Open: true, Per: per}}},
+			"a/ is Open, but Per needs the caller"},
+		{"a directory below a dynamic name", Node{Kids: []Node{{Name: "a", Per: per, Kids: []Node{{Name: "b"}}}}},
+			"a/*/b is a directory"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := New(c.root)
@@ -135,8 +144,9 @@ func TestNewRefuses(t *testing.T) {
 
 func TestCamelCase_H10(t *testing.T) {
 	for name, want := range map[string]string{
-		"service-accounts": "serviceAccounts", "numeric-project-id": "numericProjectId", "zone": "zone", "computeMetadata": "computeMetadata",
-		"": "", "-": "", "a--b": "aB", "0": "0", "universe_domain": "universe_domain",
+		"service-accounts": "serviceAccounts", "numeric-project-id": "numericProjectId", "zone": "zone",
+		"computeMetadata": "computeMetadata",
+		"":                "", "-": "", "a--b": "aB", "0": "0", "universe_domain": "universe_domain",
 	} {
 		if got := camelCase(name); got != want {
 			t.Errorf("%q: got %q, want %q", name, got, want)

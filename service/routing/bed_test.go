@@ -118,17 +118,23 @@ const (
 	cloud    = "cloud"
 )
 
-// onBothBackends runs the test on a node of its own for each backend.
+// onBothBackends runs the test on a node of its own for each backend, side by side.
 func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
-		t.Run(binary, func(t *testing.T) { f(t, newBed(t, binary)) })
+		t.Run(binary, func(t *testing.T) {
+			t.Parallel()
+			f(t, newBed(t, binary))
+		})
 	}
 }
 
 // onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode nftables.
 func onEveryDNAT(t *testing.T, f func(t *testing.T, b *bed)) {
 	onBothBackends(t, f)
-	t.Run("nftables", func(t *testing.T) { f(t, nftBed(t)) })
+	t.Run("nftables", func(t *testing.T) {
+		t.Parallel()
+		f(t, nftBed(t))
+	})
 }
 
 func bedPlan(runDir, binary string) Plan {
@@ -267,11 +273,12 @@ func (b *bed) remove(p Plan) {
 	}
 }
 
-// sh runs shell commands on the node, with iptables and ip6tables being the bed's backend.
+// sh runs shell commands on the node, with iptables and ip6tables being the bed's backend. All namespaces share the lock
+// of legacy iptables.
 func (b *bed) sh(script string) string {
 	b.t.Helper()
 	six := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
-	script = fmt.Sprintf("set -e; iptables() { %s \"$@\"; }; ip6tables() { %s \"$@\"; }; %s", b.plan.Binary, six, script)
+	script = fmt.Sprintf("set -e; iptables() { %s -w 60 \"$@\"; }; ip6tables() { %s -w 60 \"$@\"; }; %s", b.plan.Binary, six, script)
 	out, err := b.Command(context.Background(), "sh", "-c", script).CombinedOutput()
 	if err != nil {
 		b.t.Fatalf("%s: %v: %s", script, err, out)

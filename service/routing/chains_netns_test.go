@@ -13,6 +13,7 @@ import (
 
 // TestChainState reads what both backends' commands put there.
 func TestChainState(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		pre := ownChains()[len(ownChains())-1]
 		const ours, fromNFT = "-m comment --comment gke-metadata-emulator -j GME-PRE", "insert rule ip nat PREROUTING tcp dport { 7, 8 } accept"

@@ -38,6 +38,7 @@ func connectUntil(ns *netnstest.NS, stop *atomic.Bool, note func(error)) error {
 // TestChangeLosesNoConnect: while the mode changes every connect() of pods comes about, by the one way or by the other, and nothing is sent on
 // to the LAN for an address that is not this node's any more: routers there say "network is unreachable", or somebody answers.
 func TestChangeLosesNoConnect(t *testing.T) {
+	t.Parallel()
 	for _, from := range []string{"iptables-nft", ModeNFTables} {
 		t.Run(from, func(t *testing.T) {
 			b := modeBed(t, ModeLoopback)
@@ -93,6 +94,7 @@ func TestChangeLosesNoConnect(t *testing.T) {
 
 // TestInstallAgainTouchesNothing: where all stands, Install changes nothing in the kernel that it tells of, and no pod notices it.
 func TestInstallAgainTouchesNothing(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{ModeNFTables, ModeLoopback, "linked"} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeBed(t, mode)
@@ -147,6 +149,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 // TestChangeThatWasKilled is finished by the next Install, though what is desired was written down before: else redirection of the mode of
 // before would go on, to an address that is gone.
 func TestChangeThatWasKilled(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeLoopback)
 	loopback, dnat := b.plan, b.plan
 	dnat.Mode, dnat.Listen, dnat.Binary = ModeIPTables, netip.MustParseAddrPort("169.254.169.252:988"), "iptables-nft"
@@ -172,6 +175,7 @@ func TestChangeThatWasKilled(t *testing.T) {
 // TestInstallForgetsRedirections: where nothing is redirected and conntrack still knows of a redirection, the next connect() from that port goes
 // to an address that is not this node's, and fails by what a router says. Install heals that, whoever left it.
 func TestInstallForgetsRedirections(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeLoopback)
 	b.install(b.plan)
 	connect := func() error {
@@ -212,6 +216,7 @@ func TestInstallForgetsRedirections(t *testing.T) {
 // TestInstallForgetsWhatIsOver: a connection that DNAT brought goes on in mode ebpf. When it is over conntrack knows it for two minutes more, and
 // would give the next one from its port another port, by which no client is found.
 func TestInstallForgetsWhatIsOver(t *testing.T) {
+	t.Parallel()
 	b := ebpfBed(t)
 	dnat := b.plan
 	dnat.Mode = ModeNFTables

@@ -28,6 +28,7 @@ func ebpfBed(t testing.TB) *bpfBed {
 
 // TestEBPFStory is TestStory in mode ebpf.
 func TestEBPFStory(t *testing.T) {
+	t.Parallel()
 	b := ebpfBed(t)
 	routed, err := b.AddRoutedPod("routed")
 	if err != nil {
@@ -91,6 +92,7 @@ func TestEBPFStory(t *testing.T) {
 // TestEBPFHostPods: pods on the host network are told by what they are not: in a slice of the host's. Kubelet may make its cgroup
 // later, and anew.
 func TestEBPFHostPods(t *testing.T) {
+	t.Parallel()
 	b := ebpfBed(t)
 	b.plan.InterceptHostPods = "on"
 	b.install(b.plan)
@@ -120,6 +122,7 @@ func TestEBPFHostPods(t *testing.T) {
 // TestChangeOfMode loses no request from DNAT to programs. On the way back connections that are open then are cut off: nothing can
 // tell their packets from those of somebody who sends to the listen address directly, which nobody may where DNAT is.
 func TestChangeOfMode(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{ModeIPTables, ModeNFTables} {
 		t.Run(mode, func(t *testing.T) {
 			b := ebpfBed(t)
@@ -189,6 +192,7 @@ func (b *bpfBed) viaNode(t *testing.T) {
 // TestEBPFWatch: who detaches a program, or takes its pin away, is noticed and undone; so is a flush of the guard; and another's program
 // that comes or goes is nobody's business.
 func TestEBPFWatch(t *testing.T) {
+	t.Parallel()
 	b := ebpfBed(t)
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
@@ -232,6 +236,7 @@ func (b *bpfBed) must(err error) {
 
 // TestPortsAfterAnotherMode: a connection from a port that had one by another mode keeps its port, and so its client's socket is found.
 func TestPortsAfterAnotherMode(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // a network plugin's: conntrack translates
 	none := b.plan
@@ -279,6 +284,7 @@ func TestPortsAfterAnotherMode(t *testing.T) {
 
 // What goes on by another mode is not forgotten before its end, and what goes elsewhere never.
 func TestServedFlows(t *testing.T) {
+	t.Parallel()
 	flow := func(to, by string, state uint8) *netlink.ConntrackFlow {
 		f := &netlink.ConntrackFlow{ProtoInfo: &netlink.ProtoInfoTCP{State: state}}
 		dst := netip.MustParseAddrPort(to)

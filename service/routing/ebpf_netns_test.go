@@ -16,6 +16,7 @@ import (
 
 // TestRewriting: each way to connect, as a pod, as a pod on the host network and as a daemon of the host.
 func TestRewriting(t *testing.T) {
+	t.Parallel()
 	b := newBPFBed(t, newBed(t, "iptables-nft"))
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
@@ -56,6 +57,7 @@ func TestRewriting(t *testing.T) {
 
 // TestPins: what stands outlives who made it, is found again, replaced without a loss, and goes without a trace.
 func TestPins(t *testing.T) {
+	t.Parallel()
 	b := newBPFBed(t, newBed(t, "iptables-nft"))
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
@@ -140,6 +142,7 @@ func TestPins(t *testing.T) {
 
 // TestPinsRefusals: each reason why programs cannot be had is told with the remedy.
 func TestPinsRefusals(t *testing.T) {
+	t.Parallel()
 	netnstest.Needs(t, "setpriv")
 	b := newBPFBed(t, newBed(t, "iptables-nft"))
 	p, r := b.pins(), b.rewriting()

@@ -9,6 +9,7 @@ import (
 )
 
 func TestExamine(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		examine := func() (x Examination) {
 			t.Helper()

@@ -34,6 +34,7 @@ func fill(t *testing.T, dir string, data bool) {
 // are there, remove says what it could not write, and install why it cannot install, with the guard
 // up.
 func TestFullRunDirectory(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	before := sorted(b.ruleset())
 	for name, data := range map[string]bool{"data": true, "files": false} {
@@ -78,6 +79,7 @@ func TestFullRunDirectory(t *testing.T) {
 // TestRepairNamesAll: what went missing after the look that brought a repair is counted and named
 // by that repair, too.
 func TestRepairNamesAll(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		if err := b.Do(func() error {

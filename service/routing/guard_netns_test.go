@@ -15,6 +15,7 @@ import (
 // TestGuardFragments: the guard alone, without any rule of a firewall, lets nothing through by which a pod that makes its own packets gets
 // an answer of the real server: no fragments, in none of which the kernel looks for ports when it decides where they go.
 func TestGuardFragments(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.serve(b.Cloud, "[fd00:ec2::254]:8053", cloud)
 	dns, err := b.Cloud.ListenPacket("udp4", "169.254.169.254:53")

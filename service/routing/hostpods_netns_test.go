@@ -8,6 +8,7 @@ import (
 
 // TestAskCloud: what the host finds at 169.254.169.254.
 func TestAskCloud(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	found := func() (found string) {
 		t.Helper()
@@ -32,6 +33,7 @@ func TestAskCloud(t *testing.T) {
 
 // TestHostPodsAuto: they are left to the cloud where it answers, and what was found out outlives a restart; where nobody is, they are ours.
 func TestHostPodsAuto(t *testing.T) {
+	t.Parallel()
 	b := ebpfBed(t)
 	says := func(want string) {
 		t.Helper()

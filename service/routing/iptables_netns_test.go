@@ -14,6 +14,7 @@ import (
 
 // TestStory is a node's life: install, a request arrives, others flush, nothing leaks, install repairs, remove leaves no trace.
 func TestStory(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		routed, err := b.AddRoutedPod("routed") // K-08: the node's end of its link has no address
 		if err != nil {
@@ -139,6 +140,7 @@ func TestStory(t *testing.T) {
 
 // TestNftFlushRuleset is what a restart of nftables.service does.
 func TestNftFlushRuleset(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
@@ -155,6 +157,7 @@ func TestNftFlushRuleset(t *testing.T) {
 
 // TestShownTextIsWhatInstallDoes runs the shown commands by a shell and finds nothing missing.
 func TestShownTextIsWhatInstallDoes(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		var shown string
 		if err := b.Do(func() (err error) {
@@ -173,6 +176,7 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 
 // TestEstablishedConnection: who talked to the real server before the install does not go on, and is told so at once.
 func TestEstablishedConnection(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		// As on any Kubernetes node connections are tracked: these are not redirected at their first packet.
 		b.sh("iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT")
@@ -206,6 +210,7 @@ func TestEstablishedConnection(t *testing.T) {
 
 // TestWrittenIsCounted: what somebody changes between the writing and the first look, which counts rules, is noticed and named all the same.
 func TestWrittenIsCounted(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		for _, c := range []struct{ harm, want string }{
 			{"true", ""},

@@ -25,6 +25,7 @@ import (
 
 // TestRefusals: what belongs to somebody else is not touched, and the error says whose it is.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		refused := func(words ...string) {
 			t.Helper()
@@ -89,6 +90,7 @@ func TestRefusals(t *testing.T) {
 
 // TestClosedGuard is what stands while the configuration is broken.
 func TestClosedGuard(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
@@ -118,6 +120,7 @@ func TestClosedGuard(t *testing.T) {
 // TestRemoveWhileServing: who waits for an answer is told that there will be none, whether the connection was accepted or is in
 // the backlog of a listener that nobody accepts from.
 func TestRemoveWhileServing(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		idle := netip.MustParseAddrPort("169.254.169.252:989")
 		if _, err := b.Listen("tcp", idle.String()); err != nil {
@@ -143,6 +146,7 @@ func TestRemoveWhileServing(t *testing.T) {
 
 // TestInstallWhileServing repeats Install, eight at once, under load: 0 lost, and one result.
 func TestInstallWhileServing(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		whole := b.ruleset()
@@ -186,6 +190,7 @@ func TestInstallWhileServing(t *testing.T) {
 
 // TestReplaceWhileServing has other rules each time, so that what stands is replaced under load: 0 lost.
 func TestReplaceWhileServing(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		whole := b.ruleset()
@@ -223,6 +228,7 @@ func TestReplaceWhileServing(t *testing.T) {
 
 // TestConcurrentFirstInstalls converge from nothing.
 func TestConcurrentFirstInstalls(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		var installs sync.WaitGroup
@@ -243,6 +249,7 @@ func TestConcurrentFirstInstalls(t *testing.T) {
 
 // TestWithoutPrivilege says plainly what is missing.
 func TestWithoutPrivilege(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "setpriv")
 		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set", "-all", "--inh-caps", "-all").Output()
@@ -254,6 +261,7 @@ func TestWithoutPrivilege(t *testing.T) {
 
 // TestKubeletsBackend: the default command follows the node's kubelet, and cleans up after an earlier choice.
 func TestKubeletsBackend(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ kubelet, other string }{{"iptables-legacy", "iptables-nft"}, {"iptables-nft", "iptables-legacy"}} {
 		t.Run(c.kubelet, func(t *testing.T) {
 			netnstest.Needs(t, "iptables", c.other)
@@ -280,6 +288,7 @@ func TestKubeletsBackend(t *testing.T) {
 
 // TestStateOnTheWay: what is desired and what stands can be read by anybody, after success and after failure.
 func TestStateOnTheWay(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	read := func() State {
 		t.Helper()
@@ -317,6 +326,7 @@ func TestStateOnTheWay(t *testing.T) {
 
 // TestBusyIsTriedAgain: exit status 4 is no failure, and no reason to wait for ever.
 func TestBusyIsTriedAgain(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	dir := t.TempDir()
 	script := func(name string, busy int) {
@@ -356,6 +366,7 @@ exec %[1]s "$@"
 
 // TestResetSocket: a connection that was closed after it was listed is nobody's to reset, least of all its listener's.
 func TestResetSocket(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	at := netip.AddrPortFrom(b.Addr, 80)
 	b.serve(b.NS, at.String(), emulator)

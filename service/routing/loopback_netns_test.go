@@ -16,6 +16,7 @@ import (
 // TestLoopbackStory is a node's life in mode loopback, and TestNoneStory in mode none: install, others flush, nothing leaks, check names
 // what is missing, the watcher repairs, remove leaves no trace.
 func TestLoopbackStory(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeLoopback)
 	served := func() {
 		t.Helper()
@@ -37,6 +38,7 @@ func TestLoopbackStory(t *testing.T) {
 }
 
 func TestNoneStory(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeNone)
 	served := func() {
 		t.Helper()
@@ -56,6 +58,7 @@ func TestNoneStory(t *testing.T) {
 // TestLoopbackLink: a link that is missing is made where the kernel has dummy links, and goes with us; where it has none that is said, and pods
 // get no answer rather than the real server's.
 func TestLoopbackLink(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeLoopback)
 	b.plan.Link = "gme0"
 	before := b.ruleset()
@@ -115,6 +118,7 @@ func TestLoopbackLink(t *testing.T) {
 
 // TestNoneOnEveryAddress: pods reach the node's address, other hosts do not, and the node's other ports are nobody's business here.
 func TestNoneOnEveryAddress(t *testing.T) {
+	t.Parallel()
 	b := nftBed(t)
 	b.plan.Mode, b.plan.Listen = ModeNone, netip.MustParseAddrPort("0.0.0.0:8988")
 	at, another := netip.AddrPortFrom(b.Addr, 8988).String(), netip.AddrPortFrom(b.Addr, 10250).String()
@@ -195,6 +199,7 @@ func (b *bed) story(served func(), flushes []story) {
 
 // TestLoopbackRefuses: where a metadata server answers this host, unless forced, and where somebody has port 80 of every address.
 func TestLoopbackRefuses(t *testing.T) {
+	t.Parallel()
 	b := nftBed(t)
 	b.plan.Mode, b.plan.Listen = ModeLoopback, metadataServer
 	before := b.ruleset()
@@ -241,6 +246,7 @@ sys.stdin.read()`)
 
 // TestLoopbackEndsConnections: who has a connection by DNAT or by mode loopback is told when the other takes over, or nobody does.
 func TestLoopbackEndsConnections(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeLoopback)
 	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 	loopback, dnat := b.plan, b.plan

@@ -45,6 +45,7 @@ func golden(t *testing.T, name, got string) {
 // TestNFTablesStory is a node's life in mode nftables: install, a request arrives, others flush, nothing leaks, check names what is missing,
 // the watcher repairs, remove leaves no trace.
 func TestNFTablesStory(t *testing.T) {
+	t.Parallel()
 	b := nftBed(t)
 	routed, err := b.AddRoutedPod("routed") // K-08
 	if err != nil {
@@ -173,6 +174,7 @@ func sorted(s string) string {
 
 // TestNFTablesSurvivesIPTables: what flushes iptables' tables does not touch ours, and costs no look at them.
 func TestNFTablesSurvivesIPTables(t *testing.T) {
+	t.Parallel()
 	b := nftBed(t)
 	b.sh("iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
 	b.install(b.plan)
@@ -190,6 +192,7 @@ func TestNFTablesSurvivesIPTables(t *testing.T) {
 
 // TestModeChanges: an install takes away what another mode left, and pods are served all the while.
 func TestModeChanges(t *testing.T) {
+	t.Parallel()
 	b := nftBed(t)
 	before := b.ruleset()
 	other := b.plan
@@ -239,6 +242,7 @@ func errText(err error) string {
 
 // TestNFTablesShownText runs the shown commands by a shell. What they put there has not our marks, so it is compared as nft lists it.
 func TestNFTablesShownText(t *testing.T) {
+	t.Parallel()
 	b := nftBed(t)
 	var shown string
 	if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
@@ -254,6 +258,7 @@ func TestNFTablesShownText(t *testing.T) {
 // TestAnotherDNATKeepsConnections: who has a connection by the rules of one mode keeps it by those of the other, and is told when those
 // of none translate it any more.
 func TestAnotherDNATKeepsConnections(t *testing.T) {
+	t.Parallel()
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
 		t.Run(binary, func(t *testing.T) {
 			b := newBed(t, binary)

@@ -16,6 +16,7 @@ import (
 // TestGuardFollows: the watcher puts the guard before a policy rule that comes later, back when
 // that is gone, and the repair names the rule.
 func TestGuardFollows(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
@@ -53,6 +54,7 @@ func TestGuardFollows(t *testing.T) {
 // TestGuardBypassed: a rule that stands at preference 0 before ours cannot be overtaken. Install
 // and check say so, and whoever examines sees it.
 func TestGuardBypassed(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.sh("ip rule add pref 0 iif cni0 lookup 101")
 	log, hook := logtest.NewNullLogger()
@@ -83,6 +85,7 @@ func TestGuardBypassed(t *testing.T) {
 // server once the firewall is flushed. Install, check and whoever examines say so. One that leads
 // elsewhere, or nowhere, is no fault.
 func TestLocalRoute(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.sh("ip route add 192.0.2.0/24 via 198.51.100.1 dev eth0 table local; ip route add prohibit 169.254.170.2/32 table local")
 	log, hook := logtest.NewNullLogger()
@@ -116,6 +119,7 @@ func TestLocalRoute(t *testing.T) {
 // TestLoopbackBypassed: in mode loopback what walks round the guard is not served either, so
 // check fails and names the rule.
 func TestLoopbackBypassed(t *testing.T) {
+	t.Parallel()
 	b := modeBed(t, ModeLoopback)
 	b.sh("ip route add default via 198.51.100.1 dev eth0 table 101; ip rule add pref 0 iif cni0 lookup 101")
 	b.install(b.plan)
@@ -131,6 +135,7 @@ func TestLoopbackBypassed(t *testing.T) {
 // TestEarlierGuard: the rules of earlier versions, which spread over preferences from 97 to 103, go
 // with an install and with a removal.
 func TestEarlierGuard(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	before := b.ruleset()
 	put := func() {
@@ -155,6 +160,7 @@ func TestEarlierGuard(t *testing.T) {
 
 // TestGuardOrder: rules in any state come to stand once and in their order.
 func TestGuardOrder(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	p := b.plan
 	p.Spare = []string{"docker0", "virbr0"}
@@ -179,6 +185,7 @@ func TestGuardOrder(t *testing.T) {
 // TestRawOrder: who takes pods out of conntrack before our chains in table raw is overtaken again,
 // and named; who stands there and does not is left alone.
 func TestRawOrder(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		b.sh("iptables -t raw -N OTHER; iptables -t raw -A OTHER -p udp -j ACCEPT; iptables -t raw -I PREROUTING 1 -j OTHER")
@@ -198,6 +205,7 @@ func TestRawOrder(t *testing.T) {
 // TestUntracking: a chain of nft's that comes before ours and takes pods out of conntrack is
 // overruled in mode nftables, and named in mode iptables.
 func TestUntracking(t *testing.T) {
+	t.Parallel()
 	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr 10.244.0.0/16 notrack; }; }",
 		"table ip net { chain raw { type filter hook prerouting priority -290; ip saddr 10.244.0.0/16 notrack; }; }"
 	onEveryDNAT(t, func(t *testing.T, b *bed) {

@@ -17,6 +17,7 @@ import (
 
 // TestUplinksThatAreConfigured are believed instead of what was found: here the LAN is served, as the operator said.
 func TestUplinksThatAreConfigured(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.plan.Uplinks = []string{"wan+"}
 	b.install(b.plan)
@@ -35,6 +36,7 @@ func TestUplinksThatAreConfigured(t *testing.T) {
 
 // TestSparedInterface is left alone altogether: who is behind it goes on talking to the real server.
 func TestSparedInterface(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		container, err := b.AddRoutedPod("container")
 		if err != nil {
@@ -55,6 +57,7 @@ func TestSparedInterface(t *testing.T) {
 
 // TestListenOnNodeAddress: only that port of the address is guarded, and the address is not ours to take away.
 func TestListenOnNodeAddress(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.plan.Listen = netip.AddrPortFrom(b.Addr, 988)
 		b.serve(b.NS, b.plan.Listen.String(), "emulator on the node's address")
@@ -73,6 +76,7 @@ func TestListenOnNodeAddress(t *testing.T) {
 
 // TestAddressOfSomebodyElse: an address that the operator gave the node is used, and stays when we go.
 func TestAddressOfSomebodyElse(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	before := b.ruleset()
@@ -85,6 +89,7 @@ func TestAddressOfSomebodyElse(t *testing.T) {
 
 // TestReadDevices compares what the kernel calls its links with what the table of R-05 calls them.
 func TestReadDevices(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.sh(`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0; ip tuntap add dev tun0 mode tun
 		ip link add mv0 link eth0 type macvlan; ip link set mv0 up; ip link add br0 type bridge
@@ -111,6 +116,7 @@ func TestReadDevices(t *testing.T) {
 
 // TestNeighbourByAnotherLink: a link that the node has on its uplink is no way in either (R-05).
 func TestNeighbourByAnotherLink(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"iptables-nft", ModeNFTables, ModeLoopback, ModeNone} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeBed(t, mode)
@@ -130,6 +136,7 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 
 // TestListenElsewhere: the emulator lives in a namespace of its own, and the node forwards nothing unless told to.
 func TestListenElsewhere(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		box, err := b.AddRoutedPod("box")
 		if err != nil {
@@ -151,6 +158,7 @@ func TestListenElsewhere(t *testing.T) {
 
 // TestPlanChanges: Install converges from another Plan's rules, Remove from any.
 func TestPlanChanges(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		b.install(b.plan)
@@ -178,6 +186,7 @@ func TestPlanChanges(t *testing.T) {
 
 // TestForeignRulesAreLeftAlone: jumps go back to the top past whoever inserted before, and nobody else's rule moves.
 func TestForeignRulesAreLeftAlone(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.sh(`iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES; iptables -A FORWARD -s 10.1.0.0/16 -j DROP; iptables -P INPUT DROP
 			iptables -A INPUT -i lo -j ACCEPT; ip rule add pref 97 to 192.0.2.1 lookup main; ip rule add pref 98 to 169.254.169.254 lookup main
@@ -200,6 +209,7 @@ func TestForeignRulesAreLeftAlone(t *testing.T) {
 // TestHostPods: what the node sends from outside its own slices is redirected, its daemons are not (R-06); and it works on a node
 // without a default route (R-07).
 func TestHostPods(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		root := cgroup2()
 		if root == "" {
@@ -291,6 +301,7 @@ func TestHostPods(t *testing.T) {
 
 // TestNoDefaultRoute: pods are served, and the node is given no route that it does not need (R-07).
 func TestNoDefaultRoute(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.sh("ip route del default; ip -6 route del default")
 		before := b.ruleset()

@@ -36,6 +36,7 @@ func (b *bed) serveAnywhere(at string) {
 // TestSixStory is a node's life where IPv6 is served (H-24), in both modes and on both backends: install, a request arrives, the neighbour
 // is kept out, others flush, nothing leaks, check names what is missing, the watcher repairs, remove leaves no trace.
 func TestSixStory(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		routed, err := b.AddRoutedPod("routed")
 		if err != nil {
@@ -158,6 +159,7 @@ func (b *bed) neighbourRoutes(to ...string) {
 
 // TestSixDoors: each of the two doors keeps a neighbour out by itself.
 func TestSixDoors(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		sixBed(b)
 		b.install(b.plan)
@@ -179,6 +181,7 @@ func TestSixDoors(t *testing.T) {
 
 // TestSixShownText runs the shown commands by a shell, as TestNFTablesShownText does.
 func TestSixShownText(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		sixBed(b)
 		var shown string
@@ -197,6 +200,7 @@ func TestSixShownText(t *testing.T) {
 // TestSixIsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either, in each mode, whatever becomes of the
 // firewall; the node's own processes do. A node without IPv6 has the same rules, or none, and no fault.
 func TestSixIsGuarded(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone, ModeEBPF} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeBed(t, mode)
@@ -237,6 +241,7 @@ func TestSixIsGuarded(t *testing.T) {
 
 // TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the same, says why once, and Check is content.
 func TestSixNowhere(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
@@ -260,6 +265,7 @@ func TestSixNowhere(t *testing.T) {
 
 // TestSixWithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has IPv4's rules and the guard.
 func TestSixWithoutTables(t *testing.T) {
+	t.Parallel()
 	for name, six := range map[string]string{
 		"no command": "",
 		"no nat":     "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho \"$text\" | exec ip6tables-nft-restore \"$@\"\n",
@@ -311,6 +317,7 @@ func TestSixWithoutTables(t *testing.T) {
 
 // TestSixRefused: where somebody else listens there, nothing is redirected to him.
 func TestSixRefused(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	sixBed(b)
 	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::253]:1988")
@@ -374,6 +381,7 @@ var sixFlushes = []struct {
 // TestSixWatchRepairs: a watcher that never sweeps notices each by itself, legacy tables too, and puts it back; no pod gets to the real server
 // by IPv6 meanwhile.
 func TestSixWatchRepairs(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		sixBed(b)
 		b.install(b.plan)
@@ -443,6 +451,7 @@ func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
 // TestRemoveWithoutSix: on a kernel that was booted without IPv6 there is no socket of it for the legacy backend's tables, and that keeps nobody
 // from removing IPv4's.
 func TestRemoveWithoutSix(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-legacy")
 	b.sh("iptables -t nat -N GME-PRE")
 	out, err := b.play("remove without IPv6", filepath.Join(b.plan.RunDir, b.plan.Binary), b.self()).CombinedOutput()

@@ -77,6 +77,7 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 
 // a connection from a throw-away namespace tells what a check of our own rules cannot, names the chain, and leaves no trace.
 func TestTrial(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "nft")
 		b.install(b.plan)
@@ -133,6 +134,7 @@ func TestTrial(t *testing.T) {
 
 // A kernel without owners of tables, on which doctor was killed: the table that is left is replaced, and then goes.
 func TestTrialFindsATableThatIsLeft(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	b.install(b.plan)
@@ -160,6 +162,7 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 
 // A connection that nobody waits for any more is in nobody's way, and none is made in another's namespace.
 func TestTrialClosesWhileItDials(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
@@ -189,6 +192,7 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 
 // Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its link and its table away.
 func TestTrialIsKilled(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	before := b.ruleset()
@@ -221,6 +225,7 @@ func TestTrialIsKilled(t *testing.T) {
 
 // The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain may be in the way.
 func TestTrialIsForwarded(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		elsewhere, err := b.AddPod("emulator")
 		if err != nil {
@@ -242,6 +247,7 @@ func TestTrialIsForwarded(t *testing.T) {
 
 // Whatever ends a trial, nothing of it stays: here its namespace and link are gone with the process, or with Close.
 func TestTrialLeavesNothing(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	before := b.ruleset()
 	if err := b.Do(func() error {

@@ -9,6 +9,7 @@ import (
 // TestJoinPod: a connection from a pod's own network namespace meets the rules that name pods'
 // addresses, which one from a throw-away namespace does not.
 func TestJoinPod(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		addresses := []netip.Addr{netip.MustParseAddr("192.0.2.77"), b.pod.Addr}

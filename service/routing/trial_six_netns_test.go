@@ -12,6 +12,7 @@ import (
 // R-30 for IPv6: the trial connection goes its own way through the other family's rules, the chain that drops it is named, and what IPv4
 // is let through by is no word on it.
 func TestTrialSix(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "nft")
 		sixBed(b)
@@ -73,6 +74,7 @@ func TestTrialSix(t *testing.T) {
 
 // A node without IPv6 says so, and is tried by IPv4 all the same.
 func TestTrialSixNowhere(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.install(b.plan)
 	b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
@@ -104,6 +106,7 @@ func TestTrialSixNowhere(t *testing.T) {
 
 // Examine counts what was redirected in each family by itself, and names the base chains of either that drop by their policy.
 func TestExamineSix(t *testing.T) {
+	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		sixBed(b)
 		examine := func() (x Examination) {

@@ -150,6 +150,7 @@ var flushes = []struct {
 
 // TestWatchRepairs: whatever others flush stands again, no pod gets to the real server meanwhile, and it is counted and said.
 func TestWatchRepairs(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		whole := b.ruleset()
@@ -175,7 +176,7 @@ func TestWatchRepairs(t *testing.T) {
 			})
 			w.bed.t = t
 		}
-		if got := w.state().Repairs; got[layerIPTables] == nil || got[layerRule]["ip-rule"] < 2 {
+		if got := w.state().Repairs; got[layerIPTables] == nil || got[layerRule]["ip-rule"]+got[layerRule]["sweep"] < 2 {
 			t.Errorf("counted: %v", got)
 		}
 		w.end()
@@ -185,6 +186,7 @@ func TestWatchRepairs(t *testing.T) {
 
 // TestWatchSaysWho: a restart of nftables.service wipes everything at once, and the line names the process.
 func TestWatchSaysWho(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
@@ -203,6 +205,7 @@ func TestWatchSaysWho(t *testing.T) {
 
 // TestWatchObeys: what is removed stays removed, what is installed next is kept, and a closed guard stays closed.
 func TestWatchObeys(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		w := b.watch(b.plan, 100*time.Millisecond)
@@ -258,6 +261,7 @@ func TestWatchObeys(t *testing.T) {
 
 // TestWatchBrokenConfiguration: at boot, with a configuration that is broken, the guard goes up and nothing else.
 func TestWatchBrokenConfiguration(t *testing.T) {
+	t.Parallel()
 	b := newBed(t, "iptables-nft")
 	closed := Plan{Closed: true, RunDir: b.plan.RunDir}
 	w := b.watch(closed, time.Hour)
@@ -274,6 +278,7 @@ func TestWatchBrokenConfiguration(t *testing.T) {
 // TestWatchUplinks: an interface that comes is spared from then on, so that the hosts behind it are not served; one that goes
 // is forgotten. Modes loopback and none do so in their stories.
 func TestWatchUplinks(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeEBPF} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeBed(t, mode)
@@ -344,6 +349,7 @@ func TestWatchFighter(t *testing.T) {
 
 // TestWatchIsQuiet: its own repairs, and those of nobody, make it do nothing more.
 func TestWatchIsQuiet(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
 		w := b.watch(b.plan, 50*time.Millisecond) // many sweeps
@@ -364,6 +370,7 @@ func TestWatchIsQuiet(t *testing.T) {
 
 // TestWatchCapabilities: of root's rights CAP_NET_ADMIN and CAP_NET_RAW are enough, and less is said plainly.
 func TestWatchCapabilities(t *testing.T) {
+	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "setpriv")
 		b.install(b.plan)

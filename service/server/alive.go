@@ -13,9 +13,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// Alive asks our own listener for `/`, and returns why it is not answered. Without a configuration the closed guard may stand alone, which
-// brings no address to ask at: there is nobody to answer then, and waiting for it would hold
-// kubelet up (R-23).
+// Alive asks our own listener for `/`, and returns why it is not answered. Without a configuration
+// the closed guard may stand alone, which brings no address to ask at: there is nobody to answer
+// then, and waiting for it would hold kubelet up (R-23).
 //
 // What pods get is what counts. Somebody's rule in chain OUTPUT may refuse what the node itself
 // sends (R-34), and where that cannot be overruled the listener and the server are asked without a
@@ -42,8 +42,8 @@ func (s *Server) Alive(ctx context.Context) error {
 	return nil
 }
 
-// Unreachable says why the node's own connections to the listener failed when Alive asked last, where those of pods do
-// not; "": they do not fail.
+// Unreachable says why the node's own connections to the listener failed when Alive asked last,
+// where those of pods do not; "": they do not fail.
 func (s *Server) Unreachable() string {
 	if reason := s.unreachable.Load(); reason != nil {
 		return *reason
@@ -88,7 +88,10 @@ func accepting(l net.Listener) error {
 		return err
 	}
 	var info *unix.TCPInfo
-	control := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
+	control := raw.Control(func(fd uintptr) {
+		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP,
+			unix.TCP_INFO)
+	})
 	if err := errors.Join(control, err); err != nil {
 		return err
 	}

@@ -13,9 +13,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// audit writes the line of each token that is issued: who got which for how long, known by what, and never the token.
-// The same token for the same asker again is no other token: it is counted, and logged once a minute, so that a pod that
-// asks ten thousand times a second does not write as many lines into the node's journal.
+// audit writes the line of each token that is issued: who got which for how long, known by what,
+// and never the token. The same token for the same asker again is no other token: it is counted,
+// and logged once a minute, so that a pod that asks ten thousand times a second does not write as
+// many lines into the node's journal.
 type audit struct {
 	log logrus.FieldLogger
 
@@ -53,7 +54,8 @@ func newAudit(log logrus.FieldLogger) *audit {
 	return &audit{log: log, audited: map[issuance]*auditEntry{}}
 }
 
-// issue notes that the asker gets a token. What it returns counts the same token for the same asker again.
+// issue notes that the asker gets a token. What it returns counts the same token for the same asker
+// again.
 func (a *audit) issue(by asker, t issued) *auditEntry {
 	i := issuance{by, t.request}
 	a.mu.Lock()
@@ -138,7 +140,8 @@ func (s *Server) fields(req *request, status int) logrus.Fields {
 	return f
 }
 
-// rateLimitKey says whose log lines are limited together: the caller's where it is known, else those of the pod, the unit or the address.
+// rateLimitKey says whose log lines are limited together: the caller's where it is known, else
+// those of the pod, the unit or the address.
 func rateLimitKey(req *request) string {
 	if id := req.caller.ID(); id != "" {
 		return id

@@ -56,7 +56,8 @@ func TestAudit(t *testing.T) {
 		go func() { done <- a.run(t.Context()) }()
 		lines := func() string { synctest.Wait(); return out.take() }
 
-		caller := asker{caller: workload.Caller{PodUID: "1", PodName: "p", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa"}}, evidence: "cgroup", container: "c0ffee"}
+		caller := asker{caller: workload.Caller{PodUID: "1", PodName: "p",
+			ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa"}}, evidence: "cgroup", container: "c0ffee"}
 		access := token.AccessToken(caller.caller.ServiceAccount, workload.Account{GoogleEmail: reader}, nil)
 		id := token.IDToken(caller.caller.ServiceAccount, workload.Account{GoogleEmail: reader}, "https://a")
 		expires := time.Now().Add(90 * time.Second)
@@ -68,7 +69,9 @@ func TestAudit(t *testing.T) {
 		if strings.Count(got, "\n") != 2 {
 			t.Errorf("want two lines:\n%s", got)
 		}
-		for _, want := range []string{"token issued", "pod=ns/p", "pod_uid=1", "container=c0ffee", "evidence=cgroup", "service_account=ns/sa", "google_service_account=" + reader, "scopes=", "audience=", "expires=" + `"` + expires.UTC().Format(time.RFC3339)} {
+		for _, want := range []string{"token issued", "pod=ns/p", "pod_uid=1", "container=c0ffee", "evidence=cgroup",
+			"service_account=ns/sa", "google_service_account=" + reader, "scopes=", "audience=", "expires=" + `"` +
+				expires.UTC().Format(time.RFC3339)} {
 			if !strings.Contains(got, want) {
 				t.Errorf("no %q in:\n%s", want, got)
 			}
@@ -81,9 +84,11 @@ func TestAudit(t *testing.T) {
 		if got := lines(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "token issued") {
 			t.Errorf("a newer token: %s", got)
 		}
-		puller := asker{caller: workload.Caller{Unit: "kubelet.service", ServiceAccount: workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}}, evidence: "cgroup"}
+		puller := asker{caller: workload.Caller{Unit: "kubelet.service",
+			ServiceAccount: workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}}, evidence: "cgroup"}
 		a.issue(puller, issued{access, expires.Add(time.Hour)})
-		if got := lines(); !strings.Contains(got, "unit=kubelet.service") || !strings.Contains(got, "service_account=kube-system/image-puller") || strings.Contains(got, "pod") {
+		if got := lines(); !strings.Contains(got, "unit=kubelet.service") ||
+			!strings.Contains(got, "service_account=kube-system/image-puller") || strings.Contains(got, "pod") {
 			t.Errorf("a process of the node: %s", got)
 		}
 		<-time.After(2 * time.Hour)

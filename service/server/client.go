@@ -14,15 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What one connection may hold in the kernel. An answer of usual size fits, and a longer one waits for its reader; by themselves both
-// buffers grow to several MB (tcp_wmem, tcp_rmem). The kernel doubles the numbers, for its own records.
+// What one connection may hold in the kernel. An answer of usual size fits, and a longer one waits
+// for its reader; by themselves both buffers grow to several MB (tcp_wmem, tcp_rmem). The kernel
+// doubles the numbers, for its own records.
 const (
 	sendBuffer    = 16 << 10
 	receiveBuffer = 16 << 10 // a header has 16 KiB at most
 
-	// readTimeout bounds how long a client may take to read what is written. An answer is at most three writes.
+	// readTimeout bounds how long a client may take to read what is written. An answer is at most
+	// three writes.
 	readTimeout = 5 * time.Second
-	// hastyTimeout is readTimeout while the service stops: the next process serves those that do read.
+	// hastyTimeout is readTimeout while the service stops: the next process serves those that do
+	// read.
 	hastyTimeout = 500 * time.Millisecond
 )
 
@@ -33,7 +36,8 @@ type clientListener struct {
 	hasty <-chan struct{} // closed when the service stops; nil: it never says so
 }
 
-// bounded bounds what connections of the listener hold: each inherits what is set here. An error leaves them unbounded.
+// bounded bounds what connections of the listener hold: each inherits what is set here. An error
+// leaves them unbounded.
 func (s clientListener) bounded() error {
 	socket, ok := s.Listener.(syscall.Conn)
 	if !ok {
@@ -47,7 +51,8 @@ func (s clientListener) bounded() error {
 		for _, o := range []struct{ level, name, value int }{
 			{unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer},
 			{unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer},
-			// What nobody reads is dropped after this time, also when the connection was closed here.
+			// What nobody reads is dropped after this time, also when the connection was closed
+			// here.
 			{unix.SOL_TCP, unix.TCP_USER_TIMEOUT, int((2 * readTimeout).Milliseconds())},
 		} {
 			err = errors.Join(err, unix.SetsockoptInt(int(fd), o.level, o.name, o.value))
@@ -85,13 +90,16 @@ type clientConn struct {
 
 var (
 	refusalPrefix  = []byte("HTTP/1.1 ")
-	flavourHeaders = []byte("Metadata-Flavor: Google\r\nServer: GKE Metadata Server\r\nX-XSS-Protection: 0\r\nX-Frame-Options: SAMEORIGIN\r\nContent-Type: application/text\r\n")
+	flavourHeaders = []byte("Metadata-Flavor: Google\r\nServer: GKE Metadata Server\r\nX-XSS-Protection: " +
+		"0\r\nX-Frame-Options: SAMEORIGIN\r\nContent-Type: application/text\r\n")
 )
 
-// Write gives our header to the refusals that net/http writes itself: of what is no HTTP, of headers that are too long. Node's client
-// takes no answer without it for one (H-04). They are a 4xx or 5xx that names its type with a charset, which ours never do (H-05).
+// Write gives our header to the refusals that net/http writes itself: of what is no HTTP, of
+// headers that are too long. Node's client takes no answer without it for one (H-04). They are a
+// 4xx or 5xx that names its type with a charset, which ours never do (H-05).
 func (c clientConn) Write(b []byte) (int, error) {
-	if c.plain || c.theirs || len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) || bytes.Contains(b, flavourHeaders[:23]) {
+	if c.plain || c.theirs || len(b) < 12 || b[9] < '4' || !bytes.HasPrefix(b, refusalPrefix) ||
+		bytes.Contains(b, flavourHeaders[:23]) {
 		return c.send(b)
 	}
 	line, rest, _ := bytes.Cut(b, []byte("\r\n"))
@@ -120,8 +128,10 @@ func (c clientConn) send(b []byte) (int, error) {
 	return n, err
 }
 
-// Read waits, where a client has asked and then ended its half of the connection, for the end of the other half: net/http takes the end
-// of the first for a client that left, and would end the request that it waits for. A long poll ends at that, since a client that left looks the same ([half]).
+// Read waits, where a client has asked and then ended its half of the connection, for the end of
+// the other half: net/http takes the end of the first for a client that left, and would end the
+// request that it waits for. A long poll ends at that, since a client that left looks the same
+// ([half]).
 //
 // The first Read finds out who is on the other end.
 func (c clientConn) Read(b []byte) (int, error) {

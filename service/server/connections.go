@@ -14,8 +14,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// connections counts the open connections of each pod, of each unit of the node, and of each address where that is all
-// that is known at accept, so that nobody can take those of the others. room.go bounds the number of all connections.
+// connections counts the open connections of each pod, of each unit of the node, and of each
+// address where that is all that is known at accept, so that nobody can take those of the others.
+// room.go bounds the number of all connections.
 type connections struct {
 	limit func() int                // limits.connectionsPerPod
 	ours  func(netip.AddrPort) bool // our own, which count for nothing
@@ -45,8 +46,9 @@ func newConnections(limit func() int, ours func(netip.AddrPort) bool, look func(
 
 type connectionKey struct{}
 
-// accept runs between accept() and the first read: both ends are written down now, and the connection counts. Who is on the
-// other end is looked up by the connection's own goroutine, before it reads a byte: others do not wait for it.
+// accept runs between accept() and the first read: both ends are written down now, and the
+// connection counts. Who is on the other end is looked up by the connection's own goroutine, before
+// it reads a byte: others do not wait for it.
 func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	known := new(connection)
 	s, ok := c.(clientConn)
@@ -66,7 +68,8 @@ func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connectionKey{}, known)
 }
 
-// identify finds out who is on the other end, and counts the connection for that one. An error means that it is to be closed.
+// identify finds out who is on the other end, and counts the connection for that one. An error
+// means that it is to be closed.
 func (x *connections) identify(known *connection) error {
 	x.look(known.peer)
 	known.party = known.peer.Party()
@@ -80,8 +83,8 @@ func (x *connections) identify(known *connection) error {
 	return nil
 }
 
-// state is told by net/http what becomes of each connection: twice for each request, so it takes no lock then. Active is
-// said once the header of a request is there, and not at its first byte.
+// state is told by net/http what becomes of each connection: twice for each request, so it takes no
+// lock then. Active is said once the header of a request is there, and not at its first byte.
 func (x *connections) state(c net.Conn, state http.ConnState) {
 	s, ok := c.(clientConn)
 	if !ok {
@@ -112,7 +115,8 @@ func (x *connections) check(known *connection) error {
 		return nil
 	}
 	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
-		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party, known.open.Load())}
+		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party,
+			known.open.Load())}
 }
 
 // busy returns the number of those that wait for an answer, or have not asked yet.

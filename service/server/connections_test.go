@@ -23,9 +23,10 @@ func connectionsBed(t *testing.T, x *connections) func() net.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := &http.Server{ConnContext: x.accept, ConnState: x.state, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.WriteString(w, connectionOf(r.Context()).party.String())
-	})}
+	web := &http.Server{ConnContext: x.accept, ConnState: x.state,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, connectionOf(r.Context()).party.String())
+		})}
 	go func() { _ = web.Serve(clientListener{Listener: l}) }()
 	t.Cleanup(func() { _ = web.Close() })
 	return func() net.Conn {
@@ -52,7 +53,8 @@ func get(c net.Conn) (int, error) {
 	return r.StatusCode, err
 }
 
-// Who is on the other end of one connection takes as long as it takes, and others are answered meanwhile; but nothing is read before.
+// Who is on the other end of one connection takes as long as it takes, and others are answered
+// meanwhile; but nothing is read before.
 func TestLookHoldsUpNobodyElse(t *testing.T) {
 	looking, found := make(chan netip.AddrPort, 1), make(chan struct{})
 	release := sync.OnceFunc(func() { close(found) })

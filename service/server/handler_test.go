@@ -21,7 +21,8 @@ import (
 // testTimeout bounds each wait of a test; no test fails because the machine is slow.
 const testTimeout = 2 * time.Minute
 
-// onePod is a node with one pod, which has all addresses, its ServiceAccount, and a source of its tokens.
+// onePod is a node with one pod, which has all addresses, its ServiceAccount, and a source of its
+// tokens.
 type onePod struct{}
 
 func (onePod) caller() workload.Caller {

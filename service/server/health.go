@@ -29,14 +29,16 @@ func (s *Server) ServeStatus(ctx context.Context, l net.Listener, status func() 
 	return s.serveInternal(ctx, l, mux, nil)
 }
 
-// ServeHealth answers GET /metrics, /healthz, which is Alive, and /readyz, which is ready, on l until ctx is done.
-func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(context.Context) error, g prometheus.Gatherer) error {
+// ServeHealth answers GET /metrics, /healthz, which is Alive, and /readyz, which is ready, on l
+// until ctx is done.
+func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(context.Context) error,
+	g prometheus.Gatherer) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{ErrorLog: s.log}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.Alive(r.Context())) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { health(w, ready(r.Context())) })
-	// Any pod on the host network reaches it: a few connections are enough for Prometheus and probes, and whoever comes
-	// is let in.
+	// Any pod on the host network reaches it: a few connections are enough for Prometheus and
+	// probes, and whoever comes is let in.
 	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
 	x.room = newRoom(maxHealth, maxHealth)
 	x.cutAnswered = true
@@ -55,7 +57,8 @@ func health(w http.ResponseWriter, err error) {
 
 // serveInternal serves until ctx is done. Connections are bounded by x, if there is one.
 func (s *Server) serveInternal(ctx context.Context, l net.Listener, h http.Handler, x *connections) error {
-	web := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+	web := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
+		IdleTimeout:    2 * time.Minute,
 		MaxHeaderBytes: 16 << 10, ErrorLog: quietLog(s.log)}
 	if x != nil {
 		web.ConnContext, web.ConnState = x.accept, x.state

@@ -23,10 +23,12 @@ type logLimit struct {
 	suppressed int
 }
 
-// maxLogLimits bounds logLimits. When it is full it starts anew: a few lines more are logged, and nothing is lost.
+// maxLogLimits bounds logLimits. When it is full it starts anew: a few lines more are logged, and
+// nothing is lost.
 const maxLogLimits = 1024
 
-// allow reports whether a line about the key is to be logged, and how many were not since the last that was.
+// allow reports whether a line about the key is to be logged, and how many were not since the last
+// that was.
 func (l *logLimits) allow(key string) (suppressed int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -46,8 +48,8 @@ func (l *logLimits) allow(key string) (suppressed int, ok bool) {
 	return suppressed, true
 }
 
-// quietLog takes what net/http has to say of clients that break off, which is of interest only to those who debug one;
-// but a panic of ours is an error.
+// quietLog takes what net/http has to say of clients that break off, which is of interest only to
+// those who debug one; but a panic of ours is an error.
 func quietLog(l *logrus.Logger) *stdlog.Logger { return stdlog.New(httpLog{l}, "", 0) }
 
 type httpLog struct{ *logrus.Logger }

@@ -10,8 +10,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// metrics are what the server counts. Labels are bounded: the tree's name of a place, never the path, and never an
-// address.
+// metrics are what the server counts. Labels are bounded: the tree's name of a place, never the
+// path, and never an address.
 type metrics struct {
 	requests *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
@@ -29,13 +29,13 @@ func newMetrics(r prometheus.Registerer, connections *room) *metrics {
 		series: map[outcome]series{},
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_requests_total",
-			Help: "Requests of pods, by the place in the metadata tree and the status; 499: the asker left first.",
-		}, []string{"node", "code"}),
+			Help: "Requests of pods by path in the metadata tree and by status; 499: the client left before the answer.",
+		}, []string{"path", "code"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "gke_metadata_emulator_request_duration_seconds",
-			Help:    "Time from a request's header to its answer, the hold of unknown pods and long polls included.",
+			Help:    "Time from the header of a request to its answer, with the wait of unknown pods and with long polls.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		}, []string{"node"}),
+		}, []string{"path"}),
 	}
 	r.MustRegister(m.requests, m.latency,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -43,13 +43,15 @@ func newMetrics(r prometheus.Registerer, connections *room) *metrics {
 			Help: "Open connections of pods.",
 		}, func() float64 { return float64(connections.open()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name:        "gke_metadata_emulator_connections_closed_total",
-			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
+			Name: "gke_metadata_emulator_connections_closed_total",
+			Help: "Connections of pods that were closed since too many were open, by outcome: idle ones that made " +
+				"room, and new ones that found none.",
 			ConstLabels: prometheus.Labels{"outcome": "made-room"},
 		}, func() float64 { return float64(connections.cut.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name:        "gke_metadata_emulator_connections_closed_total",
-			Help:        "Connections of pods that were closed since too many were open, by outcome: idle ones that made room, and new ones that found none.",
+			Name: "gke_metadata_emulator_connections_closed_total",
+			Help: "Connections of pods that were closed since too many were open, by outcome: idle ones that made " +
+				"room, and new ones that found none.",
 			ConstLabels: prometheus.Labels{"outcome": "no-room"},
 		}, func() float64 { return float64(connections.refused.Load()) }))
 	return m
@@ -70,7 +72,8 @@ func (m *metrics) served(node string, status int, took time.Duration) {
 	s.Observe(took.Seconds())
 }
 
-// asked is how many requests of pods there were for anything but `/`, which our own probes, and doctor's, ask for too.
+// asked is how many requests of pods there were for anything but `/`, which our own probes, and
+// doctor's, ask for too.
 func (m *metrics) asked() (n uint64) {
 	strangers := m.strangers.Load() // first: each of them is counted in the series before
 	m.mu.RLock()

@@ -23,22 +23,29 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// Where pods on the host network are redirected, some of them need the server that would have answered: a cloud's network plugin, disk
-// driver or controller (U-02). What they ask that is not Google's is asked there for them, one request at a time, if the operator named their
-// ServiceAccount. For a pod on the pod network that is never done: it would go around the hop limit that keeps the node's credentials from it.
+// Where pods on the host network are redirected, some of them need the server that would have
+// answered: a cloud's network plugin, disk driver or controller (U-02). What they ask that is not
+// Google's is asked there for them, one request at a time, if the operator named their
+// ServiceAccount. For a pod on the pod network that is never done: it would go around the hop limit
+// that keeps the node's credentials from it.
 
-// clouds are what the metadata servers of others are asked. A path is matched when it has been cleaned (H-18), and goes there as it was
-// matched: no encoding is left in it, so nobody can read another one out of it.
+// clouds are what the metadata servers of others are asked. A path is matched when it has been
+// cleaned (H-18), and goes there as it was matched: no encoding is left in it, so nobody can read
+// another one out of it.
 var clouds = []struct {
 	path   *regexp.Regexp
 	header func(http.Header) bool // nil: none is needed
 	method []string
 }{
-	// AWS: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html. Versions are 1.0, dates, and latest.
+	// AWS: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html.
+	// Versions are 1.0, dates, and latest.
 	{regexp.MustCompile(`^/latest/api/token$`), has("X-Aws-Ec2-Metadata-Token-Ttl-Seconds", ""), []string{http.MethodPut}},
-	{regexp.MustCompile(`^/(latest|1\.0|\d{4}-\d\d-\d\d)(/[\w.,:@+=-]*)*$`), nil, []string{http.MethodGet, http.MethodHead}},
-	// Azure: https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service. A scheduled event is approved by POST.
-	{regexp.MustCompile(`^/metadata(/[\w.,:@+=-]*)*$`), has("Metadata", "true"), []string{http.MethodGet, http.MethodHead}},
+	{regexp.MustCompile(`^/(latest|1\.0|\d{4}-\d\d-\d\d)(/[\w.,:@+=-]*)*$`), nil,
+		[]string{http.MethodGet, http.MethodHead}},
+	// Azure: https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service. A
+	// scheduled event is approved by POST.
+	{regexp.MustCompile(`^/metadata(/[\w.,:@+=-]*)*$`), has("Metadata", "true"),
+		[]string{http.MethodGet, http.MethodHead}},
 	{regexp.MustCompile(`^/metadata/scheduledevents$`), has("Metadata", "true"), []string{http.MethodPost}},
 	// OpenStack: https://docs.openstack.org/nova/latest/user/metadata.html
 	{regexp.MustCompile(`^/openstack(/[\w.,:@+=-]*)*$`), nil, []string{http.MethodGet, http.MethodHead}},
@@ -62,8 +69,8 @@ func foreign(method, path string, h http.Header) bool {
 	return false
 }
 
-// passThrough answers a request for another cloud's server, which may be a host pod's. Whoever turns out to be somebody else gets what
-// he would have got.
+// passThrough answers a request for another cloud's server, which may be a host pod's. Whoever
+// turns out to be somebody else gets what he would have got.
 func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer, error) {
 	active, err := s.attest(ctx, req)
 	if err != nil {
@@ -76,7 +83,8 @@ func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer
 	if by := req.caller.ServiceAccount; !slices.Contains(active.Passthrough, by.String()) {
 		s.skipped.count(by)
 		return metadata.Answer{}, refusal{Status: http.StatusNotFound, Reason: fmt.Sprintf(
-			"this is not the cloud's metadata server; for ServiceAccount %s to ask that one, name it in passthrough, or set routing.interceptHostPods to off", by)}
+			"this is not the cloud's metadata server; for ServiceAccount %s to ask that one, name it in passthrough, or "+
+				"set routing.interceptHostPods to off", by)}
 	}
 	req.place.Node = "passthrough"
 	if req.ContentLength != 0 { // net/http takes a client that ends its half after a body for one that left
@@ -100,7 +108,8 @@ func (s *Server) attest(ctx context.Context, req *request) (active *Active, err 
 	}
 }
 
-// Bounds of what is passed. A body is held in memory, so that nothing of it is written before all of it is there.
+// Bounds of what is passed. A body is held in memory, so that nothing of it is written before all
+// of it is there.
 const (
 	maxRequestBytes     = 64 << 10
 	maxResponseBytes    = 1 << 20          // OpenStack's vendor data; AWS's user data is 16 KiB
@@ -109,7 +118,8 @@ const (
 	cloudTimeout        = 10 * time.Second // Azure makes its tokens when they are asked for
 )
 
-// cloud is the cloud's own metadata server. We live in a slice of the host's, which the rules spare (R-06): who connects there gets there.
+// cloud is the cloud's own metadata server. We live in a slice of the host's, which the rules spare
+// (R-06): who connects there gets there.
 type cloud struct {
 	http.Transport
 	at    string
@@ -124,7 +134,8 @@ type passed struct {
 }
 
 func newCloud() *cloud {
-	c := &cloud{at: strings.TrimSuffix(routing.MetadataServer().String(), ":80"), turns: newTurns(maxConcurrent, maxConcurrentPerPod)}
+	c := &cloud{at: strings.TrimSuffix(routing.MetadataServer().String(), ":80"),
+		turns: newTurns(maxConcurrent, maxConcurrentPerPod)}
 	c.DialContext = (&net.Dialer{Timeout: 2 * time.Second}).DialContext // and never by a proxy
 	// A connection that is kept may be closed there as it is used again, and then a PUT is lost.
 	c.DisableCompression, c.DisableKeepAlives, c.MaxResponseHeaderBytes = true, true, 64<<10
@@ -138,16 +149,20 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 	body, err := atMost(r.Body, maxRequestBytes)
 	switch {
 	case errors.Is(err, errTooLong):
-		return nil, refusal{Status: http.StatusRequestEntityTooLarge, Close: true, Reason: fmt.Sprintf("the request has more than %d bytes", maxRequestBytes)}
+		return nil, refusal{Status: http.StatusRequestEntityTooLarge, Close: true,
+			Reason: fmt.Sprintf("the request has more than %d bytes", maxRequestBytes)}
 	case err != nil:
 		return nil, refusal{Status: http.StatusBadRequest, Close: true, Reason: "the request did not come in whole"}
 	}
 	done, ok := c.turns.wait(ctx, by)
 	if !ok {
-		return nil, cmp.Or(r.Context().Err(), error(refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cloud's metadata server is slow, and others wait for it"}))
+		return nil, cmp.Or(r.Context().Err(),
+			error(refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cloud's metadata server is " +
+				"slow, and others wait for it"}))
 	}
 	defer done()
-	to := &http.Request{Method: r.Method, URL: &url.URL{Scheme: "http", Host: c.at, Path: path, RawQuery: r.URL.RawQuery}, Host: c.at,
+	to := &http.Request{Method: r.Method, URL: &url.URL{Scheme: "http", Host: c.at, Path: path,
+		RawQuery: r.URL.RawQuery}, Host: c.at,
 		Header: endToEnd(r.Header), Body: http.NoBody, ContentLength: int64(len(body))}
 	if len(body) > 0 {
 		to.Body = io.NopCloser(bytes.NewReader(body))
@@ -162,7 +177,8 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 	}
 	defer func() { _ = res.Body.Close() }()
 	if res.Header.Get("Server") == serverName[0] {
-		return nil, refusal{Status: http.StatusBadGateway, Reason: "the cloud's metadata server: the rules lead us to ourselves, since this process is in none of the host's own slices: start it by its unit"}
+		return nil, refusal{Status: http.StatusBadGateway, Reason: "the cloud's metadata server: the rules lead us to " +
+			"ourselves, since this process is in none of the host's own slices: start it by its unit"}
 	}
 	a := &passed{status: res.StatusCode, header: endToEnd(res.Header)}
 	if res.StatusCode < http.StatusOK {
@@ -201,7 +217,8 @@ func atMost(r io.Reader, n int64) ([]byte, error) {
 	return b, err
 }
 
-// endToEnd is a copy without the headers that are of one connection (RFC 9110, 7.6.1), nor Google's, which nobody has there.
+// endToEnd is a copy without the headers that are of one connection (RFC 9110, 7.6.1), nor
+// Google's, which nobody has there.
 func endToEnd(h http.Header) http.Header {
 	out := maps.Clone(h)
 	for _, named := range h["Connection"] {
@@ -209,14 +226,15 @@ func endToEnd(h http.Header) http.Header {
 			out.Del(strings.TrimSpace(name))
 		}
 	}
-	for _, name := range []string{"Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Metadata-Flavor"} {
+	for _, name := range []string{"Connection", "Proxy-Connection", "Keep-Alive", "Proxy-Authenticate",
+		"Proxy-Authorization", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Metadata-Flavor"} {
 		delete(out, name)
 	}
 	return out
 }
 
-// skippedHostPods counts, for each ServiceAccount, what its host pods asked of another cloud's server without being named
-// in passthrough.
+// skippedHostPods counts, for each ServiceAccount, what its host pods asked of another cloud's
+// server without being named in passthrough.
 type skippedHostPods struct {
 	mu    sync.Mutex
 	asked map[workload.ServiceAccount]uint64

@@ -84,18 +84,20 @@ func passingBed(t *testing.T, cloudSays http.HandlerFunc) (ask func(request stri
 	s := &Server{draining: make(chan struct{}), log: logrus.New(), cloud: newCloud()}
 	s.log.SetOutput(io.Discard)
 	s.active.Store(new(Active))
-	s.connections = newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
+	s.connections = newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false },
+		func(*attest.Peer) {})
 	s.cloud.at = behind.Listener.Addr().String()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	web := &http.Server{ConnContext: s.connections.accept, ConnState: s.connections.state, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		req := &request{Request: r, connection: connectionOf(r.Context())}
-		a, err := s.cloud.ask(r.Context(), r, r.URL.Path, req.party)
-		req.passed = a
-		s.write(w, req, metadata.Answer{}, err)
-	})}
+	web := &http.Server{ConnContext: s.connections.accept, ConnState: s.connections.state,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			req := &request{Request: r, connection: connectionOf(r.Context())}
+			a, err := s.cloud.ask(r.Context(), r, r.URL.Path, req.party)
+			req.passed = a
+			s.write(w, req, metadata.Answer{}, err)
+		})}
 	go func() { _ = web.Serve(clientListener{Listener: l}) }()
 	t.Cleanup(func() { _ = web.Close() })
 	return func(request string) response {
@@ -152,8 +154,10 @@ func TestPassed(t *testing.T) {
 		_, _ = io.WriteString(w, strings.Repeat("x", 5000))
 	}
 
-	a := ask("GET /latest/user-data?a=b HTTP/1.1|Host: metadata|Connection: X-Hop, Upgrade|X-Hop: 1|Upgrade: h2c|Te: trailers|Metadata-Flavor: Google|X-Aws-Ec2-Metadata-Token: t||")
-	if a.StatusCode != 404 || len(a.body) != 5000 || a.ContentLength != 5000 || a.Header.Get("Server") != "EC2ws" || a.Header.Get("Content-Type") != "text/plain; charset=utf-8" {
+	a := ask("GET /latest/user-data?a=b HTTP/1.1|Host: metadata|Connection: X-Hop, Upgrade|X-Hop: 1|Upgrade: h2c|Te: " +
+		"trailers|Metadata-Flavor: Google|X-Aws-Ec2-Metadata-Token: t||")
+	if a.StatusCode != 404 || len(a.body) != 5000 || a.ContentLength != 5000 || a.Header.Get("Server") != "EC2ws" ||
+		a.Header.Get("Content-Type") != "text/plain; charset=utf-8" {
 		t.Errorf("%+v", a)
 	}
 	for _, name := range []string{"Metadata-Flavor", "X-Frame-Options", "X-Xss-Protection", "Keep-Alive", "Etag"} {
@@ -161,7 +165,8 @@ func TestPassed(t *testing.T) {
 			t.Errorf("the answer has %s", name)
 		}
 	}
-	if saw.RequestURI != "/latest/user-data?a=b" || saw.Host != c.at || len(saw.Header) != 2 || saw.Header.Get("Connection") != "close" || saw.Header.Get("X-Aws-Ec2-Metadata-Token") != "t" {
+	if saw.RequestURI != "/latest/user-data?a=b" || saw.Host != c.at || len(saw.Header) != 2 ||
+		saw.Header.Get("Connection") != "close" || saw.Header.Get("X-Aws-Ec2-Metadata-Token") != "t" {
 		t.Errorf("the cloud saw %s %s %v", saw.Host, saw.RequestURI, saw.Header)
 	}
 
@@ -169,7 +174,8 @@ func TestPassed(t *testing.T) {
 		w.Header()["Content-Type"] = nil
 		_, _ = io.WriteString(w, "<html>")
 	}
-	if a := ask("POST /metadata/scheduledevents HTTP/1.1|Host: metadata|Transfer-Encoding: chunked||3|abc|0||"); a.StatusCode != 200 || a.Header["Content-Type"] != nil || sent != "abc" {
+	a = ask("POST /metadata/scheduledevents HTTP/1.1|Host: metadata|Transfer-Encoding: chunked||3|abc|0||")
+	if a.StatusCode != 200 || a.Header["Content-Type"] != nil || sent != "abc" {
 		t.Errorf("%+v, and the cloud saw %q", a, sent)
 	}
 	if a := ask("HEAD /latest/ HTTP/1.1|Host: metadata||"); a.StatusCode != 200 || a.ContentLength != 6 {
@@ -207,20 +213,23 @@ func TestPassed(t *testing.T) {
 		"ourselves": {says: func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Server", "GKE Metadata Server")
 		}, status: 502, body: "to ourselves", ours: true},
-		"a request that is too long": {request: "POST /metadata/scheduledevents HTTP/1.1|Host: metadata|Content-Length: 65537||" + strings.Repeat("x", 65537), status: 413, body: "65536", ours: true},
+		"a request that is too long": {request: "POST /metadata/scheduledevents HTTP/1.1|Host: metadata|Content-Length: " +
+			"65537||" + strings.Repeat("x", 65537), status: 413, body: "65536", ours: true},
 	} {
 		says = tt.says
 		if tt.request == "" {
 			tt.request = "GET /latest/ HTTP/1.1|Host: metadata||"
 		}
 		a := ask(tt.request)
-		if a.StatusCode != tt.status || !strings.Contains(a.body, tt.body) || (a.Header.Get("Metadata-Flavor") == "Google") != tt.ours || strings.Contains(a.body, "secret") {
+		if a.StatusCode != tt.status || !strings.Contains(a.body, tt.body) ||
+			(a.Header.Get("Metadata-Flavor") == "Google") != tt.ours || strings.Contains(a.body, "secret") {
 			t.Errorf("%s: %d %.80q %v", name, a.StatusCode, a.body, a.Header)
 		}
 	}
 }
 
-// A cloud that never answers holds nobody for longer than that, and those who wait behind 16 others neither.
+// A cloud that never answers holds nobody for longer than that, and those who wait behind 16 others
+// neither.
 func TestPassedTooSlowly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCloud()

@@ -18,15 +18,16 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-// probe asks / of our own listener, as a pod would: READY and the watchdog mean that this was answered.
+// probe asks / of our own listener, as a pod would: READY and the watchdog mean that this was
+// answered.
 type probe struct {
 	client http.Client
 	url    string
 	from   atomic.Pointer[netip.AddrPort] // its connection's own end
 }
 
-// is reports whether a connection comes from the probe. It counts for no limit: else whoever can open connections from a
-// loopback address could have the watchdog take us for dead.
+// is reports whether a connection comes from the probe. It counts for no limit: else whoever can
+// open connections from a loopback address could have the watchdog take us for dead.
 func (p *probe) is(client netip.AddrPort) bool {
 	from := p.from.Load()
 	return from != nil && *from == client
@@ -42,17 +43,20 @@ func newProbe(l net.Listener) *probe {
 		ip, _ := netip.AddrFromSlice(loopback)
 		target = netip.AddrPortFrom(ip.Unmap(), target.Port())
 	}
-	// From a loopback address the kernel sends only to addresses of this node: where `routing install` did not bring
-	// ours yet, the probe fails here, and does not ask the network for it.
+	// From a loopback address the kernel sends only to addresses of this node: where `routing
+	// install` did not bring ours yet, the probe fails here, and does not ask the network for it.
 	p := &probe{url: "http://" + target.String() + "/"}
-	dialer := net.Dialer{Timeout: 2 * time.Second, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
+	dialer := net.Dialer{Timeout: 2 * time.Second, ControlContext: func(_ context.Context, _, _ string,
+		c syscall.RawConn) error {
 		return p.bind(c, loopback, target.Addr() == routing.MetadataServer().Addr())
 	}}
-	p.client = http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}}
+	p.client = http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: dialer.DialContext,
+		DisableKeepAlives: true}}
 	return p
 }
 
-// bind gives the socket its own end before it connects, so that the server can know it when it accepts.
+// bind gives the socket its own end before it connects, so that the server can know it when it
+// accepts.
 func (p *probe) bind(c syscall.RawConn, loopback net.IP, ours bool) error {
 	var err error
 	if e := c.Control(func(fd uintptr) {
@@ -60,7 +64,8 @@ func (p *probe) bind(c syscall.RawConn, loopback net.IP, ours bool) error {
 		if loopback.To4() == nil {
 			sa = &unix.SockaddrInet6{Addr: [16]byte(loopback)}
 		}
-		// What this host sends to the metadata server goes to the cloud's, unless it cannot leave the host.
+		// What this host sends to the metadata server goes to the cloud's, unless it cannot leave
+		// the host.
 		if ours {
 			if err = unix.BindToDevice(int(fd), "lo"); err != nil { // anybody's right since Linux 5.7
 				return
@@ -93,7 +98,8 @@ func (p *probe) ask(ctx context.Context) error {
 	}
 	res, err := p.client.Do(req)
 	if errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("%s is not an address of this node: `gke-metadata-emulator routing install` brings it", strings.TrimSuffix(strings.TrimPrefix(p.url, "http://"), "/"))
+		return fmt.Errorf("%s is not an address of this node: `gke-metadata-emulator routing install` brings it",
+			strings.TrimSuffix(strings.TrimPrefix(p.url, "http://"), "/"))
 	}
 	if err != nil {
 		return err

@@ -17,13 +17,15 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestLoopbackProbe: in routing.mode loopback the probe finds our own listener from the host itself, which otherwise reaches the cloud's server at that address.
+// TestLoopbackProbe: in routing.mode loopback the probe finds our own listener from the host
+// itself, which otherwise reaches the cloud's server at that address.
 func TestLoopbackProbe(t *testing.T) {
 	node := netnstest.Start(t, "loopback")
 	at := netip.MustParseAddrPort("169.254.169.254:80")
 	var l net.Listener
 	if err := node.Do(func() error {
-		r, err := routing.New(routing.Plan{Mode: routing.ModeLoopback, Listen: at, Guard: routing.DefaultGuard(), RunDir: t.TempDir()})
+		r, err := routing.New(routing.Plan{Mode: routing.ModeLoopback, Listen: at, Guard: routing.DefaultGuard(),
+			RunDir: t.TempDir()})
 		if err == nil {
 			err = r.Install(t.Context())
 		}
@@ -39,7 +41,8 @@ func TestLoopbackProbe(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ours") })}
+	server := &http.Server{ReadHeaderTimeout: time.Minute,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ours") })}
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { _ = server.Close() })
 	get := func(c net.Conn) string {

@@ -11,8 +11,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
-// refusal is an answer that is not what was asked for. Its reason goes to the pod (U-18) and never holds a secret, nor anything of another
-// pod or process: that of attest's errors is a text of the table, and the error itself is for the log.
+// refusal is an answer that is not what was asked for. Its reason goes to the pod (U-18) and never
+// holds a secret, nor anything of another pod or process: that of attest's errors is a text of the
+// table, and the error itself is for the log.
 type refusal struct {
 	Status int
 	Reason string
@@ -44,8 +45,8 @@ func reconnect(reason string) refusal {
 // forbid refuses for good.
 func forbid(reason string) refusal { return refusal{Status: http.StatusForbidden, Reason: reason} }
 
-// refusals says what is answered when something is wrong. The first row that fits decides; an error that fits none is
-// ours, and 503: clients retry it, while a 4xx ends them (T-09).
+// refusals says what is answered when something is wrong. The first row that fits decides; an error
+// that fits none is ours, and 503: clients retry it, while a 4xx ends them (T-09).
 var refusals = []struct {
 	when    func(error) bool
 	refusal refusal
@@ -65,7 +66,8 @@ var refusals = []struct {
 	{is(attest.ErrNotPod), forbid("not a pod of this node, nor a process that hostIdentities names")},
 	{is(attest.ErrNoAccount), forbid(attest.ErrNoAccount.Error())},
 	// Of a client whose own filter dropped what it sent, another connection is found.
-	{is(attest.ErrNoSocket), reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
+	{is(attest.ErrNoSocket),
+		reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
 	{is(attest.ErrEmptyCgroup), reconnect("no process is left in the cgroup of the client's socket; connect again")},
 	{is(attest.ErrOwner), forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
 	// others can bring it about; another port may be nobody else's.

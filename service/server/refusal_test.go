@@ -28,26 +28,28 @@ func TestRefusals(t *testing.T) {
 		status int
 		retry  bool
 	}{
-		"pod not known yet":               {attest.ErrUnknown, 503, true},
-		"two pods":                        {attest.ErrAmbiguous, 503, true},
-		"the address changed hands":       {attest.ErrChanged, 503, true},
-		"not a pod":                       {attest.ErrNotPod, 403, false},
-		"A-12: a neighbour's socket":      {attest.ErrSockets, 503, true},
-		"API server away":                 {&kube.AwayError{Since: time.Now(), Err: errors.New("x")}, 503, false},
-		"no kubeconfig":                   {kube.ErrNotConfigured, 503, false},
-		"TokenRequest refused":            {&kube.ForbiddenError{Verb: "create", Resource: "serviceaccounts/token"}, 503, false},
-		"the pod went away":               {kube.ErrNoPod, 503, false},
-		"STS 400":                         {google("STS", 400), 403, false},
-		"STS 401":                         {google("STS", 401), 403, false},
-		"IAM 400":                         {google("IAM", 400), 400, false},
-		"IAM 401, after another try":      {google("IAM", 401), 503, false},
-		"IAM 403":                         {google("IAM", 403), 403, false},
-		"IAM 404":                         {google("IAM", 404), 404, false},
-		"Google 429":                      {google("STS", 429), 503, false},
-		"Google 500":                      {google("IAM", 500), 503, false},
-		"unreachable":                     {token.ErrUnavailable, 503, false},
-		"over a limit":                    {&token.LimitError{Limit: "keysPerPod", Value: 64}, 503, true},
-		"bad annotation":                  {&kube.AnnotationError{ServiceAccount: workload.ServiceAccount{Namespace: "a", Name: "b"}, Key: "k"}, 400, false},
+		"pod not known yet":          {attest.ErrUnknown, 503, true},
+		"two pods":                   {attest.ErrAmbiguous, 503, true},
+		"the address changed hands":  {attest.ErrChanged, 503, true},
+		"not a pod":                  {attest.ErrNotPod, 403, false},
+		"A-12: a neighbour's socket": {attest.ErrSockets, 503, true},
+		"API server away":            {&kube.AwayError{Since: time.Now(), Err: errors.New("x")}, 503, false},
+		"no kubeconfig":              {kube.ErrNotConfigured, 503, false},
+		"TokenRequest refused": {&kube.ForbiddenError{Verb: "create", Resource: "serviceaccounts/token"}, 503,
+			false},
+		"the pod went away":          {kube.ErrNoPod, 503, false},
+		"STS 400":                    {google("STS", 400), 403, false},
+		"STS 401":                    {google("STS", 401), 403, false},
+		"IAM 400":                    {google("IAM", 400), 400, false},
+		"IAM 401, after another try": {google("IAM", 401), 503, false},
+		"IAM 403":                    {google("IAM", 403), 403, false},
+		"IAM 404":                    {google("IAM", 404), 404, false},
+		"Google 429":                 {google("STS", 429), 503, false},
+		"Google 500":                 {google("IAM", 500), 503, false},
+		"unreachable":                {token.ErrUnavailable, 503, false},
+		"over a limit":               {&token.LimitError{Limit: "keysPerPod", Value: 64}, 503, true},
+		"bad annotation": {&kube.AnnotationError{ServiceAccount: workload.ServiceAccount{Namespace: "a",
+			Name: "b"}, Key: "k"}, 400, false},
 		"no such name":                    {metadata.ErrNotFound, 404, false},
 		"bad query":                       {metadata.BadQuery("alt=%s", "xml"), 400, false},
 		"not linked":                      {errNotLinked, 404, false},
@@ -64,21 +66,29 @@ func TestRefusals(t *testing.T) {
 	if r := refusalOf(metadata.ErrNotFound); r.Reason != "Not Found" {
 		t.Errorf("H-15: %q", r.Reason)
 	}
-	if r := refusalOf(fmt.Errorf("x: %w", refusal{Status: http.StatusTeapot, Reason: "as it is"})); r.Status != http.StatusTeapot || r.Reason != "as it is" {
+	if r := refusalOf(fmt.Errorf("x: %w",
+		refusal{Status: http.StatusTeapot, Reason: "as it is"})); r.Status != http.StatusTeapot || r.Reason != "as it is" {
 		t.Errorf("%+v", r)
 	}
 }
 
-// A pod is told nothing of others: not what the errors of attest name for the log, nor what nobody has thought of. No sentinel is forgotten.
+// A pod is told nothing of others: not what the errors of attest name for the log, nor what nobody
+// has thought of. No sentinel is forgotten.
 func TestRefusalsNameNobody(t *testing.T) {
-	const others = "pod 11111111-2222 of ns/victim in /kubepods/pod11111111-2222/c0ffee and network namespace 4026531840 at 10.9.8.7"
+	const others = "pod 11111111-2222 of ns/victim in /kubepods/pod11111111-2222/c0ffee and network namespace " +
+		"4026531840 at 10.9.8.7"
 	sentinels := map[string]error{
-		"ErrUnknown": attest.ErrUnknown, "ErrAmbiguous": attest.ErrAmbiguous, "ErrNotPod": attest.ErrNotPod, "ErrNoAccount": attest.ErrNoAccount,
-		"ErrReplaced": attest.ErrReplaced, "ErrChanged": attest.ErrChanged, "ErrNoNamespace": attest.ErrNoNamespace, "ErrHelperAway": attest.ErrHelperAway,
-		"ErrNoSocket": attest.ErrNoSocket, "ErrUnknownCgroup": attest.ErrUnknownCgroup, "ErrSockets": attest.ErrSockets, "ErrNoCgroup": attest.ErrNoCgroup,
-		"ErrSpared": attest.ErrSpared, "ErrEmptyCgroup": attest.ErrEmptyCgroup, "ErrOwner": attest.ErrOwner, "ErrPods": attest.ErrPods,
-		"ErrNamespaceOwner": attest.ErrNamespaceOwner, "ErrOtherNamespace": attest.ErrOtherNamespace, "ErrNotRead": attest.ErrNotRead,
-		"": errors.New("netlink"),
+		"ErrUnknown": attest.ErrUnknown, "ErrAmbiguous": attest.ErrAmbiguous, "ErrNotPod": attest.ErrNotPod,
+		"ErrNoAccount": attest.ErrNoAccount,
+		"ErrReplaced":  attest.ErrReplaced, "ErrChanged": attest.ErrChanged, "ErrNoNamespace": attest.ErrNoNamespace,
+		"ErrHelperAway": attest.ErrHelperAway,
+		"ErrNoSocket":   attest.ErrNoSocket, "ErrUnknownCgroup": attest.ErrUnknownCgroup, "ErrSockets": attest.ErrSockets,
+		"ErrNoCgroup": attest.ErrNoCgroup,
+		"ErrSpared":   attest.ErrSpared, "ErrEmptyCgroup": attest.ErrEmptyCgroup, "ErrOwner": attest.ErrOwner,
+		"ErrPods":           attest.ErrPods,
+		"ErrNamespaceOwner": attest.ErrNamespaceOwner, "ErrOtherNamespace": attest.ErrOtherNamespace,
+		"ErrNotRead": attest.ErrNotRead,
+		"":           errors.New("netlink"),
 	}
 	var all []string
 	files, err := filepath.Glob("../attest/*.go")

@@ -11,9 +11,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// `/` is answered without knowing the client, and limits.connectionsPerPod counts by address where the kernel says no more: whoever can
-// make up addresses opens connections without end. So there is a bound for all together, and a part of it for clients that nobody
-// vouches for. Where it is reached, connections that wait for no answer are closed for a new one.
+// `/` is answered without knowing the client, and limits.connectionsPerPod counts by address where
+// the kernel says no more: whoever can make up addresses opens connections without end. So there is
+// a bound for all together, and a part of it for clients that nobody vouches for. Where it is
+// reached, connections that wait for no answer are closed for a new one.
 const (
 	maxConnections = 10_000 // they cost 220 MB, of MemoryHigh=384M; LimitNOFILE=65536 has room for them
 	maxUnknown     = 2_000  // of them, for clients that are an address and nothing else
@@ -24,8 +25,9 @@ const (
 // room bounds the connections that are open at once.
 type room struct {
 	most, mostUnknown int
-	cutAnswered       bool                    // where every connection waits for an answer, close the one that waits longest
-	vouched           func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
+	// where every connection waits for an answer, close the one that waits longest
+	cutAnswered bool
+	vouched     func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
 
 	idle      atomic.Int64 // connections between two requests
 	answering atomic.Int64 // connections whose request is being answered
@@ -51,7 +53,8 @@ func newRoom(most, unknown int) room {
 	return room{most: most, mostUnknown: unknown, all: map[*connection]bool{}, parties: map[attest.Party]*atomic.Int64{}}
 }
 
-// enter counts a connection of which nobody knows yet whose it is. It returns false if there is no room for it.
+// enter counts a connection of which nobody knows yet whose it is. It returns false if there is no
+// room for it.
 func (r *room) enter(c *connection) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -64,7 +67,8 @@ func (r *room) enter(c *connection) bool {
 	return true
 }
 
-// settle counts a connection that entered for its party, and returns how many that one has now; 0 if there is no room for it.
+// settle counts a connection that entered for its party, and returns how many that one has now; 0
+// if there is no room for it.
 func (r *room) settle(c *connection) int64 {
 	known := r.vouched != nil && r.vouched(c.peer)
 	r.mu.Lock()
@@ -125,8 +129,9 @@ func (r *room) forget(c *connection) {
 	}
 }
 
-// makeRoom closes connections that wait for no answer: those of unknown clients first, then those of whoever has most, then those that
-// have waited longest. It closes an eighth of them, so that the next newcomers need no search. It is called with r.mu held.
+// makeRoom closes connections that wait for no answer: those of unknown clients first, then those
+// of whoever has most, then those that have waited longest. It closes an eighth of them, so that
+// the next newcomers need no search. It is called with r.mu held.
 func (r *room) makeRoom(unknownOnly bool) bool {
 	victims := r.waiting(unknownOnly, false)
 	if n := len(victims); n > 0 {
@@ -150,7 +155,8 @@ type victim struct {
 	open, since int64
 }
 
-// waiting returns the connections that wait for an answer, or those that do not; the first to be closed stands first.
+// waiting returns the connections that wait for an answer, or those that do not; the first to be
+// closed stands first.
 func (r *room) waiting(unknownOnly, asked bool) []victim {
 	var all []victim
 	for c, known := range r.all {

@@ -46,7 +46,8 @@ func (c *crowd) openOf(client string) (n int) {
 	return n
 }
 
-// Clients that nobody vouches for take a part of the room, whoever has most makes room for others, and nobody does who is being answered.
+// Clients that nobody vouches for take a part of the room, whoever has most makes room for others,
+// and nobody does who is being answered.
 func TestRoom(t *testing.T) {
 	c := newCrowd(100, 40)
 	for range 60 {

@@ -14,13 +14,21 @@ type rule struct {
 	refusal
 }
 
-// rules are tried in order. `/` is answered without the last three: Go's and .NET's probes send no header there and
-// look only at the response's (E-02). What is for another cloud's server has that one's methods and headers (passthrough.go).
+// rules are tried in order. `/` is answered without the last three: Go's and .NET's probes send no
+// header there and look only at the response's (E-02). What is for another cloud's server has that
+// one's methods and headers (passthrough.go).
 var rules = []rule{
-	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Reason: "method not allowed: GET and HEAD are", Allow: "GET, HEAD"}},                      // H-14
-	{forwarded, refusal{Status: http.StatusForbidden, Reason: "X-Forwarded-For is present: requests must not come through a proxy"}},                      // H-13
-	{foreignHost, refusal{Status: http.StatusForbidden, Reason: "the Host header names another server: use metadata.google.internal or 169.254.169.254"}}, // H-16
-	{flavorMissing, refusal{Status: http.StatusForbidden, Reason: `Missing required header "Metadata-Flavor": "Google"`}},                                 // H-01
+	// H-14
+	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Reason: "method not allowed: GET and HEAD are",
+		Allow: "GET, HEAD"}},
+	// H-13
+	{forwarded, refusal{Status: http.StatusForbidden, Reason: "X-Forwarded-For is present: requests must not come " +
+		"through a proxy"}},
+	// H-16
+	{foreignHost, refusal{Status: http.StatusForbidden, Reason: "the Host header names another server: use " +
+		"metadata.google.internal or 169.254.169.254"}},
+	// H-01
+	{flavorMissing, refusal{Status: http.StatusForbidden, Reason: `Missing required header "Metadata-Flavor": "Google"`}},
 }
 
 // refusedBy returns the refusal of the first rule that refuses, or nil.
@@ -47,17 +55,19 @@ func flavorMissing(r *request) bool {
 	return !r.open && !r.foreign && (len(f) == 0 || f[0] != "Google")
 }
 
-// foreignHost guards against DNS rebinding: a browser in a pod that was sent here by another name (H-16).
+// foreignHost guards against DNS rebinding: a browser in a pod that was sent here by another name
+// (H-16).
 func foreignHost(r *request) bool {
 	return !r.open && r.hostCheck && !hostAccepted(r.Host, r.peer)
 }
 
-// hostAccepted reports whether the Host header is one of the server's names, or this connection's own local
-// address before or after DNAT, each with its port or without.
+// hostAccepted reports whether the Host header is one of the server's names, or this connection's
+// own local address before or after DNAT, each with its port or without.
 func hostAccepted(host string, p *attest.Peer) bool {
 	host = strings.ToLower(host)
 	switch strings.TrimSuffix(host, ":80") {
-	case "", "metadata.google.internal", "169.254.169.254", "metadata.google.internal.", "metadata", "metadata.goog", "[fd20:ce::254]":
+	case "", "metadata.google.internal", "169.254.169.254", "metadata.google.internal.", "metadata", "metadata.goog",
+		"[fd20:ce::254]":
 		return true
 	}
 	return hostIs(host, p.Original) || hostIs(host, p.Server)

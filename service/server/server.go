@@ -1,9 +1,10 @@
 // Package server answers one question: what does a pod get for its request?
 //
-// It is the HTTP server: connections and their bounds (room.go), what is refused for its header alone (rules.go), what
-// an error becomes (refusal.go), what goes to another cloud's server (passthrough.go), the metadata tree as one literal
-// (tree.go), and one audit line for each token (audit.go). No other package sees a ResponseWriter. Which configuration
-// is in force is the caller's to say, by Activate.
+// It is the HTTP server: connections and their bounds (room.go), what is refused for its header
+// alone (rules.go), what an error becomes (refusal.go), what goes to another cloud's server
+// (passthrough.go), the metadata tree as one literal (tree.go), and one audit line for each token
+// (audit.go). No other package sees a ResponseWriter. Which configuration is in force is the
+// caller's to say, by Activate.
 package server
 
 import (
@@ -32,25 +33,27 @@ type Options struct {
 	Registerer prometheus.Registerer // gets the metrics of requests and connections
 }
 
-// Active is what follows from the configuration in force, or from having none: what requests are answered by.
-// It is immutable; Activate puts another one in its place.
+// Active is what follows from the configuration in force, or from having none: what requests are
+// answered by. It is immutable; Activate puts another one in its place.
 type Active struct {
-	Tree              *metadata.Tree
-	Broken            error            // why there is no configuration: the refusal of all but `/` (R-23); nil: there is one
+	Tree *metadata.Tree
+	// why there is no configuration: the refusal of all but `/` (R-23); nil: there is one
+	Broken            error
 	HostCheck         bool             // refuse requests whose Host header names another server (H-16)
 	Passthrough       []string         // ServiceAccounts, NAMESPACE/NAME, whose host pods may ask another cloud's server
 	ConnectionsPerPod int              // that one pod, unit or address may have open
 	Attestor          *attest.Attestor // nil where Broken is not
 
-	// Changes returns a channel that is closed when answers may have changed (H-12). It is not called where Broken
-	// is not nil.
+	// Changes returns a channel that is closed when answers may have changed (H-12). It is not
+	// called where Broken is not nil.
 	Changes func() <-chan struct{}
 	// Superseded is closed when another Active has taken the place of this one.
 	Superseded <-chan struct{}
 }
 
-// Unconfigured returns the Active while there is no configuration, for that reason. `/` is answered, so that clients
-// which probe once and remember it for life (C-GO-1) find a metadata server; the rest says what is missing (R-23).
+// Unconfigured returns the Active while there is no configuration, for that reason. `/` is
+// answered, so that clients which probe once and remember it for life (C-GO-1) find a metadata
+// server; the rest says what is missing (R-23).
 func Unconfigured(reason error, connectionsPerPod int) Active {
 	tree, err := metadata.New(unconfigured())
 	if err != nil {
@@ -101,8 +104,8 @@ func New(o Options, first *Active) *Server {
 	return s
 }
 
-// Serve answers pods that connect to l, until l is closed or Shutdown is called. It returns why it ended, never nil.
-// It may be called for several listeners at once.
+// Serve answers pods that connect to l, until l is closed or Shutdown is called. It returns why it
+// ended, never nil. It may be called for several listeners at once.
 func (s *Server) Serve(l net.Listener) error { return s.web.Serve(s.bounded(l, false)) }
 
 // Run writes the repeated audit lines until ctx is done.
@@ -113,21 +116,23 @@ func (s *Server) Activate(next *Active) { s.active.Store(next) }
 
 func (s *Server) limit() int { return s.active.Load().ConnectionsPerPod }
 
-// look has a new connection's other end looked at; without a configuration nobody gets anything that depends on it.
+// look has a new connection's other end looked at; without a configuration nobody gets anything
+// that depends on it.
 func (s *Server) look(p *attest.Peer) {
 	if a := s.active.Load().Attestor; a != nil {
 		a.Look(p)
 	}
 }
 
-// vouched reports whether a new connection's client is more than an address that anybody can make up.
+// vouched reports whether a new connection's client is more than an address that anybody can make
+// up.
 func (s *Server) vouched(p *attest.Peer) bool {
 	a := s.active.Load().Attestor
 	return a != nil && a.Vouched(p)
 }
 
-// bounded returns the listener with what its connections may hold bounded. Where that cannot be had, pods are served
-// all the same. plain leaves net/http's own refusals as they are.
+// bounded returns the listener with what its connections may hold bounded. Where that cannot be
+// had, pods are served all the same. plain leaves net/http's own refusals as they are.
 func (s *Server) bounded(l net.Listener, plain bool) net.Listener {
 	c := clientListener{l, plain, s.draining}
 	if err := c.bounded(); err != nil {
@@ -150,15 +155,16 @@ func (s *Server) Connections() Connections {
 	return Connections{Open: x.open(), Idle: int(x.idle.Load()), Answering: int(x.answering.Load())}
 }
 
-// Requests returns how many requests of pods there were for anything but `/`, and how many of them came by IPv6.
+// Requests returns how many requests of pods there were for anything but `/`, and how many of them
+// came by IPv6.
 func (s *Server) Requests() (all, ipv6 uint64) { return s.metrics.asked(), s.metrics.ipv6.Load() }
 
-// SkippedHostPods returns how many requests for another cloud's metadata were refused, by the ServiceAccount of the
-// pod on the host network that sent them.
+// SkippedHostPods returns how many requests for another cloud's metadata were refused, by the
+// ServiceAccount of the pod on the host network that sent them.
 func (s *Server) SkippedHostPods() map[workload.ServiceAccount]uint64 { return s.skipped.all() }
 
-// Drain begins the end (R-26): from now on answers say Connection: close, long polls are released, and clients that do
-// not read are given little time. It may be called once.
+// Drain begins the end (R-26): from now on answers say Connection: close, long polls are released,
+// and clients that do not read are given little time. It may be called once.
 func (s *Server) Drain() {
 	close(s.draining)
 	s.connections.each(true, func(c *connection) { _ = c.conn.SetWriteDeadline(time.Now().Add(hastyTimeout)) })
@@ -174,10 +180,10 @@ func (s *Server) Draining() bool {
 	}
 }
 
-// Shutdown ends Serve without losing a request (R-26). It is to be called after Drain, when nothing is accepted any
-// more. What was accepted is answered before net/http knows of the end: it throws away the requests that it reads from
-// then on. Nobody is waited for who does not read an answer, or does not send a whole request. When ctx is done,
-// answers are broken off.
+// Shutdown ends Serve without losing a request (R-26). It is to be called after Drain, when nothing
+// is accepted any more. What was accepted is answered before net/http knows of the end: it throws
+// away the requests that it reads from then on. Nobody is waited for who does not read an answer,
+// or does not send a whole request. When ctx is done, answers are broken off.
 func (s *Server) Shutdown(ctx context.Context) {
 	x := s.connections
 	for end := time.Now().Add(hastyTimeout); x.busy() > 0 && time.Now().Before(end); {
@@ -252,10 +258,12 @@ func (s *Server) answer(req *request) (metadata.Answer, error) {
 	return s.answerCaller(req.Context(), active, req, q)
 }
 
-// answerCaller finds out who asks, answers, and looks at the evidence again before the answer may be written. A request
-// that wants to be told of a change is answered when there was one (H-12): a waiter costs its goroutine and its
-// connection, of which a pod has limits.connectionsPerPod.
-func (s *Server) answerCaller(ctx context.Context, active *Active, req *request, q metadata.Query) (metadata.Answer, error) {
+// answerCaller finds out who asks, answers, and looks at the evidence again before the answer may
+// be written. A request that wants to be told of a change is answered when there was one (H-12): a
+// waiter costs its goroutine and its connection, of which a pod has limits.connectionsPerPod.
+func (s *Server) answerCaller(
+	ctx context.Context, active *Active, req *request, q metadata.Query,
+) (metadata.Answer, error) {
 	var wait metadata.Wait
 	var timeout <-chan time.Time
 	if q.Values != nil {
@@ -313,7 +321,8 @@ func (s *Server) answerCaller(ctx context.Context, active *Active, req *request,
 	}
 }
 
-// check looks at the evidence again, by the configuration in force now: the backend that attested may be no more.
+// check looks at the evidence again, by the configuration in force now: the backend that attested
+// may be no more.
 func (s *Server) check(ctx context.Context, p *attest.Peer) error {
 	for {
 		active := s.active.Load()
@@ -326,7 +335,8 @@ func (s *Server) check(ctx context.Context, p *attest.Peer) error {
 	}
 }
 
-// Headers that every response has. The keys are canonical, and the values are shared: nobody writes to them.
+// Headers that every response has. The keys are canonical, and the values are shared: nobody writes
+// to them.
 var (
 	flavor     = []string{"Google"}              // H-04
 	serverName = []string{"GKE Metadata Server"} // H-05
@@ -338,7 +348,8 @@ var (
 	closing    = []string{"close"}
 )
 
-// write turns an answer or an error into bytes and returns the status. Nothing else in the service does.
+// write turns an answer or an error into bytes and returns the status. Nothing else in the service
+// does.
 func (s *Server) write(w http.ResponseWriter, req *request, a metadata.Answer, err error) int {
 	if req.passed != nil && err == nil {
 		return s.writePassed(w, req)
@@ -376,7 +387,9 @@ func (s *Server) write(w http.ResponseWriter, req *request, a metadata.Answer, e
 		h["Connection"] = closing // R-26
 	default:
 	}
-	if req.ContentLength != 0 { // net/http would read a body that nobody wants before it answers, for as long as it takes to come
+	// net/http would read a body that nobody wants before it answers, for as long as it takes to
+	// come
+	if req.ContentLength != 0 {
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now())
 		h["Connection"] = closing
 	}
@@ -417,8 +430,8 @@ func location(req *request, path string) string {
 	return (&url.URL{Scheme: "http", Host: host, Path: path, RawQuery: req.URL.RawQuery}).String()
 }
 
-// record writes the one log line and the one metric of a request: the audit line of a token that was issued; a refusal,
-// at a bounded rate for each pod; all else where somebody debugs.
+// record writes the one log line and the one metric of a request: the audit line of a token that
+// was issued; a refusal, at a bounded rate for each pod; all else where somebody debugs.
 func (s *Server) record(req *request, status int, a metadata.Answer, err error) {
 	s.metrics.served(req.place.Node, status, time.Since(req.started))
 	if errors.Is(err, attest.ErrNotPod) {
@@ -437,7 +450,8 @@ func (s *Server) record(req *request, status int, a metadata.Answer, err error) 
 		}
 	case err == nil && req.passed != nil:
 		if suppressed, ok := s.passed.allow(rateLimitKey(req)); ok {
-			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Info("passed to the cloud's metadata server")
+			s.log.WithFields(s.fields(req, status)).WithField("suppressed",
+				suppressed).Info("passed to the cloud's metadata server")
 		}
 	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
 		if suppressed, ok := s.refused.allow(rateLimitKey(req)); ok {

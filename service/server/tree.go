@@ -21,8 +21,9 @@ const (
 	scopeEmail         = "https://www.googleapis.com/auth/userinfo.email"
 )
 
-// NewTree returns what the configuration has pods see. accounts and tokens are asked for the caller's own; they may be nil
-// where the Tree is only to be checked. The error says which path of extraMetadata is in the way of what GKE serves.
+// NewTree returns what the configuration has pods see. accounts and tokens are asked for the
+// caller's own; they may be nil where the Tree is only to be checked. The error says which path of
+// extraMetadata is in the way of what GKE serves.
 func NewTree(c config.Config, accounts Accounts, tokens Tokens) (*metadata.Tree, error) {
 	root, err := tree(c, identity{accounts, tokens, c.EmailForUnlinked, c.WorkloadIdentity.PoolName})
 	if err != nil {
@@ -41,8 +42,9 @@ type Tokens interface {
 	Ask(ctx context.Context, caller string, r token.Request) (token.Token, error)
 }
 
-// tree is what GKE's metadata server serves, and nothing more (E-13), but for what the operator added. A value that is
-// not configured is not there at all: clients take a mere 200 for an answer (E-16).
+// tree is what GKE's metadata server serves, and nothing more (E-13), but for what the operator
+// added. A value that is not configured is not there at all: clients take a mere 200 for an answer
+// (E-16).
 func tree(c config.Config, identity identity) (metadata.Node, error) {
 	root := metadata.Node{Open: true, Kids: []metadata.Node{ // E-02: / waits for nobody
 		{Name: "computeMetadata", Kids: []metadata.Node{
@@ -132,7 +134,8 @@ func (a identity) known(ctx context.Context, q metadata.Query) (workload.Account
 	return a.accounts.Account(ctx, q.Caller.ServiceAccount, anyAge)
 }
 
-// names are the two names of the caller's account (E-18, E-22). Names that are not the caller's do not exist for it.
+// names are the two names of the caller's account (E-18, E-22). Names that are not the caller's do
+// not exist for it.
 func (a identity) names(ctx context.Context, q metadata.Query) ([]string, error) {
 	acct, err := a.known(ctx, q)
 	if err != nil {
@@ -183,8 +186,8 @@ func accessTokenJSON(value string, seconds int64) []byte {
 	return append(b, `,"token_type":"Bearer"}`...)
 }
 
-// appendJSON appends the JSON form of a token. Google's are made of characters that stand for themselves; package json
-// sees to one that is not, at many times the cost.
+// appendJSON appends the JSON form of a token. Google's are made of characters that stand for
+// themselves; package json sees to one that is not, at many times the cost.
 func appendJSON(b []byte, s string) []byte {
 	for i := range len(s) {
 		if !plain[s[i]] {
@@ -206,7 +209,8 @@ var plain = func() (t [256]bool) {
 	return t
 }()
 
-// idToken answers with the bare JWT, as application/text without a charset: Ruby compares strings (I-01).
+// idToken answers with the bare JWT, as application/text without a charset: Ruby compares strings
+// (I-01).
 func (a identity) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	audience := q.Values.Get("audience")
 	if audience == "" {
@@ -214,8 +218,10 @@ func (a identity) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	}
 	t, of, err := a.issue(ctx, q, func(acct workload.Account) (token.Request, error) {
 		if !acct.Linked() {
-			return token.Request{}, fmt.Errorf("ServiceAccount %s is %w: it lacks the annotation iam.gke.io/gcp-service-account, without which Google issues no identity tokens",
-				q.Caller.ServiceAccount, errNotLinked) // I-04
+			return token.Request{},
+				fmt.Errorf("ServiceAccount %s is %w: it lacks the annotation iam.gke.io/gcp-service-account, without which "+
+					"Google issues no identity tokens",
+					q.Caller.ServiceAccount, errNotLinked) // I-04
 		}
 		return token.IDToken(q.Caller.ServiceAccount, acct, audience), nil
 	})
@@ -225,8 +231,8 @@ func (a identity) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	return metadata.Raw{ContentType: metadata.Text, Body: []byte(t.Value), Issued: of}, nil
 }
 
-// issue asks for the token that the caller's annotations lead to. A mint reads them again; when they changed since
-// they were listed, it is asked once more with what it found.
+// issue asks for the token that the caller's annotations lead to. A mint reads them again; when
+// they changed since they were listed, it is asked once more with what it found.
 func (a identity) issue(
 	ctx context.Context, q metadata.Query, requestOf func(workload.Account) (token.Request, error),
 ) (token.Token, issued, error) {

@@ -7,8 +7,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// turns bounds what is done at once for all parties together, and for each of them: a party that takes all of its turns leaves the rest
-// to others, and waits for its own.
+// turns bounds what is done at once for all parties together, and for each of them: a party that
+// takes all of its turns leaves the rest to others, and waits for its own.
 type turns struct {
 	all    chan struct{}
 	forOne int

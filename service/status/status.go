@@ -1,5 +1,6 @@
-// Package status is what `gke-metadata-emulator status` shows: the state of the running service, as values,
-// as text, and how another process asks for it. The service fills a Status in; `status` and doctor read it.
+// Package status is what `gke-metadata-emulator status` shows: the state of the running service, as
+// values, as text, and how another process asks for it. The service fills a Status in; `status` and
+// doctor read it.
 package status
 
 import (
@@ -21,23 +22,26 @@ import (
 
 // Status is what `status` shows: never a token, only how old it is.
 type Status struct {
-	Version         string              `json:"version"`
-	Started         time.Time           `json:"started"`
-	State           string              `json:"state"`                       // serving | not configured | stopping
-	Reason          string              `json:"reason,omitempty"`            // why it is not serving
-	ConfigFile      string              `json:"configFileProblem,omitempty"` // why the configuration on disk does not load; what was read before is in force
-	Listen          string              `json:"listen"`
-	Listen6         string              `json:"listen6,omitempty"`     // "" = IPv6 is not served
-	Unreachable     string              `json:"unreachable,omitempty"` // why the node's own connections to Listen fail, where pods' do not
-	Connections     int                 `json:"connections"`
-	Attestation     Attestation         `json:"attestation"`
-	Requests        uint64              `json:"requests"`            // since Started, for anything but `/`
-	Requests6       uint64              `json:"requests6,omitempty"` // those of them that came by IPv6
-	Routing         *routing.State      `json:"routing,omitempty"`
-	RoutingErr      string              `json:"routingError,omitempty"` // why Routing is not known
-	LastInstall     *routing.Failure    `json:"lastInstallFailed,omitempty"`
-	Cluster         *kube.Status        `json:"cluster,omitempty"`
-	Proxy           string              `json:"proxy,omitempty"` // by which Google is asked, without its user's name and password
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+	State   string    `json:"state"`            // serving | not configured | stopping
+	Reason  string    `json:"reason,omitempty"` // why it is not serving
+	// why the configuration on disk does not load; what was read before is in force
+	ConfigFile string `json:"configFileProblem,omitempty"`
+	Listen     string `json:"listen"`
+	Listen6    string `json:"listen6,omitempty"` // "" = IPv6 is not served
+	// why the node's own connections to Listen fail, where pods' do not
+	Unreachable string           `json:"unreachable,omitempty"`
+	Connections int              `json:"connections"`
+	Attestation Attestation      `json:"attestation"`
+	Requests    uint64           `json:"requests"`            // since Started, for anything but `/`
+	Requests6   uint64           `json:"requests6,omitempty"` // those of them that came by IPv6
+	Routing     *routing.State   `json:"routing,omitempty"`
+	RoutingErr  string           `json:"routingError,omitempty"` // why Routing is not known
+	LastInstall *routing.Failure `json:"lastInstallFailed,omitempty"`
+	Cluster     *kube.Status     `json:"cluster,omitempty"`
+	// by which Google is asked, without its user's name and password
+	Proxy           string              `json:"proxy,omitempty"`
 	Tokens          []token.EntryStatus `json:"tokens,omitempty"`
 	SkippedHostPods []SkippedHostPod    `json:"notPassedThrough,omitempty"`
 }
@@ -56,8 +60,8 @@ type HostIdentity struct {
 	kube.HostStatus
 }
 
-// SkippedHostPod is a ServiceAccount whose pods on the host network asked for another cloud's metadata,
-// and which the key passthrough does not name: their requests are refused.
+// SkippedHostPod is a ServiceAccount whose pods on the host network asked for another cloud's
+// metadata, and which the key passthrough does not name: their requests are refused.
 type SkippedHostPod struct {
 	ServiceAccount string `json:"serviceAccount"`
 	Requests       uint64 `json:"requests"` // since the service started
@@ -74,7 +78,8 @@ func Fetch(ctx context.Context, socket string) ([]byte, error) {
 	const most = 64 << 20 // thousands of pods and their tokens' ages
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn,
+		error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
 	defer client.CloseIdleConnections()

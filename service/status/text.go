@@ -24,13 +24,16 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", s.Reason)
 	}
 	if s.ConfigFile != "" {
-		line("", "the configuration on disk does not load, and a restart would refuse pods; what was read before is in force: %s", OneLine(s.ConfigFile))
+		line("", "the configuration on disk does not load, and a restart would refuse pods; what was read before is in "+
+			"force: %s", OneLine(s.ConfigFile))
 	}
 	line("version", "%s, up %s", s.Version, Age(now, s.Started))
-	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, textIf(s.Listen6 != "", " and "+s.Listen6), s.Connections, s.Requests,
+	line("listening", "%s%s, %d connections, %d requests so far%s", s.Listen, textIf(s.Listen6 != "", " and "+s.Listen6),
+		s.Connections, s.Requests,
 		textIf(s.Requests6 > 0, fmt.Sprintf(", %d of them by IPv6", s.Requests6)))
 	if s.Unreachable != "" {
-		line("", "connections of the node itself fail, as hostIdentities and pods on the host network need them: %s", Bounded(s.Unreachable))
+		line("", "connections of the node itself fail, as hostIdentities and pods on the host network need them: %s",
+			Bounded(s.Unreachable))
 	}
 	s.attestationText(line, now)
 	s.rulesText(line, now)
@@ -38,7 +41,8 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		line("", "%s", FailureText(s.LastInstall, now))
 	}
 	for _, u := range s.SkippedHostPods {
-		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s", u.ServiceAccount, u.Requests, SkippedRemedy)
+		line("host pods", "ServiceAccount %s asked %d times for the cloud's own metadata, and is not let through: %s",
+			u.ServiceAccount, u.Requests, SkippedRemedy)
 	}
 	var pods []kube.PodStatus
 	if c := s.Cluster; c != nil {
@@ -46,19 +50,21 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 		if s.Proxy != "" {
 			line("google", "by proxy %s", s.Proxy)
 		}
-		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods), func(w io.Writer) {
-			for _, p := range c.Pods {
-				fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, textIf(p.Terminating, " (terminating)"),
-					strings.Trim(fmt.Sprint(p.Addresses), "[]")+textIf(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing"),
-					cmp.Or(p.ServiceAccount, "(static pod)"), accountText(p.AccountStatus))
-			}
-		})
-		if hosts := s.Attestation.HostIdentities; len(hosts) > 0 {
-			table(&b, "HOST IDENTITIES", "PROCESSES OF\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(hosts), func(w io.Writer) {
-				for _, h := range hosts {
-					fmt.Fprintf(w, "%s\t%s\t%s\t\n", h.Unit+h.Cgroup, h.ServiceAccount, accountText(h.AccountStatus))
+		table(&b, "PODS", "NAMESPACE\tPOD\tADDRESSES\tKNOWN BY\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(c.Pods),
+			func(w io.Writer) {
+				for _, p := range c.Pods {
+					fmt.Fprintf(w, "%s\t%s%s\t%s\t%s\t%s\t%s\t\n", p.Namespace, p.Name, textIf(p.Terminating, " (terminating)"),
+						strings.Trim(fmt.Sprint(p.Addresses), "[]")+textIf(p.HostNetwork, "host network"), cmp.Or(p.Evidence, "nothing"),
+						cmp.Or(p.ServiceAccount, "(static pod)"), accountText(p.AccountStatus))
 				}
 			})
+		if hosts := s.Attestation.HostIdentities; len(hosts) > 0 {
+			table(&b, "HOST IDENTITIES", "PROCESSES OF\tSERVICEACCOUNT\tGOOGLE SERVICE ACCOUNT\t", len(hosts),
+				func(w io.Writer) {
+					for _, h := range hosts {
+						fmt.Fprintf(w, "%s\t%s\t%s\t\n", h.Unit+h.Cgroup, h.ServiceAccount, accountText(h.AccountStatus))
+					}
+				})
 		}
 		table(&b, "TOKENS", "SERVICEACCOUNT\tAS\tFOR\tAGE\tLEFT\tLAST ERROR\t", len(s.Tokens), func(w io.Writer) {
 			for _, t := range s.Tokens {
@@ -72,7 +78,9 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 				if t.Audience != "" {
 					what = "audience " + t.Audience
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as, strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), Age(now, t.Minted), Age(t.Expires, now), Bounded(t.LastError))
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", t.ServiceAccount, as,
+					strings.ReplaceAll(what, "https://www.googleapis.com/auth/", ""), Age(now, t.Minted), Age(t.Expires, now),
+					Bounded(t.LastError))
 			}
 		})
 		pods = c.Pods
@@ -89,7 +97,8 @@ func (s Status) Text(w io.Writer, now time.Time) error {
 
 // FailureText says on one line why installs fail.
 func FailureText(f *routing.Failure, now time.Time) string {
-	return fmt.Sprintf("routing install failed %d times in a row, last %s ago: %s", f.Times, Age(now, f.Last), OneLine(f.Error))
+	return fmt.Sprintf("routing install failed %d times in a row, last %s ago: %s", f.Times, Age(now, f.Last),
+		OneLine(f.Error))
 }
 
 func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
@@ -106,9 +115,11 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 	case r.Closed:
 		line("rules", "the closed guard alone, since the configuration was broken")
 	case r.Mode == routing.ModeObserve:
-		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago", Age(now, r.Since))
+		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago",
+			Age(now, r.Since))
 	default:
-		line("rules", "mode %s to %s%s, installed %s ago", r.Mode, r.Listen, textIf(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), Age(now, r.Since))
+		line("rules", "mode %s to %s%s, installed %s ago", r.Mode, r.Listen,
+			textIf(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), Age(now, r.Since))
 		if r.Reason != "" {
 			line("", "auto: %s", r.Reason)
 		}
@@ -143,14 +154,16 @@ func (s Status) attestationText(line func(string, string, ...any), now time.Time
 	case k.Helper:
 		line("attestation", "by the kernel: %d cgroups and %d network namespaces are known", k.Cgroups, k.Namespaces)
 	default:
-		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network namespace is not known are refused", textIf(!k.Since.IsZero(), " for "+Age(now, k.Since)))
+		line("attestation", "by the kernel, but gke-metadata-emulator-attest.service is away%s: pods whose network "+
+			"namespace is not known are refused", textIf(!k.Since.IsZero(), " for "+Age(now, k.Since)))
 		line("", "%s", k.Problem)
 	}
 	for _, lack := range k.Lacks {
 		line("", "lacking: %s", lack)
 	}
 	for _, c := range k.Conflicts {
-		line("conflict", "%s: %s and %s have sockets of this address; %d connections refused, the last %s ago: remove it from the one that does not own it",
+		line("conflict", "%s: %s and %s have sockets of this address; %d connections refused, the last %s ago: remove "+
+			"it from the one that does not own it",
 			c.Address, s.PodName(c.Between[0]), s.PodName(c.Between[1]), c.Refused, Age(now, c.LastSeen))
 	}
 }

@@ -15,8 +15,10 @@ import (
 // What continues a line stands below that line.
 func TestRulesText(t *testing.T) {
 	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
-	s := Status{Routing: &routing.State{Desired: routing.Installed, Mode: routing.ModeIPTables, Listen: "169.254.169.252:988", Reason: "it fits",
-		Since: now.Add(-time.Hour), HostNetwork: "left alone", Standing: routing.Standing{Time: now.Add(-time.Second), Faults: []string{"missing: a"}}}}
+	s := Status{Routing: &routing.State{Desired: routing.Installed, Mode: routing.ModeIPTables,
+		Listen: "169.254.169.252:988", Reason: "it fits",
+		Since: now.Add(-time.Hour), HostNetwork: "left alone", Standing: routing.Standing{Time: now.Add(-time.Second),
+			Faults: []string{"missing: a"}}}}
 	var text strings.Builder
 	if err := s.Text(&text, now); err != nil {
 		t.Fatal(err)
@@ -34,14 +36,17 @@ host pods +left alone$`
 // A conflict names pods as people know them, and what is no pod as it is.
 func TestConflictText(t *testing.T) {
 	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
-	s := Status{Cluster: &kube.Status{Pods: []kube.PodStatus{{UID: "u", Namespace: "ns", Name: "p"}}}, Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{
-		Helper: true, Conflicts: []attest.Conflict{{Address: netip.MustParseAddr("10.0.0.7"), Between: [2]string{"u", "network namespace 7 of /x"}, Refused: 3, LastSeen: now.Add(-time.Minute)}},
-	}}}
+	s := Status{Cluster: &kube.Status{Pods: []kube.PodStatus{{UID: "u", Namespace: "ns", Name: "p"}}},
+		Attestation: Attestation{Mode: "kernel", Kernel: &attest.KernelStatus{
+			Helper: true, Conflicts: []attest.Conflict{{Address: netip.MustParseAddr("10.0.0.7"),
+				Between: [2]string{"u", "network namespace 7 of /x"}, Refused: 3, LastSeen: now.Add(-time.Minute)}},
+		}}}
 	var text strings.Builder
 	if err := s.Text(&text, now); err != nil {
 		t.Fatal(err)
 	}
-	const want = "conflict     10.0.0.7: ns/p and network namespace 7 of /x have sockets of this address; 3 connections refused, the last 1m0s ago: remove it from the one that does not own it\n"
+	const want = "conflict     10.0.0.7: ns/p and network namespace 7 of /x have sockets of this address; 3 " +
+		"connections refused, the last 1m0s ago: remove it from the one that does not own it\n"
 	if !strings.Contains(text.String(), want) {
 		t.Errorf("no %q in\n%s", want, &text)
 	}
@@ -50,12 +55,15 @@ func TestConflictText(t *testing.T) {
 // What mode observe counted is shown by the name of the pod where that is known.
 func TestObservedText(t *testing.T) {
 	s := routing.State{Desired: routing.Installed, Mode: routing.ModeObserve, Observed: []routing.Observation{
-		{Cgroup: "/kubepods.slice/kubepods-pod11111111_2222_3333_4444_555555555555.slice/cri-containerd-a.scope", Connects: 7},
+		{Cgroup: "/kubepods.slice/kubepods-pod11111111_2222_3333_4444_555555555555.slice/cri-containerd-a.scope",
+			Connects: 7},
 		{Cgroup: "/kubepods/besteffort/podbeefbeef-2222-3333-4444-555555555555/b", Connects: 3, HostNetwork: true},
 		{Connects: 2},
 	}}
 	var text strings.Builder
-	st := Status{Routing: &s, Cluster: &kube.Status{Pods: []kube.PodStatus{{Namespace: "default", Name: "reader", UID: "11111111-2222-3333-4444-555555555555"}}}}
+	st := Status{Routing: &s,
+		Cluster: &kube.Status{Pods: []kube.PodStatus{{Namespace: "default", Name: "reader",
+			UID: "11111111-2222-3333-4444-555555555555"}}}}
 	if err := st.Text(&text, time.Date(2026, 1, 1, 0, 1, 0, 0, time.UTC)); err != nil {
 		t.Fatal(err)
 	}

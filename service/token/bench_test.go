@@ -65,14 +65,16 @@ func TestG07AHundredServiceAccounts(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if issued, _ := w.google.Lookup(got.Value); issued.Subject != r.ServiceAccount.Subject() || issued.Email != r.Account.GoogleEmail {
+		if issued, _ := w.google.Lookup(got.Value); issued.Subject != r.ServiceAccount.Subject() ||
+			issued.Email != r.Account.GoogleEmail {
 			t.Errorf("%s got the token of %+v", r.ServiceAccount, issued)
 		}
 	}
 	w.calls(t, 100, 100, 0)
 }
 
-// BenchmarkReady is how long a node with 100 ServiceAccounts takes until all their tokens are there, 50 ms from Google.
+// BenchmarkReady is how long a node with 100 ServiceAccounts takes until all their tokens are
+// there, 50 ms from Google.
 func BenchmarkReady(b *testing.B) {
 	for b.Loop() {
 		b.StopTimer()

@@ -16,59 +16,60 @@ import (
 const (
 	mintTimeout = 25 * time.Second // of one mint, with all its steps and retries
 
-	// patience is how long an asker waits for a newer token while the old one would do: some clients give up after
-	// three seconds (H-21).
-	patience = 2 * time.Second
+	// askerWait bounds how long a caller with a usable old token waits for a newer one. Some clients
+	// give up after three seconds (H-21, clients' timeouts).
+	askerWait = 2 * time.Second
 )
 
-// CacheOptions says what the Cache stands in front of.
+// CacheOptions configures a Cache.
 type CacheOptions struct {
 	Source Source
 
-	// MintsPerPod and KeysPerPod bound what one pod can make the Cache do: mints in flight, and entries that it caused
-	// and that are still held. 0 is no limit.
+	// MintsPerPod bounds the mints in flight for one pod, and KeysPerPod the entries that are held for
+	// it. 0 means no limit.
 	MintsPerPod, KeysPerPod int
 
-	// Terminal tells refusals of the Source that are final (an annotation that is no good) from troubles that pass, beside
-	// those that this package knows. It may be nil.
+	// Terminal reports refusals of the Source that are final, such as a bad annotation, beside those
+	// that this package knows. It may be nil.
 	Terminal func(error) bool
 
 	Registerer prometheus.Registerer // may be nil
 }
 
-// Cache is a Source in front of a Source. There is one mint in flight per Request; it outlives who asked for it first,
-// and everybody waits for it on a context of their own.
+// Cache is a Source in front of a Source. There is one mint in flight per Request. The mint
+// continues without its first caller, and every caller waits on a context of its own.
 //
-// Access tokens are refreshed ahead (T-05); the old one is served while a newer cannot be had, to its end. A final
-// refusal takes the old token away at once: whoever revoked a binding means it. Most of STS's refusals are not final in
-// that sense: it refuses too when it cannot fetch the cluster's keys. ID tokens are served for five minutes and never
-// longer (I-06). Refusals are remembered for a moment.
+// Access tokens are refreshed before they expire (T-05, refresh ahead). The old token is served
+// until its end while no newer one can be had. A final refusal drops the old token at once, because
+// somebody revoked a binding. Most refusals of STS are not final: STS also refuses when it cannot
+// fetch the cluster's keys. ID tokens are served for five minutes (I-06, ID token cache). Refusals
+// are cached for a moment.
 type Cache struct {
 	o       CacheOptions
 	metrics cacheMetrics
-	changes chan struct{} // holds one
+	changes chan struct{} // of capacity one
 
 	mu         sync.Mutex
 	entries    map[Request]*entry
-	flights    map[*flight]struct{}
-	background int                                  // flights that nobody asked for, of which there are maxBackground at most
-	stopped    bool                                 // Run is over, and so is minting in the background
-	pods       map[string]*book                     // by UID: what the entries and flights that a pod caused add up to
-	used       map[workload.ServiceAccount]struct{} // by live pods (K-04); nil until Use
+	calls      map[*call]struct{}
+	background int                                  // calls without a caller, maxBackground at most
+	stopped    bool                                 // Run has returned: no more background mints
+	usage      map[string]*usage                    // of each owner, by its name
+	used       map[workload.ServiceAccount]struct{} // by live pods (K-04, only accounts in use); nil until Use
 }
 
-// flight is a mint under way. token and err stand once done is closed.
-type flight struct {
+// call is a mint in flight. token and err are valid once done is closed.
+type call struct {
 	began      time.Time
 	done       chan struct{}
 	token      Token
 	err        error
-	podUID     string // who is charged with it, or ""
-	background bool   // nobody asked for it
+	owner      string // whose limits it counts against: a pod's UID or a unit; "" = nobody's
+	background bool   // no caller waits for it
 }
 
-// book is what a pod is charged with.
-type book struct{ mints, keys int }
+// usage is what counts against the limits of one owner.
+type usage struct{ mints, keys int }
 
 // NewCache returns an empty Cache.
 func NewCache(o CacheOptions) *Cache {
@@ -77,17 +78,18 @@ func NewCache(o CacheOptions) *Cache {
 		metrics: newCacheMetrics(o.Registerer),
 		changes: make(chan struct{}, 1),
 		entries: map[Request]*entry{},
-		flights: map[*flight]struct{}{},
-		pods:    map[string]*book{},
+		calls:   map[*call]struct{}{},
+		usage:   map[string]*usage{},
 	}
 }
 
-// Token is Ask with nobody charged.
+// Token is Ask without limits.
 func (c *Cache) Token(ctx context.Context, r Request) (Token, error) { return c.Ask(ctx, "", r) }
 
-// Ask returns a token for r, from the cache or a new one. A mint is charged to the limits of the pod (*LimitError), or of whoever
-// else goes by that name; what is cached never. Errors are the Source's, or wrap ErrUnavailable when ctx ended first.
-func (c *Cache) Ask(ctx context.Context, podUID string, r Request) (Token, error) {
+// Ask returns a token for r, from the cache or newly minted. A mint counts against the limits of
+// the owner, a pod's UID or a unit (*LimitError); a cached token does not. Errors are the Source's,
+// or wrap ErrUnavailable when ctx ended first.
+func (c *Cache) Ask(ctx context.Context, owner string, r Request) (Token, error) {
 	now := time.Now()
 	c.mu.Lock()
 	e := c.entries[r]
@@ -100,17 +102,17 @@ func (c *Cache) Ask(ctx context.Context, podUID string, r Request) (Token, error
 			return t, nil
 		}
 	}
-	return c.slow(ctx, podUID, r, e, now)
+	return c.slow(ctx, owner, r, e, now)
 }
 
-// slow is Ask without a fresh token. It is called with c.mu held and releases it.
-func (c *Cache) slow(ctx context.Context, podUID string, r Request, e *entry, now time.Time) (Token, error) {
+// slow is Ask without a fresh token. The caller holds c.mu, and slow releases it.
+func (c *Cache) slow(ctx context.Context, owner string, r Request, e *entry, now time.Time) (Token, error) {
 	var old Token
-	vain := false // a newer one was tried for and could not be had: who asks while it is tried for again does not wait
+	lastRefreshFailed := false // then a caller gets the old token at once, and does not wait for the next try
 	if e != nil {
 		if now.Before(e.usableUntil) {
-			old, vain = e.token, e.failures > 0
-			if e.flight == nil && now.Before(e.retryAt) {
+			old, lastRefreshFailed = e.token, e.failures > 0
+			if e.call == nil && now.Before(e.retryAt) {
 				c.mu.Unlock()
 				c.count(r, c.metrics.stale)
 				return old, nil
@@ -122,12 +124,12 @@ func (c *Cache) slow(ctx context.Context, podUID string, r Request, e *entry, no
 			return Token{}, err
 		}
 	}
-	var f *flight
+	var m *call
 	result := c.metrics.coalesced
-	if e != nil && e.flight != nil {
-		f = e.flight
+	if e != nil && e.call != nil {
+		m = e.call
 	} else {
-		if err := c.charge(podUID, e == nil); err != nil {
+		if err := c.reserve(owner, e == nil); err != nil {
 			c.mu.Unlock()
 			c.count(r, c.metrics.limited)
 			if old.Value != "" {
@@ -136,37 +138,37 @@ func (c *Cache) slow(ctx context.Context, podUID string, r Request, e *entry, no
 			return Token{}, err
 		}
 		if e == nil {
-			e = c.add(r, podUID)
+			e = c.add(r, owner)
 			e.asked = now
 		}
-		f = c.launch(ctx, e, flight{podUID: podUID}, now)
+		m = c.start(ctx, e, call{owner: owner}, now)
 		result = c.metrics.miss
 	}
 	c.mu.Unlock()
-	if vain {
+	if lastRefreshFailed {
 		c.count(r, c.metrics.stale)
 		return old, nil
 	}
 	c.count(r, result)
-	return c.wait(ctx, f, old, r)
+	return c.wait(ctx, m, old, r)
 }
 
-// wait returns what the flight brings. While there is an old token that would do, it is not waited for longer than
-// patience from its beginning.
-func (c *Cache) wait(ctx context.Context, f *flight, old Token, r Request) (Token, error) {
+// wait returns the result of the call. With a usable old token it returns after askerWait from the
+// beginning of the call at the latest.
+func (c *Cache) wait(ctx context.Context, m *call, old Token, r Request) (Token, error) {
 	var enough <-chan time.Time
 	if old.Value != "" {
-		timer := time.NewTimer(patience - time.Since(f.began))
+		timer := time.NewTimer(askerWait - time.Since(m.began))
 		defer timer.Stop()
 		enough = timer.C
 	}
 	select {
-	case <-f.done:
-		if f.err == nil {
-			return f.token, nil
+	case <-m.done:
+		if m.err == nil {
+			return m.token, nil
 		}
-		if c.terminal(f.err) || !time.Now().Before(usableUntil(r, old)) {
-			return Token{}, f.err
+		if c.terminal(m.err) || !time.Now().Before(usableUntil(r, old)) {
+			return Token{}, m.err
 		}
 	case <-enough:
 	case <-ctx.Done():
@@ -178,17 +180,18 @@ func (c *Cache) wait(ctx context.Context, f *flight, old Token, r Request) (Toke
 	return old, nil
 }
 
-// Forget drops t, of which Google says that it is no longer good: the next who asks gets another.
+// Forget drops t, which Google no longer accepts. The next caller gets another token.
 func (c *Cache) Forget(r Request, t Token) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.entries[r]; e != nil && e.token.Value == t.Value {
-		e.lose()
+		e.dropToken()
 		c.changed()
 	}
 }
 
-// Use names the ServiceAccounts that live pods of this node use now. Whatever is held for others goes (K-04).
+// Use sets the ServiceAccounts that live pods of this node use. Entries of all others are dropped
+// (K-04, only accounts in use).
 func (c *Cache) Use(sas []workload.ServiceAccount) {
 	used := make(map[workload.ServiceAccount]struct{}, len(sas))
 	for _, sa := range sas {
@@ -207,30 +210,30 @@ func (c *Cache) Use(sas []workload.ServiceAccount) {
 // Drain returns when no mint is in flight, or when ctx is done.
 func (c *Cache) Drain(ctx context.Context) {
 	for {
-		var f *flight
+		var m *call
 		c.mu.Lock()
-		for f = range c.flights {
+		for m = range c.calls {
 			break
 		}
 		c.mu.Unlock()
-		if f == nil {
+		if m == nil {
 			return
 		}
 		select {
-		case <-f.done:
+		case <-m.done:
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// EntryStatus tells of an entry what may be told.
+// EntryStatus is the part of an entry that may be shown.
 type EntryStatus struct {
 	ServiceAccount       string    `json:"serviceAccount"`
 	GoogleServiceAccount string    `json:"googleServiceAccount,omitempty"`
 	Scopes               string    `json:"scopes,omitempty"`
 	Audience             string    `json:"audience,omitempty"`
-	Federated            bool      `json:"federated,omitempty"` // the intermediate token
+	Federated            bool      `json:"federated,omitempty"` // the intermediate token of STS
 	Prefetched           bool      `json:"prefetched,omitempty"`
 	Minted               time.Time `json:"minted,omitzero"`
 	Expires              time.Time `json:"expires,omitzero"`
@@ -238,16 +241,16 @@ type EntryStatus struct {
 	LastErrorAt          time.Time `json:"lastErrorAt,omitzero"`
 }
 
-// Status returns what is held, sorted, without the values.
+// Status returns the entries, sorted, without token values.
 func (c *Cache) Status() []EntryStatus {
 	c.mu.Lock()
 	all := make([]EntryStatus, 0, len(c.entries))
 	for r, e := range c.entries {
 		s := EntryStatus{
 			ServiceAccount:       r.ServiceAccount.String(),
-			GoogleServiceAccount: clean(r.Account.GoogleEmail),
-			Scopes:               clean(r.Scopes), // a pod's words, for somebody's terminal
-			Audience:             clean(r.Audience),
+			GoogleServiceAccount: sanitize(r.Account.GoogleEmail),
+			Scopes:               sanitize(r.Scopes), // chosen by a pod, shown on a terminal
+			Audience:             sanitize(r.Audience),
 			Federated:            r.federated,
 			Prefetched:           e.prefetched,
 			Minted:               e.token.Minted,
@@ -273,43 +276,43 @@ func (c *Cache) Status() []EntryStatus {
 	return all
 }
 
-// count counts a request of a pod; the intermediate token is nobody's.
+// count counts a pod's request. A request for the intermediate token is no pod's.
 func (c *Cache) count(r Request, m prometheus.Counter) {
 	if !r.federated {
 		m.Inc()
 	}
 }
 
-// charge books a mint, and a new entry if there is to be one, on the pod. c.mu is held.
-func (c *Cache) charge(podUID string, entry bool) error {
-	if podUID == "" {
+// reserve counts a mint, and a new entry, against the owner's limits. c.mu is held.
+func (c *Cache) reserve(owner string, entry bool) error {
+	if owner == "" {
 		return nil
 	}
-	b := c.pods[podUID]
-	if b == nil {
-		b = &book{}
+	u := c.usage[owner]
+	if u == nil {
+		u = &usage{}
 	}
-	if n := c.o.MintsPerPod; n > 0 && b.mints >= n {
+	if n := c.o.MintsPerPod; n > 0 && u.mints >= n {
 		return &LimitError{"mintsPerPod", n}
 	}
-	if n := c.o.KeysPerPod; n > 0 && entry && b.keys >= n {
+	if n := c.o.KeysPerPod; n > 0 && entry && u.keys >= n {
 		return &LimitError{"keysPerPod", n}
 	}
-	b.mints++
+	u.mints++
 	if entry {
-		b.keys++
+		u.keys++
 	}
-	c.pods[podUID] = b
+	c.usage[owner] = u
 	return nil
 }
 
-// release undoes a charge. c.mu is held.
-func (c *Cache) release(podUID string, mints, keys int) {
-	if b := c.pods[podUID]; b != nil {
-		b.mints -= mints
-		b.keys -= keys
-		if *b == (book{}) {
-			delete(c.pods, podUID)
+// release undoes reserve. c.mu is held.
+func (c *Cache) release(owner string, mints, keys int) {
+	if u := c.usage[owner]; u != nil {
+		u.mints -= mints
+		u.keys -= keys
+		if *u == (usage{}) {
+			delete(c.usage, owner)
 		}
 	}
 }

@@ -31,7 +31,8 @@ func TestOneMintForAHundredAskers(t *testing.T) {
 				began := time.Now()
 				got, err := c.Token(ctx, request)
 				switch took := time.Since(began); {
-				case i%2 == 0 && (!errors.Is(err, ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) || took != time.Second):
+				case i%2 == 0 && (!errors.Is(err, ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) ||
+					took != time.Second):
 					t.Errorf("left early: %v after %v", err, took)
 				case i%2 == 1 && (err != nil || got.Value != "value-1-of-team/ana" || took != 2*time.Second):
 					t.Errorf("stayed: %v, %v after %v", got, err, took)
@@ -68,7 +69,8 @@ func TestG07UsualScopesShareThePrefetchedToken(t *testing.T) {
 	inBubble(t, CacheOptions{Source: s}, func(t *testing.T, c *Cache) {
 		c.Prefetch(AccessToken(ana, gana, nil))
 		later(time.Second)
-		for _, scopes := range [][]string{nil, {""}, {cloudPlatform}, {cloudPlatform + "," + userinfoEmail}, {userinfoEmail, cloudPlatform}, {cloudPlatform + ", " + cloudPlatform}} {
+		for _, scopes := range [][]string{nil, {""}, {cloudPlatform}, {cloudPlatform + "," + userinfoEmail},
+			{userinfoEmail, cloudPlatform}, {cloudPlatform + ", " + cloudPlatform}} {
 			must(t, c, AccessToken(ana, gana, scopes))
 		}
 		if n := s.count(); n != 1 {
@@ -108,9 +110,9 @@ func TestABlackHole(t *testing.T) {
 				}
 			}
 			var g sync.WaitGroup
-			g.Go(func() { costs(patience) })
+			g.Go(func() { costs(askerWait) })
 			later(500 * time.Millisecond)
-			costs(patience - 500*time.Millisecond) // the same two seconds
+			costs(askerWait - 500*time.Millisecond) // the same two seconds
 			g.Wait()
 			for time.Since(hole) < 3*time.Minute {
 				costs(0)
@@ -121,7 +123,7 @@ func TestABlackHole(t *testing.T) {
 				t.Errorf("%d mints in three minutes", len(calls))
 			}
 			for i := 1; i < len(calls); i++ {
-				if d := calls[i].Sub(calls[i-1]); d < mintTimeout+leastApart {
+				if d := calls[i].Sub(calls[i-1]); d < mintTimeout+minMintInterval {
 					t.Errorf("two mints %v apart", d)
 				}
 			}
@@ -179,7 +181,8 @@ func TestErrAccountChangedIsNotRemembered(t *testing.T) {
 			t.Errorf("%d entries", n)
 		}
 		s.become(func(s *fakeSource) { s.err = nil })
-		if _, err := c.Ask(t.Context(), "pod", AccessToken(ana, workload.Account{}, nil)); err != nil { // its key is free again
+		// its key is free again
+		if _, err := c.Ask(t.Context(), "pod", AccessToken(ana, workload.Account{}, nil)); err != nil {
 			t.Error(err)
 		}
 	})
@@ -188,8 +191,8 @@ func TestErrAccountChangedIsNotRemembered(t *testing.T) {
 func TestI06IDTokensAreNeverOld(t *testing.T) {
 	id := IDToken(ana, gana, "https://service")
 	for _, c := range []struct{ lifetime, served time.Duration }{
-		{time.Hour, idLife},
-		{3 * time.Minute, 3*time.Minute - margin},
+		{time.Hour, idTokenLife},
+		{3 * time.Minute, 3*time.Minute - minLife},
 	} {
 		t.Run(c.lifetime.String(), func(t *testing.T) {
 			s := &fakeSource{lifetime: c.lifetime}

@@ -76,7 +76,8 @@ func (c *cluster) Token(_ context.Context, sa workload.ServiceAccount) (string, 
 		"iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(time.Hour).Unix(), "jti": c.tokens}
 	maps.Copy(claims, c.claims)
 	c.mu.Unlock()
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: c.key, KeyID: "k"}}, nil)
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: c.key, KeyID: "k"}},
+		nil)
 	if err != nil {
 		return "", err
 	}
@@ -163,7 +164,8 @@ func (w *world) linked(namespace, name string) (workload.ServiceAccount, workloa
 
 func (w *world) calls(t *testing.T, exchange, access, id int) {
 	t.Helper()
-	got := [3]int{w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken), w.google.Calls(googletest.GenerateIDToken)}
+	got := [3]int{w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken),
+		w.google.Calls(googletest.GenerateIDToken)}
 	if want := [3]int{exchange, access, id}; got != want {
 		t.Errorf("calls of STS, generateAccessToken, generateIdToken: %v, want %v", got, want)
 	}

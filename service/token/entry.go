@@ -6,58 +6,67 @@ import (
 )
 
 const (
-	leastApart = 5 * time.Second // between two mints of a token that is there (T-05)
-	idLife     = 5 * time.Minute // an ID token is served for that long (I-06)
-	margin     = 2 * time.Second // of life that a token has at least when it is handed out, so that expires_in is never 0 (T-02)
+	// minMintInterval is the shortest time between two mints while a usable token is held (T-05,
+	// refresh ahead).
+	minMintInterval = 5 * time.Second
+	// idTokenLife bounds how long an ID token is served (I-06, ID token cache).
+	idTokenLife = 5 * time.Minute
+	// minLife is the shortest life of a token that is issued, so that expires_in is never 0 (T-02,
+	// form of a token).
+	minLife = 2 * time.Second
 
-	keepRefusal     = 5 * time.Second  // a terminal refusal is the answer for that long,
-	keepUnavailable = time.Second      // trouble that passes for that long
-	longestBackoff  = 40 * time.Second // between attempts in the background; a minute with its jitter
-	longestRefused  = 7 * time.Minute  // the same after a refusal: 50,000 tokens of a fleet stay below STS's 6,000 a minute (G-07)
-	longestAsked    = time.Minute      // of what Google's Retry-After asks for
+	refusalTTL     = 5 * time.Second  // a final refusal is cached for that long
+	unavailableTTL = time.Second      // a passing error is cached for that long
+	maxBackoff     = 40 * time.Second // between background attempts; a minute with its jitter
+	// maxRefusedBackoff is maxBackoff after a refusal: 50,000 tokens of a fleet stay below STS's limit
+	// of 6,000 requests a minute (G-07, limits of STS).
+	maxRefusedBackoff = 7 * time.Minute
+	maxRetryAfter     = time.Minute // of Google's Retry-After
 
-	showRefusal       = time.Minute // what is left of an entry that has no token is shown by Status for that long
-	showPrefetched    = 10 * time.Minute
-	outliveUse        = time.Minute // entries of ServiceAccounts that went out of use, or whose annotations changed
-	lifetimesUnasked  = 2           // an entry is refreshed for that many lifetimes after the last who asked
-	maxBackground     = 32          // mints at once that nobody waits for
-	backgroundCadence = time.Second
+	showError           = time.Minute // how long Status shows the error of an entry without a token
+	showPrefetchedError = 10 * time.Minute
+	unusedTTL           = time.Minute // of entries whose ServiceAccount went out of use or has other annotations
+	lifetimesUnasked    = 2           // an entry is refreshed for that many lifetimes after the last request
+	maxBackground       = 32          // concurrent mints without a caller
+	backgroundCadence   = time.Second
 )
 
-// entry is what is known for one Request.
+// entry is the state of one Request.
 type entry struct {
 	request Request
-	payer   string // the pod that is charged with it, or ""
+	owner   string // whose limits the entry counts against; "" = nobody's
 
-	token       Token     // none, or the last
-	freshUntil  time.Time // handed out without a thought
-	usableUntil time.Time // handed out when there is no newer one to be had
+	token       Token     // the last token, or none
+	freshUntil  time.Time // until then the token is served at once
+	usableUntil time.Time // until then the token is served if no newer one can be had
 	lifetime    time.Duration
 
-	flight   *flight
-	failures int       // attempts in a row that brought nothing
-	retryAt  time.Time // no attempt before, while there is a token that would do
-	due      time.Time // of the next attempt in the background; zero: none
+	call     *call
+	failures int       // failed attempts in a row
+	retryAt  time.Time // while the token is usable, no attempt is made before
+	due      time.Time // of the next background attempt; zero: none
 
-	err      error // the last, until a mint succeeds
+	err      error // of the last attempt, until a mint succeeds
 	errAt    time.Time
-	errUntil time.Time // it is the answer that long
+	errUntil time.Time // until then err is the answer
 
 	asked      time.Time
 	prefetched bool
-	superseded time.Time // when the ServiceAccount was first seen with other annotations; zero: not
+	superseded time.Time // when the ServiceAccount was first seen with other annotations; zero: never
 }
 
 func lifetime(t Token) time.Duration { return t.Expires.Sub(t.Minted) }
 
-// share returns the smaller of most and a percentage of the token's lifetime: a token of a minute has rules of its own.
+// share returns the smaller of most and a percentage of the token's lifetime, so that the limits
+// also fit a token of one minute.
 func share(t Token, most time.Duration, percent int) time.Duration {
 	return min(most, lifetime(t)*time.Duration(percent)/100)
 }
 
-// freshUntil returns when an asker is to get a newer token if one can be had: 7 minutes before the end (T-05). A
-// federated token is what others are made from and is not refreshed ahead; who wants one at the time of a refresh has to
-// get a new one, so that is earlier than any refresh begins.
+// freshUntil returns when a caller gets a newer token if one can be had: 7 minutes before the end
+// (T-05, refresh ahead). A federated token is the base of other tokens and is not refreshed ahead.
+// Its time is earlier than any refresh of the tokens made from it, so each refresh starts from a
+// new one.
 func freshUntil(r Request, t Token) time.Time {
 	switch {
 	case r.Audience != "":
@@ -69,17 +78,18 @@ func freshUntil(r Request, t Token) time.Time {
 }
 
 func usableUntil(r Request, t Token) time.Time {
-	end := t.Expires.Add(-margin)
+	end := t.Expires.Add(-minLife)
 	if r.Audience != "" {
-		if old := t.Minted.Add(idLife); old.Before(end) {
+		if old := t.Minted.Add(idTokenLife); old.Before(end) {
 			return old
 		}
 	}
 	return end
 }
 
-// refreshAt returns when to get the next token in the background: 10 minutes before the end, and up to two minutes
-// earlier, so that tokens that were minted together part (T-05). Zero: never.
+// refreshAt returns the time of the background refresh: 10 minutes before the end, and up to two
+// minutes earlier, so that tokens minted together are refreshed apart (T-05, refresh ahead). Zero
+// means never.
 func refreshAt(r Request, t Token) time.Time {
 	if r.federated || r.Audience != "" {
 		return time.Time{}
@@ -88,8 +98,8 @@ func refreshAt(r Request, t Token) time.Time {
 	return t.Expires.Add(-ahead - jitter(ahead/5))
 }
 
-// backoff is the wait after that many failures: the shortest, doubled each time up to the longest, and up to a half more, so
-// that after an outage not everybody comes at once.
+// backoff returns the wait after that many failures: the shortest, doubled each time up to the
+// longest, plus up to a half, so that not all nodes come back at once after an outage.
 func backoff(shortest, longest time.Duration, failures int) time.Duration {
 	d := shortest
 	for i := 1; i < failures && d < longest; i++ {
@@ -106,37 +116,37 @@ func jitter(most time.Duration) time.Duration {
 	return rand.N(most)
 }
 
-// take notes a new token.
-func (e *entry) take(t Token, now time.Time) {
+// setToken stores a new token.
+func (e *entry) setToken(t Token, now time.Time) {
 	e.token = t
 	e.lifetime = lifetime(t)
 	e.freshUntil = freshUntil(e.request, t)
 	e.usableUntil = usableUntil(e.request, t)
 	e.failures, e.err, e.errAt, e.errUntil = 0, nil, time.Time{}, time.Time{}
-	if e.due = refreshAt(e.request, t); !e.due.IsZero() && e.due.Before(now.Add(leastApart)) {
-		e.due = now.Add(leastApart)
+	if e.due = refreshAt(e.request, t); !e.due.IsZero() && e.due.Before(now.Add(minMintInterval)) {
+		e.due = now.Add(minMintInterval)
 	}
 }
 
-// lose takes the token away.
-func (e *entry) lose() {
+// dropToken removes the token.
+func (e *entry) dropToken() {
 	e.token, e.freshUntil, e.usableUntil, e.retryAt, e.due = Token{}, time.Time{}, time.Time{}, time.Time{}, time.Time{}
 }
 
-// refuse notes a terminal refusal: the old token goes too.
+// refuse stores a final refusal, and drops the old token.
 func (e *entry) refuse(err error, now time.Time) {
-	e.lose()
+	e.dropToken()
 	e.failures = 0
-	e.err, e.errAt, e.errUntil = err, now, now.Add(keepRefusal)
+	e.err, e.errAt, e.errUntil = err, now, now.Add(refusalTTL)
 }
 
-// fail notes trouble that passes. Who wants the token without there being an old one may try again soon; all others wait
-// longer each time.
+// fail stores a passing error. Without a usable token the next caller may try again soon. Otherwise
+// each wait is longer than the one before.
 func (e *entry) fail(err error, least, longest time.Duration, now time.Time) {
 	e.failures++
 	e.err, e.errAt, e.errUntil = err, now, now.Add(least)
 	if now.Before(e.usableUntil) {
-		least = max(least, leastApart)
+		least = max(least, minMintInterval)
 	}
 	wait := backoff(least, longest, e.failures)
 	e.retryAt = now.Add(wait)
@@ -147,10 +157,10 @@ func (e *entry) fail(err error, least, longest time.Duration, now time.Time) {
 
 func (e *entry) refreshable() bool { return !e.request.federated && e.request.Audience == "" }
 
-// idle reports whether the entry is of no more use at now; the caller looks at flights and at who uses the
-// ServiceAccount.
+// idle reports whether the entry may be dropped. The caller checks for calls in flight and for
+// users of the ServiceAccount.
 func (e *entry) idle(now time.Time) bool {
-	if !e.superseded.IsZero() && now.Sub(e.superseded) >= outliveUse {
+	if !e.superseded.IsZero() && now.Sub(e.superseded) >= unusedTTL {
 		return true
 	}
 	if now.Before(e.usableUntil) || !e.due.IsZero() {
@@ -159,9 +169,9 @@ func (e *entry) idle(now time.Time) bool {
 	if e.err == nil {
 		return true
 	}
-	show := showRefusal
+	show := showError
 	if e.prefetched {
-		show = showPrefetched
+		show = showPrefetchedError
 	}
 	return now.Sub(e.errAt) >= show
 }

@@ -8,45 +8,53 @@ import (
 )
 
 var (
-	// ErrUnavailable: no usable answer could be had of Google, and it is nobody's refusal. To be asked again (T-09).
+	// ErrUnavailable: Google did not give a usable answer, and did not refuse. The caller may try
+	// again (T-09, temporary errors).
 	ErrUnavailable = errors.New("no usable answer from Google")
 
-	// ErrAccountChanged: the ServiceAccount's annotations are no longer what the asker saw. Read them and ask again.
+	// ErrAccountChanged: the ServiceAccount's annotations differ from Request.Account. The caller
+	// reads them and asks again.
 	ErrAccountChanged = errors.New("the ServiceAccount's annotations have changed")
 )
 
-// GoogleError is a refusal in Google's own words (T-07).
+// GoogleError is a refusal with Google's message (T-07, texts of refusals).
 type GoogleError struct {
-	Step       string        // who refused: "STS" or "IAM"
+	Step       string        // the service that refused: "STS" or "IAM"
 	Status     int           // the HTTP status
-	Message    string        // Google's words, bounded, never with a token in them
-	Hint       string        // what to do about it, or ""
-	RetryAfter time.Duration // what Google asked for, or 0
+	Message    string        // Google's message, of bounded length and without any token
+	Hint       string        // what to do, or ""
+	RetryAfter time.Duration // Google's Retry-After, or 0
 
-	code string // Google's own: "invalid_grant" and the like of STS, "PERMISSION_DENIED" and the like of IAM
+	code string // Google's code: of STS such as "invalid_grant", of IAM such as "PERMISSION_DENIED"
 	what string // "access token" or "ID token"
 }
 
-// Error is what Google's own metadata server says: tools match it (T-07). It ends with the hint.
+// Error returns the text of Google's own metadata server, which tools match (T-07, texts of
+// refusals), and then the hint.
 func (e *GoogleError) Error() string {
 	what := e.what
 	if what == "" {
 		what = "access token"
 	}
-	s := fmt.Sprintf("Unable to generate %s; %s returned %d %s: %s", what, e.Step, e.Status, http.StatusText(e.Status), e.Message)
+	s := fmt.Sprintf("Unable to generate %s; %s returned %d %s: %s", what, e.Step, e.Status, http.StatusText(e.Status),
+		e.Message)
 	if e.Hint != "" {
 		s += " Hint: " + e.Hint
 	}
 	return s
 }
 
-// Temporary reports whether the same request may well succeed later: a quota or Google's own trouble.
+// Temporary reports whether the same request may succeed later: a quota, or an error of Google's
+// own.
 func (e *GoogleError) Temporary() bool { return retryable(e.Status) }
 
-// final reports whether Google speaks of what this ServiceAccount may, so that its older token is not to be served any
-// more: the Google service account is gone or the binding is (IAM), or the provider's attribute condition turns the
-// ServiceAccount away (STS). All else that STS says is of the cluster's keys, the provider or this node's clock, and what
-// has no code is a proxy's: it passes, or the operator mends it, and the older token is good until then.
+// final reports whether the refusal is about this ServiceAccount's rights, so that an older token
+// must not be served. Then IAM says that the Google service account or its binding is gone, or STS
+// says that the provider's attribute condition excludes the ServiceAccount.
+//
+// All other refusals of STS are about the cluster's keys, the provider or this node's clock. A
+// refusal without a code is a proxy's. Such errors pass, or the operator corrects them, and an
+// older token stays usable until then.
 func (e *GoogleError) final() bool {
 	switch e.code {
 	case "PERMISSION_DENIED", "NOT_FOUND":
@@ -57,7 +65,7 @@ func (e *GoogleError) final() bool {
 	return false
 }
 
-// Unwrap makes a temporary refusal an ErrUnavailable (T-09).
+// Unwrap makes a temporary refusal an ErrUnavailable (T-09, temporary errors).
 func (e *GoogleError) Unwrap() error {
 	if e.Temporary() {
 		return ErrUnavailable
@@ -65,19 +73,20 @@ func (e *GoogleError) Unwrap() error {
 	return nil
 }
 
-// of returns the error as that of a mint of r.
+// of returns the error as an error of a mint of r.
 func (e *GoogleError) of(r Request) *GoogleError {
 	c := *e
 	c.what = r.what()
 	return &c
 }
 
-// LimitError: a pod is over one of its limits.
+// LimitError: a pod is at one of its limits.
 type LimitError struct {
-	Limit string // the key of the configuration
+	Limit string // the configuration key below limits
 	Value int
 }
 
 func (e *LimitError) Error() string {
-	return fmt.Sprintf("this pod is over limits.%s (%d): ask for fewer different tokens, or have the limit raised", e.Limit, e.Value)
+	return fmt.Sprintf("this pod has reached limits.%s (%d): ask for fewer different tokens, or have limits.%[1]s raised",
+		e.Limit, e.Value)
 }

@@ -17,11 +17,13 @@ func TestFinalRefusals(t *testing.T) {
 	}{
 		{"T-07 no binding", func(w *world) { w.google.Deny(ana.Subject(), gana.GoogleEmail) }, true},
 		{"T-07 no such account", func(w *world) {
-			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 404, Message: "Not found; Gaia id not found"})
+			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 404,
+				Message: "Not found; Gaia id not found"})
 		}, true},
 		{"attribute condition", func(w *world) { w.claims = map[string]any{"sub": ""} }, true},
 		{"issuer unreachable, or its keys rotated", func(w *world) {
-			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Body: `{"error":"invalid_grant","error_description":"Error connecting to the given credential's issuer."}`})
+			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400,
+				Body: `{"error":"invalid_grant","error_description":"Error connecting to the given credential's issuer."}`})
 		}, false},
 		{"wrong audience", func(w *world) { w.claims = map[string]any{"aud": "other"} }, false},
 		{"this node's clock", func(w *world) { w.claims = map[string]any{"iat": 7, "exp": 3607} }, false},

@@ -120,12 +120,12 @@ func withoutRun(t *testing.T, o CacheOptions, f func(t *testing.T, c *Cache)) {
 func noFlights(t *testing.T, c *Cache) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.flights) != 0 || c.background != 0 {
-		t.Errorf("left: %d flights, %d of them in the background", len(c.flights), c.background)
+	if len(c.calls) != 0 || c.background != 0 {
+		t.Errorf("left: %d calls, %d of them in the background", len(c.calls), c.background)
 	}
-	for uid, b := range c.pods {
+	for uid, b := range c.usage {
 		if b.mints != 0 || b.keys < 0 {
-			t.Errorf("left on the books of %s: %+v", uid, *b)
+			t.Errorf("usage left of %s: %+v", uid, *b)
 		}
 	}
 }
@@ -156,7 +156,7 @@ func held(c *Cache, r Request) bool {
 func mintsAreApart(t *testing.T, calls []time.Time) {
 	t.Helper()
 	for i := 1; i < len(calls); i++ {
-		if d := calls[i].Sub(calls[i-1]); d < leastApart {
+		if d := calls[i].Sub(calls[i-1]); d < minMintInterval {
 			t.Errorf("two mints %v apart", d)
 		}
 	}

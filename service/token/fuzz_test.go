@@ -19,11 +19,13 @@ type wire struct {
 }
 
 func (w *wire) RoundTrip(*http.Request) (*http.Response, error) {
-	return &http.Response{StatusCode: w.status, Header: http.Header{"Date": {w.date}}, Body: io.NopCloser(strings.NewReader(w.body))}, nil
+	return &http.Response{StatusCode: w.status, Header: http.Header{"Date": {w.date}},
+		Body: io.NopCloser(strings.NewReader(w.body))}, nil
 }
 
-// FuzzAnswer has STS and IAM answer whatever it likes, with the secret of the request, or a piece of it, wherever the
-// body says %PIECE%. What comes of it is a token fit for a header, or an error without the secret.
+// FuzzAnswer has STS and IAM answer whatever it likes, with the secret of the request, or a piece
+// of it, wherever the body says %PIECE%. What comes of it is a token fit for a header, or an error
+// without the secret.
 func FuzzAnswer(f *testing.F) {
 	const secret = "ya29.d.c0ffeeAbCdEfGhIjKlMnOpQrStUvWxYz0123456789-_AbCdEfGhIjKlMnOp.qRsTuVwXyZ~+/="
 	f.Add(200, "", `{"access_token":"t","expires_in":3599}`, 0, 0)
@@ -32,8 +34,9 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(400, "", `{"error":"invalid_grant","error_description":"bad %PIECE% here"}`, 0, len(secret))
 	f.Add(403, "", `{"error":{"code":403,"message":"bad token=%PIECE%","status":"PERMISSION_DENIED"}}`, 7, 40)
 	w := &wire{}
-	g, err := NewGoogle(GoogleOptions{Audience: testAudience, PoolName: testPool, STSURL: "https://sts", IAMCredentialsURL: "https://iam",
-		HTTPClient: &http.Client{Transport: w}})
+	g, err := NewGoogle(GoogleOptions{Audience: testAudience, PoolName: testPool, STSURL: "https://sts",
+		IAMCredentialsURL: "https://iam",
+		HTTPClient:        &http.Client{Transport: w}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -49,11 +52,14 @@ func FuzzAnswer(f *testing.F) {
 		for step, ask := range map[string]func() (Token, error){
 			"STS":              func() (Token, error) { return g.askSTS(context.Background(), ana, cloudPlatform, secret) },
 			"IAM access token": func() (Token, error) { return g.generate(context.Background(), request, secret) },
-			"IAM ID token":     func() (Token, error) { return g.generate(context.Background(), IDToken(ana, gana, "x"), secret) },
+			"IAM ID token": func() (Token, error) {
+				return g.generate(context.Background(), IDToken(ana, gana, "x"),
+					secret)
+			},
 		} {
 			got, err := ask()
 			if err == nil {
-				if lives := got.Expires.Sub(got.Minted); status != 200 || lives <= 0 || lives > longestLife || got.Value == "" ||
+				if lives := got.Expires.Sub(got.Minted); status != 200 || lives <= 0 || lives > maxLife || got.Value == "" ||
 					strings.ContainsFunc(got.Value, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
 					t.Errorf("%s: %d, %v is no token", step, status, got)
 				}
@@ -64,12 +70,12 @@ func FuzzAnswer(f *testing.F) {
 			}
 			if e := (*GoogleError)(nil); !errors.As(err, &e) && !errors.Is(err, ErrUnavailable) {
 				t.Errorf("%s: neither Google's refusal nor ErrUnavailable: %v", step, err)
-			} else if e != nil && (e.Message == "" || len(e.Message) > longestMessage+len("…")) {
+			} else if e != nil && (e.Message == "" || len(e.Message) > maxMessage+len("…")) {
 				t.Errorf("%s: a message of %d bytes", step, len(e.Message))
 			}
 			text := err.Error()
-			for i := 0; i+longestPiece < len(secret); i++ {
-				if piece := secret[i : i+longestPiece+1]; strings.Contains(text, piece) {
+			for i := 0; i+maxPiece < len(secret); i++ {
+				if piece := secret[i : i+maxPiece+1]; strings.Contains(text, piece) {
 					t.Fatalf("%s: %q is in the error", step, piece)
 				}
 			}
@@ -101,7 +107,8 @@ func FuzzNormalise(f *testing.F) {
 		}
 		list := strings.Split(got, " ")
 		for i, s := range list {
-			if s == "" || strings.ContainsFunc(s, func(r rune) bool { return r == ',' || unicode.IsSpace(r) }) || i > 0 && list[i-1] >= s {
+			if s == "" || strings.ContainsFunc(s, func(r rune) bool { return r == ',' || unicode.IsSpace(r) }) ||
+				i > 0 && list[i-1] >= s {
 				t.Errorf("%q is not a sorted list", got)
 			}
 		}

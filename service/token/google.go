@@ -15,31 +15,35 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// GoogleOptions says where Google is, and as what it knows this cluster.
+// GoogleOptions say where Google's services are, and how Google knows this cluster.
 type GoogleOptions struct {
-	Audience          string        // what STS wants (G-03)
-	PoolName          string        // projects/N/locations/global/workloadIdentityPools/POOL, for hints; "" for an identitynamespace
-	STSURL            string        // the whole URL of the token endpoint (G-08); without a path it gets STS's own, /v1/token
-	IAMCredentialsURL string        // scheme and host (G-11)
-	Lifetime          time.Duration // of impersonated access tokens; 0 means an hour, which is also IAM's usual limit
-	QuotaProject      string        // of a ServiceAccount whose annotations name none (G-15); "" for none
-	CAFile            string        // PEM, trusted beside the system's; "" for none
-	HTTPClient        *http.Client  // instead of the one made here; redirects are not followed all the same
+	Audience string // of the request to STS (G-03, STS audience)
+	// PoolName is projects/N/locations/global/workloadIdentityPools/POOL, for hints; "" for an
+	// identitynamespace.
+	PoolName          string
+	STSURL            string        // of the token endpoint (G-08, STS URL); without a path, /v1/token is added
+	IAMCredentialsURL string        // scheme and host (G-11, generateAccessToken)
+	Lifetime          time.Duration // of impersonated access tokens; 0 = an hour, IAM's usual limit
+	QuotaProject      string        // of a ServiceAccount without the annotation (G-15, quota project); "" = none
+	CAFile            string        // PEM, trusted beside the system's roots; "" = none
+	HTTPClient        *http.Client  // nil = a new one; redirects are never followed
 	Kubernetes        Kubernetes
 	Log               logrus.FieldLogger
 	Registerer        prometheus.Registerer // may be nil
 }
 
-// Federation is where Google gets the federated tokens that it impersonates with: a Cache in front of that Google, so
-// that there is one exchange a ServiceAccount (G-07).
+// Federation supplies the federated tokens that Google impersonates with. In service it is a Cache
+// in front of the same Google, so there is one exchange per ServiceAccount (G-07, limits of STS).
 type Federation interface {
 	Source
-	Forget(r Request, t Token) // Google no longer takes t
+	Forget(r Request, t Token) // Google no longer accepts t
 }
 
-// Google mints tokens: TokenRequest, then STS, then IAM where the ServiceAccount is linked. It is a Source.
+// Google is a Source that mints tokens: TokenRequest, then STS, and then IAM where the
+// ServiceAccount is linked.
 type Google struct {
-	// Federated is to be set before the first use. With nil each impersonation makes an exchange of its own.
+	// Federated is set before the first use. With nil, each impersonation exchanges a token of its
+	// own.
 	Federated Federation
 
 	o       GoogleOptions
@@ -50,14 +54,14 @@ type Google struct {
 	warn    *rate.Limiter
 }
 
-// NewGoogle returns a Google. It fails when the CA file cannot be used.
+// NewGoogle returns a Google. The error is about o.CAFile.
 func NewGoogle(o GoogleOptions) (*Google, error) {
 	g := &Google{
 		o:       o,
 		sts:     strings.TrimSuffix(o.STSURL, "/"),
 		iam:     strings.TrimSuffix(o.IAMCredentialsURL, "/"),
 		metrics: newMintMetrics(o.Registerer),
-		warn:    rate.NewLimiter(1, 20), // a node full of refused pods writes a line a second
+		warn:    rate.NewLimiter(1, 20), // a node full of refused pods logs one line a second
 	}
 	if scheme, rest, _ := strings.Cut(g.sts, "://"); scheme != "" && !strings.Contains(rest, "/") {
 		g.sts += "/v1/token"
@@ -81,7 +85,7 @@ func NewGoogle(o GoogleOptions) (*Google, error) {
 	return g, err
 }
 
-// Token mints a new token. It takes as long as ctx lets it; Cache sets a limit.
+// Token mints a new token. Only ctx bounds its time; Cache sets a deadline.
 func (g *Google) Token(ctx context.Context, r Request) (Token, error) {
 	began := time.Now()
 	t, err := g.mint(ctx, r)
@@ -94,7 +98,7 @@ func (g *Google) mint(ctx context.Context, r Request) (Token, error) {
 	if r.federated {
 		return g.exchange(ctx, sa, r.Scopes)
 	}
-	// The annotations may have changed a moment ago: they are read again, and what the asker saw is not believed.
+	// The annotations may have changed: they are read again, and Request.Account is not trusted.
 	account, err := g.o.Kubernetes.Account(ctx, sa, time.Second)
 	if err != nil {
 		return Token{}, err
@@ -104,22 +108,23 @@ func (g *Google) mint(ctx context.Context, r Request) (Token, error) {
 	}
 	if !account.Linked() {
 		if r.Audience != "" {
-			return Token{}, fmt.Errorf("ServiceAccount %s is not linked to a Google service account, and Google has no ID token for it", sa)
+			return Token{}, fmt.Errorf("no ID token: ServiceAccount %s is not linked to a Google service account: annotate it "+
+				"with iam.gke.io/gcp-service-account", sa)
 		}
 		return g.federated(ctx, federatedToken(sa, r.Scopes))
 	}
 	t, err := g.impersonate(ctx, r)
 	var refusal *GoogleError
 	if errors.As(err, &refusal) && refusal.Step == "STS" {
-		err = refusal.of(r) // the exchange does not know what it was for
+		err = refusal.of(r) // the exchange does not know the kind of token
 	}
 	return t, err
 }
 
-// impersonate asks IAM with a federated token, and with another one if IAM does not take the first: what STS gave an
-// hour ago may have been revoked since.
+// impersonate asks IAM with a federated token. If IAM does not accept the token, impersonate asks
+// once more with a new one, because a token that STS issued an hour ago may be revoked.
 func (g *Google) impersonate(ctx context.Context, r Request) (Token, error) {
-	from := federatedToken(r.ServiceAccount, cloudPlatform) // G-14
+	from := federatedToken(r.ServiceAccount, cloudPlatform) // G-14, scope of the exchange
 	for again := false; ; again = true {
 		federated, err := g.federated(ctx, from)
 		if err != nil {
@@ -141,8 +146,8 @@ func (g *Google) federated(ctx context.Context, r Request) (Token, error) {
 	return g.Federated.Token(ctx, r)
 }
 
-// report writes a line for a mint, and for a refusal as long as there are not too many. A federated token is a step of
-// another mint, which has its own line.
+// report logs a mint, and limits the rate of failed ones. A federated token is a step of another
+// mint, which has its own line.
 func (g *Google) report(r Request, began time.Time, t Token, err error) {
 	log := g.o.Log.WithFields(fields(r)).WithField("duration", time.Since(began).Round(time.Millisecond).String())
 	switch {
@@ -165,28 +170,28 @@ func fields(r Request) logrus.Fields {
 		f["google_service_account"] = r.Account.GoogleEmail
 	}
 	if r.Audience != "" {
-		f["audience"] = clean(r.Audience)
+		f["audience"] = sanitize(r.Audience)
 	} else {
-		f["scopes"] = clean(r.Scopes)
+		f["scopes"] = sanitize(r.Scopes)
 	}
 	return f
 }
 
-// unavailable wraps what stood in the way of an answer of step. Its text can hold what the other end sent, and so is
-// cleaned of the secrets.
+// unavailable wraps err as an ErrUnavailable of the step. Its text may hold a part of the answer,
+// so secrets are removed.
 func unavailable(step string, err error, secrets ...string) error {
-	return fmt.Errorf("%s: %w: %w", step, ErrUnavailable, &cleaned{err, clean(err.Error(), secrets...)})
+	return fmt.Errorf("%s: %w: %w", step, ErrUnavailable, &sanitizedError{err, sanitize(err.Error(), secrets...)})
 }
 
-type cleaned struct {
+type sanitizedError struct {
 	err  error
 	text string
 }
 
-func (c *cleaned) Error() string { return c.text }
-func (c *cleaned) Unwrap() error { return c.err }
+func (s *sanitizedError) Error() string { return s.text }
+func (s *sanitizedError) Unwrap() error { return s.err }
 
-// subjectToken is the ServiceAccount's own token: the one thing that Google believes.
+// subjectToken returns the ServiceAccount's Kubernetes token, which is the proof for STS.
 func (g *Google) subjectToken(ctx context.Context, sa workload.ServiceAccount) (string, error) {
 	began := time.Now()
 	jwt, err := g.o.Kubernetes.Token(ctx, sa)

@@ -31,7 +31,8 @@ func TestG11AccessTokenOfALinkedServiceAccount(t *testing.T) {
 	if !ok {
 		t.Fatal("Google never issued the token")
 	}
-	if issued.Method != googletest.GenerateAccessToken || issued.Subject != sa.Subject() || issued.Email != a.GoogleEmail ||
+	if issued.Method != googletest.GenerateAccessToken || issued.Subject != sa.Subject() ||
+		issued.Email != a.GoogleEmail ||
 		!slices.Equal(issued.Scopes, []string{cloudPlatform, userinfoEmail}) {
 		t.Errorf("somebody else's token: %+v", issued)
 	}
@@ -40,7 +41,8 @@ func TestG11AccessTokenOfALinkedServiceAccount(t *testing.T) {
 	}
 	w.calls(t, 1, 1, 0)
 	w.noSecrets(t)
-	if !strings.Contains(w.lines.String(), `msg="token minted"`) || !strings.Contains(w.lines.String(), "service_account=team/ana") {
+	if !strings.Contains(w.lines.String(), `msg="token minted"`) || !strings.Contains(w.lines.String(),
+		"service_account=team/ana") {
 		t.Errorf("no audit line of the mint:\n%s", w.lines)
 	}
 }
@@ -52,7 +54,8 @@ func TestT08UnlinkedGetsTheFederatedToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	issued, _ := w.google.Lookup(got.Value)
-	if issued.Method != googletest.Exchange || issued.Subject != ana.Subject() || !slices.Equal(issued.Scopes, []string{cloudPlatform}) {
+	if issued.Method != googletest.Exchange || issued.Subject != ana.Subject() ||
+		!slices.Equal(issued.Scopes, []string{cloudPlatform}) {
 		t.Errorf("not the ServiceAccount's own: %+v", issued)
 	}
 	w.calls(t, 1, 0, 0)
@@ -108,7 +111,9 @@ func TestG13IDToken(t *testing.T) {
 	if err := json.Unmarshal(raw, &claims); err != nil {
 		t.Fatal(err)
 	}
-	if claims.Aud != "https://service:8443/?a=b" || claims.Email != a.GoogleEmail || !claims.EmailVerified || len(claims.Sub) != 21 { // I-03
+	// I-03
+	if claims.Aud != "https://service:8443/?a=b" || claims.Email != a.GoogleEmail || !claims.EmailVerified ||
+		len(claims.Sub) != 21 {
 		t.Errorf("claims: %+v", claims)
 	}
 	if d := time.Unix(claims.Exp, 0).Sub(got.Expires).Abs(); d > 2*time.Second {
@@ -144,7 +149,8 @@ func TestAnnotationsAreReadAgainBeforeEachMint(t *testing.T) {
 }
 
 func TestG15QuotaProject(t *testing.T) {
-	for _, c := range []struct{ annotation, option, want string }{{"", "", ""}, {"", "o", "o"}, {"a", "o", "a"}, {"a", "", "a"}} {
+	for _, c := range []struct{ annotation, option, want string }{{"", "", ""}, {"", "o", "o"}, {"a", "o", "a"},
+		{"a", "", "a"}} {
 		w := newWorld(t, func(g *GoogleOptions, _ *CacheOptions) { g.QuotaProject = c.option })
 		sa, a := w.linked("team", "ana")
 		a.QuotaProject = c.annotation
@@ -155,7 +161,8 @@ func TestG15QuotaProject(t *testing.T) {
 				t.Fatal(err)
 			}
 			if issued, _ := w.google.Lookup(got.Value); issued.QuotaProject != c.want {
-				t.Errorf("annotation %q, option %q: x-goog-user-project %q, want %q", c.annotation, c.option, issued.QuotaProject, c.want)
+				t.Errorf("annotation %q, option %q: x-goog-user-project %q, want %q", c.annotation, c.option, issued.QuotaProject,
+					c.want)
 			}
 		}
 	}
@@ -186,10 +193,12 @@ func TestIAMRefusesTheFederatedToken(t *testing.T) {
 	w.calls(t, 3, 1, 4) // once, not for ever
 }
 
-// K-00: whoever may edit a ServiceAccount writes the email, and kube checks it; here it cannot become another URL anyhow.
+// K-00: whoever may edit a ServiceAccount writes the email, and kube checks it; here it cannot
+// become another URL anyhow.
 func TestK00HostileEmailStaysOneSegment(t *testing.T) {
 	for _, email := range []string{
-		"victim@p.iam.gserviceaccount.com:signBlob?x=", "../../../v1/token", "..", "a/b@c", "a%2Fb@c", "a#b", "a?b=c", "x:generateIdToken", "a b\r\nHost: x", "",
+		"victim@p.iam.gserviceaccount.com:signBlob?x=", "../../../v1/token", "..", "a/b@c", "a%2Fb@c", "a#b", "a?b=c",
+		"x:generateIdToken", "a b\r\nHost: x", "",
 	} {
 		w := newWorld(t)
 		sa := workload.ServiceAccount{Namespace: "team", Name: "mallory"}
@@ -212,7 +221,9 @@ func TestK00HostileEmailStaysOneSegment(t *testing.T) {
 
 func TestGooglesRefusalsInGooglesWords(t *testing.T) {
 	long := workload.ServiceAccount{Namespace: strings.Repeat("n", 63), Name: strings.Repeat("s", 100)}
-	const binding = ` Hint: if the binding is missing: gcloud iam service-accounts add-iam-policy-binding ana@project.iam.gserviceaccount.com --role roles/iam.workloadIdentityUser --member "principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/pool/subject/system:serviceaccount:team:ana"`
+	const binding = ` Hint: if the binding is missing: gcloud iam service-accounts add-iam-policy-binding ` +
+		`ana@project.iam.gserviceaccount.com --role roles/iam.workloadIdentityUser --member ` +
+		`"principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/pool/subject/system:serviceaccount:team:ana"`
 	for _, c := range []struct {
 		name   string
 		fault  func(*world)
@@ -221,42 +232,73 @@ func TestGooglesRefusalsInGooglesWords(t *testing.T) {
 		status int
 		text   string
 	}{
-		{"T-07 no binding", func(w *world) { w.google.Deny(ana.Subject(), gana.GoogleEmail) }, AccessToken(ana, gana, nil), "IAM", 403,
-			"Unable to generate access token; IAM returned 403 Forbidden: Permission 'iam.serviceAccounts.getAccessToken' denied on resource (or it may not exist)." + binding},
-		{"T-07 no binding, ID token", func(w *world) { w.google.Deny(ana.Subject(), gana.GoogleEmail) }, IDToken(ana, gana, "x"), "IAM", 403,
-			"Unable to generate ID token; IAM returned 403 Forbidden: Permission 'iam.serviceAccounts.getOpenIdToken' denied on resource (or it may not exist)." + binding},
-		{"T-07 no such account", func(w *world) { w.annotate(ana, workload.Account{GoogleEmail: "who@p.iam.gserviceaccount.com"}) },
+		{"T-07 no binding", func(w *world) { w.google.Deny(ana.Subject(), gana.GoogleEmail) }, AccessToken(ana, gana, nil),
+			"IAM", 403,
+			"Unable to generate access token; IAM returned 403 Forbidden: Permission 'iam.serviceAccounts.getAccessToken' " +
+				"denied on resource (or it may not exist)." + binding},
+		{"T-07 no binding, ID token", func(w *world) { w.google.Deny(ana.Subject(), gana.GoogleEmail) },
+			IDToken(ana, gana, "x"), "IAM", 403,
+			"Unable to generate ID token; IAM returned 403 Forbidden: Permission 'iam.serviceAccounts.getOpenIdToken' denied " +
+				"on resource (or it may not exist)." + binding},
+		{"T-07 no such account", func(w *world) {
+			w.annotate(ana,
+				workload.Account{GoogleEmail: "who@p.iam.gserviceaccount.com"})
+		},
 			AccessToken(ana, workload.Account{GoogleEmail: "who@p.iam.gserviceaccount.com"}, nil), "IAM", 404,
-			"Unable to generate access token; IAM returned 404 Not Found: Not found; Gaia id not found for email who@p.iam.gserviceaccount.com Hint: does the Google service account exist that ServiceAccount team/ana names in its annotation iam.gke.io/gcp-service-account?"},
-		{"G-05 wrong audience", func(w *world) { w.claims = map[string]any{"aud": "other"} }, AccessToken(ana, gana, nil), "STS", 400,
-			"Unable to generate access token; STS returned 400 Bad Request: The audience in ID Token [other] does not match the expected audience."},
-		{"G-05 wrong audience, ID token", func(w *world) { w.claims = map[string]any{"aud": "other"} }, IDToken(ana, gana, "x"), "STS", 400,
-			"Unable to generate ID token; STS returned 400 Bad Request: The audience in ID Token [other] does not match the expected audience."},
-		{"G-05 stale", func(w *world) { w.claims = map[string]any{"iat": 7, "exp": 3607} }, AccessToken(ana, gana, nil), "STS", 400,
+			"Unable to generate access token; IAM returned 404 Not Found: Not found; Gaia id not found for email " +
+				"who@p.iam.gserviceaccount.com Hint: create the Google service account, or correct annotation " +
+				"iam.gke.io/gcp-service-account of ServiceAccount team/ana."},
+		{"G-05 wrong audience", func(w *world) { w.claims = map[string]any{"aud": "other"} }, AccessToken(ana, gana, nil),
+			"STS", 400,
+			"Unable to generate access token; STS returned 400 Bad Request: The audience in ID Token [other] does not match " +
+				"the expected audience."},
+		{"G-05 wrong audience, ID token", func(w *world) { w.claims = map[string]any{"aud": "other"} },
+			IDToken(ana, gana, "x"), "STS", 400,
+			"Unable to generate ID token; STS returned 400 Bad Request: The audience in ID Token [other] does not match the " +
+				"expected audience."},
+		{"G-05 stale", func(w *world) { w.claims = map[string]any{"iat": 7, "exp": 3607} }, AccessToken(ana, gana, nil),
+			"STS", 400,
 			"Unable to generate access token; STS returned 400 Bad Request: ID Token issued at 7 is stale to sign-in."},
 		{"G-06 long subject", func(w *world) { w.annotate(long, gana) }, AccessToken(long, gana, nil), "STS", 400,
-			"Unable to generate access token; STS returned 400 Bad Request: The size of mapped attribute google.subject exceeds the 127 bytes limit. Either modify your attribute mapping or the incoming assertion to produce a mapped attribute that is less than 127 bytes. Hint: " + long.Subject() + " has 186 bytes, and Google takes 127 in google.subject: map something shorter in the provider's attribute mapping, or shorten the names."},
+			"Unable to generate access token; STS returned 400 Bad Request: The size of mapped attribute google.subject " +
+				"exceeds the 127 bytes limit. Either modify your attribute mapping or the incoming assertion to produce a mapped " +
+				"attribute that is less than 127 bytes. Hint: google.subject is too long: " + long.Subject() +
+				" has 186 bytes and the limit is 127: map a shorter value in the provider's attribute mapping, or shorten the " +
+				"names."},
 		{"429", func(w *world) {
-			w.google.Break(googletest.Exchange, googletest.Fault{Status: 429, Message: "Quota exceeded.", RetryAfter: time.Minute})
-		}, AccessToken(ana, gana, nil), "STS", 429, "Unable to generate access token; STS returned 429 Too Many Requests: Quota exceeded."},
+			w.google.Break(googletest.Exchange, googletest.Fault{Status: 429, Message: "Quota exceeded.",
+				RetryAfter: time.Minute})
+		}, AccessToken(ana, gana, nil), "STS", 429,
+			"Unable to generate access token; STS returned 429 Too Many Requests: Quota exceeded."},
 		{"no JSON", func(w *world) {
 			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 407, Body: "<html>proxy</html>"})
-		}, AccessToken(ana, gana, nil), "IAM", 407, "Unable to generate access token; IAM returned 407 Proxy Authentication Required: (the answer is not in Google's form; is there a proxy in between?)"},
+		}, AccessToken(ana, gana, nil), "IAM", 407,
+			"Unable to generate access token; IAM returned 407 Proxy Authentication Required: (the answer is not in Google's " +
+				"form: check the proxies between this node and Google)"},
 		{"status alone", func(w *world) {
-			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 400, Body: `{"error":{"code":400,"status":"FAILED_PRECONDITION"}}`})
-		}, AccessToken(ana, gana, nil), "IAM", 400, "Unable to generate access token; IAM returned 400 Bad Request: FAILED_PRECONDITION"},
+			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 400,
+				Body: `{"error":{"code":400,"status":"FAILED_PRECONDITION"}}`})
+		}, AccessToken(ana, gana, nil), "IAM", 400,
+			"Unable to generate access token; IAM returned 400 Bad Request: FAILED_PRECONDITION"},
 		{"code alone", func(w *world) {
 			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Body: `{"error":"invalid_target"}`})
-		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: invalid_target"},
+		}, AccessToken(ana, gana, nil), "STS", 400,
+			"Unable to generate access token; STS returned 400 Bad Request: invalid_target"},
 		{"control characters and length", func(w *world) {
-			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Body: `{"error":"x","error_description":"a\u001b[31m\nb ` + strings.Repeat("word ", 400) + `"}`})
-		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: a[31m b " + strings.Repeat("word ", 100) + "word…"},
+			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400,
+				Body: `{"error":"x","error_description":"a\u001b[31m\nb ` + strings.Repeat("word ", 400) + `"}`})
+		}, AccessToken(ana, gana, nil), "STS", 400,
+			"Unable to generate access token; STS returned 400 Bad Request: a[31m b " + strings.Repeat("word ", 100) + "word…"},
 		{"the subject token echoed", func(w *world) {
-			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Body: `{"error":"x","error_description":"bad token %TOKEN%, really"}`})
-		}, AccessToken(ana, gana, nil), "STS", 400, "Unable to generate access token; STS returned 400 Bad Request: bad token [redacted], really"},
+			w.google.Break(googletest.Exchange, googletest.Fault{Status: 400,
+				Body: `{"error":"x","error_description":"bad token %TOKEN%, really"}`})
+		}, AccessToken(ana, gana, nil), "STS", 400,
+			"Unable to generate access token; STS returned 400 Bad Request: bad token [redacted], really"},
 		{"the federated token echoed", func(w *world) {
-			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 403, Body: `{"error":{"message":"bad Bearer%TOKEN%"}}`})
-		}, AccessToken(ana, gana, nil), "IAM", 403, "Unable to generate access token; IAM returned 403 Forbidden: bad Bearer[redacted]" + binding},
+			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 403,
+				Body: `{"error":{"message":"bad Bearer%TOKEN%"}}`})
+		}, AccessToken(ana, gana, nil), "IAM", 403,
+			"Unable to generate access token; IAM returned 403 Forbidden: bad Bearer[redacted]" + binding},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w := newWorld(t)
@@ -305,7 +347,8 @@ func TestAnswersThatMakeNoSense(t *testing.T) {
 		{"IAM: no expireTime", googletest.GenerateAccessToken, ok(`{"accessToken":"t"}`), 0},
 		{"IAM: expired", googletest.GenerateAccessToken, ok(`{"accessToken":"t","expireTime":"2020-01-01T00:00:00Z"}`), 0},
 		{"IAM: no time", googletest.GenerateAccessToken, ok(`{"accessToken":"t","expireTime":"soon"}`), 0},
-		{"IAM: longer than asked for", googletest.GenerateAccessToken, ok(`{"accessToken":"t","expireTime":"2120-01-01T00:00:00Z"}`), time.Hour},
+		{"IAM: longer than asked for", googletest.GenerateAccessToken,
+			ok(`{"accessToken":"t","expireTime":"2120-01-01T00:00:00Z"}`), time.Hour},
 		{"IAM: no token", googletest.GenerateAccessToken, ok(`{"expireTime":"2120-01-01T00:00:00Z"}`), 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -356,7 +399,8 @@ func TestExpireTimeByGooglesClock(t *testing.T) {
 func TestFaultsOnTheWayAreTriedAgain(t *testing.T) {
 	for _, m := range googletest.Methods {
 		for name, f := range map[string]googletest.Fault{
-			"dropped": {Times: 1, Drop: true}, "truncated": {Times: 1, Truncate: true}, "503": {Times: 2, Status: 503}, "429": {Times: 1, Status: 429},
+			"dropped": {Times: 1, Drop: true}, "truncated": {Times: 1, Truncate: true}, "503": {Times: 2, Status: 503},
+			"429": {Times: 1, Status: 429},
 		} {
 			t.Run(string(m)+" "+name, func(t *testing.T) {
 				t.Parallel()
@@ -418,7 +462,8 @@ func TestCAFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{bad, filepath.Join(dir, "absent.pem")} {
-		if _, err := NewGoogle(GoogleOptions{CAFile: path}); err == nil || !strings.Contains(err.Error(), "google.caFile") || !strings.Contains(err.Error(), path) {
+		if _, err := NewGoogle(GoogleOptions{CAFile: path}); err == nil || !strings.Contains(err.Error(), "google.caFile") ||
+			!strings.Contains(err.Error(), path) {
 			t.Errorf("error %v, want one that names the key and %s", err, path)
 		}
 	}
@@ -430,12 +475,14 @@ func TestCAFile(t *testing.T) {
 	if _, err := w.cache.Token(t.Context(), AccessToken(ana, workload.Account{}, nil)); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("error %v, want a certificate that is not trusted", err)
 	}
-	g, err := NewGoogle(GoogleOptions{Audience: testAudience, STSURL: w.google.URL(), IAMCredentialsURL: w.google.URL(), CAFile: good, Kubernetes: w})
+	g, err := NewGoogle(GoogleOptions{Audience: testAudience, STSURL: w.google.URL(), IAMCredentialsURL: w.google.URL(),
+		CAFile: good, Kubernetes: w})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer g.client.CloseIdleConnections()
-	if _, err := g.Token(t.Context(), AccessToken(ana, workload.Account{}, nil)); err != nil { // G-08: the path is STS's own
+	// G-08: the path is STS's own
+	if _, err := g.Token(t.Context(), AccessToken(ana, workload.Account{}, nil)); err != nil {
 		t.Error(err)
 	}
 }

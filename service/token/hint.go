@@ -9,26 +9,29 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// bindingHint says what is missing when IAM refuses (T-07): the command that grants it.
+// bindingHint returns the command for what is missing when IAM refuses (T-07, texts of refusals).
 func (g *Google) bindingHint(r Request, status int) string {
 	email := r.Account.GoogleEmail
 	switch status {
 	case http.StatusForbidden:
 		member := g.member(r.ServiceAccount)
 		if member == "" || !plain.MatchString(email) {
-			return fmt.Sprintf("grant roles/iam.workloadIdentityUser on the Google service account to ServiceAccount %s.", r.ServiceAccount)
+			return fmt.Sprintf("grant roles/iam.workloadIdentityUser on the Google service account to ServiceAccount %s.",
+				r.ServiceAccount)
 		}
-		return fmt.Sprintf("if the binding is missing: gcloud iam service-accounts add-iam-policy-binding %s --role roles/iam.workloadIdentityUser --member %q", email, member)
+		return fmt.Sprintf("if the binding is missing: gcloud iam service-accounts add-iam-policy-binding %s --role "+
+			"roles/iam.workloadIdentityUser --member %q", email, member)
 	case http.StatusNotFound:
-		return fmt.Sprintf("does the Google service account exist that ServiceAccount %s names in its annotation iam.gke.io/gcp-service-account?", r.ServiceAccount)
+		return fmt.Sprintf("create the Google service account, or correct annotation iam.gke.io/gcp-service-account of "+
+			"ServiceAccount %s.", r.ServiceAccount)
 	}
 	return ""
 }
 
-// plain is what can be pasted into a shell as it is; the email is somebody's annotation.
+// plain matches a text that can be pasted into a shell. The email is an untrusted annotation.
 var plain = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9.:_@-]*$`)
 
-// member names sa in an IAM policy, as the mapping google.subject=assertion.sub does.
+// member returns sa as an IAM policy names it with the mapping google.subject=assertion.sub.
 func (g *Google) member(sa workload.ServiceAccount) string {
 	if g.o.PoolName != "" {
 		return "principal://iam.googleapis.com/" + g.o.PoolName + "/subject/" + sa.Subject()
@@ -40,8 +43,10 @@ func (g *Google) member(sa workload.ServiceAccount) string {
 	return ""
 }
 
-// longSubjectHint comes with STS's refusal only: a provider may map something shorter (G-06).
+// longSubjectHint is added to a refusal of STS only, since a provider may map a shorter subject
+// (G-06, length of google.subject).
 func longSubjectHint(sa workload.ServiceAccount) string {
-	return fmt.Sprintf("%s has %d bytes, and Google takes %d in google.subject: map something shorter in the provider's attribute mapping, or shorten the names.",
-		sa.Subject(), len(sa.Subject()), longestSubject)
+	return fmt.Sprintf("google.subject is too long: %s has %d bytes and the limit is %d: map a shorter value in the "+
+		"provider's attribute mapping, or shorten the names.",
+		sa.Subject(), len(sa.Subject()), maxSubject)
 }

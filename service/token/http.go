@@ -21,13 +21,13 @@ const (
 	attemptTimeout = 10 * time.Second
 	attempts       = 3
 	firstBackoff   = 200 * time.Millisecond
-	longestWait    = 5 * time.Second // for Retry-After: who is told to wait for longer gives up, and the cache asks later
-	answerLimit    = 1 << 20         // bytes of an answer (G-04)
-	refusalLimit   = 64 << 10        // bytes that are read of one that is not 200: Google's have some hundred
+	maxWait        = 5 * time.Second // for Retry-After; a longer one ends the attempts, and the cache asks later
+	answerLimit    = 1 << 20         // bytes of an answer (G-04, bounded answers)
+	refusalLimit   = 64 << 10        // bytes of an answer that is not 200; Google's have a few hundred
 )
 
-// newClient returns the one client for both of Google's services: 100 mints at once share its connections.
-// CA certificates of caFile are trusted beside the system's.
+// newClient returns the one client for both of Google's services, whose connections 100 concurrent
+// mints share. The CA certificates of caFile are trusted beside the system's roots.
 func newClient(caFile string) (*http.Client, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if caFile != "" {
@@ -40,18 +40,19 @@ func newClient(caFile string) (*http.Client, error) {
 			pool = x509.NewCertPool()
 		}
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("google.caFile: %s holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)", caFile)
+			return nil, fmt.Errorf("google.caFile: %s holds no certificate: write PEM (-----BEGIN CERTIFICATE-----)", caFile)
 		}
 		config.RootCAs = pool
 	}
 	return &http.Client{
 		Transport: &http.Transport{
-			Proxy:                 http.ProxyFromEnvironment,
-			DialContext:           (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-			TLSClientConfig:       config,
-			TLSHandshakeTimeout:   5 * time.Second,
-			ForceAttemptHTTP2:     true,
-			HTTP2:                 &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second}, // a connection that a NAT forgot
+			Proxy:               http.ProxyFromEnvironment,
+			DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			TLSClientConfig:     config,
+			TLSHandshakeTimeout: 5 * time.Second,
+			ForceAttemptHTTP2:   true,
+			// detects a connection that a NAT dropped
+			HTTP2:                 &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
 			MaxIdleConns:          100,
 			MaxIdleConnsPerHost:   100,
 			IdleConnTimeout:       90 * time.Second,
@@ -63,18 +64,18 @@ func newClient(caFile string) (*http.Client, error) {
 	}, nil
 }
 
-// notFollowed keeps redirects: a token goes to the host that was configured, and nowhere else.
+// notFollowed stops at a redirect: a token goes to the configured host only.
 func notFollowed(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
-// answer is what came back, with its body read.
+// answer is a response with its body read.
 type answer struct {
 	status int
 	header http.Header
 	body   []byte
 }
 
-// post sends the body until there is an answer that trying again would not change: network errors, 429 and 5xx are
-// tried again, with exponential backoff and jitter. The last attempt's answer or error is returned as it is.
+// post sends the body until another attempt would not change the answer. Network errors, 429 and
+// 5xx are tried again, with exponential backoff and jitter. The result is the last attempt's.
 func post(ctx context.Context, client *http.Client, url string, header http.Header, body []byte) (answer, error) {
 	backoff := firstBackoff
 	for try := 1; ; try++ {
@@ -84,7 +85,7 @@ func post(ctx context.Context, client *http.Client, url string, header http.Head
 		}
 		wait := backoff/2 + rand.N(backoff)
 		if err == nil {
-			if asked := retryAfter(a.header); asked > longestWait {
+			if asked := retryAfter(a.header); asked > maxWait {
 				return a, nil
 			} else if asked > wait {
 				wait = asked
@@ -112,7 +113,7 @@ func postOnce(ctx context.Context, client *http.Client, url string, header http.
 		return answer{}, err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK { // what is cut off is in nobody's form
+	if resp.StatusCode != http.StatusOK { // a truncated body is not Google's form
 		read, err := io.ReadAll(io.LimitReader(resp.Body, refusalLimit))
 		if err != nil {
 			return answer{}, fmt.Errorf("reading the answer of %s: %w", req.URL.Host, err)
@@ -129,13 +130,13 @@ func postOnce(ctx context.Context, client *http.Client, url string, header http.
 	return answer{resp.StatusCode, resp.Header, read}, nil
 }
 
-var errTooLong = errors.New("it is longer than 1 MiB")
+var errTooLong = errors.New("longer than 1 MiB")
 
 func retryable(status int) bool {
 	return status == http.StatusTooManyRequests || status >= 500
 }
 
-// retryAfter reads the header in its form of seconds; the form of a date is not used by Google.
+// retryAfter reads the header in seconds. Google does not use the form of a date.
 func retryAfter(h http.Header) time.Duration {
 	s, err := strconv.Atoi(strings.TrimSpace(h.Get("Retry-After")))
 	if err != nil || s <= 0 {
@@ -144,7 +145,8 @@ func retryAfter(h http.Header) time.Duration {
 	return time.Duration(min(s, 3600)) * time.Second
 }
 
-// until returns how long something that expires at t is good for, by the clock of who answered: this node's may be wrong.
+// until returns the time from the answer to t, by the clock of the server: this node's may be
+// wrong.
 func (a answer) until(t time.Time) time.Duration {
 	now, err := http.ParseTime(a.header.Get("Date"))
 	if err != nil {

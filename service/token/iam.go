@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// generate gets r's token from IAM Credentials, which wants the federated token of r's ServiceAccount (G-11, G-13).
+// generate gets r's token from IAM Credentials, with the federated token of r's ServiceAccount
+// (G-11, generateAccessToken; G-13, generateIdToken).
 func (g *Google) generate(ctx context.Context, r Request, federated string) (Token, error) {
 	began := time.Now()
 	var t Token
@@ -46,7 +47,7 @@ func (g *Google) generateAccessToken(ctx context.Context, r Request, federated s
 func (g *Google) generateIDToken(ctx context.Context, r Request, federated string) (Token, error) {
 	a, err := g.askIAM(ctx, r, federated, "generateIdToken", struct {
 		Audience     string `json:"audience"`
-		IncludeEmail bool   `json:"includeEmail"` // I-03
+		IncludeEmail bool   `json:"includeEmail"` // I-03, claim email
 	}{r.Audience, true})
 	if err != nil {
 		return Token{}, err
@@ -57,7 +58,7 @@ func (g *Google) generateIDToken(ctx context.Context, r Request, federated strin
 	if json.Unmarshal(a.body, &got) != nil {
 		return Token{}, unavailable("IAM", errNotJSON)
 	}
-	return newToken("IAM", got.Token, min(a.until(expiry(got.Token)), longestLife))
+	return newToken("IAM", got.Token, min(a.until(expiry(got.Token)), maxLife))
 }
 
 func (g *Google) askIAM(ctx context.Context, r Request, federated, method string, request any) (answer, error) {
@@ -71,11 +72,12 @@ func (g *Google) askIAM(ctx context.Context, r Request, federated, method string
 		"Accept":        {"application/json"},
 	}
 	if p := r.Account.QuotaProject; p != "" {
-		header.Set("X-Goog-User-Project", p) // G-15
+		header.Set("X-Goog-User-Project", p) // G-15, quota project
 	} else if p := g.o.QuotaProject; p != "" {
 		header.Set("X-Goog-User-Project", p)
 	}
-	// The email comes out of an annotation: escaped, it cannot become another path or another method (K-00).
+	// The email is from an annotation: escaped, it cannot change the path or the method (K-00,
+	// untrusted annotations).
 	endpoint := g.iam + "/v1/projects/-/serviceAccounts/" + escaped(r.Account.GoogleEmail) + ":" + method
 	a, err := post(ctx, g.client, endpoint, header, body)
 	if err != nil {
@@ -89,12 +91,13 @@ func (g *Google) askIAM(ctx context.Context, r Request, federated, method string
 	return a, nil
 }
 
-// escaped is url.PathEscape, which leaves ":" and "." alone, with both of them escaped where they could mean something.
+// escaped is url.PathEscape that also escapes ":" and "..", which could change the path.
 func escaped(email string) string {
 	return strings.NewReplacer(":", "%3A", "..", "%2E%2E").Replace(url.PathEscape(email))
 }
 
-// expiry reads `exp` of a JWT, whose signature is for others to verify; zero when it cannot be read.
+// expiry reads the claim exp of a JWT without verifying the signature. It returns the zero time if
+// it cannot.
 func expiry(jwt string) time.Time {
 	_, rest, _ := strings.Cut(jwt, ".")
 	payload, _, _ := strings.Cut(rest, ".")

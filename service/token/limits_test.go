@@ -84,7 +84,7 @@ func TestKeysPerPod(t *testing.T) {
 		if n := s.count(); n != 4 {
 			t.Errorf("%d mints, want 4", n)
 		}
-		later(idLife + time.Second) // the entries are gone, and the keys are free
+		later(idTokenLife + time.Second) // the entries are gone, and the keys are free
 		for i := range 3 {
 			ask(t, c, "pod", audience(10+i))
 		}
@@ -100,9 +100,9 @@ func TestKeysOfRefusals(t *testing.T) {
 			_, _ = c.Ask(t.Context(), "pod", audience(i))
 		}
 		limited(t, c, "pod", audience(2), "keysPerPod", 2)
-		later(showRefusal + time.Second)
-		if n := len(c.Status()); n != 0 || len(c.pods) != 0 {
-			t.Errorf("%d entries and %d books are left", n, len(c.pods))
+		later(showError + time.Second)
+		if n := len(c.Status()); n != 0 || len(c.usage) != 0 {
+			t.Errorf("%d entries and %d usages are left", n, len(c.usage))
 		}
 	})
 }
@@ -120,8 +120,8 @@ func TestK04OnlyWhatLivePodsUseIsHeld(t *testing.T) {
 		if status := c.Status(); len(status) != 1 || status[0].ServiceAccount != ana.String() {
 			t.Errorf("held: %+v", status)
 		}
-		if len(c.pods) != 0 {
-			t.Errorf("%d books are left", len(c.pods))
+		if len(c.usage) != 0 {
+			t.Errorf("%d usages are left", len(c.usage))
 		}
 
 		// A pod that goes while its mint is under way still gets its token, and nothing is held.
@@ -131,13 +131,14 @@ func TestK04OnlyWhatLivePodsUseIsHeld(t *testing.T) {
 		later(500 * time.Millisecond)
 		c.Use([]workload.ServiceAccount{ana})
 		g.Wait()
-		if n := len(c.Status()); n != 1 || len(c.pods) != 0 {
-			t.Errorf("%d entries and %d books are left", n, len(c.pods))
+		if n := len(c.Status()); n != 1 || len(c.usage) != 0 {
+			t.Errorf("%d entries and %d usages are left", n, len(c.usage))
 		}
 
-		// Who asks before Use has heard of its ServiceAccount gets a token, which is held for a minute in case it does.
+		// Who asks before Use has heard of its ServiceAccount gets a token, which is held for a minute in
+		// case it does.
 		ask(t, c, "pod", AccessToken(bob, gana, nil))
-		later(outliveUse - 2*time.Second) // of which the mint took one
+		later(unusedTTL - 2*time.Second) // of which the mint took one
 		if !held(c, AccessToken(bob, gana, nil)) {
 			t.Error("gone too early")
 		}

@@ -8,7 +8,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// register returns c, or the collector that stands there already: after a reload a new Google and a new Cache count on.
+// register returns c, or the same collector of an earlier Google or Cache, so that counters
+// continue after a reload.
 func register[C prometheus.Collector](r prometheus.Registerer, c C) C {
 	if r == nil {
 		r = prometheus.NewRegistry()
@@ -39,12 +40,12 @@ func newMintMetrics(r prometheus.Registerer) mintMetrics {
 	return mintMetrics{
 		duration: register(r, prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "gke_metadata_emulator_mint_duration_seconds",
-			Help:    "How long a step of a mint took, its retries included.",
+			Help:    "Duration of a step of a mint, with its retries.",
 			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25},
 		}, []string{"step"})),
 		outcome: register(r, prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "gke_metadata_emulator_mints_total",
-			Help: "Steps of mints by outcome: ok, refused (a terminal answer), unavailable (to be asked again), abandoned.",
+			Name: "gke_metadata_emulator_mint_steps_total",
+			Help: "Steps of mints by outcome: ok, refused (final), unavailable (will be tried again), abandoned.",
 		}, []string{"step", "outcome"})),
 	}
 }
@@ -74,8 +75,8 @@ type cacheMetrics struct {
 func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
 	requests := register(r, prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_token_cache_requests_total",
-		Help: "Requests of pods for tokens by result: hit, miss (a mint was started), coalesced (one was under way), " +
-			"stale (the old token, a newer could not be had), negative (a refusal that is remembered), limited.",
+		Help: "Requests of pods for tokens by result: hit, miss (started a mint), coalesced (joined a mint in flight), " +
+			"stale (got the old token), negative (got a cached refusal), limited.",
 	}, []string{"result"}))
 	return cacheMetrics{
 		hit:       requests.WithLabelValues("hit"),
@@ -87,7 +88,7 @@ func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
 	}
 }
 
-var entriesDesc = prometheus.NewDesc("gke_metadata_emulator_token_cache_entries", "Tokens and remembered refusals held.", nil, nil)
+var entriesDesc = prometheus.NewDesc("gke_metadata_emulator_token_cache_entries", "Tokens and refusals in the cache.", nil, nil)
 
 // Describe and Collect make a Cache the prometheus.Collector of its own gauge.
 func (c *Cache) Describe(to chan<- *prometheus.Desc) { to <- entriesDesc }

@@ -9,22 +9,22 @@ import (
 	"time"
 )
 
-// Reached is what a request without any token came to at one of Google's services.
+// Reached is the outcome of a request without any token to one of Google's services.
 type Reached struct {
 	URL    string
-	Proxy  string // scheme, host and port of the proxy that the environment names for it; "" = none
-	Status int    // any says that it is there
+	Proxy  string // scheme, host and port of the environment's proxy for URL; "" = none
+	Status int    // any status means that the service is reachable
 	Err    error
 	Asked  time.Time
-	Date   time.Time // what its clock said then; zero: it did not say
+	Date   time.Time // the service's clock at that time; zero: no Date header
 }
 
-// Reach asks the two services for nothing, to see whether they are there: names, routes, proxies and certificates.
+// Reach sends an empty request to each service, to check DNS, routes, proxies and certificates.
 func (g *Google) Reach(ctx context.Context) (sts, iam Reached) {
 	return g.reach(ctx, g.sts), g.reach(ctx, g.iam)
 }
 
-// Proxy is the scheme, host and port of the proxy by which STS is asked; "" = none.
+// Proxy returns the scheme, host and port of the proxy for STS; "" = none.
 func (g *Google) Proxy() string {
 	req, err := http.NewRequest(http.MethodPost, g.sts, nil)
 	if err != nil {
@@ -42,7 +42,7 @@ func (g *Google) proxy(r *http.Request) string {
 	if err != nil || p == nil {
 		return ""
 	}
-	return (&url.URL{Scheme: p.Scheme, Host: p.Host}).String() // and not its user's name and password
+	return (&url.URL{Scheme: p.Scheme, Host: p.Host}).String() // without the user name and password
 }
 
 func (g *Google) reach(ctx context.Context, at string) Reached {
@@ -59,9 +59,9 @@ func (g *Google) reach(ctx context.Context, at string) Reached {
 	if err != nil {
 		var asked *url.Error
 		if errors.As(err, &asked) {
-			err = asked.Err // the URL is told already
+			err = asked.Err // Reached holds the URL
 		}
-		r.Err = &cleaned{err, clean(err.Error())}
+		r.Err = &sanitizedError{err, sanitize(err.Error())}
 		return r
 	}
 	_, _ = io.Copy(io.Discard, io.LimitReader(res.Body, answerLimit))

@@ -35,14 +35,16 @@ func TestReach(t *testing.T) {
 	}
 
 	// An authority that nobody here knows.
-	if sts, _ := reach(&http.Client{Transport: &http.Transport{}}, s.URL()); sts.Err == nil || !strings.Contains(sts.Err.Error(), "certificate") {
+	if sts, _ := reach(&http.Client{Transport: &http.Transport{}}, s.URL()); sts.Err == nil ||
+		!strings.Contains(sts.Err.Error(), "certificate") {
 		t.Errorf("%+v", sts)
 	}
 
 	// A proxy is named without its password, also where it is not there.
 	proxy := &url.URL{Scheme: "http", User: url.UserPassword("me", "hunter2"), Host: "127.0.0.1:1"}
 	proxied := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(proxy)}}
-	if g, err := NewGoogle(GoogleOptions{STSURL: s.STSURL(), HTTPClient: proxied}); err != nil || g.Proxy() != "http://127.0.0.1:1" {
+	if g, err := NewGoogle(GoogleOptions{STSURL: s.STSURL(), HTTPClient: proxied}); err != nil ||
+		g.Proxy() != "http://127.0.0.1:1" {
 		t.Error(g.Proxy(), err)
 	}
 	sts, _ = reach(proxied, s.URL())

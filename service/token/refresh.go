@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-var errNoNewer = fmt.Errorf("%w: the token that came is no newer than the one that is held", ErrUnavailable)
+var errNoNewer = fmt.Errorf("%w: the new token does not expire later than the cached one", ErrUnavailable)
 
-// Run refreshes tokens ahead and drops what is of no more use, until ctx is done. It returns nil.
+// Run refreshes tokens and drops idle entries until ctx is done. It returns nil.
 func (c *Cache) Run(ctx context.Context) error {
 	tick := time.NewTicker(backgroundCadence)
 	defer tick.Stop()
@@ -22,16 +22,17 @@ func (c *Cache) Run(ctx context.Context) error {
 			return nil
 		case now := <-tick.C:
 			c.mu.Lock()
-			c.sweep(now)
-			c.pump(now)
+			c.dropIdle(now)
+			c.startDue(now)
 			c.mu.Unlock()
 		}
 	}
 }
 
-// Prefetch mints the tokens ahead, in parallel and bounded, and keeps them fresh while their ServiceAccounts are in use.
-// It returns at once. What is there, or under way, or was refused a while ago, costs nothing. Where the minting fails
-// for a reason that passes, Run tries again. Use is to be called first.
+// Prefetch mints the tokens in the background, a bounded number at once, and keeps them fresh while
+// their ServiceAccounts are in use. It returns at once. A token that is cached, in flight or was
+// refused a moment ago is not minted again. After a passing error Run tries again. The caller calls
+// Use first.
 func (c *Cache) Prefetch(requests ...Request) {
 	now := time.Now()
 	c.mu.Lock()
@@ -45,20 +46,20 @@ func (c *Cache) Prefetch(requests ...Request) {
 			e.prefetched = true
 			c.changed()
 		}
-		if e.flight == nil && e.due.IsZero() && !now.Before(e.usableUntil) && (e.err == nil || !c.terminal(e.err)) {
+		if e.call == nil && e.due.IsZero() && !now.Before(e.usableUntil) && (e.err == nil || !c.terminal(e.err)) {
 			e.due = now
 			if e.err != nil {
 				e.due = e.errUntil
 			}
 		}
 	}
-	c.pump(now)
+	c.startDue(now)
 }
 
-// add makes an entry, which the pod pays for. Entries of the same ServiceAccount with other annotations are on their way
-// out. c.mu is held.
-func (c *Cache) add(r Request, payer string) *entry {
-	e := &entry{request: r, payer: payer}
+// add makes an entry, which counts against the owner's limits. It marks entries of the same
+// ServiceAccount with other annotations as superseded. c.mu is held.
+func (c *Cache) add(r Request, owner string) *entry {
+	e := &entry{request: r, owner: owner}
 	c.others(r, func(o *entry) {
 		if o.superseded.IsZero() {
 			o.superseded = time.Now()
@@ -81,92 +82,96 @@ func (c *Cache) others(r Request, f func(*entry)) {
 	}
 }
 
-// drop takes an entry out and frees its key. A mint that is in flight for it goes on, for those who wait. c.mu is held.
+// drop removes an entry and frees its key. A mint in flight for the entry continues for its
+// callers. c.mu is held.
 func (c *Cache) drop(e *entry) {
 	delete(c.entries, e.request)
 	c.changed()
-	c.release(e.payer, 0, 1)
+	c.release(e.owner, 0, 1)
 }
 
-// launch starts a mint, which outlives ctx. c.mu is held.
-func (c *Cache) launch(ctx context.Context, e *entry, plan flight, now time.Time) *flight {
-	f := &plan
-	f.began, f.done = now, make(chan struct{})
-	c.flights[f] = struct{}{}
-	e.flight = f
+// start begins a mint, which continues when ctx ends. c.mu is held.
+func (c *Cache) start(ctx context.Context, e *entry, plan call, now time.Time) *call {
+	m := &plan
+	m.began, m.done = now, make(chan struct{})
+	c.calls[m] = struct{}{}
+	e.call = m
 	e.due = time.Time{}
-	e.retryAt = now.Add(leastApart)
+	e.retryAt = now.Add(minMintInterval)
 	go func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), mintTimeout)
 		defer cancel()
-		f.token, f.err = c.o.Source.Token(ctx, e.request)
-		if errors.Is(f.err, context.DeadlineExceeded) && !errors.Is(f.err, ErrUnavailable) {
-			f.err = fmt.Errorf("%w: %w", ErrUnavailable, f.err)
+		m.token, m.err = c.o.Source.Token(ctx, e.request)
+		if errors.Is(m.err, context.DeadlineExceeded) && !errors.Is(m.err, ErrUnavailable) {
+			m.err = fmt.Errorf("%w: %w", ErrUnavailable, m.err)
 		}
-		c.land(e, f)
+		c.finish(e, m)
 	}()
-	return f
+	return m
 }
 
-// land notes what a mint brought.
-func (c *Cache) land(e *entry, f *flight) {
+// finish stores the outcome of a mint and wakes its callers.
+func (c *Cache) finish(e *entry, m *call) {
 	now := time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	defer close(f.done)
-	delete(c.flights, f)
-	c.release(f.podUID, 1, 0)
-	e.flight = nil
-	if c.entries[e.request] == e { // else dropped meanwhile
-		c.note(e, f, now)
+	defer close(m.done)
+	delete(c.calls, m)
+	c.release(m.owner, 1, 0)
+	e.call = nil
+	if c.entries[e.request] == e { // otherwise the entry was dropped meanwhile
+		c.store(e, m, now)
 	}
-	if f.background {
+	if m.background {
 		c.background--
-		c.pump(now)
+		c.startDue(now)
 	}
 }
 
-func (c *Cache) note(e *entry, f *flight, now time.Time) {
+// store stores the outcome of a mint in its entry. c.mu is held.
+func (c *Cache) store(e *entry, m *call, now time.Time) {
 	switch {
-	case f.err == nil && now.Before(e.usableUntil) && !f.token.Expires.After(e.token.Expires):
-		e.fail(errNoNewer, leastApart, longestBackoff, now) // STS was away, and its old token came (T-08)
-	case f.err == nil:
-		e.take(f.token, now)
+	case m.err == nil && now.Before(e.usableUntil) && !m.token.Expires.After(e.token.Expires):
+		// STS was unavailable, and its old token was used (T-08, unlinked accounts).
+		e.fail(errNoNewer, minMintInterval, maxBackoff, now)
+	case m.err == nil:
+		e.setToken(m.token, now)
 		c.changed()
 		e.superseded = time.Time{}
 		c.others(e.request, func(o *entry) {
 			switch {
-			case !o.token.Minted.Before(f.began): // both have just read the annotations, and it may be o's that are right
+			case !o.token.Minted.Before(m.began): // both read the annotations just now; o's may be the newer ones
 				e.superseded = now
-			case o.flight == nil:
+			case o.call == nil:
 				c.drop(o)
 			}
 		})
-	case errors.Is(f.err, ErrAccountChanged):
-		c.drop(e) // the asker asks again, and the annotations may change back
-	case c.terminal(f.err):
-		e.refuse(f.err, now)
+	case errors.Is(m.err, ErrAccountChanged):
+		c.drop(e) // the caller asks again with the new annotations, which may change back
+	case c.terminal(m.err):
+		e.refuse(m.err, now)
 		c.changed()
 	default:
-		least, longest := waits(f.err)
-		e.fail(f.err, least, longest, now)
+		least, longest := retryWaits(m.err)
+		e.fail(m.err, least, longest, now)
 	}
 }
 
-// waits is how long not to ask again after err, at least and at most: as Google says, within reason; a moment after a
-// refusal, and then longer and longer.
-func waits(err error) (least, longest time.Duration) {
+// retryWaits returns the shortest and the longest wait before the next attempt after err. Google's
+// Retry-After counts up to maxRetryAfter.
+func retryWaits(err error) (least, longest time.Duration) {
 	var refusal *GoogleError
 	switch {
 	case !errors.As(err, &refusal):
-		return keepUnavailable, longestBackoff
+		return unavailableTTL, maxBackoff
 	case refusal.Temporary():
-		return max(keepUnavailable, min(refusal.RetryAfter, longestAsked)), longestBackoff
+		return max(unavailableTTL, min(refusal.RetryAfter, maxRetryAfter)), maxBackoff
 	}
-	return keepRefusal, longestRefused
+	return refusalTTL, maxRefusedBackoff
 }
 
-// terminal reports whether asking again would bring the same refusal, so that an old token is not served any more.
+// terminal reports whether another attempt would bring the same refusal. Then an old token is not
+// served.
 func (c *Cache) terminal(err error) bool {
 	var refusal *GoogleError
 	return errors.Is(err, ErrAccountChanged) ||
@@ -174,27 +179,27 @@ func (c *Cache) terminal(err error) bool {
 		c.o.Terminal != nil && c.o.Terminal(err)
 }
 
-// pump starts the mints that are due, as many as may run in the background. c.mu is held.
-func (c *Cache) pump(now time.Time) {
+// startDue starts the mints that are due, up to maxBackground. c.mu is held.
+func (c *Cache) startDue(now time.Time) {
 	for _, e := range c.entries {
 		if c.stopped || c.background >= maxBackground {
 			return
 		}
-		if e.flight != nil || e.due.IsZero() || now.Before(e.due) {
+		if e.call != nil || e.due.IsZero() || now.Before(e.due) {
 			continue
 		}
 		c.background++
-		c.launch(context.Background(), e, flight{background: true}, now)
+		c.start(context.Background(), e, call{background: true}, now)
 	}
 }
 
-// sweep drops what is of no more use. c.mu is held.
-func (c *Cache) sweep(now time.Time) {
+// dropIdle drops entries that are no longer needed. c.mu is held.
+func (c *Cache) dropIdle(now time.Time) {
 	for r, e := range c.entries {
-		if e.flight != nil {
+		if e.call != nil {
 			continue
 		}
-		if _, ok := c.used[r.ServiceAccount]; c.used != nil && !ok && now.Sub(e.asked) >= outliveUse || e.idle(now) {
+		if _, ok := c.used[r.ServiceAccount]; c.used != nil && !ok && now.Sub(e.asked) >= unusedTTL || e.idle(now) {
 			c.drop(e)
 		}
 	}

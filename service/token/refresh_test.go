@@ -124,7 +124,7 @@ func TestTheOldTokenServesWhileGoogleIsAway(t *testing.T) {
 				later(47 * time.Minute)
 				away := time.Now()
 				s.become(func(s *fakeSource) { s.err = err })
-				for time.Until(old.Expires) > margin {
+				for time.Until(old.Expires) > minLife {
 					began := time.Now()
 					if got := must(t, c, request); got != old || !began.Equal(time.Now()) {
 						t.Fatalf("%v after %v, want the old one at once", got, time.Since(began))
@@ -137,7 +137,7 @@ func TestTheOldTokenServesWhileGoogleIsAway(t *testing.T) {
 				calls := s.calledSince(away)
 				mintsAreApart(t, calls[:len(calls)-1]) // the last is the asker's own
 				least := 10
-				if _, longest := waits(err); longest == longestRefused {
+				if _, longest := retryWaits(err); longest == maxRefusedBackoff {
 					least = 6
 				}
 				if n := len(calls); n < least || n > 30 {
@@ -160,7 +160,7 @@ func TestRecovery(t *testing.T) {
 					later(outage)
 					s.become(func(s *fakeSource) { s.err = nil })
 					n := s.count()
-					_, within := waits(err)
+					_, within := retryWaits(err)
 					within += within/2 + time.Second // with its jitter
 					later(within)
 					if s.count() != n+1 {
@@ -199,7 +199,7 @@ func TestAFinalRefusalTakesTheOldTokenAway(t *testing.T) {
 					t.Errorf("error %v, want the refusal", got)
 				}
 				s.become(func(s *fakeSource) { s.err = nil }) // bound again
-				later(keepRefusal)
+				later(refusalTTL)
 				must(t, c, request)
 			})
 		})
@@ -308,7 +308,7 @@ func TestPrefetch(t *testing.T) {
 			if status := c.Status(); len(status) != 1 || !strings.Contains(status[0].LastError, "403") {
 				t.Errorf("status does not show it: %+v", status)
 			}
-			later(showPrefetched)
+			later(showPrefetchedError)
 			if n := len(c.Status()); n != 0 {
 				t.Errorf("%d entries", n)
 			}
@@ -317,7 +317,8 @@ func TestPrefetch(t *testing.T) {
 }
 
 func TestAnnotationsChange(t *testing.T) {
-	before, after := AccessToken(ana, gana, nil), AccessToken(ana, workload.Account{GoogleEmail: "other@project.iam.gserviceaccount.com"}, nil)
+	before, after := AccessToken(ana, gana, nil),
+		AccessToken(ana, workload.Account{GoogleEmail: "other@project.iam.gserviceaccount.com"}, nil)
 	s := &fakeSource{lifetime: time.Hour}
 	inBubble(t, CacheOptions{Source: s}, func(t *testing.T, c *Cache) {
 		c.Prefetch(before)
@@ -332,16 +333,18 @@ func TestAnnotationsChange(t *testing.T) {
 		if _, err := c.Token(t.Context(), before); err == nil { // changed back, and Google away
 			t.Error("a token without a mint")
 		}
-		later(outliveUse)
+		later(unusedTTL)
 		if held(c, after) {
 			t.Error("still held a minute after the annotations changed")
 		}
 	})
 }
 
-// A mint that read the annotations before they changed and lands late does not take the place of the newer one.
+// A mint that read the annotations before they changed and lands late does not take the place of
+// the newer one.
 func TestAnnotationsChangeDuringAMint(t *testing.T) {
-	before, after := AccessToken(ana, gana, nil), AccessToken(ana, workload.Account{GoogleEmail: "other@project.iam.gserviceaccount.com"}, nil)
+	before, after := AccessToken(ana, gana, nil),
+		AccessToken(ana, workload.Account{GoogleEmail: "other@project.iam.gserviceaccount.com"}, nil)
 	s := &fakeSource{lifetime: time.Hour, takes: 10 * time.Second}
 	inBubble(t, CacheOptions{Source: s}, func(t *testing.T, c *Cache) {
 		c.Prefetch(before)
@@ -352,7 +355,7 @@ func TestAnnotationsChangeDuringAMint(t *testing.T) {
 		if !held(c, after) || !held(c, before) {
 			t.Error("one of two that landed together is gone at once")
 		}
-		later(outliveUse)
+		later(unusedTTL)
 		if !held(c, after) || held(c, before) {
 			t.Error("the older is held, or the newer is not")
 		}
@@ -375,16 +378,19 @@ func (s *sts) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, errors.New("no route to host")
 	}
 	body := fmt.Sprintf(`{"access_token":"token%d","expires_in":%d}`, s.calls, int(s.lifetime.Seconds()))
-	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body)), Request: r}, nil
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body)),
+		Request: r}, nil
 }
 
-// A token of an unlinked ServiceAccount comes out of another entry of the same cache, which must not give the old one back.
+// A token of an unlinked ServiceAccount comes out of another entry of the same cache, which must
+// not give the old one back.
 func TestT08TheTokenOfAnUnlinkedServiceAccountIsRefreshed(t *testing.T) {
 	unlinked := AccessToken(ana, workload.Account{}, nil)
 	for _, lifetime := range []time.Duration{time.Hour, 10 * time.Minute, time.Minute} {
 		t.Run(lifetime.String(), func(t *testing.T) {
 			s := &sts{lifetime: lifetime}
-			g, err := NewGoogle(GoogleOptions{Audience: testAudience, STSURL: "https://sts/v1/token", HTTPClient: &http.Client{Transport: s}, Kubernetes: newCluster()})
+			g, err := NewGoogle(GoogleOptions{Audience: testAudience, STSURL: "https://sts/v1/token",
+				HTTPClient: &http.Client{Transport: s}, Kubernetes: newCluster()})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -405,7 +411,7 @@ func TestT08TheTokenOfAnUnlinkedServiceAccountIsRefreshed(t *testing.T) {
 				s.mu.Lock()
 				s.away, s.calls = true, 0
 				s.mu.Unlock()
-				for time.Until(old.Expires) > margin {
+				for time.Until(old.Expires) > minLife {
 					old = must(t, c, unlinked)
 					later(time.Second)
 				}

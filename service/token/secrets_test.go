@@ -13,7 +13,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// gossip is a way to Google that says back what it was sent: a proxy with a debugging page, a broken server.
+// gossip is a way to Google that says back what it was sent: a proxy with a debugging page, a
+// broken server.
 type gossip struct {
 	next http.RoundTripper
 	say  func(secret string) (*http.Response, error) // nil: nothing out of the way
@@ -39,7 +40,8 @@ func (g *gossip) RoundTrip(r *http.Request) (*http.Response, error) {
 	return g.say(secret)
 }
 
-// Every way that a mint can go, with all that is written down about it: no secret and no piece of one may be in there.
+// Every way that a mint can go, with all that is written down about it: no secret and no piece of
+// one may be in there.
 func TestNoSecretShowsAnywhere(t *testing.T) {
 	answer := func(status int, header http.Header, body string) (*http.Response, error) {
 		if header == nil {
@@ -89,13 +91,15 @@ func TestNoSecretShowsAnywhere(t *testing.T) {
 					g.HTTPClient.Transport = way
 				})
 				sa, a := w.linked("team", "ana")
-				requests := []Request{AccessToken(sa, a, nil), IDToken(sa, a, "x"), AccessToken(sa, a, []string{cloudPlatform + ".read-only"}),
+				requests := []Request{AccessToken(sa, a, nil), IDToken(sa, a, "x"),
+					AccessToken(sa, a, []string{cloudPlatform + ".read-only"}),
 					AccessToken(workload.ServiceAccount{Namespace: "team", Name: "unlinked"}, workload.Account{}, nil)}
 				var said []string
 				askAll := func() {
 					for _, r := range requests {
 						got, err := w.cache.Token(t.Context(), r)
-						said = append(said, fmt.Sprintf("%v %+v %#v %q", got, got, got, got), fmt.Sprintf("%v %+v %#v %q", err, err, err, err))
+						said = append(said, fmt.Sprintf("%v %+v %#v %q", got, got, got, got),
+							fmt.Sprintf("%v %+v %#v %q", err, err, err, err))
 						if err != nil {
 							w.log.WithError(err).WithField("error2", err).Debug("refused")
 						}

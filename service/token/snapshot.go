@@ -11,15 +11,16 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// LongestSnapshot is what Snapshot writes and Restore reads at most, in bytes: some 3,000 of Google's tokens.
+// LongestSnapshot bounds a snapshot, in bytes. It is enough for about 3,000 of Google's tokens.
 const LongestSnapshot = 4 << 20
 
-// A snapshot is snapshotForm, and then for each token: a byte of flags; namespace, name, Google email, quota project,
-// scopes, audience and the token itself, each after its length in four bytes; minted, expires and last asked for, each
-// in nanoseconds since 1970 in eight bytes, 0 for never. Numbers are big endian.
+// snapshotForm begins a snapshot. For each token follow one byte of flags; then namespace, name,
+// Google email, quota project, scopes, audience and token, each after its length in four bytes;
+// then the times minted, expires and last asked for, each in nanoseconds since 1970 in eight bytes,
+// 0 for never. Numbers are big endian.
 //
-// What else an entry knows is left out on purpose: refusals are short-lived, the books of the pods start empty, and who
-// uses a ServiceAccount is for the first synced watch to say.
+// The other state of an entry is left out: refusals are short-lived, usage starts at zero, and the
+// first complete list of pods says which ServiceAccounts are in use.
 const snapshotForm = "gke-metadata-emulator tokens 1\n"
 
 const (
@@ -29,7 +30,7 @@ const (
 	allFlags = flagFederated | flagPrefetched | flagPrincipalAsEmail
 )
 
-var errMalformed = errors.New("not a snapshot of tokens in the form that this version writes")
+var errMalformed = errors.New("not a token snapshot of this version")
 
 // saved is a token in a snapshot.
 type saved struct {
@@ -39,12 +40,12 @@ type saved struct {
 	prefetched bool
 }
 
-// Snapshot returns the tokens that are held, for the Restore of another process. It is full of secrets. Where there are
-// too many, those that are fetched ahead are in it, and of the others those that were asked for last.
+// Snapshot returns the held tokens, for Restore in another process. It holds secrets. If there are
+// too many tokens, prefetched ones are kept first, and then those that were asked for last.
 func (c *Cache) Snapshot() []byte { return c.snapshot(time.Now()) }
 
 func (c *Cache) snapshot(now time.Time) []byte {
-	c.mu.Lock() // as briefly as can be: who asks for a token waits for it too
+	c.mu.Lock() // briefly, since requests for tokens wait for the lock
 	all := make([]saved, 0, len(c.entries))
 	for r, e := range c.entries {
 		if now.Before(e.usableUntil) && e.superseded.IsZero() {
@@ -69,9 +70,10 @@ func (c *Cache) snapshot(now time.Time) []byte {
 	return b
 }
 
-// Restore takes over the tokens of a Snapshot, as if they had been minted here, and returns how many. Those that are too
-// old by now to be handed out are left. It is to be called before anybody asks. A snapshot that is not whole, or holds
-// what Snapshot would not write, is an error, and nothing of it is taken.
+// Restore adds the tokens of a Snapshot, as if this Cache had minted them, and returns their
+// number. Tokens that are no longer usable are left out. It is called before the first request. A
+// snapshot that is incomplete, or that Snapshot would not write, is an error, and none of its
+// tokens is added.
 func (c *Cache) Restore(snapshot []byte) (int, error) { return c.restore(snapshot, time.Now()) }
 
 func (c *Cache) restore(snapshot []byte, now time.Time) (int, error) {
@@ -80,12 +82,13 @@ func (c *Cache) restore(snapshot []byte, now time.Time) (int, error) {
 		return 0, err
 	}
 	all = slices.DeleteFunc(all, func(s saved) bool {
-		return s.token.Minted.After(now) || // the clock was set back: who knows when it expires
+		return s.token.Minted.After(now) || // the clock was set back, so Expires means nothing
 			!now.Before(usableUntil(s.request, s.token))
 	})
-	account := map[workload.ServiceAccount]saved{} // whose annotations the newest token has
+	account := map[workload.ServiceAccount]saved{} // the newest token, whose annotations count
 	for _, s := range all {
-		if newest, ok := account[s.request.ServiceAccount]; !s.request.federated && (!ok || s.token.Minted.After(newest.token.Minted)) {
+		if newest, ok := account[s.request.ServiceAccount]; !s.request.federated &&
+			(!ok || s.token.Minted.After(newest.token.Minted)) {
 			account[s.request.ServiceAccount] = s
 		}
 	}
@@ -101,20 +104,21 @@ func (c *Cache) restore(snapshot []byte, now time.Time) (int, error) {
 			s.asked = now
 		}
 		e := &entry{request: r, asked: s.asked, prefetched: s.prefetched}
-		e.take(s.token, now)
+		e.setToken(s.token, now)
 		c.entries[r] = e
 		taken++
 	}
 	return taken, nil
 }
 
-// Changes has something to receive after each change of what Snapshot would return. It is for one receiver.
+// Changes returns a channel that receives a value after each change of Snapshot's result. It has
+// one receiver.
 func (c *Cache) Changes() <-chan struct{} { return c.changes }
 
 func (c *Cache) changed() {
 	select {
 	case c.changes <- struct{}{}:
-	default: // that there was a change is known already
+	default: // the receiver has not taken the last change yet
 	}
 }
 
@@ -160,7 +164,7 @@ func (s saved) append(b []byte) []byte {
 	return b
 }
 
-// decodeSnapshot believes nothing: what it returns are tokens that a Cache could have minted.
+// decodeSnapshot trusts nothing: it returns only tokens that a Cache could have minted.
 func decodeSnapshot(b []byte) ([]saved, error) {
 	if len(b) > LongestSnapshot {
 		return nil, fmt.Errorf("%w: %d bytes, more than %d", errMalformed, len(b), LongestSnapshot)
@@ -173,7 +177,7 @@ func decodeSnapshot(b []byte) ([]saved, error) {
 	seen := map[Request]bool{}
 	for len(b) > 0 {
 		var s saved
-		if s, b = decodeSaved(b); b == nil || !s.sound() || seen[s.request] {
+		if s, b = decodeSaved(b); b == nil || !s.valid() || seen[s.request] {
 			return nil, fmt.Errorf("%w: token %d", errMalformed, len(all)+1)
 		}
 		seen[s.request] = true
@@ -182,7 +186,7 @@ func decodeSnapshot(b []byte) ([]saved, error) {
 	return all, nil
 }
 
-// decodeSaved returns the first token and what comes after it, which is nil where b is not long enough.
+// decodeSaved returns the first token and the rest of b. The rest is nil if b is too short.
 func decodeSaved(b []byte) (saved, []byte) {
 	flags, b := cut(b, 1)
 	var v [7]string
@@ -213,10 +217,11 @@ func decodeSaved(b []byte) (saved, []byte) {
 	return saved{
 		request: Request{
 			ServiceAccount: workload.ServiceAccount{Namespace: v[0], Name: v[1]},
-			Account:        workload.Account{GoogleEmail: v[2], PrincipalAsEmail: flags[0]&flagPrincipalAsEmail != 0, QuotaProject: v[3]},
-			Scopes:         v[4],
-			Audience:       v[5],
-			federated:      flags[0]&flagFederated != 0,
+			Account: workload.Account{GoogleEmail: v[2], PrincipalAsEmail: flags[0]&flagPrincipalAsEmail != 0,
+				QuotaProject: v[3]},
+			Scopes:    v[4],
+			Audience:  v[5],
+			federated: flags[0]&flagFederated != 0,
 		},
 		token:      Token{Value: v[6], Minted: at[0], Expires: at[1]},
 		asked:      at[2],
@@ -224,7 +229,7 @@ func decodeSaved(b []byte) (saved, []byte) {
 	}, b
 }
 
-// cut returns the first n bytes and the rest, which is nil where there are not so many, and never nil otherwise.
+// cut returns the first n bytes and the rest. The rest is nil only if b is too short.
 func cut(b []byte, n int) (head, tail []byte) {
 	if n < 0 || n > len(b) {
 		return nil, nil
@@ -232,8 +237,8 @@ func cut(b []byte, n int) (head, tail []byte) {
 	return b[:n:n], b[n:]
 }
 
-// sound reports whether the request is one that a pod can make, with a token for its answer.
-func (s saved) sound() bool {
+// valid reports whether a pod could make the request, and the token could answer it.
+func (s saved) valid() bool {
 	r, made := s.request, Request{}
 	switch {
 	case r.federated:
@@ -245,5 +250,5 @@ func (s saved) sound() bool {
 	}
 	lives := lifetime(s.token)
 	return r == made && r.ServiceAccount.Namespace != "" && r.ServiceAccount.Name != "" &&
-		printable(s.token.Value) && !s.token.Minted.IsZero() && lives > 0 && lives <= longestLife
+		printable(s.token.Value) && !s.token.Minted.IsZero() && lives > 0 && lives <= maxLife
 }

@@ -34,9 +34,9 @@ func TestR16RestoreGoesOnAsIfNothingHadBeen(t *testing.T) {
 		left []Request     // that the second one has
 	}{
 		"at once":                              {0, []Request{request, other, id, federated}},
-		"I-06: ID tokens live for 5 minutes":   {idLife, []Request{request, other, federated}},
+		"I-06: ID tokens live for 5 minutes":   {idTokenLife, []Request{request, other, federated}},
 		"T-05: old ones are better than none":  {time.Hour - time.Minute, []Request{request, other, federated}},
-		"T-02: what is over in a moment is no": {time.Hour - margin, nil},
+		"T-02: what is over in a moment is no": {time.Hour - minLife, nil},
 		"a node that slept":                    {24 * time.Hour, nil},
 		"a clock that was set back":            {-time.Hour, nil},
 	} {
@@ -54,7 +54,8 @@ func TestR16RestoreGoesOnAsIfNothingHadBeen(t *testing.T) {
 					t.Fatalf("restored %d, %v; want %d", n, err, len(tt.left))
 				}
 				for _, r := range tt.left {
-					if e := next.entries[r]; e == nil || e.token.Value != want[r].Value || !e.token.Expires.Equal(want[r].Expires) || !e.token.Minted.Equal(want[r].Minted) ||
+					if e := next.entries[r]; e == nil || e.token.Value != want[r].Value || !e.token.Expires.Equal(want[r].Expires) ||
+						!e.token.Minted.Equal(want[r].Minted) ||
 						e.prefetched != (r == request) || e.asked.IsZero() || e.due.IsZero() == e.refreshable() {
 						t.Errorf("%+v: expires %v, asked %v, due %v, prefetched %v", r, e.token, e.asked, e.due, e.prefetched)
 					}
@@ -74,7 +75,8 @@ func TestR16RestoreGoesOnAsIfNothingHadBeen(t *testing.T) {
 	}
 }
 
-// The token of the process before is refreshed ahead, and goes with its ServiceAccount's last pod (T-05, K-04).
+// The token of the process before is refreshed ahead, and goes with its ServiceAccount's last pod
+// (T-05, K-04).
 func TestRestoredTokensAreRefreshedAndForgotten(t *testing.T) {
 	bob := workload.ServiceAccount{Namespace: "team", Name: "bob"}
 	synctest.Test(t, func(t *testing.T) {
@@ -133,7 +135,7 @@ func TestSnapshotLeavesOutWhatIsNotToComeBack(t *testing.T) {
 		holds("one whose binding is gone")
 
 		s.become(func(s *fakeSource) { s.err = nil })
-		later(keepRefusal)
+		later(refusalTTL)
 		must(t, c, request)
 		later(time.Second)
 		changed := AccessToken(ana, workload.Account{GoogleEmail: "other@project.iam.gserviceaccount.com"}, nil)
@@ -153,7 +155,8 @@ func TestRestoreKeepsToOneAccount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		old := saved{request: AccessToken(ana, workload.Account{GoogleEmail: "old@project.iam.gserviceaccount.com"}, nil),
 			token: Token{Value: "old", Minted: time.Now(), Expires: time.Now().Add(time.Hour)}}
-		newer := saved{request: request, token: Token{Value: "new", Minted: time.Now().Add(time.Second), Expires: time.Now().Add(time.Hour)}}
+		newer := saved{request: request, token: Token{Value: "new", Minted: time.Now().Add(time.Second),
+			Expires: time.Now().Add(time.Hour)}}
 		federated := saved{request: federatedToken(ana, cloudPlatform), token: newer.token}
 		later(time.Second)
 		for _, order := range [][]saved{{old, newer, federated}, {federated, newer, old}} {
@@ -176,7 +179,8 @@ func encode(all ...saved) []byte {
 
 func TestRestoreRefuses(t *testing.T) {
 	now := time.Now()
-	good := saved{request: request, token: Token{Value: "ya29.secret", Minted: now, Expires: now.Add(time.Hour)}, asked: now}
+	good := saved{request: request, token: Token{Value: "ya29.secret", Minted: now, Expires: now.Add(time.Hour)},
+		asked: now}
 	with := func(change func(*saved)) []byte {
 		s := good
 		change(&s)
@@ -184,25 +188,31 @@ func TestRestoreRefuses(t *testing.T) {
 	}
 	whole := encode(good)
 	cases := map[string][]byte{
-		"nothing":                 nil,
-		"another form":            []byte(strings.Replace(string(whole), "tokens 1", "tokens 2", 1)),
-		"the same twice":          encode(good, good),
-		"a byte too many":         append(slices.Clone(whole), 0),
-		"an unknown flag":         append(append([]byte(snapshotForm), 0x80), whole[len(snapshotForm)+1:]...),
-		"too long":                append(slices.Clone(whole), make([]byte, LongestSnapshot)...),
-		"no token":                with(func(s *saved) { s.token.Value = "" }),
-		"a header in the token":   with(func(s *saved) { s.token.Value = "a\r\nSet-Cookie: b" }),
-		"never minted":            with(func(s *saved) { s.token.Minted = time.Time{} }),
-		"expired when minted":     with(func(s *saved) { s.token.Expires = now }),
-		"no end":                  with(func(s *saved) { s.token.Expires = now.Add(longestLife + 1) }),
-		"the end of time":         with(func(s *saved) { s.token.Minted, s.token.Expires = time.Unix(0, -1<<63), time.Unix(0, 1<<63-1) }),
-		"nobody's":                with(func(s *saved) { s.request.ServiceAccount = workload.ServiceAccount{} }),
-		"no namespace":            with(func(s *saved) { s.request.ServiceAccount.Namespace = "" }),
-		"no scopes":               with(func(s *saved) { s.request.Scopes = "" }),
-		"scopes as a pod writes":  with(func(s *saved) { s.request.Scopes = "b,a" }),
-		"scopes and an audience":  with(func(s *saved) { s.request.Audience = "x" }),
-		"federated for somebody":  with(func(s *saved) { s.request.federated = true }),
-		"federated, default form": with(func(s *saved) { s.request = Request{ServiceAccount: ana, Scopes: defaultScopes, federated: true} }),
+		"nothing":               nil,
+		"another form":          []byte(strings.Replace(string(whole), "tokens 1", "tokens 2", 1)),
+		"the same twice":        encode(good, good),
+		"a byte too many":       append(slices.Clone(whole), 0),
+		"an unknown flag":       append(append([]byte(snapshotForm), 0x80), whole[len(snapshotForm)+1:]...),
+		"too long":              append(slices.Clone(whole), make([]byte, LongestSnapshot)...),
+		"no token":              with(func(s *saved) { s.token.Value = "" }),
+		"a header in the token": with(func(s *saved) { s.token.Value = "a\r\nSet-Cookie: b" }),
+		"never minted":          with(func(s *saved) { s.token.Minted = time.Time{} }),
+		"expired when minted":   with(func(s *saved) { s.token.Expires = now }),
+		"no end":                with(func(s *saved) { s.token.Expires = now.Add(maxLife + 1) }),
+		"the end of time": with(func(s *saved) {
+			s.token.Minted, s.token.Expires = time.Unix(0, -1<<63),
+				time.Unix(0, 1<<63-1)
+		}),
+		"nobody's":               with(func(s *saved) { s.request.ServiceAccount = workload.ServiceAccount{} }),
+		"no namespace":           with(func(s *saved) { s.request.ServiceAccount.Namespace = "" }),
+		"no scopes":              with(func(s *saved) { s.request.Scopes = "" }),
+		"scopes as a pod writes": with(func(s *saved) { s.request.Scopes = "b,a" }),
+		"scopes and an audience": with(func(s *saved) { s.request.Audience = "x" }),
+		"federated for somebody": with(func(s *saved) { s.request.federated = true }),
+		"federated, default form": with(func(s *saved) {
+			s.request = Request{ServiceAccount: ana, Scopes: defaultScopes,
+				federated: true}
+		}),
 	}
 	for i := len(snapshotForm) + 1; i < len(whole); i++ {
 		cases[fmt.Sprintf("cut after %d bytes", i)] = whole[:i]
@@ -232,7 +242,7 @@ func TestSnapshotIsBounded(t *testing.T) {
 	_, requests := crowd(5000)
 	for i, r := range requests {
 		e := &entry{request: r, asked: now.Add(-time.Duration(i) * time.Second), prefetched: i == len(requests)-1}
-		e.take(Token{Value: strings.Repeat("x", 2000), Minted: now, Expires: now.Add(time.Hour)}, now)
+		e.setToken(Token{Value: strings.Repeat("x", 2000), Minted: now, Expires: now.Add(time.Hour)}, now)
 		c.entries[r] = e
 	}
 	snapshot := c.Snapshot()
@@ -277,8 +287,8 @@ func TestChanges(t *testing.T) {
 	})
 }
 
-// FuzzRestore: whatever lies in the memfd, what is taken over are tokens that can be handed out, and a snapshot of them
-// holds the same.
+// FuzzRestore: whatever lies in the memfd, what is taken over are tokens that can be handed out,
+// and a snapshot of them holds the same.
 func FuzzRestore(f *testing.F) {
 	now := time.Unix(1767225600, 0) // the seeds in testdata were written a moment before
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -288,7 +298,8 @@ func FuzzRestore(f *testing.F) {
 			t.Fatalf("%d, %v, with %d entries", n, err, len(c.entries))
 		}
 		for r, e := range c.entries {
-			if !printable(e.token.Value) || !now.Before(e.usableUntil) || e.token.Minted.After(now) || lifetime(e.token) > longestLife || e.request != r || e.asked.After(now) {
+			if !printable(e.token.Value) || !now.Before(e.usableUntil) || e.token.Minted.After(now) ||
+				lifetime(e.token) > maxLife || e.request != r || e.asked.After(now) {
 				t.Errorf("%+v: %v", r, e.token)
 			}
 		}
@@ -297,7 +308,8 @@ func FuzzRestore(f *testing.F) {
 			t.Fatalf("of %d tokens %d came through: %v", n, again, err)
 		}
 		same := func(a, b *entry) bool {
-			return a.token.Value == b.token.Value && a.token.Minted.Equal(b.token.Minted) && a.token.Expires.Equal(b.token.Expires) &&
+			return a.token.Value == b.token.Value && a.token.Minted.Equal(b.token.Minted) &&
+				a.token.Expires.Equal(b.token.Expires) &&
 				a.asked.Equal(b.asked) && a.prefetched == b.prefetched
 		}
 		if !maps.EqualFunc(c.entries, next.entries, same) {
@@ -312,7 +324,7 @@ func full(n int) *Cache {
 	_, requests := crowd(n)
 	for _, r := range requests {
 		e := &entry{request: r, asked: now, prefetched: true}
-		e.take(Token{Value: strings.Repeat("x", 1024), Minted: now, Expires: now.Add(time.Hour)}, now)
+		e.setToken(Token{Value: strings.Repeat("x", 1024), Minted: now, Expires: now.Add(time.Hour)}, now)
 		c.entries[r] = e
 	}
 	return c
@@ -345,8 +357,8 @@ func BenchmarkRestore(b *testing.B) {
 	}
 }
 
-// BenchmarkHitBesideSnapshots is BenchmarkHit while somebody takes a snapshot of 500 tokens after another, a thousand
-// times as often as the service does.
+// BenchmarkHitBesideSnapshots is BenchmarkHit while somebody takes a snapshot of 500 tokens after
+// another, a thousand times as often as the service does.
 func BenchmarkHitBesideSnapshots(b *testing.B) {
 	c := full(500)
 	_, requests := crowd(1)

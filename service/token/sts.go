@@ -14,10 +14,11 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// longestSubject is what google.subject may be long, in bytes, after the provider's mapping (G-06).
-const longestSubject = 127
+// maxSubject bounds google.subject after the provider's mapping, in bytes (G-06, length of
+// google.subject).
+const maxSubject = 127
 
-// exchange gets the federated token of sa for its Kubernetes token (G-01).
+// exchange gets a federated token for sa's Kubernetes token (G-01, token exchange).
 func (g *Google) exchange(ctx context.Context, sa workload.ServiceAccount, scopes string) (Token, error) {
 	subject, err := g.subjectToken(ctx, sa)
 	if err != nil {
@@ -38,7 +39,7 @@ func (g *Google) askSTS(ctx context.Context, sa workload.ServiceAccount, scopes,
 		"subject_token":        {subject},
 		"subject_token_type":   {"urn:ietf:params:oauth:token-type:jwt"},
 	}
-	header := http.Header{ // no Authorization (G-02)
+	header := http.Header{ // without Authorization (G-02, STS takes no credential)
 		"Content-Type": {"application/x-www-form-urlencoded"},
 		"Accept":       {"application/json"},
 	}
@@ -48,7 +49,7 @@ func (g *Google) askSTS(ctx context.Context, sa workload.ServiceAccount, scopes,
 	}
 	if a.status != http.StatusOK {
 		e := a.refusal("STS", subject)
-		if e.Status == http.StatusBadRequest && len(sa.Subject()) > longestSubject {
+		if e.Status == http.StatusBadRequest && len(sa.Subject()) > maxSubject {
 			e.Hint = longSubjectHint(sa)
 		}
 		return Token{}, e.orUnavailable()
@@ -64,13 +65,14 @@ func (g *Google) askSTS(ctx context.Context, sa workload.ServiceAccount, scopes,
 }
 
 var (
-	errNotJSON  = errors.New("its answer is not the JSON that was expected")
-	errNoToken  = errors.New("its answer holds no token that could be used")
-	errNoExpiry = errors.New("its answer does not say how long the token lives, or says that it has expired; is the clock right?")
-	errRedirect = errors.New("it answered with a redirect, which is not followed: a token goes to the configured host only")
+	errNotJSON  = errors.New("the answer is not the expected JSON")
+	errNoToken  = errors.New("the answer holds no usable token")
+	errNoExpiry = errors.New("the token has no expiry or has expired: check this node's clock: timedatectl")
+	errRedirect = errors.New("the answer is a redirect, and a token goes to the configured host only: correct " +
+		"google.stsURL or google.iamCredentialsURL")
 )
 
-// newToken checks what is about to be handed to a pod: it is going to stand in a header there.
+// newToken checks a token before it is issued to a pod, which sends it in a header.
 func newToken(step, value string, lives time.Duration) (Token, error) {
 	if !printable(value) {
 		return Token{}, unavailable(step, errNoToken)
@@ -78,7 +80,7 @@ func newToken(step, value string, lives time.Duration) (Token, error) {
 	if lives <= 0 {
 		return Token{}, unavailable(step, errNoExpiry)
 	}
-	now := time.Now().Round(0) // by the clock on the wall: the monotonic one stands still while the machine is suspended, and the token's life does not
+	now := time.Now().Round(0) // wall clock: time spent suspended counts
 	return Token{Value: value, Minted: now, Expires: now.Add(lives)}, nil
 }
 
@@ -90,25 +92,25 @@ func printable(value string) bool {
 // seconds is a number, or a string of one, as a duration.
 type seconds time.Duration
 
-// longestLife is more than any of Google's tokens lives (12 hours): what is longer is cut, so that nothing overflows.
-const longestLife = 24 * time.Hour
+// maxLife is longer than any of Google's tokens lives (12 hours). It bounds arithmetic.
+const maxLife = 24 * time.Hour
 
 func (s *seconds) UnmarshalJSON(b []byte) error {
 	f, err := strconv.ParseFloat(string(bytes.Trim(b, `"`)), 64)
 	if err != nil || f != f {
-		return nil // as if it were missing
+		return nil // treated as missing
 	}
-	*s = seconds(max(-1, min(f, longestLife.Seconds())) * float64(time.Second))
+	*s = seconds(max(-1, min(f, maxLife.Seconds())) * float64(time.Second))
 	return nil
 }
 
-// refusal is a without a token in it.
+// refusal returns the answer as an error, without the secrets.
 func (a answer) refusal(step string, secrets ...string) *GoogleError {
-	message, code := words(a.body, secrets...)
+	message, code := refusalMessage(a.body, secrets...)
 	return &GoogleError{Step: step, Status: a.status, Message: message, RetryAfter: retryAfter(a.header), code: code}
 }
 
-// orUnavailable returns the refusal, or what an answer is that Google would not give: a redirect, a 200 without sense.
+// orUnavailable returns e, or for a status below 400 the error of a server that is not Google's.
 func (e *GoogleError) orUnavailable() error {
 	if e.Status < 400 {
 		return unavailable(e.Step, errRedirect)

@@ -1,7 +1,9 @@
-// Package token answers one question: which Google token does a ServiceAccount get, and how long is it good for?
+// Package token answers one question: which Google token does a ServiceAccount get, and how long is
+// it usable?
 //
-// A Source mints one: Google does, from the ServiceAccount's own Kubernetes token by way of Google's Security Token
-// Service and, for a linked ServiceAccount, IAM Credentials. Cache is a Source in front of a Source.
+// A Source mints tokens. Google is a Source: it exchanges the ServiceAccount's Kubernetes token at
+// Google's Security Token Service (STS) and, for a linked ServiceAccount, the result at IAM
+// Credentials. Cache is a Source in front of a Source.
 package token
 
 import (
@@ -21,37 +23,40 @@ const (
 	cloudPlatform = "https://www.googleapis.com/auth/cloud-platform"
 	userinfoEmail = "https://www.googleapis.com/auth/userinfo.email"
 
-	// defaultScopes is the set that most clients mean, whether they ask for none, for cloud-platform or for both:
-	// they share one token, which is the one that is fetched ahead (G-07, E-28).
+	// defaultScopes stand for no scope, for cloud-platform and for both scopes: most clients ask for
+	// one of these. They share one token, which is prefetched (G-07, limits of STS; E-28, scopes).
 	defaultScopes = cloudPlatform + " " + userinfoEmail
 )
 
-// Request says whose token, and which. It is comparable: it is the cache's key.
-// AccessToken and IDToken make one; a literal would miss the normalised scopes.
+// Request identifies a token. It is comparable and is the key of the cache. AccessToken and IDToken
+// make one, since a literal would lack the normalised scopes.
 type Request struct {
 	ServiceAccount workload.ServiceAccount
-	Account        workload.Account // what the asker saw; a mint reads it again
+	Account        workload.Account // as the caller read it; a mint reads it again
 	Scopes         string           // of an access token: sorted, without repeats, space separated; never ""
-	Audience       string           // of an ID token when not ""
+	Audience       string           // not "": an ID token for this audience
 
-	// federated asks for what STS gives for the ServiceAccount itself, whatever its annotations say, so its Account is
-	// always zero. It is what impersonation starts from, and the token of a ServiceAccount that is not linked (T-08).
+	// federated requests STS's token for the ServiceAccount itself, whatever its annotations say, so
+	// its Account is zero. Impersonation starts from this token, and an unlinked ServiceAccount gets
+	// it (T-08, unlinked accounts).
 	federated bool
 }
 
-// AccessToken asks for an access token. Scopes are normalised (G-07); none means the default ones.
+// AccessToken returns the Request for an access token. Scopes are normalised (G-07, limits of STS);
+// no scope means the default ones.
 func AccessToken(sa workload.ServiceAccount, a workload.Account, scopes []string) Request {
 	return Request{ServiceAccount: sa, Account: a, Scopes: normalise(scopes)}
 }
 
-// IDToken asks for an ID token for the audience, which must not be empty.
+// IDToken returns the Request for an ID token for the audience, which must not be empty.
 func IDToken(sa workload.ServiceAccount, a workload.Account, audience string) Request {
 	return Request{ServiceAccount: sa, Account: a, Audience: audience}
 }
 
-// federatedToken asks STS for a token with the scopes. The default set is cloud-platform alone here: an email scope
-// says nothing of a principal without an email, and so all the usual requests of a ServiceAccount share one exchange
-// (G-07, G-14).
+// federatedToken returns the Request for STS's token with the scopes. Here the default set is
+// cloud-platform alone, since a principal without an email needs no email scope. So all usual
+// requests of a ServiceAccount share one exchange (G-07, limits of STS; G-14, scope of the
+// exchange).
 func federatedToken(sa workload.ServiceAccount, scopes string) Request {
 	if scopes == defaultScopes {
 		scopes = cloudPlatform
@@ -59,7 +64,8 @@ func federatedToken(sa workload.ServiceAccount, scopes string) Request {
 	return Request{ServiceAccount: sa, Scopes: scopes, federated: true}
 }
 
-// normalise reads scopes as pods write them: a list with commas or with white space, in one parameter or in many (T-03).
+// normalise reads scopes as pods write them: separated by commas or white space, in one parameter
+// or in several (T-03, scopes).
 func normalise(scopes []string) string {
 	var set []string
 	for _, s := range scopes {
@@ -73,7 +79,7 @@ func normalise(scopes []string) string {
 	return strings.Join(set, " ")
 }
 
-// what names the kind of token in Google's own server's words (T-07).
+// what names the kind of token as Google's own server does (T-07, texts of refusals).
 func (r Request) what() string {
 	if r.Audience != "" {
 		return "ID token"
@@ -81,23 +87,23 @@ func (r Request) what() string {
 	return "access token"
 }
 
-// Token is a Google token. Printing or marshalling it in any way does not show Value.
+// Token is a Google token. No way of printing or marshalling it shows Value.
 type Token struct {
 	Value   string
 	Expires time.Time
-	Minted  time.Time // when the answer came that held it
+	Minted  time.Time // when the answer arrived
 }
 
-// Source mints tokens, or knows somebody who does.
+// Source returns tokens, newly minted or cached.
 type Source interface {
 	Token(ctx context.Context, r Request) (Token, error)
 }
 
-// Kubernetes is what the minting needs of the cluster.
+// Kubernetes is the part of the cluster that minting needs.
 type Kubernetes interface {
-	// Account returns what the annotations of sa say, read again when what is known is older than maxAge.
+	// Account returns what sa's annotations say. A value older than maxAge is read again.
 	Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error)
-	// Token returns a new token of sa for Google's audience.
+	// Token returns a new Kubernetes token of sa for Google's audience.
 	Token(ctx context.Context, sa workload.ServiceAccount) (string, error)
 }
 
@@ -112,13 +118,13 @@ func (t Token) String() string {
 // GoString is String.
 func (t Token) GoString() string { return t.String() }
 
-// Format is String for every verb: %+v, %#v, %x and %q would print the fields else.
+// Format is String for every verb: without it %+v, %#v, %x and %q would print Value.
 func (t Token) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, t.String()) }
 
 // MarshalText is String.
 func (t Token) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
 
-// MarshalJSON gives the times alone.
+// MarshalJSON returns the times only.
 func (t Token) MarshalJSON() ([]byte, error) {
 	return json.Marshal(struct {
 		Minted  time.Time `json:"minted"`

@@ -74,7 +74,8 @@ func TestTokenShowsNothing(t *testing.T) {
 	tok := Token{Value: "ya29.secret", Expires: time.Unix(1e9, 0), Minted: time.Unix(1e9-3600, 0)}
 	var shown []string
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%t", "%p", "%T"} {
-		for _, v := range []any{tok, &tok, []Token{tok}, map[string]Token{"t": tok}, struct{ T Token }{tok}, struct{ T *Token }{&tok}} {
+		for _, v := range []any{tok, &tok, []Token{tok}, map[string]Token{"t": tok}, struct{ T Token }{tok},
+			struct{ T *Token }{&tok}} {
 			if verb != "%p" {
 				shown = append(shown, fmt.Sprintf(verb, v))
 			}

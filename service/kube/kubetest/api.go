@@ -63,14 +63,16 @@ func (s *Server) route(a *answerer, r *http.Request, u user) {
 func supported(q *request) error {
 	labels := map[string]bool{"metadata.name": true, "metadata.namespace": true}
 	switch {
-	case q.resource == "", q.group == "" && q.version == "v1" && q.resource == "serviceaccounts", q.group == "" && q.version == "v1" && q.resource == "nodes",
+	case q.resource == "", q.group == "" && q.version == "v1" && q.resource == "serviceaccounts",
+		q.group == "" && q.version == "v1" && q.resource == "nodes",
 		q.group == authenticationv1.GroupName && q.version == "v1" && q.resource == "selfsubjectreviews":
 	case q.group == "" && q.version == "v1" && q.resource == "pods":
 		for k := range fieldsOf(&corev1.Pod{}) {
 			labels[k] = true
 		}
 	default:
-		return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusNotFound, Reason: metav1.StatusReasonNotFound,
+		return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusNotFound,
+			Reason:  metav1.StatusReasonNotFound,
 			Message: "the server could not find the requested resource", Details: &metav1.StatusDetails{}}}
 	}
 	for _, r := range q.fields.Requirements() {
@@ -92,7 +94,8 @@ func (s *Server) plain(a *answerer) {
 		s.serveJWKS(a.w)
 	case "/.well-known/openid-configuration":
 		a.w.Header().Set("Content-Type", "application/json")
-		_, _ = fmt.Fprintf(a.w, `{"issuer":%q,"jwks_uri":%q,"response_types_supported":["id_token"],"subject_types_supported":["public"],"id_token_signing_alg_values_supported":["RS256"]}`,
+		_, _ = fmt.Fprintf(a.w, `{"issuer":%q,"jwks_uri":%q,"response_types_supported":["id_token"],`+
+			`"subject_types_supported":["public"],"id_token_signing_alg_values_supported":["RS256"]}`,
 			s.issuer, s.url+"/openid/v1/jwks")
 	default:
 		_, _ = fmt.Fprint(a.w, "ok")
@@ -111,7 +114,8 @@ func (w *world) checkVersion(q *request) (uint64, error) {
 	}
 	if v > w.version {
 		e := apierrors.NewTimeoutError(fmt.Sprintf("Too large resource version: %d, current: %d", v, w.version), 1)
-		e.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: metav1.CauseTypeResourceVersionTooLarge, Message: "Too large resource version"}}
+		e.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: metav1.CauseTypeResourceVersionTooLarge,
+			Message: "Too large resource version"}}
 		return 0, e
 	}
 	return v, nil

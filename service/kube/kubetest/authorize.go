@@ -53,7 +53,8 @@ func (s *Server) GrantAudience(audience string) { s.Allow(nodes, audienceVerb, a
 // RevokeAudience takes it back.
 func (s *Server) RevokeAudience(audience string) { s.Revoke(nodes, audienceVerb, audience) }
 
-// GrantServiceAccountWatch lets every node watch ServiceAccounts, which it may not by itself (N-03).
+// GrantServiceAccountWatch lets every node watch ServiceAccounts, which it may not by itself
+// (N-03).
 func (s *Server) GrantServiceAccountWatch() { s.Allow(nodes, "watch", "serviceaccounts") }
 
 // DenyServiceAccountGet makes the server one of Kubernetes 1.33 or older (N-02).

@@ -19,8 +19,8 @@ var answers string
 // CaseAudience is what the cases call X.
 const CaseAudience = "//iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/pool/providers/prov"
 
-// Case is one question and its answer, as the real server gave it. The same cases run against this server and against the real one:
-// that is what entitles tests to believe this one.
+// Case is one question and its answer, as the real server gave it. The same cases run against this
+// server and against the real one: that is what entitles tests to believe this one.
 type Case struct {
 	Identity  string // node, node+audience (with the grant of N-05 for X), dedicated
 	Ask, Want string
@@ -42,7 +42,8 @@ func Cases() []Case {
 	return cs
 }
 
-// Populate makes the world that the cases speak of, with node1's kubelet and the dedicated identity's token.
+// Populate makes the world that the cases speak of, with node1's kubelet and the dedicated
+// identity's token.
 func (s *Server) Populate(dedicatedToken string) error {
 	for _, sa := range []string{"default", "ksa", "ksa-node2", "ksa-unused", "ksa-node1b"} {
 		s.SetServiceAccount("ns1", sa, map[string]string{"iam.gke.io/gcp-service-account": sa + "@p.iam.gserviceaccount.com"})
@@ -59,9 +60,11 @@ func (s *Server) Populate(dedicatedToken string) error {
 func CasePods() []Pod {
 	return []Pod{
 		{Namespace: "ns1", Name: "p1", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.11"}},
-		{Namespace: "ns1", Name: "p1-proj", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}, Audiences: []string{"proj-aud"}},
+		{Namespace: "ns1", Name: "p1-proj", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"},
+			Audiences: []string{"proj-aud"}},
 		{Namespace: "ns1", Name: "p1b", Node: "node1", ServiceAccount: "ksa-node1b", Addresses: []string{"10.1.0.13"}},
-		{Namespace: "ns1", Name: "p1-succeeded", Node: "node1", ServiceAccount: "ksa-node1b", Addresses: []string{"10.1.0.14"}, Phase: "Succeeded", Ended: true},
+		{Namespace: "ns1", Name: "p1-succeeded", Node: "node1", ServiceAccount: "ksa-node1b",
+			Addresses: []string{"10.1.0.14"}, Phase: "Succeeded", Ended: true},
 		{Namespace: "ns1", Name: "p2", Node: "node2", ServiceAccount: "ksa-node2", Addresses: []string{"10.2.0.11"}},
 		{Namespace: "ns1", Name: "p2-same-ksa", Node: "node2", ServiceAccount: "ksa", Addresses: []string{"10.2.0.12"}},
 	}

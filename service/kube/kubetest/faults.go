@@ -26,7 +26,8 @@ type Fault struct {
 	Times          int             // 0 = until cleared
 }
 
-// Inject switches a fault on and returns what switches it off. The oldest that matches a request applies to it.
+// Inject switches a fault on and returns what switches it off. The oldest that matches a request
+// applies to it.
 func (s *Server) Inject(f Fault) (clear func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -90,7 +91,9 @@ func (f *Fault) apply(stopped, asked context.Context, a *answerer) bool {
 }
 
 func (f *Fault) status() error {
-	st := metav1.Status{Status: metav1.StatusFailure, Code: int32(f.Code), Message: fmt.Sprintf("kubetest: injected %d", f.Code), Details: &metav1.StatusDetails{RetryAfterSeconds: int32(f.RetryAfter)}}
+	st := metav1.Status{Status: metav1.StatusFailure, Code: int32(f.Code),
+		Message: fmt.Sprintf("kubetest: injected %d", f.Code),
+		Details: &metav1.StatusDetails{RetryAfterSeconds: int32(f.RetryAfter)}}
 	if f.Message != "" {
 		st.Message = f.Message
 	}
@@ -113,7 +116,8 @@ func (f *Fault) status() error {
 	return &apierrors.StatusError{ErrStatus: st}
 }
 
-// Refuse makes the server unreachable: every connection is closed, and so is every new one. The listener stays, so the port is kept.
+// Refuse makes the server unreachable: every connection is closed, and so is every new one. The
+// listener stays, so the port is kept.
 func (s *Server) Refuse() { s.listener.set(true) }
 
 // Accept ends Refuse.

@@ -24,17 +24,20 @@ func (u user) node() (string, bool) {
 	return n, is && slices.Contains(u.groups, "system:nodes")
 }
 
-// authenticate takes a client certificate or a bearer token. Nothing at all is anonymous; something wrong is refused.
+// authenticate takes a client certificate or a bearer token. Nothing at all is anonymous; something
+// wrong is refused.
 func (s *Server) authenticate(r *http.Request) (user, bool) {
 	if len(r.TLS.PeerCertificates) > 0 {
 		cert := r.TLS.PeerCertificates[0]
 		roots := x509.NewCertPool()
 		roots.AddCert(s.ca.cert)
-		_, err := cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: s.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		_, err := cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: s.now(),
+			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 		s.mu.Lock()
 		dead := s.dead[cert.SerialNumber.String()]
 		s.mu.Unlock()
-		return user{cert.Subject.CommonName, append(slices.Clone(cert.Subject.Organization), "system:authenticated")}, err == nil && !dead
+		return user{cert.Subject.CommonName, append(slices.Clone(cert.Subject.Organization), "system:authenticated")},
+			err == nil && !dead
 	}
 	h := r.Header.Get("Authorization")
 	if h == "" {
@@ -47,18 +50,20 @@ func (s *Server) authenticate(r *http.Request) (user, bool) {
 	return u, bearer && is
 }
 
-// AddUser makes a dedicated identity with a bearer token and the rules of the RBAC manifest for it: pods list and watch,
-// serviceaccounts get, serviceaccounts/token create.
+// AddUser makes a dedicated identity with a bearer token and the rules of the RBAC manifest for it:
+// pods list and watch, serviceaccounts get, serviceaccounts/token create.
 func (s *Server) AddUser(name, token string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.users[token] = user{name, []string{"system:authenticated"}}
-	for _, g := range []grant{{"list", "pods", ""}, {"watch", "pods", ""}, {"get", "serviceaccounts", ""}, {"create", "serviceaccounts/token", ""}} {
+	for _, g := range []grant{{"list", "pods", ""}, {"watch", "pods", ""}, {"get", "serviceaccounts", ""},
+		{"create", "serviceaccounts/token", ""}} {
 		s.rbac.allow(name, g)
 	}
 }
 
-// AddToken makes a further bearer token for any user, for example system:node:NAME of group system:nodes, as an exec plugin gets it.
+// AddToken makes a further bearer token for any user, for example system:node:NAME of group
+// system:nodes, as an exec plugin gets it.
 func (s *Server) AddToken(token, name string, groups ...string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -72,7 +77,8 @@ func (s *Server) RevokeToken(token string) {
 	delete(s.users, token)
 }
 
-// NodeCert returns the client certificate and key of a node's kubelet, in one PEM as kubelet keeps it. It makes them, and the Node object, the first time.
+// NodeCert returns the client certificate and key of a node's kubelet, in one PEM as kubelet keeps
+// it. It makes them, and the Node object, the first time.
 func (s *Server) NodeCert(node string) ([]byte, error) {
 	s.mu.Lock()
 	p := s.nodes[node]
@@ -83,7 +89,8 @@ func (s *Server) NodeCert(node string) ([]byte, error) {
 	return append(slices.Clone(p.certPEM), p.keyPEM...), nil
 }
 
-// RotateNodeCert makes a new certificate for the node's kubelet and refuses the old one from now on: 401, also on living connections.
+// RotateNodeCert makes a new certificate for the node's kubelet and refuses the old one from now
+// on: 401, also on living connections.
 func (s *Server) RotateNodeCert(node string) ([]byte, error) {
 	p, err := s.ca.client(nodeUser+node, []string{"system:nodes"}, s.now())
 	if err != nil {
@@ -119,8 +126,9 @@ func (s *Server) ExecKubeconfig(command string, args ...string) ([]byte, error) 
 		"apiVersion": "client.authentication.k8s.io/v1", "command": command, "args": args, "interactiveMode": "Never"}})
 }
 
-// WriteKubelet writes dir/kubelet.conf and the certificate that it names, as kubeadm and kubelet do; written again
-// after RotateNodeCert it replaces the certificate in one step. It returns the kubeconfig's path.
+// WriteKubelet writes dir/kubelet.conf and the certificate that it names, as kubeadm and kubelet
+// do; written again after RotateNodeCert it replaces the certificate in one step. It returns the
+// kubeconfig's path.
 func (s *Server) WriteKubelet(dir, node string) (string, error) {
 	both, err := s.NodeCert(node)
 	if err != nil {
@@ -153,8 +161,10 @@ func (s *Server) WriteKubelet(dir, node string) (string, error) {
 func (s *Server) kubeconfig(auth map[string]any) ([]byte, error) {
 	return json.MarshalIndent(map[string]any{
 		"apiVersion": "v1", "kind": "Config", "current-context": "kubetest",
-		"clusters": []any{map[string]any{"name": "kubetest", "cluster": map[string]any{"server": s.url, "certificate-authority-data": s.ca.certPEM}}},
-		"users":    []any{map[string]any{"name": "kubetest", "user": auth}},
-		"contexts": []any{map[string]any{"name": "kubetest", "context": map[string]any{"cluster": "kubetest", "user": "kubetest"}}},
+		"clusters": []any{map[string]any{"name": "kubetest", "cluster": map[string]any{"server": s.url,
+			"certificate-authority-data": s.ca.certPEM}}},
+		"users": []any{map[string]any{"name": "kubetest", "user": auth}},
+		"contexts": []any{map[string]any{"name": "kubetest", "context": map[string]any{"cluster": "kubetest",
+			"user": "kubetest"}}},
 	}, "", "  ")
 }

@@ -55,7 +55,8 @@ func TestAnswers(t *testing.T) {
 	for _, p := range kubetest.CasePods() {
 		uids[p.Name] = s.SetPod(p)
 	}
-	node := kubetest.Target{URL: s.URL(), Issuer: s.Issuer(), Client: client(t, s, "node1"), UID: func(_, pod string) string { return uids[pod] }}
+	node := kubetest.Target{URL: s.URL(), Issuer: s.Issuer(), Client: client(t, s, "node1"),
+		UID: func(_, pod string) string { return uids[pod] }}
 	other := node
 	other.Client, other.Token = client(t, s, ""), dedicated
 	cases := kubetest.Cases()

@@ -1,8 +1,11 @@
-// Package kubetest is a small Kubernetes API server for tests and for the demo. It speaks the wire protocol over TLS as the
-// real one does (protobuf and JSON, watches with initial events and bookmarks, 410 Gone), authorizes as Node, RBAC and NodeRestriction do, and refuses in the
-// real one's words: the table in testdata/answers.txt was taken from kube-apiserver 1.37 and runs against it. Tokens are real RS256 JWTs.
+// Package kubetest is a small Kubernetes API server for tests and for the demo. It speaks the wire
+// protocol over TLS as the real one does (protobuf and JSON, watches with initial events and
+// bookmarks, 410 Gone), authorizes as Node, RBAC and NodeRestriction do, and refuses in the real
+// one's words: the table in testdata/answers.txt was taken from kube-apiserver 1.37 and runs
+// against it. Tokens are real RS256 JWTs.
 //
-// It knows pods, ServiceAccounts, nodes, TokenRequest and SelfSubjectReview, as far as a node agent meets them, and nothing else.
+// It knows pods, ServiceAccounts, nodes, TokenRequest and SelfSubjectReview, as far as a node agent
+// meets them, and nothing else.
 package kubetest
 
 import (
@@ -82,7 +85,8 @@ func start(l net.Listener, o Options) (*Server, error) {
 	s := &Server{
 		url: "https://" + l.Addr().String(), issuer: o.Issuer, now: o.Now, noWatchList: o.NoWatchList,
 		listener: &gate{Listener: l, open: map[net.Conn]struct{}{}}, served: make(chan struct{}),
-		codecs: newCodecs(), world: newWorld(), rbac: rbac{}, users: map[string]user{}, nodes: map[string]*pair{}, dead: map[string]bool{}, calls: map[string]int{},
+		codecs: newCodecs(), world: newWorld(), rbac: rbac{}, users: map[string]user{}, nodes: map[string]*pair{},
+		dead: map[string]bool{}, calls: map[string]int{},
 	}
 	if s.issuer == "" {
 		s.issuer = s.url
@@ -90,7 +94,8 @@ func start(l net.Listener, o Options) (*Server, error) {
 	if s.ca, err = newCA(o.Now()); err != nil {
 		return nil, err
 	}
-	cert, err := s.ca.server(append([]string{host, "localhost", "kubernetes", "kubernetes.default.svc"}, o.Hosts...), o.Now())
+	cert, err := s.ca.server(append([]string{host, "localhost", "kubernetes", "kubernetes.default.svc"}, o.Hosts...),
+		o.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +108,8 @@ func start(l net.Listener, o Options) (*Server, error) {
 		TLSConfig: &tls.Config{
 			MinVersion:   tls.VersionTLS12,
 			Certificates: []tls.Certificate{cert.tls()},
-			ClientAuth:   tls.RequestClientCert, // verified per request, as the real one does: a certificate expires on a living connection too
+			// verified per request, as the real one does: a certificate expires on a living connection too
+			ClientAuth: tls.RequestClientCert,
 		},
 		ErrorLog:          log.New(discard{}, "", 0), // refused handshakes are the test's business
 		ReadHeaderTimeout: 10 * time.Second,
@@ -161,7 +167,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// Calls returns how many requests there were, for example Calls("create", "serviceaccounts/token"); refused ones count too.
+// Calls returns how many requests there were, for example Calls("create", "serviceaccounts/token");
+// refused ones count too.
 func (s *Server) Calls(verb, resource string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -179,7 +186,8 @@ func (s *Server) AllCalls() map[string]int {
 	return m
 }
 
-// IssuedTokens returns every token value that was ever handed out, for tests that look for them where they must not be.
+// IssuedTokens returns every token value that was ever handed out, for tests that look for them
+// where they must not be.
 func (s *Server) IssuedTokens() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -28,7 +28,8 @@ func (s *Server) newSigner() error {
 		return fmt.Errorf("make the key of tokens: %w", err)
 	}
 	s.key = key
-	s.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: keyID(key)}}, nil)
+	s.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256,
+		Key: jose.JSONWebKey{Key: key, KeyID: keyID(key)}}, nil)
 	return err
 }
 
@@ -44,7 +45,8 @@ func keyID(key *rsa.PrivateKey) string {
 
 // JWKS are the public keys of the tokens, as /openid/v1/jwks answers them.
 func (s *Server) JWKS() jose.JSONWebKeySet {
-	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.key.Public(), KeyID: keyID(s.key), Algorithm: string(jose.RS256), Use: "sig"}}}
+	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.key.Public(), KeyID: keyID(s.key),
+		Algorithm: string(jose.RS256), Use: "sig"}}}
 }
 
 func (s *Server) serveJWKS(w http.ResponseWriter) {
@@ -52,7 +54,8 @@ func (s *Server) serveJWKS(w http.ResponseWriter) {
 	_ = json.NewEncoder(w).Encode(s.JWKS()) // the client left: nobody to tell
 }
 
-// claims are those of a bound ServiceAccount token; times in seconds since 1970. Aud is always an array, as the real server writes it.
+// claims are those of a bound ServiceAccount token; times in seconds since 1970. Aud is always an
+// array, as the real server writes it.
 type claims struct {
 	Aud        []string         `json:"aud"`
 	Exp        int64            `json:"exp"`
@@ -89,9 +92,11 @@ func (s *Server) sign(c claims) (string, error) {
 	return signed.CompactSerialize()
 }
 
-const uidMismatch = "the UID in the bound object reference (%s) does not match the UID in record. The object might have been deleted and then recreated"
+const uidMismatch = "the UID in the bound object reference (%s) does not match the UID in record. The object might " +
+	"have been deleted and then recreated"
 
-// token answers a TokenRequest: first NodeRestriction's rules (for nodes), then the registry's, in the real order.
+// token answers a TokenRequest: first NodeRestriction's rules (for nodes), then the registry's, in
+// the real order.
 func (s *Server) token(q *request, r *http.Request, u user) (runtime.Object, error) {
 	t := new(authenticationv1.TokenRequest)
 	if err := s.codecs.decode(r, t); err != nil {
@@ -147,7 +152,8 @@ func (s *Server) token(q *request, r *http.Request, u user) (runtime.Object, err
 	s.issued = append(s.issued, value)
 	t.Namespace, t.Name = q.namespace, q.name
 	t.Spec.Audiences, t.Spec.ExpirationSeconds = audiences, &seconds
-	t.Status = authenticationv1.TokenRequestStatus{Token: value, ExpirationTimestamp: metav1.NewTime(now.Add(time.Duration(seconds) * time.Second))}
+	t.Status = authenticationv1.TokenRequestStatus{Token: value,
+		ExpirationTimestamp: metav1.NewTime(now.Add(time.Duration(seconds) * time.Second))}
 	return t, nil
 }
 
@@ -209,7 +215,8 @@ func (s *Server) bind(q *request, b *authenticationv1.BoundObjectReference, k *k
 			return apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, b.Name)
 		}
 		if p.Spec.ServiceAccountName != q.name {
-			return apierrors.NewBadRequest(fmt.Sprintf("cannot bind token for serviceaccount %q to pod running with different serviceaccount name.", q.name))
+			return apierrors.NewBadRequest(fmt.Sprintf("cannot bind token for serviceaccount %q to pod running with different "+
+				"serviceaccount name.", q.name))
 		}
 		uid = string(p.UID)
 		k.Pod = &ref{p.Name, uid}
@@ -224,7 +231,8 @@ func (s *Server) bind(q *request, b *authenticationv1.BoundObjectReference, k *k
 		uid = string(n.UID)
 		k.Node = &ref{n.Name, uid}
 	default:
-		return apierrors.NewBadRequest(fmt.Sprintf("cannot bind token to object of type %s", schema.FromAPIVersionAndKind(b.APIVersion, b.Kind)))
+		return apierrors.NewBadRequest(fmt.Sprintf("cannot bind token to object of type %s",
+			schema.FromAPIVersionAndKind(b.APIVersion, b.Kind)))
 	}
 	if b.UID != "" && string(b.UID) != uid {
 		return apierrors.NewConflict(schema.GroupResource{Resource: b.Kind}, b.Name, fmt.Errorf(uidMismatch, b.UID))

@@ -93,19 +93,24 @@ func (s *Server) watch(a *answerer, r *http.Request) {
 	}
 }
 
-// watchOptions holds the rules for a watch that begins with the present state, and reports whether it does.
+// watchOptions holds the rules for a watch that begins with the present state, and reports whether
+// it does.
 func (s *Server) watchOptions(q *request) (initial bool, err error) {
 	invalid := func(name, msg string) error {
-		return apierrors.NewInvalid(schema.GroupKind{Group: metav1.GroupName, Kind: "ListOptions"}, "", field.ErrorList{field.Forbidden(field.NewPath(name), msg)})
+		return apierrors.NewInvalid(schema.GroupKind{Group: metav1.GroupName, Kind: "ListOptions"}, "",
+			field.ErrorList{field.Forbidden(field.NewPath(name), msg)})
 	}
 	send, match := q.query.Get("sendInitialEvents"), q.query.Get("resourceVersionMatch")
 	switch {
 	case send != "" && s.noWatchList:
-		return false, invalid("sendInitialEvents", "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled")
+		return false, invalid("sendInitialEvents", "sendInitialEvents is forbidden for watch unless the WatchList feature "+
+			"gate is enabled")
 	case send == "" && match != "":
-		return false, invalid("resourceVersionMatch", "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided")
+		return false, invalid("resourceVersionMatch",
+			"resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided")
 	case send != "" && match != string(metav1.ResourceVersionMatchNotOlderThan):
-		return false, invalid("resourceVersionMatch", "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan")
+		return false, invalid("resourceVersionMatch",
+			"sendInitialEvents requires setting resourceVersionMatch to NotOlderThan")
 	}
 	return send == "true", nil
 }
@@ -127,7 +132,8 @@ func (st *stream) send(t watch.EventType, o runtime.Object) {
 	if err != nil {
 		panic(fmt.Sprintf("kubetest: encode %T: %v", o, err))
 	}
-	frame, err := runtime.Encode(f.info.StreamSerializer.Serializer, &metav1.WatchEvent{Type: string(t), Object: runtime.RawExtension{Raw: raw}})
+	frame, err := runtime.Encode(f.info.StreamSerializer.Serializer, &metav1.WatchEvent{Type: string(t),
+		Object: runtime.RawExtension{Raw: raw}})
 	if err != nil {
 		panic(fmt.Sprintf("kubetest: encode a watch event: %v", err))
 	}

@@ -137,7 +137,8 @@ func (c codecs) negotiate(accept string, stream bool) *format {
 		if m == "*/*" || m == "application/*" {
 			m = runtime.ContentTypeJSON
 		}
-		if i, ok := runtime.SerializerInfoForMediaType(c.factory.SupportedMediaTypes(), m); ok && m != runtime.ContentTypeYAML {
+		if i, ok := runtime.SerializerInfoForMediaType(c.factory.SupportedMediaTypes(), m); ok &&
+			m != runtime.ContentTypeYAML {
 			return &format{i, stream}
 		}
 	}
@@ -165,8 +166,10 @@ func (c codecs) decode(r *http.Request, into runtime.Object) error {
 	}
 	i, ok := runtime.SerializerInfoForMediaType(c.factory.SupportedMediaTypes(), m)
 	if !ok {
-		return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusUnsupportedMediaType, Reason: metav1.StatusReasonUnsupportedMediaType,
-			Message: fmt.Sprintf("the body of the request was in an unknown format - accepted media types include: %s, %s", runtime.ContentTypeJSON, runtime.ContentTypeProtobuf)}}
+		return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure,
+			Code: http.StatusUnsupportedMediaType, Reason: metav1.StatusReasonUnsupportedMediaType,
+			Message: fmt.Sprintf("the body of the request was in an unknown format - accepted media types include: %s, %s",
+				runtime.ContentTypeJSON, runtime.ContentTypeProtobuf)}}
 	}
 	b, err := io.ReadAll(io.LimitReader(r.Body, maxBody))
 	if err != nil {
@@ -208,7 +211,8 @@ func (a *answerer) write(code int, o runtime.Object) {
 
 // fail writes an error as a Status.
 func (a *answerer) fail(err error) {
-	st := metav1.Status{Status: metav1.StatusFailure, Code: http.StatusInternalServerError, Reason: metav1.StatusReasonInternalError, Message: err.Error()}
+	st := metav1.Status{Status: metav1.StatusFailure, Code: http.StatusInternalServerError,
+		Reason: metav1.StatusReasonInternalError, Message: err.Error()}
 	if s, is := err.(apierrors.APIStatus); is {
 		st = s.Status()
 	}
@@ -219,16 +223,20 @@ func (a *answerer) fail(err error) {
 }
 
 func unauthorized() error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusUnauthorized, Reason: metav1.StatusReasonUnauthorized, Message: "Unauthorized"}}
+	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusUnauthorized,
+		Reason: metav1.StatusReasonUnauthorized, Message: "Unauthorized"}}
 }
 
 func notAcceptable() error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusNotAcceptable, Reason: metav1.StatusReasonNotAcceptable,
-		Message: fmt.Sprintf("only the following media types are accepted: %s, %s", runtime.ContentTypeJSON, runtime.ContentTypeProtobuf)}}
+	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusNotAcceptable,
+		Reason: metav1.StatusReasonNotAcceptable,
+		Message: fmt.Sprintf("only the following media types are accepted: %s, %s", runtime.ContentTypeJSON,
+			runtime.ContentTypeProtobuf)}}
 }
 
 func forbiddenPath(u user, q *request) error {
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden, Reason: metav1.StatusReasonForbidden,
+	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden,
+		Reason:  metav1.StatusReasonForbidden,
 		Message: fmt.Sprintf("forbidden: User %q cannot %s path %q", u.name, q.verb, q.path)}}
 }
 
@@ -251,6 +259,8 @@ func forbid(group, resource, name, message string) error {
 	if name != "" {
 		what = fmt.Sprintf("%s %q", resource, name)
 	}
-	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden, Reason: metav1.StatusReasonForbidden,
-		Message: what + " is forbidden: " + message, Details: &metav1.StatusDetails{Group: group, Kind: resource, Name: name}}}
+	return &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden,
+		Reason:  metav1.StatusReasonForbidden,
+		Message: what + " is forbidden: " + message, Details: &metav1.StatusDetails{Group: group, Kind: resource,
+			Name: name}}}
 }

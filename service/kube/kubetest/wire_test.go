@@ -61,7 +61,8 @@ func TestNegotiation(t *testing.T) {
 		{"application/json;as=Table,application/json", "application/json", `{`},
 	} {
 		g := ask(t, c, "GET", s.URL()+onNode1, "", "Accept", x.accept)
-		if g.code != 200 || g.header.Get("Content-Type") != x.contentType || !strings.HasPrefix(g.body, x.begins) || g.proto != "HTTP/2.0" {
+		if g.code != 200 || g.header.Get("Content-Type") != x.contentType || !strings.HasPrefix(g.body, x.begins) ||
+			g.proto != "HTTP/2.0" {
 			t.Errorf("Accept %q: %d %s %s %.20q", x.accept, g.code, g.proto, g.header.Get("Content-Type"), g.body)
 		}
 	}
@@ -69,7 +70,9 @@ func TestNegotiation(t *testing.T) {
 		t.Errorf("text/html: %d", g.code)
 	}
 	token := "/api/v1/namespaces/ns1/serviceaccounts/ksa/token"
-	for body, h := range map[string]string{"x: y": "application/xml", `{"kind":"TokenRequest","apiVersion":"authentication.k8s.io/v1","spec":{"audience":[]}}`: "application/json", "{": "application/json"} {
+	for body, h := range map[string]string{"x: y": "application/xml",
+		`{"kind":"TokenRequest","apiVersion":"authentication.k8s.io/v1","spec":{"audience":[]}}`: "application/json",
+		"{": "application/json"} {
 		if g := ask(t, c, "POST", s.URL()+token, body, "Content-Type", h); g.code != 415 && g.code != 400 {
 			t.Errorf("%q as %s: %d %s", body, h, g.code, g.body)
 		}
@@ -136,9 +139,11 @@ func TestWatchRules(t *testing.T) {
 	c := client(t, s, "node1")
 	s.Compact()
 	for query, want := range map[string]string{
-		"&watch=1&timeoutSeconds=1&resourceVersion=5":        "too old resource version: 5",
-		"&watch=1&sendInitialEvents=true":                    "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
-		"&watch=1&resourceVersionMatch=NotOlderThan":         "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+		"&watch=1&timeoutSeconds=1&resourceVersion=5": "too old resource version: 5",
+		"&watch=1&sendInitialEvents=true": "sendInitialEvents requires setting resourceVersionMatch to " +
+			"NotOlderThan",
+		"&watch=1&resourceVersionMatch=NotOlderThan": "resourceVersionMatch is forbidden for watch unless " +
+			"sendInitialEvents is provided",
 		"&resourceVersion=99999999":                          "Too large resource version",
 		"&resourceVersion=x":                                 "Invalid value",
 		"%2Cspec.volumes%3Dx":                                "field label not supported: spec.volumes",
@@ -149,7 +154,8 @@ func TestWatchRules(t *testing.T) {
 		}
 	}
 	old := start(t, kubetest.Options{NoWatchList: true})
-	if g := ask(t, client(t, old, "node1"), "GET", old.URL()+onNode1+"&watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan", ""); g.code != 422 {
+	if g := ask(t, client(t, old, "node1"), "GET",
+		old.URL()+onNode1+"&watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan", ""); g.code != 422 {
 		t.Errorf("%d %s", g.code, g.body)
 	}
 }
@@ -187,12 +193,14 @@ func TestAuthentication(t *testing.T) {
 		t.Errorf("expired: %d", g.code)
 	}
 	s.Allow("system:unauthenticated", "get", "/openid/v1/jwks")
-	if g := ask(t, anonymous, "GET", s.URL()+"/openid/v1/jwks", ""); g.code != 200 || !strings.Contains(g.body, `"kty":"RSA"`) {
+	if g := ask(t, anonymous, "GET", s.URL()+"/openid/v1/jwks", ""); g.code != 200 ||
+		!strings.Contains(g.body, `"kty":"RSA"`) {
 		t.Errorf("jwks: %d %s", g.code, g.body)
 	}
 }
 
-// The listener and names of the certificate may be the caller's, for a server in another network namespace.
+// The listener and names of the certificate may be the caller's, for a server in another network
+// namespace.
 func TestListenerAndHosts(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.2:0")
 	if err != nil {

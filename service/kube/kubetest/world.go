@@ -117,7 +117,8 @@ func (w *world) list(q *request) []runtime.Object {
 	return out
 }
 
-// seen translates a write into what a watcher with q's selector sees of it: an object that ceases to match is a deletion.
+// seen translates a write into what a watcher with q's selector sees of it: an object that ceases
+// to match is a deletion.
 func (e event) seen(q *request) (watch.EventType, runtime.Object, bool) {
 	if e.resource != q.resource {
 		return "", nil, false
@@ -209,7 +210,8 @@ type Pod struct {
 // SetPod creates or changes a pod and returns its UID.
 func (s *Server) SetPod(p Pod) string {
 	o := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID), CreationTimestamp: metav1.NewTime(s.now().Truncate(time.Second))},
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID),
+			CreationTimestamp: metav1.NewTime(s.now().Truncate(time.Second))},
 		Spec: corev1.PodSpec{NodeName: p.Node, ServiceAccountName: p.ServiceAccount, HostNetwork: p.HostNetwork,
 			Containers: []corev1.Container{{Name: "c", Image: "x"}}},
 		Status: corev1.PodStatus{Phase: corev1.PodPhase(cmp.Or(p.Phase, "Running"))},
@@ -236,8 +238,9 @@ func (s *Server) SetPod(p Pod) string {
 	}
 	o.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "c", State: state}}
 	for i, a := range p.Audiences {
-		o.Spec.Volumes = append(o.Spec.Volumes, corev1.Volume{Name: fmt.Sprintf("token%d", i), VolumeSource: corev1.VolumeSource{
-			Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: a, Path: "t"}}}}}})
+		o.Spec.Volumes = append(o.Spec.Volumes, corev1.Volume{Name: fmt.Sprintf("token%d", i),
+			VolumeSource: corev1.VolumeSource{
+				Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: a, Path: "t"}}}}}})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -260,7 +263,8 @@ func (s *Server) SetServiceAccount(namespace, name string, annotations map[strin
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.world.put("serviceaccounts", &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{
-		Namespace: namespace, Name: name, Annotations: annotations, CreationTimestamp: metav1.NewTime(s.now().Truncate(time.Second))}})
+		Namespace: namespace, Name: name, Annotations: annotations,
+		CreationTimestamp: metav1.NewTime(s.now().Truncate(time.Second))}})
 }
 
 // DeleteServiceAccount removes one.

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Method is one of the server's three.
+// Method is one of the server's three methods.
 type Method string
 
 const (
@@ -19,23 +19,23 @@ const (
 // Methods are all of them.
 var Methods = []Method{Exchange, GenerateAccessToken, GenerateIDToken}
 
-// Fault is what goes wrong with a method. Latency can stand alone, or before one of the others, of which the first that
-// is set happens.
+// Fault is what goes wrong with a method. Latency applies alone or before another fault. Of the
+// other faults the first that is set applies.
 type Fault struct {
-	Times   int // how many requests it concerns; 0: all until Heal
+	Times   int // number of requests; 0: all until Heal
 	Latency time.Duration
 
 	Drop     bool   // the connection is cut without an answer
 	Truncate bool   // half of the right answer, then the connection is cut
 	Status   int    // this status instead of an answer, in Google's form
-	Message  string // with Status: Google's words
-	Body     string // with Status: this body, as it is. "%TOKEN%" in it becomes the secret of the request
+	Message  string // with Status: the message
+	Body     string // with Status: this body. "%TOKEN%" in it becomes the secret of the request
 	Header   http.Header
 
 	RetryAfter time.Duration // with Status
 }
 
-// Break makes a fault of the method, in place of any other.
+// Break sets the method's fault, in place of any other.
 func (s *Server) Break(m Method, f Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -49,7 +49,7 @@ func (s *Server) Heal() {
 	clear(s.faults)
 }
 
-// called counts a request, and returns the fault that it meets.
+// called counts a request, and returns the fault that applies to it.
 func (s *Server) called(m Method) Fault {
 	s.mu.Lock()
 	defer s.mu.Unlock()

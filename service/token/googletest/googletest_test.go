@@ -29,10 +29,15 @@ const (
 	email    = "ana@project.iam.gserviceaccount.com"
 	scope    = "https://www.googleapis.com/auth/cloud-platform"
 
-	unauthenticated = "Expected OAuth 2 access token, login cookie or other valid authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project."
-	audienceMissing = "The target service indicated by the \"audience\" parameters is invalid. This might either be because the pool or provider is disabled or deleted or because it doesn't exist."
-	audienceForm    = "Invalid value for \"audience\". This value should be the full resource name of the Identity Provider. See https://cloud.google.com/iam/docs/reference/sts/rest/v1/TopLevel/token for the list of possible formats."
-	subjectSize     = "The size of mapped attribute google.subject exceeds the 127 bytes limit. Either modify your attribute mapping or the incoming assertion to produce a mapped attribute that is less than 127 bytes."
+	unauthenticated = "Expected OAuth 2 access token, login cookie or other valid authentication credential. See " +
+		"https://developers.google.com/identity/sign-in/web/devconsole-project."
+	audienceMissing = "The target service indicated by the \"audience\" parameters is invalid. This might either be " +
+		"because the pool or provider is disabled or deleted or because it doesn't exist."
+	audienceForm = "Invalid value for \"audience\". This value should be the full resource name of the Identity " +
+		"Provider. See https://cloud.google.com/iam/docs/reference/sts/rest/v1/TopLevel/token for the list of possible " +
+		"formats."
+	subjectSize = "The size of mapped attribute google.subject exceeds the 127 bytes limit. Either modify your " +
+		"attribute mapping or the incoming assertion to produce a mapped attribute that is less than 127 bytes."
 )
 
 var (
@@ -75,7 +80,8 @@ type token struct {
 
 func (k token) sign(t *testing.T) string {
 	t.Helper()
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: k.key, KeyID: k.keyID}}, nil)
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: k.key,
+		KeyID: k.keyID}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,18 +193,28 @@ func TestG01Exchange(t *testing.T) {
 		subject string
 		lives   int // seconds; 0 is an hour
 	}{
-		"right":                     {},
-		"id_token for its type":     {form: func(f url.Values) { f.Set("subject_token_type", "urn:ietf:params:oauth:token-type:id_token") }},
+		"right": {},
+		"id_token for its type": {form: func(f url.Values) {
+			f.Set("subject_token_type",
+				"urn:ietf:params:oauth:token-type:id_token")
+		}},
 		"audience a string":         {token: func(k *token) { k.claims["aud"] = provider }},
 		"G-17 audience with https:": {token: func(k *token) { k.claims["aud"] = "https:" + provider }},
 		"G-17 allowed audience": {token: func(k *token) { k.claims["aud"] = "sts.example" },
 			form: func(f url.Values) { f.Set("audience", custom) }},
-		"G-03 identitynamespace": {token: func(k *token) { k.claims["aud"] = short }, form: func(f url.Values) { f.Set("audience", short) }, subject: "short"},
-		"G-06 a long subject that is mapped": {token: func(k *token) { k.claims["aud"], k.claims["sub"] = short, strings.Repeat("s", 200) },
+		"G-03 identitynamespace": {token: func(k *token) { k.claims["aud"] = short },
 			form: func(f url.Values) { f.Set("audience", short) }, subject: "short"},
-		"no nbf":                 {token: func(k *token) { delete(k.claims, "nbf") }},
-		"a clock that is behind": {token: func(k *token) { k.claims["iat"], k.claims["nbf"] = time.Now().Unix()+30, time.Now().Unix()+30 }},
-		"what is left of it":     {token: func(k *token) { k.claims["exp"] = time.Now().Unix() + 600 }, lives: 600},
+		"G-06 a long subject that is mapped": {token: func(k *token) {
+			k.claims["aud"], k.claims["sub"] = short,
+				strings.Repeat("s", 200)
+		},
+			form: func(f url.Values) { f.Set("audience", short) }, subject: "short"},
+		"no nbf": {token: func(k *token) { delete(k.claims, "nbf") }},
+		"a clock that is behind": {token: func(k *token) {
+			k.claims["iat"], k.claims["nbf"] = time.Now().Unix()+30,
+				time.Now().Unix()+30
+		}},
+		"what is left of it": {token: func(k *token) { k.claims["exp"] = time.Now().Unix() + 600 }, lives: 600},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := rightToken()
@@ -210,7 +226,9 @@ func TestG01Exchange(t *testing.T) {
 				c.form(form)
 			}
 			a := exchange(t, s, form)
-			if a.status != 200 || a.TokenType != "Bearer" || a.IssuedTokenType != "urn:ietf:params:oauth:token-type:access_token" { // G-04
+			// G-04
+			if a.status != 200 || a.TokenType != "Bearer" ||
+				a.IssuedTokenType != "urn:ietf:params:oauth:token-type:access_token" {
 				t.Fatalf("%d %s %s", a.status, a.code, a.message)
 			}
 			lives, want := 3600, subject
@@ -223,7 +241,8 @@ func TestG01Exchange(t *testing.T) {
 			if a.ExpiresIn > lives || a.ExpiresIn < lives-5 {
 				t.Errorf("expires in %d s, want %d", a.ExpiresIn, lives)
 			}
-			if i, ok := s.Lookup(a.AccessToken); !ok || i.Method != googletest.Exchange || i.Subject != want || !slices.Equal(i.Scopes, []string{scope}) {
+			if i, ok := s.Lookup(a.AccessToken); !ok || i.Method != googletest.Exchange || i.Subject != want ||
+				!slices.Equal(i.Scopes, []string{scope}) {
 				t.Errorf("in the books: %+v", i)
 			}
 			if !slices.Contains(s.Secrets(), a.AccessToken) || !slices.Contains(s.Secrets(), form.Get("subject_token")) {
@@ -242,10 +261,13 @@ func TestG05RefusalsOfAForm(t *testing.T) {
 		code, message string
 	}{
 		{"grant type", set("grant_type", "password"), "unsupported_grant_type", `Invalid value for "grant_type".`},
-		{"requested type", set("requested_token_type", "urn:ietf:params:oauth:token-type:jwt"), "invalid_request", `Invalid value for "requested_token_type".`},
-		{"subject type", set("subject_token_type", "urn:ietf:params:oauth:token-type:saml2"), "invalid_request", `Invalid value for "subject_token_type".`},
+		{"requested type", set("requested_token_type", "urn:ietf:params:oauth:token-type:jwt"), "invalid_request",
+			`Invalid value for "requested_token_type".`},
+		{"subject type", set("subject_token_type", "urn:ietf:params:oauth:token-type:saml2"), "invalid_request",
+			`Invalid value for "subject_token_type".`},
 		{"scope", set("scope", "everything"), "invalid_scope", "Some requested scopes were invalid."},
-		{"scope without a name", set("scope", "https://www.googleapis.com/auth/"), "invalid_scope", "Some requested scopes were invalid."},
+		{"scope without a name", set("scope", "https://www.googleapis.com/auth/"), "invalid_scope",
+			"Some requested scopes were invalid."},
 		{"audience's form", set("audience", strings.TrimPrefix(provider, "//")), "invalid_request", audienceForm},
 		{"unknown provider", set("audience", provider+"x"), "invalid_target", audienceMissing},
 		{"not a JWT", set("subject_token", "a.b.c"), "invalid_request", "Unable to parse the ID Token."},
@@ -266,7 +288,8 @@ func TestG05RefusalsOfAForm(t *testing.T) {
 		} {
 			form := rightForm(rightToken().sign(t))
 			change(form)
-			if a := exchange(t, s, form); a.status != 400 || a.code != "invalid_request" || a.message != `Missing or repeated parameter: "`+field+`".` {
+			if a := exchange(t, s, form); a.status != 400 || a.code != "invalid_request" ||
+				a.message != `Missing or repeated parameter: "`+field+`".` {
 				t.Errorf("%s %s: %d %s %q", field, name, a.status, a.code, a.message)
 			}
 		}
@@ -308,14 +331,16 @@ func TestG05RefusalsOfAKubernetesToken(t *testing.T) {
 		{"no issuer", without("iss"), "", "invalid_grant", wrongIssuer("null")},
 		{"audience", claim("aud", "other"), "", "invalid_grant", wrongAudience("[other]")},
 		{"audience not allowed", func(*token) {}, custom, "invalid_grant", wrongAudience("[" + provider + "]")},
-		{"two audiences", claim("aud", []string{provider, "other"}), "", "invalid_grant", wrongAudience("[" + provider + " other]")},
+		{"two audiences", claim("aud", []string{provider, "other"}), "", "invalid_grant",
+			wrongAudience("[" + provider + " other]")},
 		{"no audience", without("aud"), "", "invalid_grant", wrongAudience("[]")},
 		{"expired", claim("exp", now-90), "", "invalid_grant", stale(strconv.FormatInt(now, 10))},
 		{"no exp", without("exp"), "", "invalid_grant", stale(strconv.FormatInt(now, 10))},
 		{"no iat", without("iat"), "", "invalid_grant", stale("null")},
 		{"issued in the future", claim("iat", now+3000), "", "invalid_grant", stale(strconv.FormatInt(now+3000, 10))},
 		{"not yet valid", claim("nbf", now+3000), "", "invalid_grant", stale(strconv.FormatInt(now, 10))},
-		{"no subject", without("sub"), "", "unauthorized_client", "The given credential is rejected by the attribute condition."},
+		{"no subject", without("sub"), "", "unauthorized_client",
+			"The given credential is rejected by the attribute condition."},
 		{"claims of the wrong type", claim("sub", 7), "", "invalid_request", "Unable to parse the ID Token."},
 		{"G-06 subject of 128 bytes", claim("sub", strings.Repeat("s", 128)), "", "invalid_request", subjectSize},
 	} {

@@ -22,7 +22,7 @@ const (
 	idIssuer      = "https://accounts.google.com"
 )
 
-// route reads the path. The email is one segment, escaped: what is not is another resource, and there is none.
+// route reads the path. The email is one escaped segment. Any other path is 404.
 func route(u *url.URL) (m Method, email string, ok bool) {
 	path := u.EscapedPath()
 	if u.RawQuery != "" {
@@ -53,7 +53,8 @@ func iamError(code int, status, message string, details ...any) response {
 }
 
 func errorInfo(reason, domain string, metadata map[string]string) map[string]any {
-	return map[string]any{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason, "domain": domain, "metadata": metadata}
+	return map[string]any{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason, "domain": domain,
+		"metadata": metadata}
 }
 
 // generate is :generateAccessToken and :generateIdToken.
@@ -61,15 +62,20 @@ func (s *Server) generate(r *http.Request, m Method, email string, body []byte) 
 	value, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	defer func() { a.secret = value }()
 	if !ok || value == "" {
-		return iamError(http.StatusUnauthorized, "UNAUTHENTICATED", "Request is missing required authentication credential. Expected OAuth 2 access token, login cookie or other valid authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project.")
+		return iamError(http.StatusUnauthorized, "UNAUTHENTICATED",
+			"Request is missing required authentication credential. Expected OAuth 2 access token, login cookie or other "+
+				"valid authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project.")
 	}
 	caller, ok := s.Lookup(value)
-	if !ok || caller.Method != Exchange || !time.Now().Before(caller.Expires) { // only federated tokens have a policy here
-		return iamError(http.StatusUnauthorized, "UNAUTHENTICATED", "Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or other valid authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project.")
+	if !ok || caller.Method != Exchange || !time.Now().Before(caller.Expires) { // bindings are for federated tokens only
+		return iamError(http.StatusUnauthorized, "UNAUTHENTICATED",
+			"Request had invalid authentication credentials. Expected OAuth 2 access token, login cookie or other valid "+
+				"authentication credential. See https://developers.google.com/identity/sign-in/web/devconsole-project.")
 	}
-	if !slices.Contains(caller.Scopes, cloudPlatform) { // G-14
+	if !slices.Contains(caller.Scopes, cloudPlatform) { // G-14, scope of the exchange
 		return iamError(http.StatusForbidden, "PERMISSION_DENIED", "Request had insufficient authentication scopes.",
-			errorInfo("ACCESS_TOKEN_SCOPE_INSUFFICIENT", "googleapis.com", map[string]string{"service": "iamcredentials.googleapis.com"}))
+			errorInfo("ACCESS_TOKEN_SCOPE_INSUFFICIENT", "googleapis.com",
+				map[string]string{"service": "iamcredentials.googleapis.com"}))
 	}
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
 		return iamError(http.StatusBadRequest, "INVALID_ARGUMENT", "Invalid JSON payload received.")
@@ -81,7 +87,7 @@ func (s *Server) generate(r *http.Request, m Method, email string, body []byte) 
 	return s.idToken(issued, body)
 }
 
-// permitted is the policy's word on it.
+// permitted reports whether the policy allows the call.
 func (s *Server) permitted(i Issued, permission string) *response {
 	s.mu.Lock()
 	policy, exists := s.policies[i.Email]
@@ -120,15 +126,20 @@ func (s *Server) accessToken(i Issued, body []byte) response {
 	if q.Lifetime != "" {
 		d, err := time.ParseDuration(q.Lifetime)
 		if err != nil || !strings.HasSuffix(q.Lifetime, "s") || strings.ContainsAny(q.Lifetime, "hm") {
-			return iamError(http.StatusBadRequest, "INVALID_ARGUMENT", "Invalid value at 'lifetime' (type.googleapis.com/google.protobuf.Duration)")
+			return iamError(http.StatusBadRequest, "INVALID_ARGUMENT",
+				"Invalid value at 'lifetime' (type.googleapis.com/google.protobuf.Duration)")
 		}
 		lifetime = d
 	}
 	switch {
 	case lifetime <= 0:
-		return iamError(http.StatusBadRequest, "INVALID_ARGUMENT", "Lifetime of access token must be larger then zero.") // the typing error is Google's
+		// the typing error is Google's
+		return iamError(http.StatusBadRequest, "INVALID_ARGUMENT", "Lifetime of access token must be larger then zero.")
 	case lifetime > time.Hour:
-		return iamError(http.StatusBadRequest, "INVALID_ARGUMENT", "The access token can not have lifetimes of more than 1 hour. Use the Org Policy Constraint constraints/iam.allowServiceAccountCredentialLifetimeExtension to allow up to 12 hours.") // its beginning is ours
+		// its beginning is ours
+		return iamError(http.StatusBadRequest, "INVALID_ARGUMENT",
+			"The access token can not have lifetimes of more than 1 hour. Use the Org Policy Constraint "+
+				"constraints/iam.allowServiceAccountCredentialLifetimeExtension to allow up to 12 hours.")
 	}
 	if refusal := s.permitted(i, "iam.serviceAccounts.getAccessToken"); refusal != nil {
 		return *refusal
@@ -137,7 +148,8 @@ func (s *Server) accessToken(i Issued, body []byte) response {
 	i.Expires = time.Now().Add(lifetime).Truncate(time.Second)
 	value := opaque()
 	s.issue(value, i)
-	return response{status: http.StatusOK, body: map[string]string{"accessToken": value, "expireTime": i.Expires.UTC().Format(time.RFC3339)}}
+	return response{status: http.StatusOK, body: map[string]string{"accessToken": value,
+		"expireTime": i.Expires.UTC().Format(time.RFC3339)}}
 }
 
 func (s *Server) idToken(i Issued, body []byte) response {
@@ -159,7 +171,8 @@ func (s *Server) idToken(i Issued, body []byte) response {
 	i.Audience = q.Audience
 	i.Expires = now.Add(time.Hour).Truncate(time.Second)
 	id := uniqueID(i.Email)
-	claims := map[string]any{"iss": idIssuer, "aud": q.Audience, "azp": id, "sub": id, "iat": now.Unix(), "exp": i.Expires.Unix()}
+	claims := map[string]any{"iss": idIssuer, "aud": q.Audience, "azp": id, "sub": id, "iat": now.Unix(),
+		"exp": i.Expires.Unix()}
 	if q.IncludeEmail {
 		claims["email"], claims["email_verified"] = i.Email, true
 	}
@@ -188,14 +201,14 @@ func (s *Server) sign(claims map[string]any) (string, error) {
 	return signed.CompactSerialize()
 }
 
-// uniqueID is the account's number: 21 digits, always the same for an email.
+// uniqueID is the account's number: 21 digits, the same for an email every time.
 func uniqueID(email string) string {
 	sum := sha256.Sum256([]byte(email))
 	n := new(big.Int).SetBytes(sum[:12])
 	return fmt.Sprintf("1%020d", n.Mod(n, new(big.Int).Exp(big.NewInt(10), big.NewInt(20), nil)))
 }
 
-// strict reads a JSON body that may hold nothing but what v has.
+// strict reads a JSON body that has no other fields than v.
 func strict(body []byte, v any) bool {
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()

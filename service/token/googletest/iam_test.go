@@ -50,7 +50,8 @@ func TestG11GenerateAccessToken(t *testing.T) {
 		if left := time.Until(a.ExpireTime); a.status != 200 || left > lives || left < lives-5*time.Second {
 			t.Errorf("%s: %d %s, %v left", body, a.status, a.message, left)
 		}
-		if i, ok := s.Lookup(a.IAMToken); !ok || i.Method != googletest.GenerateAccessToken || i.Subject != subject || i.Email != email || i.Scopes[0] != scope {
+		if i, ok := s.Lookup(a.IAMToken); !ok || i.Method != googletest.GenerateAccessToken || i.Subject != subject ||
+			i.Email != email || i.Scopes[0] != scope {
 			t.Errorf("in the books: %+v", i)
 		}
 		if !slices.Contains(s.Secrets(), a.IAMToken) {
@@ -63,7 +64,8 @@ func TestG13GenerateIDToken(t *testing.T) {
 	s := start(t)
 	s.Allow(subject, email)
 	bearer := "Bearer " + federated(t, s, scope)
-	for body, wantsEmail := range map[string]bool{`{"audience":"https://a","includeEmail":true}`: true, `{"audience":"https://a"}`: false} {
+	for body, wantsEmail := range map[string]bool{`{"audience":"https://a","includeEmail":true}`: true,
+		`{"audience":"https://a"}`: false} {
 		a := generate(t, s, path+"generateIdToken", bearer, body)
 		jws, err := jose.ParseSignedCompact(a.IDToken, []jose.SignatureAlgorithm{jose.RS256})
 		if err != nil {
@@ -81,7 +83,8 @@ func TestG13GenerateIDToken(t *testing.T) {
 		if err := json.Unmarshal(raw, &claims); err != nil {
 			t.Fatal(err)
 		}
-		if claims.Iss != "https://accounts.google.com" || claims.Aud != "https://a" || len(claims.Sub) != 21 || claims.Exp-claims.Iat < 3598 ||
+		if claims.Iss != "https://accounts.google.com" || claims.Aud != "https://a" || len(claims.Sub) != 21 ||
+			claims.Exp-claims.Iat < 3598 ||
 			claims.Verified != wantsEmail || (claims.Email == email) != wantsEmail {
 			t.Errorf("%s: %+v", body, claims)
 		}
@@ -124,24 +127,32 @@ func TestIAMsRefusals(t *testing.T) {
 		{"revoked bearer", path + access, "Bearer " + revoked, right, 401, "UNAUTHENTICATED", invalid},
 		{"an impersonated bearer", path + access, "Bearer " + impersonated, right, 401, "UNAUTHENTICATED", invalid},
 		{"the Kubernetes token", path + access, "Bearer " + rightToken().sign(t), right, 401, "UNAUTHENTICATED", invalid},
-		{"G-14 scopes", path + access, "Bearer " + narrow, right, 403, "PERMISSION_DENIED", "Request had insufficient authentication scopes."},
+		{"G-14 scopes", path + access, "Bearer " + narrow, right, 403, "PERMISSION_DENIED",
+			"Request had insufficient authentication scopes."},
 		{"no JSON", path + access, "Bearer " + good, "scope=x", 400, "INVALID_ARGUMENT", payload},
 		{"unknown field", path + access, "Bearer " + good, `{"scopes":["x"]}`, 400, "INVALID_ARGUMENT", payload},
 		{"no scope", path + access, "Bearer " + good, `{}`, 400, "INVALID_ARGUMENT", "Scope required."},
 		{"bad scope", path + access, "Bearer " + good, `{"scope":["everything"]}`, 400, "INVALID_ARGUMENT", argument},
-		{"lifetime in hours", path + access, "Bearer " + good, `{"scope":["` + scope + `"],"lifetime":"1h"}`, 400, "INVALID_ARGUMENT", "Invalid value at 'lifetime' (type.googleapis.com/google.protobuf.Duration)"},
-		{"no lifetime", path + access, "Bearer " + good, `{"scope":["` + scope + `"],"lifetime":"0s"}`, 400, "INVALID_ARGUMENT", "Lifetime of access token must be larger then zero."},
-		{"lifetime", path + access, "Bearer " + good, `{"scope":["` + scope + `"],"lifetime":"3601s"}`, 400, "INVALID_ARGUMENT", "The access token can not have lifetimes of more than 1 hour. Use the Org Policy Constraint constraints/iam.allowServiceAccountCredentialLifetimeExtension to allow up to 12 hours."},
+		{"lifetime in hours", path + access, "Bearer " + good, `{"scope":["` + scope + `"],"lifetime":"1h"}`, 400,
+			"INVALID_ARGUMENT", "Invalid value at 'lifetime' (type.googleapis.com/google.protobuf.Duration)"},
+		{"no lifetime", path + access, "Bearer " + good, `{"scope":["` + scope + `"],"lifetime":"0s"}`, 400,
+			"INVALID_ARGUMENT", "Lifetime of access token must be larger then zero."},
+		{"lifetime", path + access, "Bearer " + good, `{"scope":["` + scope + `"],"lifetime":"3601s"}`, 400,
+			"INVALID_ARGUMENT", "The access token can not have lifetimes of more than 1 hour. Use the Org Policy Constraint " +
+				"constraints/iam.allowServiceAccountCredentialLifetimeExtension to allow up to 12 hours."},
 		{"no audience", path + id, "Bearer " + good, `{"includeEmail":true}`, 400, "INVALID_ARGUMENT", argument},
 		{"ID token with scopes", path + id, "Bearer " + good, right, 400, "INVALID_ARGUMENT", payload},
-		{"no such account", of("nobody", access), "Bearer " + good, right, 404, "NOT_FOUND", "Not found; Gaia id not found for email nobody@project.iam.gserviceaccount.com"},
+		{"no such account", of("nobody", access), "Bearer " + good, right, 404, "NOT_FOUND",
+			"Not found; Gaia id not found for email nobody@project.iam.gserviceaccount.com"},
 		{"no binding", of("closed", access), "Bearer " + good, right, 403, "PERMISSION_DENIED", forbidden},
 		{"binding taken away", of("denied", access), "Bearer " + good, right, 403, "PERMISSION_DENIED", forbidden},
 		{"somebody else's binding", of("bob", access), "Bearer " + good, right, 403, "PERMISSION_DENIED", forbidden},
-		{"no binding, ID token", of("closed", id), "Bearer " + good, rightID, 403, "PERMISSION_DENIED", "Permission 'iam.serviceAccounts.getOpenIdToken' denied on resource (or it may not exist)."},
+		{"no binding, ID token", of("closed", id), "Bearer " + good, rightID, 403, "PERMISSION_DENIED",
+			"Permission 'iam.serviceAccounts.getOpenIdToken' denied on resource (or it may not exist)."},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if a := generate(t, s, c.path, c.authorization, c.body); a.status != c.status || a.code != c.code || a.message != c.message {
+			if a := generate(t, s, c.path, c.authorization, c.body); a.status != c.status || a.code != c.code ||
+				a.message != c.message {
 				t.Errorf("%d %s %q, want %d %s %q", a.status, a.code, a.message, c.status, c.code, c.message)
 			}
 		})

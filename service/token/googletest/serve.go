@@ -9,21 +9,21 @@ import (
 	"time"
 )
 
-// response is what a method answers, before any fault.
+// response is a method's answer, before any fault.
 type response struct {
 	status int
 	header http.Header
 	body   any    // as JSON
 	raw    string // instead of body
-	secret string // that the request came with
+	secret string // of the request
 }
 
 const bodyLimit = 1 << 20
 
-// serve finds the method, lets faults happen, and writes the one answer.
+// serve finds the method, applies faults, and writes the one answer.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	method, email, ok := route(r.URL)
-	if !ok || r.Method != http.MethodPost { // the real ones answer a wrong method with 404 too
+	if !ok || r.Method != http.MethodPost { // Google too answers a wrong HTTP method with 404
 		write(w, notFound, false)
 		return
 	}

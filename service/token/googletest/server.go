@@ -1,6 +1,7 @@
-// Package googletest is a stand-in for Google's Security Token Service and IAM Credentials: a TLS server that verifies
-// every field and signature as strictly as the real ones do, and refuses in their words. It is for tests and for the
-// demo, and is not part of the shipped binary.
+// Package googletest is a stand-in for Google's Security Token Service and IAM Credentials. It is a
+// TLS server that verifies every field and signature as strictly as the real services do, and
+// refuses with their messages. It is for tests and for the demo, and is not part of the shipped
+// binary.
 package googletest
 
 import (
@@ -25,30 +26,35 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// Options says what Google knows. The zero value is a Google without any provider.
+// Options say what Google knows. The zero value has no provider.
 type Options struct {
-	// Listener is where to serve, which may be in another network namespace; nil is a free port of 127.0.0.1.
+	// Listener is where to serve, which may be in another network namespace; nil is a free port of
+	// 127.0.0.1.
 	Listener net.Listener
-	// Hosts are the names and addresses in the server's certificate beside the listener's own and 127.0.0.1.
+	// Hosts are the names and addresses in the server's certificate beside the listener's own and
+	// 127.0.0.1.
 	Hosts []string
-	// Providers are the workload identity pool providers, by what a request names as its audience (G-03).
+	// Providers are the workload identity pool providers, by what a request names as its audience
+	// (G-03).
 	Providers map[string]Provider
-	// FederatedLifetime is the most that a federated token lives; 0 is an hour. It never outlives the subject token.
+	// FederatedLifetime is the most that a federated token lives; 0 is an hour. It never outlives the
+	// subject token.
 	FederatedLifetime time.Duration
 }
 
-// Provider is a workload identity pool provider with the attribute mapping google.subject=assertion.sub.
+// Provider is a workload identity pool provider with the attribute mapping
+// google.subject=assertion.sub.
 type Provider struct {
 	Issuer string
 	JWKS   func() jose.JSONWebKeySet // asked anew for each token; nil is an issuer that Google cannot reach
-	// AllowedAudiences is what the subject token's aud must be one of. Empty: the provider's own name, with https: or
-	// without (G-17).
+	// AllowedAudiences is what the subject token's aud must be one of. Empty: the provider's own name,
+	// with https: or without (G-17).
 	AllowedAudiences []string
 	// MapSubject is the attribute mapping of google.subject; nil is assertion.sub.
 	MapSubject func(sub string) string
 }
 
-// Server is one Google. Its methods may be called at any time, from any goroutine.
+// Server stands for Google. Its methods may be called concurrently.
 type Server struct {
 	o    Options
 	url  string
@@ -64,7 +70,7 @@ type Server struct {
 	faults   map[Method]*Fault
 }
 
-// New starts a server, to be closed.
+// New starts a server. The caller closes it.
 func New(o Options) (*Server, error) {
 	if o.FederatedLifetime <= 0 {
 		o.FederatedLifetime = time.Hour
@@ -102,19 +108,19 @@ func New(o Options) (*Server, error) {
 		Handler:           http.HandlerFunc(s.serve),
 		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12},
 		ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog:          log.New(io.Discard, "", 0), // a client that leaves is a test's own doing
+		ErrorLog:          log.New(io.Discard, "", 0), // tests close connections on purpose
 	}
 	go func() { _ = s.http.ServeTLS(ln, "", "") }()
 	return s, nil
 }
 
-// idKey is the same for all servers of a process: it takes long to make.
+// idKey is shared by all servers of a process, since it takes long to generate.
 var idKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
 
 // Close ends the server and its connections.
 func (s *Server) Close() { _ = s.http.Close() }
 
-// URL is the server's scheme, host and port: what stands for iamcredentials.googleapis.com.
+// URL is the server's scheme, host and port, in place of https://iamcredentials.googleapis.com.
 func (s *Server) URL() string { return s.url }
 
 // STSURL is the whole URL of the token endpoint.
@@ -146,7 +152,8 @@ func (s *Server) Client() *http.Client {
 
 // JWKS verifies the ID tokens that the server signs.
 func (s *Server) JWKS() jose.JSONWebKeySet {
-	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.key.Public(), KeyID: idKeyID, Algorithm: "RS256", Use: "sig"}}}
+	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.key.Public(), KeyID: idKeyID, Algorithm: "RS256",
+		Use: "sig"}}}
 }
 
 // certificates makes an authority, and a certificate of it for the hosts.

@@ -16,8 +16,8 @@ import (
 )
 
 const (
-	skew           = time.Minute // that STS grants to clocks, either way
-	longestSubject = 127         // bytes of google.subject (G-06)
+	skew       = time.Minute // that STS tolerates between clocks, either way
+	maxSubject = 127         // bytes of google.subject (G-06, length of google.subject)
 
 	grantType   = "urn:ietf:params:oauth:grant-type:token-exchange"
 	accessType  = "urn:ietf:params:oauth:token-type:access_token"
@@ -25,12 +25,14 @@ const (
 	idTokenType = "urn:ietf:params:oauth:token-type:id_token"
 )
 
-// stsError is a refusal in STS's form (G-05).
+// stsError is a refusal in STS's form (G-05, forms of errors).
 func stsError(code, format string, args ...any) response {
-	return response{status: http.StatusBadRequest, body: map[string]string{"error": code, "error_description": fmt.Sprintf(format, args...)}}
+	return response{status: http.StatusBadRequest, body: map[string]string{"error": code,
+		"error_description": fmt.Sprintf(format, args...)}}
 }
 
-// exchange is POST /v1/token. The texts are the real ones where they are known; where they are not, a comment says so.
+// exchange is POST /v1/token. The messages are Google's where they are known. The comment "ours"
+// marks the others.
 func (s *Server) exchange(r *http.Request, body string) (a response) {
 	form, err := url.ParseQuery(body)
 	secret := form.Get("subject_token")
@@ -38,13 +40,15 @@ func (s *Server) exchange(r *http.Request, body string) (a response) {
 		s.secret(secret)
 	}
 	defer func() { a.secret = secret }()
-	if r.Header.Get("Authorization") != "" { // G-02; the text is ours
+	if r.Header.Get("Authorization") != "" { // G-02, STS takes no credential; the message is ours
 		return stsError("invalid_client", "The request must not carry an Authorization header.")
 	}
-	if t, _, merr := mime.ParseMediaType(r.Header.Get("Content-Type")); merr != nil || t != "application/x-www-form-urlencoded" || err != nil {
+	if t, _, merr := mime.ParseMediaType(r.Header.Get("Content-Type")); merr != nil ||
+		t != "application/x-www-form-urlencoded" || err != nil {
 		return stsError("invalid_request", "Invalid request body: it must be application/x-www-form-urlencoded.") // ours
 	}
-	for _, field := range []string{"grant_type", "audience", "scope", "requested_token_type", "subject_token", "subject_token_type"} {
+	for _, field := range []string{"grant_type", "audience", "scope", "requested_token_type", "subject_token",
+		"subject_token_type"} {
 		if len(form[field]) != 1 || form.Get(field) == "" {
 			return stsError("invalid_request", "Missing or repeated parameter: %q.", field) // ours
 		}
@@ -58,12 +62,16 @@ func (s *Server) exchange(r *http.Request, body string) (a response) {
 		return stsError("invalid_request", "Invalid value for \"subject_token_type\".") // ours
 	}
 	audience := form.Get("audience")
-	if !strings.HasPrefix(audience, "//iam.googleapis.com/projects/") && !strings.HasPrefix(audience, "identitynamespace:") {
-		return stsError("invalid_request", "Invalid value for \"audience\". This value should be the full resource name of the Identity Provider. See https://cloud.google.com/iam/docs/reference/sts/rest/v1/TopLevel/token for the list of possible formats.")
+	if !strings.HasPrefix(audience, "//iam.googleapis.com/projects/") && !strings.HasPrefix(audience,
+		"identitynamespace:") {
+		return stsError("invalid_request", "Invalid value for \"audience\". This value should be the full resource name of "+
+			"the Identity Provider. See https://cloud.google.com/iam/docs/reference/sts/rest/v1/TopLevel/token for the list "+
+			"of possible formats.")
 	}
 	provider, ok := s.o.Providers[audience]
 	if !ok {
-		return stsError("invalid_target", "The target service indicated by the \"audience\" parameters is invalid. This might either be because the pool or provider is disabled or deleted or because it doesn't exist.")
+		return stsError("invalid_target", "The target service indicated by the \"audience\" parameters is invalid. This "+
+			"might either be because the pool or provider is disabled or deleted or because it doesn't exist.")
 	}
 	scopes := strings.Fields(form.Get("scope"))
 	if !allScopes(scopes) {
@@ -75,7 +83,8 @@ func (s *Server) exchange(r *http.Request, body string) (a response) {
 	}
 	left = min(left, s.o.FederatedLifetime)
 	value := opaque()
-	s.issue(value, Issued{Method: Exchange, Subject: subject, Scopes: scopes, Audience: audience, Expires: time.Now().Add(left)})
+	s.issue(value, Issued{Method: Exchange, Subject: subject, Scopes: scopes, Audience: audience,
+		Expires: time.Now().Add(left)})
 	return response{status: http.StatusOK, body: map[string]any{
 		"access_token":      value,
 		"issued_token_type": accessType,
@@ -110,9 +119,10 @@ func (p Provider) verify(name, token string) (subject string, left time.Duration
 		if claims.Iss != nil {
 			got = *claims.Iss
 		}
-		return refuse("invalid_grant", "The issuer in ID Token %s does not match the expected one in config: %s.", got, p.Issuer)
+		return refuse("invalid_grant", "The issuer in ID Token %s does not match the expected one in config: %s.", got,
+			p.Issuer)
 	}
-	// An issuer that does not answer and a key that it does not have are the same to Google.
+	// Google gives one message for an issuer that does not answer and for an unknown key.
 	key, ok := p.key(jws.Signatures[0].Header)
 	if !ok {
 		return refuse("invalid_grant", "Error connecting to the given credential's issuer.")
@@ -148,8 +158,9 @@ func (p Provider) verify(name, token string) (subject string, left time.Duration
 	if p.MapSubject != nil {
 		subject = p.MapSubject(subject)
 	}
-	if len(subject) > longestSubject {
-		return refuse("invalid_request", "The size of mapped attribute google.subject exceeds the 127 bytes limit. Either modify your attribute mapping or the incoming assertion to produce a mapped attribute that is less than 127 bytes.")
+	if len(subject) > maxSubject {
+		return refuse("invalid_request", "The size of mapped attribute google.subject exceeds the 127 bytes limit. Either "+
+			"modify your attribute mapping or the incoming assertion to produce a mapped attribute that is less than 127 bytes.")
 	}
 	return subject, max(unix(*claims.Exp).Sub(now), time.Second), nil
 }

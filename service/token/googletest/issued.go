@@ -7,18 +7,19 @@ import (
 	"time"
 )
 
-// Issued is what the server knows of a token that it gave out.
+// Issued is what the server knows of a token that it issued.
 type Issued struct {
 	Method       Method
-	Subject      string   // the google.subject behind it, whoever was impersonated
+	Subject      string   // the google.subject of the caller, also of an impersonated account's token
 	Email        string   // the Google service account; "" for a federated token
 	Scopes       []string // of an access token
 	Audience     string   // of an ID token; of a federated token the provider
-	QuotaProject string   // what the request's x-goog-user-project said
+	QuotaProject string   // the request's header x-goog-user-project
 	Expires      time.Time
 }
 
-// Account makes a Google service account that nobody may impersonate yet. One that was never named does not exist: 404.
+// Account makes a Google service account without any binding. An account that was never made does
+// not exist: 404.
 func (s *Server) Account(email string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -34,21 +35,22 @@ func (s *Server) account(email string) map[string]bool {
 	return policy
 }
 
-// Allow gives the subject ("system:serviceaccount:ns:name") roles/iam.workloadIdentityUser on the account.
+// Allow gives the subject ("system:serviceaccount:ns:name") roles/iam.workloadIdentityUser on the
+// account.
 func (s *Server) Allow(subject, email string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.account(email)[subject] = true
 }
 
-// Deny takes it away again.
+// Deny removes what Allow gave.
 func (s *Server) Deny(subject, email string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.account(email), subject)
 }
 
-// Lookup tells whose a token is, expired or not.
+// Lookup returns what was issued as this token, also after it expired.
 func (s *Server) Lookup(value string) (Issued, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -63,14 +65,15 @@ func (s *Server) Revoke(value string) {
 	delete(s.issued, value)
 }
 
-// Calls counts the requests to a method, refused and faulty ones too.
+// Calls counts the requests to a method, with refused and faulty ones.
 func (s *Server) Calls(m Method) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.calls[m]
 }
 
-// Secrets lists every secret that the server has seen or made: each subject token and each token given out.
+// Secrets lists every secret that the server received or made: each subject token and each issued
+// token.
 func (s *Server) Secrets() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -90,7 +93,7 @@ func (s *Server) issue(value string, i Issued) {
 	s.secrets = append(s.secrets, value)
 }
 
-// opaque makes an access token of about the length that the real ones have.
+// opaque makes an access token of about a real one's length.
 func opaque() string {
 	raw := make([]byte, 150)
 	_, _ = rand.Read(raw)

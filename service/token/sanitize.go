@@ -10,17 +10,17 @@ import (
 )
 
 const (
-	longestMessage = 512 // bytes
-	longestPiece   = 15  // bytes in a row of a secret that may show: too few to be of use
+	maxMessage = 512 // bytes
+	maxPiece   = 15  // bytes in a row of a secret that may remain: too few to be of use
 
-	gone       = "[redacted]"
-	notGoogles = "(the answer is not in Google's form; is there a proxy in between?)"
+	redacted   = "[redacted]"
+	notGoogles = "(the answer is not in Google's form: check the proxies between this node and Google)"
 )
 
-// words returns Google's own words out of the body of a refusal, in either of its two forms (G-05, T-07), and the code
-// that goes with them: "invalid_grant" and the like of STS, "PERMISSION_DENIED" and the like of IAM. No part of the
-// secrets is in them, wherever the body may have echoed one.
-func words(body []byte, secrets ...string) (message, code string) {
+// refusalMessage returns the message in the body of a refusal, in either of its two forms (G-05,
+// forms of errors; T-07, texts of refusals), and its code: of STS such as "invalid_grant", of IAM
+// such as "PERMISSION_DENIED". It removes all secrets, which the body may repeat.
+func refusalMessage(body []byte, secrets ...string) (message, code string) {
 	var oauth struct {
 		Error       json.RawMessage `json:"error"`
 		Description string          `json:"error_description"`
@@ -36,16 +36,16 @@ func words(body []byte, secrets ...string) (message, code string) {
 		_ = json.Unmarshal(oauth.Error, &status)
 		code = status.Status
 	}
-	code = clean(code, secrets...)
-	message = clean(cmp.Or(oauth.Description, status.Message, code), secrets...)
+	code = sanitize(code, secrets...)
+	message = sanitize(cmp.Or(oauth.Description, status.Message, code), secrets...)
 	return cmp.Or(message, notGoogles), code
 }
 
 var looksSecret = regexp.MustCompile(`eyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|ya29\.[A-Za-z0-9._-]+`)
 
-// clean returns s on one line, without control characters, of bounded length, and without any piece of a secret that is
-// long enough to be of use.
-func clean(s string, secrets ...string) string {
+// sanitize returns s on one line, without control characters, of bounded length, and without any
+// piece of a secret that is long enough to be of use.
+func sanitize(s string, secrets ...string) string {
 	s = strings.Map(func(r rune) rune {
 		switch {
 		case r == '\n' || r == '\r' || r == '\t':
@@ -58,16 +58,17 @@ func clean(s string, secrets ...string) string {
 	for _, secret := range secrets {
 		s = redact(s, secret)
 	}
-	s = looksSecret.ReplaceAllString(s, gone)
-	if len(s) > longestMessage {
-		s = strings.ToValidUTF8(s[:longestMessage], "") + "…"
+	s = looksSecret.ReplaceAllString(s, redacted)
+	if len(s) > maxMessage {
+		s = strings.ToValidUTF8(s[:maxMessage], "") + "…"
 	}
 	return strings.TrimSpace(s)
 }
 
-// redact takes out of s whatever it has in common with the secret: a proxy or Google may have echoed a part of it only.
+// redact removes from s everything that it has in common with the secret: a proxy or Google may
+// have repeated a part of it.
 func redact(s, secret string) string {
-	const piece = longestPiece + 1
+	const piece = maxPiece + 1
 	pieces := make(map[string]struct{}, len(secret))
 	for i := 0; i+piece <= len(secret); i++ {
 		pieces[secret[i:i+piece]] = struct{}{}
@@ -90,7 +91,7 @@ func redact(s, secret string) string {
 			i++
 		}
 		i += piece
-		b.WriteString(gone)
+		b.WriteString(redacted)
 	}
 	return b.String()
 }
