@@ -35,11 +35,3 @@ func (f Family) String() string {
 	}
 	return "IPv6"
 }
-
-// bits is the length of an address.
-func (f Family) bits() int {
-	if f == ipv4 {
-		return 32
-	}
-	return 128
-}
