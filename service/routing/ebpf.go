@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-
-	"github.com/cilium/ebpf"
 )
 
 // ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode nftables. Rewritten packets come in with the
@@ -14,7 +12,6 @@ import (
 type ebpfMode struct {
 	*nfTables
 	pins
-	good [][]ebpf.ProgramID // by hook, what was attached when all was last found right; nil: not known
 }
 
 func openEBPF(p Plan) (*ebpfMode, error) {
@@ -70,37 +67,22 @@ func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 		}
 	}
 	if order := m.order(); order != "" {
-		m.plan.Log.WithField("order", order).Info("routing: other people's programs see connect() too: one that comes before ours and sends 169.254.169.254:80 elsewhere has the last word")
+		m.plan.Log.WithField("order", order).Info("routing: other people's programs see connect() too: " +
+			"one that comes before ours and sends 169.254.169.254:80 elsewhere has the last word")
 	}
 	return nil
 }
 
 func (m *ebpfMode) check(ctx context.Context, s nodeFacts) []error {
 	errs := m.nfTables.check(ctx, s)
-	m.good = nil
 	r, err := m.rewriting(s)
 	if err != nil {
 		return append(errs, err)
 	}
-	before, err := m.attached(m.hooks...)
-	if err != nil {
-		return append(errs, err)
-	}
-	found := m.pins.check(r)
-	if len(found) == 0 {
-		m.good = before
-	}
-	return append(errs, found...)
+	return append(errs, m.verify(r)...)
 }
 
-// changed asks what is attached, since the kernel tells nobody: it takes less than 0.1 ms.
-func (m *ebpfMode) changed() bool {
-	if m.good == nil {
-		return true
-	}
-	now, err := m.attached(m.hooks...)
-	return err != nil || !slices.EqualFunc(now, m.good, slices.Equal) || m.nfTables.changed()
-}
+func (m *ebpfMode) changed() bool { return m.pins.changed() || m.nfTables.changed() }
 
 // ebpfText is the doors as commands, and the programs, which no command can type, as comments.
 func ebpfText(p Plan, s nodeFacts) (string, error) {

@@ -25,6 +25,8 @@ type pins struct {
 	dir   string // below a directory in a bpf file system
 	root  string // the root of the cgroup v2 hierarchy
 	hooks []hook
+
+	verified [][]ebpf.ProgramID // by hook, what was attached when verify last found no fault; nil: there was one
 }
 
 // pins of one mode. What another has pinned is not theirs.
@@ -139,6 +141,26 @@ func (p pins) check(r rewriting) (errs []error) {
 		}
 	}
 	return errs
+}
+
+// verify is check, and remembers for changed what is attached if nothing is missing.
+func (p *pins) verify(r rewriting) []error {
+	p.verified = nil
+	before, err := p.attached(p.hooks...)
+	if err != nil {
+		return []error{err}
+	}
+	errs := p.check(r)
+	if len(errs) == 0 {
+		p.verified = before
+	}
+	return errs
+}
+
+// changed asks what is attached, since the kernel tells nobody: it takes less than 0.1 ms.
+func (p *pins) changed() bool {
+	now, err := p.attached(p.hooks...)
+	return err != nil || p.verified == nil || !slices.EqualFunc(now, p.verified, slices.Equal)
 }
 
 func (p pins) checkHook(h hook, r rewriting) error {

@@ -12,6 +12,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Connections to the real server from before the rules. FORWARD resets them on the ports
@@ -35,7 +37,7 @@ func forgetEstablished(p Plan, s nodeFacts, family Family, background *sync.Wait
 		p.Log.WithError(err).Warn("connections to the real metadata server from before are closed, " +
 			"but their clients may wait for an answer")
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := netobj.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		failed(fmt.Errorf("list addresses: %w", err))
 		return

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by it.
@@ -40,14 +42,14 @@ type Uplink struct{ Name, Why string }
 // Examine looks at the node in the network namespace of the calling thread. state is what was installed last.
 func Examine(ctx context.Context, p Plan, state State) Examination {
 	p, err := p.checked()
-	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: haveIPv6(), CgroupV2: cgroup2(),
+	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: netobj.HaveIPv6(), CgroupV2: cgroup2(),
 		HostSlices: existing(cgroup2(), HostCgroups())}
 	r := &router{plan: p, hostCgroups: HostCgroups()}
 	if err == nil {
 		x.Rules = r.Check(ctx)
 	}
 	s, _ := r.look(false) // what it could not read, whyUplinks says
-	for _, err := range checkGuard(p, s) {
+	for _, err := range checkObjects(p, s, onlyRules) {
 		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
 	}
 	x.Bypass, x.Untrack = bypasses(p, s), untracking(p)
@@ -55,8 +57,8 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	if p.Closed {
 		return x
 	}
-	if l, err := readAddress(p.Listen.Addr()); err == nil {
-		x.Local = l.local || l.wants(p.Listen.Addr()) || p.traits().localServer // there it is for pods alone
+	if local, err := isLocal(p.Listen.Addr()); err == nil {
+		x.Local = local || p.traits().localServer // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
 	six := p.Listen6.IsValid()

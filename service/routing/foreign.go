@@ -12,6 +12,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // ListenedBy is who gets connections to an address.
@@ -73,7 +75,7 @@ func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
 		b := make([]byte, 56) // struct inet_diag_req_v2
 		b[0], b[1] = family, unix.IPPROTO_TCP
 		binary.NativeEndian.PutUint32(b[4:], 1<<netlink.TCP_LISTEN)
-		sockets, _ := retryDump(func() ([][]byte, error) {
+		sockets, _ := netobj.Dump(func() ([][]byte, error) {
 			req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 			req.AddRawData(b)
 			return req.Execute(unix.NETLINK_INET_DIAG, 0)

@@ -151,3 +151,13 @@ func ready(fd int, event int16, wait time.Duration) bool {
 		}
 	}
 }
+
+// realServer returns an error if a metadata server of the cloud answers this host. If somebody flushes the policy rules pods
+// talk to it again, which mode loopback has no second guard for; and with a link the node's own daemons would lose it.
+func (r *router) realServer() error {
+	if r.ask() != cloudAnswers {
+		return nil
+	}
+	return fmt.Errorf("%s %w: a metadata server answers this host there, and in mode %s policy rules alone keep pods from it; "+
+		"use another mode, or set routing.force to true", metadataServer, ErrForeign, ModeLoopback)
+}

@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os/exec"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // iptablesMode is mode iptables: DNAT by whichever backend the node uses.
@@ -45,7 +46,7 @@ func openIPTables(p Plan, command string) (*iptablesMode, error) {
 			ModeIPTables, err, ModeNFTables)
 	}
 	m.tables = []*xtables{x}
-	if haveIPv6() {
+	if netobj.HaveIPv6() {
 		if x, m.noIPv6 = openXtables(m.use, m.legacy, ipv6); m.noIPv6 != nil {
 			p.Log.WithError(m.noIPv6).Debug("no IPv6 rules")
 		} else {
@@ -215,8 +216,7 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 	// are on any node with kube-proxy or a network that masquerades.
 	err := removeChains(ctx, from, "nat")
 	if !instead || !p.redirects() {
-		resetConnections(netip.Addr{})
-		resetAllSix()
+		resetListeners()
 	}
 	return errors.Join(err, removeChains(ctx, from, "filter", "raw"))
 }

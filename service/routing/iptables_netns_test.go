@@ -87,12 +87,12 @@ func TestStory(t *testing.T) {
 			}},
 			{"guard", "ip rule del pref 97 prohibit", []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 			{"guard of IPv6", "for n in 1 2 3; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", []string{
-				"ip rule: pref 97 iif lo to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel",
-				"ip rule: pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel",
-				"ip rule: pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel",
-				"ip rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip -6 rule: pref 97 iif lo to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel",
+				"ip -6 rule: pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel",
+				"ip -6 rule: pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel",
+				"ip -6 rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip -6 rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip -6 rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
 			}},
 			{"address", "ip address del 169.254.169.252/32 dev lo", []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
 			{"IPv6 filter", "ip6tables -F; ip6tables -X", []string{

@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 const subsysNFT = unix.NFNL_SUBSYS_NFTABLES << 8
@@ -59,7 +61,7 @@ func nftRules(family Family, table, name string) (rules [][]byte, err error) {
 
 // askNFT sends one question to nf_tables and returns the answers of the wanted type.
 func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][]byte, error) {
-	return retryDump(func() ([][]byte, error) {
+	return netobj.Dump(func() ([][]byte, error) {
 		s, err := nl.Subscribe(unix.NETLINK_NETFILTER)
 		if err != nil {
 			return nil, err

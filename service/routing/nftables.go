@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -363,8 +362,7 @@ func (s standingTables) endRedirection(c *nftables.Conn) error {
 		}
 	})
 	if redirects {
-		resetConnections(netip.Addr{})
-		resetAllSix()
+		resetListeners()
 	}
 	return err
 }

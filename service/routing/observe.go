@@ -22,7 +22,6 @@ import (
 type observeMode struct {
 	pins
 	plan Plan
-	good [][]ebpf.ProgramID // by hook, what was attached when all was last found right; nil: not known
 }
 
 // Observation is how often the processes of one cgroup connected to the metadata server since mode
@@ -98,7 +97,7 @@ func (m *observeMode) newTable() (*ebpf.Map, error) {
 }
 
 func (m *observeMode) check(_ context.Context, s nodeFacts) []error {
-	m.good = nil
+	m.verified = nil
 	table, err := ebpf.LoadPinnedMap(m.table(), nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		return []error{missing(layerEBPF, "eBPF table, pinned as %s", m.table())}
@@ -111,23 +110,7 @@ func (m *observeMode) check(_ context.Context, s nodeFacts) []error {
 	if err != nil {
 		return []error{err}
 	}
-	before, err := m.attached(m.hooks...)
-	if err != nil {
-		return []error{err}
-	}
-	errs := m.pins.check(r)
-	if len(errs) == 0 {
-		m.good = before
-	}
-	return errs
-}
-
-func (m *observeMode) changed() bool {
-	if m.good == nil {
-		return true
-	}
-	now, err := m.attached(m.hooks...)
-	return err != nil || !slices.EqualFunc(now, m.good, slices.Equal)
+	return m.verify(r)
 }
 
 // Observed reads what mode observe has counted, the most first. It needs the right to read the

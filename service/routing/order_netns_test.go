@@ -9,6 +9,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // TestGuardFollows: the watcher puts the guard before a policy rule that comes later, back when
@@ -20,11 +22,12 @@ func TestGuardFollows(t *testing.T) {
 	w := b.watch(b.plan, time.Hour)
 	at := func(pref uint32) func() bool {
 		return func() bool {
-			var l ruleList
-			if err := b.Do(func() (err error) { l, err = readRules(false); return err }); err != nil {
+			var have netobj.Snapshot
+			if err := b.Do(func() (err error) { have, err = netobj.Read(); return err }); err != nil {
 				t.Fatal(err)
 			}
-			return slices.ContainsFunc(l.ours, func(r policyRule) bool { return r.pref == pref }) && b.stands(b.plan)
+			guard := func(r netobj.Rule) bool { return ourRule(r) && r.Pref == pref }
+			return slices.ContainsFunc(have.Rules(uint8(ipv4)), guard) && b.stands(b.plan)
 		}
 	}
 	for _, step := range []struct {
@@ -93,7 +96,7 @@ func TestLocalRoute(t *testing.T) {
 		t.Errorf("%s", hook.LastEntry().Message)
 	}
 	b.sh("ip route add 169.254.169.0/24 via 198.51.100.1 dev eth0 table local")
-	const route = "ip route: 169.254.169.0/24 table local"
+	const route = "ip route: 169.254.169.0/24 table local protocol boot"
 	for name, does := range map[string]func(){"install": func() { b.install(p) }, "check": func() { b.green(p) }} {
 		hook.Reset()
 		does()

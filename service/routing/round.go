@@ -145,20 +145,16 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		}
 		read = read || moved
 	}
-	if all || moved || why&causeRule != 0 {
-		errs = append(errs, checkGuard(p, w.node.around())...)
+	if s, of := w.node.around(), everything; all || moved || why&causeKernel != 0 {
+		if p.Closed || w.node == nil { // the rest is looked at when the node is opened
+			of = onlyRules
+		}
+		errs = append(errs, checkObjects(p, s, of)...)
 	}
 	if p.Closed {
 		return errs, nil
 	}
-	if around {
-		errs = append(errs, checkAddress(p)...)
-	}
-	if w.node == nil {
-		read = true
-	} else if all || why&causeKernel&^causeRule != 0 {
-		errs = append(errs, checkRoute(p, w.node.nodeFacts)...)
-	}
+	read = read || w.node == nil
 	if !read {
 		cause, _ := w.node.wakes()
 		read = why&cause != 0 && w.node.changed()
@@ -186,7 +182,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
 				n.silent(), pollSilent, w.sweep)
 		}
-		errs = append(errs, checkRoute(p, n.nodeFacts)...)
+		errs = w.router.checkShared(n.nodeFacts) // all of it, with what is known now
 	}
 	errs = append(errs, w.node.check(ctx, w.node.nodeFacts)...)
 	w.unread = false

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -33,7 +32,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
 	if err != nil {
 		if why == nil { // without the lock the watcher cannot know what is desired
-			err = errors.Join(err, addGuard(r.plan, nodeFacts{})) // closed, whatever else is not to be had
+			err = errors.Join(err, addObjects(r.plan, nodeFacts{}, onlyRules)) // closed, whatever else is not to be had
 		}
 		return nil, err
 	}
@@ -81,8 +80,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		// Closed leaves alone what stands besides the guard: rules that a good configuration
 		// installed still lead pods to the emulator, which tells them the reason. And a node
 		// whose rules cannot be made is closed too.
-		if err = errors.Join(err, addGuard(r.plan, nodeFacts{})); err == nil {
-			err = errors.Join(checkGuard(r.plan, nodeFacts{})...)
+		if err = errors.Join(err, addObjects(r.plan, nodeFacts{}, onlyRules)); err == nil {
+			err = errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -109,7 +108,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
 		}
 	}
-	if err := removeEarlier(r.plan, n.nodeFacts); err != nil {
+	if err := trimObjects(r.plan, n.nodeFacts, everything); err != nil {
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
@@ -169,7 +168,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	listen := r.plan.Listen
-	l, err := readAddress(listen.Addr())
+	local, err := isLocal(listen.Addr())
 	if err != nil {
 		return n, nil, err
 	}
@@ -180,7 +179,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 			foreign = errors.Join(foreign, r.realServer())
 		}
 	}
-	if l.local || l.wants(listen.Addr()) || !r.plan.redirects() {
+	if local || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
@@ -206,13 +205,13 @@ func (r *router) lookAgain(n *node) (changed bool, err error) {
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an
 // answer, not with the real server's.
 func (r *router) put(ctx context.Context, n *node) error {
-	if err := r.putClosed(n.nodeFacts); err != nil {
+	if err := addClosed(r.plan, n.nodeFacts); err != nil {
 		return err
 	}
 	if err := n.put(ctx, n.nodeFacts); err != nil {
 		return err
 	}
-	return installRoute(r.plan, n.nodeFacts)
+	return addObjects(r.plan, n.nodeFacts, everything)
 }
 
 // putAgain puts everything, whatever was found to be right.
@@ -223,18 +222,13 @@ func (r *router) putAgain(ctx context.Context, n *node) error {
 	return r.put(ctx, n)
 }
 
-func (r *router) putClosed(s nodeFacts) error {
-	// Closed, whatever else cannot be had.
-	return errors.Join(installAddress(r.plan), installGuard(r.plan, s), installListenRoute(s.listen6.Addr()))
-}
-
 // repairLight puts back what the mode has no part in: a millisecond, whatever the mode needs.
 func (r *router) repairLight(why *repair, state State) error {
 	state.count(why)
 	state.Installs++
-	err := r.putClosed(why.node.nodeFacts)
+	err := addClosed(r.plan, why.node.nodeFacts)
 	if err == nil {
-		err = errors.Join(installRoute(r.plan, why.node.nodeFacts), removeEarlier(r.plan, why.node.nodeFacts))
+		err = trimObjects(r.plan, why.node.nodeFacts, everything)
 	}
 	if err == nil {
 		err = errors.Join(r.checkShared(why.node.nodeFacts)...)
@@ -249,7 +243,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan, nodeFacts{})...)
+		return errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -258,7 +252,7 @@ func (r *router) Check(ctx context.Context) error {
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkGuard(r.plan, nodeFacts{}), err)...)
+		return errors.Join(append(checkObjects(r.plan, nodeFacts{}, onlyRules), err)...)
 	}
 	r.warnOvertaken(n.nodeFacts)
 	errs := r.check(ctx, n)
@@ -278,7 +272,7 @@ func (r *router) check(ctx context.Context, n *node) []error {
 
 // checkShared reads back what all modes have.
 func (r *router) checkShared(s nodeFacts) []error {
-	return slices.Concat(checkGuard(r.plan, s), checkAddress(r.plan), checkRoute(r.plan, s))
+	return checkObjects(r.plan, s, everything)
 }
 
 func (r *router) Remove(ctx context.Context) error {
@@ -300,7 +294,7 @@ func (r *router) Remove(ctx context.Context) error {
 }
 
 func (r *router) removeAll(ctx context.Context, state State) error {
-	errs := []error{removeLinks("")} // else the doors were gone before the address
+	errs := []error{trimObjects(Plan{}, nodeFacts{}, onLinks)} // else the doors were gone before the address
 	for _, p := range removers {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
@@ -308,8 +302,7 @@ func (r *router) removeAll(ctx context.Context, state State) error {
 		// The guard stays: as long as rules of ours may stand, closed is better than open.
 		return r.readBack(state, fmt.Errorf("remove the rules: %w", err))
 	}
-	return r.readBack(state, errors.Join(removeRoute(), removeGuard(), removeLocal(), removeAddress(netip.Addr{}),
-		removeListenRoutes(netip.Addr{})))
+	return r.readBack(state, trimObjects(Plan{}, nodeFacts{}, everything))
 }
 
 // asksCloud says whether something depends on the cloud's metadata server, and is not known.

@@ -2,7 +2,10 @@ package routing
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Show returns what Install puts on a node that has nothing of it yet, as shell commands.
@@ -28,23 +31,25 @@ func text(p Plan, s nodeFacts, command string) (string, error) {
 	var b strings.Builder
 	if p.traits().localServer && !p.Closed {
 		fmt.Fprintf(&b, "# the metadata server's address is this node's own, "+
-			"for those whom the rules below send to that table\n"+
-			"ip route add %s\n\n", localRouteText())
+			"for those whom the rules below send to that table\n%s\n",
+			netobj.Commands(loopbackRoute))
 		if p.Link != "" {
-			fmt.Fprintf(&b, "# and everybody's, by a link\nip link add %[1]s type dummy\n"+
-				"ip link set %[1]s alias %[2]s up\nip address add %[3]s\n\n", p.Link, comment, linkAddressText(p.Link))
+			fmt.Fprintf(&b, "# and everybody's, by a link\n%s%s\n",
+				netobj.Commands(ownLink(p.Link)), netobj.Commands(linkAddress(p.Link)))
 		}
-	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && a.IsLinkLocalUnicast() {
-		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\nip address add %s\n\n",
-			addressText(p.Listen.Addr()))
+	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && listenObject(a) != nil {
+		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\n%s\n",
+			netobj.Commands(listenObject(a)))
 	}
 	if a := s.listen6.Addr(); network6.Contains(a) {
-		fmt.Fprintf(&b, "# its IPv6 address, unless the node has it already\nip -6 route add %s\n\n", listenRouteText(a))
+		fmt.Fprintf(&b, "# its IPv6 address, unless the node has it already\n%s\n", netobj.Commands(listenObject(a)))
 	}
 	if rules := guardRules(p, s); len(rules) > 0 {
 		b.WriteString("# the guard that survives a flush of the firewall; " +
 			"where others have rules with a lower preference it goes before those\n")
-		b.WriteString(ruleTexts(rules))
+		for _, r := range rules {
+			b.WriteString(netobj.Commands(r))
+		}
 	}
 	if p.Closed {
 		return b.String(), nil
@@ -55,8 +60,11 @@ func text(p Plan, s nodeFacts, command string) (string, error) {
 	}
 	b.WriteString(rules)
 	if wantsRoute(p, s) {
-		fmt.Fprintf(&b, "\n# only on a node that has no other route there\nip route add %s\n",
-			routeText(metadataRoute(p.Listen.Addr(), p.Listen.Addr().IsLinkLocalUnicast())))
+		source := p.Listen.Addr()
+		if !source.IsLinkLocalUnicast() {
+			source = netip.Addr{}
+		}
+		fmt.Fprintf(&b, "\n# only on a node that has no other route there\n%s", netobj.Commands(metadataRoute(source)))
 	}
 	return b.String(), nil
 }

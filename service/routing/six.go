@@ -2,16 +2,13 @@ package routing
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
 
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // The metadata server's IPv6 address (H-24): in modes iptables and nftables, where Plan.Listen6 is set, what pods send to
@@ -23,9 +20,6 @@ import (
 
 // metadataServer6 is where clients that prefer IPv6 send their requests.
 var metadataServer6 = netip.AddrPortFrom(netip.MustParseAddr("fd20:ce::254"), 80)
-
-// network6 is Google's for metadata servers: an address in it needs no network, so it is ours to make this node's.
-var network6 = netip.MustParsePrefix("fd20:ce::/64")
 
 const noIPv6Here = "IPv6 is not there or disabled on lo"
 
@@ -54,7 +48,7 @@ func (r *router) sixAround() (listen6 netip.AddrPort, why string) {
 
 func sixEnabled() bool {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
-	return err == nil && strings.TrimSpace(string(b)) == "0" && haveIPv6()
+	return err == nil && strings.TrimSpace(string(b)) == "0" && netobj.HaveIPv6()
 }
 
 // remember takes over why the last Install redirects no IPv6: only another Install tries again.
@@ -89,7 +83,7 @@ func (n *node) refuseSix(err error) {
 
 // surveySix sees to it that nobody else gets what is redirected.
 func (r *router) surveySix(n *node) {
-	if local, err := isLocal(n.listen6.Addr()); !n.listen6.IsValid() || err == nil && !local && !network6.Contains(n.listen6.Addr()) {
+	if local, err := isLocal(n.listen6.Addr()); !n.listen6.IsValid() || err == nil && !local {
 		return // nobody, or somebody elsewhere
 	}
 	if err := foreignListener(n.listen6); err != nil {
@@ -99,118 +93,16 @@ func (r *router) surveySix(n *node) {
 	}
 }
 
-// IPv6 addresses have no labels, and what marks them (IFA_PROTO) came with Linux 5.18. So it is a route that makes the listen address
-// this node's own, which every kernel marks:
-//
-//	local fd20:ce::252 dev lo table local proto 252
-//
-// No source address is chosen from it either, as one might be from an address on lo of a node that has no other.
-const listenProtocol = 252
-
-func listenRoute(a netip.Addr) *netlink.Route {
-	return &netlink.Route{Dst: hostNet(a), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Protocol: listenProtocol}
-}
-
-// listenRouteText is the route as ip(8) adds it, without "ip -6 route add".
-func listenRouteText(a netip.Addr) string {
-	return fmt.Sprintf("local %s dev lo table local protocol %d", a, listenProtocol)
-}
-
-// standingListenRoutes are those of ours, for this or another address. A node without IPv6 has none.
-func standingListenRoutes() ([]netlink.Route, error) {
-	if !haveIPv6() {
-		return nil, nil
-	}
-	of := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Protocol: listenProtocol}
-	routes, err := retryDump(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_V6, of, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_PROTOCOL)
-	})
-	if err != nil && !noIPv6(err) {
-		return nil, fmt.Errorf("list the IPv6 routes of table local: %w", err)
-	}
-	return slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Dst == nil || r.Dst.String() != hostNet6(r.Dst.IP).String() }), nil
-}
-
-func hostNet6(ip net.IP) *net.IPNet { return &net.IPNet{IP: ip, Mask: net.CIDRMask(128, 128)} }
-
-// wantsListenRoute says whether the address is to be made this node's own. Any other that is not local lives elsewhere.
-func wantsListenRoute(a netip.Addr) (bool, error) {
-	if !network6.Contains(a) {
-		return false, nil
-	}
-	local, err := isLocal(a)
-	return !local, err
-}
-
-// installListenRoute makes the address this node's own where that is wanted.
-func installListenRoute(a netip.Addr) error {
-	wanted, err := wantsListenRoute(a)
-	if err != nil || !wanted {
-		return err
-	}
-	route := listenRoute(a)
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		route.LinkIndex = lo.Attrs().Index
-		err = netlink.RouteAdd(route)
-	}
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("ip -6 route add %s: %w", listenRouteText(a), permission(err))
-	}
-	return nil
-}
-
-// removeListenRoutes takes away every route of ours but keep's, and ends what is open there first (see resetConnections).
-func removeListenRoutes(keep netip.Addr) error {
-	routes, err := standingListenRoutes()
-	if err != nil {
-		return err
-	}
-	routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Dst.IP.Equal(keep.AsSlice()) })
-	resetSix(routes)
-	var errs []error
-	for _, r := range routes {
-		if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
-			errs = append(errs, fmt.Errorf("ip -6 route del %s: %w", r.Dst, permission(err)))
+// reachesSix says whether the node has an IPv6 address that reaches beyond a link and itself.
+func reachesSix() bool {
+	b, _ := os.ReadFile("/proc/thread-self/net/if_inet6")
+	for line := range strings.Lines(string(b)) {
+		// fd005100…10 02 40 00 80 eth0: address, interface, prefix, scope, flags, name
+		if f := strings.Fields(line); len(f) == 6 && f[3] == "00" && f[5] != "lo" {
+			return true
 		}
 	}
-	return errors.Join(errs...)
-}
-
-// resetAllSix ends what is open at addresses of ours.
-func resetAllSix() {
-	if routes, err := standingListenRoutes(); err == nil {
-		resetSix(routes)
-	}
-}
-
-func resetSix(going []netlink.Route) {
-	if len(going) > 0 {
-		resetAt(unix.AF_INET6, func(ip net.IP) bool {
-			return slices.ContainsFunc(going, func(r netlink.Route) bool { return r.Dst.IP.Equal(ip) })
-		})
-	}
-}
-
-// checkListenRoute names the route that is missing, or should not be there.
-func checkListenRoute(a netip.Addr) (errs []error) {
-	wanted, err := wantsListenRoute(a)
-	if err != nil {
-		return []error{err}
-	}
-	if wanted {
-		errs = append(errs, missing(layerRoute, "ip -6 route: %s", listenRouteText(a)))
-	}
-	standing, err := standingListenRoutes()
-	if err != nil {
-		return append(errs, err)
-	}
-	for _, r := range standing {
-		if !r.Dst.IP.Equal(a.AsSlice()) {
-			errs = append(errs, missing(layerRoute, "ip -6 route: %s should not be there any more", r.Dst))
-		}
-	}
-	return errs
+	return false
 }
 
 func checkListen6(p Plan) error {

@@ -101,9 +101,9 @@ func TestSixStory(t *testing.T) {
 			{"address", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", []string{
 				"ip -6 route: local fd20:ce::252 dev lo table local protocol 252"}},
 			{"guard", threeProhibits, threeProhibits, []string{
-				"ip rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel"}},
+				"ip -6 rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip -6 rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				"ip -6 rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel"}},
 		} {
 			flush := c.xtables
 			if b.plan.Mode == ModeNFTables {

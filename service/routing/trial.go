@@ -13,6 +13,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Trial is a pod that is none: a network namespace without a name, connected to the node as Calico and the cloud CNIs connect pods
@@ -121,7 +123,9 @@ func (t *Trial) address(a, gateway netip.Addr) error {
 	}
 	for _, step := range []func() error{
 		func() error { return pod.LinkSetUp(there) },
-		func() error { return pod.AddrAdd(there, &netlink.Addr{IPNet: hostNet(a), Flags: flags}) },
+		func() error {
+			return pod.AddrAdd(there, &netlink.Addr{IPNet: netobj.IPNet(netobj.Host(a)), Flags: flags})
+		},
 		func() error {
 			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: gateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
 		},
@@ -129,7 +133,7 @@ func (t *Trial) address(a, gateway netip.Addr) error {
 			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: gateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
 		},
 		func() error {
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: hostNet(a), Scope: netlink.SCOPE_LINK})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: netobj.IPNet(netobj.Host(a)), Scope: netlink.SCOPE_LINK})
 		},
 		func() error {
 			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: a.AsSlice(), HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})

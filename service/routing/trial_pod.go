@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // ErrNoPod is returned where no network namespace has one of the addresses.
@@ -59,7 +61,7 @@ func oneOf(there netns.NsHandle, addresses []netip.Addr) netip.Addr {
 		return netip.Addr{}
 	}
 	defer h.Close()
-	addrs, _ := retryDump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_V4) })
+	addrs, _ := netobj.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_V4) })
 	for _, a := range addrs {
 		if ip, ok := netip.AddrFromSlice(a.IP); ok && slices.Contains(addresses, ip.Unmap()) {
 			return ip.Unmap()

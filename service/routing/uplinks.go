@@ -1,7 +1,6 @@
 package routing
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -9,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // nodeFacts are what the rules need to know of the node they stand on.
@@ -88,11 +89,11 @@ func ports(bridge device, devices []device) (hardware, pods []string) {
 
 // readDevices lists the interfaces of this network namespace.
 func readDevices() ([]device, error) {
-	links, err := retryDump(netlink.LinkList)
+	links, err := netobj.Dump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list network interfaces: %w", err)
 	}
-	routes, err := retryDump(func() ([]netlink.Route, error) {
+	routes, err := netobj.Dump(func() ([]netlink.Route, error) {
 		// Every table: with policy routing an uplink may have its default route in another one than main.
 		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_UNICAST},
 			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
@@ -100,7 +101,7 @@ func readDevices() ([]device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := netobj.Dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -139,14 +140,4 @@ func readDevices() ([]device, error) {
 			defaultRoute: defaults[at.Index], nodeAddress: holders[at.Index]})
 	}
 	return devices, nil
-}
-
-// retryDump repeats a dump that the kernel says was disturbed by a change.
-func retryDump[T any](dump func() ([]T, error)) (got []T, err error) {
-	for range 5 {
-		if got, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return got, err
 }

@@ -66,7 +66,7 @@ func (b *bed) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
 		if p.Closed {
-			return errors.Join(checkGuard(r.plan, nodeFacts{})...)
+			return errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
 		}
 		n, err := r.open(context.Background(), p.Binary, false)
 		if err != nil {

@@ -2,8 +2,8 @@
 ip route add local 169.254.169.254 dev lo table 988 protocol kernel
 
 # and everybody's, by a link
-ip link add gme0 type dummy
-ip link set gme0 alias gke-metadata-emulator up
+ip link add gme0 up type dummy
+ip link set gme0 alias gke-metadata-emulator
 ip address add 169.254.169.254/32 dev gme0 label gme0:gme
 
 # the guard that survives a flush of the firewall; where others have rules with a lower preference it goes before those
