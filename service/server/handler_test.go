@@ -25,17 +25,15 @@ const testTimeout = 2 * time.Minute
 // tokens.
 type onePod struct{}
 
-func (onePod) caller() workload.Caller {
-	return workload.Caller{PodUID: "1", PodName: "p", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa"}}
+var callers = []workload.Caller{
+	{PodUID: "1", PodName: "p", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa"}},
 }
 
-func (o onePod) Of(string) (workload.Caller, bool, <-chan struct{}, error) {
-	return o.caller(), true, nil, nil
+func (onePod) Of(string) (workload.Caller, bool, <-chan struct{}, error) {
+	return callers[0], true, nil, nil
 }
 
-func (o onePod) At(netip.Addr) ([]workload.Caller, <-chan struct{}, error) {
-	return []workload.Caller{o.caller()}, nil, nil
-}
+func (onePod) At(netip.Addr) ([]workload.Caller, <-chan struct{}, error) { return callers, nil, nil }
 
 func (onePod) Account(context.Context, workload.ServiceAccount, time.Duration) (workload.Account, error) {
 	return workload.Account{GoogleEmail: reader}, nil
