@@ -16,7 +16,7 @@ ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all help build install packages release repo deps demo check golden test test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
+.PHONY: all help build install packages release repo deps demo check golden test test-kube test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
@@ -90,6 +90,9 @@ golden: ## write anew what the code makes: documents, manual pages, reference co
 test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" \
 		$(GO) run ./.ci/progress $(GO) test -json -race -count=1 -timeout 20m $(SIDE_BY_SIDE) $(AS_ROOT) ./...
+
+test-kube: ## the stand-in for the API server, and each line of the shipped RBAC, against a real etcd and kube-apiserver
+	@GO="$(GO)" CI="$(CI)" test/kube/run
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
