@@ -16,7 +16,7 @@ ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all help build install packages release repo deps demo check golden test test-kube test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
+.PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
@@ -93,6 +93,9 @@ test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network nam
 
 test-kube: ## the stand-in for the API server, and each line of the shipped RBAC, against a real etcd and kube-apiserver
 	@GO="$(GO)" CI="$(CI)" test/kube/run
+
+test-node: deps bin/bed ## the deb on a real Kubernetes node that is booted for it: kubelet, containerd, kube-proxy; NODE_PARTS="first kinds" for some of it
+	$(SUDO) env GO="$(GO)" NODE_PARTS="$(NODE_PARTS)" NODE_IPTABLES="$(NODE_IPTABLES)" CI="$(CI)" test/node/run
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run

@@ -105,7 +105,6 @@ func (c *Caller) Call(ctx context.Context, method, path, contentType string, o, 
 		return err
 	}
 	r.Header.Set("Content-Type", contentType)
-	r.Header.Set("Accept", "application/json")
 	resp, err := c.Client.Do(r)
 	if err != nil {
 		return err
