@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -105,34 +107,43 @@ func liveMode(r *ring, mode string) {
 	r.do("set the mode", set(string(before)+"routing: {mode: "+mode+"}\n"))
 	if r.must("mode "+mode+" stands", eventually(r.ctx, patience, "it does", stands)) {
 		liveKinds(r, mode+"-kinds")
-		liveStarts(r, mode+"-starts")
-		liveChurn(r, mode+"-churn", 2, 1)
+		liveStarts(r, mode+"-starts", 12)
+		liveChurn(r, mode+"-churn", 2, 2)
 	}
 	r.do("set the mode back", set(string(before)))
 	r.must("the mode before stands again", eventually(r.ctx, patience, "it does", stands))
 }
 
-// rotation: kubelet's certificate is replaced while pods ask, and tokens are had with the new one.
+const kubeletCertificate = "/var/lib/kubelet/pki/kubelet-client-current.pem"
+
+// rotation: kubelet's certificate was replaced since the run began, and the API server gives tokens for the new one.
 func rotation(r *ring) {
-	const ns, current = "rotation", "/var/lib/kubelet/pki/kubelet-client-current.pem"
+	const ns = "rotation"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
 		return
 	}
-	r.batch(ns, "rotation", 2, linked, nil, "-fresh", "-n", "1000000", "-every", "250ms")
-	r.wait("rotation", 2, patience)
-	before, err := filepath.EvalSymlinks(current)
-	r.do("kubelet's certificate", err)
-	err = eventually(r.ctx, 5*time.Minute, "kubelet has a new certificate", func() error {
-		now, err := filepath.EvalSymlinks(current)
-		if err == nil && now == before {
-			err = errors.New("it is still " + filepath.Base(before))
+	var now string
+	r.must("kubelet's certificate was replaced", eventually(r.ctx, 5*time.Minute, "kubelet has another", func() (err error) {
+		if now, err = filepath.EvalSymlinks(kubeletCertificate); err == nil && now == r.certificate {
+			err = errors.New("it is still " + filepath.Base(now))
 		}
 		return err
-	})
-	r.must("kubelet's certificate was replaced", err)
-	r.wait("rotation", len(r.of("rotation"))+40, patience) // five seconds of each pod's
+	}))
+	copied := func() error {
+		want, err := os.ReadFile(now)
+		if err != nil {
+			return err
+		}
+		have, err := os.ReadFile("/run/gke-metadata-emulator/credential/kubeconfig")
+		if err == nil && !bytes.Contains(have, []byte(base64.StdEncoding.EncodeToString(want))) {
+			err = errors.New("the service's copy has another certificate")
+		}
+		return err
+	}
+	r.must("the service has its copy", eventually(r.ctx, patience, "it has", copied))
+	r.batch(ns, "rotation", 6, func(i int) string { return []string{linked(i), plain(i)}[i%2] }, nil, "-fresh", "-n", "5", "-every", "200ms", "-hold")
+	r.served("new tokens afterwards", "rotation", 30, patience)
 	r.do("remove the pods", r.empty(r.ctx, ns))
-	r.allOK("a new token each time", r.of("rotation"))
 }
 
 // purge: nothing of the package is left, and pods have nobody to ask.

@@ -168,9 +168,10 @@ func (r *ring) batch(ns, prefix string, n int, account func(int) string, change 
 func onHost(p *corev1.Pod) { p.Spec.HostNetwork = true }
 
 // starts: pods whose token nobody has yet are answered at their first instruction.
-func starts(r *ring) { liveStarts(r, "starts") }
+func starts(r *ring) { liveStarts(r, "starts", 30) }
 
-func liveStarts(r *ring, ns string) {
+// liveStarts starts n linked pods, and 12 of the others.
+func liveStarts(r *ring, ns string, n int) {
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
 		return
 	}
@@ -179,12 +180,12 @@ func liveStarts(r *ring, ns string) {
 		n       int
 		account func(int) string
 		change  func(*corev1.Pod)
-	}{{"linked", 30, linked, nil}, {"unlinked", 12, plain, nil}, {"host", 12, func(i int) string { return plain(i + 12) }, onHost}} {
+	}{{"linked", n, linked, nil}, {"unlinked", 12, plain, nil}, {"host", 12, func(i int) string { return plain(i + 12) }, onHost}} {
 		tag := ns + "-" + s.name
 		r.batch(ns, tag, s.n, s.account, s.change, "-hold")
 		r.served(fmt.Sprintf("%d cold starts, %s", s.n, s.name), tag, s.n, patience)
-		r.do("remove the pods", r.empty(r.ctx, ns))
 	}
+	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
 // roll: a ServiceAccount is linked to another Google service account, and its pods are replaced while the old ones still run:

@@ -141,12 +141,14 @@ func (c cluster) remove(ctx context.Context, force bool, pods ...*corev1.Pod) er
 	return nil
 }
 
-// empty deletes every pod of a namespace, and waits until they are gone.
+// empty deletes every pod of a namespace.
 func (c cluster) empty(ctx context.Context, namespace string) error {
+	return c.Delete(ctx, "/api/v1/namespaces/"+namespace+"/pods", nil)
+}
+
+// gone waits until a namespace has no pod any more.
+func (c cluster) gone(ctx context.Context, namespace string) error {
 	path := "/api/v1/namespaces/" + namespace + "/pods"
-	if err := c.Delete(ctx, path, nil); err != nil {
-		return err
-	}
 	return eventually(ctx, 60*time.Second, "the pods of "+namespace+" are gone", func() error {
 		var list corev1.PodList
 		if err := c.Get(ctx, path, &list); err != nil {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,7 @@ type ring struct {
 	file           *os.File
 	partial        []byte
 	reports        []report.Report
+	certificate    string // kubelet's when the run began
 	passed, failed int
 }
 
@@ -50,6 +52,9 @@ func run(ctx context.Context, names []string) error {
 	}
 	r := &ring{cluster: c, ctx: ctx}
 	if r.file, err = os.Open(reportsFile); err != nil {
+		return err
+	}
+	if r.certificate, err = filepath.EvalSymlinks(kubeletCertificate); err != nil {
 		return err
 	}
 	begin := time.Now()
