@@ -54,7 +54,10 @@ func run(ctx context.Context, names []string) error {
 	if r.file, err = os.Open(reportsFile); err != nil {
 		return err
 	}
-	if r.certificate, err = filepath.EvalSymlinks(kubeletCertificate); err != nil {
+	if err := eventually(ctx, time.Minute, "kubelet joins", func() (err error) {
+		r.certificate, err = filepath.EvalSymlinks(kubeletCertificate)
+		return err
+	}); err != nil {
 		return err
 	}
 	begin := time.Now()
