@@ -26,7 +26,8 @@ func (r *ring) fewAddresses(first int) (undo func()) {
 	before, err := os.ReadFile(cni)
 	r.do("read the network's configuration", err)
 	const subnet = `"subnet": "10.88.0.0/24"`
-	few := strings.Replace(string(before), subnet, fmt.Sprintf(`%s, "rangeStart": "10.88.0.%d", "rangeEnd": "10.88.0.%d"`, subnet, first, first+15), 1)
+	ranged := fmt.Sprintf(`%s, "rangeStart": "10.88.0.%d", "rangeEnd": "10.88.0.%d"`, subnet, first, first+15)
+	few := strings.Replace(string(before), subnet, ranged, 1)
 	if few == string(before) {
 		r.check("16 addresses", false, "%s does not hold %s", cni, subnet)
 	}
@@ -72,7 +73,8 @@ func (r *ring) shared(what string, ps []report.Report) {
 		owners[p.Address][p.Pod] = true
 		most = max(most, len(owners[p.Address]))
 	}
-	r.check(fmt.Sprintf("%s had %d addresses, up to %d owners each", what, len(owners), most), len(owners) <= 16 && most > 1, "too many, or never reused")
+	r.check(fmt.Sprintf("%s had %d addresses, up to %d owners each", what, len(owners), most),
+		len(owners) <= 16 && most > 1, "too many, or never reused")
 }
 
 // completed: pods that ended stay, with their address in their status, and others get the same address.
@@ -93,7 +95,8 @@ func completed(r *ring) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// rbac: without the shipped grants no pod gets a token, and the pod and doctor learn what is missing; with them pods are served.
+// rbac: without the shipped grants no pod gets a token, and the pod and doctor learn what is missing. With them pods
+// are served.
 func rbac(r *ring) {
 	const ns, missing = "rbac", "request-serviceaccounts-token-audience"
 	manifest, err := shippedRBAC()
@@ -103,11 +106,12 @@ func rbac(r *ring) {
 	r.do("take the grants away", r.unapply(r.ctx, manifest))
 	r.batch(ns, "rbac-without", 2, linked, nil, "-hold")
 	for _, p := range r.wait("rbac-without", 2, patience) {
-		r.check("without the grants a pod is refused, and learns why", p.Outcome == report.Refused && strings.Contains(p.Text, missing),
-			"%s %d %s", p.Outcome, p.Status, p.Text)
+		r.check("without the grants a pod is refused, and learns why",
+			p.Outcome == report.Refused && strings.Contains(p.Text, missing), "%s %d %s", p.Outcome, p.Status, p.Text)
 	}
 	out, err := r.command("gke-metadata-emulator", "doctor")
-	r.check("without the grants doctor fails, and says why", err != nil && strings.Contains(out, missing), "%v\n%s", err, out)
+	r.check("without the grants doctor fails, and says why",
+		err != nil && strings.Contains(out, missing), "%v\n%s", err, out)
 	r.do("give the grants", r.apply(r.ctx, manifest))
 	start, tries := time.Now(), 0
 	err = eventually(r.ctx, patience, "a pod is served", func() error {
@@ -125,8 +129,8 @@ func rbac(r *ring) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// restarts: nothing is lost while containerd and the product's processes are restarted and killed, but what the service had
-// accepted and not answered when it was killed.
+// restarts: nothing is lost while containerd and the product's processes are restarted and killed, but what the
+// service had accepted and not answered when it was killed.
 func restarts(r *ring) {
 	const ns, unit = "restarts", "gke-metadata-emulator"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -171,7 +175,8 @@ func apiKill(r *ring) {
 }
 
 func apiStop(r *ring) {
-	apiAway(r, "apistop", []string{"kill", "-s", "STOP", "node-controlplane"}, []string{"kill", "-s", "CONT", "node-controlplane"})
+	kill := func(signal string) []string { return []string{"kill", "-s", signal, "node-controlplane"} }
+	apiAway(r, "apistop", kill("STOP"), kill("CONT"))
 }
 
 func apiAway(r *ring, ns string, away, back []string) {
@@ -181,7 +186,8 @@ func apiAway(r *ring, ns string, away, back []string) {
 	const seconds = 10
 	r.batch(ns, ns+"-cached", 3, linked, nil, "-every", "250ms", "-n", "1000000")
 	r.batch(ns, ns+"-cached-host", 1, func(int) string { return linked(3) }, onHost, "-every", "250ms", "-n", "1000000")
-	r.batch(ns, ns+"-fresh", 1, func(int) string { return linked(4) }, nil, "-fresh", "-n", "1000000", "-every", "1s", "-timeout", "5s")
+	r.batch(ns, ns+"-fresh", 1, func(int) string { return linked(4) }, nil,
+		"-fresh", "-n", "1000000", "-every", "1s", "-timeout", "5s")
 	r.wait(ns+"-cached", 3*4, patience)
 	r.wait(ns+"-cached-host", 4, patience)
 	r.do(strings.Join(away, " "), r.systemctl(away...))

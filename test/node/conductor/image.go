@@ -35,11 +35,14 @@ func writeImage(file string) error {
 		return err
 	}
 	name := fmt.Sprintf("%x.json", sha256.Sum256(image))
-	manifest, err := json.Marshal([]any{map[string]any{"Config": name, "RepoTags": []string{podImage}, "Layers": []string{"layer.tar"}}})
+	manifest, err := json.Marshal([]any{
+		map[string]any{"Config": name, "RepoTags": []string{podImage}, "Layers": []string{"layer.tar"}},
+	})
 	if err != nil {
 		return err
 	}
-	all, err := archive(entry{name, image, 0o644}, entry{"layer.tar", layer, 0o644}, entry{"manifest.json", manifest, 0o644})
+	all, err := archive(
+		entry{name, image, 0o644}, entry{"layer.tar", layer, 0o644}, entry{"manifest.json", manifest, 0o644})
 	if err != nil {
 		return err
 	}
@@ -57,7 +60,8 @@ func archive(entries ...entry) ([]byte, error) {
 	w := tar.NewWriter(&b)
 	var errs []error
 	for _, e := range entries {
-		errs = append(errs, w.WriteHeader(&tar.Header{Name: e.name, Mode: e.mode, Size: int64(len(e.data)), Typeflag: tar.TypeReg}))
+		header := &tar.Header{Name: e.name, Mode: e.mode, Size: int64(len(e.data)), Typeflag: tar.TypeReg}
+		errs = append(errs, w.WriteHeader(header))
 		_, err := w.Write(e.data)
 		errs = append(errs, err)
 	}

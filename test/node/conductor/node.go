@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -31,12 +32,14 @@ func services(r *ring) {
 	service := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "backend"}, Spec: corev1.ServiceSpec{
 		Type: corev1.ServiceTypeNodePort, ClusterIP: "10.96.0.80", Selector: backend.Labels,
 		Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080), NodePort: 30080}}}}
-	r.do("make a Service", errors.Join(r.create(r.ctx, backend), r.Post(r.ctx, "/api/v1/namespaces/"+ns+"/services", service, nil)))
+	r.do("make a Service", errors.Join(r.create(r.ctx, backend),
+		r.Post(r.ctx, "/api/v1/namespaces/"+ns+"/services", service, nil)))
 	for _, mode := range []string{"nftables", "iptables"} {
 		r.do("kube-proxy's mode", r.proxyMode(mode))
 		nodePort := "http://" + nodeAddress + ":30080/"
 		for _, u := range []string{"http://10.96.0.80/", nodePort} {
-			r.must("kube-proxy "+mode+": "+u+" from the node", eventually(r.ctx, patience, "it answers", func() error { return getsBackend(u) }))
+			err := eventually(r.ctx, patience, "it answers", func() error { return getsBackend(u) })
+			r.must("kube-proxy "+mode+": "+u+" from the node", err)
 		}
 		out, err := r.command("ip", "netns", "exec", "lan", "/opt/node/asker", "get", nodePort)
 		r.check("kube-proxy "+mode+": "+nodePort+" from another host", err == nil && out == "backend", "%v %s", err, out)
@@ -81,7 +84,8 @@ func (r *ring) proxyMode(mode string) error {
 	}
 	err = r.systemctl("stop", "node-proxy")
 	_, cleanup := r.command("/opt/node/node", "kube-proxy", "--config="+file, "--cleanup")
-	return errors.Join(err, cleanup, os.WriteFile(file, []byte(strings.Join(lines, "\n")), 0o644), r.systemctl("start", "node-proxy"))
+	return errors.Join(err, cleanup, os.WriteFile(file, []byte(strings.Join(lines, "\n")), 0o644),
+		r.systemctl("start", "node-proxy"))
 }
 
 // nftables, ebpf: the other modes.
@@ -90,7 +94,8 @@ func nftables(r *ring) { liveMode(r, "nftables") }
 func ebpf(r *ring) {
 	const dropIn = "/etc/systemd/system/gke-metadata-emulator-routing.service.d/10-ebpf.conf"
 	_, err := r.command("install", "-D", "-m", "644", "/opt/node/routing-ebpf.conf", dropIn)
-	r.do("the drop-in of mode ebpf", errors.Join(err, r.systemctl("daemon-reload"), r.systemctl("restart", "gke-metadata-emulator-routing")))
+	r.do("the drop-in of mode ebpf", errors.Join(err, r.systemctl("daemon-reload"),
+		r.systemctl("restart", "gke-metadata-emulator-routing")))
 	liveMode(r, "ebpf")
 }
 
@@ -123,12 +128,13 @@ func rotation(r *ring) {
 		return
 	}
 	var now string
-	r.must("kubelet's certificate was replaced", eventually(r.ctx, 5*time.Minute, "kubelet has another", func() (err error) {
+	err := eventually(r.ctx, 5*time.Minute, "kubelet has another", func() (err error) {
 		if now, err = filepath.EvalSymlinks(kubeletCertificate); err == nil && now == r.certificate {
 			err = errors.New("it is still " + filepath.Base(now))
 		}
 		return err
-	}))
+	})
+	r.must("kubelet's certificate was replaced", err)
 	copied := func() error {
 		want, err := os.ReadFile(now)
 		if err != nil {
@@ -141,10 +147,13 @@ func rotation(r *ring) {
 		return err
 	}
 	r.must("the service has its copy", eventually(r.ctx, patience, "it has", copied))
-	r.batch(ns, "rotation", 6, func(i int) string { return []string{linked(i), plain(i)}[i%2] }, nil, "-fresh", "-n", "5", "-every", "200ms", "-hold")
+	r.batch(ns, "rotation", 6, func(i int) string { return []string{linked(i), plain(i)}[i%2] }, nil,
+		"-fresh", "-n", "5", "-every", "200ms", "-hold")
 	r.served("new tokens afterwards", "rotation", 30, patience)
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
+
+var ours = regexp.MustCompile(`(?i)169\.254\.169|gke[-_]metadata`)
 
 // purge: nothing of the package is left, and pods have nobody to ask.
 func purge(r *ring) {
@@ -166,7 +175,7 @@ func purge(r *ring) {
 		out, err := r.command(c.args[0], c.args[1:]...)
 		left := ""
 		for line := range strings.Lines(out) {
-			if l := strings.ToLower(line); strings.Contains(l, "169.254.169") || strings.Contains(l, "gke-metadata") || strings.Contains(l, "gke_metadata") {
+			if ours.MatchString(line) {
 				left += line
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,14 +18,40 @@ import (
 // patience bounds what takes a few seconds; the machine may be busy.
 const patience = 90 * time.Second
 
-// first: the pods that were there before kubelet: each has the first request of its life answered, on the host network too.
+// judged shows that a wrong token would be noticed: a pod that says that it is another ServiceAccount than it is must be
+// judged wrong, by each of the two things that a token tells. Its reports count for nothing else.
+func judged(r *ring) {
+	const ns = "judged"
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	for name, lie := range map[string]corev1.EnvVar{
+		"judged-account": {Name: "ACCOUNT", Value: plain(1)}, "judged-email": {Name: "EMAIL", Value: emailOf(ns, linked(1))},
+	} {
+		p := newPod(ns, name, linked(0), name)
+		env := p.Spec.Containers[0].Env
+		env[slices.IndexFunc(env, func(e corev1.EnvVar) bool { return e.Name == lie.Name })] = lie
+		r.do("make a pod", r.create(r.ctx, p))
+		for _, p := range r.wait(name, 1, patience) {
+			r.check("a token of another "+lie.Name+" is noticed", p.Outcome == report.Wrong, "%s: %s", p.Outcome, p.Whose)
+		}
+	}
+	r.reports = slices.DeleteFunc(r.reports, func(p report.Report) bool { return p.Namespace == ns })
+	r.do("remove the pods", r.empty(r.ctx, ns))
+}
+
+// first: the pods that were there before kubelet: each has the first request of its life answered.
 func first(r *ring) {
 	r.served("pods from the first moment on", "first", firstPods, patience)
-	r.served("pods on the host network right after boot", "first-host", firstPods, patience)
 	_, err := r.command("gke-metadata-emulator", "routing", "check")
 	r.must("the rules stand", err)
 	out, err := r.command("gke-metadata-emulator", "doctor")
 	r.check("doctor finds nothing wrong", err == nil, "%v\n%s", err, out)
+}
+
+// firstHost: the same on the host network: by then the service must know whether the node has a cloud's own server.
+func firstHost(r *ring) {
+	r.served("pods on the host network right after boot", "first-host", firstPods, patience)
 	r.do("remove the pods", r.empty(r.ctx, "first"))
 }
 
@@ -44,7 +71,9 @@ func kindsOf(ns string) (ks []kind) {
 		}
 		ks = append(ks, kind{p, tags})
 	}
-	little := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("20m"), corev1.ResourceMemory: resource.MustParse("32Mi")}
+	little := corev1.ResourceList{
+		corev1.ResourceCPU: resource.MustParse("20m"), corev1.ResourceMemory: resource.MustParse("32Mi"),
+	}
 	yes, no := true, false
 	always := corev1.ContainerRestartPolicyAlways
 	add("besteffort", linked(0), nil)
@@ -104,7 +133,8 @@ func kindsOf(ns string) (ks []kind) {
 	return ks
 }
 
-// kinds: a pod of each kind that kubelet knows gets its own token, also in its init containers, its preStop hook and while it ends.
+// kinds: a pod of each kind that kubelet knows gets its own token, also in its init containers, its preStop hook and
+// while it ends.
 func kinds(r *ring) { liveKinds(r, "kinds") }
 
 func liveKinds(r *ring, ns string) {
@@ -152,8 +182,9 @@ func static(r *ring, ns string) {
 }
 
 // batch makes n pods at once.
-func (r *ring) batch(ns, prefix string, n int, account func(int) string, change func(*corev1.Pod), flags ...string) []*corev1.Pod {
-	var pods []*corev1.Pod
+func (r *ring) batch(
+	ns, prefix string, n int, account func(int) string, change func(*corev1.Pod), flags ...string,
+) (pods []*corev1.Pod) {
 	for i := range n {
 		p := newPod(ns, fmt.Sprintf("%s-%d", prefix, i), account(i), prefix, flags...)
 		if change != nil {
@@ -180,7 +211,10 @@ func liveStarts(r *ring, ns string, n int) {
 		n       int
 		account func(int) string
 		change  func(*corev1.Pod)
-	}{{"linked", n, linked, nil}, {"unlinked", 12, plain, nil}, {"host", 12, func(i int) string { return plain(i + 12) }, onHost}} {
+	}{
+		{"linked", n, linked, nil}, {"unlinked", 12, plain, nil},
+		{"host", 12, func(i int) string { return plain(i + 12) }, onHost},
+	} {
 		tag := ns + "-" + s.name
 		r.batch(ns, tag, s.n, s.account, s.change, "-hold")
 		r.served(fmt.Sprintf("%d cold starts, %s", s.n, s.name), tag, s.n, patience)
@@ -188,8 +222,8 @@ func liveStarts(r *ring, ns string, n int) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// roll: a ServiceAccount is linked to another Google service account, and its pods are replaced while the old ones still run:
-// the new ones have the new identity at their first request.
+// roll: a ServiceAccount is linked to another Google service account, and its pods are replaced while the old ones still
+// run: the new ones have the new identity at their first request.
 func roll(r *ring) {
 	const ns, n = "roll", 20
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -220,6 +254,7 @@ func roll(r *ring) {
 			old++
 		}
 	}
-	r.allOK(fmt.Sprintf("annotate and roll: the new identity at the first request (%d have the old one)", old), r.of("roll-new"))
+	r.allOK(fmt.Sprintf("annotate and roll: the new identity at the first request (%d have the old one)", old),
+		r.of("roll-new"))
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }

@@ -62,7 +62,8 @@ func allow(ctx context.Context, namespace, account, email string) error {
 
 // namespace makes one with its ServiceAccounts.
 func (c cluster) namespace(ctx context.Context, name string) error {
-	if err := c.Post(ctx, "/api/v1/namespaces", &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, nil); err != nil {
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	if err := c.Post(ctx, "/api/v1/namespaces", ns, nil); err != nil {
 		return err
 	}
 	names := []string{"default"}
@@ -99,7 +100,8 @@ func container(name string, pod *corev1.Pod, tag string, flags ...string) corev1
 		Command: append([]string{"/asker", "ask", "-tag", tag}, flags...),
 		Env: []corev1.EnvVar{
 			{Name: "NAMESPACE", ValueFrom: field("metadata.namespace")}, {Name: "POD", ValueFrom: field("metadata.name")},
-			{Name: "ACCOUNT", Value: account}, {Name: "EMAIL", Value: emailOf(pod.Namespace, account)}, {Name: "WORLD", Value: worldURL},
+			{Name: "ACCOUNT", Value: account}, {Name: "EMAIL", Value: emailOf(pod.Namespace, account)},
+			{Name: "WORLD", Value: worldURL},
 		}}
 }
 
