@@ -16,7 +16,7 @@ ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 
-.PHONY: all help build install packages release repo deps demo check golden test test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
+.PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
@@ -25,7 +25,7 @@ help: ## this list
 
 build: bin/gke-metadata-emulator ## the binary, bin/gke-metadata-emulator
 
-.PHONY: bin/gke-metadata-emulator bin/demo bin/bed
+.PHONY: bin/gke-metadata-emulator bin/demo bin/bed bin/deb
 bin/gke-metadata-emulator:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/gke-metadata-emulator
 
@@ -39,6 +39,10 @@ bin/bed: # two releases of the deb, to upgrade and downgrade
 	FORMATS=deb VERSION=v1.0.0 packaging/build $@/new $(shell $(GO) env GOARCH)
 	for v in old new; do mv $@/$$v/*.deb $@/$$v.deb || exit; done
 	rm -rf $@/tree $@/old $@/new
+
+bin/deb: # the deb alone
+	@rm -rf $@
+	FORMATS=deb VERSION=v1.0.0 packaging/build $@ $(shell $(GO) env GOARCH)
 
 install: build ## the files of the packages, below DESTDIR; enables and starts nothing
 	install -D -m 755 bin/gke-metadata-emulator $(DESTDIR)/usr/bin/gke-metadata-emulator
@@ -90,6 +94,12 @@ golden: ## write anew what the code makes: documents, manual pages, reference co
 test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" \
 		$(GO) run ./.ci/progress $(GO) test -json -race -count=1 -timeout 20m $(SIDE_BY_SIDE) $(AS_ROOT) ./...
+
+test-kube: ## the stand-in for the API server, and each line of the shipped RBAC, against a real etcd and kube-apiserver
+	@GO="$(GO)" CI="$(CI)" test/kube/run
+
+test-node: deps bin/deb ## the deb on a real Kubernetes node that is booted for it: kubelet, containerd, kube-proxy; NODE_PARTS="first kinds" for some of it
+	@$(SUDO) env PATH="$(PATH)" GO="$(GO)" NODE_PARTS="$(NODE_PARTS)" NODE_IPTABLES="$(NODE_IPTABLES)" CI="$(CI)" test/node/run
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run

@@ -81,7 +81,7 @@ func TestRecipesWithoutArguments(t *testing.T) {
 	for script, want := range map[string]string{
 		"recipes/provision.sh": "PACKAGE [CONFIG]", "recipes/sysext": "DEB OUT", "./build": "OUT ARCH",
 		"./repo":     "PACKAGES OUT",
-		"bed/rootfs": "DIR [recipes|vm]", "bed/older": "DIR",
+		"bed/rootfs": "DIR [recipes|vm]", "bed/older": "DIR", "bed/scratch": "PID",
 	} {
 		out, err := exec.CommandContext(t.Context(), script).CombinedOutput()
 		var exit *exec.ExitError

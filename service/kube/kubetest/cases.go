@@ -11,6 +11,9 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 //go:embed testdata/answers.txt
@@ -20,7 +23,8 @@ var answers string
 const CaseAudience = "//iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/pool/providers/prov"
 
 // Case is one question and its answer, as the real server gave it. The same cases run against this
-// server and against the real one: that is what entitles tests to believe this one.
+// server and, by `make test-kube`, against the real one: that is what entitles tests to believe
+// this one.
 type Case struct {
 	Identity  string // node, node+audience (with the grant of N-05 for X), dedicated
 	Ask, Want string
@@ -45,8 +49,8 @@ func Cases() []Case {
 // Populate makes the world that the cases speak of, with node1's kubelet and the dedicated
 // identity's token.
 func (s *Server) Populate(dedicatedToken string) error {
-	for _, sa := range []string{"default", "ksa", "ksa-node2", "ksa-unused", "ksa-node1b"} {
-		s.SetServiceAccount("ns1", sa, map[string]string{"iam.gke.io/gcp-service-account": sa + "@p.iam.gserviceaccount.com"})
+	for _, sa := range CaseServiceAccounts() {
+		s.SetServiceAccount(sa.Namespace, sa.Name, sa.Annotations)
 	}
 	for _, p := range CasePods() {
 		s.SetPod(p)
@@ -54,6 +58,16 @@ func (s *Server) Populate(dedicatedToken string) error {
 	s.AddUser("gke-metadata-emulator", dedicatedToken)
 	_, err := s.NodeCert("node1")
 	return err
+}
+
+// CaseServiceAccounts are the ServiceAccounts of that world.
+func CaseServiceAccounts() []*corev1.ServiceAccount {
+	var sas []*corev1.ServiceAccount
+	for _, name := range []string{"default", "ksa", "ksa-node2", "ksa-unused", "ksa-node1b"} {
+		sas = append(sas, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns1", Name: name,
+			Annotations: map[string]string{"iam.gke.io/gcp-service-account": name + "@p.iam.gserviceaccount.com"}}})
+	}
+	return sas
 }
 
 // CasePods are the pods of that world.

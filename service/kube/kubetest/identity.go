@@ -51,13 +51,16 @@ func (s *Server) authenticate(r *http.Request) (user, bool) {
 }
 
 // AddUser makes a dedicated identity with a bearer token and the rules of the RBAC manifest for it:
-// pods list and watch, serviceaccounts get, serviceaccounts/token create.
+// pods list and watch, serviceaccounts get and watch, serviceaccounts/token create.
+// `make test-kube` holds it against the manifest.
 func (s *Server) AddUser(name, token string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.users[token] = user{name, []string{"system:authenticated"}}
-	for _, g := range []grant{{"list", "pods", ""}, {"watch", "pods", ""}, {"get", "serviceaccounts", ""},
-		{"create", "serviceaccounts/token", ""}} {
+	for _, g := range []grant{
+		{"list", "pods", ""}, {"watch", "pods", ""},
+		{"get", "serviceaccounts", ""}, {"watch", "serviceaccounts", ""}, {"create", "serviceaccounts/token", ""},
+	} {
 		s.rbac.allow(name, g)
 	}
 }

@@ -207,11 +207,11 @@ type Pod struct {
 	Audiences       []string // of projected ServiceAccount tokens in its spec
 }
 
-// SetPod creates or changes a pod and returns its UID.
-func (s *Server) SetPod(p Pod) string {
+// Object returns the pod as the API server has it.
+func (p Pod) Object(now time.Time) *corev1.Pod {
 	o := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID),
-			CreationTimestamp: metav1.NewTime(s.now().Truncate(time.Second))},
+			CreationTimestamp: metav1.NewTime(now.Truncate(time.Second))},
 		Spec: corev1.PodSpec{NodeName: p.Node, ServiceAccountName: p.ServiceAccount, HostNetwork: p.HostNetwork,
 			Containers: []corev1.Container{{Name: "c", Image: "x"}}},
 		Status: corev1.PodStatus{Phase: corev1.PodPhase(cmp.Or(p.Phase, "Running"))},
@@ -229,7 +229,7 @@ func (s *Server) SetPod(p Pod) string {
 		o.Status.PodIPs = append(o.Status.PodIPs, corev1.PodIP{IP: a})
 	}
 	if p.Terminating {
-		t := metav1.NewTime(s.now().Truncate(time.Second))
+		t := metav1.NewTime(now.Truncate(time.Second))
 		o.DeletionTimestamp = &t
 	}
 	state := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
@@ -242,6 +242,12 @@ func (s *Server) SetPod(p Pod) string {
 			VolumeSource: corev1.VolumeSource{
 				Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: a, Path: "t"}}}}}})
 	}
+	return o
+}
+
+// SetPod creates or changes a pod and returns its UID.
+func (s *Server) SetPod(p Pod) string {
+	o := p.Object(s.now())
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if p.Node != "" {

@@ -1,0 +1,214 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/node/report"
+)
+
+func writeJSON(file string, o any) error {
+	b, err := json.Marshal(o)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, b, 0o644)
+}
+
+// fewAddresses leaves pods 16 addresses, from first on, until the returned function is called.
+func (r *ring) fewAddresses(first int) (undo func()) {
+	before, err := os.ReadFile(cni)
+	r.do("read the network's configuration", err)
+	const subnet = `"subnet": "10.88.0.0/24"`
+	ranged := fmt.Sprintf(`%s, "rangeStart": "10.88.0.%d", "rangeEnd": "10.88.0.%d"`, subnet, first, first+15)
+	few := strings.Replace(string(before), subnet, ranged, 1)
+	if few == string(before) {
+		r.check("16 addresses", false, "%s does not hold %s", cni, subnet)
+	}
+	r.do("16 addresses", os.WriteFile(cni, []byte(few), 0o644))
+	return func() { r.do("all addresses", os.WriteFile(cni, before, 0o644)) }
+}
+
+// churn: 104 pods on 16 addresses, deleted gracefully and by force; the next eight start while the last eight end.
+func churn(r *ring) { liveChurn(r, "churn", 8, 5) }
+
+func liveChurn(r *ring, ns string, graceful, forced int) {
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	defer r.fewAddresses(200)()
+	const n, requests = 8, 5
+	var all []report.Report
+	for b := range graceful + forced {
+		tag := fmt.Sprintf("%s-%d", ns, b)
+		account := func(i int) string {
+			if i%5 == 4 {
+				return plain(b*n + i)
+			}
+			return linked((b*n + i) * 7)
+		}
+		pods := r.batch(ns, tag, n, account, nil, "-n", fmt.Sprint(requests), "-every", "100ms", "-hold")
+		all = append(all, r.wait(tag, n*requests, patience)...)
+		r.do("remove pods", r.remove(r.ctx, b >= graceful, pods...))
+	}
+	r.allOK(fmt.Sprintf("%d pods on 16 addresses, %d of them removed by force", (graceful+forced)*n, forced*n), all)
+	r.shared("pods", all)
+	r.do("the last pods end", r.gone(r.ctx, ns)) // with their addresses
+}
+
+// shared: the addresses did have several owners, else the part shows nothing.
+func (r *ring) shared(what string, ps []report.Report) {
+	owners := map[string]map[string]bool{}
+	most := 0
+	for _, p := range ps {
+		if owners[p.Address] == nil {
+			owners[p.Address] = map[string]bool{}
+		}
+		owners[p.Address][p.Pod] = true
+		most = max(most, len(owners[p.Address]))
+	}
+	r.check(fmt.Sprintf("%s had %d addresses, up to %d owners each", what, len(owners), most),
+		len(owners) <= 16 && most > 1, "too many, or never reused")
+}
+
+// completed: pods that ended stay, with their address in their status, and others get the same address.
+func completed(r *ring) {
+	const ns, n, batches = "completed", 8, 5
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	defer r.fewAddresses(220)()
+	var all []report.Report
+	for b := range batches {
+		tag := fmt.Sprintf("%s-%d", ns, b)
+		r.batch(ns, tag, n, func(i int) string { return linked((b*n + i) * 7) }, nil, "-n", "2", "-every", "100ms")
+		all = append(all, r.wait(tag, 2*n, patience)...)
+	}
+	r.allOK(fmt.Sprintf("%d pods that complete", batches*n), all)
+	r.shared("pods that completed", all)
+	r.do("remove the pods", r.empty(r.ctx, ns))
+}
+
+// rbac: without the shipped grants no pod gets a token, and the pod and doctor learn what is missing. With them pods
+// are served.
+func rbac(r *ring) {
+	const ns, missing = "rbac", "request-serviceaccounts-token-audience"
+	manifest, err := shippedRBAC()
+	if !r.do("namespace", errors.Join(err, r.namespace(r.ctx, ns))) {
+		return
+	}
+	r.do("take the grants away", r.unapply(r.ctx, manifest))
+	r.batch(ns, "rbac-without", 2, linked, nil, "-hold")
+	for _, p := range r.wait("rbac-without", 2, patience) {
+		r.check("without the grants a pod is refused, and learns why",
+			p.Outcome == report.Refused && strings.Contains(p.Text, missing), "%s %d %s", p.Outcome, p.Status, p.Text)
+	}
+	out, err := r.command("gke-metadata-emulator", "doctor")
+	r.check("without the grants doctor fails, and says why",
+		err != nil && strings.Contains(out, missing), "%v\n%s", err, out)
+	r.do("give the grants", r.apply(r.ctx, manifest))
+	start, tries := time.Now(), 0
+	err = eventually(r.ctx, patience, "a pod is served", func() error {
+		tries++
+		tag := fmt.Sprintf("rbac-with-%d", tries)
+		r.batch(ns, tag, 1, func(int) string { return linked(0) }, nil)
+		for _, p := range r.wait(tag, 1, patience) {
+			if p.Outcome != report.OK {
+				return fmt.Errorf("%s %d %s", p.Outcome, p.Status, p.Text)
+			}
+		}
+		return nil
+	})
+	r.must(fmt.Sprintf("with the grants pods are served: after %s", time.Since(start).Round(time.Second)), err)
+	r.do("remove the pods", r.empty(r.ctx, ns))
+}
+
+// restarts: nothing is lost while containerd and the product's processes are restarted and killed, but what the
+// service had accepted and not answered when it was killed.
+func restarts(r *ring) {
+	const ns, unit = "restarts", "gke-metadata-emulator"
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	flags := []string{"-n", "1000000", "-every", "50ms"}
+	r.batch(ns, "restarts-bridge", 4, linked, nil, flags...)
+	r.batch(ns, "restarts-host", 2, func(i int) string { return linked(i + 4) }, onHost, flags...)
+	r.wait("restarts-bridge", 4*10, patience)
+	r.wait("restarts-host", 2*10, patience)
+	kill := []string{"kill", "-s", "KILL", unit}
+	var killed time.Time
+	for i, args := range [][]string{
+		{"restart", "containerd"}, {"restart", unit}, kill, {"restart", unit + "-attest"},
+		{"kill", "-s", "KILL", unit + "-attest"}, {"restart", unit + "-routing"}, {"reload", unit},
+	} {
+		if slices.Equal(args, kill) {
+			killed = time.Now()
+		}
+		r.do(strings.Join(args, " "), r.systemctl(args...))
+		tag := fmt.Sprintf("restarts-new-%d", i)
+		r.batch(ns, tag, 2, func(j int) string { return linked(10 + i*2 + j) }, nil, "-n", "3", "-every", "100ms")
+		r.served("new pods after "+strings.Join(args, " "), tag, 6, patience)
+	}
+	r.do("remove the pods", r.empty(r.ctx, ns))
+	r.do("the pods end", r.gone(r.ctx, ns))
+	for _, where := range []string{"bridge", "host"} {
+		ps := r.of("restarts-" + where)
+		n := len(ps)
+		ps = slices.DeleteFunc(ps, func(p report.Report) bool {
+			end := p.At.Add(p.Took)
+			cut := strings.Contains(p.Text, "connection reset by peer") || strings.Contains(p.Text, "EOF")
+			return p.Outcome == report.Lost && cut && end.After(killed) && end.Before(killed.Add(time.Second))
+		})
+		r.allOK(fmt.Sprintf("pods on the %s network, every 50 ms (%d requests were cut by the kill)", where, n-len(ps)), ps)
+	}
+}
+
+// apiKill, apiStop: the API server is away, or hangs. Pods whose token is cached do not notice.
+func apiKill(r *ring) {
+	apiAway(r, "apikill", []string{"stop", "node-controlplane"}, []string{"start", "node-controlplane"})
+}
+
+func apiStop(r *ring) {
+	kill := func(signal string) []string { return []string{"kill", "-s", signal, "node-controlplane"} }
+	apiAway(r, "apistop", kill("STOP"), kill("CONT"))
+}
+
+func apiAway(r *ring, ns string, away, back []string) {
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	const seconds = 10
+	r.batch(ns, ns+"-cached", 3, linked, nil, "-every", "250ms", "-n", "1000000")
+	r.batch(ns, ns+"-cached-host", 1, func(int) string { return linked(3) }, onHost, "-every", "250ms", "-n", "1000000")
+	r.batch(ns, ns+"-fresh", 1, func(int) string { return linked(4) }, nil,
+		"-fresh", "-n", "1000000", "-every", "1s", "-timeout", "5s")
+	r.wait(ns+"-cached", 3*4, patience)
+	r.wait(ns+"-cached-host", 4, patience)
+	r.do(strings.Join(away, " "), r.systemctl(away...))
+	before := len(r.of(ns + "-cached"))
+	r.wait(ns+"-cached", before+3*4*seconds, patience) // this is how long it is away
+	r.do(strings.Join(back, " "), r.systemctl(back...))
+	r.must("the API server is back", eventually(r.ctx, patience, "it is", func() error {
+		return r.Call(r.ctx, http.MethodGet, "/readyz", "text/plain", nil, nil)
+	}))
+	r.batch(ns, ns+"-new", 5, func(i int) string { return linked(10 + i) }, nil, "-hold")
+	r.served("pods made as soon as it is back", ns+"-new", 5, patience)
+	r.do("remove the pods", r.empty(r.ctx, ns))
+	r.do("the pods end", r.gone(r.ctx, ns))
+	r.allOK("cached, on the pod network", r.of(ns+"-cached"))
+	r.allOK("cached, on the host network", r.of(ns+"-cached-host"))
+	fresh := r.of(ns + "-fresh")
+	ok := 0
+	for _, p := range fresh {
+		if p.Outcome == report.OK {
+			ok++
+		}
+	}
+	fmt.Printf("      not cached meanwhile: %d of %d served\n", ok, len(fresh))
+}

@@ -1,0 +1,54 @@
+// Command conductor runs the node ring inside the machine that test/node/run boots.
+//
+//	conductor image FILE      writes the image of the pods, from asker beside this program; runs anywhere
+//	conductor world           Google, and where pods report to; from boot to the end
+//	conductor join            lets kubelet join, and makes the pods that are there from the first moment
+//	conductor run PART...     lives through the parts; exit status 0 when all is as it has to be
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// The machine: see test/node/tree.
+const (
+	nodeAddress = "192.0.2.10"
+	worldURL    = "http://" + nodeAddress + ":9999"
+	googleAddr  = "127.0.0.1:8443"
+	googleCA    = "/etc/node-google-ca.pem"
+	serverURL   = "https://" + nodeAddress + ":6443"
+	clusterDir  = "/var/lib/controlplane"
+	worldDir    = "/var/lib/world"
+	config      = "/etc/gke-metadata-emulator/config.yaml"
+	cni         = "/etc/cni/net.d/10-pods.conflist"
+	podImage    = "node.test/asker:1"
+	provider    = "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
+	audience    = "//iam.googleapis.com/" + provider
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var err error
+	switch args := append(os.Args[1:], "", ""); args[0] {
+	case "image":
+		err = writeImage(args[1])
+	case "world":
+		err = world(ctx)
+	case "join":
+		err = join(ctx)
+	case "run":
+		err = run(ctx, os.Args[2:])
+	default:
+		err = errors.New("usage: conductor image FILE, world, join, or run and parts")
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "conductor:", err)
+		os.Exit(1)
+	}
+}

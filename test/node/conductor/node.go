@@ -1,0 +1,192 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/node/report"
+)
+
+// services: kube-proxy's rules and ours stand beside each other, in both of its modes.
+func services(r *ring) {
+	const ns = "services"
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	backend := newPod(ns, "backend", linked(0), "services-backend")
+	backend.Labels = map[string]string{"app": "backend"}
+	backend.Spec.Containers[0].Command = []string{"/asker", "serve", ":8080"}
+	service := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "backend"}, Spec: corev1.ServiceSpec{
+		Type: corev1.ServiceTypeNodePort, ClusterIP: "10.96.0.80", Selector: backend.Labels,
+		Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080), NodePort: 30080}}}}
+	r.do("make a Service", errors.Join(r.create(r.ctx, backend),
+		r.Post(r.ctx, "/api/v1/namespaces/"+ns+"/services", service, nil)))
+	for _, mode := range []string{"nftables", "iptables"} {
+		r.do("kube-proxy's mode", r.proxyMode(mode))
+		nodePort := "http://" + nodeAddress + ":30080/"
+		for _, u := range []string{"http://10.96.0.80/", nodePort} {
+			err := eventually(r.ctx, patience, "it answers", func() error { return getsBackend(u) })
+			r.must("kube-proxy "+mode+": "+u+" from the node", err)
+		}
+		out, err := r.command("ip", "netns", "exec", "lan", "/opt/node/asker", "get", nodePort)
+		r.check("kube-proxy "+mode+": "+nodePort+" from another host", err == nil && out == "backend", "%v %s", err, out)
+		tag := "services-" + mode
+		r.batch(ns, tag, 3, func(i int) string { return linked(i + 1) }, nil, "-hold")
+		r.batch(ns, tag+"-host", 2, func(i int) string { return linked(i + 4) }, onHost, "-hold")
+		r.served("pods", tag, 3, patience)
+		r.served("pods on the host network", tag+"-host", 2, patience)
+		_, err = r.command("gke-metadata-emulator", "routing", "check")
+		r.must("kube-proxy "+mode+": our rules stand", err)
+	}
+	r.do("remove the pods", r.empty(r.ctx, ns))
+}
+
+func getsBackend(url string) error {
+	resp, err := (&http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}).Get(url)
+	if err != nil {
+		return err
+	}
+	b, err := io.ReadAll(resp.Body)
+	if err := errors.Join(err, resp.Body.Close()); err != nil {
+		return err
+	}
+	if string(b) != "backend" {
+		return fmt.Errorf("%q answers", b)
+	}
+	return nil
+}
+
+// proxyMode starts kube-proxy anew, after it took away the rules of its other mode.
+func (r *ring) proxyMode(mode string) error {
+	const file = "/etc/kubernetes/proxy.yaml"
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	lines := strings.Split(string(b), "\n")
+	for i, l := range lines {
+		if strings.HasPrefix(l, "mode: ") {
+			lines[i] = "mode: " + mode
+		}
+	}
+	err = r.systemctl("stop", "node-proxy")
+	_, cleanup := r.command("/opt/node/node", "kube-proxy", "--config="+file, "--cleanup")
+	return errors.Join(err, cleanup, os.WriteFile(file, []byte(strings.Join(lines, "\n")), 0o644),
+		r.systemctl("start", "node-proxy"))
+}
+
+// nftables, ebpf: the other modes.
+func nftables(r *ring) { liveMode(r, "nftables") }
+
+func ebpf(r *ring) {
+	const dropIn = "/etc/systemd/system/gke-metadata-emulator-routing.service.d/10-ebpf.conf"
+	_, err := r.command("install", "-D", "-m", "644", "/opt/node/routing-ebpf.conf", dropIn)
+	r.do("the drop-in of mode ebpf", errors.Join(err, r.systemctl("daemon-reload"),
+		r.systemctl("restart", "gke-metadata-emulator-routing")))
+	liveMode(r, "ebpf")
+}
+
+func liveMode(r *ring, mode string) {
+	before, err := os.ReadFile(config)
+	r.do("read the configuration", err)
+	set := func(text string) error {
+		return errors.Join(os.WriteFile(config, []byte(text), 0o644), r.systemctl("reload", "gke-metadata-emulator"))
+	}
+	stands := func() error {
+		_, err := r.command("gke-metadata-emulator", "routing", "check")
+		return err
+	}
+	r.do("set the mode", set(string(before)+"routing: {mode: "+mode+"}\n"))
+	if r.must("mode "+mode+" stands", eventually(r.ctx, patience, "it does", stands)) {
+		liveKinds(r, mode+"-kinds")
+		liveStarts(r, mode+"-starts", 12)
+		liveChurn(r, mode+"-churn", 2, 2)
+	}
+	r.do("set the mode back", set(string(before)))
+	r.must("the mode before stands again", eventually(r.ctx, patience, "it does", stands))
+}
+
+const kubeletCertificate = "/var/lib/kubelet/pki/kubelet-client-current.pem"
+
+// rotation: kubelet's certificate was replaced since the run began, and the API server gives tokens for the new one.
+func rotation(r *ring) {
+	const ns = "rotation"
+	if !r.do("namespace", r.namespace(r.ctx, ns)) {
+		return
+	}
+	var now string
+	err := eventually(r.ctx, 5*time.Minute, "kubelet has another", func() (err error) {
+		if now, err = filepath.EvalSymlinks(kubeletCertificate); err == nil && now == r.certificate {
+			err = errors.New("it is still " + filepath.Base(now))
+		}
+		return err
+	})
+	r.must("kubelet's certificate was replaced", err)
+	copied := func() error {
+		want, err := os.ReadFile(now)
+		if err != nil {
+			return err
+		}
+		have, err := os.ReadFile("/run/gke-metadata-emulator/credential/kubeconfig")
+		if err == nil && !bytes.Contains(have, []byte(base64.StdEncoding.EncodeToString(want))) {
+			err = errors.New("the service's copy has another certificate")
+		}
+		return err
+	}
+	r.must("the service has its copy", eventually(r.ctx, patience, "it has", copied))
+	r.batch(ns, "rotation", 6, func(i int) string { return []string{linked(i), plain(i)}[i%2] }, nil,
+		"-fresh", "-n", "5", "-every", "200ms", "-hold")
+	r.served("new tokens afterwards", "rotation", 30, patience)
+	r.do("remove the pods", r.empty(r.ctx, ns))
+}
+
+var ours = regexp.MustCompile(`(?i)169\.254\.169|gke[-_]metadata`)
+
+// purge: nothing of the package is left, and pods have nobody to ask.
+func purge(r *ring) {
+	const name = "gke-metadata-emulator"
+	if !r.do("namespace", r.namespace(r.ctx, "purge")) {
+		return
+	}
+	_, err := r.command("dpkg", "--purge", name)
+	r.must("dpkg --purge", err)
+	for _, c := range []struct {
+		what string
+		args []string
+	}{
+		{"a rule of iptables", []string{"iptables-save"}}, {"a rule of ip6tables", []string{"ip6tables-save"}},
+		{"a table of nftables", []string{"nft", "list", "ruleset"}}, {"a policy rule", []string{"ip", "rule"}},
+		{"an address", []string{"ip", "address"}}, {"a unit", []string{"systemctl", "list-unit-files", "--no-legend"}},
+		{"a user", []string{"getent", "passwd"}},
+	} {
+		out, err := r.command(c.args[0], c.args[1:]...)
+		left := ""
+		for line := range strings.Lines(out) {
+			if ours.MatchString(line) {
+				left += line
+			}
+		}
+		r.check("not left: "+c.what, err == nil && left == "", "%v\n%s", err, left)
+	}
+	for _, dir := range []string{"/etc", "/run", "/var/lib", "/sys/fs/bpf"} {
+		_, err := os.Stat(filepath.Join(dir, name))
+		r.check("not left: "+filepath.Join(dir, name), errors.Is(err, os.ErrNotExist), "%v", err)
+	}
+	r.batch("purge", "purge", 1, linked, nil, "-timeout", "3s")
+	for _, p := range r.wait("purge", 1, patience) {
+		r.check("nobody answers pods", p.Outcome == report.Lost, "%s %d %s", p.Outcome, p.Status, p.Text)
+	}
+}

@@ -1,0 +1,265 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/node/report"
+)
+
+// ring is one run: what was reported so far, and what came of the parts.
+type ring struct {
+	cluster
+	ctx            context.Context
+	file           *os.File
+	partial        []byte
+	reports        []report.Report
+	certificate    string // kubelet's when the run began
+	passed, failed int
+}
+
+// tally is what came of a part, or of the run.
+type tally struct {
+	passed, failed int
+	outcomes       map[report.Outcome]int
+}
+
+// since returns what came after the first n reports and the checks of an earlier tally.
+func (r *ring) since(before tally, n int) tally {
+	t := tally{r.passed - before.passed, r.failed - before.failed, map[report.Outcome]int{}}
+	for _, p := range r.reports[n:] {
+		t.outcomes[p.Outcome]++
+	}
+	return t
+}
+
+func (t tally) String() string {
+	answers := 0
+	for _, n := range t.outcomes {
+		answers += n
+	}
+	return fmt.Sprintf("%d checks passed, %d failed; %d requests: %d ok, %d wrong, %d refused, %d lost",
+		t.passed, t.failed, answers,
+		t.outcomes[report.OK], t.outcomes[report.Wrong], t.outcomes[report.Refused], t.outcomes[report.Lost])
+}
+
+type part struct {
+	name  string
+	live  func(*ring)
+	unmet string // what the product does not do yet: the part is run only by name
+}
+
+// parts in the order in which they are lived through.
+var parts = []part{
+	{name: "first", live: first},
+	{name: "firsthost", live: firstHost,
+		unmet: "on the host network nothing is answered until it is known that there is no cloud"},
+	{name: "kinds", live: kinds},
+	{name: "starts", live: starts},
+	{name: "roll", live: roll},
+	{name: "churn", live: churn},
+	{name: "completed", live: completed},
+	{name: "rbac", live: rbac},
+	{name: "restarts", live: restarts},
+	{name: "apikill", live: apiKill},
+	{name: "apistop", live: apiStop},
+	{name: "services", live: services},
+	{name: "nftables", live: nftables},
+	{name: "ebpf", live: ebpf},
+	{name: "rotation", live: rotation},
+	{name: "purge", live: purge},
+}
+
+func run(ctx context.Context, names []string) error {
+	for _, n := range names {
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == n }) {
+			return fmt.Errorf("there is no part %s", n)
+		}
+	}
+	c, err := newCluster()
+	if err != nil {
+		return err
+	}
+	r := &ring{cluster: c, ctx: ctx}
+	if r.file, err = os.Open(reportsFile); err != nil {
+		return err
+	}
+	if err := eventually(ctx, time.Minute, "kubelet joins", func() (err error) {
+		r.certificate, err = filepath.EvalSymlinks(kubeletCertificate)
+		return err
+	}); err != nil {
+		return err
+	}
+	begin := time.Now()
+	judged(r)
+	counted := 0 // reports
+	for _, p := range parts {
+		if len(names) > 0 && !slices.Contains(names, p.name) {
+			continue
+		}
+		if len(names) == 0 && p.unmet != "" {
+			fmt.Printf("== %s: NOT RUN: %s: NODE_PARTS=%s runs it\n", p.name, p.unmet, p.name)
+			continue
+		}
+		fmt.Printf("== %s\n", p.name)
+		start, before := time.Now(), r.since(tally{}, 0)
+		p.live(r)
+		r.read()
+		fmt.Printf("== %s: %s; %s\n", p.name, r.since(before, counted), time.Since(start).Round(time.Second))
+		counted = len(r.reports)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	r.read()
+	wrong := 0
+	for _, p := range r.reports {
+		if p.Outcome == report.Wrong {
+			fmt.Printf("WRONG %+v\n", p)
+			wrong++
+		}
+	}
+	r.check("no token was somebody else's", wrong == 0, "%d were", wrong)
+	fmt.Printf("test-node: %s; %s\n", r.since(tally{}, 0), time.Since(begin).Round(time.Second))
+	if r.failed > 0 {
+		return errors.New("some of it is not as it has to be")
+	}
+	return nil
+}
+
+// check says what came of one thing.
+func (r *ring) check(what string, ok bool, otherwise string, args ...any) bool {
+	if ok {
+		fmt.Println("ok   ", what)
+		r.passed++
+	} else {
+		fmt.Printf("FAIL  %s: %s\n", what, strings.TrimSpace(fmt.Sprintf(otherwise, args...)))
+		r.failed++
+	}
+	return ok
+}
+
+func (r *ring) must(what string, err error) bool { return r.check(what, err == nil, "%v", err) }
+
+// do is for steps that are no result of their own: it says only what went wrong.
+func (r *ring) do(what string, err error) bool {
+	return err == nil || r.check(what, false, "%v", err)
+}
+
+// read takes in what was reported since.
+func (r *ring) read() {
+	b, err := io.ReadAll(r.file)
+	if err != nil {
+		r.do("read the reports", err)
+		return
+	}
+	r.partial = append(r.partial, b...)
+	for {
+		line, rest, whole := bytes.Cut(r.partial, []byte{'\n'})
+		if !whole {
+			return
+		}
+		var p report.Report
+		if err := json.Unmarshal(line, &p); err != nil {
+			r.do("read a report", err)
+		}
+		r.reports, r.partial = append(r.reports, p), rest
+	}
+}
+
+// of returns the reports with the tag.
+func (r *ring) of(tag string) (ps []report.Report) {
+	r.read()
+	for _, p := range r.reports {
+		if p.Tag == tag {
+			ps = append(ps, p)
+		}
+	}
+	return ps
+}
+
+// wait waits until n reports have the tag, and returns them.
+func (r *ring) wait(tag string, n int, patience time.Duration) []report.Report {
+	err := eventually(r.ctx, patience, tag, func() error {
+		if got := len(r.of(tag)); got < n {
+			return fmt.Errorf("%d of %d reports", got, n)
+		}
+		return nil
+	})
+	r.do("reports", err)
+	return r.of(tag)
+}
+
+// served checks that n requests or more were reported and all were answered with the pod's own token.
+func (r *ring) served(what, tag string, n int, patience time.Duration) {
+	r.allOK(what, r.wait(tag, n, patience))
+}
+
+func (r *ring) allOK(what string, ps []report.Report) {
+	bad := slices.DeleteFunc(slices.Clone(ps), func(p report.Report) bool { return p.Outcome == report.OK })
+	text := ""
+	for _, p := range bad[:min(len(bad), 3)] {
+		text += fmt.Sprintf("\n      %s %s/%s request %d from %s: %s %d after %s: %.300s",
+			p.At.Format("15:04:05.000"), p.Namespace, p.Pod, p.N, p.Address, p.Outcome, p.Status, p.Took.Round(time.Millisecond), p.Text)
+	}
+	r.check(fmt.Sprintf("%s: %d answered, each with the pod's own token; %s", what, len(ps)-len(bad), spread(ps)),
+		len(bad) == 0 && len(ps) > 0, "%d of %d were not%s", len(bad), len(ps), text)
+}
+
+// spread is how long requests took.
+func spread(ps []report.Report) string {
+	if len(ps) == 0 {
+		return "none"
+	}
+	var took []time.Duration
+	for _, p := range ps {
+		took = append(took, p.Took)
+	}
+	slices.Sort(took)
+	at := func(share int) time.Duration { return took[len(took)*share/100].Round(100 * time.Microsecond) }
+	return fmt.Sprintf("p50 %s, p99 %s, longest %s", at(50), at(99), took[len(took)-1].Round(100*time.Microsecond))
+}
+
+// eventually polls until f is content, or says why it is not.
+func eventually(ctx context.Context, patience time.Duration, what string, f func() error) error {
+	for deadline := time.Now().Add(patience); ; {
+		err := f()
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s: not within %s: %w", what, patience, err)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// command runs a program of the node.
+func (r *ring) command(name string, args ...string) (string, error) {
+	b, err := exec.CommandContext(r.ctx, name, args...).CombinedOutput()
+	if err != nil {
+		lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+		last := strings.Join(lines[max(0, len(lines)-4):], " | ")
+		err = fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, last)
+	}
+	return string(b), err
+}
+
+func (r *ring) systemctl(args ...string) error {
+	_, err := r.command("systemctl", args...)
+	return err
+}
