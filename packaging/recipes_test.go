@@ -111,7 +111,7 @@ func TestRecipeAnsible(t *testing.T) {
 		"-e gke_metadata_emulator_package=/tmp/new.deb -e gke_metadata_emulator_gates=kubelet.service "+
 			`-e '{"gke_metadata_emulator_config": {"workloadIdentityProvider": `+
 			`"projects/1/locations/global/workloadIdentityPools/my-pool/providers/my-cluster", "projectID": "my-project", `+
-			`"routing": {"spare": ["docker0"]}}}'`)
+			`"routing": {"excludeInterfaces": ["docker0"]}}}'`)
 	run("gke-metadata-emulator config check\ngke-metadata-emulator config show | grep -x '  excludeInterfaces: " +
 		"\\[docker0\\]'\n" + enabled + quiet + gated(t))
 }

@@ -18,7 +18,7 @@ func documents(t *testing.T) map[string]string {
 	t.Helper()
 	texts := map[string]string{}
 	for _, pattern := range []string{
-		"../../*.md", "../../docs/*.md", "../../.github/*.md", "../../systemd/*", "../../packaging/*.yaml",
+		"../../*.md", "../../docs/*.md", "../../test/*.md", "../../.github/*.md", "../../systemd/*", "../../packaging/*.yaml",
 	} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
