@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// A booted machine ends when its bed/boot is killed, and when whoever started bed/boot is. The next one removes what
-// was left.
+// A booted machine ends when its bed/boot is killed, and when whoever started bed/boot is. The next
+// one removes what was left.
 func TestBootKilled(t *testing.T) {
 	rootfs := os.Getenv("GME_TEST_ROOTFS")
 	switch info, err := os.Stat(rootfs); {

@@ -27,7 +27,8 @@ const (
 	node     = "node1"
 )
 
-// bed is the whole service on loopback, with the stand-ins for Kubernetes and Google. Its pods ask from 127.0.0.2 and up.
+// bed is the whole service on loopback, with the stand-ins for Kubernetes and Google. Its pods ask
+// from 127.0.0.2 and up.
 type bed struct {
 	kube   *kubetest.Server
 	google *googletest.Server
@@ -42,8 +43,8 @@ type bed struct {
 	err    error
 }
 
-// newBed starts it, with more lines of configuration if there are any. It ends with the test, which then looks for
-// secrets in all that was logged.
+// newBed starts it, with more lines of configuration if there are any. It ends with the test, which
+// then looks for secrets in all that was logged.
 func newBed(t testing.TB, more ...string) *bed {
 	t.Helper()
 	b := newWorld(t)
@@ -103,7 +104,9 @@ func newWorldAt(t testing.TB, kubernetes, google net.Listener) *bed {
 // addPod runs a pod of this node with a ServiceAccount of its own.
 func (b *bed) addPod(name, address string, annotations map[string]string) {
 	b.kube.SetServiceAccount("default", name, annotations)
-	b.kube.SetPod(kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: node, Addresses: []string{address}})
+	b.kube.SetPod(
+		kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: node, Addresses: []string{address}},
+	)
 }
 
 func (b *bed) write(t testing.TB, name, text string) {
@@ -143,7 +146,16 @@ func (b *bed) start(t testing.TB) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.Service = newService(Options{Load: b.read, File: filepath.Join(b.dir, "config.yaml"), Reload: b.reload, RunDir: b.dir, Version: "test", Stderr: b.log})
+	b.Service = newService(
+		Options{
+			Load:    b.read,
+			File:    filepath.Join(b.dir, "config.yaml"),
+			Reload:  b.reload,
+			RunDir:  b.dir,
+			Version: "test",
+			Stderr:  b.log,
+		},
+	)
 	b.fdstore.inherit(b.left)
 	ctx, stop := context.WithCancel(context.Background())
 	b.stop, b.ended = stop, make(chan struct{})
@@ -207,11 +219,12 @@ func (b *bed) ready(t testing.TB) {
 	b.eventually(t, "pods are served", func() bool { err = b.readiness(t.Context()); return err == nil })
 }
 
-// testTimeout bounds each wait of a test. What a test waits for comes in moments where the machine is idle, and no test fails
-// because it is not.
+// testTimeout bounds each wait of a test. What a test waits for comes in moments where the machine
+// is idle, and no test fails because it is not.
 const testTimeout = 2 * time.Minute
 
-// eventually polls until what is said is so. Where it never is, the test fails with what the service knows.
+// eventually polls until what is said is so. Where it never is, the test fails with what the
+// service knows.
 func (b *bed) eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	began := time.Now()
@@ -230,8 +243,8 @@ type response struct {
 	body string
 }
 
-// ask sends a request from the pod at the address, on a connection of its own, byte for byte as it stands here. Header
-// lines replace those that clients send; "-" alone leaves out Metadata-Flavor.
+// ask sends a request from the pod at the address, on a connection of its own, byte for byte as it
+// stands here. Header lines replace those that clients send; "-" alone leaves out Metadata-Flavor.
 func (b *bed) ask(t testing.TB, from, method, path, header string) response {
 	t.Helper()
 	lines := []string{method + " " + path + " HTTP/1.1"}

@@ -23,8 +23,9 @@ import (
 
 var floodRequests atomic.Int64
 
-// floodRequestsFrom has a process ask on many connections for as long as it lives: each asks again when it is answered, and opens
-// another connection where the server closes. A path may have a %d for the request's number.
+// floodRequestsFrom has a process ask on many connections for as long as it lives: each asks again
+// when it is answered, and opens another connection where the server closes. A path may have a %d
+// for the request's number.
 func floodRequestsFrom(args []string) (any, error) {
 	to, path := args[0], args[2]
 	n, err := strconv.Atoi(args[1])
@@ -96,7 +97,8 @@ func (b *chaosBed) requestsWithoutEnd(t *testing.T) func() {
 	return b.flooding(t, "", chaosPod, 250, accts+"default/token")
 }
 
-// waits has a pod wait for changes on as many connections as it may have, while Kubernetes changes something every 10 ms.
+// waits has a pod wait for changes on as many connections as it may have, while Kubernetes changes
+// something every 10 ms.
 func (b *chaosBed) waits(t *testing.T) func() {
 	end := b.flooding(t, "", chaosPod, 250, accts+"default/email?wait_for_change=true&timeout_sec=1")
 	ctx, stop := context.WithCancel(t.Context())
@@ -141,7 +143,8 @@ func (b *chaosBed) churn(t *testing.T) func() {
 					t.Error(err)
 					return
 				}
-				if a, err := p.ask("fresh", accts+"default/token"); err == nil && a.Status == 200 && b.subjectOf(t, a.Body) != "default:"+name {
+				if a, err := p.ask("fresh", accts+"default/token"); err == nil && a.Status == 200 &&
+					b.subjectOf(t, a.Body) != "default:"+name {
 					t.Errorf("%s gets a token of %s", name, b.subjectOf(t, a.Body))
 				}
 				p.die()
@@ -183,12 +186,21 @@ func (b *chaosBed) synFlood(t *testing.T) func() {
 			}
 		})
 	}
-	b.sh(fmt.Sprintf("ip route replace %s dev cni0", netip.PrefixFrom(netip.AddrFrom4([4]byte{ns.Addr.As4()[0], ns.Addr.As4()[1], 7, 0}), 24)))
+	b.sh(
+		fmt.Sprintf(
+			"ip route replace %s dev cni0",
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{ns.Addr.As4()[0], ns.Addr.As4()[1], 7, 0}), 24),
+		),
+	)
 	began := time.Now()
 	return func() {
 		stop()
 		wg.Wait()
-		t.Logf("%.0f SYNs a second, sockets by state: %v", float64(sent.Load())/time.Since(began).Seconds(), b.sockets(":988"))
+		t.Logf(
+			"%.0f SYNs a second, sockets by state: %v",
+			float64(sent.Load())/time.Since(began).Seconds(),
+			b.sockets(":988"),
+		)
 	}
 }
 

@@ -23,7 +23,8 @@ import (
 // chaosPod is where clients of pods ask.
 const chaosPod = "169.254.169.254:80"
 
-// attacker is a network namespace in which no process is: nothing tells the service who its clients are.
+// attacker is a network namespace in which no process is: nothing tells the service who its clients
+// are.
 func (b *chaosBed) attacker(t *testing.T) *netnstest.NS {
 	t.Helper()
 	ns, err := b.node.AddPod(fmt.Sprint("attacker-", b.n))
@@ -33,8 +34,16 @@ func (b *chaosBed) attacker(t *testing.T) *netnstest.NS {
 	return ns
 }
 
-// floods has connections opened in the namespace, and closes them at the end. What the service refuses or closes is its right.
-func (b *chaosBed) floods(t *testing.T, ns *netnstest.NS, n int, to string, from func(int) string, then func(net.Conn)) func() {
+// floods has connections opened in the namespace, and closes them at the end. What the service
+// refuses or closes is its right.
+func (b *chaosBed) floods(
+	t *testing.T,
+	ns *netnstest.NS,
+	n int,
+	to string,
+	from func(int) string,
+	then func(net.Conn),
+) func() {
 	t.Helper()
 	var all []net.Conn
 	var wg sync.WaitGroup
@@ -90,7 +99,9 @@ func (b *chaosBed) madeUpAddresses(t *testing.T) func() {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	b.sh(fmt.Sprintf("ip route replace %s dev cni0", netip.PrefixFrom(netip.AddrFrom4([4]byte{last[0], last[1], 7, 0}), 24)))
+	b.sh(
+		fmt.Sprintf("ip route replace %s dev cni0", netip.PrefixFrom(netip.AddrFrom4([4]byte{last[0], last[1], 7, 0}), 24)),
+	)
 	return b.floods(t, ns, 19_800/b.scale, chaosPod, from, func(c net.Conn) {
 		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: metadata\r\n\r\n")
 	})
@@ -115,13 +126,15 @@ func (b *chaosBed) slowHeaders(t *testing.T) func() {
 	})
 }
 
-// halfClosing holds a token back, and has clients end their half meanwhile: none gets a 200 that is empty.
+// halfClosing holds a token back, and has clients end their half meanwhile: none gets a 200 that is
+// empty.
 func (b *chaosBed) halfClosing(t *testing.T) func() {
 	return b.floods(t, b.attacker(t), 180, chaosPod, anywhere, func(c net.Conn) {
 		_, _ = io.WriteString(c, "GET "+accts+"default/token HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n")
 		_ = c.(*net.TCPConn).CloseWrite()
 		all, err := io.ReadAll(bufio.NewReader(c))
-		if err == nil && strings.HasPrefix(string(all), "HTTP/1.1 200 ") && !strings.Contains(string(all), "Metadata-Flavor") {
+		if err == nil && strings.HasPrefix(string(all), "HTTP/1.1 200 ") &&
+			!strings.Contains(string(all), "Metadata-Flavor") {
 			t.Errorf("a client that ended its half got %q", all)
 		}
 	})
@@ -138,7 +151,14 @@ func (b *chaosBed) longRefusals(t *testing.T) func() {
 	if err := p.start(); err != nil {
 		t.Fatal(err)
 	}
-	heal := b.kube.Inject(kubetest.Fault{Verb: "create", Resource: "serviceaccounts/token", Code: 400, Message: strings.Repeat("no ", 10<<20/3)})
+	heal := b.kube.Inject(
+		kubetest.Fault{
+			Verb:     "create",
+			Resource: "serviceaccounts/token",
+			Code:     400,
+			Message:  strings.Repeat("no ", 10<<20/3),
+		},
+	)
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -179,7 +199,8 @@ func (b *chaosBed) namespaces(t *testing.T, n int) func() {
 			t.Fatal(err)
 		}
 	}
-	// The helper looks because of a client that nobody knows: as often as one comes, for a second since the last time may not have passed.
+	// The helper looks because of a client that nobody knows: as often as one comes, for a second
+	// since the last time may not have passed.
 	stranger := b.attacker(t)
 	b.eventually(t, fmt.Sprintf("%d namespaces are known", n), func() bool {
 		if c, err := stranger.Dial(t.Context(), "tcp4", chaosPod); err == nil {
@@ -221,7 +242,8 @@ func (b *chaosBed) manyCgroups(t *testing.T) func() {
 	return func() { p.die(); b.cgroups.Remove("user.slice/delegated") }
 }
 
-// ambiguousSockets makes, in a namespace that a process is in, sockets that could be the asker's own.
+// ambiguousSockets makes, in a namespace that a process is in, sockets that could be the asker's
+// own.
 func (b *chaosBed) ambiguousSockets(t *testing.T) func() {
 	ns := b.attacker(t)
 	p := b.newPod(fmt.Sprint("ambiguous-", b.n), ns)
@@ -229,7 +251,8 @@ func (b *chaosBed) ambiguousSockets(t *testing.T) func() {
 	if err := p.start(); err != nil {
 		t.Fatal(err)
 	}
-	// The address of the asker, and a server of its own behind the address that is asked: every port is one of a live socket.
+	// The address of the asker, and a server of its own behind the address that is asked: every port
+	// is one of a live socket.
 	script := fmt.Sprintf("ip addr add %s/32 dev lo; ip addr add 169.254.169.254/32 dev lo", b.asker.ns.Addr)
 	if out, err := ns.Command(t.Context(), "sh", "-ec", script).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)

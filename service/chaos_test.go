@@ -24,12 +24,14 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// chaosLong has TestChaos apply every load for as long as figures need, and tell them; `make chaos` sets it.
+// chaosLong has TestChaos apply every load for as long as figures need, and tell them; `make chaos`
+// sets it.
 const chaosLong = "GME_CHAOS"
 
 const chaosHealth = "127.0.0.1:16322"
 
-// chaosBed is a node whose pods ask while something else puts a load on the service, which is a process of its own.
+// chaosBed is a node whose pods ask while something else puts a load on the service, which is a
+// process of its own.
 type chaosBed struct {
 	*kernelBed
 	asker *podBed // one of the others
@@ -73,7 +75,8 @@ var loads = []struct {
 	{"spoofed SYNs", (*chaosBed).synFlood, true},
 }
 
-// TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is asserted; times are told alone.
+// TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is
+// asserted; times are told alone.
 func TestChaos(t *testing.T) {
 	netnstest.Needs(t, "ss")
 	long := os.Getenv(chaosLong) != ""
@@ -103,8 +106,27 @@ func TestChaos(t *testing.T) {
 	calm := b.figures(t, measure)
 	tell := func(name string, f figures) {
 		t.Logf("%s: %+v", name, f) // also where the table is never written
-		fmt.Fprintf(w, "%s\t%v\t%v\t%.1f %.1f\t%.1f %.1f\t%.2f\t%d of %d\t%.0f\t%s\t%v\t%v\n", name, f.p50.Round(time.Microsecond), f.p99.Round(time.Microsecond),
-			ratio(f.p50, calm.p50), ratio(f.p99, calm.p99), ratio(f.bare50, calm.bare50), ratio(f.bare, calm.bare), f.cpu, f.failed, measure, f.memory, f.probe, f.stop.Round(time.Millisecond), f.back.Round(time.Millisecond))
+		fmt.Fprintf(
+			w,
+			"%s\t%v\t%v\t%.1f %.1f\t%.1f %.1f\t%.2f\t%d of %d\t%.0f\t%s\t%v\t%v\n",
+			name,
+			f.p50.Round(time.Microsecond),
+			f.p99.Round(time.Microsecond),
+			ratio(
+				f.p50,
+				calm.p50,
+			),
+			ratio(f.p99, calm.p99),
+			ratio(f.bare50, calm.bare50),
+			ratio(f.bare, calm.bare),
+			f.cpu,
+			f.failed,
+			measure,
+			f.memory,
+			f.probe,
+			f.stop.Round(time.Millisecond),
+			f.back.Round(time.Millisecond),
+		)
 	}
 	tell("none", calm)
 	for _, l := range loads {
@@ -119,7 +141,8 @@ func TestChaos(t *testing.T) {
 			if f.memory > memoryHigh {
 				t.Errorf("the service has %.0f MB, and MemoryHigh= is %.0f MB", f.memory, memoryHigh)
 			}
-			if f.failed > 0 && !long { // a machine that others load, with the race detector, makes clients wait longer than the service does
+			if f.failed > 0 &&
+				!long { // a machine that others load, with the race detector, makes clients wait longer than the service does
 				b.eventually(t, "others are served under the load", func() bool { return b.asks(t).Status == 200 })
 			}
 			if f.failed > 0 && long || f.probe != "200" {
@@ -165,7 +188,8 @@ func (b *chaosBed) asks(t *testing.T) said {
 	return a
 }
 
-// serveBare starts a server that says what ours says, and that is no load's target: its figures are what the machine is like.
+// serveBare starts a server that says what ours says, and that is no load's target: its figures are
+// what the machine is like.
 func (b *chaosBed) serveBare(t *testing.T) {
 	t.Helper()
 	a := b.asks(t)
@@ -214,9 +238,15 @@ func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 
 // health asks healthListen as Prometheus does.
 func (b *chaosBed) health(path string) string {
-	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return b.node.NS.Dial(ctx, "tcp", chaosHealth)
-	}}}
+	client := http.Client{
+		Timeout: testTimeout,
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return b.node.NS.Dial(ctx, "tcp", chaosHealth)
+			},
+		},
+	}
 	res, err := client.Get("http://" + chaosHealth + path)
 	if err != nil {
 		return "no answer"
@@ -228,8 +258,8 @@ func (b *chaosBed) health(path string) string {
 
 var skmem = regexp.MustCompile(`skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),`)
 
-// memory is what the process has for itself (its part of what it shares with others) and what its connections hold in the kernel, orphans
-// included, in MB.
+// memory is what the process has for itself (its part of what it shares with others) and what its
+// connections hold in the kernel, orphans included, in MB.
 func (b *chaosBed) memory(t *testing.T) float64 {
 	t.Helper()
 	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", b.server.Process.Pid))

@@ -243,7 +243,11 @@ func (k *kernelBed) sockets(port string) map[int]int {
 }
 
 // attacks are what a pod's process can do beside asking.
-var attacks = map[string]func(args []string) (any, error){"hold": holdConnections, "clash": clashPorts, "flood": floodRequestsFrom}
+var attacks = map[string]func(args []string) (any, error){
+	"hold":  holdConnections,
+	"clash": clashPorts,
+	"flood": floodRequestsFrom,
+}
 
 // from dials from an address and a port that other connections may have too.
 func from(source string, port int) net.Dialer {

@@ -27,8 +27,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// This file makes a node whose pods are processes, in cgroups and in network namespaces, with the service and the helper as processes
-// of the node.
+// This file makes a node whose pods are processes, in cgroups and in network namespaces, with the
+// service and the helper as processes of the node.
 
 const (
 	cgroupRoot   = "GME_CGROUP_ROOT"
@@ -49,15 +49,16 @@ type kernelBed struct {
 	uids    atomic.Uint32
 }
 
-// newKernelBed starts the service in mode iptables, with more lines of configuration if there are any, and the helper.
+// newKernelBed starts the service in mode iptables, with more lines of configuration if there are
+// any, and the helper.
 func newKernelBed(t testing.TB, more ...string) *kernelBed {
 	t.Helper()
 	return newKernelBedIn(t, routing.Plan{Mode: routing.ModeIPTables}, more...)
 }
 
-// newKernelBedIn is newKernelBed with another Plan, to which the usual is added: pods on the host network are redirected and the node's
-// own slices spared where a mode can, and IPv6 is served. An identity of its own is used, since a node's does not do for processes of
-// the node (N-07).
+// newKernelBedIn is newKernelBed with another Plan, to which the usual is added: pods on the host
+// network are redirected and the node's own slices spared where a mode can, and IPv6 is served. An
+// identity of its own is used, since a node's does not do for processes of the node (N-07).
 func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables", "unshare", "mount")
@@ -75,7 +76,8 @@ func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed 
 	if k.plan.Link != "" {
 		k.sh("ip link add " + k.plan.Link + " type bridge") // whether the kernel has dummy links or not
 	}
-	// A network plugin's, which has connections tracked: what is not has no original destination in any mode.
+	// A network plugin's, which has connections tracked: what is not has no original destination in
+	// any mode.
 	k.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
 	k.route(k.plan, "install", "check")
 	k.kube.AddUser("gke-metadata-emulator", "dedicated-secret")
@@ -89,7 +91,12 @@ func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed 
 		more = append(more, fmt.Sprintf("listen6: '%s'", k.plan.Listen6))
 	}
 	k.configure(t, append(more, "nodeName: "+node)...)
-	k.replace(t, "config.yaml", "mode: none", fmt.Sprintf("mode: %s, link: %q, force: %t", k.plan.Mode, k.plan.Link, k.plan.Force))
+	k.replace(
+		t,
+		"config.yaml",
+		"mode: none",
+		fmt.Sprintf("mode: %s, link: %q, force: %t", k.plan.Mode, k.plan.Link, k.plan.Force),
+	)
 	k.replace(t, "config.yaml", "listen: 127.0.0.1:0", "listen: "+k.plan.Listen.String())
 	k.replace(t, "config.yaml", "attestation: {mode: source-ip}", "attestation: {mode: kernel, byAddress: [gvisor]}")
 	k.server = k.process(filepath.Join(k.dir, "config.yaml"), "/system.slice/gke-metadata-emulator.service")
@@ -117,7 +124,9 @@ func (k *kernelBed) usual(p routing.Plan) routing.Plan {
 	p.Guard, p.RunDir = routing.DefaultGuard(), k.dir
 	switch p.Mode {
 	case routing.ModeLoopback:
-		p.Listen, p.Force = netip.MustParseAddrPort("169.254.169.254:80"), true // the cloud's metadata server answers the node
+		p.Listen, p.Force = netip.MustParseAddrPort(
+			"169.254.169.254:80",
+		), true // the cloud's metadata server answers the node
 	case routing.ModeIPTables, routing.ModeNFTables:
 		p.Listen6, p.InterceptHostPods = netip.MustParseAddrPort("[fd20:ce::252]:988"), "on"
 	case routing.ModeEBPF:
@@ -130,8 +139,8 @@ func (k *kernelBed) usual(p routing.Plan) routing.Plan {
 	return p
 }
 
-// route does what `routing install`, check and remove do, where /sys/fs/cgroup shows the node's cgroups, and their root is the node's: so
-// system.slice is the node's own.
+// route does what `routing install`, check and remove do, where /sys/fs/cgroup shows the node's
+// cgroups, and their root is the node's: so system.slice is the node's own.
 func (k *kernelBed) route(p routing.Plan, verbs ...string) {
 	k.t.Helper()
 	text, err := json.Marshal(p)
@@ -145,7 +154,12 @@ func (k *kernelBed) route(p routing.Plan, verbs ...string) {
 	// First the machine's own goes: the kernel mounts no file system over itself.
 	const mount = `umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec "$0"`
 	cmd := exec.CommandContext(k.t.Context(), "unshare", "--cgroup", "--mount", "sh", "-ec", mount, self)
-	cmd.Env = append(os.Environ(), benchServer+"=routing", routingPlan+"="+string(text), routingVerbs+"="+strings.Join(verbs, " "))
+	cmd.Env = append(
+		os.Environ(),
+		benchServer+"=routing",
+		routingPlan+"="+string(text),
+		routingVerbs+"="+strings.Join(verbs, " "),
+	)
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err = k.cgroups.Start(k.node.NS, "", cmd); err == nil {
@@ -186,7 +200,10 @@ func (k *kernelBed) sh(script string) {
 func (k *kernelBed) makeCgroups() {
 	t := k.t
 	t.Helper()
-	c, err := netnstest.NewCgroups("", fmt.Sprintf("gme-service-%d-%s", os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-")))
+	c, err := netnstest.NewCgroups(
+		"",
+		fmt.Sprintf("gme-service-%d-%s", os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-")),
+	)
 	if errors.Is(err, netnstest.ErrNoCgroups) {
 		netnstest.Lacks(t, err)
 	}
@@ -218,8 +235,12 @@ func (k *kernelBed) process(role, cgroup string) *exec.Cmd {
 
 func (k *kernelBed) command(role string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), benchServer+"="+role, cgroupRoot+"="+strings.Replace(k.cgroups.Path, fmt.Sprintf("/fd/%d/", k.cgroups.Mount.Fd()), "/fd/3/", 1),
-		attestSocket+"="+namespaceSocket(k.dir))
+	cmd.Env = append(
+		os.Environ(),
+		benchServer+"="+role,
+		cgroupRoot+"="+strings.Replace(k.cgroups.Path, fmt.Sprintf("/fd/%d/", k.cgroups.Mount.Fd()), "/fd/3/", 1),
+		attestSocket+"="+namespaceSocket(k.dir),
+	)
 	cmd.ExtraFiles = []*os.File{k.cgroups.Mount}
 	return cmd
 }
@@ -246,7 +267,10 @@ func helperProcess() error {
 	if err != nil {
 		return err
 	}
-	return attest.RunHelper(context.Background(), attest.HelperOptions{CgroupRoot: os.Getenv(cgroupRoot), Listener: l.UnixListener, User: os.Getuid(), Log: log})
+	return attest.RunHelper(
+		context.Background(),
+		attest.HelperOptions{CgroupRoot: os.Getenv(cgroupRoot), Listener: l.UnixListener, User: os.Getuid(), Log: log},
+	)
 }
 
 // podBed is a pod, or a process of the node.
@@ -266,7 +290,18 @@ type podBed struct {
 // newPod makes a pod that nobody knows yet, and the ServiceAccount of its name.
 func (k *kernelBed) newPod(name string, ns *netnstest.NS) *podBed {
 	n := k.uids.Add(1)
-	p := &podBed{k: k, ns: ns, container: fmt.Sprintf("%064x", n), Pod: kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: node, UID: fmt.Sprintf("00000000-0000-4000-8000-%012d", n)}}
+	p := &podBed{
+		k:         k,
+		ns:        ns,
+		container: fmt.Sprintf("%064x", n),
+		Pod: kubetest.Pod{
+			Namespace:      "default",
+			Name:           name,
+			ServiceAccount: name,
+			Node:           node,
+			UID:            fmt.Sprintf("00000000-0000-4000-8000-%012d", n),
+		},
+	}
 	p.cgroup = "/kubepods/burstable/pod" + p.UID + "/" + p.container
 	if ns != k.node.NS {
 		p.Addresses = []string{ns.Addr.String()}
@@ -334,7 +369,8 @@ type said struct {
 	Close  bool
 }
 
-// ask has the pod send a request on its connection, "kept", or on another one, as dial has it. It says what came.
+// ask has the pod send a request on its connection, "kept", or on another one, as dial has it. It
+// says what came.
 func (p *podBed) ask(how, path string) (a said, err error) {
 	if _, err = fmt.Fprintln(p.in, how, path); err != nil {
 		return a, err
@@ -346,7 +382,8 @@ func (p *podBed) ask(how, path string) (a said, err error) {
 	return a, json.Unmarshal(line, &a)
 }
 
-// mustAsk is ask on a fresh connection, of a daemon of the node where the service listens: the rules spare it.
+// mustAsk is ask on a fresh connection, of a daemon of the node where the service listens: the
+// rules spare it.
 func (p *podBed) mustAsk(t testing.TB, path string) said {
 	t.Helper()
 	how := "fresh"
@@ -360,8 +397,8 @@ func (p *podBed) mustAsk(t testing.TB, path string) said {
 	return a
 }
 
-// served is mustAsk of a client that asks again where the answer is 503, as the answer says: what is new on the node is known a
-// moment later.
+// served is mustAsk of a client that asks again where the answer is 503, as the answer says: what
+// is new on the node is known a moment later.
 func (p *podBed) served(t testing.TB, path string) (a said) {
 	t.Helper()
 	p.k.eventually(t, p.Name+" gets another answer than 503", func() bool {
@@ -431,8 +468,8 @@ func podProcess() error {
 	return nil
 }
 
-// dial connects to where pods ask ("fresh"), to the listen address ("direct"), or to "ADDRESS:PORT,SOURCE,PATIENCE", of which SOURCE may
-// be empty.
+// dial connects to where pods ask ("fresh"), to the listen address ("direct"), or to
+// "ADDRESS:PORT,SOURCE,PATIENCE", of which SOURCE may be empty.
 func dial(how string) (net.Conn, error) {
 	if to := map[string]string{"fresh": "169.254.169.254:80", "kept": "169.254.169.254:80", "direct": "169.254.169.252:988"}[how]; to != "" {
 		how = fmt.Sprint(to, ",,", testTimeout)
@@ -452,7 +489,8 @@ func dial(how string) (net.Conn, error) {
 	return d.Dial("tcp", f[0])
 }
 
-// saidOf is what a connection said that did not come about: reset, noroute, drop, or what else it was.
+// saidOf is what a connection said that did not come about: reset, noroute, drop, or what else it
+// was.
 func saidOf(err error) (a said) {
 	var timeout net.Error
 	switch {
@@ -469,7 +507,8 @@ func saidOf(err error) (a said) {
 	return a
 }
 
-// exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole request, with | for the ends of its lines.
+// exchangeOn sends a request and reads what comes. A path that begins with "raw " is the whole
+// request, with | for the ends of its lines.
 func exchangeOn(c net.Conn, r *bufio.Reader, path string) said {
 	_ = c.SetDeadline(time.Now().Add(testTimeout))
 	text, raw := strings.CutPrefix(path, "raw ")

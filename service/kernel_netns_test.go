@@ -24,9 +24,10 @@ func (b *bed) subjectOf(t testing.TB, body string) string {
 	return strings.TrimPrefix(issued.Subject, "system:serviceaccount:")
 }
 
-// TestKernelChurn has 200 pods start, ask at once and die, each with the address of the one before it, while the API server tells of
-// all this up to 1.5 s late: nobody gets another's identity, everybody is served (N-11, U-06), and whoever keeps a dead
-// pod's connection gets nothing on it, though Kubernetes says that the pod lives. By address alone 174 of these 200 get another's.
+// TestKernelChurn has 200 pods start, ask at once and die, each with the address of the one before
+// it, while the API server tells of all this up to 1.5 s late: nobody gets another's identity,
+// everybody is served (N-11, U-06), and whoever keeps a dead pod's connection gets nothing on it,
+// though Kubernetes says that the pod lives. By address alone 174 of these 200 get another's.
 func TestKernelChurn(t *testing.T) {
 	const slots, lives = 10, 20
 	k := newKernelBed(t, "prefetch: none")
@@ -104,7 +105,8 @@ func TestKernelChurn(t *testing.T) {
 				}
 				mu.Unlock()
 				_ = kept.Close()
-				// As a CNI does before it gives the address to another: what is left of this namespace is not to answer for it.
+				// As a CNI does before it gives the address to another: what is left of this namespace is not
+				// to answer for it.
 				if err := errors.Join(ns.Unplug(), ns.Close()); err != nil {
 					t.Error(err)
 				}
@@ -117,7 +119,15 @@ func TestKernelChurn(t *testing.T) {
 	}
 	wg.Wait()
 	news.Wait()
-	t.Logf("%d pods: %d wrong identities, %d never served, %d times not known after the hold, %d served when dead; the last answer %v after a death at most", slots*lives, wrong, unknown, held, dead, window)
+	t.Logf(
+		"%d pods: %d wrong identities, %d never served, %d times not known after the hold, %d served when dead; the last answer %v after a death at most",
+		slots*lives,
+		wrong,
+		unknown,
+		held,
+		dead,
+		window,
+	)
 	if wrong+unknown+dead > 0 {
 		t.Fail()
 	}
@@ -136,8 +146,9 @@ func TestKernelChurn(t *testing.T) {
 	}
 }
 
-// TestKernel has everybody ask: pods on the pod network and on the host's, processes of the node with an identity and without, a
-// sandbox that only its address can name; with the API server there and away, with the helper there and away.
+// TestKernel has everybody ask: pods on the pod network and on the host's, processes of the node
+// with an identity and without, a sandbox that only its address can name; with the API server there
+// and away, with the helper there and away.
 func TestKernel(t *testing.T) {
 	t.Parallel()
 	k := newKernelBed(t, `hostIdentities:
@@ -185,7 +196,8 @@ func TestKernel(t *testing.T) {
 
 	pod, other := start("a", network("a"), nil), start("b", network("b"), nil)
 	host := start("host", k.node.NS, nil)
-	// The helper finds namespaces by cgroups, so these stay unknown to it, as those of sandboxes that have no address do.
+	// The helper finds namespaces by cgroups, so these stay unknown to it, as those of sandboxes that
+	// have no address do.
 	sandbox := start("sandbox", network("sandbox"), func(p *podBed) { p.RuntimeClass, p.cgroup = "gvisor", "" })
 	unnamed := start("unnamed", network("unnamed"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "" })
 	static := start("static", k.node.NS, func(p *podBed) { p.MirrorOf, p.UID, p.ServiceAccount = p.UID, "", "" })
@@ -196,7 +208,11 @@ func TestKernel(t *testing.T) {
 	docker := start("docker", k.node.NS, in("/system.slice/docker-0abc.scope/init"))
 	sshd := start("sshd", k.node.NS, in("/system.slice/sshd.service"))
 	container := start("container", network("container"), in("/system.slice/docker-"+strings.Repeat("1f", 32)+".scope"))
-	stranger := start("stranger", network("stranger"), in("/machine.slice/libpod-"+strings.Repeat("2e", 32)+".scope/container"))
+	stranger := start(
+		"stranger",
+		network("stranger"),
+		in("/machine.slice/libpod-"+strings.Repeat("2e", 32)+".scope/container"),
+	)
 	pretender := start("pretender", k.node.NS, in("/system.slice/evil.service/kubelet.service"))
 	k.google.Allow("system:serviceaccount:default:reader", gsa)
 
@@ -267,7 +283,11 @@ func TestKernel(t *testing.T) {
 		gets(pod, "default:a")
 		gets(host, "default:host")
 		refused(late, 503, "gke-metadata-emulator-attest.service")
-		refused(sandbox, 503, "gke-metadata-emulator-attest.service") // a namespace may have the address, for all that is known
+		refused(
+			sandbox,
+			503,
+			"gke-metadata-emulator-attest.service",
+		) // a namespace may have the address, for all that is known
 		k.startHelper()
 		k.eventually(t, "it is there again", func() bool { return statusOf(t, k.dir).Attestation.Kernel.Helper })
 		gets(late, "default:later")

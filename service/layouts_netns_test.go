@@ -10,16 +10,17 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// cgroupLayouts make /sys/fs/cgroup what distributions have there: the cgroup v2 hierarchy, or one beside those of v1, in
-// the directory unified.
+// cgroupLayouts make /sys/fs/cgroup what distributions have there: the cgroup v2 hierarchy, or one
+// beside those of v1, in the directory unified.
 var cgroupLayouts = map[string]string{
 	"unified": `mount -t cgroup2 cgroup2 /sys/fs/cgroup`,
 	"hybrid": `mount -t tmpfs tmpfs /sys/fs/cgroup; mkdir /sys/fs/cgroup/unified
 		mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`,
 }
 
-// TestCgroupLayouts runs the tests that need cgroups where /sys/fs/cgroup has the layout that this machine has not, in a
-// mount namespace of their own. TestKernelChurn needs no more of it than TestKernel.
+// TestCgroupLayouts runs the tests that need cgroups where /sys/fs/cgroup has the layout that this
+// machine has not, in a mount namespace of their own. TestKernelChurn needs no more of it than
+// TestKernel.
 func TestCgroupLayouts(t *testing.T) {
 	t.Parallel()
 	netnstest.Needs(t, "unshare", "mount", "umount")

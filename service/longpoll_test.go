@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestWaitMeetsReload: a request that waits for a change (H-12) and arrives while another configuration comes into force
-// hears of it, whichever of the two its beginning saw.
+// TestWaitMeetsReload: a request that waits for a change (H-12) and arrives while another
+// configuration comes into force hears of it, whichever of the two its beginning saw.
 func TestWaitMeetsReload(t *testing.T) {
 	b := newBed(t)
 	b.ready(t)

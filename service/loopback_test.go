@@ -13,7 +13,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestLoopbackListener: in routing.mode loopback our own listener answers pods from 169.254.169.254.
+// TestLoopbackListener: in routing.mode loopback our own listener answers pods from 169.254.169.254
+//
 func TestLoopbackListener(t *testing.T) {
 	node := netnstest.Start(t, "loopback")
 	pod, err := node.AddPod("pod")
@@ -34,7 +35,12 @@ func TestLoopbackListener(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ours") })}
+	server := &http.Server{
+		ReadHeaderTimeout: time.Minute,
+		Handler: http.HandlerFunc(
+			func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ours") },
+		),
+	}
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { _ = server.Close() })
 	get := func(c net.Conn) string {

@@ -30,13 +30,15 @@ import (
 //	drop       nobody: nothing comes back
 //	~          not asked: another row of the mode is the same, or it has no such thing
 //
-// Who asks: pod is on the node's bridge, routed on a link of its own; hostpod is one on the node's network (off: with
-// routing.interceptHostPods: off), daemon a unit of system.slice; neighbour is another host, which sends by way of the node what it can,
-// and lan one that does not. X-as-Y asks with Y's address as its own, and what comes back goes to Y; arp is thief where the node takes it
+// Who asks: pod is on the node's bridge, routed on a link of its own; hostpod is one on the node's
+// network (off: with routing.interceptHostPods: off), daemon a unit of system.slice; neighbour is
+// another host, which sends by way of the node what it can, and lan one that does not. X-as-Y asks
+// with Y's address as its own, and what comes back goes to Y; arp is thief where the node takes it
 // for the victim by its hardware address, so that it comes back to the thief.
 //
-// Where: listen is where the emulator listens (loopback, linked: at metadata:80), env what `routing show` has pods of mode none write into
-// their environment (GCE_METADATA_HOST); node: and cni0: are addresses of the node's, with the port of listen.
+// Where: listen is where the emulator listens (loopback, linked: at metadata:80), env what `routing
+// show` has pods of mode none write into their environment (GCE_METADATA_HOST); node: and cni0: are
+// addresses of the node's, with the port of listen.
 const outcomes = `
 who              asks           iptables legacy  nftables loopback linked  ebpf    none    none-node none-any observe
 pod              metadata:80    own      own     own      own      own     own     noroute noroute   noroute  cloud
@@ -131,7 +133,12 @@ type outcomeBed struct {
 }
 
 func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
-	o := &outcomeBed{kernelBed: newKernelBedIn(t, plan), spaces: map[string]*netnstest.NS{}, pods: map[string]*podBed{}, served: map[string]bool{}}
+	o := &outcomeBed{
+		kernelBed: newKernelBedIn(t, plan),
+		spaces:    map[string]*netnstest.NS{},
+		pods:      map[string]*podBed{},
+		served:    map[string]bool{},
+	}
 	for name, add := range map[string]func(string) (*netnstest.NS, error){
 		"pod": o.node.AddPod, "routed": o.node.AddRoutedPod, "thief": o.node.AddPod, "victim": o.node.AddPod, "neighbour": o.node.AddNeighbour, "lan": o.node.AddNeighbour,
 	} {
@@ -161,8 +168,12 @@ func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
 	}
 	o.standIn(o.node.NS, o.where("node:kubelet"), "kubelet")
 	o.standIn(o.spaces["routed"], o.where("routed:kubelet"), "pod")
-	o.in("neighbour", "for a in 169.254.169.254 169.254.169.252 10.244.0.0/16 10.245.0.0/16; do ip route add $a via %[1]s; done; for a in fd20:ce::254 fd20:ce::252; do ip -6 route add $a via %[2]s; done",
-		o.node.Addr, o.node.Six)
+	o.in(
+		"neighbour",
+		"for a in 169.254.169.254 169.254.169.252 10.244.0.0/16 10.245.0.0/16; do ip route add $a via %[1]s; done; for a in fd20:ce::254 fd20:ce::252; do ip -6 route add $a via %[2]s; done",
+		o.node.Addr,
+		o.node.Six,
+	)
 	o.eventually(t, "everybody is known", func() bool {
 		st, known := statusOf(t, o.dir), 0
 		for _, p := range st.Cluster.Pods {
@@ -182,12 +193,15 @@ func (o *outcomeBed) standIn(ns *netnstest.NS, at, name string) {
 	if err != nil {
 		o.t.Fatal(err)
 	}
-	web := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		if name == "cloud" {
-			o.cloud.Add(1)
-		}
-		w.Header().Set("Server", name)
-	})}
+	web := &http.Server{
+		ReadHeaderTimeout: time.Minute,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			if name == "cloud" {
+				o.cloud.Add(1)
+			}
+			w.Header().Set("Server", name)
+		}),
+	}
 	go func() { _ = web.Serve(l) }()
 	o.t.Cleanup(func() { _ = web.Close() })
 }
@@ -244,7 +258,8 @@ func (o *outcomeBed) in(who, script string, args ...any) {
 	}
 }
 
-// take makes somebody's address one of the link's, or has the node take whoever has the hardware for it, until end.
+// take makes somebody's address one of the link's, or has the node take whoever has the hardware
+// for it, until end.
 func (o *outcomeBed) take(ns *netnstest.NS, link, whose, hardware string) (end func()) {
 	o.t.Helper()
 	a := o.spaces[whose].Addr
@@ -339,7 +354,8 @@ func (o *outcomeBed) whole(t *testing.T) {
 			t.Fatal("an address was believed")
 		}
 		for name := range o.served {
-			if !regexp.MustCompile(`"container":"` + o.pods[name].container + `".*"evidence":"cgroup".*"pod":"default/` + name + `"`).MatchString(log) {
+			if !regexp.MustCompile(`"container":"` + o.pods[name].container + `".*"evidence":"cgroup".*"pod":"default/` + name + `"`).
+				MatchString(log) {
 				return false
 			}
 		}
@@ -356,7 +372,8 @@ func (o *outcomeBed) whole(t *testing.T) {
 			}
 		}
 	}
-	// Where nothing is translated there is no original destination, and the tuple that the kernel is asked for is the plain one (A-01).
+	// Where nothing is translated there is no original destination, and the tuple that the kernel is
+	// asked for is the plain one (A-01).
 	var flows []*netlink.ConntrackFlow
 	if err := o.node.Do(func() (err error) {
 		flows, err = netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
@@ -364,7 +381,10 @@ func (o *outcomeBed) whole(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	translated := slices.ContainsFunc(flows, func(f *netlink.ConntrackFlow) bool { return !f.Forward.DstIP.Equal(f.Reverse.SrcIP) })
+	translated := slices.ContainsFunc(
+		flows,
+		func(f *netlink.ConntrackFlow) bool { return !f.Forward.DstIP.Equal(f.Reverse.SrcIP) },
+	)
 	dnats := o.plan.Mode == routing.ModeIPTables || o.plan.Mode == routing.ModeNFTables
 	if len(flows) == 0 || translated != dnats {
 		t.Errorf("of %d connections some were translated: %t, want %t", len(flows), translated, dnats)

@@ -51,8 +51,9 @@ func (m *imds) take() []string {
 	return m.seen
 }
 
-// TestPassthrough has everybody ask for AWS's metadata by way of rules that redirect pods on the host network and spare the node's own
-// slices, as which the service itself asks: it has to get there, and nobody by it who was not named.
+// TestPassthrough has everybody ask for AWS's metadata by way of rules that redirect pods on the
+// host network and spare the node's own slices, as which the service itself asks: it has to get
+// there, and nobody by it who was not named.
 func TestPassthrough(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{routing.ModeIPTables, routing.ModeNFTables, routing.ModeEBPF} {
@@ -112,7 +113,9 @@ func testPassthrough(t *testing.T, mode string) {
 	)
 	theirs := func(a said, status int, body string) {
 		t.Helper()
-		if a.Status != status || a.Body != body || a.Header.Get("Server") != "EC2ws" || a.Header.Get("Metadata-Flavor") != "" || a.Header.Get("X-Frame-Options") != "" {
+		if a.Status != status || a.Body != body || a.Header.Get("Server") != "EC2ws" ||
+			a.Header.Get("Metadata-Flavor") != "" ||
+			a.Header.Get("X-Frame-Options") != "" {
 			t.Errorf("%+v, want AWS's own %d %q", a, status, body)
 		}
 	}
@@ -131,17 +134,33 @@ func testPassthrough(t *testing.T, mode string) {
 	}
 	theirs(ask(named, "kept", version1), 401, "")
 	ours(ask(named, "kept", "raw GET /computeMetadata/v1/instance/id"+host+"|"), 403, "Missing required header")
-	ours(ask(named, "kept", "raw GET /latest/%2e%2e/computeMetadata/v1/instance/id"+host+"|"), 403, "Missing required header")
+	ours(
+		ask(named, "kept", "raw GET /latest/%2e%2e/computeMetadata/v1/instance/id"+host+"|"),
+		403,
+		"Missing required header",
+	)
 	ours(ask(named, "kept", strings.Replace(getID, "||", "|X-Forwarded-For: 10.0.0.1||", 1)), 403, "X-Forwarded-For")
-	ours(ask(named, "kept", strings.Replace(getID, "Host: 169.254.169.254", "Host: evil.example.com", 1)), 403, "Host header")
-	want := []string{"198.51.100.10 PUT /latest/api/token", "198.51.100.10 GET /latest/meta-data/instance-id", "198.51.100.10 GET /2021-01-03/meta-data/instance-id"}
+	ours(
+		ask(named, "kept", strings.Replace(getID, "Host: 169.254.169.254", "Host: evil.example.com", 1)),
+		403,
+		"Host header",
+	)
+	want := []string{
+		"198.51.100.10 PUT /latest/api/token",
+		"198.51.100.10 GET /latest/meta-data/instance-id",
+		"198.51.100.10 GET /2021-01-03/meta-data/instance-id",
+	}
 	if got := aws.take(); strings.Join(got, "\n") != strings.Join(want, "\n") {
 		t.Errorf("AWS saw %q, want %q", got, want)
 	}
 
 	// Who must not, does not.
 	onPodNetwork := start("a", network("a"), nil)
-	escaped := start("b", k.node.NS, func(p *podBed) { p.HostNetwork = false })                   // its process is in the node's namespace
+	escaped := start(
+		"b",
+		k.node.NS,
+		func(p *podBed) { p.HostNetwork = false },
+	) // its process is in the node's namespace
 	pretended := start("c", network("c"), func(p *podBed) { p.HostNetwork = true })               // and here it is not
 	outside := start("sshd", k.node.NS, func(p *podBed) { p.cgroup = "/system.slice/x.service" }) // by our address
 	unnamed := start("d", k.node.NS, func(p *podBed) { p.ServiceAccount = "d" })
@@ -159,14 +178,17 @@ func testPassthrough(t *testing.T, mode string) {
 	}
 	var text strings.Builder
 	st := statusOf(t, k.dir)
-	if err := st.Text(&text, st.Started); err != nil || len(st.SkippedHostPods) != 1 || !strings.Contains(text.String(), "\nhost pods    ServiceAccount default/d asked 2 times ") {
+	if err := st.Text(&text, st.Started); err != nil || len(st.SkippedHostPods) != 1 ||
+		!strings.Contains(text.String(), "\nhost pods    ServiceAccount default/d asked 2 times ") {
 		t.Errorf("status: %+v, %v:\n%s", st.SkippedHostPods, err, &text)
 	}
 
 	_ = web.Close()
 	ours(ask(named, "fresh", getID), 502, "connection refused")
 	log := k.log.String()
-	if !strings.Contains(log, `"msg":"passed to the cloud's metadata server","place":"passthrough","pod":"default/aws"`) || strings.Contains(log, imdsToken) || strings.Contains(log, "i-0abc") {
+	if !strings.Contains(log, `"msg":"passed to the cloud's metadata server","place":"passthrough","pod":"default/aws"`) ||
+		strings.Contains(log, imdsToken) ||
+		strings.Contains(log, "i-0abc") {
 		t.Error("the log lacks the line of what was passed, or holds more than that")
 	}
 }

@@ -1,6 +1,7 @@
-// Progress runs `go test -json …`, its arguments. It prints a line for each top-level test that took a second or more, the
-// output of those that fail or are skipped, and which tests run when nothing else was printed for half a minute. go test
-// itself says nothing of several packages that run side by side until one of them ends.
+// Progress runs `go test -json …`, its arguments. It prints a line for each top-level test that
+// took a second or more, the output of those that fail or are skipped, and which tests run when
+// nothing else was printed for half a minute. go test itself says nothing of several packages that
+// run side by side until one of them ends.
 package main
 
 import (
@@ -127,7 +128,8 @@ func (p *progress) ended(k test, e event) bool {
 	o := p.output[k]
 	delete(p.output, k)
 	delete(p.running, k)
-	// test2json takes what the process says when it dies for the output of the test that was named last.
+	// test2json takes what the process says when it dies for the output of the test that was named
+	// last.
 	died := o != nil && (strings.Contains(o.String(), "panic: ") || strings.Contains(o.String(), "fatal error: "))
 	if e.Action == "pass" && k.name != "" && e.Elapsed < 1 && !died {
 		return false

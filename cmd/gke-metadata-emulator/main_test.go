@@ -189,7 +189,9 @@ func cluster(ts *testscript.TestScript, neg bool, args []string) {
 	kube.SetServiceAccount("default", "reader", map[string]string{"iam.gke.io/gcp-service-account": email})
 	kube.SetPod(kubetest.Pod{Namespace: "default", Name: "pod", ServiceAccount: "reader", Node: "node1",
 		Addresses: []string{"10.1.2.3"}})
-	google, err := googletest.New(googletest.Options{Providers: map[string]googletest.Provider{audience: {Issuer: kube.Issuer(), JWKS: kube.JWKS}}})
+	google, err := googletest.New(
+		googletest.Options{Providers: map[string]googletest.Provider{audience: {Issuer: kube.Issuer(), JWKS: kube.JWKS}}},
+	)
 	ts.Check(err)
 	ts.Defer(google.Close)
 	google.Allow("system:serviceaccount:default:reader", email)

@@ -1,5 +1,5 @@
-// Command gen makes generated files of the packages: manual pages, completions, changelogs, licences,
-// SBOM and tarball.
+// Command gen makes generated files of the packages: manual pages, completions, changelogs,
+// licences, SBOM and tarball.
 //
 //	gen manual PAGES PROGRAM DIR
 //		compresses the manual pages of PAGES, with date and version, and PROGRAM's completions

@@ -6,9 +6,11 @@ import (
 	"testing"
 )
 
-// A-24 (accepted sockets): a pod that only listens opens no connection to the metadata server, so nobody can be taken for it. A neighbour on the bridge connects to
-// its listener as if from the metadata server, whereby the pod comes to have a socket with just the ends of a client's, and then to the
-// emulator as if from the listener. Both need forged packets; the pod need do nothing.
+// A-24 (accepted sockets): a pod that only listens opens no connection to the metadata server, so
+// nobody can be taken for it. A neighbour on the bridge connects to its listener as if from the
+// metadata server, whereby the pod comes to have a socket with just the ends of a client's, and
+// then to the emulator as if from the listener. Both need forged packets; the pod need do
+// nothing.
 func TestAcceptedSocket(t *testing.T) {
 	for _, listener := range []string{
 		"silent", "greets", "greets, and is not heard out", "ends its half", "greets once", "greets once, and is not heard out",
@@ -21,7 +23,8 @@ func TestAcceptedSocket(t *testing.T) {
 			attacker, server := b.client(containerPath(2, 2), attackerNS), b.client(containerPath(3, 3), serverNS)
 			b.startHelper()
 			b.mustBe(victim, dial, podUID(1), containerIDOf(1))
-			// Where bridged packets pass netfilter, conntrack takes what the listener sends for answers, and redirects none of it.
+			// Where bridged packets pass netfilter, conntrack takes what the listener sends for answers, and
+			// redirects none of it.
 			b.in(b.node.NS, "sysctl -eqw net.bridge.bridge-nf-call-iptables=0")
 			b.in(b.node.NS, "ip neigh flush dev cni0")
 			b.in(b.node.NS, "ip neigh replace %s lladdr %s dev cni0 nud permanent", victimNS.Addr, hardware(t, attackerNS, ""))
@@ -54,15 +57,18 @@ func TestAcceptedSocket(t *testing.T) {
 	}
 }
 
-// A client whose request is lost on the way, and has to be sent again, is found all the same; also one
-// that listens at its own port.
+// A client whose request is lost on the way, and has to be sent again, is found all the same; also
+// one that listens at its own port.
 func TestRequestLost(t *testing.T) {
 	b := newBed(t)
 	ns := b.pod("pod")
 	pod := b.client(containerPath(1, 1), ns)
 	b.startHelper()
 	b.mustBe(pod, dial, podUID(1), containerIDOf(1))
-	b.in(b.node.NS, "iptables -t raw -A PREROUTING -p tcp -m string --algo bm --string lost -m statistic --mode nth --every 2 --packet 0 -j DROP")
+	b.in(
+		b.node.NS,
+		"iptables -t raw -A PREROUTING -p tcp -m string --algo bm --string lost -m statistic --mode nth --every 2 --packet 0 -j DROP",
+	)
 	for _, listens := range []bool{false, true} {
 		end := netip.AddrPortFrom(ns.Addr, map[bool]uint16{false: 41000, true: 41001}[listens])
 		pod.do("spoof %s %s", end, metadataAddr)

@@ -19,7 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// clientRole does what it is told, a line each, and answers with a line: ok and the result, or why not.
+// clientRole does what it is told, a line each, and answers with a line: ok and the result, or why
+// not.
 func clientRole() error {
 	p := &player{conns: map[string]*net.TCPConn{}}
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
@@ -124,7 +125,11 @@ func (p *player) play(args []string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return "", syscall.Exec(nsenter, []string{"nsenter", "--net=" + args[1], "--", "sh", "-c", `echo ok; exec "$0"`, program}, os.Environ())
+		return "", syscall.Exec(
+			nsenter,
+			[]string{"nsenter", "--net=" + args[1], "--", "sh", "-c", `echo ok; exec "$0"`, program},
+			os.Environ(),
+		)
 	case "pid":
 		return strconv.Itoa(os.Getpid()), nil
 	case "exit":
@@ -285,14 +290,20 @@ func (p *player) forge(args []string) (string, error) {
 	defer unix.Close(fd)
 	arrived := 0
 	for sequence := range uint32(32) {
-		if unix.Sendto(fd, forgedAnswer(sequence, 1, cgroup, local, remote), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: uint32(portID)}) == nil {
+		if unix.Sendto(
+			fd,
+			forgedAnswer(sequence, 1, cgroup, local, remote),
+			0,
+			&unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: uint32(portID)},
+		) == nil {
 			arrived++
 		}
 	}
 	return strconv.Itoa(arrived), nil
 }
 
-// bench opens one connection after the other, sends a byte and waits for one, and returns nanoseconds.
+// bench opens one connection after the other, sends a byte and waits for one, and returns
+// nanoseconds.
 func bench(address, times string) (string, error) {
 	n, err := strconv.Atoi(times)
 	if err != nil {

@@ -25,7 +25,8 @@ type KernelOptions struct {
 	Registerer prometheus.Registerer // nil: nothing is counted
 }
 
-// maxAskedOfOne bounds how many network namespaces of one pod, and how many of no pod, are asked for one address.
+// maxAskedOfOne bounds how many network namespaces of one pod, and how many of no pod, are asked
+// for one address.
 const maxAskedOfOne = 8
 
 // DefaultCgroupRoot is where systemd mounts the cgroups.
@@ -33,12 +34,15 @@ const DefaultCgroupRoot = "/sys/fs/cgroup"
 
 // Kernel asks the kernel which process made the socket at the other end of a connection.
 //
-// It has no privilege. Of our own network namespace it may ask; sockets that ask in others are handed over by a [Helper].
+// It has no privilege. Of our own network namespace it may ask; sockets that ask in others are
+// handed over by a [Helper].
 //
-// What it knows is as old as the kernel's news of it. A new pod's cgroup and namespace are known some ms after they are there: until then
-// Look says that it does not know. The death of a cgroup's last process is told in some 10 ms (at most once in ten, and then we have to be scheduled); what is written in between goes to a socket
-// that this process made, and that nobody else has but by having been given it. That a cgroup was removed is told at once, and
-// its id is never used again.
+// What it knows is as old as the kernel's news of it. A new pod's cgroup and namespace are known
+// some ms after they are there: until then Look says that it does not know. The death of a cgroup's
+// last process is told in some 10 ms (at most once in ten, and then we have to be scheduled); what
+// is written in between goes to a socket that this process made, and that nobody else has but by
+// having been given it. That a cgroup was removed is told at once, and its id is never used
+// again.
 type Kernel struct {
 	options KernelOptions
 	lookups *prometheus.CounterVec
@@ -84,8 +88,9 @@ func NewKernel(o KernelOptions) *Kernel {
 	return k
 }
 
-// Look asks the kernel now, and waits half a second at most, where a packet of the client is under way. It is to be called at accept, before a byte is read.
-// Errors: those at the top of this package, wrapped with what was found, and the kernel's.
+// Look asks the kernel now, and waits half a second at most, where a packet of the client is under
+// way. It is to be called at accept, before a byte is read. Errors: those at the top of this
+// package, wrapped with what was found, and the kernel's.
 func (k *Kernel) Look(c Conn) (*Evidence, error) {
 	e, err := k.look(c)
 	k.lookups.WithLabelValues(outcome(err)).Inc()
@@ -115,7 +120,10 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		}
 		return nil, fmt.Errorf("%w: %s", ErrNoNamespace, c.Client.Addr())
 	case !unified && n == own:
-		return nil, fmt.Errorf("%w: a process of the node or a pod on the host network asks, and the node has cgroup v1", ErrNoCgroup)
+		return nil, fmt.Errorf(
+			"%w: a process of the node or a pod on the host network asks, and the node has cgroup v1",
+			ErrNoCgroup,
+		)
 	case !unified:
 		if n.fault != nil {
 			signal(k.scan) // a process that made it ambiguous may be gone
@@ -140,7 +148,8 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	return e, err
 }
 
-// within refuses what the cgroup of a socket says of a pod, unless the socket is in that pod's network namespace and in no other pod's.
+// within refuses what the cgroup of a socket says of a pod, unless the socket is in that pod's
+// network namespace and in no other pod's.
 func (k *Kernel) within(n *namespace, e *Evidence) (*Evidence, error) {
 	var others []string
 	for uid := range n.uids {
@@ -167,9 +176,10 @@ func (k *Kernel) spares(path string) bool {
 	return slices.ContainsFunc(k.options.Spared, func(s string) bool { return strings.HasPrefix(path+"/", "/"+s+"/") })
 }
 
-// askable returns those of the namespaces with an address that are asked: each costs some µs, and users of the node and pods may be allowed
-// to make hundreds, with any address. They are all of the pods' but for what one has beyond [maxAskedOfOne], and as many that are no pod's.
-// Of these, those of users who log in come last.
+// askable returns those of the namespaces with an address that are asked: each costs some µs, and
+// users of the node and pods may be allowed to make hundreds, with any address. They are all of the
+// pods' but for what one has beyond [maxAskedOfOne], and as many that are no pod's. Of these, those
+// of users who log in come last.
 func askable(holders []holder) []holder {
 	if len(holders) <= maxAskedOfOne {
 		return holders
@@ -196,9 +206,15 @@ func askable(holders []holder) []holder {
 	return asked
 }
 
-// find asks every namespace that has the client's address, and our own, where any address can be used, who has the client's socket
-// to the address it dialled. n is nil where none has it. A namespace that cannot be asked leaves it open whether there is one.
-func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []holder) (n *namespace, f socketFound, err error) {
+// find asks every namespace that has the client's address, and our own, where any address can be
+// used, who has the client's socket to the address it dialled. n is nil where none has it. A
+// namespace that cannot be asked leaves it open whether there is one.
+func (k *Kernel) find(
+	c Conn,
+	dialled netip.AddrPort,
+	own *namespace,
+	holders []holder,
+) (n *namespace, f socketFound, err error) {
 	ask := func(h holder) error {
 		found, ok, err := h.opener(c, dialled)
 		switch {
@@ -229,7 +245,8 @@ func (k *Kernel) find(c Conn, dialled netip.AddrPort, own *namespace, holders []
 	return n, f, nil
 }
 
-// podOf returns the one pod whose namespace has an address, "" where that is not so. others says that it is in namespaces of no pod alone.
+// podOf returns the one pod whose namespace has an address, "" where that is not so. others says
+// that it is in namespaces of no pod alone.
 func podOf(holders []holder) (uid string, others bool) {
 	pods := slices.DeleteFunc(slices.Clone(holders), func(h holder) bool { return h.ofNode })
 	switch {
@@ -241,13 +258,15 @@ func podOf(holders []holder) (uid string, others bool) {
 	return pods[0].pod, false
 }
 
-// Search returns the number of the next search for namespaces. The helper is asked for one by a Look that finds none.
+// Search returns the number of the next search for namespaces. The helper is asked for one by a
+// Look that finds none.
 func (k *Kernel) Search() int64 { return k.begun.Load() + 1 }
 
 // Searched reports whether that search, or a later one, has come to its end.
 func (k *Kernel) Searched(number int64) bool { return k.done.Load() >= number }
 
-// Changes returns a channel that is closed when another Look may say more. Take it before the Look that it follows.
+// Changes returns a channel that is closed when another Look may say more. Take it before the Look
+// that it follows.
 func (k *Kernel) Changes() <-chan struct{} {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -296,7 +315,14 @@ func (k *Kernel) Status() KernelStatus {
 	k.mu.RUnlock()
 	s.Lacks = append([]string(nil), s.Lacks...)
 	if crowded > 0 {
-		s.Lacks = append(s.Lacks, fmt.Sprintf("%d addresses are in more than %d network namespaces of no pod, or of one pod: clients in those beyond are refused", crowded, maxAskedOfOne))
+		s.Lacks = append(
+			s.Lacks,
+			fmt.Sprintf(
+				"%d addresses are in more than %d network namespaces of no pod, or of one pod: clients in those beyond are refused",
+				crowded,
+				maxAskedOfOne,
+			),
+		)
 	}
 	if cgroups != nil {
 		var problem error
@@ -330,9 +356,19 @@ var outcomes = []struct {
 	err  error
 	name string
 }{
-	{nil, "ok"}, {ErrNoNamespace, "no-namespace"}, {ErrHelperAway, "helper-away"}, {ErrNoSocket, "no-socket"}, {ErrSockets, "sockets"},
-	{ErrUnknownCgroup, "unknown-cgroup"}, {ErrNoCgroup, "no-cgroup"}, {ErrEmptyCgroup, "empty-cgroup"}, {ErrOwner, "owner"}, {ErrSpared, "spared"}, {ErrPods, "pods"},
-	{ErrNamespaceOwner, "namespace-owner"}, {ErrOtherNamespace, "other-namespace"},
+	{nil, "ok"},
+	{ErrNoNamespace, "no-namespace"},
+	{ErrHelperAway, "helper-away"},
+	{ErrNoSocket, "no-socket"},
+	{ErrSockets, "sockets"},
+	{ErrUnknownCgroup, "unknown-cgroup"},
+	{ErrNoCgroup, "no-cgroup"},
+	{ErrEmptyCgroup, "empty-cgroup"},
+	{ErrOwner, "owner"},
+	{ErrSpared, "spared"},
+	{ErrPods, "pods"},
+	{ErrNamespaceOwner, "namespace-owner"},
+	{ErrOtherNamespace, "other-namespace"},
 }
 
 func outcome(err error) string {
@@ -353,17 +389,30 @@ func (k *Kernel) register(r prometheus.Registerer) {
 		return
 	}
 	gauge := func(name, help string, value func(KernelStatus) float64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "gke_metadata_emulator_attest_" + name, Help: help}, func() float64 { return value(k.Status()) })
+		return prometheus.NewGaugeFunc(
+			prometheus.GaugeOpts{Name: "gke_metadata_emulator_attest_" + name, Help: help},
+			func() float64 { return value(k.Status()) },
+		)
 	}
-	r.MustRegister(k.lookups,
-		gauge("namespaces", "Network namespaces, beside our own, whose sockets can be asked for.", func(s KernelStatus) float64 { return float64(s.Namespaces) }),
+	r.MustRegister(
+		k.lookups,
+		gauge(
+			"namespaces",
+			"Network namespaces, beside our own, whose sockets can be asked for.",
+			func(s KernelStatus) float64 { return float64(s.Namespaces) },
+		),
 		gauge("cgroups", "Cgroups that are known.", func(s KernelStatus) float64 { return float64(s.Cgroups) }),
-		gauge("helper_connected", "1 if gke-metadata-emulator-attest.service hands over what it finds, else 0.", func(s KernelStatus) float64 {
-			if s.Helper {
-				return 1
-			}
-			return 0
-		}))
+		gauge(
+			"helper_connected",
+			"1 if gke-metadata-emulator-attest.service hands over what it finds, else 0.",
+			func(s KernelStatus) float64 {
+				if s.Helper {
+					return 1
+				}
+				return 0
+			},
+		),
+	)
 }
 
 // unifiedHierarchy reports whether a cgroup v2 hierarchy is mounted there.

@@ -473,7 +473,10 @@ func TestForgedPods(t *testing.T) {
 		}
 		clients, units = append(clients, b.client(forged.own+forged.below, ns)), append(units, forged.unit)
 	}
-	runtimes := b.client("/system.slice/containerd.service/kubepods-pod"+escaped+".slice:cri-containerd:"+containerIDOf(9), b.pod("runtimes"))
+	runtimes := b.client(
+		"/system.slice/containerd.service/kubepods-pod"+escaped+".slice:cri-containerd:"+containerIDOf(9),
+		b.pod("runtimes"),
+	)
 	b.startHelper()
 	for i, c := range clients {
 		e, _ := b.mustBe(c, dial, "", "")

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// A process that is reaped while its namespace is read has ended. The kernel says EACCES of it, which
-// is no missing capability.
+// A process that is reaped while its namespace is read has ended. The kernel says EACCES of it,
+// which is no missing capability.
 func TestReapedProcess(t *testing.T) {
 	cgroup := t.TempDir()
 	for range 500 {

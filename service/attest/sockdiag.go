@@ -8,7 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Out of linux/inet_diag.h. The request is struct inet_diag_req_v2, the answer struct inet_diag_msg with attributes behind it.
+// Out of linux/inet_diag.h. The request is struct inet_diag_req_v2, the answer struct inet_diag_msg
+// with attributes behind it.
 const (
 	diagRequestLen = 56
 	diagAnswerLen  = 72
@@ -29,10 +30,11 @@ type socketFound struct {
 	unacked      uint32 // packets
 }
 
-// opened reports whether the kernel's numbers show that the socket opened its connection. One
-// that a listener accepted was opened by somebody else, who may have forged its address. Of a socket that
-// opened, the SYN was acknowledged, which counts as a byte; and its FIN in state FIN_WAIT2, which
-// both kinds may reach. The numbers tell the two apart where all that was sent is acknowledged.
+// opened reports whether the kernel's numbers show that the socket opened its connection.
+// One that a listener accepted was opened by somebody else, who may have forged its address. Of a
+// socket that opened, the SYN was acknowledged, which counts as a byte; and its FIN in state
+// FIN_WAIT2, which both kinds may reach. The numbers tell the two apart where all that was sent is
+// acknowledged.
 func (f socketFound) opened() bool {
 	ends := uint64(0)
 	if f.state == 5 {
@@ -45,9 +47,10 @@ func (f socketFound) opened() bool {
 // that sent nothing, nothing is acknowledged.
 func (f socketFound) undecided() bool { return !f.opened() && f.acked > 0 }
 
-// live reports whether the socket can be the client's of a connection that we hold open. One that only tries to connect does not make
-// it, though it has the same addresses: somebody else on its network answers our packets then. One that was closed at its other end
-// (CLOSE_WAIT, LAST_ACK, CLOSING) is of an earlier connection: our end closes when nobody asks any more.
+// live reports whether the socket can be the client's of a connection that we hold open. One that
+// only tries to connect does not make it, though it has the same addresses: somebody else on its
+// network answers our packets then. One that was closed at its other end (CLOSE_WAIT, LAST_ACK,
+// CLOSING) is of an earlier connection: our end closes when nobody asks any more.
 func (f socketFound) live() bool {
 	switch f.state {
 	case 1, 4, 5: // ESTABLISHED, FIN_WAIT1, FIN_WAIT2: a client may close its direction
@@ -56,8 +59,9 @@ func (f socketFound) live() bool {
 	return false
 }
 
-// socket asks for the TCP socket that has exactly these two ends, in 3 to 4 µs. device is the interface that has the local
-// address, 0 where it is not known: without it a socket that is bound to its interface is not found.
+// socket asks for the TCP socket that has exactly these two ends, in 3 to 4 µs. device is
+// the interface that has the local address, 0 where it is not known: without it a socket that is
+// bound to its interface is not found.
 func (s *netlinkSocket) socket(local, remote netip.AddrPort, device uint32) (socketFound, bool, error) {
 	b := s.request(unix.SOCK_DIAG_BY_FAMILY, 0, diagRequestLen)
 	r := b[headerLen:]
@@ -104,8 +108,9 @@ func putAddr(b []byte, a netip.Addr) {
 	copy(b, sixteen[:])
 }
 
-// parseSocket reads a datagram. known says that it is the answer to the question; ok, that it tells of exactly the socket that was asked
-// for: where there is none, the kernel answers with a listener on the same port.
+// parseSocket reads a datagram. known says that it is the answer to the question; ok, that it tells
+// of exactly the socket that was asked for: where there is none, the kernel answers with a listener
+// on the same port.
 func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f socketFound, ok, known bool, err error) {
 	m, _, some := nextMessage(b)
 	switch {
@@ -116,7 +121,11 @@ func parseSocket(b []byte, sequence uint32, local, remote netip.AddrPort) (f soc
 	case m.kind == unix.NLMSG_ERROR:
 		return socketFound{}, false, true, fmt.Errorf("sock_diag: %w", m.errno())
 	case m.kind != unix.SOCK_DIAG_BY_FAMILY || len(m.data) < diagAnswerLen:
-		return socketFound{}, false, true, fmt.Errorf("sock_diag answered with a message of kind %d and %d bytes", m.kind, len(m.data))
+		return socketFound{}, false, true, fmt.Errorf(
+			"sock_diag answered with a message of kind %d and %d bytes",
+			m.kind,
+			len(m.data),
+		)
 	}
 	ends := m.data[4:]
 	sourcePort, destinationPort := binary.BigEndian.Uint16(ends), binary.BigEndian.Uint16(ends[2:])

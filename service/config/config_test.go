@@ -66,8 +66,12 @@ func TestMinimal(t *testing.T) {
 		HealthListen:  netip.MustParseAddrPort("127.0.0.1:16322"),
 		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto", OnStop: "remove",
 			//
-			Guard: []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("[fd00:c1::a9fe:a9fe]:80"),
-				netip.MustParseAddrPort("[fd00:ec2::254]:80"), netip.MustParseAddrPort("[fd20:ce::254]:80")}},
+			Guard: []netip.AddrPort{
+				netip.MustParseAddrPort("169.254.169.254:80"),
+				netip.MustParseAddrPort("[fd00:c1::a9fe:a9fe]:80"),
+				netip.MustParseAddrPort("[fd00:ec2::254]:80"),
+				netip.MustParseAddrPort("[fd20:ce::254]:80"),
+			}},
 		Attestation: Attestation{Mode: "kernel"},
 		Google: Google{UniverseDomain: "googleapis.com", STSURL: "https://sts.googleapis.com/v1/token",
 			IAMCredentialsURL: "https://iamcredentials.googleapis.com", TokenLifetime: time.Hour},

@@ -63,12 +63,17 @@ func newAccounts() *accounts {
 }
 
 // Account returns what the ServiceAccount's annotations say. It reads them anew where what is known
-// is older than maxAge, or older than the newest pod of the ServiceAccount: after an annotation and a
-// rollout, each new pod has the new identity. With maxAge < 0 any age serves pods that are not new,
-// and a failed read leaves what was known. Otherwise a failed read is the error: an annotation that
-// was taken away must not be honoured because the API server is away. Concurrent reads coalesce.
-// Errors: *AnnotationError, ErrNotFound, ErrNoPod, *ForbiddenError, *AwayError, ErrNotConfigured.
-func (c *Cluster) Account(ctx context.Context, sa workload.ServiceAccount, maxAge time.Duration) (workload.Account, error) {
+// is older than maxAge, or older than the newest pod of the ServiceAccount: after an annotation and
+// a rollout, each new pod has the new identity. With maxAge < 0 any age serves pods that are not
+// new, and a failed read leaves what was known. Otherwise a failed read is the error: an annotation
+// that was taken away must not be honoured because the API server is away. Concurrent reads
+// coalesce. Errors: *AnnotationError, ErrNotFound, ErrNoPod, *ForbiddenError, *AwayError,
+// ErrNotConfigured.
+func (c *Cluster) Account(
+	ctx context.Context,
+	sa workload.ServiceAccount,
+	maxAge time.Duration,
+) (workload.Account, error) {
 	newest := c.pods.current.Load().newest[sa]
 	a := c.knownAccount(sa)
 	old := a.read.IsZero() || maxAge >= 0 && time.Since(a.read) > maxAge
@@ -190,8 +195,8 @@ func (c *Cluster) get(ctx context.Context, k *client, sa workload.ServiceAccount
 		err)
 }
 
-// store keeps what the API server says of a ServiceAccount; nil is that it does not exist. asked is when
-// a consistent read began, zero for all other news.
+// store keeps what the API server says of a ServiceAccount; nil is that it does not exist. asked is
+// when a consistent read began, zero for all other news.
 func (c *Cluster) store(sa workload.ServiceAccount, obj *corev1.ServiceAccount, fresh bool, asked time.Time) account {
 	now := account{read: time.Now().Round(0), asked: asked} // by the clock on the wall: time spent suspended counts
 	if obj == nil {
@@ -296,8 +301,8 @@ func (c *Cluster) followAccounts(ctx context.Context) {
 	}
 }
 
-// followAccount keeps one ServiceAccount fresh: it is read when its first pod appears, then watched where
-// that is granted, else read every ten minutes.
+// followAccount keeps one ServiceAccount fresh: it is read when its first pod appears, then watched
+// where that is granted, else read every ten minutes.
 func (c *Cluster) followAccount(ctx context.Context, sa workload.ServiceAccount) {
 	delay := retryRead / 2
 	for fresh := true; ; fresh = false {
@@ -320,9 +325,9 @@ func (c *Cluster) followAccount(ctx context.Context, sa workload.ServiceAccount)
 	}
 }
 
-// watchUntilOld watches the ServiceAccount where that is granted, and returns when it has to be read
-// anew: after a watch at once, else after c.refresh. A grant that comes later is noticed within a
-// minute. It returns false when ctx is done.
+// watchUntilOld watches the ServiceAccount where that is granted, and returns when it has to be
+// read anew: after a watch at once, else after c.refresh. A grant that comes later is noticed
+// within a minute. It returns false when ctx is done.
 func (c *Cluster) watchUntilOld(ctx context.Context, sa workload.ServiceAccount) bool {
 	old := time.Now().Add(jitter(c.refresh))
 	for {
@@ -368,7 +373,9 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 	if apierrors.IsForbidden(err) {
 		c.accounts.mayWatch.Store(false)
 		c.accounts.watchDeniedAt.Store(time.Now().UnixNano())
-		c.log.Debug("ServiceAccounts cannot be watched; they are read every ten minutes, for each new pod, and before each mint")
+		c.log.Debug(
+			"ServiceAccounts cannot be watched; they are read every ten minutes, for each new pod, and before each mint",
+		)
 	}
 	if probes {
 		c.accounts.probe.Unlock()

@@ -276,7 +276,9 @@ func TestNewPodReadsAnew(t *testing.T) {
 		want := workload.Account{GoogleEmail: fmt.Sprintf("v%d@p.iam.gserviceaccount.com", i)}
 		s.SetServiceAccount("ns1", "ksa", map[string]string{AnnotationEmail: want.GoogleEmail})
 		name, address := fmt.Sprintf("new-%d", i), fmt.Sprintf("10.1.0.%d", 100+i)
-		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa", Addresses: []string{address}})
+		s.SetPod(
+			kubetest.Pod{Namespace: "ns1", Name: name, Node: "node1", ServiceAccount: "ksa", Addresses: []string{address}},
+		)
 		b.at(t, address, name)
 		before := s.Calls("get", "serviceaccounts")
 		for range 10 {
@@ -314,7 +316,9 @@ func TestNewPodJoinsAnOlderRead(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() { _, _ = b.Account(t.Context(), ksa, 0) })
 	until(t, "the older read", func() bool { return s.Calls("get", "serviceaccounts") == before+1 })
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "new", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}})
+	s.SetPod(
+		kubetest.Pod{Namespace: "ns1", Name: "new", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}},
+	)
 	b.at(t, "10.1.0.12", "new")
 	wg.Go(func() {
 		if got, err := b.Account(t.Context(), ksa, -1); err != nil || got != linked {
@@ -335,7 +339,9 @@ func TestNewPodWhileAway(t *testing.T) {
 	b.at(t, "10.1.0.11", "p1")
 	b.account(t, ksa, -1, linked)
 	defer s.Inject(kubetest.Fault{Verb: "get", Resource: "serviceaccounts", Code: 500})()
-	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "new", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}})
+	s.SetPod(
+		kubetest.Pod{Namespace: "ns1", Name: "new", Node: "node1", ServiceAccount: "ksa", Addresses: []string{"10.1.0.12"}},
+	)
 	b.at(t, "10.1.0.12", "new")
 	if got, err := b.Account(t.Context(), ksa, -1); err != nil || got != linked {
 		t.Errorf("%+v, %v", got, err)

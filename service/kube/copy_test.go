@@ -92,9 +92,15 @@ func TestCopyOfWhatIsNotThere(t *testing.T) {
 func TestCopyIsMinimal(t *testing.T) {
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "admin.conf")
-	write(t, conf, []byte(`{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c","cluster":{"server":"https://192.0.2.1:6443"}}],
+	write(
+		t,
+		conf,
+		[]byte(
+			`{"apiVersion":"v1","kind":"Config","current-context":"c","clusters":[{"name":"c","cluster":{"server":"https://192.0.2.1:6443"}}],
 "contexts":[{"name":"c","context":{"cluster":"c","user":"u"}},{"name":"d","context":{"cluster":"c","user":"admin"}}],
-"users":[{"name":"admin","user":{"token":"hunter2"}},{"name":"u","user":{"exec":{"apiVersion":"client.authentication.k8s.io/v1","command":"aws-iam-authenticator","interactiveMode":"Never"}}}]}`))
+"users":[{"name":"admin","user":{"token":"hunter2"}},{"name":"u","user":{"exec":{"apiVersion":"client.authentication.k8s.io/v1","command":"aws-iam-authenticator","interactiveMode":"Never"}}}]}`,
+		),
+	)
 	text, _, err := copyOf(conf, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -73,7 +73,13 @@ func run(t *testing.T, s *kubetest.Server, adjust func(*bed, *Options), inside .
 	}
 	b.Cluster = New(o)
 	r.MustRegister(b.Cluster)
-	b.backoff = wait.Backoff{Duration: 5 * time.Millisecond, Factor: 1.5, Jitter: 0.2, Cap: 50 * time.Millisecond, Steps: 10}
+	b.backoff = wait.Backoff{
+		Duration: 5 * time.Millisecond,
+		Factor:   1.5,
+		Jitter:   0.2,
+		Cap:      50 * time.Millisecond,
+		Steps:    10,
+	}
 	for _, f := range inside {
 		f(b)
 	}

@@ -9,7 +9,8 @@ import (
 
 type metrics struct{ requests *prometheus.CounterVec }
 
-// newMetrics returns what counts in r. Where a Cluster before counted there, the next one counts on.
+// newMetrics returns what counts in r. Where a Cluster before counted there, the next one counts
+// on.
 func newMetrics(r prometheus.Registerer) metrics {
 	m := metrics{prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_kube_requests_total",

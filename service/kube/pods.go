@@ -133,7 +133,8 @@ func (x *index) uses(sa workload.ServiceAccount) bool {
 	return known
 }
 
-// set takes one object's newest state and reports whether it matters. before is what was known of it.
+// set takes one object's newest state and reports whether it matters. before is what was known of
+// it.
 func (p *pods) set(o *corev1.Pod, before map[types.NamespacedName]*pod) bool {
 	key := types.NamespacedName{Namespace: o.Namespace, Name: o.Name}
 	old, had := before[key]

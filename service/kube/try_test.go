@@ -71,7 +71,11 @@ func TestTry(t *testing.T) {
 			s := newServer(t, kubetest.Options{})
 			s.GrantAudience(audience)
 			s.SetServiceAccount("ns", "plain", nil)
-			s.SetServiceAccount("ns", "linked", map[string]string{"iam.gke.io/gcp-service-account": "a@p.iam.gserviceaccount.com"})
+			s.SetServiceAccount(
+				"ns",
+				"linked",
+				map[string]string{"iam.gke.io/gcp-service-account": "a@p.iam.gserviceaccount.com"},
+			)
 			for _, p := range []kubetest.Pod{
 				{Name: "plain", ServiceAccount: "plain", Addresses: []string{"10.0.0.1"}},
 				{Name: "ended", ServiceAccount: "plain", Addresses: []string{"10.0.0.1"}, Phase: "Succeeded"},

@@ -24,8 +24,8 @@ type Answer struct {
 	// request's Host and query.
 	Redirect string
 
-	// Issued is what the leaf says of the credential in the Body, for whoever keeps an audit trail; nil: the Body holds
-	// none. Nothing in this package looks at it.
+	// Issued is what the leaf says of the credential in the Body, for whoever keeps an audit trail;
+	// nil: the Body holds none. Nothing in this package looks at it.
 	Issued any
 }
 

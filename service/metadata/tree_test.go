@@ -69,7 +69,12 @@ func sample() Node {
 						if q.Caller == (workload.Caller{}) {
 							return nil, errNobody
 						}
-						return Raw{Body: []byte(fmt.Sprintf(`{"access_token":"%s of %s","expires_in":3599,"token_type":"Bearer"}`, secret, q.Caller)), ContentType: JSON}, nil
+						return Raw{
+							Body: []byte(
+								fmt.Sprintf(`{"access_token":"%s of %s","expires_in":3599,"token_type":"Bearer"}`, secret, q.Caller),
+							),
+							ContentType: JSON,
+						}, nil
 					}},
 					{Name: "scopes", Get: Value([]string{"https://www.googleapis.com/auth/cloud-platform",
 						"https://www.googleapis.com/auth/userinfo.email"})},

@@ -7,10 +7,12 @@ import (
 	"slices"
 )
 
-// Fitted is the Plan with the mode that fits the node now in the place of auto, and why. A Plan of another mode stays as it is.
+// Fitted is the Plan with the mode that fits the node now in the place of auto, and why. A Plan of
+// another mode stays as it is.
 //
-// It never is loopback: there the emulator listens elsewhere, and systemd holds the listener. Where that would fit, ebpf does as well, if it
-// can be had; else it is iptables, which keeps pods from the real server, and the reason says what to do.
+// It never is loopback: there the emulator listens elsewhere, and systemd holds the listener. Where
+// that would fit, ebpf does as well, if it can be had; else it is iptables, which keeps pods from
+// the real server, and the reason says what to do.
 func (p Plan) Fitted(ctx context.Context) Plan {
 	if p.Mode != ModeAuto || p.Closed {
 		return p
@@ -24,7 +26,11 @@ func (p Plan) fit(f Facts) Plan {
 	case p.Mode == ModeLoopback && f.CgroupV2 && f.BPF && Supported(ModeEBPF):
 		p.Mode = ModeEBPF
 	case p.Mode == ModeLoopback:
-		p.Reason = fmt.Sprintf("%s, which asks for routing.mode loopback: name it, for the listener to move to %s", p.Reason, metadataServer)
+		p.Reason = fmt.Sprintf(
+			"%s, which asks for routing.mode loopback: name it, for the listener to move to %s",
+			p.Reason,
+			metadataServer,
+		)
 		p.Mode = ModeIPTables
 	case !Supported(p.Mode):
 		p.Reason = fmt.Sprintf("%s, which asks for mode %s, and this version has none", p.Reason, p.Mode)
@@ -45,8 +51,8 @@ func (p Plan) withoutSix() Plan {
 // Supported says whether a Plan may have the mode.
 func Supported(mode string) bool { return slices.Contains(modes, mode) }
 
-// AsInstalled is Fitted, but for what the last Install came to where that is what is desired: a node whose network changes under rules that
-// stand has the same rules until the next Install.
+// AsInstalled is Fitted, but for what the last Install came to where that is what is desired: a
+// node whose network changes under rules that stand has the same rules until the next Install.
 func (p Plan) AsInstalled(ctx context.Context) Plan {
 	if p.Mode != ModeAuto || p.Closed {
 		return p

@@ -8,7 +8,8 @@ import (
 
 func TestAuto(t *testing.T) {
 	p := Plan{Mode: ModeAuto, Listen: bedPlan("", "").Listen, RunDir: t.TempDir()}
-	if got := p.fit(Facts{IPTables: "1.8.9", Backend: "nf_tables"}); got.Mode != ModeIPTables || !strings.HasPrefix(got.Reason, "iptables 1.8.9 (nf_tables) sees") {
+	if got := p.fit(Facts{IPTables: "1.8.9", Backend: "nf_tables"}); got.Mode != ModeIPTables ||
+		!strings.HasPrefix(got.Reason, "iptables 1.8.9 (nf_tables) sees") {
 		t.Errorf("%s: %s", got.Mode, got.Reason)
 	}
 	if got := p.fit(Facts{IPTables: "1.8.9", GKE: true}); got.Mode != ModeNone || got.Reason == "" {
@@ -45,7 +46,8 @@ func TestAuto(t *testing.T) {
 	p.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 	for mode, facts := range map[string]Facts{ModeNFTables: {NFTables: true}, ModeEBPF: {Denied: true, CgroupV2: true, BPF: true}} {
 		got := p.fit(facts)
-		if got.Mode != mode || got.Listen6.IsValid() != got.dnats() || strings.HasSuffix(got.Reason, "listen6 is not") == got.dnats() {
+		if got.Mode != mode || got.Listen6.IsValid() != got.dnats() ||
+			strings.HasSuffix(got.Reason, "listen6 is not") == got.dnats() {
 			t.Errorf("%s with listen6 %s: %s", got.Mode, got.Listen6, got.Reason)
 		}
 		if _, err := New(got); err != nil {

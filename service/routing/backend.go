@@ -35,8 +35,8 @@ func backends(p Plan) (use, other string) {
 	return use, other
 }
 
-// kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy one, which has the
-// command.
+// kubeletChains says in which backend kubelet has marked its own, by whether that is the legacy
+// one, which has the command.
 func kubeletChains(legacy string) map[bool]bool {
 	found := map[bool]bool{}
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {

@@ -19,7 +19,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestMain lets the test program stand for other programs: one that asks, one that listens, one that installs.
+// TestMain lets the test program stand for other programs: one that asks, one that listens, one
+// that installs.
 func TestMain(m *testing.M) {
 	role, arg := os.Getenv("ROUTING_TEST_ROLE"), os.Getenv("ROUTING_TEST_ARG")
 	switch role {
@@ -40,7 +41,11 @@ func TestMain(m *testing.M) {
 		end(loadUntilEOF(arg))
 	case "pins":
 		dir, root, _ := strings.Cut(arg, " ")
-		end((pins{dir: dir, root: root, hooks: redirectHooks}).install(rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}))
+		end(
+			(pins{dir: dir, root: root, hooks: redirectHooks}).install(
+				rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")},
+			),
+		)
 	case "connect":
 		end(connectAs(arg))
 	case "watch":
@@ -103,8 +108,8 @@ func (b *bed) self() string {
 	return exe
 }
 
-// bed is a node with a pod, a neighbour on the LAN, an emulator at the default listen address and a fake cloud that must never be
-// asked.
+// bed is a node with a pod, a neighbour on the LAN, an emulator at the default listen address and a
+// fake cloud that must never be asked.
 type bed struct {
 	*netnstest.Node
 	t         testing.TB
@@ -128,7 +133,8 @@ func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
 	}
 }
 
-// onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode nftables.
+// onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode
+// nftables.
 func onEveryDNAT(t *testing.T, f func(t *testing.T, b *bed)) {
 	onBothBackends(t, f)
 	t.Run("nftables", func(t *testing.T) {
@@ -274,12 +280,17 @@ func (b *bed) remove(p Plan) {
 	}
 }
 
-// sh runs shell commands on the node, with iptables and ip6tables being the bed's backend. All namespaces share the lock
-// of legacy iptables.
+// sh runs shell commands on the node, with iptables and ip6tables being the bed's backend. All
+// namespaces share the lock of legacy iptables.
 func (b *bed) sh(script string) string {
 	b.t.Helper()
 	six := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
-	script = fmt.Sprintf("set -e; iptables() { %s -w 60 \"$@\"; }; ip6tables() { %s -w 60 \"$@\"; }; %s", b.plan.Binary, six, script)
+	script = fmt.Sprintf(
+		"set -e; iptables() { %s -w 60 \"$@\"; }; ip6tables() { %s -w 60 \"$@\"; }; %s",
+		b.plan.Binary,
+		six,
+		script,
+	)
 	out, err := b.Command(context.Background(), "sh", "-c", script).CombinedOutput()
 	if err != nil {
 		b.t.Fatalf("%s: %v: %s", script, err, out)
@@ -327,7 +338,8 @@ func only(a, b []string) (found []string) {
 	return found
 }
 
-// faults are the lines of what Check returned, each of which must be a fault and not a failure to look.
+// faults are the lines of what Check returned, each of which must be a fault and not a failure to
+// look.
 func faults(t testing.TB, err error) []string {
 	t.Helper()
 	if err == nil {

@@ -21,8 +21,17 @@ func serviceRules(n int) string {
 	for i := range n / 4 {
 		fmt.Fprintf(&chains, ":KUBE-SVC-%08d - [0:0]\n:KUBE-SEP-%08d - [0:0]\n", i, i)
 		ip := fmt.Sprintf("10.%d.%d.%d", 96+i>>16, i>>8&255, i&255)
-		fmt.Fprintf(&rules, "-A KUBE-SERVICES -d %s/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%08d\n-A KUBE-SVC-%08d -j KUBE-SEP-%08d\n"+
-			"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT --to-destination 10.200.0.1:80\n", ip, i, i, i, i, i)
+		fmt.Fprintf(
+			&rules,
+			"-A KUBE-SERVICES -d %s/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%08d\n-A KUBE-SVC-%08d -j KUBE-SEP-%08d\n"+
+				"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT --to-destination 10.200.0.1:80\n",
+			ip,
+			i,
+			i,
+			i,
+			i,
+			i,
+		)
 	}
 	return chains.String() + rules.String() + "COMMIT\n"
 }
@@ -107,14 +116,16 @@ func BenchmarkRouter(b *testing.B) {
 	}
 }
 
-// BenchmarkWatch is the time from somebody's command to all standing again, the reading back included.
+// BenchmarkWatch is the time from somebody's command to all standing again, the reading back
+// included.
 func BenchmarkWatch(b *testing.B) {
 	for _, binary := range []string{"iptables-nft", "iptables-legacy", ModeNFTables} {
 		for _, c := range []struct{ name, flush string }{
 			{"nat", "iptables -t nat -F"}, {"filter", "iptables -F"}, {"ip-rule", "ip rule del pref 97 prohibit"},
 			{"ruleset", "nft flush ruleset"},
 		} {
-			if c.name == "ruleset" && binary == "iptables-legacy" || binary == ModeNFTables && strings.HasPrefix(c.flush, "iptables") {
+			if c.name == "ruleset" && binary == "iptables-legacy" ||
+				binary == ModeNFTables && strings.HasPrefix(c.flush, "iptables") {
 				continue // which changes nothing of ours
 			}
 			b.Run(binary+"/"+c.name, func(b *testing.B) {
@@ -134,7 +145,8 @@ func BenchmarkWatch(b *testing.B) {
 	}
 }
 
-// BenchmarkWatchChurn is the processor time that the watcher takes while a thousand interfaces come and go, as those of pods do.
+// BenchmarkWatchChurn is the processor time that the watcher takes while a thousand interfaces come
+// and go, as those of pods do.
 func BenchmarkWatchChurn(b *testing.B) {
 	bed := newBed(b, "iptables-nft")
 	bed.install(bed.plan)
@@ -167,9 +179,10 @@ func BenchmarkWatchChurn(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkConnect is a fresh connection of a pod's with one question and its answer, in each mode, beside rules of kube-proxy's. The modes
-// take turns, so that what else the machine does falls on all alike: it is the ratios to a direct connection, on a node without any rules,
-// that count, of which the medians are told.
+// BenchmarkConnect is a fresh connection of a pod's with one question and its answer, in each mode,
+// beside rules of kube-proxy's. The modes take turns, so that what else the machine does falls on
+// all alike: it is the ratios to a direct connection, on a node without any rules, that count, of
+// which the medians are told.
 func BenchmarkConnect(b *testing.B) {
 	const each = 300 // connections in a turn
 	for _, n := range []int{0, 1000, 10000} {

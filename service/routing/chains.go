@@ -83,7 +83,8 @@ func (x *xtables) readBase(ctx context.Context, c chain, s *chainState) error {
 	return err
 }
 
-// readUnlisted reads the jumps of a base chain that iptables cannot list (R-35: a rule of nft's in it).
+// readUnlisted reads the jumps of a base chain that iptables cannot list (R-35: a rule of nft's in
+// it).
 func (x *xtables) readUnlisted(c chain, s *chainState) error {
 	messages, err := nftRules(x.family, c.table, c.base)
 	for i, m := range messages {
@@ -110,7 +111,8 @@ func foreignRedirection(c chain, rule string) error {
 		"this may be GKE, or another metadata server; remove that first", metadataServer, ErrForeign, rule, c.base)
 }
 
-// redirection finds a rule that redirects the metadata server by itself. Ours never stand in a base chain.
+// redirection finds a rule that redirects the metadata server by itself. Ours never stand in a base
+// chain.
 func redirection(base []string) string {
 	for _, rule := range base {
 		if strings.Contains(rule, "-d "+metadataServer.Addr().String()+"/32 ") &&
@@ -121,7 +123,8 @@ func redirection(base []string) string {
 	return ""
 }
 
-// foreignRedirections finds who redirects the metadata server by rules of iptables, in either backend.
+// foreignRedirections finds who redirects the metadata server by rules of iptables, in either
+// backend.
 func foreignRedirections(ctx context.Context) error {
 	var all []error
 	for _, command := range []string{"iptables-nft", "iptables-legacy"} {
@@ -263,7 +266,8 @@ func (x *xtables) missing(c chain, format string, args ...any) error {
 	return missing(x.layer(), "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
 }
 
-// jumps returns the jumps to a chain of ours that are ours, and whether somebody else jumps there too.
+// jumps returns the jumps to a chain of ours that are ours, and whether somebody else jumps there
+// too.
 func jumps(base []string, name string) (ours []jumpAt, foreign string) {
 	for i, rule := range base {
 		words := strings.Fields(rule)

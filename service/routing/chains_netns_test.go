@@ -70,7 +70,9 @@ func TestChainState(t *testing.T) {
 					}
 				}
 				if c.exists && b.plan.Binary == "iptables-nft" {
-					b.sh("nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } dnat to 10.244.0.77 # handle //p')")
+					b.sh(
+						"nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } dnat to 10.244.0.77 # handle //p')",
+					)
 				}
 			})
 		}
@@ -147,9 +149,14 @@ func FuzzParseNFTRule(f *testing.F) {
 	data := nl.NewRtAttr(unix.NFTA_IMMEDIATE_DATA, nil)
 	data.AddChild(verdict)
 	ours := nftMessage(
-		nftExpression("match", nl.NewRtAttr(unix.NFTA_MATCH_NAME, nl.ZeroTerminated("comment")), nl.NewRtAttr(unix.NFTA_MATCH_INFO, append([]byte(comment), make([]byte, 40)...))),
+		nftExpression(
+			"match",
+			nl.NewRtAttr(unix.NFTA_MATCH_NAME, nl.ZeroTerminated("comment")),
+			nl.NewRtAttr(unix.NFTA_MATCH_INFO, append([]byte(comment), make([]byte, 40)...)),
+		),
 		nftExpression("counter"),
-		nftExpression("immediate", nl.NewRtAttr(unix.NFTA_IMMEDIATE_DREG, make([]byte, 4)), data))
+		nftExpression("immediate", nl.NewRtAttr(unix.NFTA_IMMEDIATE_DREG, make([]byte, 4)), data),
+	)
 	if r := parseNFTRule(ours); !r.ours || r.to != "GME-PRE" || r.handle != 7 {
 		f.Errorf("%+v", r)
 	}
@@ -159,7 +166,8 @@ func FuzzParseNFTRule(f *testing.F) {
 	f.Fuzz(func(t *testing.T, message []byte) { parseNFTRule(message) })
 }
 
-// FuzzParseNFTables: neither a chain's message nor a rule's makes the parsers panic, and a mark is no longer than its message.
+// FuzzParseNFTables: neither a chain's message nor a rule's makes the parsers panic, and a mark is
+// no longer than its message.
 func FuzzParseNFTables(f *testing.F) {
 	hook := nl.NewRtAttr(unix.NFTA_CHAIN_HOOK, nil)
 	hook.AddRtAttr(unix.NFTA_HOOK_HOOKNUM, make([]byte, 4))
@@ -170,8 +178,11 @@ func FuzzParseNFTables(f *testing.F) {
 	if got := parseNFTChain(chain); got != "type nat hook prerouting priority -110; policy accept;" {
 		f.Error(got)
 	}
-	marked := slices.Concat([]byte{unix.NFPROTO_IPV4, 0, 0, 0}, nl.NewRtAttr(unix.NFTA_RULE_HANDLE, binary.BigEndian.AppendUint64(nil, 7)).Serialize(),
-		nl.NewRtAttr(unix.NFTA_RULE_USERDATA, append([]byte{0, 2, 'x', 0, byte(markType), 4}, "drop"...)).Serialize())
+	marked := slices.Concat(
+		[]byte{unix.NFPROTO_IPV4, 0, 0, 0},
+		nl.NewRtAttr(unix.NFTA_RULE_HANDLE, binary.BigEndian.AppendUint64(nil, 7)).Serialize(),
+		nl.NewRtAttr(unix.NFTA_RULE_USERDATA, append([]byte{0, 2, 'x', 0, byte(markType), 4}, "drop"...)).Serialize(),
+	)
 	if r := parseMarked(marked); r.mark != "drop" || r.handle != 7 {
 		f.Errorf("%+v", r)
 	}

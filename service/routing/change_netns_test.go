@@ -17,7 +17,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// connectUntil connects and hangs up, until stop says so; with pauses, since what conntrack knows of each connection is looked through at a change.
+// connectUntil connects and hangs up, until stop says so; with pauses, since what conntrack knows
+// of each connection is looked through at a change.
 func connectUntil(ns *netnstest.NS, stop *atomic.Bool, note func(error)) error {
 	return ns.Do(func() error {
 		tick := time.NewTicker(2 * time.Millisecond)
@@ -35,8 +36,9 @@ func connectUntil(ns *netnstest.NS, stop *atomic.Bool, note func(error)) error {
 	})
 }
 
-// TestChangeLosesNoConnect: while the mode changes every connect() of pods comes about, by the one way or by the other, and nothing is sent on
-// to the LAN for an address that is not this node's any more: routers there say "network is unreachable", or somebody answers.
+// TestChangeLosesNoConnect: while the mode changes every connect() of pods comes about, by the one
+// way or by the other, and nothing is sent on to the LAN for an address that is not this node's any
+// more: routers there say "network is unreachable", or somebody answers.
 func TestChangeLosesNoConnect(t *testing.T) {
 	t.Parallel()
 	for _, from := range []string{"iptables-nft", ModeNFTables} {
@@ -55,7 +57,9 @@ func TestChangeLosesNoConnect(t *testing.T) {
 				}
 				return string(out)
 			}
-			lan(`nft 'table ip lan { chain lan { type filter hook prerouting priority raw; ip daddr 169.254.169.252 tcp flags & (syn | ack) == syn counter; }; }'`)
+			lan(
+				`nft 'table ip lan { chain lan { type filter hook prerouting priority raw; ip daddr 169.254.169.252 tcp flags & (syn | ack) == syn counter; }; }'`,
+			)
 			b.install(dnat)
 			var stop atomic.Bool
 			var connects, reset atomic.Int64
@@ -92,7 +96,8 @@ func TestChangeLosesNoConnect(t *testing.T) {
 	}
 }
 
-// TestInstallAgainTouchesNothing: where all stands, Install changes nothing in the kernel that it tells of, and no pod notices it.
+// TestInstallAgainTouchesNothing: where all stands, Install changes nothing in the kernel that it
+// tells of, and no pod notices it.
 func TestInstallAgainTouchesNothing(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{ModeNFTables, ModeLoopback, "linked"} {
@@ -146,8 +151,8 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 	}
 }
 
-// TestChangeThatWasKilled is finished by the next Install, though what is desired was written down before: else redirection of the mode of
-// before would go on, to an address that is gone.
+// TestChangeThatWasKilled is finished by the next Install, though what is desired was written down
+// before: else redirection of the mode of before would go on, to an address that is gone.
 func TestChangeThatWasKilled(t *testing.T) {
 	t.Parallel()
 	b := modeBed(t, ModeLoopback)
@@ -172,8 +177,9 @@ func TestChangeThatWasKilled(t *testing.T) {
 	b.same("remove", b.ruleset(), before)
 }
 
-// TestInstallForgetsRedirections: where nothing is redirected and conntrack still knows of a redirection, the next connect() from that port goes
-// to an address that is not this node's, and fails by what a router says. Install heals that, whoever left it.
+// TestInstallForgetsRedirections: where nothing is redirected and conntrack still knows of a
+// redirection, the next connect() from that port goes to an address that is not this node's, and
+// fails by what a router says. Install heals that, whoever left it.
 func TestInstallForgetsRedirections(t *testing.T) {
 	t.Parallel()
 	b := modeBed(t, ModeLoopback)
@@ -199,7 +205,9 @@ func TestInstallForgetsRedirections(t *testing.T) {
 		return result
 	}
 	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
-	b.sh(`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.252:988; }; }'`)
+	b.sh(
+		`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.252:988; }; }'`,
+	)
 	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
 		t.Fatalf("redirected to nobody: %v", err)
 	}
@@ -213,8 +221,9 @@ func TestInstallForgetsRedirections(t *testing.T) {
 	}
 }
 
-// TestInstallForgetsWhatIsOver: a connection that DNAT brought goes on in mode ebpf. When it is over conntrack knows it for two minutes more, and
-// would give the next one from its port another port, by which no client is found (A-01).
+// TestInstallForgetsWhatIsOver: a connection that DNAT brought goes on in mode ebpf. When it is
+// over conntrack knows it for two minutes more, and would give the next one from its port another
+// port, by which no client is found (A-01).
 func TestInstallForgetsWhatIsOver(t *testing.T) {
 	t.Parallel()
 	b := ebpfBed(t)

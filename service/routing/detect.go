@@ -9,8 +9,8 @@ import (
 // ModeAuto is a choice and no mode: what Detect says.
 const ModeAuto = "auto"
 
-// Facts are what of a node decides which mode fits it. They are plain data; ReadFacts collects them. The zero value is a
-// node of which nothing is known.
+// Facts are what of a node decides which mode fits it. They are plain data; ReadFacts collects
+// them. The zero value is a node of which nothing is known.
 type Facts struct {
 	Kernel   string // release, such as 6.1.0-18-amd64
 	IPTables string // version; "" = there is no such command
@@ -34,8 +34,8 @@ type Facts struct {
 	Port80 string // who listens on port 80 of every address; "" = nobody
 }
 
-// picks say which mode fits which node (the table "Which mode on which network"). The first row that fits decides; where none
-// does, DNAT works, and iptables is what every node has.
+// picks say which mode fits which node (the table "Which mode on which network"). The first row
+// that fits decides; where none does, DNAT works, and iptables is what every node has.
 var picks = []struct {
 	when   func(Facts) bool
 	mode   string
@@ -61,10 +61,12 @@ var picks = []struct {
 		"Cilium routes by the host's own stack (bpf.hostLegacyRouting), which iptables sees"},
 }
 
-// withoutNetfilter stands for loopback, or for ebpf where somebody else has port 80 of every address (U-03).
+// withoutNetfilter stands for loopback, or for ebpf where somebody else has port 80 of every
+// address (U-03).
 const withoutNetfilter = ""
 
-// Detect returns the mode that fits the node, and why in one sentence. It knows all modes, also those that New does not.
+// Detect returns the mode that fits the node, and why in one sentence. It knows all modes, also
+// those that New does not.
 func Detect(f Facts) (mode, reason string) {
 	for _, p := range picks {
 		if !p.when(f) {
@@ -81,13 +83,26 @@ func Detect(f Facts) (mode, reason string) {
 			return ModeLoopback, reason
 		}
 		if f.CgroupV2 && f.BPF {
-			return ModeEBPF, fmt.Sprintf("%s, and %s has port 80 of every address, so 169.254.169.254 cannot be one of this node's", reason, f.Port80)
+			return ModeEBPF, fmt.Sprintf(
+				"%s, and %s has port 80 of every address, so 169.254.169.254 cannot be one of this node's",
+				reason,
+				f.Port80,
+			)
 		}
-		return ModeLoopback, fmt.Sprintf("%s; %s has port 80 of every address, which has to end, since mode ebpf needs cgroup v2 and a bpffs", reason, f.Port80)
+		return ModeLoopback, fmt.Sprintf(
+			"%s; %s has port 80 of every address, which has to end, since mode ebpf needs cgroup v2 and a bpffs",
+			reason,
+			f.Port80,
+		)
 	}
 	network := "this node's network"
 	if len(f.CNI) > 0 {
 		network = strings.Join(f.CNI, ", ")
 	}
-	return ModeIPTables, fmt.Sprintf("iptables %s (%s) sees what pods send on %s", f.IPTables, cmp.Or(f.Backend, "backend not known"), network)
+	return ModeIPTables, fmt.Sprintf(
+		"iptables %s (%s) sees what pods send on %s",
+		f.IPTables,
+		cmp.Or(f.Backend, "backend not known"),
+		network,
+	)
 }

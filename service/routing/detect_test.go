@@ -11,8 +11,8 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 )
 
-// Each file of testdata/nodes is a node: what Detect says of it, what iptables and nft say of themselves, who has
-// port 80, what the kernel has, and files.
+// Each file of testdata/nodes is a node: what Detect says of it, what iptables and nft say of
+// themselves, who has port 80, what the kernel has, and files.
 func TestDetect(t *testing.T) {
 	nodes, err := filepath.Glob("testdata/nodes/*.txtar")
 	if err != nil || len(nodes) == 0 {
@@ -48,7 +48,8 @@ func TestDetect(t *testing.T) {
 	}
 }
 
-// What answers at 169.254.169.254 counts too where somebody asked; the emulator itself is no reason to give way to it.
+// What answers at 169.254.169.254 counts too where somebody asked; the emulator itself is no reason
+// to give way to it.
 func TestDetectByTheServer(t *testing.T) {
 	f := Facts{IPTables: "1.8.9", Backend: "nf_tables"}
 	for server, want := range map[string]string{"GKE Metadata Server": ModeNone, "Metadata Server for VM": ModeIPTables, "EC2ws": ModeIPTables, "": ModeIPTables} {
@@ -62,7 +63,8 @@ func TestDetectByTheServer(t *testing.T) {
 // The facts of the machine that runs the tests can be read without any privilege.
 func TestReadFacts(t *testing.T) {
 	f := ReadFacts(t.Context())
-	if release, err := os.ReadFile("/proc/sys/kernel/osrelease"); err != nil || f.Kernel != strings.TrimSpace(string(release)) {
+	if release, err := os.ReadFile("/proc/sys/kernel/osrelease"); err != nil ||
+		f.Kernel != strings.TrimSpace(string(release)) {
 		t.Errorf("kernel %q, want %q (%v)", f.Kernel, release, err)
 	}
 	if mode, reason := Detect(f); mode == "" || reason == "" {
@@ -70,7 +72,8 @@ func TestReadFacts(t *testing.T) {
 	}
 }
 
-// A configuration that is not JSON is passed over, as runtimes do; a version that is none is no reason to fail.
+// A configuration that is not JSON is passed over, as runtimes do; a version that is none is no
+// reason to fail.
 func TestFactsOfNonsense(t *testing.T) {
 	root := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(root, "etc/cni/net.d"), 0o755); err != nil {
@@ -81,7 +84,12 @@ func TestFactsOfNonsense(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s := surveyor{root: root, version: func(string) string { return "what?" }, listens: func(netip.AddrPort) string { return "" }, nfTables: func() bool { return false }}
+	s := surveyor{
+		root:     root,
+		version:  func(string) string { return "what?" },
+		listens:  func(netip.AddrPort) string { return "" },
+		nfTables: func() bool { return false },
+	}
 	if f := s.facts(); !slices.Equal(f.CNI, []string{"bridge"}) || f.IPTables != "" {
 		t.Errorf("%+v", f)
 	}

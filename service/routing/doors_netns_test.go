@@ -58,7 +58,8 @@ func (b *bed) serveTransparent(who string) {
 	}
 }
 
-// TestTwoDoors: in every mode each of two doors alone keeps a neighbour out, and without both it gets in: so they are what kept it.
+// TestTwoDoors: in every mode each of two doors alone keeps a neighbour out, and without
+// both it gets in: so they are what kept it.
 func TestTwoDoors(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

@@ -7,8 +7,9 @@ import (
 	"strings"
 )
 
-// ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode nftables. Rewritten packets come in with the
-// listen address as their destination, so it is the interface that tells who may reach it: nobody who comes from an uplink.
+// ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode
+// nftables. Rewritten packets come in with the listen address as their destination, so it is the
+// interface that tells who may reach it: nobody who comes from an uplink.
 type ebpfMode struct {
 	*nfTables
 	pins
@@ -45,7 +46,8 @@ func (m *ebpfMode) survey(ctx context.Context, s nodeFacts) (faults []error, err
 	return append(faults, flushed(m.pins.check(r))...), nil
 }
 
-// put begins with the doors, but where DNAT stands: that goes when the programs have taken over, and kept other hosts out until then.
+// put begins with the doors, but where DNAT stands: that goes when the programs have taken over,
+// and kept other hosts out until then.
 func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 	r, err := m.rewriting(s)
 	if err != nil {
@@ -101,8 +103,15 @@ func ebpfText(p Plan, s nodeFacts) (string, error) {
 	if r.hostPods {
 		who += ", and of processes outside " + strings.Join(s.slices, ", ")
 	}
-	fmt.Fprintf(&b, "\n# Programs at %s, pinned below %s.\n# For sockets %s,\n# connect() to %s goes to %s, and getpeername() says the former. No command can type them; instruction by instruction:\n",
-		m.root, m.dir, who, metadataServer, p.Listen)
+	fmt.Fprintf(
+		&b,
+		"\n# Programs at %s, pinned below %s.\n# For sockets %s,\n# connect() to %s goes to %s, and getpeername() says the former. No command can type them; instruction by instruction:\n",
+		m.root,
+		m.dir,
+		who,
+		metadataServer,
+		p.Listen,
+	)
 	for _, h := range slices.Backward(m.hooks) {
 		spec, err := r.spec(h)
 		if err != nil {

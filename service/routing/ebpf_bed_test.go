@@ -16,8 +16,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// bpfBed is a root of cgroups and a bpf file system of the test's own. Nothing is ever attached to the machine's root of cgroups, and
-// the file system is mounted nowhere: both are gone with the test, and the programs with them.
+// bpfBed is a root of cgroups and a bpf file system of the test's own. Nothing is ever attached to
+// the machine's root of cgroups, and the file system is mounted nowhere: both are gone with the
+// test, and the programs with them.
 type bpfBed struct {
 	*bed
 	cgroups string // below the machine's hierarchy; stands for its root
@@ -98,7 +99,8 @@ func (b *bpfBed) answersIn(cgroup string, ns *netnstest.NS, at, who string) {
 	}
 }
 
-// load has a process of the cgroup ask again and again until end, which fails if a request was not answered by an emulator.
+// load has a process of the cgroup ask again and again until end, which fails if a request was not
+// answered by an emulator.
 func (b *bpfBed) load(cgroup string, ns *netnstest.NS) (end func()) {
 	b.t.Helper()
 	cmd := b.in(cgroup, ns.Command(b.t.Context(), b.self()))
@@ -123,7 +125,13 @@ func (b *bpfBed) load(cgroup string, ns *netnstest.NS) (end func()) {
 }
 
 func (b *bpfBed) pins() pins {
-	return Plan{BPFDir: filepath.Join(b.bpffs, "gke-metadata-emulator"), CgroupRoot: b.cgroups}.pins(ModeEBPF, redirectHooks)
+	return Plan{
+		BPFDir:     filepath.Join(b.bpffs, "gke-metadata-emulator"),
+		CgroupRoot: b.cgroups,
+	}.pins(
+		ModeEBPF,
+		redirectHooks,
+	)
 }
 
 func (b *bpfBed) at(port uint16) netip.AddrPort {

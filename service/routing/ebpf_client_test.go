@@ -14,8 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// connectAs connects as the word before the blank of arg says to the address behind it, and prints who answers and whom the kernel
-// names as the peer. It makes the system calls itself: what a library would do instead is not the matter.
+// connectAs connects as the word before the blank of arg says to the address behind it, and prints
+// who answers and whom the kernel names as the peer. It makes the system calls itself: what a
+// library would do instead is not the matter.
 func connectAs(arg string) error {
 	how, at, _ := strings.Cut(arg, " ")
 	to, err := netip.ParseAddrPort(at)
@@ -75,7 +76,8 @@ func connectAs(arg string) error {
 	return err
 }
 
-// loadUntilEOF asks again and again until standard input ends, and returns the requests that no emulator answered.
+// loadUntilEOF asks again and again until standard input ends, and returns the requests that no
+// emulator answered.
 func loadUntilEOF(at string) error {
 	over := make(chan struct{})
 	go func() {
@@ -106,7 +108,8 @@ func loadUntilEOF(at string) error {
 	}
 }
 
-// repeat makes a number of connections, one after the other, and prints how many nanoseconds each took until the answer was read.
+// repeat makes a number of connections, one after the other, and prints how many nanoseconds each
+// took until the answer was read.
 func repeat(arg string) error {
 	times, at, _ := strings.Cut(arg, " ")
 	n, err := strconv.Atoi(times)
@@ -129,8 +132,9 @@ func repeat(arg string) error {
 	return nil
 }
 
-// hangUp ends a connection so that nothing of it is left. Thousands that wait for their time to be over would use up the ports of one destination;
-// and when the destination changes, a client takes ports again by which conntrack still knows the same emulator.
+// hangUp ends a connection so that nothing of it is left. Thousands that wait for their time to be
+// over would use up the ports of one destination; and when the destination changes, a client takes
+// ports again by which conntrack still knows the same emulator.
 func hangUp(c net.Conn) {
 	if t, ok := c.(*net.TCPConn); ok {
 		_ = t.SetLinger(0)

@@ -79,7 +79,12 @@ func TestEBPFStory(t *testing.T) {
 		}) {
 			t.Errorf("%s: named %q, want %q", c.name, found, c.want)
 		}
-		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", map[bool]string{true: emulator}[!strings.HasPrefix(c.name, "all") && c.name != "the guard"])
+		b.answersIn(
+			podCgroup,
+			b.pod,
+			"169.254.169.254:80",
+			map[bool]string{true: emulator}[!strings.HasPrefix(c.name, "all") && c.name != "the guard"],
+		)
 		b.install(b.plan)
 		b.green(b.plan)
 		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
@@ -89,8 +94,8 @@ func TestEBPFStory(t *testing.T) {
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 }
 
-// TestEBPFHostPods: pods on the host network are told by what they are not: in a slice of the host's. Kubelet may make its cgroup
-// later, and anew.
+// TestEBPFHostPods: pods on the host network are told by what they are not: in a slice of the
+// host's. Kubelet may make its cgroup later, and anew.
 func TestEBPFHostPods(t *testing.T) {
 	t.Parallel()
 	b := ebpfBed(t)
@@ -119,15 +124,19 @@ func TestEBPFHostPods(t *testing.T) {
 	b.answersIn("system.slice", b.NS, "169.254.169.254:80", cloud)
 }
 
-// TestChangeOfMode loses no request from DNAT to programs. On the way back connections that are open then are cut off: nothing can
-// tell their packets from those of somebody who sends to the listen address directly, which nobody may where DNAT is.
+// TestChangeOfMode loses no request from DNAT to programs. On the way back connections that are
+// open then are cut off: nothing can tell their packets from those of somebody who sends to the
+// listen address directly, which nobody may where DNAT is.
 func TestChangeOfMode(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{ModeIPTables, ModeNFTables} {
 		t.Run(mode, func(t *testing.T) {
 			b := ebpfBed(t)
-			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and translates nothing that it has begun to.
-			b.sh("nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'")
+			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and
+			// translates nothing that it has begun to.
+			b.sh(
+				"nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'",
+			)
 			before := b.ruleset() + b.attachedText(t)
 			programs, dnat := b.plan, b.plan
 			dnat.Mode = mode
@@ -165,7 +174,8 @@ func (b *bpfBed) detach(t *testing.T, name string) {
 	}
 }
 
-// detached waits until no program of ours is attached: the kernel takes its time for those of which the last pin went.
+// detached waits until no program of ours is attached: the kernel takes its time for those of which
+// the last pin went.
 func (b *bpfBed) detached(t *testing.T) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
@@ -189,8 +199,8 @@ func (b *bpfBed) viaNode(t *testing.T) {
 	}
 }
 
-// TestEBPFWatch: who detaches a program, or takes its pin away, is noticed and undone; so is a flush of the guard; and another's program
-// that comes or goes is nobody's business.
+// TestEBPFWatch: who detaches a program, or takes its pin away, is noticed and undone; so is a
+// flush of the guard; and another's program that comes or goes is nobody's business.
 func TestEBPFWatch(t *testing.T) {
 	t.Parallel()
 	b := ebpfBed(t)
@@ -234,7 +244,8 @@ func (b *bpfBed) must(err error) {
 	}
 }
 
-// TestPortsAfterAnotherMode: a connection from a port that had one by another mode keeps its port, and so its client's socket is found.
+// TestPortsAfterAnotherMode: a connection from a port that had one by another mode keeps its port,
+// and so its client's socket is found.
 func TestPortsAfterAnotherMode(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -288,7 +299,11 @@ func TestServedFlows(t *testing.T) {
 	flow := func(to, by string, state uint8) *netlink.ConntrackFlow {
 		f := &netlink.ConntrackFlow{ProtoInfo: &netlink.ProtoInfoTCP{State: state}}
 		dst := netip.MustParseAddrPort(to)
-		f.Forward.Protocol, f.Forward.DstIP, f.Forward.DstPort, f.Reverse.SrcIP = unix.IPPROTO_TCP, dst.Addr().AsSlice(), dst.Port(), net.ParseIP(by)
+		f.Forward.Protocol, f.Forward.DstIP, f.Forward.DstPort, f.Reverse.SrcIP = unix.IPPROTO_TCP, dst.Addr().
+			AsSlice(),
+			dst.Port(), net.ParseIP(
+				by,
+			)
 		return f
 	}
 	w := redirectTarget{metadataServer, netip.MustParseAddrPort("169.254.169.252:988")}

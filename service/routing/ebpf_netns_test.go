@@ -14,7 +14,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestRewriting: each way to connect, as a pod, as a pod on the host network and as a daemon of the host.
+// TestRewriting: each way to connect, as a pod, as a pod on the host network and as a daemon of the
+// host.
 func TestRewriting(t *testing.T) {
 	t.Parallel()
 	b := newBPFBed(t, newBed(t, "iptables-nft"))
@@ -55,7 +56,8 @@ func TestRewriting(t *testing.T) {
 	b.answersIn(podCgroup, b.pod, real, emulator)
 }
 
-// TestPins: what stands outlives who made it, is found again, replaced without a loss, and goes without a trace.
+// TestPins: what stands outlives who made it, is found again, replaced without a loss, and goes
+// without a trace.
 func TestPins(t *testing.T) {
 	t.Parallel()
 	b := newBPFBed(t, newBed(t, "iptables-nft"))
@@ -173,7 +175,15 @@ func TestPinsRefusals(t *testing.T) {
 		t.Errorf("%v, want ErrForeign", err)
 	}
 
-	cmd := b.play("pins", p.dir+" "+p.root, b.self(), "setpriv", "--bounding-set=-bpf,-sys_admin,-perfmon", "--inh-caps=-bpf,-sys_admin,-perfmon", "--")
+	cmd := b.play(
+		"pins",
+		p.dir+" "+p.root,
+		b.self(),
+		"setpriv",
+		"--bounding-set=-bpf,-sys_admin,-perfmon",
+		"--inh-caps=-bpf,-sys_admin,-perfmon",
+		"--",
+	)
 	out, err := cmd.CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "needs root with CAP_BPF and CAP_NET_ADMIN") {
 		t.Errorf("without the right: %v: %s", err, out)
@@ -183,8 +193,10 @@ func TestPinsRefusals(t *testing.T) {
 // program is one that does nothing.
 func (b *bpfBed) program(t *testing.T) *ebpf.Program {
 	t.Helper()
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "foreign", Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect,
-		License: "Apache-2.0", Instructions: nothing()})
+	p, err := ebpf.NewProgram(
+		&ebpf.ProgramSpec{Name: "foreign", Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect,
+			License: "Apache-2.0", Instructions: nothing()},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,13 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Programs stand as rules do, without the process that put them up: the link that attaches a program to the cgroup is pinned in the bpf
-// file system, and beside it the program, so that another process can compare what stands with what is wanted.
+// Programs stand as rules do, without the process that put them up: the link that attaches a
+// program to the cgroup is pinned in the bpf file system, and beside it the program, so that
+// another process can compare what stands with what is wanted.
 //
 //	/sys/fs/bpf/gke-metadata-emulator/ebpf/
 //		connect4_link  connect4_program  connect6_link  …  getpeername6_program
 //
-// Names have no dots: this file system keeps them to itself. Links (Linux 5.7) leave other people's programs at the same cgroup alone, and theirs leave ours.
+// Names have no dots: this file system keeps them to itself. Links (Linux 5.7) leave other people's
+// programs at the same cgroup alone, and theirs leave ours.
 type pins struct {
 	dir   string // below a directory in a bpf file system
 	root  string // the root of the cgroup v2 hierarchy
@@ -40,8 +42,8 @@ const DefaultBPFDir = "/sys/fs/bpf/gke-metadata-emulator"
 func (p pins) link(h hook) string    { return filepath.Join(p.dir, h.name+"_link") }
 func (p pins) program(h hook) string { return filepath.Join(p.dir, h.name+"_program") }
 
-// install makes the programs of r stand. One that stands already as it should is not touched; another is replaced at once, so that each
-// connect() sees the old or the new one.
+// install makes the programs of r stand. One that stands already as it should is not touched;
+// another is replaced at once, so that each connect() sees the old or the new one.
 func (p pins) install(r rewriting) error {
 	if err := p.usable(); err != nil {
 		return err
@@ -60,7 +62,9 @@ func (p pins) install(r rewriting) error {
 // usable says what is missing for eBPF programs at all, and the remedy.
 func (p pins) usable() error {
 	if p.root == "" {
-		return errors.New("programs are attached to the root of the cgroup v2 hierarchy, which is not mounted here: boot with systemd.unified_cgroup_hierarchy=1, or use routing mode iptables")
+		return errors.New(
+			"programs are attached to the root of the cgroup v2 hierarchy, which is not mounted here: boot with systemd.unified_cgroup_hierarchy=1, or use routing mode iptables",
+		)
 	}
 	parent := filepath.Dir(filepath.Dir(p.dir))
 	var s unix.Statfs_t
@@ -88,8 +92,8 @@ func (p pins) installHook(h hook, r rewriting) error {
 	if err := p.attach(h, program); err != nil {
 		return err
 	}
-	// The pin of the program may lag behind its link for a moment, or for good after a crash: then checkHook finds two programs
-	// where one should be.
+	// The pin of the program may lag behind its link for a moment, or for good after a crash: then
+	// checkHook finds two programs where one should be.
 	next := p.program(h) + "_next"
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -100,7 +104,8 @@ func (p pins) installHook(h hook, r rewriting) error {
 	return os.Rename(next, p.program(h))
 }
 
-// attach has the pinned link lead to the program, or makes one where there is none, or none that leads anywhere.
+// attach has the pinned link lead to the program, or makes one where there is none, or none that
+// leads anywhere.
 func (p pins) attach(h hook, program *ebpf.Program) error {
 	l, err := link.LoadPinnedLink(p.link(h), nil)
 	if err == nil {
@@ -120,7 +125,11 @@ func (p pins) attach(h hook, program *ebpf.Program) error {
 	made, err := link.AttachRawLink(link.RawLinkOptions{Target: int(cgroup.Fd()), Program: program, Attach: h.attach})
 	if errors.Is(err, unix.EPERM) {
 		if others, err := p.attached(h); err == nil && len(others[0]) > 0 {
-			return fmt.Errorf("%s %w, who lets no other program of this kind be attached there (`bpftool cgroup show %[1]s` names it)", p.root, ErrForeign)
+			return fmt.Errorf(
+				"%s %w, who lets no other program of this kind be attached there (`bpftool cgroup show %[1]s` names it)",
+				p.root,
+				ErrForeign,
+			)
 		}
 	}
 	if err != nil {
@@ -178,7 +187,13 @@ func (p pins) checkHook(h hook, r rewriting) error {
 	}
 	at := info.Cgroup()
 	if at == nil || ebpf.AttachType(at.AttachType) != h.attach || at.CgroupId != cgroupID(p.root) || at.CgroupId == 0 {
-		return missing(layerEBPF, "eBPF program %s at %s: %s leads nowhere, it was detached by force", h.name, p.root, p.link(h))
+		return missing(
+			layerEBPF,
+			"eBPF program %s at %s: %s leads nowhere, it was detached by force",
+			h.name,
+			p.root,
+			p.link(h),
+		)
 	}
 	program, err := ebpf.LoadPinnedProgram(p.program(h), nil)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -193,7 +208,15 @@ func (p pins) checkHook(h hook, r rewriting) error {
 		return fmt.Errorf("%s: %w", p.program(h), bpfPermission(err))
 	}
 	if id, _ := is.ID(); id != info.Program {
-		return missing(layerEBPF, "eBPF program %s at %s: number %d is attached, and %s is number %d", h.name, p.root, info.Program, p.program(h), id)
+		return missing(
+			layerEBPF,
+			"eBPF program %s at %s: number %d is attached, and %s is number %d",
+			h.name,
+			p.root,
+			info.Program,
+			p.program(h),
+			id,
+		)
 	}
 	spec, err := r.spec(h)
 	if err != nil {
@@ -217,7 +240,8 @@ func (p pins) checkHook(h hook, r rewriting) error {
 	return nil
 }
 
-// remove detaches whatever is pinned in our directory, the redirecting programs first, and takes the directory away.
+// remove detaches whatever is pinned in our directory, the redirecting programs first, and takes
+// the directory away.
 func (p pins) remove() error {
 	if _, err := os.Stat(filepath.Dir(p.dir)); errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -236,13 +260,15 @@ func (p pins) remove() error {
 	if err := errors.Join(append(errs, os.RemoveAll(p.dir))...); err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Dir(p.dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+	if err := os.Remove(filepath.Dir(p.dir)); err != nil && !errors.Is(err, fs.ErrNotExist) &&
+		!errors.Is(err, unix.ENOTEMPTY) {
 		return err // ENOTEMPTY: there is another mode's
 	}
 	return nil
 }
 
-// attached are the numbers of all programs at each of the hooks, ours and others', in the order in which they run.
+// attached are the numbers of all programs at each of the hooks, ours and others', in the order in
+// which they run.
 func (p pins) attached(hooks ...hook) (all [][]ebpf.ProgramID, err error) {
 	cgroup, err := unix.Open(p.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -296,7 +322,8 @@ func cgroupOf(l link.Link) (uint64, error) {
 	return 0, nil
 }
 
-// cgroupID is the id of the cgroup, by which the kernel and programs call it: the inode of its directory. 0 if it is not there.
+// cgroupID is the id of the cgroup, by which the kernel and programs call it: the inode of its
+// directory. 0 if it is not there.
 func cgroupID(path string) uint64 {
 	var s unix.Stat_t
 	if unix.Stat(path, &s) != nil {

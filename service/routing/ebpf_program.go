@@ -10,15 +10,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Mode ebpf changes where a connect() goes, before there is a packet: a program at the root of the cgroup v2 hierarchy sees every connect()
-// of this machine, with all others that are attached there (Cilium's too), and puts the listen address in the place of 169.254.169.254:80.
+// Mode ebpf changes where a connect() goes, before there is a packet: a program at the root of the
+// cgroup v2 hierarchy sees every connect() of this machine, with all others that are attached there
+// (Cilium's too), and puts the listen address in the place of 169.254.169.254:80.
 //
-// Who is a pod is told by the network namespace of the socket, not by its cgroup. A pod has one of its own, and so has whatever
-// else iptables would redirect; the node's daemons are in the host's. So there is no path of kubelet's to know, and none that is not there
-// yet or is made anew, and pods are found in whichever cgroup a container runtime puts them. Only in the host's own namespace
-// the cgroup decides, by exclusion as in mode iptables: what is not in one of the host's slices is a pod on the host network.
+// Who is a pod is told by the network namespace of the socket, not by its cgroup. A pod has one of
+// its own, and so has whatever else iptables would redirect; the node's daemons are in the host's.
+// So there is no path of kubelet's to know, and none that is not there yet or is made anew,
+// and pods are found in whichever cgroup a container runtime puts them. Only in the host's own
+// namespace the cgroup decides, by exclusion as in mode iptables: what is not in one of the host's
+// slices is a pod on the host network.
 //
-// Namespaces and cgroups are named by numbers that the kernel never uses twice until the machine is booted again.
+// Namespaces and cgroups are named by numbers that the kernel never uses twice until the machine is
+// booted again.
 
 // hook is one place where a program is attached.
 type hook struct {
@@ -31,7 +35,8 @@ type hook struct {
 // program is the name that bpftool shows; the kernel takes 15 characters.
 func (h hook) program() string { return ("gme_" + h.name)[:min(len(h.name)+4, 15)] }
 
-// redirectHooks are mode ebpf's, in the order in which they are put up; observeHooks are mode observe's.
+// redirectHooks are mode ebpf's, in the order in which they are put up; observeHooks are mode
+// observe's.
 var (
 	redirectHooks = []hook{
 		{name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, family: ipv4, back: true},
@@ -44,8 +49,8 @@ var (
 	}
 )
 
-// rewriting is what the programs are made of. The same values make the same instructions, and so the same tag: the kernel
-// tells by it whether what stands is what is wanted.
+// rewriting is what the programs are made of. The same values make the same instructions, and so
+// the same tag: the kernel tells by it whether what stands is what is wanted.
 type rewriting struct {
 	listen   netip.AddrPort // IPv4
 	hostNet  uint64         // the cookie of the host's network namespace
@@ -54,7 +59,8 @@ type rewriting struct {
 	counts   *ebpf.Map      // observe: count who connects by cgroup, and rewrite nothing; nil: rewrite
 }
 
-// Offsets in the kernel's struct bpf_sock_addr, of which all fields are 32 bits wide and addresses and ports in network order.
+// Offsets in the kernel's struct bpf_sock_addr, of which all fields are 32 bits wide and addresses
+// and ports in network order.
 const (
 	sockAddrIP4  = 4
 	sockAddrIP6  = 8 // four words
@@ -62,8 +68,9 @@ const (
 	sockAddrType = 32
 )
 
-// sparedDepth is how deep below the root of all cgroups a spared one is looked for. It is 1 on a node, and more where the node is a
-// container itself: there a process cannot know how deep its own root is.
+// sparedDepth is how deep below the root of all cgroups a spared one is looked for. It is 1 on a
+// node, and more where the node is a container itself: there a process cannot know how deep its own
+// root is.
 const sparedDepth = 6
 
 // instructions are the program of one hook. It always returns 1: the call goes on.
@@ -92,7 +99,12 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 		}
 	}
 
-	insns = append(insns, asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetNetnsCookie.Call(), asm.LoadImm(asm.R1, int64(r.hostNet), asm.DWord))
+	insns = append(
+		insns,
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.FnGetNetnsCookie.Call(),
+		asm.LoadImm(asm.R1, int64(r.hostNet), asm.DWord),
+	)
 	if r.hostPods {
 		insns = append(insns, asm.JNE.Reg(asm.R0, asm.R1, take))
 		for level := range sparedDepth {
@@ -150,10 +162,17 @@ func (r rewriting) spec(h hook) (*ebpf.ProgramSpec, error) {
 	if err := insns.Marshal(io.Discard, order); err != nil {
 		return nil, err
 	}
-	return &ebpf.ProgramSpec{Name: h.program(), Type: ebpf.CGroupSockAddr, AttachType: h.attach, Instructions: insns, License: "Apache-2.0"}, nil
+	return &ebpf.ProgramSpec{
+		Name:         h.program(),
+		Type:         ebpf.CGroupSockAddr,
+		AttachType:   h.attach,
+		Instructions: insns,
+		License:      "Apache-2.0",
+	}, nil
 }
 
-// word is an IPv4 address as a 32-bit load from memory in network order sees it; port is a port likewise.
+// word is an IPv4 address as a 32-bit load from memory in network order sees it; port is a port
+// likewise.
 func word(a netip.Addr) uint32 {
 	b := a.As4()
 	return binary.NativeEndian.Uint32(b[:])

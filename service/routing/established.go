@@ -108,7 +108,8 @@ func forgetServed(ctx context.Context, p Plan, s nodeFacts, was Plan) error {
 	return nil
 }
 
-// served picks connections that were redirected to the emulator, and those that went there directly.
+// served picks connections that were redirected to the emulator, and those that went there
+// directly.
 type served struct {
 	redirectTarget
 	over       bool // only those that are

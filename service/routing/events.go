@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// causes are why the watcher looks, as a set. In a metric and in the log the first of a set is told.
+// causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
+// told.
 type causes uint16
 
 const (
@@ -35,7 +36,20 @@ const (
 	causeEverything = causeReload | causeStart | causeSweep | causeRetry
 )
 
-var causeNames = []string{"nftables", "xtables", "ebpf", "ip-rule", "ip-address", "ip-route", "link", "reload", "start", "sweep", "retry", "install"}
+var causeNames = []string{
+	"nftables",
+	"xtables",
+	"ebpf",
+	"ip-rule",
+	"ip-address",
+	"ip-route",
+	"link",
+	"reload",
+	"start",
+	"sweep",
+	"retry",
+	"install",
+}
 
 // String returns the word for the metric's label.
 func (c causes) String() string {
@@ -56,7 +70,8 @@ func (c causes) behind(layer string) string {
 	return c.String()
 }
 
-// events are what the kernel tells of changes to rules, policy rules, addresses, routes and links in one network namespace.
+// events are what the kernel tells of changes to rules, policy rules, addresses, routes and links
+// in one network namespace.
 type events struct {
 	changed chan struct{} // holds one when there is something to take
 	failed  chan error    // holds one when no more events will come
@@ -68,7 +83,8 @@ type events struct {
 	by     string // the process behind the last transaction of nf_tables
 }
 
-// watchEvents subscribes in the network namespace of the calling thread. listen is where requests are redirected to, in each family.
+// watchEvents subscribes in the network namespace of the calling thread. listen is where requests
+// are redirected to, in each family.
 func watchEvents(listen func() []netip.Addr) (*events, error) {
 	e := &events{changed: make(chan struct{}, 1), failed: make(chan error, 2)}
 	for _, s := range []struct {
@@ -102,7 +118,8 @@ func (e *events) close() {
 	e.readers.Wait()
 }
 
-// onlyGenerations has the kernel pass one message a transaction, not one a rule: somebody's restore of 10,000 rules is one event.
+// onlyGenerations has the kernel pass one message a transaction, not one a rule: somebody's restore
+// of 10,000 rules is one event.
 func onlyGenerations(s *nl.NetlinkSocket) error {
 	kind := binary.NativeEndian.AppendUint16(nil, subsysNFT|unix.NFT_MSG_NEWGEN)
 	filter := []unix.SockFilter{
@@ -111,7 +128,12 @@ func onlyGenerations(s *nl.NetlinkSocket) error {
 		{Code: unix.BPF_RET | unix.BPF_K, K: 1<<32 - 1},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
 	}
-	return unix.SetsockoptSockFprog(s.GetFd(), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+	return unix.SetsockoptSockFprog(
+		s.GetFd(),
+		unix.SOL_SOCKET,
+		unix.SO_ATTACH_FILTER,
+		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]},
+	)
 }
 
 // read reads one socket until it is closed.
@@ -172,8 +194,8 @@ func generationEvent(kind uint16, data []byte) (causes, string) {
 	return causeNFTables, by
 }
 
-// routeEvent says what a message of rtnetlink is about. Routes to pods come and go all day; only those matter that the metadata server,
-// the listen address or everything can be reached by.
+// routeEvent says what a message of rtnetlink is about. Routes to pods come and go all day; only
+// those matter that the metadata server, the listen address or everything can be reached by.
 func routeEvent(kind uint16, data []byte, listen ...netip.Addr) causes {
 	switch kind {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:

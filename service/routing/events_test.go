@@ -88,7 +88,8 @@ func TestCauses(t *testing.T) {
 	}
 }
 
-// TestDue: a flush is looked at whatever pods' interfaces do; looks at these alone leave time for others.
+// TestDue: a flush is looked at whatever pods' interfaces do; looks at these alone leave time for
+// others.
 func TestDue(t *testing.T) {
 	bucket, rest := time.Unix(1, 0), time.Unix(2, 0)
 	for _, c := range []struct {

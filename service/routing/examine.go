@@ -14,7 +14,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by it.
+// Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by
+// it.
 type Examination struct {
 	Rules   error    // what Check says; ErrPermission is wrapped where the firewall cannot be read
 	Guard   []string // faults of the guard alone, which needs no privilege to be read
@@ -39,7 +40,8 @@ type Examination struct {
 // Uplink is an interface from which no pod of this node speaks, and why it is taken for one.
 type Uplink struct{ Name, Why string }
 
-// Examine looks at the node in the network namespace of the calling thread. state is what was installed last.
+// Examine looks at the node in the network namespace of the calling thread. state is what was
+// installed last.
 func Examine(ctx context.Context, p Plan, state State) Examination {
 	p, err := p.checked()
 	x := Examination{Rules: err, Facts: ReadFacts(ctx), IPv6: netobj.HaveIPv6(), CgroupV2: cgroup2(),

@@ -22,7 +22,8 @@ func TestExamine(t *testing.T) {
 			}
 			return x
 		}
-		if x := examine(); len(Faults(x.Rules)) == 0 || len(x.Guard) != len(guardRules(b.plan, nodeFacts{})) || x.Redirected != nil {
+		if x := examine(); len(Faults(x.Rules)) == 0 || len(x.Guard) != len(guardRules(b.plan, nodeFacts{})) ||
+			x.Redirected != nil {
 			t.Errorf("before anything was installed: %+v", x)
 		}
 		b.install(b.plan)
@@ -45,8 +46,11 @@ func TestExamine(t *testing.T) {
 			t.Errorf("holder: %+v", x.Holder)
 		}
 
-		b.sh("ip rule del pref 97 prohibit; iptables -P INPUT DROP; iptables -P FORWARD DROP; nft 'add table inet late; add chain inet late c { type filter hook input priority 10; policy drop; }'")
-		if x = examine(); len(x.Guard) != 1 || !strings.Contains(x.Guard[0], "pref 97 to 169.254.169.254/32") || !slices.Equal(Faults(x.Rules), x.Guard) {
+		b.sh(
+			"ip rule del pref 97 prohibit; iptables -P INPUT DROP; iptables -P FORWARD DROP; nft 'add table inet late; add chain inet late c { type filter hook input priority 10; policy drop; }'",
+		)
+		if x = examine(); len(x.Guard) != 1 || !strings.Contains(x.Guard[0], "pref 97 to 169.254.169.254/32") ||
+			!slices.Equal(Faults(x.Rules), x.Guard) {
 			t.Errorf("guard: %q, rules: %v", x.Guard, x.Rules)
 		}
 		want := []string{"inet late c", "ip filter INPUT"}
@@ -60,7 +64,8 @@ func TestExamine(t *testing.T) {
 		b.plan.Listen = netip.MustParseAddrPort("198.51.100.77:988") // another host's: requests are forwarded
 		b.plan.Uplinks = []string{"eth+"}
 		x = examine()
-		if x.Local || len(x.Policies) != 1 || !strings.Contains(x.Policies[0], "FORWARD") || !slices.Equal(x.Uplinks, []Uplink{{"eth+", "routing.uplinks"}}) {
+		if x.Local || len(x.Policies) != 1 || !strings.Contains(x.Policies[0], "FORWARD") ||
+			!slices.Equal(x.Uplinks, []Uplink{{"eth+", "routing.uplinks"}}) {
 			t.Errorf("%+v", x)
 		}
 		b.remove(b.plan)

@@ -15,10 +15,16 @@ import (
 	"time"
 )
 
-// ReadFacts looks at the node: files below /etc, /proc, /run and /sys, the names of network interfaces, and the versions of two
-// commands. It asks nobody over the network, lists no process and needs no privilege, but sees pins of BPF only as root.
+// ReadFacts looks at the node: files below /etc, /proc, /run and /sys, the names of network
+// interfaces, and the versions of two commands. It asks nobody over the network, lists no process
+// and needs no privilege, but sees pins of BPF only as root.
 func ReadFacts(ctx context.Context) Facts {
-	return surveyor{root: "/", version: func(command string) string { return version(ctx, command) }, listens: whoListens, nfTables: haveNFTables}.facts()
+	return surveyor{
+		root:     "/",
+		version:  func(command string) string { return version(ctx, command) },
+		listens:  whoListens,
+		nfTables: haveNFTables,
+	}.facts()
 }
 
 // surveyor reads a node whose file system is at root.
@@ -31,11 +37,14 @@ type surveyor struct {
 
 func (s surveyor) facts() Facts {
 	f := Facts{
-		Kernel:    strings.TrimSpace(s.text("proc/sys/kernel/osrelease")),
-		CgroupV2:  s.there("sys/fs/cgroup/cgroup.controllers") || s.there("sys/fs/cgroup/unified/cgroup.controllers"),
-		BPF:       strings.Contains(s.text("proc/thread-self/mountinfo"), " - bpf "),
-		Denied:    s.there("sys/fs/bpf/*block-iptables*"), // the module of Azure's network that does it pins its counters there
-		GKE:       strings.TrimSpace(s.text("sys/class/dmi/id/product_name")) == "Google Compute Engine" && s.there("home/kubernetes/bin"),
+		Kernel:   strings.TrimSpace(s.text("proc/sys/kernel/osrelease")),
+		CgroupV2: s.there("sys/fs/cgroup/cgroup.controllers") || s.there("sys/fs/cgroup/unified/cgroup.controllers"),
+		BPF:      strings.Contains(s.text("proc/thread-self/mountinfo"), " - bpf "),
+		Denied: s.there(
+			"sys/fs/bpf/*block-iptables*",
+		), // the module of Azure's network that does it pins its counters there
+		GKE: strings.TrimSpace(s.text("sys/class/dmi/id/product_name")) == "Google Compute Engine" &&
+			s.there("home/kubernetes/bin"),
 		OpenShift: strings.Contains(s.text("etc/os-release"), "\nOPENSHIFT_VERSION="),
 		Bundled:   s.find("var/lib/rancher/*/data/current/bin/aux/iptables"),
 	}
@@ -47,7 +56,8 @@ func (s surveyor) facts() Facts {
 	links := s.links()
 	f.CNI = s.plugins()
 	for _, known := range interfaces {
-		if slices.ContainsFunc(links, func(l string) bool { return strings.HasPrefix(l, known.prefix) }) && !slices.Contains(f.CNI, known.cni) {
+		if slices.ContainsFunc(links, func(l string) bool { return strings.HasPrefix(l, known.prefix) }) &&
+			!slices.Contains(f.CNI, known.cni) {
 			f.CNI = append(f.CNI, known.cni)
 		}
 	}
@@ -62,11 +72,18 @@ func (s surveyor) facts() Facts {
 
 // interfaces tell networks whose configuration of CNI says little, or was not written yet.
 var interfaces = []struct{ prefix, cni string }{
-	{"cilium_host", "cilium"}, {"cali", "calico"}, {"flannel.", "flannel"}, {"kube-bridge", "kube-router"}, {"cni0", "bridge"},
-	{"eni", "aws-vpc"}, {"azv", "azure-vnet"}, {"weave", "weave"}, {"antrea-gw", "antrea"}, {"ovn-k8s-mp", "ovn-kubernetes"},
+	{
+		"cilium_host",
+		"cilium",
+	}, {"cali", "calico"}, {"flannel.", "flannel"}, {"kube-bridge", "kube-router"}, {"cni0", "bridge"},
+	{
+		"eni",
+		"aws-vpc",
+	}, {"azv", "azure-vnet"}, {"weave", "weave"}, {"antrea-gw", "antrea"}, {"ovn-k8s-mp", "ovn-kubernetes"},
 }
 
-// plugins are the types in the configuration that the runtime takes: the first file by name that is one.
+// plugins are the types in the configuration that the runtime takes: the first file by name that is
+// one.
 func (s surveyor) plugins() []string {
 	var files []string
 	for _, pattern := range []string{"*.conflist", "*.conf", "*.json"} {
@@ -122,8 +139,8 @@ func (s surveyor) links() (names []string) {
 
 var hostLegacyRouting = regexp.MustCompile(`"EnableHostLegacyRouting"\s*:\s*(true|false)`)
 
-// ciliumHostRouting says whether Cilium's agent routes by BPF, as far as it left a word of that. Pods with netkit in place of veth
-// are routed so always.
+// ciliumHostRouting says whether Cilium's agent routes by BPF, as far as it left a word of that.
+// Pods with netkit in place of veth are routed so always.
 func (s surveyor) ciliumHostRouting() *bool {
 	for _, state := range []string{"run/cilium/state", "var/run/cilium/state"} {
 		if m := hostLegacyRouting.FindStringSubmatch(s.text(state + "/agent-runtime-config.json")); m != nil {
@@ -169,7 +186,8 @@ func version(ctx context.Context, command string) string {
 	return string(line)
 }
 
-// iptablesVersion reads "iptables v1.8.9 (nf_tables)"; older ones than 1.8 name no backend, and have the legacy one.
+// iptablesVersion reads "iptables v1.8.9 (nf_tables)"; older ones than 1.8 name no backend, and
+// have the legacy one.
 func iptablesVersion(line string) (version, backend string) {
 	version = field(line, 1)
 	switch {

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Failure is the file routing-failure.json in the run directory: why the last `routing install` failed. The first one
-// that succeeds removes it.
+// Failure is the file routing-failure.json in the run directory: why the last `routing install`
+// failed. The first one that succeeds removes it.
 type Failure struct {
 	Error string    `json:"error"`
 	Since time.Time `json:"since"` // of the first of them
@@ -21,8 +21,8 @@ type Failure struct {
 
 const failureName = "routing-failure.json"
 
-// NoteInstall writes down what an install came to, and returns the failure if it is one. That the file cannot be
-// written is no failure of its own: a file from before may stay.
+// NoteInstall writes down what an install came to, and returns the failure if it is one. That the
+// file cannot be written is no failure of its own: a file from before may stay.
 func NoteInstall(runDir string, err error) *Failure {
 	if err == nil {
 		_ = os.Remove(filepath.Join(runDir, failureName))
@@ -56,8 +56,8 @@ func ReadFailure(runDir string) (*Failure, error) {
 	return f, nil
 }
 
-// Delay is how long to wait before the next try: it doubles with each failure. The unit's TimeoutStartSec= is longer
-// than an install and the longest delay.
+// Delay is how long to wait before the next try: it doubles with each failure. The unit's
+// TimeoutStartSec= is longer than an install and the longest delay.
 func (f *Failure) Delay() time.Duration {
 	const first, most = 250 * time.Millisecond, 15 * time.Second
 	return min(first<<min(f.Times-1, 10), most)

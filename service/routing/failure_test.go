@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// A failure that lasts is tried again less and less often: 23 times in 10 s without a delay of our own.
+// A failure that lasts is tried again less and less often: 23 times in 10 s without a delay of our
+// own.
 func TestInstallFailure(t *testing.T) {
 	dir := t.TempDir()
 	var waited time.Duration

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Family is a version of IP. Its number is that of AF_INET or AF_INET6, which netfilter shares (NFPROTO_IPV4 and
-// NFPROTO_IPV6) and the netlink library as well (FAMILY_V4 and FAMILY_V6).
+// Family is a version of IP. Its number is that of AF_INET or AF_INET6, which netfilter shares
+// (NFPROTO_IPV4 and NFPROTO_IPV6) and the netlink library as well (FAMILY_V4 and FAMILY_V6).
 type Family uint8
 
 const (

@@ -5,7 +5,8 @@ import (
 	"slices"
 )
 
-// Layers are where a fault can be: the words of the metric's label, so there are no more of them than these.
+// Layers are where a fault can be: the words of the metric's label, so there are no more of them
+// than these.
 const (
 	layerRule      = "ip-rule"
 	layerAddress   = "ip-address"

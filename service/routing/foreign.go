@@ -104,7 +104,8 @@ func parseSocket(b []byte) (at netip.AddrPort, inode string) {
 	return netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(b[4:])), fmt.Sprint(binary.NativeEndian.Uint32(b[68:]))
 }
 
-// owner finds a process that holds the socket, systemd before others. It is asked only when somebody listens.
+// owner finds a process that holds the socket, systemd before others. It is asked only when
+// somebody listens.
 func owner(inode string) (pid, exe string) {
 	holds := func(process string) bool {
 		descriptors, _ := filepath.Glob("/proc/" + process + "/fd/*")

@@ -96,15 +96,25 @@ END`},
 ip rule add pref 10 iif cni0 lookup 101
 ip -6 route add default via fd00:51::1 dev eth0 table 101
 ip -6 rule add pref 10 iif cni0 lookup 101`},
-	{name: "a policy rule before all, local behind", flush: true, routed: true, put: `ip route add default via 198.51.100.1 dev eth0 table 101
+	{
+		name:   "a policy rule before all, local behind",
+		flush:  true,
+		routed: true,
+		put: `ip route add default via 198.51.100.1 dev eth0 table 101
 ip rule add pref 1 from 10.245.0.0/16 lookup 101
 ip rule add pref 20 lookup local
 ip rule del pref 0
 ip -6 rule add pref 20 lookup local
-ip -6 rule del pref 0`},
-	{name: "policy rules without a preference", flush: true, relative: true, put: `ip route add default via 198.51.100.1 dev eth0 table 101
+ip -6 rule del pref 0`,
+	},
+	{
+		name:     "policy rules without a preference",
+		flush:    true,
+		relative: true,
+		put: `ip route add default via 198.51.100.1 dev eth0 table 101
 ip rule add not fwmark 0xca6c lookup 101
-ip rule add lookup main suppress_prefixlength 0`},
+ip rule add lookup main suppress_prefixlength 0`,
+	},
 	// A host firewall that lets in what it knows and drops the rest, and what conntrack calls invalid.
 	{name: "a host firewall with policy DROP", drops: true, put: `restore <<'END'
 *filter

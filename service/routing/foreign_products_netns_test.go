@@ -99,7 +99,8 @@ COMMIT
 -A NET-WL-TO-HOST -j DROP
 COMMIT
 END`},
-	// A network whose proxy's packets have a mark and are not tracked, and table local behind (Cilium).
+	// A network whose proxy's packets have a mark and are not tracked, and table local behind
+	// (Cilium).
 	{name: "a proxy's mark not tracked", put: `restore <<'END'
 *raw
 :NET-PRE - [0:0]
@@ -118,12 +119,16 @@ COMMIT
 END
 ip rule add pref 9 fwmark 0x200/0xf00 lookup 2004
 ip route add local default dev lo table 2004`},
-	{name: "a proxy's policy rule, table local behind", flush: true, put: `ip rule add pref 9 fwmark 0x200/0xf00 lookup 2004
+	{
+		name:  "a proxy's policy rule, table local behind",
+		flush: true,
+		put: `ip rule add pref 9 fwmark 0x200/0xf00 lookup 2004
 ip route add local default dev lo table 2004
 ip rule add pref 100 lookup local
 ip rule del pref 0
 ip -6 rule add pref 100 lookup local
-ip -6 rule del pref 0`},
+ip -6 rule del pref 0`,
+	},
 	// Network policy that drops what conntrack calls invalid, everywhere (kube-router).
 	{name: "invalid packets dropped in every chain", put: `restore <<'END'
 *filter
@@ -155,7 +160,8 @@ ip rule add pref 1024 fwmark 0x80/0x80 lookup main`},
 ip rule add pref 512 to 10.244.0.0/16 lookup main
 ip rule add pref 1024 fwmark 0x80/0x80 lookup main
 ip rule add pref 1536 from 10.244.0.0/16 lookup 2`},
-	// A VPN that drops the shared address space on every other interface, where pods have it (Tailscale).
+	// A VPN that drops the shared address space on every other interface, where pods have it
+	// (Tailscale).
 	{name: "a VPN of the address space of pods", drops: true, overtakes: true, inPod: `ip addr add 100.64.0.9/16 dev eth0
 ip route replace default via 10.244.0.1 dev eth0 src 100.64.0.9`, put: `ip route add 100.64.0.0/16 dev cni0
 restore <<'END'
@@ -177,9 +183,15 @@ ip rule add pref 5270 lookup 52`},
 	echo 2 >/proc/sys/net/ipv4/conf/$i/arp_announce
 	echo 0 >/proc/sys/net/ipv4/conf/$i/route_localnet
 done`},
-	{name: "loose reverse paths by sysctl", put: `for i in all default cni0 eth0; do echo 2 >/proc/sys/net/ipv4/conf/$i/rp_filter; done`},
+	{
+		name: "loose reverse paths by sysctl",
+		put:  `for i in all default cni0 eth0; do echo 2 >/proc/sys/net/ipv4/conf/$i/rp_filter; done`,
+	},
 	// Bridges whose packets go through iptables, as kubelet's documentation asks for.
-	{name: "bridged packets through iptables", put: `for f in iptables ip6tables arptables; do echo 1 >/proc/sys/net/bridge/bridge-nf-call-$f; done`},
+	{
+		name: "bridged packets through iptables",
+		put:  `for f in iptables ip6tables arptables; do echo 1 >/proc/sys/net/bridge/bridge-nf-call-$f; done`,
+	},
 	// Packets that no conntrack sees: a DNS cache at a link-local address.
 	{name: "a DNS cache not tracked", put: `restore <<'END'
 *raw

@@ -63,7 +63,8 @@ func TestFullRunDirectory(t *testing.T) {
 	fill(t, p.RunDir, false)
 	says := func(what string, err error) {
 		t.Helper()
-		if !errors.Is(err, errFull) || !strings.Contains(err.Error(), "no space left on device") || !strings.Contains(err.Error(), "df -i "+p.RunDir) {
+		if !errors.Is(err, errFull) || !strings.Contains(err.Error(), "no space left on device") ||
+			!strings.Contains(err.Error(), "df -i "+p.RunDir) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

@@ -12,8 +12,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestGuardFragments: the guard alone, without any rule of a firewall, lets nothing through by which a pod that makes its own packets gets
-// an answer of the real server: no fragments, in none of which the kernel looks for ports when it decides where they go.
+// TestGuardFragments: the guard alone, without any rule of a firewall, lets nothing through by
+// which a pod that makes its own packets gets an answer of the real server: no fragments, in none
+// of which the kernel looks for ports when it decides where they go.
 func TestGuardFragments(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -39,8 +40,16 @@ func TestGuardFragments(t *testing.T) {
 		{"whole", "169.254.169.254:80", whole4},
 		{"fragments", "169.254.169.254:80", fragments4},
 		{"whole", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte { return packet6(from, to) }},
-		{"options for every hop", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte { return packet6(from, to, unix.IPPROTO_HOPOPTS) }},
-		{"a fragment", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte { return packet6(from, to, unix.IPPROTO_FRAGMENT) }},
+		{
+			"options for every hop",
+			"[fd00:ec2::254]:80",
+			func(from, to netip.AddrPort) [][]byte { return packet6(from, to, unix.IPPROTO_HOPOPTS) },
+		},
+		{
+			"a fragment",
+			"[fd00:ec2::254]:80",
+			func(from, to netip.AddrPort) [][]byte { return packet6(from, to, unix.IPPROTO_FRAGMENT) },
+		},
 		{"options in a fragment", "[fd00:ec2::254]:80", func(from, to netip.AddrPort) [][]byte {
 			return packet6(from, to, unix.IPPROTO_FRAGMENT, unix.IPPROTO_DSTOPTS)
 		}},
@@ -81,8 +90,15 @@ func TestGuardFragments(t *testing.T) {
 	tryAll(true, long)
 }
 
-// sendSYN sends packets that open a connection, and says whether the server answered. Its own kernel knows of none, and resets it.
-func sendSYN(t *testing.T, ns *netnstest.NS, to netip.AddrPort, packets func(from, to netip.AddrPort) [][]byte, wait time.Duration) (answered bool) {
+// sendSYN sends packets that open a connection, and says whether the server answered. Its own
+// kernel knows of none, and resets it.
+func sendSYN(
+	t *testing.T,
+	ns *netnstest.NS,
+	to netip.AddrPort,
+	packets func(from, to netip.AddrPort) [][]byte,
+	wait time.Duration,
+) (answered bool) {
 	t.Helper()
 	source, family, headers := ns.Addr, unix.AF_INET, 20
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: netnstest.Metadata.As4()}

@@ -12,11 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Pods on the host network are the cloud's own as often as not: its network plugin, its disk drivers, its controllers. They need the
-// cloud's metadata server, so `auto` redirects them only where there is none.
+// Pods on the host network are the cloud's own as often as not: its network plugin, its disk
+// drivers, its controllers. They need the cloud's metadata server, so `auto` redirects them only
+// where there is none.
 
-// CloudServer is what is known of a metadata server of the cloud, asked from the host. What was found holds until the node boots
-// again: under standing rules, after a restart, it would be another question.
+// CloudServer is what is known of a metadata server of the cloud, asked from the host. What was
+// found holds until the node boots again: under standing rules, after a restart, it would be
+// another question.
 type CloudServer struct {
 	Found string    `json:"found,omitempty"` // one of the words below
 	Since time.Time `json:"since,omitzero"`
@@ -79,8 +81,9 @@ func hostPods(p Plan, c CloudServer, slices []string) (yes bool, why string) {
 // question is a connection to the metadata server that was begun.
 type question int
 
-// askCloud begins to ask from the calling thread's network namespace, for answer to wait. Our process is in a slice of the host's, which
-// the rules spare. noQuestion stands for one that cannot be asked yet.
+// askCloud begins to ask from the calling thread's network namespace, for answer to wait. Our
+// process is in a slice of the host's, which the rules spare. noQuestion stands for one that cannot
+// be asked yet.
 func askCloud() question {
 	routes, err := netlink.RouteGet(metadataServer.Addr().AsSlice())
 	if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST {
@@ -99,7 +102,8 @@ func begin(to netip.AddrPort) question {
 	if err != nil {
 		return noQuestion
 	}
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil &&
+		!errors.Is(err, unix.EINPROGRESS) {
 		_ = unix.Close(fd) // EPERM: a sandbox; ENETUNREACH: the network went away
 		return noQuestion
 	}
@@ -152,12 +156,18 @@ func ready(fd int, event int16, wait time.Duration) bool {
 	}
 }
 
-// realServer returns an error if a metadata server of the cloud answers this host. If somebody flushes the policy rules pods
-// talk to it again, which mode loopback has no second guard for; and with a link the node's own daemons would lose it.
+// realServer returns an error if a metadata server of the cloud answers this host. If somebody
+// flushes the policy rules pods talk to it again, which mode loopback has no second guard for; and
+// with a link the node's own daemons would lose it.
 func (r *router) realServer() error {
 	if r.ask() != cloudAnswers {
 		return nil
 	}
-	return fmt.Errorf("%s %w: a metadata server answers this host there, and in mode %s policy rules alone keep pods from it; "+
-		"use another mode, or set routing.force to true", metadataServer, ErrForeign, ModeLoopback)
+	return fmt.Errorf(
+		"%s %w: a metadata server answers this host there, and in mode %s policy rules alone keep pods from it; "+
+			"use another mode, or set routing.force to true",
+		metadataServer,
+		ErrForeign,
+		ModeLoopback,
+	)
 }

@@ -31,7 +31,8 @@ func TestAskCloud(t *testing.T) {
 	}
 }
 
-// TestHostPodsAuto: they are left to the cloud where it answers, and what was found out outlives a restart; where nobody is, they are ours.
+// TestHostPodsAuto: they are left to the cloud where it answers, and what was found out outlives a
+// restart; where nobody is, they are ours.
 func TestHostPodsAuto(t *testing.T) {
 	t.Parallel()
 	b := ebpfBed(t)

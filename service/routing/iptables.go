@@ -30,7 +30,8 @@ type iptablesMode struct {
 	background sync.WaitGroup // what put began and check waits for
 }
 
-// openIPTables looks for the commands. command is the one that Install chose: it is not chosen anew.
+// openIPTables looks for the commands. command is the one that Install chose: it is not chosen
+// anew.
 func openIPTables(p Plan, command string) (*iptablesMode, error) {
 	m := &iptablesMode{plan: p, use: command}
 	if b := p.Binary; b != "" && b != "iptables" {
@@ -175,7 +176,8 @@ type backend struct {
 	err error
 }
 
-// openBackends opens both families of the commands' backends. Who has no such command has no such rules.
+// openBackends opens both families of the commands' backends. Who has no such command has no such
+// rules.
 func openBackends(commands ...string) (all []backend) {
 	for _, command := range commands {
 		for _, family := range families {

@@ -12,7 +12,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestStory is a node's life: install, a request arrives, others flush, nothing leaks, install repairs, remove leaves no trace.
+// TestStory is a node's life: install, a request arrives, others flush, nothing leaks, install
+// repairs, remove leaves no trace.
 func TestStory(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
@@ -148,8 +149,8 @@ func TestNftFlushRuleset(t *testing.T) {
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft flush ruleset")
-	if got := len(faults(t, b.check(b.plan))); got != 25 {
-		t.Errorf("%d faults named, want 25: %v", got, b.check(b.plan))
+	if got := len(faults(t, b.check(b.plan))); got != 26 {
+		t.Errorf("%d faults named, want 26: %v", got, b.check(b.plan))
 	}
 	b.answers(b.pod, "169.254.169.254:80", "")
 	b.answers(b.pod, "[fd00:ec2::254]:80", "")
@@ -177,12 +178,16 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 	})
 }
 
-// TestEstablishedConnection: who talked to the real server before the install does not go on, and is told so at once.
+// TestEstablishedConnection: who talked to the real server before the install does not go on, and
+// is told so at once.
 func TestEstablishedConnection(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
-		// As on any Kubernetes node connections are tracked: these are not redirected at their first packet.
-		b.sh("iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT")
+		// As on any Kubernetes node connections are tracked: these are not redirected at their first
+		// packet.
+		b.sh(
+			"iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT",
+		)
 		open := func(ns *netnstest.NS, at string) net.Conn {
 			c, err := ns.Dial(t.Context(), "tcp", at)
 			if err != nil {
@@ -211,7 +216,8 @@ func TestEstablishedConnection(t *testing.T) {
 	})
 }
 
-// TestWrittenIsCounted: what somebody changes between the writing and the first look, which counts rules, is noticed and named all the same.
+// TestWrittenIsCounted: what somebody changes between the writing and the first look, which counts
+// rules, is noticed and named all the same.
 func TestWrittenIsCounted(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
@@ -241,21 +247,23 @@ func TestWrittenIsCounted(t *testing.T) {
 			}); err != nil {
 				t.Fatal(err)
 			}
-			if text := errors.Join(errs...); (text == nil) != (c.want == "") || text != nil && !strings.Contains(text.Error(), c.want) {
+			if text := errors.Join(errs...); (text == nil) != (c.want == "") ||
+				text != nil && !strings.Contains(text.Error(), c.want) {
 				t.Errorf("after %s: %v, want %q", c.harm, text, c.want)
 			}
 		}
 	})
 }
 
-// TestUnlistableChain: a rule of nft's in a chain of ours, which iptables cannot list, is named as a fault, and
-// the next install takes it away.
+// TestUnlistableChain: a rule of nft's in a chain of ours, which iptables cannot list, is
+// named as a fault, and the next install takes it away.
 func TestUnlistableChain(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")
-	if err := b.check(b.plan); !errors.Is(err, ErrMissing) || !strings.Contains(err.Error(), "-t nat the rules of GME-PRE are not ours alone") {
+	if err := b.check(b.plan); !errors.Is(err, ErrMissing) ||
+		!strings.Contains(err.Error(), "-t nat the rules of GME-PRE are not ours alone") {
 		t.Errorf("check: %v", err)
 	}
 	b.install(b.plan)

@@ -44,7 +44,9 @@ func TestRefusals(t *testing.T) {
 				t.Errorf("state after refusal: %+v, %v", s, err)
 			}
 		}
-		b.sh("iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988") // K-07
+		b.sh(
+			"iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988",
+		) // K-07
 		refused("169.254.169.254:80", "PREROUTING", "GKE")
 		b.sh("iptables -t nat -F PREROUTING; iptables -N GME-FWD; iptables -A FORWARD -j GME-FWD")
 		refused("GME-FWD", "-A FORWARD -j GME-FWD")
@@ -56,7 +58,8 @@ func TestRefusals(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		// Another program on the port, by a copy of this one: this one itself is taken for the emulator.
+		// Another program on the port, by a copy of this one: this one itself is taken for the
+		// emulator.
 		b.plan.Listen = netip.MustParseAddrPort("169.254.169.252:1988")
 		program, err := os.ReadFile(b.self())
 		if err != nil {
@@ -117,8 +120,8 @@ func TestClosedGuard(t *testing.T) {
 	})
 }
 
-// TestRemoveWhileServing: who waits for an answer is told that there will be none, whether the connection was accepted or is in
-// the backlog of a listener that nobody accepts from.
+// TestRemoveWhileServing: who waits for an answer is told that there will be none, whether the
+// connection was accepted or is in the backlog of a listener that nobody accepts from.
 func TestRemoveWhileServing(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -144,7 +147,8 @@ func TestRemoveWhileServing(t *testing.T) {
 	})
 }
 
-// TestInstallWhileServing repeats Install, eight at once, under load: 0 lost, and one result.
+// TestInstallWhileServing repeats Install, eight at once, under load: 0 lost, and one
+// result.
 func TestInstallWhileServing(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -188,7 +192,8 @@ func TestInstallWhileServing(t *testing.T) {
 	})
 }
 
-// TestReplaceWhileServing has other rules each time, so that what stands is replaced under load: 0 lost.
+// TestReplaceWhileServing has other rules each time, so that what stands is replaced under load: 0
+// lost.
 func TestReplaceWhileServing(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -252,14 +257,16 @@ func TestWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "setpriv")
-		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set", "-all", "--inh-caps", "-all").Output()
+		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set", "-all", "--inh-caps", "-all").
+			Output()
 		if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN") {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
 }
 
-// TestKubeletsBackend: the default command follows the node's kubelet, and cleans up after an earlier choice.
+// TestKubeletsBackend: the default command follows the node's kubelet, and cleans up after an
+// earlier choice.
 func TestKubeletsBackend(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ kubelet, other string }{{"iptables-legacy", "iptables-nft"}, {"iptables-nft", "iptables-legacy"}} {
@@ -286,7 +293,8 @@ func TestKubeletsBackend(t *testing.T) {
 	}
 }
 
-// TestStateOnTheWay: what is desired and what stands can be read by anybody, after success and after failure.
+// TestStateOnTheWay: what is desired and what stands can be read by anybody, after success and
+// after failure.
 func TestStateOnTheWay(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -300,7 +308,9 @@ func TestStateOnTheWay(t *testing.T) {
 	}
 	b.install(b.plan)
 	first := read()
-	if first.Desired != Installed || first.Command != "iptables-nft" || first.Listen != "169.254.169.252:988" || !first.Standing.Good || first.Standing.Time.IsZero() {
+	if first.Desired != Installed || first.Command != "iptables-nft" || first.Listen != "169.254.169.252:988" ||
+		!first.Standing.Good ||
+		first.Standing.Time.IsZero() {
 		t.Errorf("after install: %+v", first)
 	}
 	b.install(b.plan)
@@ -364,7 +374,8 @@ exec %[1]s "$@"
 	}
 }
 
-// TestResetSocket: a connection that was closed after it was listed is nobody's to reset, least of all its listener's.
+// TestResetSocket: a connection that was closed after it was listed is nobody's to reset, least of
+// all its listener's.
 func TestResetSocket(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")

@@ -13,8 +13,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestLoopbackStory is a node's life in mode loopback, and TestNoneStory in mode none: install, others flush, nothing leaks, check names
-// what is missing, the watcher repairs, remove leaves no trace.
+// TestLoopbackStory is a node's life in mode loopback, and TestNoneStory in mode none: install,
+// others flush, nothing leaks, check names what is missing, the watcher repairs, remove leaves no
+// trace.
 func TestLoopbackStory(t *testing.T) {
 	t.Parallel()
 	b := modeBed(t, ModeLoopback)
@@ -25,15 +26,35 @@ func TestLoopbackStory(t *testing.T) {
 		b.answers(b.pod, "169.254.169.254:53", cloud)
 	}
 	b.story(served, []story{
-		{"the way", "ip rule del pref 97 lookup 988", layerRule, []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"}},
-		{"the way's end", "ip route flush table 988", layerRoute, []string{"ip route: local 169.254.169.254 dev lo table 988 protocol kernel"}},
+		{
+			"the way",
+			"ip rule del pref 97 lookup 988",
+			layerRule,
+			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"},
+		},
+		{
+			"the way's end",
+			"ip route flush table 988",
+			layerRoute,
+			[]string{"ip route: local 169.254.169.254 dev lo table 988 protocol kernel"},
+		},
 		{"the guard behind", "ip rule del pref 97 prohibit; ip rule del pref 97 prohibit", layerRule, []string{
 			"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel",
 			"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-		{"a door outside netfilter", "ip rule del pref 97 iif eth0 to 169.254.169.254", layerRule, []string{"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-		{"the doors", "nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input", layerNFTables, []string{
-			`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`,
-			`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`}},
+		{
+			"a door outside netfilter",
+			"ip rule del pref 97 iif eth0 to 169.254.169.254",
+			layerRule,
+			[]string{"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
+		},
+		{
+			"the doors",
+			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
+			layerNFTables,
+			[]string{
+				`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`,
+				`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`},
+		},
 	})
 }
 
@@ -47,16 +68,31 @@ func TestNoneStory(t *testing.T) {
 		b.answers(b.NS, "169.254.169.254:80", cloud)
 	}
 	b.story(served, []story{
-		{"the guard", "ip rule del pref 97 prohibit", layerRule, []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-		{"the address", "ip address del 169.254.169.252/32 dev lo", layerAddress, []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
-		{"the doors", "nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input", layerNFTables, []string{
-			`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
-			`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`}},
+		{
+			"the guard",
+			"ip rule del pref 97 prohibit",
+			layerRule,
+			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
+		},
+		{
+			"the address",
+			"ip address del 169.254.169.252/32 dev lo",
+			layerAddress,
+			[]string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"},
+		},
+		{
+			"the doors",
+			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
+			layerNFTables,
+			[]string{
+				`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
+				`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`},
+		},
 	})
 }
 
-// TestLoopbackLink: a link that is missing is made where the kernel has dummy links, and goes with us; where it has none that is said, and pods
-// get no answer rather than the real server's.
+// TestLoopbackLink: a link that is missing is made where the kernel has dummy links, and goes with
+// us; where it has none that is said, and pods get no answer rather than the real server's.
 func TestLoopbackLink(t *testing.T) {
 	t.Parallel()
 	b := modeBed(t, ModeLoopback)
@@ -116,7 +152,8 @@ func TestLoopbackLink(t *testing.T) {
 	}
 }
 
-// TestNoneOnEveryAddress: pods reach the node's address, other hosts do not, and the node's other ports are nobody's business here.
+// TestNoneOnEveryAddress: pods reach the node's address, other hosts do not, and the node's other
+// ports are nobody's business here.
 func TestNoneOnEveryAddress(t *testing.T) {
 	t.Parallel()
 	b := nftBed(t)
@@ -150,7 +187,13 @@ func (b *bed) story(served func(), flushes []story) {
 	b.green(b.plan)
 	whole := b.ruleset()
 	served()
-	golden(t, "nft/"+b.plan.Mode+".nft", b.sh("ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator"))
+	golden(
+		t,
+		"nft/"+b.plan.Mode+".nft",
+		b.sh(
+			"ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator",
+		),
+	)
 	b.install(b.plan)
 	b.same("second install", b.ruleset(), whole)
 	for _, c := range flushes {
@@ -183,7 +226,9 @@ func (b *bed) story(served func(), flushes []story) {
 		b.t = t
 	}
 	w := b.watch(b.plan, time.Hour)
-	b.sh("ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900")
+	b.sh(
+		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900",
+	)
 	w.until("the doors at an uplink that comes", func() bool {
 		return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)
 	})
@@ -197,7 +242,8 @@ func (b *bed) story(served func(), flushes []story) {
 	b.same("second remove", b.ruleset(), before)
 }
 
-// TestLoopbackRefuses: where a metadata server answers this host, unless forced, and where somebody has port 80 of every address.
+// TestLoopbackRefuses: where a metadata server answers this host, unless forced, and where somebody
+// has port 80 of every address.
 func TestLoopbackRefuses(t *testing.T) {
 	t.Parallel()
 	b := nftBed(t)
@@ -236,7 +282,8 @@ sys.stdin.read()`)
 	if _, err := stdout.Read(make([]byte, 9)); err != nil {
 		t.Fatal(err)
 	}
-	if err := install(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "python3") || !strings.Contains(err.Error(), "0.0.0.0:80") {
+	if err := install(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "python3") ||
+		!strings.Contains(err.Error(), "0.0.0.0:80") {
 		t.Errorf("a wildcard listener: %v", err)
 	}
 	_ = stdin.Close()
@@ -244,7 +291,8 @@ sys.stdin.read()`)
 	b.install(b.plan)
 }
 
-// TestLoopbackEndsConnections: who has a connection by DNAT or by mode loopback is told when the other takes over, or nobody does.
+// TestLoopbackEndsConnections: who has a connection by DNAT or by mode loopback is told when the
+// other takes over, or nobody does.
 func TestLoopbackEndsConnections(t *testing.T) {
 	t.Parallel()
 	b := modeBed(t, ModeLoopback)

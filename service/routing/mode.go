@@ -24,7 +24,8 @@ type mode interface {
 	// somebody else (ErrForeign), and returns what of the mode's is not as it should be, as far as
 	// the survey saw it.
 	survey(ctx context.Context, s nodeFacts) (faults []error, err error)
-	// put makes the mode's part of the Plan stand, closed things before open ones. A survey came before it.
+	// put makes the mode's part of the Plan stand, closed things before open ones. A survey came
+	// before it.
 	put(ctx context.Context, s nodeFacts) error
 	// redirected is how many connections the rule that redirects pods has counted in one family;
 	// nil: that cannot be read, or the mode counts none.

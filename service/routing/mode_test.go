@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestSharedCodeNamesNoMode: what modes differ in is in their traits and in mode.go. The files that choose a mode name
-// modes as well.
+// TestSharedCodeNamesNoMode: what modes differ in is in their traits and in mode.go. The files that
+// choose a mode name modes as well.
 func TestSharedCodeNamesNoMode(t *testing.T) {
 	choosing := []string{"mode.go", "auto.go", "detect.go"}
 	files, err := os.ReadDir(".")
@@ -23,7 +23,8 @@ func TestSharedCodeNamesNoMode(t *testing.T) {
 	set := token.NewFileSet()
 	read := 0
 	for _, f := range files {
-		if !strings.HasSuffix(f.Name(), ".go") || strings.HasSuffix(f.Name(), "_test.go") || slices.Contains(choosing, f.Name()) {
+		if !strings.HasSuffix(f.Name(), ".go") || strings.HasSuffix(f.Name(), "_test.go") ||
+			slices.Contains(choosing, f.Name()) {
 			continue
 		}
 		file, err := parser.ParseFile(set, f.Name(), nil, 0)

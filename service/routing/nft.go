@@ -102,7 +102,8 @@ type xtRule struct {
 	handle    uint64
 }
 
-// parseNFTRule reads what of a rule concerns our chains. Chains that iptables cannot list are read so.
+// parseNFTRule reads what of a rule concerns our chains. Chains that iptables cannot list are read
+// so.
 func parseNFTRule(message []byte) (r xtRule) {
 	if h := attribute(message, unix.NFTA_RULE_HANDLE); len(h) == 8 {
 		r.handle = binary.BigEndian.Uint64(h)
@@ -135,7 +136,8 @@ func parseNFTRule(message []byte) (r xtRule) {
 // nftName is an attribute that names a table or a chain.
 func nftName(kind int, name string) *nl.RtAttr { return nl.NewRtAttr(kind, nl.ZeroTerminated(name)) }
 
-// transactions opens a connection to nf_tables for one transaction or several. Its end is closeTransactions.
+// transactions opens a connection to nf_tables for one transaction or several. Its end is
+// closeTransactions.
 func transactions() (*nftables.Conn, error) { return nftables.New(nftables.AsLasting()) }
 
 func closeTransactions(c *nftables.Conn) { closeLater(func() { _ = c.CloseLasting() }) }

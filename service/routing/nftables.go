@@ -50,7 +50,8 @@ func (m *nfTables) survey(ctx context.Context, s nodeFacts) (faults []error, err
 	return faults, foreignRedirections(ctx)
 }
 
-// put replaces all in one transaction, so that a packet sees the rules of before or of after.
+// put replaces all in one transaction, so that a packet sees the rules of before or of after
+//
 func (m *nfTables) put(ctx context.Context, s nodeFacts) error {
 	if len(m.check(ctx, s)) == 0 {
 		return nil

@@ -42,8 +42,8 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
-// TestNFTablesStory is a node's life in mode nftables: install, a request arrives, others flush, nothing leaks, check names what is missing,
-// the watcher repairs, remove leaves no trace.
+// TestNFTablesStory is a node's life in mode nftables: install, a request arrives, others flush,
+// nothing leaks, check names what is missing, the watcher repairs, remove leaves no trace.
 func TestNFTablesStory(t *testing.T) {
 	t.Parallel()
 	b := nftBed(t)
@@ -51,7 +51,9 @@ func TestNFTablesStory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.sh("nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
+	b.sh(
+		"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+	)
 	before := b.ruleset()
 	b.answers(b.pod, "169.254.169.254:80", cloud)
 	b.install(b.plan)
@@ -142,7 +144,9 @@ func TestNFTablesStory(t *testing.T) {
 				t.Errorf("the real IPv6 server answered (%v)", err)
 			}
 			if c.name == "the ruleset" { // with what others had in it
-				b.sh("nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
+				b.sh(
+					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+				)
 			}
 			w = b.watch(b.plan, time.Hour) // finds it when it starts
 			w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
@@ -151,11 +155,14 @@ func TestNFTablesStory(t *testing.T) {
 			said := len(w.repaired())
 			b.sh(c.flush) // and when it runs
 			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
-			if line := w.repaired()[said]; line.Data["layer"] != layerNFTables || line.Data["cause"] != "nftables" || !strings.HasPrefix(fmt.Sprint(line.Data["by"]), "nft (") {
+			if line := w.repaired()[said]; line.Data["layer"] != layerNFTables || line.Data["cause"] != "nftables" ||
+				!strings.HasPrefix(fmt.Sprint(line.Data["by"]), "nft (") {
 				t.Errorf("%v", line.Data)
 			}
 			if c.name == "the ruleset" {
-				b.sh("nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
+				b.sh(
+					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+				)
 			}
 		})
 	}
@@ -174,7 +181,8 @@ func sorted(s string) string {
 	return strings.Join(l, "\n")
 }
 
-// TestNFTablesSurvivesIPTables: what flushes iptables' tables does not touch ours, and costs no look at them.
+// TestNFTablesSurvivesIPTables: what flushes iptables' tables does not touch ours, and costs
+// no look at them.
 func TestNFTablesSurvivesIPTables(t *testing.T) {
 	t.Parallel()
 	b := nftBed(t)
@@ -192,7 +200,8 @@ func TestNFTablesSurvivesIPTables(t *testing.T) {
 	}
 }
 
-// TestModeChanges: an install takes away what another mode left, and pods are served all the while.
+// TestModeChanges: an install takes away what another mode left, and pods are served all the while
+//
 func TestModeChanges(t *testing.T) {
 	t.Parallel()
 	b := nftBed(t)
@@ -242,7 +251,8 @@ func errText(err error) string {
 	return err.Error()
 }
 
-// TestNFTablesShownText runs the shown commands by a shell. What they put there has not our marks, so it is compared as nft lists it.
+// TestNFTablesShownText runs the shown commands by a shell. What they put there has not our marks,
+// so it is compared as nft lists it.
 func TestNFTablesShownText(t *testing.T) {
 	t.Parallel()
 	b := nftBed(t)
@@ -257,8 +267,8 @@ func TestNFTablesShownText(t *testing.T) {
 	b.same("install after the shown text", b.ruleset(), byHand)
 }
 
-// TestAnotherDNATKeepsConnections: who has a connection by the rules of one mode keeps it by those of the other, and is told when those
-// of none translate it any more.
+// TestAnotherDNATKeepsConnections: who has a connection by the rules of one mode keeps it by those
+// of the other, and is told when those of none translate it any more.
 func TestAnotherDNATKeepsConnections(t *testing.T) {
 	t.Parallel()
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {

@@ -120,7 +120,8 @@ func rule(parts ...nftPart) (r nftRule) {
 
 func equals(value []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value} }
 
-// byInterface matches where a packet came in; a trailing + stands for any ending, as iptables has it.
+// byInterface matches where a packet came in; a trailing + stands for any ending, as iptables has
+// it.
 func byInterface(name string) nftPart {
 	value, text := []byte(name+"\x00"), name
 	if beginning, any := strings.CutSuffix(name, "+"); any {

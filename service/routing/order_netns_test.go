@@ -45,7 +45,10 @@ func TestGuardFollows(t *testing.T) {
 		w.until(step.does, at(step.pref))
 		if step.says != "" {
 			w.until(step.says, func() bool {
-				return slices.ContainsFunc(w.repaired(), func(e *logrus.Entry) bool { return strings.Contains(fmt.Sprint(e.Data["missing"]), step.says) })
+				return slices.ContainsFunc(
+					w.repaired(),
+					func(e *logrus.Entry) bool { return strings.Contains(fmt.Sprint(e.Data["missing"]), step.says) },
+				)
 			})
 		}
 	}
@@ -67,7 +70,8 @@ func TestGuardBypassed(t *testing.T) {
 		hook.Reset()
 		step.does()
 		if !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
-			return e.Level == logrus.WarnLevel && strings.Contains(e.Message, "ip rule: pref 0 from all iif cni0 lookup 101: delete that rule")
+			return e.Level == logrus.WarnLevel &&
+				strings.Contains(e.Message, "ip rule: pref 0 from all iif cni0 lookup 101: delete that rule")
 		}) {
 			t.Errorf("%s does not say that the guard is walked round", step.what)
 		}
@@ -87,7 +91,9 @@ func TestGuardBypassed(t *testing.T) {
 func TestLocalRoute(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
-	b.sh("ip route add 192.0.2.0/24 via 198.51.100.1 dev eth0 table local; ip route add prohibit 169.254.170.2/32 table local")
+	b.sh(
+		"ip route add 192.0.2.0/24 via 198.51.100.1 dev eth0 table local; ip route add prohibit 169.254.170.2/32 table local",
+	)
 	log, hook := logtest.NewNullLogger()
 	p := b.plan
 	p.Log = log
@@ -193,7 +199,10 @@ func TestRawOrder(t *testing.T) {
 		b.sh("iptables -t raw -A OTHER -s 10.244.0.0/16 -j CT --notrack")
 		b.answers(b.pod, "169.254.169.254:80", "")
 		err := fmt.Sprint(b.check(b.plan))
-		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before -A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(err, want) {
+		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before -A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(
+			err,
+			want,
+		) {
 			t.Errorf("%s", err)
 		}
 		w := b.watch(b.plan, time.Hour)

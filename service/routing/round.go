@@ -26,7 +26,8 @@ var (
 	errLater = errors.New("later")
 )
 
-// round looks at what is pending and repairs what is missing, at most as often as the buckets allow.
+// round looks at what is pending and repairs what is missing, at most as often as the buckets
+// allow.
 func (w *watcher) round(ctx context.Context) {
 	why, by := w.pending, w.by
 	w.pending, w.by = 0, ""

@@ -1,4 +1,5 @@
-// Package routing answers: how does what a pod sends to 169.254.169.254:80 arrive at the emulator, and nowhere else?
+// Package routing answers: how does what a pod sends to 169.254.169.254:80 arrive at the emulator,
+// and nowhere else?
 //
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is
 // missing (Check) and takes it away without a trace (Remove). Install converges from any earlier
@@ -28,13 +29,17 @@ const (
 	ModeIPTables = "iptables"
 	// ModeNFTables is DNAT by a table of our own.
 	ModeNFTables = "nftables"
-	// ModeLoopback makes the metadata server's address this node's own for pods, by policy rules and without DNAT.
+	// ModeLoopback makes the metadata server's address this node's own for pods, by policy rules and
+	// without DNAT.
 	ModeLoopback = "loopback"
-	// ModeEBPF is programs that see each connect() of this node, for networks that bypass netfilter's DNAT.
+	// ModeEBPF is programs that see each connect() of this node, for networks that bypass netfilter's
+	// DNAT.
 	ModeEBPF = "ebpf"
-	// ModeObserve is for before a rollout: it counts who connects to the metadata server, and changes nothing. See Observed.
+	// ModeObserve is for before a rollout: it counts who connects to the metadata server, and changes
+	// nothing. See Observed.
 	ModeObserve = "observe"
-	// ModeNone routes nothing: pods are told by their environment where the emulator listens. Other hosts are kept out, and the guard stands.
+	// ModeNone routes nothing: pods are told by their environment where the emulator listens. Other
+	// hosts are kept out, and the guard stands.
 	ModeNone = "none"
 )
 
@@ -42,22 +47,29 @@ const (
 const DefaultRunDir = "/run/gke-metadata-emulator"
 
 var (
-	// ErrMissing is wrapped by what Check returns when something that the Plan wants is not in the kernel, or not as it should be.
-	// An error of Check that does not wrap it says that the kernel could not be read.
+	// ErrMissing is wrapped by what Check returns when something that the Plan wants is not in the
+	// kernel, or not as it should be. An error of Check that does not wrap it says that the kernel
+	// could not be read.
 	ErrMissing = errors.New("missing")
-	// ErrForeign is wrapped when the address, the port, the chains or the redirection belong to somebody else, as on GKE itself.
+	// ErrForeign is wrapped when the address, the port, the chains or the redirection belong to
+	// somebody else, as on GKE itself.
 	ErrForeign = errors.New("belongs to somebody else")
 	// ErrPermission is wrapped when the kernel does not let this process change the rules.
-	ErrPermission = errors.New("needs root with CAP_NET_ADMIN (on AKS with eBPF host routing a security module denies it even then: use another routing mode)")
+	ErrPermission = errors.New(
+		"needs root with CAP_NET_ADMIN (on AKS with eBPF host routing a security module denies it even then: use another routing mode)",
+	)
 )
 
 // Router puts one Plan into the kernel of the network namespace in which it is called.
 type Router interface {
-	// Install makes what the Plan wants stand, closed things before open ones, writes the desired state and reads back (R-24, R-25).
+	// Install makes what the Plan wants stand, closed things before open ones, writes the desired
+	// state and reads back (R-24, R-25).
 	Install(ctx context.Context) error
-	// Check returns nil when all stands, else one error that names everything that does not (errors.Join).
+	// Check returns nil when all stands, else one error that names everything that does not
+	// (errors.Join).
 	Check(ctx context.Context) error
-	// Remove takes away everything that any Install of this mode can have put there, and writes the desired state.
+	// Remove takes away everything that any Install of this mode can have put there, and writes the
+	// desired state.
 	Remove(ctx context.Context) error
 }
 
@@ -94,7 +106,8 @@ func DefaultGuard() []netip.AddrPort {
 		netip.MustParseAddrPort("[fd00:ec2::254]:80"), metadataServer6}
 }
 
-// New returns the Router for the Plan. It refuses a Plan that cannot be carried out, naming all that is wrong with it.
+// New returns the Router for the Plan. It refuses a Plan that cannot be carried out, naming all
+// that is wrong with it.
 func New(p Plan) (Router, error) { return newRouter(p) }
 
 func newRouter(p Plan) (*router, error) {
@@ -136,7 +149,10 @@ func (p Plan) checked() (Plan, error) {
 	var errs []error
 	for _, g := range p.Guard {
 		if !g.IsValid() || g.Port() == 0 || g.Addr().IsUnspecified() || g.Addr().Is4In6() || g.Addr().Zone() != "" {
-			errs = append(errs, fmt.Errorf("guard %s: an IP address and a port are needed, such as 169.254.169.254:80 or [fd00:ec2::254]:80", g))
+			errs = append(
+				errs,
+				fmt.Errorf("guard %s: an IP address and a port are needed, such as 169.254.169.254:80 or [fd00:ec2::254]:80", g),
+			)
 		}
 	}
 	if p.Closed {
@@ -147,7 +163,13 @@ func (p Plan) checked() (Plan, error) {
 	}
 	errs = append(errs, p.checkListen(), checkListen6(p))
 	if !p.redirects() && p.InterceptHostPods == "on" {
-		errs = append(errs, fmt.Errorf("interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off", p.Mode))
+		errs = append(
+			errs,
+			fmt.Errorf(
+				"interceptHostPods on: mode %s cannot tell pods on the host network from the node itself: use off",
+				p.Mode,
+			),
+		)
 	}
 	switch p.InterceptHostPods {
 	case "", "auto", "on", "off":
@@ -172,13 +194,17 @@ func (p Plan) checked() (Plan, error) {
 		}
 	}
 	if p.traits().blindToLinks && len(p.Spare) > 0 {
-		errs = append(errs, fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
-			strings.Join(p.Spare, ", "), p.Mode, ModeIPTables))
+		errs = append(
+			errs,
+			fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
+				strings.Join(p.Spare, ", "), p.Mode, ModeIPTables),
+		)
 	}
 	return p, errors.Join(errs...)
 }
 
-// interfaceName is stricter than the kernel, which takes anything without / and blanks: these go into text that others parse.
+// interfaceName is stricter than the kernel, which takes anything without / and blanks: these go
+// into text that others parse.
 var interfaceName = regexp.MustCompile(`^[A-Za-z0-9_.:@-]{1,15}$|^[A-Za-z0-9_.:@-]{1,14}\+$`)
 
 func (p Plan) checkListen() error {
@@ -187,7 +213,12 @@ func (p Plan) checkListen() error {
 	switch {
 	case has.localServer:
 		if l != metadataServer {
-			return fmt.Errorf("listen %s: mode %s redirects nothing, so it listens where pods ask: %s", l, p.Mode, metadataServer)
+			return fmt.Errorf(
+				"listen %s: mode %s redirects nothing, so it listens where pods ask: %s",
+				l,
+				p.Mode,
+				metadataServer,
+			)
 		}
 		return nil
 	case has.anyListener:
@@ -200,7 +231,11 @@ func (p Plan) checkListen() error {
 	case !a.Is4():
 		return fmt.Errorf("listen %s: mode %s redirects to an IPv4 address%s", l, p.Mode, remedy)
 	case a.IsUnspecified():
-		return fmt.Errorf("listen %s: rules cannot redirect to every address, nor guard every address of the node%s", l, remedy)
+		return fmt.Errorf(
+			"listen %s: rules cannot redirect to every address, nor guard every address of the node%s",
+			l,
+			remedy,
+		)
 	case a.IsLoopback():
 		// R-04: route_localnet=1 opens 127/8 to neighbours (CVE-2020-8558).
 		return fmt.Errorf("listen %s: packets of pods cannot be redirected to 127.0.0.0/8 safely%s", l, remedy)

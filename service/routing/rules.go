@@ -8,7 +8,8 @@ import (
 	"strings"
 )
 
-// comment marks the jumps from the base chains into ours: whose they are can be seen without memory.
+// comment marks the jumps from the base chains into ours: whose they are can be seen without
+// memory.
 const comment = "gke-metadata-emulator"
 
 // chain is one chain of ours, what jumps to it, and what is in it.

@@ -162,11 +162,21 @@ func TestUplinks(t *testing.T) {
 	}
 }
 
-// TestLoopbackExemptsTheHost: whatever the guard names, the host's own requests are not ours.
+// TestLoopbackExemptsTheHost: whatever the guard names, the host's own requests are not ours
+//
 func TestLoopbackExemptsTheHost(t *testing.T) {
-	lo := netobj.Rule{Pref: usualPref, To: netobj.Host(metadataServer.Addr()), IIF: "lo", Action: unix.FR_ACT_GOTO, Arg: usualPref + 1}
+	lo := netobj.Rule{
+		Pref:   usualPref,
+		To:     netobj.Host(metadataServer.Addr()),
+		IIF:    "lo",
+		Action: unix.FR_ACT_GOTO,
+		Arg:    usualPref + 1,
+	}
 	for _, guard := range [][]netip.AddrPort{nil, DefaultGuard(), {netip.MustParseAddrPort("168.63.129.16:80")}} {
-		rules := guardRules(Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard}, nodeFacts{uplinks: []string{"eth0", "wan+"}})
+		rules := guardRules(
+			Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: guard},
+			nodeFacts{uplinks: []string{"eth0", "wan+"}},
+		)
 		if at := slices.Index(rules, lo); at < 0 || slices.Contains(rules[at+1:], lo) {
 			t.Errorf("%v", rules)
 		}
@@ -263,7 +273,8 @@ func TestJumps(t *testing.T) {
 		"-d 192.0.2.1/32 -m comment --comment gke-metadata-emulator -j GME-PRE",
 	}
 	ours, foreign := jumps(base, "GME-PRE")
-	if want := []jumpAt{{position: 2, rule: base[1]}, {position: 4, rule: base[3]}}; !slices.Equal(ours, want) || foreign != "" {
+	if want := []jumpAt{{position: 2, rule: base[1]}, {position: 4, rule: base[3]}}; !slices.Equal(ours, want) ||
+		foreign != "" {
 		t.Errorf("%v, %q", ours, foreign)
 	}
 	for _, rule := range []string{"-j GME-PRE", "-g GME-PRE", "-m comment --comment mine -j GME-PRE"} {

@@ -15,7 +15,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestUplinksThatAreConfigured are believed instead of what was found: here the LAN is served, as the operator said.
+// TestUplinksThatAreConfigured are believed instead of what was found: here the LAN is served, as
+// the operator said.
 func TestUplinksThatAreConfigured(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -34,7 +35,8 @@ func TestUplinksThatAreConfigured(t *testing.T) {
 	b.answers(b.neighbour, "169.254.169.254:80", "")
 }
 
-// TestSparedInterface is left alone altogether: who is behind it goes on talking to the real server.
+// TestSparedInterface is left alone altogether: who is behind it goes on talking to the real
+// server.
 func TestSparedInterface(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -55,7 +57,8 @@ func TestSparedInterface(t *testing.T) {
 	})
 }
 
-// TestListenOnNodeAddress: only that port of the address is guarded, and the address is not ours to take away.
+// TestListenOnNodeAddress: only that port of the address is guarded, and the address is not ours to
+// take away.
 func TestListenOnNodeAddress(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -74,7 +77,8 @@ func TestListenOnNodeAddress(t *testing.T) {
 	})
 }
 
-// TestAddressOfSomebodyElse: an address that the operator gave the node is used, and stays when we go.
+// TestAddressOfSomebodyElse: an address that the operator gave the node is used, and stays when we
+// go.
 func TestAddressOfSomebodyElse(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -91,9 +95,11 @@ func TestAddressOfSomebodyElse(t *testing.T) {
 func TestReadDevices(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
-	b.sh(`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0; ip tuntap add dev tun0 mode tun
+	b.sh(
+		`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0; ip tuntap add dev tun0 mode tun
 		ip link add mv0 link eth0 type macvlan; ip link set mv0 up; ip link add br0 type bridge
-		ip address add 198.51.100.99/32 dev br0; ip link set br0 up; ip route add default via 198.51.100.1 dev eth0 src 198.51.100.99 table 8`)
+		ip address add 198.51.100.99/32 dev br0; ip link set br0 up; ip route add default via 198.51.100.1 dev eth0 src 198.51.100.99 table 8`,
+	)
 	var found []string
 	if err := b.Do(func() error {
 		devices, err := readDevices()
@@ -108,7 +114,8 @@ func TestReadDevices(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// eth0 has a default route, and mv0 is a way to it; br0 holds the address that one of them sends from.
+	// eth0 has a default route, and mv0 is a way to it; br0 holds the address that one of them sends
+	// from.
 	if want := []string{"br0", "eth0", "flannel.1", "mv0", "tun0"}; !slices.Equal(found, want) {
 		t.Errorf("uplinks %q, want %q", found, want)
 	}
@@ -120,7 +127,9 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 	for _, mode := range []string{"iptables-nft", ModeNFTables, ModeLoopback, ModeNone} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeBed(t, mode)
-			b.sh("ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl -qw net.ipv4.conf.eth0.arp_ignore=1")
+			b.sh(
+				"ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl -qw net.ipv4.conf.eth0.arp_ignore=1",
+			)
 			if out, err := b.neighbour.Command(t.Context(), "sh", "-c", "ip route add 169.254.169.254 via 198.51.100.99; ip route add 169.254.169.252 via 198.51.100.99").CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
@@ -134,7 +143,8 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 	}
 }
 
-// TestListenElsewhere: the emulator lives in a namespace of its own, and the node forwards nothing unless told to.
+// TestListenElsewhere: the emulator lives in a namespace of its own, and the node forwards nothing
+// unless told to.
 func TestListenElsewhere(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
@@ -171,7 +181,8 @@ func TestPlanChanges(t *testing.T) {
 		b.install(other)
 		b.green(other)
 		b.answers(b.pod, "169.254.169.254:80", "the other")
-		if s := b.ruleset(); strings.Contains(s, "169.254.169.252") || strings.Contains(s, "fd00:ec2") && strings.Contains(s, "fd00:ec2::254 ipproto") {
+		if s := b.ruleset(); strings.Contains(s, "169.254.169.252") ||
+			strings.Contains(s, "fd00:ec2") && strings.Contains(s, "fd00:ec2::254 ipproto") {
 			t.Errorf("left of the first plan:\n%s", s)
 		}
 		b.install(b.plan)
@@ -184,13 +195,16 @@ func TestPlanChanges(t *testing.T) {
 	})
 }
 
-// TestForeignRulesAreLeftAlone: jumps go back to the top past whoever inserted before, and nobody else's rule moves.
+// TestForeignRulesAreLeftAlone: jumps go back to the top past whoever inserted before, and nobody
+// else's rule moves.
 func TestForeignRulesAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
-		b.sh(`iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES; iptables -A FORWARD -s 10.1.0.0/16 -j DROP; iptables -P INPUT DROP
+		b.sh(
+			`iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES; iptables -A FORWARD -s 10.1.0.0/16 -j DROP; iptables -P INPUT DROP
 			iptables -A INPUT -i lo -j ACCEPT; ip rule add pref 97 to 192.0.2.1 lookup main; ip rule add pref 98 to 169.254.169.254 lookup main
-			ip address add 169.254.169.253/32 dev lo; ip route add 192.0.2.9/32 dev lo`)
+			ip address add 169.254.169.253/32 dev lo; ip route add 192.0.2.9/32 dev lo`,
+		)
 		before := b.ruleset()
 		b.install(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator) // through INPUT's policy DROP
@@ -206,8 +220,8 @@ func TestForeignRulesAreLeftAlone(t *testing.T) {
 	})
 }
 
-// TestHostPods: what the node sends from outside its own slices is redirected, its daemons are not (R-06); and it works on a node
-// without a default route (R-07).
+// TestHostPods: what the node sends from outside its own slices is redirected, its daemons are not
+// (R-06); and it works on a node without a default route (R-07).
 func TestHostPods(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -269,7 +283,8 @@ func TestHostPods(t *testing.T) {
 		}
 
 		b.sh("ip route del default")
-		if err := b.Do(func() error { return r.Check(t.Context()) }); err == nil || !strings.Contains(err.Error(), "ip route: 169.254.169.254/32 dev lo") {
+		if err := b.Do(func() error { return r.Check(t.Context()) }); err == nil ||
+			!strings.Contains(err.Error(), "ip route: 169.254.169.254/32 dev lo") {
 			t.Errorf("check without default route: %v", err)
 		}
 		do(r.Install)
@@ -279,7 +294,8 @@ func TestHostPods(t *testing.T) {
 		}
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 		b.sh("ip route add default via 198.51.100.1 dev eth0")
-		if err := b.Do(func() error { return r.Check(t.Context()) }); err == nil || !strings.Contains(err.Error(), "should not be there") {
+		if err := b.Do(func() error { return r.Check(t.Context()) }); err == nil ||
+			!strings.Contains(err.Error(), "should not be there") {
 			t.Errorf("check with the default route back: %v", err)
 		}
 		do(r.Install)

@@ -11,19 +11,21 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// The metadata server's IPv6 address (H-24): in modes iptables and nftables, where Plan.Listen6 is set, what pods send to
-// [fd20:ce::254]:80 is redirected by the same rules as IPv4's in the other family. It is an offer beside IPv4 and never a reason for
-// IPv4 to be without rules: a node that cannot redirect IPv6 says why, in the log once and in State.IPv6.
+// The metadata server's IPv6 address (H-24): in modes iptables and nftables, where Plan.Listen6 is
+// set, what pods send to [fd20:ce::254]:80 is redirected by the same rules as IPv4's in the other
+// family. It is an offer beside IPv4 and never a reason for IPv4 to be without rules: a node that
+// cannot redirect IPv6 says why, in the log once and in State.IPv6.
 //
-// There is no route to fd20:ce::254 like IPv4's of R-07: pods on the host network of a node that has no IPv6 route there are refused
-// by connect() at once, and ask by IPv4.
+// There is no route to fd20:ce::254 like IPv4's of R-07: pods on the host network of a node that
+// has no IPv6 route there are refused by connect() at once, and ask by IPv4.
 
 // metadataServer6 is where clients that prefer IPv6 send their requests.
 var metadataServer6 = netip.AddrPortFrom(netip.MustParseAddr("fd20:ce::254"), 80)
 
 const noIPv6Here = "IPv6 is not there or disabled on lo"
 
-// redirectTarget is what is redirected in one family, and where to; without a valid listen nothing is.
+// redirectTarget is what is redirected in one family, and where to; without a valid listen nothing
+// is.
 type redirectTarget struct{ server, listen netip.AddrPort }
 
 func (p Plan) target(s nodeFacts, family Family) redirectTarget {
@@ -111,11 +113,21 @@ func checkListen6(p Plan) error {
 	switch {
 	case l == netip.AddrPort{}:
 	case !p.dnats():
-		return fmt.Errorf("listen6 %s: mode %s serves IPv4 alone: remove it, or use mode %s or %s", l, p.Mode, ModeIPTables, ModeNFTables)
+		return fmt.Errorf(
+			"listen6 %s: mode %s serves IPv4 alone: remove it, or use mode %s or %s",
+			l,
+			p.Mode,
+			ModeIPTables,
+			ModeNFTables,
+		)
 	case !l.IsValid() || l.Port() == 0 || !a.Is6() || a.Is4In6() || a.Zone() != "":
 		return fmt.Errorf("listen6 %s: an IPv6 address and a port are needed%s", l, remedy)
 	case !a.IsGlobalUnicast():
-		return fmt.Errorf("listen6 %s: packets can be redirected to a unicast address that reaches beyond a link only%s", l, remedy)
+		return fmt.Errorf(
+			"listen6 %s: packets can be redirected to a unicast address that reaches beyond a link only%s",
+			l,
+			remedy,
+		)
 	case a == metadataServer6.Addr() || slices.ContainsFunc(p.Guard, func(g netip.AddrPort) bool { return g.Addr() == a }):
 		return fmt.Errorf("listen6 %s: packets cannot be redirected to a metadata server%s", l, remedy)
 	}

@@ -36,8 +36,9 @@ func (b *bed) serveAnywhere(at string) {
 	b.sh("sysctl -qw net.ipv6.ip_nonlocal_bind=0")
 }
 
-// TestSixStory is a node's life where IPv6 is served (H-24), in both modes and on both backends: install, a request arrives, the neighbour
-// is kept out, others flush, nothing leaks, check names what is missing, the watcher repairs, remove leaves no trace.
+// TestSixStory is a node's life where IPv6 is served (H-24), in both modes and on both backends:
+// install, a request arrives, the neighbour is kept out, others flush, nothing leaks, check names
+// what is missing, the watcher repairs, remove leaves no trace.
 func TestSixStory(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -77,7 +78,8 @@ func TestSixStory(t *testing.T) {
 		b.install(b.plan)
 		b.same("second install", sorted(b.ruleset()), sorted(first))
 
-		// a neighbour that takes the node for a router is served by neither address, nor by either door alone.
+		// a neighbour that takes the node for a router is served by neither address, nor by either
+		// door alone.
 		b.neighbourRoutes("fd20:ce::254", "fd20:ce::252")
 		outside := func(what string) {
 			t.Helper()
@@ -178,7 +180,9 @@ func TestSixDoors(t *testing.T) {
 				t.Errorf("the door %s alone: %s answered the neighbour", door, got)
 			}
 		}
-		b.sh(map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW", true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator raw"}[b.plan.Mode == ModeNFTables])
+		b.sh(
+			map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW", true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator raw"}[b.plan.Mode == ModeNFTables],
+		)
 		b.answers(b.neighbour, "[fd20:ce::252]:988", emulator) // the bed would show an open door
 	})
 }
@@ -201,8 +205,9 @@ func TestSixShownText(t *testing.T) {
 	})
 }
 
-// TestSixIsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either, in each mode, whatever becomes of the
-// firewall; the node's own processes do. A node without IPv6 has the same rules, or none, and no fault.
+// TestSixIsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either
+// in each mode, whatever becomes of the firewall; the node's own processes do. A node
+// without IPv6 has the same rules, or none, and no fault.
 func TestSixIsGuarded(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone, ModeEBPF} {
@@ -243,7 +248,8 @@ func TestSixIsGuarded(t *testing.T) {
 	}
 }
 
-// TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the same, says why once, and Check is content.
+// TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the
+// same, says why once, and Check is content.
 func TestSixNowhere(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -262,12 +268,16 @@ func TestSixNowhere(t *testing.T) {
 			return s.IPv6 == "" && s.Standing.Good && b.stands(b.plan) && strings.Contains(b.ruleset(), "fd20:ce::252")
 		})
 		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
-		w.until("it is not any more", func() bool { s := w.state(); return s.IPv6 == noIPv6Here && s.Standing.Good && b.stands(b.plan) })
+		w.until(
+			"it is not any more",
+			func() bool { s := w.state(); return s.IPv6 == noIPv6Here && s.Standing.Good && b.stands(b.plan) },
+		)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 	})
 }
 
-// TestSixWithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has IPv4's rules and the guard.
+// TestSixWithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has
+// IPv4's rules and the guard.
 func TestSixWithoutTables(t *testing.T) {
 	t.Parallel()
 	for name, six := range map[string]string{
@@ -363,7 +373,8 @@ func (b *bed) copyOfSelf() string {
 	return to
 }
 
-// sixFlushes are what others do to IPv6's part of it. A watcher may be back before the chains are taken away, too.
+// sixFlushes are what others do to IPv6's part of it. A watcher may be back before the chains are
+// taken away, too.
 var sixFlushes = []struct {
 	name, xtables, nft string
 	layer, cause       string // of the mode's own rules where layer is ""
@@ -372,18 +383,66 @@ var sixFlushes = []struct {
 	{"filter and its chains", "ip6tables -F; ip6tables -X || true", "nft flush table ip6 gke-metadata-emulator", "", ""},
 	{"raw", "ip6tables -t raw -F", "nft flush chain ip6 gke-metadata-emulator raw", "", ""},
 	{"nat", "ip6tables -t nat -F", "nft flush chain ip6 gke-metadata-emulator prerouting", "", ""},
-	{"nat and its chains", "ip6tables -t nat -F; ip6tables -t nat -X || true", "nft delete chain ip6 gke-metadata-emulator prerouting", "", ""},
-	{"base chain only", "ip6tables -t nat -F PREROUTING", "nft 'add table ip6 gke-metadata-emulator { flags dormant; }'", "", ""},
-	{"one rule", "ip6tables -t nat -D GME-PRE -i eth0 -j RETURN", "nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p')", "", ""},
-	{"a rule too much", "ip6tables -t nat -I GME-PRE -p tcp -j ACCEPT", "nft insert rule ip6 gke-metadata-emulator prerouting accept", "", ""},
-	{"all", "for t in filter raw nat; do ip6tables -t $t -F; ip6tables -t $t -X || true; done", "nft delete table ip6 gke-metadata-emulator", "", ""},
-	{"both families", "for t in filter raw nat; do iptables -t $t -F; ip6tables -t $t -F; done", "nft delete table ip gke-metadata-emulator; nft delete table ip6 gke-metadata-emulator", "", ""},
-	{"guard", "for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", "for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", layerRule, "ip-rule"},
-	{"listen route", "ip -6 route del table local fd20:ce::252", "ip -6 route del table local fd20:ce::252", layerRoute, "ip-route"},
+	{
+		"nat and its chains",
+		"ip6tables -t nat -F; ip6tables -t nat -X || true",
+		"nft delete chain ip6 gke-metadata-emulator prerouting",
+		"",
+		"",
+	},
+	{
+		"base chain only",
+		"ip6tables -t nat -F PREROUTING",
+		"nft 'add table ip6 gke-metadata-emulator { flags dormant; }'",
+		"",
+		"",
+	},
+	{
+		"one rule",
+		"ip6tables -t nat -D GME-PRE -i eth0 -j RETURN",
+		"nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p')",
+		"",
+		"",
+	},
+	{
+		"a rule too much",
+		"ip6tables -t nat -I GME-PRE -p tcp -j ACCEPT",
+		"nft insert rule ip6 gke-metadata-emulator prerouting accept",
+		"",
+		"",
+	},
+	{
+		"all",
+		"for t in filter raw nat; do ip6tables -t $t -F; ip6tables -t $t -X || true; done",
+		"nft delete table ip6 gke-metadata-emulator",
+		"",
+		"",
+	},
+	{
+		"both families",
+		"for t in filter raw nat; do iptables -t $t -F; ip6tables -t $t -F; done",
+		"nft delete table ip gke-metadata-emulator; nft delete table ip6 gke-metadata-emulator",
+		"",
+		"",
+	},
+	{
+		"guard",
+		"for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
+		"for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
+		layerRule,
+		"ip-rule",
+	},
+	{
+		"listen route",
+		"ip -6 route del table local fd20:ce::252",
+		"ip -6 route del table local fd20:ce::252",
+		layerRoute,
+		"ip-route",
+	},
 }
 
-// TestSixWatchRepairs: a watcher that never sweeps notices each by itself, legacy tables too, and puts it back; no pod gets to the real server
-// by IPv6 meanwhile.
+// TestSixWatchRepairs: a watcher that never sweeps notices each by itself, legacy tables too, and
+// puts it back; no pod gets to the real server by IPv6 meanwhile.
 func TestSixWatchRepairs(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -411,11 +470,15 @@ func TestSixWatchRepairs(t *testing.T) {
 				if c.layer != "" {
 					wantLayer, wantCause = c.layer, c.cause
 				}
-				w.until("a line of layer "+wantLayer+" and cause "+wantCause, func() bool { // one of those that a flush in steps takes
-					return slices.ContainsFunc(w.repaired()[said:], func(e *logrus.Entry) bool {
-						return slices.Contains(strings.Split(fmt.Sprint(e.Data["layer"]), ","), wantLayer) && e.Data["cause"] == wantCause
-					})
-				})
+				w.until(
+					"a line of layer "+wantLayer+" and cause "+wantCause,
+					func() bool { // one of those that a flush in steps takes
+						return slices.ContainsFunc(w.repaired()[said:], func(e *logrus.Entry) bool {
+							return slices.Contains(strings.Split(fmt.Sprint(e.Data["layer"]), ","), wantLayer) &&
+								e.Data["cause"] == wantCause
+						})
+					},
+				)
 				w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
 				b.same("repair", sorted(b.ruleset()), whole)
 				b.answers(b.pod, "[fd20:ce::254]:80", emulator)
@@ -432,7 +495,8 @@ func TestSixWatchRepairs(t *testing.T) {
 	})
 }
 
-// asking has the pod ask without pause until it is told to end; then it says how often, and how often the real server answered.
+// asking has the pod ask without pause until it is told to end; then it says how often, and how
+// often the real server answered.
 func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
 	ctx, cancel := context.WithCancel(b.t.Context())
 	over := make(chan struct{})
@@ -452,8 +516,8 @@ func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
 	}
 }
 
-// TestRemoveWithoutSix: on a kernel that was booted without IPv6 there is no socket of it for the legacy backend's tables, and that keeps nobody
-// from removing IPv4's.
+// TestRemoveWithoutSix: on a kernel that was booted without IPv6 there is no socket of it for the
+// legacy backend's tables, and that keeps nobody from removing IPv4's.
 func TestRemoveWithoutSix(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-legacy")
@@ -479,7 +543,12 @@ func denySix() error {
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 	}
 	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
+	_, _, errno := unix.Syscall(
+		unix.SYS_SECCOMP,
+		unix.SECCOMP_SET_MODE_FILTER,
+		unix.SECCOMP_FILTER_FLAG_TSYNC,
+		uintptr(unsafe.Pointer(&program)),
+	)
 	if errno != 0 {
 		return errno
 	}

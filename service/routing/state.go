@@ -23,8 +23,8 @@ const (
 	Removed   = "removed"
 )
 
-// State is the file routing.json in the run directory. Whoever repairs rules obeys Desired (R-24); whoever may not read the
-// rules shows Standing (R-25).
+// State is the file routing.json in the run directory. Whoever repairs rules obeys Desired (R-24);
+// whoever may not read the rules shows Standing (R-25).
 type State struct {
 	Desired  string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
 	Closed   bool             `json:"closed,omitempty"`
@@ -53,8 +53,8 @@ type State struct {
 	Standing Standing  `json:"standing"`
 }
 
-// Repairs counts what was found missing and put back: by layer, then by the cause that had somebody look. Both are words of this
-// package's, so the map is bounded.
+// Repairs counts what was found missing and put back: by layer, then by the cause that had somebody
+// look. Both are words of this package's, so the map is bounded.
 type Repairs map[string]map[string]int
 
 // Total is the sum over all layers and causes.
@@ -121,7 +121,8 @@ func (s *State) count(r *repair) {
 // wants reports whether s and o desire the same.
 func (s State) wants(o State) bool {
 	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
-		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) && slices.Equal(s.Guard, o.Guard)
+		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) &&
+		slices.Equal(s.Guard, o.Guard)
 }
 
 // Standing is what was read back from the kernel.
@@ -138,7 +139,8 @@ func statePath(runDir string) string {
 	return filepath.Join(runDir, "routing.json")
 }
 
-// ReadState reads what the last Install or Remove left in the run directory. Without one it returns the zero State.
+// ReadState reads what the last Install or Remove left in the run directory. Without one it returns
+// the zero State.
 func ReadState(runDir string) (State, error) {
 	var s State
 	b, err := os.ReadFile(statePath(runDir))
@@ -154,8 +156,8 @@ func ReadState(runDir string) (State, error) {
 	return s, nil
 }
 
-// writeState replaces the file at once, so that a reader sees the old or the new one. The directory may belong to the
-// unprivileged service: no link that leads out of it is followed.
+// writeState replaces the file at once, so that a reader sees the old or the new one. The directory
+// may belong to the unprivileged service: no link that leads out of it is followed.
 func writeState(runDir string, s State) error {
 	b, err := json.MarshalIndent(s, "", "\t")
 	if err != nil {
@@ -236,8 +238,8 @@ func full(runDir string, err error) error {
 	return err
 }
 
-// lock waits until no other Install or Remove runs on this node, at most as long as ctx lives, and returns what ends the lock.
-// Readers (how is LOCK_SH) need no lock where nobody ever installed.
+// lock waits until no other Install or Remove runs on this node, at most as long as ctx lives, and
+// returns what ends the lock. Readers (how is LOCK_SH) need no lock where nobody ever installed.
 func lock(ctx context.Context, runDir string, how int) (unlock func(), err error) {
 	path := filepath.Join(runDir, "routing.lock")
 	flags := os.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW

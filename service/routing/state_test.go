@@ -18,16 +18,25 @@ func TestStateFile(t *testing.T) {
 	if s, err := ReadState(dir); err != nil || s.Desired != "" {
 		t.Errorf("without a file: %+v, %v", s, err)
 	}
-	want := State{Desired: Installed, Mode: ModeIPTables, Listen: "169.254.169.252:988", Guard: DefaultGuard(), Since: time.Unix(1, 0).UTC(),
-		Standing: Standing{Time: time.Unix(2, 0).UTC(), Faults: []string{"missing: x"}}}
+	want := State{
+		Desired:  Installed,
+		Mode:     ModeIPTables,
+		Listen:   "169.254.169.252:988",
+		Guard:    DefaultGuard(),
+		Since:    time.Unix(1, 0).UTC(),
+		Standing: Standing{Time: time.Unix(2, 0).UTC(), Faults: []string{"missing: x"}},
+	}
 	if err := writeState(dir, want); err != nil {
 		t.Fatal(err)
 	}
 	got, err := ReadState(dir)
-	if err != nil || got.Listen != want.Listen || got.Guard[1] != want.Guard[1] || !got.Standing.Time.Equal(want.Standing.Time) || got.Standing.Faults[0] != "missing: x" {
+	if err != nil || got.Listen != want.Listen || got.Guard[1] != want.Guard[1] ||
+		!got.Standing.Time.Equal(want.Standing.Time) ||
+		got.Standing.Faults[0] != "missing: x" {
 		t.Errorf("%+v, %v", got, err)
 	}
-	if info, err := os.Stat(statePath(dir)); err != nil || info.Mode().Perm() != 0o644 { // an unprivileged process reads it
+	if info, err := os.Stat(statePath(dir)); err != nil ||
+		info.Mode().Perm() != 0o644 { // an unprivileged process reads it
 		t.Errorf("%v, %v", info.Mode(), err)
 	}
 	if err := os.WriteFile(statePath(dir), []byte("{"), 0o644); err != nil {

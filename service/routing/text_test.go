@@ -9,8 +9,12 @@ import (
 
 // Lines that iptables-restore and nft may get, whatever an operator writes.
 var (
-	restoreLine = regexp.MustCompile(`^(\*(filter|raw|nat)|COMMIT|:GME-[-A-Z]+ - \[0:0\]|-A GME-[-A-Z]+ [-!a-zA-Z0-9./:,_@+\[\] ]+|-I (FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[-A-Z]+)$`)
-	nftLine     = regexp.MustCompile(`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [-a-z]+ \{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= )?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:.\[\] ]+( tcp flags & rst == 0 ct status snat drop)?)$`)
+	restoreLine = regexp.MustCompile(
+		`^(\*(filter|raw|nat)|COMMIT|:GME-[-A-Z]+ - \[0:0\]|-A GME-[-A-Z]+ [-!a-zA-Z0-9./:,_@+\[\] ]+|-I (FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[-A-Z]+)$`,
+	)
+	nftLine = regexp.MustCompile(
+		`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [-a-z]+ \{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= )?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:.\[\] ]+( tcp flags & rst == 0 ct status snat drop)?)$`,
+	)
 )
 
 // FuzzRuleText: a Plan that is not refused becomes rules and nothing else, in every mode.
@@ -29,7 +33,13 @@ func FuzzRuleText(f *testing.F) {
 			return
 		}
 		for _, mode := range modes {
-			p := Plan{Mode: mode, Listen: at, Uplinks: []string{uplink}, Spare: []string{spare}, Guard: []netip.AddrPort{guarded}}
+			p := Plan{
+				Mode:    mode,
+				Listen:  at,
+				Uplinks: []string{uplink},
+				Spare:   []string{spare},
+				Guard:   []netip.AddrPort{guarded},
+			}
 			if mode == ModeLoopback {
 				p.Listen = metadataServer
 			}
@@ -60,7 +70,8 @@ func FuzzRuleText(f *testing.F) {
 	})
 }
 
-// FuzzJumps: whatever a list of rules says, a jump of ours has our comment and stands where it is said to.
+// FuzzJumps: whatever a list of rules says, a jump of ours has our comment and stands where it is
+// said to.
 func FuzzJumps(f *testing.F) {
 	f.Add("-m comment --comment gke-metadata-emulator -j GME-PRE\n-j KUBE-SERVICES")
 	f.Add("-g GME-PRE\n-m comment --comment mine -j GME-PRE\n-j")

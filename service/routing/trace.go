@@ -15,16 +15,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it. Whether a packet is traced says a table of
-// ours, in front of all others:
+// trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
+// Whether a packet is traced says a table of ours, in front of all others:
 //
 //	table ip gke-metadata-emulator-doctor {       (or ip6)
 //		chain from-pod { type filter hook prerouting priority -2147483648; iifname "gme-doctor" meta nftrace set 1 }
 //		chain to-pod   { type filter hook output priority -2147483648; oifname "gme-doctor" meta nftrace set 1 }
 //	}
 //
-// It belongs to the socket (flags owner): the kernel takes it away with the process. Kernels before 5.12 know no owners, and there
-// a process that is killed leaves the table behind, which traces nothing, since its interface is gone, and is replaced by the next.
+// It belongs to the socket (flags owner): the kernel takes it away with the process. Kernels before
+// 5.12 know no owners, and there a process that is killed leaves the table behind, which traces
+// nothing, since its interface is gone, and is replaced by the next.
 type trace struct {
 	socket *nl.NetlinkSocket
 	addr   netip.Addr
@@ -63,7 +64,8 @@ func (t *trace) close() error {
 	return err
 }
 
-// drops reads what was traced, until nothing comes for as long as quiet, and names who dropped a packet, each once.
+// drops reads what was traced, until nothing comes for as long as quiet, and names who dropped a
+// packet, each once.
 func (t *trace) drops(quiet time.Duration) (by []string, err error) {
 	wait := unix.NsecToTimeval(quiet.Nanoseconds())
 	if err := t.socket.SetReceiveTimeout(&wait); err != nil {
@@ -147,7 +149,8 @@ func be32(b []byte) uint32 {
 	return binary.BigEndian.Uint32(b)
 }
 
-// String names the chain as nft(8) takes it, and the rule in nft's words where there is an nft to tell them.
+// String names the chain as nft(8) takes it, and the rule in nft's words where there is an nft to
+// tell them.
 func (e traced) String() string {
 	chain := fmt.Sprintf("nft chain %s %s %s", e.family, e.table, e.chain)
 	if e.rule == 0 {
@@ -178,7 +181,9 @@ func ruleText(family, table, chain string, handle uint64) string {
 func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 	batch := func(kind int) *nl.NetlinkRequest {
 		r := nl.NewNetlinkRequest(kind, 0)
-		r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0, ResId: nl.Swap16(unix.NFNL_SUBSYS_NFTABLES)})
+		r.AddData(
+			&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0, ResId: nl.Swap16(unix.NFNL_SUBSYS_NFTABLES)},
+		)
 		return r
 	}
 	waiting := map[uint32]bool{}
@@ -240,18 +245,43 @@ func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest)
 	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME}, {"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
 		const first = 1 << 31 // the lowest priority: -2147483648
 		messages = append(messages,
-			t.request(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE,
-				textAttr(unix.NFTA_CHAIN_TABLE, traceTable), textAttr(unix.NFTA_CHAIN_NAME, c.name), textAttr(unix.NFTA_CHAIN_TYPE, "filter"),
-				nested(unix.NFTA_CHAIN_HOOK, numberAttr(unix.NFTA_HOOK_HOOKNUM, c.hook), numberAttr(unix.NFTA_HOOK_PRIORITY, first))),
+			t.request(
+				unix.NFT_MSG_NEWCHAIN,
+				unix.NLM_F_CREATE,
+				textAttr(
+					unix.NFTA_CHAIN_TABLE,
+					traceTable,
+				),
+				textAttr(unix.NFTA_CHAIN_NAME, c.name),
+				textAttr(unix.NFTA_CHAIN_TYPE, "filter"),
+				nested(
+					unix.NFTA_CHAIN_HOOK,
+					numberAttr(unix.NFTA_HOOK_HOOKNUM, c.hook),
+					numberAttr(unix.NFTA_HOOK_PRIORITY, first),
+				),
+			),
 			t.request(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
 				textAttr(unix.NFTA_RULE_TABLE, traceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
-				nested(unix.NFTA_RULE_EXPRESSIONS,
+				nested(
+					unix.NFTA_RULE_EXPRESSIONS,
 					expression("meta", numberAttr(unix.NFTA_META_KEY, c.meta), numberAttr(unix.NFTA_META_DREG, unix.NFT_REG_1)),
-					expression("cmp", numberAttr(unix.NFTA_CMP_SREG, unix.NFT_REG_1), numberAttr(unix.NFTA_CMP_OP, unix.NFT_CMP_EQ),
-						nested(unix.NFTA_CMP_DATA, nl.NewRtAttr(unix.NFTA_DATA_VALUE, append([]byte(link), make([]byte, unix.IFNAMSIZ-len(link))...)))),
+					expression(
+						"cmp",
+						numberAttr(unix.NFTA_CMP_SREG, unix.NFT_REG_1),
+						numberAttr(unix.NFTA_CMP_OP, unix.NFT_CMP_EQ),
+						nested(
+							unix.NFTA_CMP_DATA,
+							nl.NewRtAttr(unix.NFTA_DATA_VALUE, append([]byte(link), make([]byte, unix.IFNAMSIZ-len(link))...)),
+						),
+					),
 					expression("immediate", numberAttr(unix.NFTA_IMMEDIATE_DREG, unix.NFT_REG_1),
 						nested(unix.NFTA_IMMEDIATE_DATA, nl.NewRtAttr(unix.NFTA_DATA_VALUE, []byte{1}))),
-					expression("meta", numberAttr(unix.NFTA_META_KEY, unix.NFT_META_NFTRACE), numberAttr(unix.NFTA_META_SREG, unix.NFT_REG_1)))))
+					expression(
+						"meta",
+						numberAttr(unix.NFTA_META_KEY, unix.NFT_META_NFTRACE),
+						numberAttr(unix.NFTA_META_SREG, unix.NFT_REG_1),
+					),
+				)))
 	}
 	return messages
 }

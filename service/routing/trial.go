@@ -17,11 +17,13 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// Trial is a pod that is none: a network namespace without a name, connected to the node as Calico and the cloud CNIs connect pods
-// (K-08). What connects from it goes the way of a pod's packets, through everybody's rules.
+// Trial is a pod that is none: a network namespace without a name, connected to the node as Calico
+// and the cloud CNIs connect pods (K-08). What connects from it goes the way of a pod's packets,
+// through everybody's rules.
 //
-// The node gets an interface and a route to one address of each family, and no address, sysctl or rule. The namespace lives as long as this
-// process holds it; with it the kernel takes away all the rest, also when the process is killed.
+// The node gets an interface and a route to one address of each family, and no address, sysctl or
+// rule. The namespace lives as long as this process holds it; with it the kernel takes away all the
+// rest, also when the process is killed.
 type Trial struct {
 	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddSix
 	Link        string     // the node's end
@@ -41,14 +43,16 @@ const trialLink = "gme-doctor"
 var (
 	// trialAddr is of the range for benchmarks (RFC 2544), which nobody routes.
 	trialAddr = netip.AddrFrom4([4]byte{198, 18, 169, 254})
-	// trialGateway is nobody's: the pod knows its hardware address, so no sysctl has to make the node answer for it.
+	// trialGateway is nobody's: the pod knows its hardware address, so no sysctl has to make the node
+	// answer for it.
 	trialGateway = netip.AddrFrom4([4]byte{169, 254, 1, 1})
 	// The same of IPv6 (RFC 5180).
 	trialAddr6    = netip.MustParseAddr("2001:2::a9fe:a9fe")
 	trialGateway6 = netip.MustParseAddr("fe80::1")
 )
 
-// NewTrial makes one beside the network namespace of the calling thread. ErrPermission is wrapped where that is not allowed.
+// NewTrial makes one beside the network namespace of the calling thread. ErrPermission is wrapped
+// where that is not allowed.
 func NewTrial() (_ *Trial, err error) {
 	t := &Trial{Addr: trialAddr, Link: trialLink, node: netns.None(), pod: netns.None()}
 	t.closing, t.close = context.WithCancel(context.Background())
@@ -92,7 +96,8 @@ func (t *Trial) connect() error {
 	return t.address(t.Addr, trialGateway)
 }
 
-// AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an error.
+// AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
+// error.
 func (t *Trial) AddSix() error {
 	if err := t.in(t.node, func() error { return t.address(trialAddr6, trialGateway6) }); err != nil {
 		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
@@ -101,7 +106,8 @@ func (t *Trial) AddSix() error {
 	return nil
 }
 
-// address has both ends find each other at the address without a question: the first packet is to get through, too.
+// address has both ends find each other at the address without a question: the first packet is to
+// get through, too.
 func (t *Trial) address(a, gateway netip.Addr) error {
 	here, err := netlink.LinkByName(t.Link)
 	if err != nil {
@@ -184,8 +190,9 @@ func (t *Trial) in(there netns.NsHandle, f func() error) error {
 	return err
 }
 
-// Dropped says who drops what the pod sends from one of its addresses, or what is sent back there, while try runs: nf_tables' tracing tells for its chains, those of
-// iptables-nft among them, and counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
+// Dropped says who drops what the pod sends from one of its addresses, or what is sent back there,
+// while try runs: nf_tables' tracing tells for its chains, those of iptables-nft among them, and
+// counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
 func (t *Trial) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
 	err = t.in(t.node, func() error {
 		by, err = dropped(ctx, from, t.Link, try)
@@ -194,8 +201,9 @@ func (t *Trial) Dropped(ctx context.Context, from netip.Addr, try func()) (by []
 	return by, err
 }
 
-// DroppedHere says who drops what processes of the node itself send to the node's address, or what is sent back, while try runs, as
-// [Trial.Dropped] does. It looks in the network namespace of the calling thread.
+// DroppedHere says who drops what processes of the node itself send to the node's address, or what
+// is sent back, while try runs, as [Trial.Dropped] does. It looks in the network namespace of the
+// calling thread.
 func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, err error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -211,7 +219,8 @@ func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by 
 		err = errors.Join(err, trace.close())
 	}
 	by = append(by, risen(before, legacyDrops(ctx, familyOf(addr)))...)
-	if len(by) > 0 || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+	if len(by) > 0 || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) ||
+		errors.Is(err, unix.EPROTONOSUPPORT) {
 		return by, nil // a kernel without nf_tables has none of its chains
 	}
 	return by, err

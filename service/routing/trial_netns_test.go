@@ -18,7 +18,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// try asks the metadata server from a throw-away pod on the bed's node, and returns who answered and who dropped.
+// try asks the metadata server from a throw-away pod on the bed's node, and returns who answered
+// and who dropped.
 func (b *bed) try(t *testing.T) (answer string, dropped []string) {
 	t.Helper()
 	return b.tryAt(t, metadataServer)
@@ -75,7 +76,8 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 	return answer, dropped
 }
 
-// R-30: a connection from a throw-away namespace tells what a check of our own rules cannot, names the chain, and leaves no trace.
+// R-30: a connection from a throw-away namespace tells what a check of our own rules cannot, names
+// the chain, and leaves no trace.
 func TestTrial(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -124,7 +126,8 @@ func TestTrial(t *testing.T) {
 		}
 		b.t = t
 
-		// Nothing of ours stands: the cloud is out of the trial's reach, or not, but it is not the emulator that answers.
+		// Nothing of ours stands: the cloud is out of the trial's reach, or not, but it is not the
+		// emulator that answers.
 		b.remove(b.plan)
 		if answer, dropped := b.try(t); answer == emulator || len(dropped) > 0 {
 			t.Errorf("without rules %q answered, and dropped by %q", answer, dropped)
@@ -132,7 +135,8 @@ func TestTrial(t *testing.T) {
 	})
 }
 
-// A kernel without owners of tables, on which doctor was killed: the table that is left is replaced, and then goes.
+// A kernel without owners of tables, on which doctor was killed: the table that is left is
+// replaced, and then goes.
 func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -151,7 +155,8 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if text := b.sh("nft list ruleset"); !strings.Contains(text, traceTable) || !strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
+	if text := b.sh("nft list ruleset"); !strings.Contains(text, traceTable) ||
+		!strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
 		t.Fatal(text)
 	}
 	if _, dropped := b.try(t); !slices.Contains(dropped, `nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`) {
@@ -160,7 +165,8 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	b.same("after the trial", b.ruleset(), before)
 }
 
-// A connection that nobody waits for any more is in nobody's way, and none is made in another's namespace.
+// A connection that nobody waits for any more is in nobody's way, and none is made in another's
+// namespace.
 func TestTrialClosesWhileItDials(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -190,7 +196,8 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 	}
 }
 
-// Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its link and its table away.
+// Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its
+// link and its table away.
 func TestTrialIsKilled(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -223,7 +230,8 @@ func TestTrialIsKilled(t *testing.T) {
 	b.same("after the kill", b.ruleset(), before)
 }
 
-// The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain may be in the way.
+// The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain
+// may be in the way.
 func TestTrialIsForwarded(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
@@ -245,7 +253,8 @@ func TestTrialIsForwarded(t *testing.T) {
 	})
 }
 
-// Whatever ends a trial, nothing of it stays: here its namespace and link are gone with the process, or with Close.
+// Whatever ends a trial, nothing of it stays: here its namespace and link are gone with the
+// process, or with Close.
 func TestTrialLeavesNothing(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")

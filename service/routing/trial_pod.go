@@ -39,7 +39,8 @@ func JoinPod(addresses []netip.Addr) (_ *Trial, err error) {
 		if err != nil {
 			continue
 		}
-		// Nodes within this one (kind's) have pods of the same addresses: theirs have no link to this namespace.
+		// Nodes within this one (kind's) have pods of the same addresses: theirs have no link to this
+		// namespace.
 		id, err := netlink.GetNetNsIdByFd(int(there))
 		if err != nil || id < 0 {
 			_ = there.Close()

@@ -9,8 +9,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// R-30 for IPv6: the trial connection goes its own way through the other family's rules, the chain that drops it is named, and what IPv4
-// is let through by is no word on it.
+// R-30 for IPv6: the trial connection goes its own way through the other family's rules, the chain
+// that drops it is named, and what IPv4 is let through by is no word on it.
 func TestTrialSix(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -104,7 +104,8 @@ func TestTrialSixNowhere(t *testing.T) {
 	b.same("after the trial", b.ruleset(), before)
 }
 
-// Examine counts what was redirected in each family by itself, and names the base chains of either that drop by their policy.
+// Examine counts what was redirected in each family by itself, and names the base chains of either
+// that drop by their policy.
 func TestExamineSix(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
@@ -132,7 +133,9 @@ func TestExamineSix(t *testing.T) {
 		if x.Redirected == nil || *x.Redirected != 1 || x.Redirected6 == nil || *x.Redirected6 != 2 {
 			t.Errorf("redirected: %v and %v, want 1 and 2", x.Redirected, x.Redirected6)
 		}
-		b.sh("ip6tables -P INPUT DROP; nft 'add table ip6 late; add chain ip6 late c { type filter hook input priority 10; policy drop; }'")
+		b.sh(
+			"ip6tables -P INPUT DROP; nft 'add table ip6 late; add chain ip6 late c { type filter hook input priority 10; policy drop; }'",
+		)
 		want := []string{"ip6 filter INPUT", "ip6 late c"}
 		if b.plan.Binary == "iptables-legacy" {
 			want = []string{"ip6 late c", "ip6tables chain INPUT of table filter"}

@@ -33,15 +33,33 @@ type device struct {
 	nodeAddress  bool // holds the address that the node uses towards its default route
 }
 
-// Kinds behind which there are other hosts, never a pod of this node. Tunnels count: an overlay can be spoken to from the LAN; and
-// so does tun, which a VPN has. What a macvlan or ipvlan of the node's is spoken to by is the LAN of the link below it.
+// Kinds behind which there are other hosts, never a pod of this node. Tunnels count: an overlay can
+// be spoken to from the LAN; and so does tun, which a VPN has. What a macvlan or ipvlan of the
+// node's is spoken to by is the LAN of the link below it.
 var (
 	hardwareKinds = []string{"", "bond", "team", "vlan", "ipoib", "macvlan", "ipvlan", "macsec"}
-	tunnelKinds   = []string{"vxlan", "geneve", "gre", "gretap", "erspan", "ipip", "sit", "ip6tnl", "ip6gre", "ip6gretap", "wireguard", "vti", "vti6", "xfrm", tunKind}
-	podKinds      = []string{"veth", "tuntap", "netkit"}
+	tunnelKinds   = []string{
+		"vxlan",
+		"geneve",
+		"gre",
+		"gretap",
+		"erspan",
+		"ipip",
+		"sit",
+		"ip6tnl",
+		"ip6gre",
+		"ip6gretap",
+		"wireguard",
+		"vti",
+		"vti6",
+		"xfrm",
+		tunKind,
+	}
+	podKinds = []string{"veth", "tuntap", "netkit"}
 )
 
-// tunKind is that of links which carry packets and no frames; the library calls them tuntap, as those of machines.
+// tunKind is that of links which carry packets and no frames; the library calls them tuntap, as
+// those of machines.
 const tunKind = "tun"
 
 // uplinks picks from the devices those of R-05, sorted, and says what an operator should look at.
@@ -52,14 +70,25 @@ func uplinks(devices []device) (names, remarks []string) {
 			continue
 		case !interfaceName.MatchString(d.name) || strings.HasSuffix(d.name, "+"):
 			// The kernel allows any name; iptables would read this one as a pattern, or not at all.
-			remarks = append(remarks, fmt.Sprintf("interface %q has a name that no rule can say: if it is an uplink, rename it", d.name))
+			remarks = append(
+				remarks,
+				fmt.Sprintf("interface %q has a name that no rule can say: if it is an uplink, rename it", d.name),
+			)
 			continue
 		case d.kind == "bridge":
 			hardware, pods := ports(d, devices)
 			switch {
 			case len(hardware) > 0 && len(pods) > 0:
-				remarks = append(remarks, fmt.Sprintf("bridge %s has the physical port %s and pods or machines at %s: requests that come over it are redirected, from the LAN too; "+
-					"name it in routing.uplinks if no pod is served by it", d.name, strings.Join(hardware, ", "), strings.Join(pods, ", ")))
+				remarks = append(
+					remarks,
+					fmt.Sprintf(
+						"bridge %s has the physical port %s and pods or machines at %s: requests that come over it are redirected, from the LAN too; "+
+							"name it in routing.uplinks if no pod is served by it",
+						d.name,
+						strings.Join(hardware, ", "),
+						strings.Join(pods, ", "),
+					),
+				)
 				continue
 			case len(hardware) == 0 && !d.defaultRoute && !d.nodeAddress:
 				continue
@@ -95,8 +124,11 @@ func readDevices() ([]device, error) {
 	}
 	routes, err := netobj.Dump(func() ([]netlink.Route, error) {
 		// Every table: with policy routing an uplink may have its default route in another one than main.
-		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_UNICAST},
-			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+		return netlink.RouteListFiltered(
+			netlink.FAMILY_ALL,
+			&netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_UNICAST},
+			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE,
+		)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)

@@ -15,24 +15,31 @@ import (
 )
 
 const (
-	// sweepEvery is how often all is read for no reason, ± a sixth, so that the nodes of a cluster do not do it at once.
+	// sweepEvery is how often all is read for no reason, ± a sixth, so that the nodes of a cluster do
+	// not do it at once.
 	sweepEvery = 30 * time.Second
-	// pollSilent is how often what tells nobody of a change is asked whether it has one: legacy tables take 5 µs to say.
+	// pollSilent is how often what tells nobody of a change is asked whether it has one: legacy tables
+	// take 5 µs to say.
 	pollSilent = 50 * time.Millisecond
-	// burst and refill bound what others can make us do: repairs and, apart from them, reading the mode's part.
+	// burst and refill bound what others can make us do: repairs and, apart from them, reading the
+	// mode's part.
 	burst, refill = 5, time.Second
-	// patienceAfterFailure is how long a repair that failed is left alone at most, unless something happens.
+	// patienceAfterFailure is how long a repair that failed is left alone at most, unless something
+	// happens.
 	patienceAfterFailure = 30 * time.Second
 )
 
-// Watch keeps standing what was installed last. It looks when the kernel tells of a change, and besides now and then; it looks only at what
-// the change can have touched, and reads the mode's part only if its rules, or those that lead to them, are other than they were.
+// Watch keeps standing what was installed last. It looks when the kernel tells of a change, and
+// besides now and then; it looks only at what the change can have touched, and reads the mode's
+// part only if its rules, or those that lead to them, are other than they were.
 //
-// It obeys the desired state: what was removed stays removed, a closed guard stays closed, and what another process installs is what
-// it keeps from then on. Only if nobody installed or removed anything since the node booted does it install what the
-// configuration says. What it finds is published in the state file.
+// It obeys the desired state: what was removed stays removed, a closed guard stays closed, and what
+// another process installs is what it keeps from then on. Only if nobody installed or
+// removed anything since the node booted does it install what the configuration says. What it finds
+// is published in the state file.
 type Watch struct {
-	// Load reads the configuration: what is to stand, as the closed guard's Plan if there is no valid one.
+	// Load reads the configuration: what is to stand, as the closed guard's Plan if there is no valid
+	// one.
 	Load   func() Plan
 	Reload <-chan os.Signal  // Load again; what it says is installed, unless the rules were removed or it is the closed guard's Plan
 	Told   func(text string) // called when the rules were first looked at, and whenever there is something else to say of them
@@ -70,7 +77,8 @@ type watcher struct {
 	asking  bool        // the cloud's metadata server
 	answers chan string // of it
 
-	// disturbed is that something else was missing when the last repair was read back. Once is no failure.
+	// disturbed is that something else was missing when the last repair was read back. Once is no
+	// failure.
 	disturbed bool
 
 	told   string
@@ -78,8 +86,8 @@ type watcher struct {
 	failed string // the last failure that was logged
 }
 
-// Run watches the network namespace of the calling thread until ctx is done. It returns an error if it may not, and if there are
-// no more events.
+// Run watches the network namespace of the calling thread until ctx is done. It returns an error if
+// it may not, and if there are no more events.
 func (o Watch) Run(ctx context.Context) (err error) {
 	w := &watcher{Watch: o}
 	if w.sweep == 0 {
@@ -169,7 +177,8 @@ func (w *watcher) due() time.Time {
 	return w.notBefore
 }
 
-// begin installs what the configuration says if nobody has desired anything yet: the rules are there before any interface is up.
+// begin installs what the configuration says if nobody has desired anything yet: the rules are
+// there before any interface is up.
 func (w *watcher) begin(ctx context.Context) {
 	w.base = w.Load()
 	if s, err := ReadState(w.RunDir); err == nil && s.Desired != "" {

@@ -32,7 +32,8 @@ type running struct {
 	load  Plan
 }
 
-// watch starts a watcher that is over with the test at the latest, and waits until it has looked for the first time.
+// watch starts a watcher that is over with the test at the latest, and waits until it has looked
+// for the first time.
 func (b *bed) watch(load Plan, sweep time.Duration) *running {
 	b.t.Helper()
 	return b.watchWith(Watch{sweep: sweep}, load)
@@ -61,7 +62,8 @@ func (b *bed) watchWith(w Watch, load Plan) *running {
 	return r
 }
 
-// stands is a check without the lock: one that is asked for again and again would keep the watcher out.
+// stands is a check without the lock: one that is asked for again and again would keep the watcher
+// out.
 func (b *bed) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
@@ -94,7 +96,13 @@ func (r *running) until(what string, ok func() bool) time.Duration {
 	defer tick.Stop()
 	for !ok() {
 		if time.Since(start) > 30*time.Second {
-			r.t.Fatalf("not within 30 s: %s; the watcher says %q; check: %v; log: %s", what, r.last(), r.check(r.plan), r.lines())
+			r.t.Fatalf(
+				"not within 30 s: %s; the watcher says %q; check: %v; log: %s",
+				what,
+				r.last(),
+				r.check(r.plan),
+				r.lines(),
+			)
 		}
 		<-tick.C
 	}
@@ -135,20 +143,41 @@ var flushes = []struct {
 }{
 	{"filter", "iptables -F", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"nat", "iptables -t nat -F", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"nat and its chains", "iptables -t nat -F; iptables -t nat -X || true", layerIPTables, [2]string{"nftables", "xtables"}},
+	{
+		"nat and its chains",
+		"iptables -t nat -F; iptables -t nat -X || true",
+		layerIPTables,
+		[2]string{"nftables", "xtables"},
+	},
 	{"raw", "iptables -t raw -F", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"base chain only", "iptables -t nat -F PREROUTING", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", "xtables"}},
 	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"a second jump", "iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"order", "iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", ""}},
+	{
+		"a second jump",
+		"iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE",
+		layerIPTables,
+		[2]string{"nftables", "xtables"},
+	},
+	{
+		"order",
+		"iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN",
+		layerIPTables,
+		[2]string{"nftables", ""},
+	},
 	{"guard", "ip rule del pref 97 prohibit", layerRule, [2]string{"ip-rule", "ip-rule"}},
-	{"guard of IPv6", "ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{
+		"guard of IPv6",
+		"ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit",
+		layerRule,
+		[2]string{"ip-rule", "ip-rule"},
+	},
 	{"address", "ip address del 169.254.169.252/32 dev lo", layerAddress, [2]string{"ip-address", "ip-address"}},
 	{"IPv6 filter", "ip6tables -F; ip6tables -X", layerIP6Tables, [2]string{"nftables", "xtables"}},
 }
 
-// TestWatchRepairs: whatever others flush stands again, no pod gets to the real server meanwhile, and it is counted and said.
+// TestWatchRepairs: whatever others flush stands again, no pod gets to the real server meanwhile,
+// and it is counted and said.
 func TestWatchRepairs(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
@@ -160,9 +189,16 @@ func TestWatchRepairs(t *testing.T) {
 				b.t = t
 				before, said := w.state().Repairs.Total(), len(w.repaired())
 				b.sh(c.flush)
-				took := w.until("a repair", func() bool { return w.state().Repairs.Total() > before && b.stands(b.plan) && w.state().Standing.Good })
+				took := w.until(
+					"a repair",
+					func() bool { return w.state().Repairs.Total() > before && b.stands(b.plan) && w.state().Standing.Good },
+				)
 				w.until("the line", func() bool { return len(w.repaired()) > said })
-				t.Logf("stands %v after the command was over, the last repair took %v", took.Round(time.Millisecond), w.repaired()[len(w.repaired())-1].Data["took"])
+				t.Logf(
+					"stands %v after the command was over, the last repair took %v",
+					took.Round(time.Millisecond),
+					w.repaired()[len(w.repaired())-1].Data["took"],
+				)
 				b.same("repair", sorted(b.ruleset()), sorted(whole)) // policy rules of one preference have no order
 				b.answers(b.pod, "169.254.169.254:80", emulator)
 				line := w.repaired()[said]
@@ -170,7 +206,8 @@ func TestWatchRepairs(t *testing.T) {
 				if b.plan.Binary == "iptables-legacy" {
 					cause = c.cause[1]
 				}
-				if line.Data["layer"] != c.layer || cause != "" && line.Data["cause"] != cause && line.Data["cause"] != "sweep" || line.Data["missing"] == "" {
+				if line.Data["layer"] != c.layer || cause != "" && line.Data["cause"] != cause && line.Data["cause"] != "sweep" ||
+					line.Data["missing"] == "" {
 					t.Errorf("want layer %s and cause %s in %v", c.layer, cause, line.Data)
 				}
 			})
@@ -184,7 +221,8 @@ func TestWatchRepairs(t *testing.T) {
 	})
 }
 
-// TestWatchSaysWho: a restart of nftables.service wipes everything at once (R-09), and the line names the process.
+// TestWatchSaysWho: a restart of nftables.service wipes everything at once (R-09), and the line
+// names the process.
 func TestWatchSaysWho(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -203,7 +241,8 @@ func TestWatchSaysWho(t *testing.T) {
 	}
 }
 
-// TestWatchObeys: what is removed stays removed, what is installed next is kept, and a closed guard stays closed (R-23, R-24).
+// TestWatchObeys: what is removed stays removed, what is installed next is kept, and a closed guard
+// stays closed (R-23, R-24).
 func TestWatchObeys(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
@@ -216,7 +255,9 @@ func TestWatchObeys(t *testing.T) {
 
 		b.remove(b.plan)
 		w.until("to hear of the removal", func() bool { return strings.Contains(w.last(), "removed") })
-		b.sh("ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 prohibit; iptables -N X; iptables -X X")
+		b.sh(
+			"ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 prohibit; iptables -N X; iptables -X X",
+		)
 		w.reload <- os.Interrupt // whatever the signal: a removal is no fault of the configuration
 		w.until("the reload", func() bool { return len(w.reload) == 0 })
 		b.same("removed", b.ruleset(), before)
@@ -259,7 +300,8 @@ func TestWatchObeys(t *testing.T) {
 	})
 }
 
-// TestWatchBrokenConfiguration: at boot, with a configuration that is broken, the guard goes up and nothing else (R-23).
+// TestWatchBrokenConfiguration: at boot, with a configuration that is broken, the guard goes up and
+// nothing else (R-23).
 func TestWatchBrokenConfiguration(t *testing.T) {
 	t.Parallel()
 	b := newBed(t, "iptables-nft")
@@ -275,8 +317,8 @@ func TestWatchBrokenConfiguration(t *testing.T) {
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 }
 
-// TestWatchUplinks: an interface that comes is spared from then on, so that the hosts behind it are not served (R-05); one that goes
-// is forgotten. Modes loopback and none do so in their stories.
+// TestWatchUplinks: an interface that comes is spared from then on, so that the hosts behind it are
+// not served (R-05); one that goes is forgotten. Modes loopback and none do so in their stories.
 func TestWatchUplinks(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeEBPF} {
@@ -291,7 +333,9 @@ func TestWatchUplinks(t *testing.T) {
 			b.install(b.plan)
 			whole := b.ruleset()
 			w := b.watch(b.plan, time.Hour)
-			b.sh("ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900")
+			b.sh(
+				"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900",
+			)
 			w.until("the uplink to be spared", named)
 			w.until("all", func() bool { return b.stands(b.plan) })
 			b.sh("ip link del wan9")
@@ -303,7 +347,8 @@ func TestWatchUplinks(t *testing.T) {
 	}
 }
 
-// TestWatchStorm: what others do to their own rules costs next to no run of iptables on nft, few on legacy, and no repair.
+// TestWatchStorm: what others do to their own rules costs next to no run of iptables on nft, few on
+// legacy, and no repair.
 func TestWatchStorm(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.sh("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES")
@@ -311,7 +356,9 @@ func TestWatchStorm(t *testing.T) {
 		w := b.watch(b.plan, time.Hour)
 		start := time.Now()
 		before, reads := w.state(), w.reads.Load()
-		b.sh(`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i -j RETURN; done`)
+		b.sh(
+			`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i -j RETURN; done`,
+		)
 		b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 		w.until("the repair", func() bool { return b.stands(b.plan) && w.state().Repairs.Total() > before.Repairs.Total() })
 		if got := w.state().Repairs.Total() - before.Repairs.Total(); got != 1 {
@@ -329,7 +376,8 @@ func TestWatchStorm(t *testing.T) {
 	})
 }
 
-// TestWatchFighter: somebody flushes every 10 ms. We repair five times at once and then once a second, no more.
+// TestWatchFighter: somebody flushes every 10 ms. We repair five times at once and then once a
+// second, no more.
 func TestWatchFighter(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		b.install(b.plan)
@@ -368,7 +416,8 @@ func TestWatchIsQuiet(t *testing.T) {
 	})
 }
 
-// TestWatchCapabilities: of root's rights CAP_NET_ADMIN and CAP_NET_RAW are enough (R-20), and less is said plainly.
+// TestWatchCapabilities: of root's rights CAP_NET_ADMIN and CAP_NET_RAW are enough (R-20), and less
+// is said plainly.
 func TestWatchCapabilities(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {

@@ -18,8 +18,8 @@ const (
 	// lockSeconds is how long one iptables command waits for the lock that all of them share on the
 	// legacy backend.
 	lockSeconds = 5
-	// lockTimeout is how long exit status 4 (the lock, or a change that raced with ours) is tried again: it is
-	// nobody's fault and passes; taking it for fatal broke others.
+	// lockTimeout is how long exit status 4 (the lock, or a change that raced with ours) is tried
+	// again: it is nobody's fault and passes; taking it for fatal broke others.
 	lockTimeout = 15 * time.Second
 )
 

@@ -88,7 +88,12 @@ func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
 	}
 }
 
-var entriesDesc = prometheus.NewDesc("gke_metadata_emulator_token_cache_entries", "Tokens and refusals in the cache.", nil, nil)
+var entriesDesc = prometheus.NewDesc(
+	"gke_metadata_emulator_token_cache_entries",
+	"Tokens and refusals in the cache.",
+	nil,
+	nil,
+)
 
 // Describe and Collect make a Cache the prometheus.Collector of its own gauge.
 func (c *Cache) Describe(to chan<- *prometheus.Desc) { to <- entriesDesc }

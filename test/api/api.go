@@ -1,4 +1,5 @@
-// Package api speaks to the real API server that test/kubernetes/controlplane runs, as one of its credentials.
+// Package api speaks to the real API server that test/kubernetes/controlplane runs, as one of its
+// credentials.
 package api
 
 import (
@@ -89,8 +90,8 @@ func (s Server) Caller(credential string) (*Caller, error) {
 	return &Caller{s.URL, k}, nil
 }
 
-// Call sends an object and reads the answer. Without an object nothing is sent; without into the answer is dropped. A refusal
-// is a *StatusError.
+// Call sends an object and reads the answer. Without an object nothing is sent; without into the
+// answer is dropped. A refusal is a *StatusError.
 func (c *Caller) Call(ctx context.Context, method, path, contentType string, o, into any) error {
 	var body io.Reader
 	if o != nil {

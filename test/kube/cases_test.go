@@ -10,7 +10,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/api"
 )
 
-// identities are those of the table of cases: which credential they use, and which manifest they have.
+// identities are those of the table of cases: which credential they use, and which manifest they
+// have.
 var identities = []struct {
 	name, credential string
 	manifest         string // "" = a node's own rights
@@ -20,8 +21,9 @@ var identities = []struct {
 	{"dedicated", dedicatedCredential, "rbac-dedicated.yaml"},
 }
 
-// TestCases holds the real server against the table that the stand-in is held to by its own test: each status and each text.
-// What the real one answers otherwise is wrong in the table, and so in the stand-in.
+// TestCases holds the real server against the table that the stand-in is held to by its own test:
+// each status and each text. What the real one answers otherwise is wrong in the table, and so in
+// the stand-in.
 func TestCases(t *testing.T) {
 	for _, id := range identities {
 		t.Run(id.name, func(t *testing.T) {
@@ -69,8 +71,8 @@ func (c *cluster) target(t *testing.T, credential string) kubetest.Target {
 	return kubetest.Target{URL: c.URL, Issuer: c.URL, Client: k, UID: func(_, pod string) string { return c.uids[pod] }}
 }
 
-// settle waits until the real server's authorizers have seen what was just written, by watches of their own: until what is
-// allowed by the table is. What stays refused is the caller's to tell.
+// settle waits until the real server's authorizers have seen what was just written, by watches of
+// their own: until what is allowed by the table is. What stays refused is the caller's to tell.
 func settle(t *testing.T, target kubetest.Target, cases []kubetest.Case) {
 	t.Helper()
 	poll(t, func() bool {

@@ -1,5 +1,6 @@
-// Package kube_test holds the project's stand-in for the Kubernetes API server (service/kube/kubetest) and the shipped RBAC
-// against a real etcd and kube-apiserver. `make test-kube` builds them and runs it.
+// Package kube_test holds the project's stand-in for the Kubernetes API server
+// (service/kube/kubetest) and the shipped RBAC against a real etcd and kube-apiserver. `make
+// test-kube` builds them and runs it.
 package kube_test
 
 import (
@@ -48,8 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
-// withCluster runs f while there is a cluster. The control plane ends, and removes its state, when its standard input does:
-// also when this process is killed.
+// withCluster runs f while there is a cluster. The control plane ends, and removes its state, when
+// its standard input does: also when this process is killed.
 func withCluster(f func() int) (status int, err error) {
 	binary := os.Getenv("GME_TEST_CONTROLPLANE")
 	if binary == "" {

@@ -32,8 +32,8 @@ const (
 	audienceVerb        = "request-serviceaccounts-token-audience"
 )
 
-// load reads a manifest of packaging/, with the cases' audience, as an operator applies it. Optional lines, which are comments
-// in the file, are uncommented.
+// load reads a manifest of packaging/, with the cases' audience, as an operator applies it.
+// Optional lines, which are comments in the file, are uncommented.
 func load(t *testing.T, file string, optional ...string) *grants {
 	t.Helper()
 	if file == "" {
@@ -125,7 +125,10 @@ func (g *grants) without(gone rule) *grants {
 	rules := []any{}
 	for _, r := range g.rules {
 		if r != gone {
-			rules = append(rules, map[string]any{"apiGroups": []string{""}, "resources": []string{r.resource}, "verbs": []string{r.verb}})
+			rules = append(
+				rules,
+				map[string]any{"apiGroups": []string{""}, "resources": []string{r.resource}, "verbs": []string{r.verb}},
+			)
 		}
 	}
 	less := *g
@@ -147,8 +150,8 @@ func (g *grants) subject() string {
 	return g.binding["subjects"].([]any)[0].(map[string]any)["name"].(string)
 }
 
-// tried is what doctor says of a rule that is missing: the step of kube.Try that fails. Nothing there needs the watch of
-// ServiceAccounts: without it annotations are read at intervals.
+// tried is what doctor says of a rule that is missing: the step of kube.Try that fails. Nothing
+// there needs the watch of ServiceAccounts: without it annotations are read at intervals.
 var tried = map[rule]func(kube.Attempt) error{
 	{"list", "pods"}:                      func(a kube.Attempt) error { return a.List },
 	{"watch", "pods"}:                     func(a kube.Attempt) error { return a.Watch },
@@ -158,9 +161,10 @@ var tried = map[rule]func(kube.Attempt) error{
 	{audienceVerb, kubetest.CaseAudience}: func(a kube.Attempt) error { return a.Mint },
 }
 
-// TestGrants takes away each rule of the shipped manifests, one at a time. Each time at least one case must get another
-// answer, else the rule is one too many; the stand-in must give the same answers as the real server; and what doctor tries must
-// name the rule. With all rules nothing of what doctor tries may fail, else there is one too few.
+// TestGrants takes away each rule of the shipped manifests, one at a time. Each time at least one
+// case must get another answer, else the rule is one too many; the stand-in must give the same
+// answers as the real server; and what doctor tries must name the rule. With all rules nothing of
+// what doctor tries may fail, else there is one too few.
 func TestGrants(t *testing.T) {
 	for _, id := range identities {
 		if id.manifest == "" {
@@ -213,7 +217,8 @@ func TestGrants(t *testing.T) {
 	}
 }
 
-// TestOptionalGrants uncomments the optional lines of rbac.yaml: the API server takes them, and they give what they say.
+// TestOptionalGrants uncomments the optional lines of rbac.yaml: the API server takes them, and
+// they give what they say.
 func TestOptionalGrants(t *testing.T) {
 	g := load(t, "rbac.yaml", `- {apiGroups: [""], resources: ["serviceaccounts"], verbs: ["get"]}`,
 		`- {apiGroups: [""], resources: ["serviceaccounts"], verbs: ["watch"]}`)
@@ -231,7 +236,8 @@ func TestOptionalGrants(t *testing.T) {
 	}
 }
 
-// compare asks the cases of both servers: each answer must be the same, and some must differ from the table. It returns those.
+// compare asks the cases of both servers: each answer must be the same, and some must differ from
+// the table. It returns those.
 func compare(t *testing.T, cases []kubetest.Case, target, stand kubetest.Target) (changed []kubetest.Case) {
 	t.Helper()
 	want := make([]string, len(cases))
@@ -259,7 +265,10 @@ func compare(t *testing.T, cases []kubetest.Case, target, stand kubetest.Target)
 // attempt tries the way to a pod's token, as doctor does.
 func attempt(t *testing.T, credential string) kube.Attempt {
 	t.Helper()
-	a, _ := kube.Try(t.Context(), kube.Options{Kubeconfig: theCluster.Kubeconfig(credential), NodeName: "node1", Audience: kubetest.CaseAudience})
+	a, _ := kube.Try(
+		t.Context(),
+		kube.Options{Kubeconfig: theCluster.Kubeconfig(credential), NodeName: "node1", Audience: kubetest.CaseAudience},
+	)
 	return a
 }
 

@@ -17,8 +17,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/api"
 )
 
-// TestNode follows the pods of node1 with the product's own client, with each identity's shipped grants: addresses, completed
-// and deleted pods, annotations and tokens.
+// TestNode follows the pods of node1 with the product's own client, with each identity's shipped
+// grants: addresses, completed and deleted pods, annotations and tokens.
 func TestNode(t *testing.T) {
 	for _, id := range identities {
 		if id.manifest == "" {
@@ -39,7 +39,10 @@ func TestNode(t *testing.T) {
 			}
 			sa := workload.ServiceAccount{Namespace: "ns1", Name: "ksa"}
 			tokenOf(t, c, sa, "p1", "p1-proj")
-			if _, err := c.Token(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "ksa-node2"}); !errors.Is(err, kube.ErrNoPod) {
+			if _, err := c.Token(t.Context(), workload.ServiceAccount{Namespace: "ns1", Name: "ksa-node2"}); !errors.Is(
+				err,
+				kube.ErrNoPod,
+			) {
 				t.Errorf("a token of another node's ServiceAccount: %v", err)
 			}
 			t.Run("an address changes hands", func(t *testing.T) { addressChangesHands(t, c) })
@@ -59,11 +62,18 @@ func TestNode(t *testing.T) {
 	}
 }
 
-// addressChangesHands: pods of the same name and address follow each other; one completes before it goes.
+// addressChangesHands: pods of the same name and address follow each other; one completes before it
+// goes.
 func addressChangesHands(t *testing.T, c *kube.Cluster) {
 	const address = "10.1.0.99"
 	for _, owner := range []string{"ksa", "ksa-node1b", "ksa-unused"} {
-		pod := kubetest.Pod{Namespace: "ns1", Name: "again", Node: "node1", ServiceAccount: owner, Addresses: []string{address}}
+		pod := kubetest.Pod{
+			Namespace:      "ns1",
+			Name:           "again",
+			Node:           "node1",
+			ServiceAccount: owner,
+			Addresses:      []string{address},
+		}
 		if err := theCluster.createPod(t.Context(), pod); err != nil {
 			t.Fatal(err)
 		}
@@ -96,7 +106,9 @@ func annotate(t *testing.T, email string) {
 // follow runs the product's client until the end of the test.
 func follow(t *testing.T, credential string) *kube.Cluster {
 	t.Helper()
-	c := kube.New(kube.Options{Kubeconfig: theCluster.Kubeconfig(credential), NodeName: "node1", Audience: kubetest.CaseAudience})
+	c := kube.New(
+		kube.Options{Kubeconfig: theCluster.Kubeconfig(credential), NodeName: "node1", Audience: kubetest.CaseAudience},
+	)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- c.Run(ctx) }()
@@ -129,7 +141,8 @@ func at(t *testing.T, c *kube.Cluster, address string, pods ...string) []workloa
 	}
 }
 
-// tokenOf asks for a token, and reads in it whose it is: a pod's of those that are named, or of any.
+// tokenOf asks for a token, and reads in it whose it is: a pod's of those that are named, or of
+// any.
 func tokenOf(t *testing.T, c *kube.Cluster, sa workload.ServiceAccount, pods ...string) {
 	t.Helper()
 	jwt, err := c.Token(t.Context(), sa)

@@ -240,7 +240,11 @@ func (p Pod) Object(now time.Time) *corev1.Pod {
 	for i, a := range p.Audiences {
 		o.Spec.Volumes = append(o.Spec.Volumes, corev1.Volume{Name: fmt.Sprintf("token%d", i),
 			VolumeSource: corev1.VolumeSource{
-				Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: a, Path: "t"}}}}}})
+				Projected: &corev1.ProjectedVolumeSource{
+					Sources: []corev1.VolumeProjection{
+						{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: a, Path: "t"}},
+					},
+				}}})
 	}
 	return o
 }

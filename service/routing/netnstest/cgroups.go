@@ -14,14 +14,15 @@ import (
 // ErrNoCgroups is what NewCgroups returns where there is no cgroup v2 hierarchy to make a part of.
 var ErrNoCgroups = errors.New("no cgroups can be made here")
 
-// Cgroups is a part of the cgroup v2 hierarchy, in which processes are born as a container runtime has a pod's born.
+// Cgroups is a part of the cgroup v2 hierarchy, in which processes are born as a container runtime
+// has a pod's born.
 type Cgroups struct {
 	Path  string   // of the directory
 	Mount *os.File // of the hierarchy, where that is nowhere in the file system; Path is below its descriptor then
 }
 
-// NewCgroups makes a part of the hierarchy that is mounted at root. Where root is "" it mounts the hierarchy where nobody else sees it,
-// which works on nodes of cgroup v1 too.
+// NewCgroups makes a part of the hierarchy that is mounted at root. Where root is "" it mounts the
+// hierarchy where nobody else sees it, which works on nodes of cgroup v1 too.
 func NewCgroups(root, name string) (*Cgroups, error) {
 	c := &Cgroups{}
 	if root == "" {
@@ -63,13 +64,15 @@ func mountCgroups() (int, error) {
 	return unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
 }
 
-// make makes the directory. What one of that name left behind that was killed has no processes any more.
+// make makes the directory. What one of that name left behind that was killed has no processes any
+// more.
 func (c *Cgroups) make() error {
 	removeCgroups(c.Path)
 	return os.Mkdir(c.Path, 0o755)
 }
 
-// Start starts the command as a process of the cgroup with that path below Path, and in the namespace.
+// Start starts the command as a process of the cgroup with that path below Path, and in the
+// namespace.
 func (c *Cgroups) Start(ns *NS, cgroup string, cmd *exec.Cmd) error {
 	dir := filepath.Join(c.Path, cgroup)
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -1,8 +1,10 @@
-// Package netnstest makes a node out of network namespaces: the node itself, its pods, and behind its uplink the cloud with
-// the real metadata server's address and other hosts of the same LAN. Tests and the demo build on it; the service does not.
+// Package netnstest makes a node out of network namespaces: the node itself, its pods, and behind
+// its uplink the cloud with the real metadata server's address and other hosts of the same LAN.
+// Tests and the demo build on it; the service does not.
 //
-// It needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN) and touches nothing of the machine's own network. Namespaces are named like
-// those of ip-netns(8), so a person can enter one that was left standing: ip netns exec NAME … (which hides cgroupfs: A-16).
+// It needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN) and touches nothing of the machine's own network.
+// Namespaces are named like those of ip-netns(8), so a person can enter one that was left standing:
+// ip netns exec NAME … (which hides cgroupfs: A-16).
 package netnstest
 
 import (
@@ -76,7 +78,8 @@ func newNS(name string) (*NS, error) {
 	return ns, nil
 }
 
-// thisNS gives the namespace that the calling thread is in a name, if it has no link but lo and beside.
+// thisNS gives the namespace that the calling thread is in a name, if it has no link but lo and
+// beside.
 func thisNS(name, beside string) (*NS, error) {
 	if os.Geteuid() != 0 {
 		return nil, ErrNeedsRoot
@@ -109,8 +112,9 @@ func thisNS(name, beside string) (*NS, error) {
 // Path is the file that stands for the namespace, for setns(2) and nsenter(1).
 func (ns *NS) Path() string { return filepath.Join(Dir, ns.Name) }
 
-// Do runs f with the calling goroutine's thread inside the namespace. Sockets made in f stay in the namespace; goroutines
-// that f starts do not run in it. f may panic or call Goexit (as t.FailNow does).
+// Do runs f with the calling goroutine's thread inside the namespace. Sockets made in f stay in the
+// namespace; goroutines that f starts do not run in it. f may panic or call Goexit (as t.FailNow
+// does).
 func (ns *NS) Do(f func() error) (err error) {
 	runtime.LockOSThread()
 	home, err := netns.Get()
@@ -139,7 +143,8 @@ func (ns *NS) Do(f func() error) (err error) {
 	return f()
 }
 
-// Dial connects from inside the namespace. addr is an IP address and a port: a name would be looked up on another thread.
+// Dial connects from inside the namespace. addr is an IP address and a port: a name would be looked
+// up on another thread.
 func (ns *NS) Dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
 	err = ns.Do(func() error {
 		conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
@@ -148,8 +153,9 @@ func (ns *NS) Dial(ctx context.Context, network, addr string) (conn net.Conn, er
 	return conn, err
 }
 
-// Listen listens inside the namespace (tcp networks). The address need not be there yet (IP_FREEBIND), as with the
-// service's socket unit. Close of the namespace or its node closes the listener.
+// Listen listens inside the namespace (tcp networks). The address need not be there yet
+// (IP_FREEBIND), as with the service's socket unit. Close of the namespace or its node closes the
+// listener.
 func (ns *NS) Listen(network, addr string) (l net.Listener, err error) {
 	err = ns.Do(func() error {
 		lc := net.ListenConfig{Control: freeBind}
@@ -194,13 +200,14 @@ func (ns *NS) keep(c io.Closer) {
 	ns.open = append(ns.open, c)
 }
 
-// Command is exec.CommandContext inside the namespace. It uses nsenter(1), since ip-netns(8) would mount another /sys.
+// Command is exec.CommandContext inside the namespace. It uses nsenter(1), since ip-netns(8) would
+// mount another /sys.
 func (ns *NS) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + ns.Path(), "--", name}, args...)...)
 }
 
-// Close closes the namespace's listeners and removes its name. The kernel frees the namespace, and its links with it, as soon
-// as no process and no socket is left in it. It can be called again.
+// Close closes the namespace's listeners and removes its name. The kernel frees the namespace, and
+// its links with it, as soon as no process and no socket is left in it. It can be called again.
 func (ns *NS) Close() error {
 	ns.mu.Lock()
 	open := ns.open

@@ -163,7 +163,8 @@ func TestRulesetSeesTraces(t *testing.T) {
 	}
 }
 
-// A machine that is given orders over a network keeps it, and its way to everywhere but the metadata server.
+// A machine that is given orders over a network keeps it, and its way to everywhere but the
+// metadata server.
 func TestNewHereBeside(t *testing.T) {
 	pod, err := Start(t, "beside").AddPod("machine")
 	if err != nil {

@@ -32,12 +32,16 @@ var (
 	nodeAddr, nodeSix     = netip.MustParseAddr("198.51.100.10"), netip.MustParseAddr("fd00:51::10")
 	bridgeAddr, bridgeSix = netip.MustParseAddr("10.244.0.1"), netip.MustParseAddr("fd00:244::1")
 	podNet, podNetSix     = netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/64") // on the bridge
-	routedNet, routedSix  = netip.MustParsePrefix("10.245.0.0/16"), netip.MustParsePrefix("fd00:245::/64") // on veths of their own
-	routedGateway         = netip.MustParseAddr("169.254.1.1")                                             // as Calico's
+	routedNet, routedSix  = netip.MustParsePrefix(
+		"10.245.0.0/16",
+	), netip.MustParsePrefix(
+		"fd00:245::/64",
+	) // on veths of their own
+	routedGateway = netip.MustParseAddr("169.254.1.1") // as Calico's
 )
 
-// Node is a node's namespace with what surrounds it. Its own NS is the node's: Do, Dial, Listen and Command act as a process of
-// the node would. The uplink is eth0, the pods' bridge cni0.
+// Node is a node's namespace with what surrounds it. Its own NS is the node's: Do, Dial, Listen and
+// Command act as a process of the node would. The uplink is eth0, the pods' bridge cni0.
 type Node struct {
 	*NS
 	Cloud *NS // behind the uplink, the node's default gateway; Addr is its LAN address
@@ -55,9 +59,10 @@ type Node struct {
 // New makes a node with its uplink and its cloud. name ends up in the names of the namespaces.
 func New(name string) (*Node, error) { return (&Node{uplink: "eth0"}).init(name, newNS) }
 
-// NewHere makes the node out of the network namespace of this process, for a machine that was booted to be one. It refuses
-// a namespace that is connected to anything, but for the link beside, if that is not "": a machine that is given orders over
-// it keeps it, and its default route comes first. Then the node's uplink is called uplink0.
+// NewHere makes the node out of the network namespace of this process, for a machine that was
+// booted to be one. It refuses a namespace that is connected to anything, but for the link beside,
+// if that is not "": a machine that is given orders over it keeps it, and its default route comes
+// first. Then the node's uplink is called uplink0.
 func NewHere(name, beside string) (*Node, error) {
 	n := &Node{uplink: "eth0"}
 	if beside != "" {
@@ -108,7 +113,8 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 	}); err != nil {
 		return err
 	}
-	// The cloud knows the way back to the pods, so that nothing needs masquerading and the node's ruleset starts empty.
+	// The cloud knows the way back to the pods, so that nothing needs masquerading and the node's
+	// ruleset starts empty.
 	return n.Cloud.Do(func() error {
 		return run(route(podNet, nodeAddr, "lan0"), route(routedNet, nodeAddr, "lan0"),
 			route(podNetSix, nodeSix, "lan0"), route(routedSix, nodeSix, "lan0"))
@@ -131,7 +137,11 @@ func (n *Node) plug(ns *NS, port, link string) error {
 		return err
 	}
 	return ns.Do(func() error {
-		return run(address(link, netip.PrefixFrom(ns.Addr, 24)), address(link, netip.PrefixFrom(ns.Six, 64)), address(link, linkLocal(ns.Six)))
+		return run(
+			address(link, netip.PrefixFrom(ns.Addr, 24)),
+			address(link, netip.PrefixFrom(ns.Six, 64)),
+			address(link, linkLocal(ns.Six)),
+		)
 	})
 }
 
@@ -153,12 +163,12 @@ func (ns *NS) ForgetConnections() error {
 // AddPod attaches a pod to the bridge cni0.
 func (n *Node) AddPod(name string) (*NS, error) { return n.addPod(name, "cni0", nil) }
 
-// AddPodAs attaches a pod to the bridge that gets the addresses of another one, which was unplugged: the node goes on knowing them by
-// the same hardware address.
+// AddPodAs attaches a pod to the bridge that gets the addresses of another one, which was
+// unplugged: the node goes on knowing them by the same hardware address.
 func (n *Node) AddPodAs(name string, before *NS) (*NS, error) { return n.addPod(name, "cni0", before) }
 
-// Unplug takes a pod's link away, as a CNI does before it gives the address to another: processes that are left in the namespace have
-// no address any more.
+// Unplug takes a pod's link away, as a CNI does before it gives the address to another: processes
+// that are left in the namespace have no address any more.
 func (ns *NS) Unplug() error {
 	return ns.Do(func() error {
 		l, err := netlink.LinkByName("eth0")
@@ -172,8 +182,8 @@ func (ns *NS) Unplug() error {
 	})
 }
 
-// AddRoutedPod attaches a pod as Calico and the cloud CNIs do: a veth whose node side has no IPv4 address, a /32 route to the
-// pod and proxy ARP for its gateway (K-08).
+// AddRoutedPod attaches a pod as Calico and the cloud CNIs do: a veth whose node side has no IPv4
+// address, a /32 route to the pod and proxy ARP for its gateway (K-08).
 func (n *Node) AddRoutedPod(name string) (*NS, error) { return n.addPod(name, "", nil) }
 
 func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
@@ -204,8 +214,19 @@ func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 		err = pod.Do(func() error {
 			return run(
 				hardware("eth0", pod.Addr),
-				address("eth0", netip.PrefixFrom(pod.Addr, 16)), address("eth0", netip.PrefixFrom(pod.Six, 64)), address("eth0", linkLocal(pod.Six)),
-				route(netip.MustParsePrefix("0.0.0.0/0"), bridgeAddr, "eth0"), route(netip.MustParsePrefix("::/0"), bridgeSix, "eth0"))
+				address(
+					"eth0",
+					netip.PrefixFrom(pod.Addr, 16),
+				),
+				address("eth0", netip.PrefixFrom(pod.Six, 64)),
+				address("eth0", linkLocal(pod.Six)),
+				route(
+					netip.MustParsePrefix("0.0.0.0/0"),
+					bridgeAddr,
+					"eth0",
+				),
+				route(netip.MustParsePrefix("::/0"), bridgeSix, "eth0"),
+			)
 		})
 	} else {
 		err = errors.Join(
@@ -226,7 +247,8 @@ func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 	return pod, nil
 }
 
-// AddNeighbour puts another host on the node's LAN. Its default route is the cloud; a test gives it others.
+// AddNeighbour puts another host on the node's LAN. Its default route is the cloud; a test gives it
+// others.
 func (n *Node) AddNeighbour(name string) (*NS, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -251,7 +273,8 @@ func (n *Node) AddNeighbour(name string) (*NS, error) {
 	return ns, nil
 }
 
-// Close removes every namespace of the node, and with them links, routes and rules. It can be called again.
+// Close removes every namespace of the node, and with them links, routes and rules. It can be
+// called again.
 func (n *Node) Close() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -263,7 +286,8 @@ func (n *Node) Close() error {
 	return errors.Join(errs...)
 }
 
-// linkLocal is the link-local address that goes with a global one; a router needs one on every link to find its neighbours.
+// linkLocal is the link-local address that goes with a global one; a router needs one on every link
+// to find its neighbours.
 func linkLocal(a netip.Addr) netip.Prefix {
 	b := a.As16()
 	copy(b[:8], []byte{0xfe, 0x80, 0, 0, 0, 0, 0, 0})
@@ -280,8 +304,8 @@ func run(steps ...func() error) error {
 	return nil
 }
 
-// loopback brings lo up. Links of the namespace make themselves no link-local addresses and wait for no duplicates:
-// both happen some time later, and Ruleset wants to be the same text twice.
+// loopback brings lo up. Links of the namespace make themselves no link-local addresses and wait
+// for no duplicates: both happen some time later, and Ruleset wants to be the same text twice.
 func loopback() error {
 	return run(sysctl("ipv6/conf/default/accept_dad", "0"), sysctl("ipv6/conf/default/addr_gen_mode", "1"), up("lo"))
 }
@@ -330,7 +354,8 @@ func bridge(name string) func() error {
 	}
 }
 
-// veth makes a pair: name in ns (a port of master unless that is ""), peerName in peer. Both are up.
+// veth makes a pair: name in ns (a port of master unless that is ""), peerName in peer. Both are
+// up.
 func (ns *NS) veth(name string, peer *NS, peerName, master string) error {
 	there, err := os.Open(peer.Path())
 	if err != nil {
@@ -407,8 +432,8 @@ func routeAt(metric int, to netip.Prefix, via netip.Addr, link string) func() er
 	}
 }
 
-// withoutSix says whether IPv6 is disabled in the calling thread's namespace, or in the kernel, as a machine may be booted that was made a node:
-// then what is of IPv6 is left out.
+// withoutSix says whether IPv6 is disabled in the calling thread's namespace, or in the kernel, as
+// a machine may be booted that was made a node: then what is of IPv6 is left out.
 func withoutSix() bool {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/default/disable_ipv6")
 	return err != nil || strings.TrimSpace(string(b)) == "1"

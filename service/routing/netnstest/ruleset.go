@@ -23,8 +23,9 @@ var dumps = []struct {
 	{"ip -o address show", steady},
 }
 
-// Ruleset writes down the node's firewall (both iptables backends, nftables, both families), policy rules, routes and addresses
-// as text that is equal before and after something that left no trace (R-31). Tools that the machine lacks are left out.
+// Ruleset writes down the node's firewall (both iptables backends, nftables, both families), policy
+// rules, routes and addresses as text that is equal before and after something that left no trace
+// (R-31). Tools that the machine lacks are left out.
 func (n *Node) Ruleset() (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -48,8 +49,8 @@ func (n *Node) Ruleset() (string, error) {
 
 var saveCounters = regexp.MustCompile(`\[\d+:\d+\] ?`)
 
-// CanonicalIPTables is iptables-save's text without comments, counters, base chains that are empty and accept, and tables that
-// are empty after that: what "as before" means for it (R-31).
+// CanonicalIPTables is iptables-save's text without comments, counters, base chains that are empty
+// and accept, and tables that are empty after that: what "as before" means for it (R-31).
 func CanonicalIPTables(save string) string {
 	var b strings.Builder
 	var table string
@@ -112,7 +113,8 @@ var (
 	derived  = regexp.MustCompile(`(?m)^(local|anycast|multicast) \S*:.* proto kernel .*\n`)
 )
 
-// steady drops from ip(8)'s text what changes by itself, and the IPv6 routes that the kernel derives, a little later, from addresses.
+// steady drops from ip(8)'s text what changes by itself, and the IPv6 routes that the kernel
+// derives, a little later, from addresses.
 func steady(s string) string {
 	return derived.ReplaceAllString(volatile.ReplaceAllString(s, ""), "")
 }

@@ -18,8 +18,8 @@ type TB interface {
 	Errorf(format string, args ...any)
 }
 
-// Start is New for a test: the node is closed with it. Where nodes cannot be made the test is skipped with the reason, and fails
-// with the same reason under CI=true.
+// Start is New for a test: the node is closed with it. Where nodes cannot be made the test is
+// skipped with the reason, and fails with the same reason under CI=true.
 func Start(tb TB, name string) *Node {
 	tb.Helper()
 	n, err := New(name)
@@ -47,7 +47,8 @@ func Needs(tb TB, commands ...string) {
 	}
 }
 
-// Lacks skips the test for want of what reason says, and fails it under CI=true: there a skip would lie.
+// Lacks skips the test for want of what reason says, and fails it under CI=true: there a skip would
+// lie.
 func Lacks(tb TB, reason error) {
 	tb.Helper()
 	if os.Getenv("CI") == "true" {
@@ -56,7 +57,8 @@ func Lacks(tb TB, reason error) {
 	tb.Skip(reason)
 }
 
-// MountBPF makes a bpf file system that is mounted nowhere and goes when the test is over; the path is good in other processes too.
+// MountBPF makes a bpf file system that is mounted nowhere and goes when the test is over; the path
+// is good in other processes too.
 func MountBPF(tb TB) string {
 	tb.Helper()
 	return mount(tb, "bpf", nil)

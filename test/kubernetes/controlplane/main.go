@@ -1,7 +1,8 @@
-// Command controlplane is etcd and kube-apiserver in one process, for tests: the real ones, built from their modules.
+// Command controlplane is etcd and kube-apiserver in one process, for tests: the real ones, built
+// from their modules.
 //
-// It ends with its standard input, so that it cannot outlive the test that started it. When it is ready it writes one
-// line of JSON to standard output: see Ready.
+// It ends with its standard input, so that it cannot outlive the test that started it. When it is
+// ready it writes one line of JSON to standard output: see Ready.
 package main
 
 import (
@@ -65,7 +66,8 @@ func main() {
 	if *stdin {
 		go func() { _, _ = io.Copy(io.Discard, os.Stdin); ended <- nil }()
 	}
-	// Nothing is shut down in order: etcd's log is written, and a temporary state is of no use to anybody.
+	// Nothing is shut down in order: etcd's log is written, and a temporary state is of no use to
+	// anybody.
 	err := <-ended
 	if temporary {
 		err = errors.Join(err, os.RemoveAll(o.dir))
@@ -125,7 +127,8 @@ func run(o options) error {
 	return <-ended
 }
 
-// startEtcd returns the address of an etcd on loopback. Its state may be lost with the machine, so nothing is synced.
+// startEtcd returns the address of an etcd on loopback. Its state may be lost with the machine, so
+// nothing is synced.
 func startEtcd(dir string) (string, error) {
 	c := embed.NewConfig()
 	c.Dir, c.LogLevel, c.UnsafeNoFsync = dir, "error", true
@@ -180,7 +183,8 @@ func arguments(o options, etcd, issuer string) []string {
 	}
 }
 
-// freePort returns a port that nobody listens on. Another process may take it before it is used; the start fails then.
+// freePort returns a port that nobody listens on. Another process may take it before it is used;
+// the start fails then.
 func freePort(address string) (int, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
 	if err != nil {

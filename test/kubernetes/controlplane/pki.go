@@ -31,7 +31,8 @@ type authority struct {
 	key  crypto.Signer
 }
 
-// credentials makes every certificate, and a kubeconfig for each user. A second start goes on with the first one's.
+// credentials makes every certificate, and a kubeconfig for each user. A second start goes on with
+// the first one's.
 func credentials(o options, server string) error {
 	dir := filepath.Join(o.dir, "pki")
 	if _, err := os.Stat(filepath.Join(dir, "complete")); !errors.Is(err, fs.ErrNotExist) {
@@ -72,7 +73,9 @@ func credentials(o options, server string) error {
 			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		}))
 	}
-	users := append([]string{"admin=admin,system:masters", "kubelet-client=kube-apiserver-kubelet-client,system:masters"}, o.users...)
+	users := append(
+		[]string{"admin=admin,system:masters", "kubelet-client=kube-apiserver-kubelet-client,system:masters"},
+		o.users...)
 	for _, u := range users {
 		name, who, _ := strings.Cut(u, "=")
 		groups := strings.Split(who, ",")
@@ -86,7 +89,9 @@ func credentials(o options, server string) error {
 
 func (a *authority) create() error {
 	return a.sign("ca", &x509.Certificate{
-		Subject: pkix.Name{CommonName: "controlplane-ca"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		Subject: pkix.Name{
+			CommonName: "controlplane-ca",
+		}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	})
 }
 
@@ -129,7 +134,8 @@ func writeKey(file string, key crypto.Signer) error {
 	return os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
 }
 
-// kubeconfig writes one in JSON, which is YAML. pki is the path of the user's files without .crt and .key.
+// kubeconfig writes one in JSON, which is YAML. pki is the path of the user's files without .crt
+// and .key.
 func kubeconfig(file, server, pki string) error {
 	b, err := json.MarshalIndent(map[string]any{
 		"apiVersion": "v1", "kind": "Config", "current-context": "controlplane",

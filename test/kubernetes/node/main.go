@@ -1,5 +1,6 @@
-// Command node is what runs on a Kubernetes node, and the controllers that it needs, in one program: kubelet, kube-proxy and
-// kube-controller-manager, by the name of the first argument. They are the real ones, built from their modules, for tests.
+// Command node is what runs on a Kubernetes node, and the controllers that it needs, in one
+// program: kubelet, kube-proxy and kube-controller-manager, by the name of the first argument. They
+// are the real ones, built from their modules, for tests.
 package main
 
 import (

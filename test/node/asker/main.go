@@ -1,4 +1,5 @@
-// Command asker is all that runs in the pods of the node ring. It asks for tokens and reports each answer to the world.
+// Command asker is all that runs in the pods of the node ring. It asks for tokens and reports each
+// answer to the world.
 //
 //	asker pause        holds a sandbox
 //	asker ask FLAGS    asks; its environment says who it is, see pods.go of the conductor
@@ -146,7 +147,8 @@ func request(tag string, n int, timeout time.Duration, fresh bool) (r report.Rep
 	return r
 }
 
-// send reports until the world took it: a report that is lost would be a request that nobody judges.
+// send reports until the world took it: a report that is lost would be a request that nobody
+// judges.
 func send(r report.Report) {
 	b, err := json.Marshal(r)
 	if err != nil {

@@ -35,7 +35,8 @@ func (r *ring) fewAddresses(first int) (undo func()) {
 	return func() { r.do("all addresses", os.WriteFile(cni, before, 0o644)) }
 }
 
-// churn: 104 pods on 16 addresses, deleted gracefully and by force; the next eight start while the last eight end.
+// churn: 104 pods on 16 addresses, deleted gracefully and by force; the next eight start while the
+// last eight end.
 func churn(r *ring) { liveChurn(r, "churn", 8, 5) }
 
 func liveChurn(r *ring, ns string, graceful, forced int) {
@@ -77,7 +78,8 @@ func (r *ring) shared(what string, ps []report.Report) {
 		len(owners) <= 16 && most > 1, "too many, or never reused")
 }
 
-// completed: pods that ended stay, with their address in their status, and others get the same address.
+// completed: pods that ended stay, with their address in their status, and others get the same
+// address.
 func completed(r *ring) {
 	const ns, n, batches = "completed", 8, 5
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -95,8 +97,8 @@ func completed(r *ring) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// rbac: without the shipped grants no pod gets a token, and the pod and doctor learn what is missing. With them pods
-// are served.
+// rbac: without the shipped grants no pod gets a token, and the pod and doctor learn what is
+// missing. With them pods are served.
 func rbac(r *ring) {
 	const ns, missing = "rbac", "request-serviceaccounts-token-audience"
 	manifest, err := shippedRBAC()
@@ -129,8 +131,8 @@ func rbac(r *ring) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// restarts: nothing is lost while containerd and the product's processes are restarted and killed, but what the
-// service had accepted and not answered when it was killed.
+// restarts: nothing is lost while containerd and the product's processes are restarted and killed,
+// but what the service had accepted and not answered when it was killed.
 func restarts(r *ring) {
 	const ns, unit = "restarts", "gke-metadata-emulator"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {

@@ -121,7 +121,8 @@ func liveMode(r *ring, mode string) {
 
 const kubeletCertificate = "/var/lib/kubelet/pki/kubelet-client-current.pem"
 
-// rotation: kubelet's certificate was replaced since the run began, and the API server gives tokens for the new one.
+// rotation: kubelet's certificate was replaced since the run began, and the API server gives tokens
+// for the new one.
 func rotation(r *ring) {
 	const ns = "rotation"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {

@@ -18,8 +18,9 @@ import (
 // patience bounds what takes a few seconds; the machine may be busy.
 const patience = 90 * time.Second
 
-// judged shows that a wrong token would be noticed: a pod that says that it is another ServiceAccount than it is must be
-// judged wrong, by each of the two things that a token tells. Its reports count for nothing else.
+// judged shows that a wrong token would be noticed: a pod that says that it is another
+// ServiceAccount than it is must be judged wrong, by each of the two things that a token tells. Its
+// reports count for nothing else.
 func judged(r *ring) {
 	const ns = "judged"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -49,7 +50,8 @@ func first(r *ring) {
 	r.check("doctor finds nothing wrong", err == nil, "%v\n%s", err, out)
 }
 
-// firstHost: the same on the host network: by then the service must know whether the node has a cloud's own server.
+// firstHost: the same on the host network: by then the service must know whether the node has a
+// cloud's own server.
 func firstHost(r *ring) {
 	r.served("pods on the host network right after boot", "first-host", firstPods, patience)
 	r.do("remove the pods", r.empty(r.ctx, "first"))
@@ -133,8 +135,8 @@ func kindsOf(ns string) (ks []kind) {
 	return ks
 }
 
-// kinds: a pod of each kind that kubelet knows gets its own token, also in its init containers, its preStop hook and
-// while it ends.
+// kinds: a pod of each kind that kubelet knows gets its own token, also in its init containers, its
+// preStop hook and while it ends.
 func kinds(r *ring) { liveKinds(r, "kinds") }
 
 func liveKinds(r *ring, ns string) {
@@ -222,8 +224,8 @@ func liveStarts(r *ring, ns string, n int) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// roll: a ServiceAccount is linked to another Google service account, and its pods are replaced while the old ones still
-// run: the new ones have the new identity at their first request.
+// roll: a ServiceAccount is linked to another Google service account, and its pods are replaced
+// while the old ones still run: the new ones have the new identity at their first request.
 func roll(r *ring) {
 	const ns, n = "roll", 20
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -248,7 +250,8 @@ func roll(r *ring) {
 	r.wait("roll-new", n, patience)
 	old := 0
 	for i, p := range r.reports {
-		// The link of a moment ago is the pod's own, and no stranger's: this part judges it, and not the run.
+		// The link of a moment ago is the pod's own, and no stranger's: this part judges it, and not the
+		// run.
 		if p.Tag == "roll-new" && p.Outcome == report.Wrong && p.Whose == subject(ns, p.Account)+" "+emailOf(ns, p.Account) {
 			r.reports[i].Outcome = report.Refused
 			old++

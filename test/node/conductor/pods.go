@@ -22,7 +22,8 @@ import (
 
 const annotation = "iam.gke.io/gcp-service-account"
 
-// accounts in each namespace: a-N is linked to a Google service account of its own, plain-N to none.
+// accounts in each namespace: a-N is linked to a Google service account of its own, plain-N to
+// none.
 const accounts = 30
 
 func linked(i int) string { return fmt.Sprintf("a-%d", i%accounts) }
@@ -224,7 +225,8 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:node
 
 const firstPods = 15 // of each kind
 
-// join waits for the API server and writes what is there before kubelet: grants, and pods that ask at once.
+// join waits for the API server and writes what is there before kubelet: grants, and pods that ask
+// at once.
 func join(ctx context.Context) error {
 	var c cluster
 	err := eventually(ctx, time.Minute, "the API server is ready", func() (err error) {

@@ -200,7 +200,8 @@ func (r *ring) wait(tag string, n int, patience time.Duration) []report.Report {
 	return r.of(tag)
 }
 
-// served checks that n requests or more were reported and all were answered with the pod's own token.
+// served checks that n requests or more were reported and all were answered with the pod's own
+// token.
 func (r *ring) served(what, tag string, n int, patience time.Duration) {
 	r.allOK(what, r.wait(tag, n, patience))
 }
@@ -209,8 +210,20 @@ func (r *ring) allOK(what string, ps []report.Report) {
 	bad := slices.DeleteFunc(slices.Clone(ps), func(p report.Report) bool { return p.Outcome == report.OK })
 	text := ""
 	for _, p := range bad[:min(len(bad), 3)] {
-		text += fmt.Sprintf("\n      %s %s/%s request %d from %s: %s %d after %s: %.300s",
-			p.At.Format("15:04:05.000"), p.Namespace, p.Pod, p.N, p.Address, p.Outcome, p.Status, p.Took.Round(time.Millisecond), p.Text)
+		text += fmt.Sprintf(
+			"\n      %s %s/%s request %d from %s: %s %d after %s: %.300s",
+			p.At.Format(
+				"15:04:05.000",
+			),
+			p.Namespace,
+			p.Pod,
+			p.N,
+			p.Address,
+			p.Outcome,
+			p.Status,
+			p.Took.Round(time.Millisecond),
+			p.Text,
+		)
 	}
 	r.check(fmt.Sprintf("%s: %d answered, each with the pod's own token; %s", what, len(ps)-len(bad), spread(ps)),
 		len(bad) == 0 && len(ps) > 0, "%d of %d were not%s", len(bad), len(ps), text)

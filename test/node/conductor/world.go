@@ -21,8 +21,9 @@ import (
 
 var reportsFile = filepath.Join(worldDir, "reports.jsonl")
 
-// world is Google, which verifies every token of the cluster's, and the only one who knows whose the tokens are that it
-// issued. It judges each report, and writes it to reports.jsonl without the token.
+// world is Google, which verifies every token of the cluster's, and the only one who knows whose
+// the tokens are that it issued. It judges each report, and writes it to reports.jsonl without the
+// token.
 func world(ctx context.Context) error {
 	if err := os.MkdirAll(worldDir, 0o755); err != nil {
 		return err

@@ -3,8 +3,8 @@ package report
 
 import "time"
 
-// Report is one request. A pod sends it with the token that it got. The world, which knows whose each token is, puts the
-// outcome in the token's place.
+// Report is one request. A pod sends it with the token that it got. The world, which knows whose
+// each token is, puts the outcome in the token's place.
 type Report struct {
 	Tag       string        `json:"tag"` // of the test that made the pod
 	Namespace string        `json:"namespace"`

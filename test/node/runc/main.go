@@ -1,5 +1,5 @@
-// Command runc is runc without resource limits: for a cgroup tree of version 2 that has no controllers. The paths of
-// cgroups, which say whose a process is, are the real ones.
+// Command runc is runc without resource limits: for a cgroup tree of version 2 that has no
+// controllers. The paths of cgroups, which say whose a process is, are the real ones.
 package main
 
 import (
