@@ -229,7 +229,7 @@ func TestHostPods(t *testing.T) {
 		if root == "" {
 			netnstest.Lacks(t, errors.New("no cgroup v2 hierarchy (R-22)"))
 		}
-		own := fmt.Sprintf("gme-routing-%d", os.Getpid())
+		own := fmt.Sprintf("gme-routing-%d-%s", os.Getpid(), filepath.Base(t.Name())) // others run side by side
 		slice, pods := filepath.Join(own, "system.slice"), filepath.Join(own, "kubepods.slice")
 		for _, dir := range []string{own, slice, pods} {
 			if err := os.Mkdir(filepath.Join(root, dir), 0o755); err != nil {
