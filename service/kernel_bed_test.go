@@ -478,11 +478,11 @@ func dial(how string) (net.Conn, error) {
 	if len(f) != 3 {
 		return nil, errors.New("dial how? " + how)
 	}
-	patience, err := time.ParseDuration(f[2])
+	timeout, err := time.ParseDuration(f[2])
 	if err != nil {
 		return nil, err
 	}
-	d := net.Dialer{Timeout: patience}
+	d := net.Dialer{Timeout: timeout}
 	if f[1] != "" {
 		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(f[1])}
 	}

@@ -49,7 +49,7 @@ server. This is reported on standard error and is not a failure.`,
 	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard is installed").Fitted(cmd.Context())
+		p := plan(cmd, load, "only the guard is installed").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
@@ -185,7 +185,7 @@ func routingShowCommand() *cobra.Command {
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard would be installed").Fitted(cmd.Context())
+		p := plan(cmd, load, "only the guard would be installed").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
 		}
@@ -248,7 +248,7 @@ changes nothing.`,
 		defer signal.Stop(reload)
 		return service.WatchRouting(ctx, service.Options{Load: load, Reload: reload, RunDir: runDir(),
 			Stderr: cmd.ErrOrStderr()},
-			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).Fitted(ctx) })
+			func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).ResolveAuto(ctx) })
 	}
 	return cmd
 }

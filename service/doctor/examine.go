@@ -225,7 +225,7 @@ func askRoot(ctx context.Context, at netip.AddrPort, timeout time.Duration,
 // tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has
 // the connections attested.
 func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool) (t, t6 trial) {
-	pod, err := routing.NewTrial()
+	pod, err := routing.NewPodProbe()
 	if err != nil {
 		return trial{impossible: err}, trial{impossible: err}
 	}
@@ -281,7 +281,7 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 
 // tryConnection connects from that address of the pod's. What fails is done once more while it is
 // looked at who drops it.
-func tryConnection(ctx context.Context, pod *routing.Trial, from netip.Addr, at netip.AddrPort) (t trial) {
+func tryConnection(ctx context.Context, pod *routing.PodProbe, from netip.Addr, at netip.AddrPort) (t trial) {
 	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
 	const timeout = 3 * time.Second // a client's
 	if t.answered = askRoot(ctx, at, timeout, pod.Dial); t.err != nil {

@@ -7,13 +7,13 @@ import (
 	"slices"
 )
 
-// Fitted is the Plan with the mode that fits the node now in the place of auto, and why. A Plan of
-// another mode stays as it is.
+// ResolveAuto returns the Plan with the mode that fits the node now in the place of auto, and why.
+// A Plan of another mode stays as it is.
 //
 // It never is loopback: there the emulator listens elsewhere, and systemd holds the listener. Where
 // that would fit, ebpf does as well, if it can be had; else it is iptables, which keeps pods from
 // the real server, and the reason says what to do.
-func (p Plan) Fitted(ctx context.Context) Plan {
+func (p Plan) ResolveAuto(ctx context.Context) Plan {
 	if p.Mode != ModeAuto || p.Closed {
 		return p
 	}
@@ -51,8 +51,8 @@ func (p Plan) withoutSix() Plan {
 // Supported says whether a Plan may have the mode.
 func Supported(mode string) bool { return slices.Contains(modes, mode) }
 
-// AsInstalled is Fitted, but for what the last Install came to where that is what is desired: a
-// node whose network changes under rules that stand has the same rules until the next Install.
+// AsInstalled is ResolveAuto, but for what the last Install came to where that is what is desired:
+// a node whose network changes under rules that stand has the same rules until the next Install.
 func (p Plan) AsInstalled(ctx context.Context) Plan {
 	if p.Mode != ModeAuto || p.Closed {
 		return p
@@ -64,5 +64,5 @@ func (p Plan) AsInstalled(ctx context.Context) Plan {
 		}
 		return p
 	}
-	return p.Fitted(ctx)
+	return p.ResolveAuto(ctx)
 }

@@ -15,7 +15,7 @@ func TestAuto(t *testing.T) {
 	if got := p.fit(Facts{IPTables: "1.8.9", GKE: true}); got.Mode != ModeNone || got.Reason == "" {
 		t.Errorf("%s: %s", got.Mode, got.Reason)
 	}
-	if other := (Plan{Mode: ModeIPTables}).Fitted(t.Context()); other.Mode != ModeIPTables || other.Reason != "" {
+	if other := (Plan{Mode: ModeIPTables}).ResolveAuto(t.Context()); other.Mode != ModeIPTables || other.Reason != "" {
 		t.Errorf("a mode that was asked for: %s: %s", other.Mode, other.Reason)
 	}
 
@@ -70,7 +70,7 @@ func TestAuto(t *testing.T) {
 		t.Errorf("after a removal: %s: %s", got.Mode, got.Reason)
 	}
 	p.Closed = true
-	if got := p.Fitted(t.Context()); got.Mode != ModeAuto {
+	if got := p.ResolveAuto(t.Context()); got.Mode != ModeAuto {
 		t.Errorf("the closed guard looks at the node: %s", got.Mode)
 	}
 

@@ -59,7 +59,7 @@ func TestMain(m *testing.M) {
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
 		end(err)
 	case "trial": // which is killed in the middle of it
-		trial, err := NewTrial()
+		trial, err := NewPodProbe()
 		if err == nil {
 			_, err = startTrace(trial.Addr, trial.Link)
 		}

@@ -63,17 +63,18 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		x.Local = local || p.traits().localServer // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
-	six := p.Listen6.IsValid()
-	if six {
+	served := []Family{ipv4}
+	if p.Listen6.IsValid() {
+		served = families
 		x.Holder6 = Listener(p.Listen6)
 	}
 	if m, err := openMode(ctx, p, state.Command); err == nil {
 		x.Redirected = m.redirected(ipv4)
-		if six {
+		if slices.Contains(served, ipv6) {
 			x.Redirected6 = m.redirected(ipv6)
 		}
 	}
-	x.Policies = dropPolicies(ctx, x.Local, six)
+	x.Policies = dropPolicies(ctx, x.Local, served)
 	return x
 }
 
@@ -111,8 +112,8 @@ func (d device) why() string {
 
 // dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy
 // iptables, that drop by their policy what goes to an emulator of this node, or is forwarded to one
-// elsewhere, by IPv6 too where that is served.
-func dropPolicies(ctx context.Context, local, six bool) (names []string) {
+// elsewhere, in the families that are served.
+func dropPolicies(ctx context.Context, local bool, served []Family) (names []string) {
 	hook, legacy := uint32(unix.NF_INET_FORWARD), "FORWARD"
 	if local {
 		hook, legacy = unix.NF_INET_LOCAL_IN, "INPUT"
@@ -125,7 +126,8 @@ func dropPolicies(ctx context.Context, local, six bool) (names []string) {
 	for _, c := range chains {
 		policy := attribute(c, unix.NFTA_CHAIN_POLICY)
 		family := nftFamily(c)
-		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" && (family != "ip6" || !six) {
+		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" &&
+			(family != "ip6" || !slices.Contains(served, ipv6)) {
 			continue
 		}
 		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
@@ -134,9 +136,9 @@ func dropPolicies(ctx context.Context, local, six bool) (names []string) {
 		table, name := attribute(c, unix.NFTA_CHAIN_TABLE), attribute(c, unix.NFTA_CHAIN_NAME)
 		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(table), unix.ByteSliceToString(name)))
 	}
-	drops := legacyDrops(ctx, ipv4)
-	if six {
-		maps.Copy(drops, legacyDrops(ctx, ipv6))
+	drops := map[string]uint64{}
+	for _, f := range served {
+		maps.Copy(drops, legacyDrops(ctx, f))
 	}
 	for name := range drops {
 		if strings.Contains(name, "tables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {

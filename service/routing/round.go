@@ -255,7 +255,7 @@ func (w *watcher) fail(err error) {
 	if err == nil {
 		return
 	}
-	w.retry = time.Now().Add(min(refill<<min(w.failures, 10), patienceAfterFailure))
+	w.retry = time.Now().Add(min(refill<<min(w.failures, 10), maxRepairWait))
 	w.failures++
 	w.node = nil
 	if text := err.Error(); text != w.failed {

@@ -17,14 +17,14 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// Trial is a pod that is none: a network namespace without a name, connected to the node as Calico
-// and the cloud CNIs connect pods (K-08). What connects from it goes the way of a pod's packets,
-// through everybody's rules.
+// PodProbe is a pod that is none: a network namespace without a name, connected to the node as
+// Calico and the cloud CNIs connect pods (K-08). What connects from it goes the way of a pod's
+// packets, through everybody's rules.
 //
 // The node gets an interface and a route to one address of each family, and no address, sysctl or
 // rule. The namespace lives as long as this process holds it; with it the kernel takes away all the
 // rest, also when the process is killed.
-type Trial struct {
+type PodProbe struct {
 	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddSix
 	Link        string     // the node's end
 
@@ -51,10 +51,10 @@ var (
 	trialGateway6 = netip.MustParseAddr("fe80::1")
 )
 
-// NewTrial makes one beside the network namespace of the calling thread. ErrPermission is wrapped
-// where that is not allowed.
-func NewTrial() (_ *Trial, err error) {
-	t := &Trial{Addr: trialAddr, Link: trialLink, node: netns.None(), pod: netns.None()}
+// NewPodProbe makes one beside the network namespace of the calling thread. ErrPermission is
+// wrapped where that is not allowed.
+func NewPodProbe() (_ *PodProbe, err error) {
+	t := &PodProbe{Addr: trialAddr, Link: trialLink, node: netns.None(), pod: netns.None()}
 	t.closing, t.close = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -78,7 +78,7 @@ func NewTrial() (_ *Trial, err error) {
 }
 
 // connect makes the two ends of the pod's link.
-func (t *Trial) connect() error {
+func (t *PodProbe) connect() error {
 	la := netlink.NewLinkAttrs()
 	la.Name = t.Link
 	veth := &netlink.Veth{LinkAttrs: la, PeerName: "eth0", PeerNamespace: netlink.NsFd(t.pod)}
@@ -98,7 +98,7 @@ func (t *Trial) connect() error {
 
 // AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
 // error.
-func (t *Trial) AddSix() error {
+func (t *PodProbe) AddSix() error {
 	if err := t.in(t.node, func() error { return t.address(trialAddr6, trialGateway6) }); err != nil {
 		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
 	}
@@ -108,7 +108,7 @@ func (t *Trial) AddSix() error {
 
 // address has both ends find each other at the address without a question: the first packet is to
 // get through, too.
-func (t *Trial) address(a, gateway netip.Addr) error {
+func (t *PodProbe) address(a, gateway netip.Addr) error {
 	here, err := netlink.LinkByName(t.Link)
 	if err != nil {
 		return err
@@ -153,7 +153,7 @@ func (t *Trial) address(a, gateway netip.Addr) error {
 }
 
 // Dial connects from the pod. The address is an IP address and a port.
-func (t *Trial) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+func (t *PodProbe) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
 	t.dialling.RLock()
 	defer t.dialling.RUnlock()
 	if !t.pod.IsOpen() {
@@ -170,7 +170,7 @@ func (t *Trial) Dial(ctx context.Context, network, address string) (conn net.Con
 }
 
 // in runs f with this thread in the namespace.
-func (t *Trial) in(there netns.NsHandle, f func() error) error {
+func (t *PodProbe) in(there netns.NsHandle, f func() error) error {
 	runtime.LockOSThread()
 	home, err := netns.Get()
 	if err != nil {
@@ -193,7 +193,7 @@ func (t *Trial) in(there netns.NsHandle, f func() error) error {
 // Dropped says who drops what the pod sends from one of its addresses, or what is sent back there,
 // while try runs: nf_tables' tracing tells for its chains, those of iptables-nft among them, and
 // counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
-func (t *Trial) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
+func (t *PodProbe) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
 	err = t.in(t.node, func() error {
 		by, err = dropped(ctx, from, t.Link, try)
 		return err
@@ -202,8 +202,8 @@ func (t *Trial) Dropped(ctx context.Context, from netip.Addr, try func()) (by []
 }
 
 // DroppedHere says who drops what processes of the node itself send to the node's address, or what
-// is sent back, while try runs, as [Trial.Dropped] does. It looks in the network namespace of the
-// calling thread.
+// is sent back, while try runs, as [PodProbe.Dropped] does. It looks in the network namespace of
+// the calling thread.
 func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, err error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -227,7 +227,7 @@ func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by 
 }
 
 // Close takes all away, and ends what dials.
-func (t *Trial) Close() error {
+func (t *PodProbe) Close() error {
 	errs := []error{t.inhabitant.end()}
 	t.inhabitant = nil
 	if t.linked { // at once, where the kernel would take its time to free the namespace

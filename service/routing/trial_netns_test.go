@@ -37,7 +37,7 @@ func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 // tryAt is try of that one of the server's addresses.
 func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
-	ask := func(trial *Trial, wait time.Duration) string {
+	ask := func(trial *PodProbe, wait time.Duration) string {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		defer cancel()
 		c, err := trial.Dial(ctx, "tcp", at.String())
@@ -49,7 +49,7 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 		return answer
 	}
 	if err := b.Do(func() error {
-		trial, err := NewTrial()
+		trial, err := NewPodProbe()
 		if err != nil {
 			return err
 		}
@@ -172,7 +172,7 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
-		trial, err := NewTrial()
+		trial, err := NewPodProbe()
 		if err != nil {
 			return err
 		}
@@ -261,11 +261,11 @@ func TestTrialLeavesNothing(t *testing.T) {
 	before := b.ruleset()
 	if err := b.Do(func() error {
 		for range 3 { // again and again
-			trial, err := NewTrial()
+			trial, err := NewPodProbe()
 			if err != nil {
 				return err
 			}
-			if _, err := NewTrial(); err == nil {
+			if _, err := NewPodProbe(); err == nil {
 				t.Error("two trials at once")
 			}
 			if _, err := net.InterfaceByName(trial.Link); err != nil {

@@ -42,7 +42,7 @@ func TestJoinPod(t *testing.T) {
 				if who := dialled(t, pod); who != step.fromPod {
 					t.Errorf("%q: %q answered the pod", step.rules, who)
 				}
-				trial, err := NewTrial()
+				trial, err := NewPodProbe()
 				if err != nil {
 					return err
 				}
@@ -59,8 +59,8 @@ func TestJoinPod(t *testing.T) {
 	})
 }
 
-// dialled is who answers the Trial; "" is nobody.
-func dialled(t *testing.T, trial *Trial) string {
+// dialled is who answers the PodProbe; "" is nobody.
+func dialled(t *testing.T, trial *PodProbe) string {
 	c, err := trial.Dial(t.Context(), "tcp", "169.254.169.254:80")
 	if err != nil {
 		return ""

@@ -15,7 +15,7 @@ type inhabitant struct {
 
 // Inhabit has a process live in the pod: a network namespace without one is found by nobody who
 // looks for those of processes. It ends with Close, or with this process.
-func (t *Trial) Inhabit() error {
+func (t *PodProbe) Inhabit() error {
 	cmd := exec.Command("cat")
 	stdin, err := cmd.StdinPipe()
 	if err == nil {

@@ -80,7 +80,7 @@ func TestTrialSixNowhere(t *testing.T) {
 	b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 	before := b.ruleset()
 	if err := b.Do(func() error {
-		trial, err := NewTrial()
+		trial, err := NewPodProbe()
 		if err != nil {
 			return err
 		}

@@ -23,7 +23,8 @@ type nodeFacts struct {
 	whyNot6  string         // though the Plan wants it
 }
 
-// device is a network interface as far as it matters for telling uplinks from pods' interfaces.
+// device is a network interface as far as it matters for the difference between uplinks and pods'
+// interfaces.
 type device struct {
 	name         string
 	index        int

@@ -24,9 +24,9 @@ const (
 	// burst and refill bound what others can make us do: repairs and, apart from them, reading the
 	// mode's part.
 	burst, refill = 5, time.Second
-	// patienceAfterFailure is how long a repair that failed is left alone at most, unless something
+	// maxRepairWait is how long a repair that failed is left alone at most, unless something
 	// happens.
-	patienceAfterFailure = 30 * time.Second
+	maxRepairWait = 30 * time.Second
 )
 
 // Watch keeps standing what was installed last. It looks when the kernel tells of a change, and

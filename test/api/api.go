@@ -20,8 +20,8 @@ import (
 // Admin is the credential that may do everything.
 const Admin = "admin"
 
-// patience bounds one call.
-const patience = 30 * time.Second
+// waitLimit bounds one call.
+const waitLimit = 30 * time.Second
 
 // The two kinds of patches in use.
 const (
@@ -64,7 +64,7 @@ func NewClient(ca, pair []byte) (*http.Client, error) {
 		}
 		cfg.Certificates = []tls.Certificate{cert}
 	}
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: cfg, ForceAttemptHTTP2: true}, Timeout: patience}, nil
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: cfg, ForceAttemptHTTP2: true}, Timeout: waitLimit}, nil
 }
 
 // StatusError is a refusal.

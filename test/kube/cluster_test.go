@@ -28,8 +28,8 @@ const (
 	dedicatedUser       = "gke-metadata-emulator"
 )
 
-// patience bounds what takes milliseconds; the machine may be busy.
-const patience = 30 * time.Second
+// waitLimit bounds what takes milliseconds; the machine may be busy.
+const waitLimit = 30 * time.Second
 
 // cluster is the real server, with the pods and ServiceAccounts that the table of cases speaks of.
 type cluster struct {

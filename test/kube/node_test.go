@@ -124,7 +124,7 @@ func follow(t *testing.T, credential string) *kube.Cluster {
 // at waits until the address belongs to exactly these pods, and returns them.
 func at(t *testing.T, c *kube.Cluster, address string, pods ...string) []workload.Caller {
 	t.Helper()
-	for deadline := time.After(patience); ; {
+	for deadline := time.After(waitLimit); ; {
 		callers, changed, err := c.At(netip.MustParseAddr(address))
 		var names []string
 		for _, caller := range callers {

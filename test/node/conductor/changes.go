@@ -55,7 +55,7 @@ func liveChurn(r *ring, ns string, graceful, forced int) {
 			return linked((b*n + i) * 7)
 		}
 		pods := r.batch(ns, tag, n, account, nil, "-n", fmt.Sprint(requests), "-every", "100ms", "-hold")
-		all = append(all, r.wait(tag, n*requests, patience)...)
+		all = append(all, r.wait(tag, n*requests, waitLimit)...)
 		r.do("remove pods", r.remove(r.ctx, b >= graceful, pods...))
 	}
 	r.allOK(fmt.Sprintf("%d pods on 16 addresses, %d of them removed by force", (graceful+forced)*n, forced*n), all)
@@ -90,7 +90,7 @@ func completed(r *ring) {
 	for b := range batches {
 		tag := fmt.Sprintf("%s-%d", ns, b)
 		r.batch(ns, tag, n, func(i int) string { return linked((b*n + i) * 7) }, nil, "-n", "2", "-every", "100ms")
-		all = append(all, r.wait(tag, 2*n, patience)...)
+		all = append(all, r.wait(tag, 2*n, waitLimit)...)
 	}
 	r.allOK(fmt.Sprintf("%d pods that complete", batches*n), all)
 	r.shared("pods that completed", all)
@@ -107,7 +107,7 @@ func rbac(r *ring) {
 	}
 	r.do("take the grants away", r.unapply(r.ctx, manifest))
 	r.batch(ns, "rbac-without", 2, linked, nil, "-hold")
-	for _, p := range r.wait("rbac-without", 2, patience) {
+	for _, p := range r.wait("rbac-without", 2, waitLimit) {
 		r.check("without the grants a pod is refused, and learns why",
 			p.Outcome == report.Refused && strings.Contains(p.Text, missing), "%s %d %s", p.Outcome, p.Status, p.Text)
 	}
@@ -116,11 +116,11 @@ func rbac(r *ring) {
 		err != nil && strings.Contains(out, missing), "%v\n%s", err, out)
 	r.do("give the grants", r.apply(r.ctx, manifest))
 	start, tries := time.Now(), 0
-	err = eventually(r.ctx, patience, "a pod is served", func() error {
+	err = eventually(r.ctx, waitLimit, "a pod is served", func() error {
 		tries++
 		tag := fmt.Sprintf("rbac-with-%d", tries)
 		r.batch(ns, tag, 1, func(int) string { return linked(0) }, nil)
-		for _, p := range r.wait(tag, 1, patience) {
+		for _, p := range r.wait(tag, 1, waitLimit) {
 			if p.Outcome != report.OK {
 				return fmt.Errorf("%s %d %s", p.Outcome, p.Status, p.Text)
 			}
@@ -141,8 +141,8 @@ func restarts(r *ring) {
 	flags := []string{"-n", "1000000", "-every", "50ms"}
 	r.batch(ns, "restarts-bridge", 4, linked, nil, flags...)
 	r.batch(ns, "restarts-host", 2, func(i int) string { return linked(i + 4) }, onHost, flags...)
-	r.wait("restarts-bridge", 4*10, patience)
-	r.wait("restarts-host", 2*10, patience)
+	r.wait("restarts-bridge", 4*10, waitLimit)
+	r.wait("restarts-host", 2*10, waitLimit)
 	kill := []string{"kill", "-s", "KILL", unit}
 	var killed time.Time
 	for i, args := range [][]string{
@@ -155,7 +155,7 @@ func restarts(r *ring) {
 		r.do(strings.Join(args, " "), r.systemctl(args...))
 		tag := fmt.Sprintf("restarts-new-%d", i)
 		r.batch(ns, tag, 2, func(j int) string { return linked(10 + i*2 + j) }, nil, "-n", "3", "-every", "100ms")
-		r.served("new pods after "+strings.Join(args, " "), tag, 6, patience)
+		r.served("new pods after "+strings.Join(args, " "), tag, 6, waitLimit)
 	}
 	r.do("remove the pods", r.empty(r.ctx, ns))
 	r.do("the pods end", r.gone(r.ctx, ns))
@@ -190,17 +190,17 @@ func apiAway(r *ring, ns string, away, back []string) {
 	r.batch(ns, ns+"-cached-host", 1, func(int) string { return linked(3) }, onHost, "-every", "250ms", "-n", "1000000")
 	r.batch(ns, ns+"-fresh", 1, func(int) string { return linked(4) }, nil,
 		"-fresh", "-n", "1000000", "-every", "1s", "-timeout", "5s")
-	r.wait(ns+"-cached", 3*4, patience)
-	r.wait(ns+"-cached-host", 4, patience)
+	r.wait(ns+"-cached", 3*4, waitLimit)
+	r.wait(ns+"-cached-host", 4, waitLimit)
 	r.do(strings.Join(away, " "), r.systemctl(away...))
 	before := len(r.of(ns + "-cached"))
-	r.wait(ns+"-cached", before+3*4*seconds, patience) // this is how long it is away
+	r.wait(ns+"-cached", before+3*4*seconds, waitLimit) // this is how long it is away
 	r.do(strings.Join(back, " "), r.systemctl(back...))
-	r.must("the API server is back", eventually(r.ctx, patience, "it is", func() error {
+	r.must("the API server is back", eventually(r.ctx, waitLimit, "it is", func() error {
 		return r.Call(r.ctx, http.MethodGet, "/readyz", "text/plain", nil, nil)
 	}))
 	r.batch(ns, ns+"-new", 5, func(i int) string { return linked(10 + i) }, nil, "-hold")
-	r.served("pods made as soon as it is back", ns+"-new", 5, patience)
+	r.served("pods made as soon as it is back", ns+"-new", 5, waitLimit)
 	r.do("remove the pods", r.empty(r.ctx, ns))
 	r.do("the pods end", r.gone(r.ctx, ns))
 	r.allOK("cached, on the pod network", r.of(ns+"-cached"))

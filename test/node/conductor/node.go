@@ -38,7 +38,7 @@ func services(r *ring) {
 		r.do("kube-proxy's mode", r.proxyMode(mode))
 		nodePort := "http://" + nodeAddress + ":30080/"
 		for _, u := range []string{"http://10.96.0.80/", nodePort} {
-			err := eventually(r.ctx, patience, "it answers", func() error { return getsBackend(u) })
+			err := eventually(r.ctx, waitLimit, "it answers", func() error { return getsBackend(u) })
 			r.must("kube-proxy "+mode+": "+u+" from the node", err)
 		}
 		out, err := r.command("ip", "netns", "exec", "lan", "/opt/node/asker", "get", nodePort)
@@ -46,8 +46,8 @@ func services(r *ring) {
 		tag := "services-" + mode
 		r.batch(ns, tag, 3, func(i int) string { return linked(i + 1) }, nil, "-hold")
 		r.batch(ns, tag+"-host", 2, func(i int) string { return linked(i + 4) }, onHost, "-hold")
-		r.served("pods", tag, 3, patience)
-		r.served("pods on the host network", tag+"-host", 2, patience)
+		r.served("pods", tag, 3, waitLimit)
+		r.served("pods on the host network", tag+"-host", 2, waitLimit)
 		_, err = r.command("gke-metadata-emulator", "routing", "check")
 		r.must("kube-proxy "+mode+": our rules stand", err)
 	}
@@ -110,13 +110,13 @@ func liveMode(r *ring, mode string) {
 		return err
 	}
 	r.do("set the mode", set(string(before)+"routing: {mode: "+mode+"}\n"))
-	if r.must("mode "+mode+" stands", eventually(r.ctx, patience, "it does", stands)) {
+	if r.must("mode "+mode+" stands", eventually(r.ctx, waitLimit, "it does", stands)) {
 		liveKinds(r, mode+"-kinds")
 		liveStarts(r, mode+"-starts", 12)
 		liveChurn(r, mode+"-churn", 2, 2)
 	}
 	r.do("set the mode back", set(string(before)))
-	r.must("the mode before stands again", eventually(r.ctx, patience, "it does", stands))
+	r.must("the mode before stands again", eventually(r.ctx, waitLimit, "it does", stands))
 }
 
 const kubeletCertificate = "/var/lib/kubelet/pki/kubelet-client-current.pem"
@@ -147,10 +147,10 @@ func rotation(r *ring) {
 		}
 		return err
 	}
-	r.must("the service has its copy", eventually(r.ctx, patience, "it has", copied))
+	r.must("the service has its copy", eventually(r.ctx, waitLimit, "it has", copied))
 	r.batch(ns, "rotation", 6, func(i int) string { return []string{linked(i), plain(i)}[i%2] }, nil,
 		"-fresh", "-n", "5", "-every", "200ms", "-hold")
-	r.served("new tokens afterwards", "rotation", 30, patience)
+	r.served("new tokens afterwards", "rotation", 30, waitLimit)
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
@@ -187,7 +187,7 @@ func purge(r *ring) {
 		r.check("not left: "+filepath.Join(dir, name), errors.Is(err, os.ErrNotExist), "%v", err)
 	}
 	r.batch("purge", "purge", 1, linked, nil, "-timeout", "3s")
-	for _, p := range r.wait("purge", 1, patience) {
+	for _, p := range r.wait("purge", 1, waitLimit) {
 		r.check("nobody answers pods", p.Outcome == report.Lost, "%s %d %s", p.Outcome, p.Status, p.Text)
 	}
 }

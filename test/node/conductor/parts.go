@@ -15,8 +15,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/node/report"
 )
 
-// patience bounds what takes a few seconds; the machine may be busy.
-const patience = 90 * time.Second
+// waitLimit bounds what takes a few seconds; the machine may be busy.
+const waitLimit = 90 * time.Second
 
 // judged shows that a wrong token would be noticed: a pod that says that it is another
 // ServiceAccount than it is must be judged wrong, by each of the two things that a token tells. Its
@@ -33,7 +33,7 @@ func judged(r *ring) {
 		env := p.Spec.Containers[0].Env
 		env[slices.IndexFunc(env, func(e corev1.EnvVar) bool { return e.Name == lie.Name })] = lie
 		r.do("make a pod", r.create(r.ctx, p))
-		for _, p := range r.wait(name, 1, patience) {
+		for _, p := range r.wait(name, 1, waitLimit) {
 			r.check("a token of another "+lie.Name+" is noticed", p.Outcome == report.Wrong, "%s: %s", p.Outcome, p.Whose)
 		}
 	}
@@ -43,7 +43,7 @@ func judged(r *ring) {
 
 // first: the pods that were there before kubelet: each has the first request of its life answered.
 func first(r *ring) {
-	r.served("pods from the first moment on", "first", firstPods, patience)
+	r.served("pods from the first moment on", "first", firstPods, waitLimit)
 	_, err := r.command("gke-metadata-emulator", "routing", "check")
 	r.must("the rules stand", err)
 	out, err := r.command("gke-metadata-emulator", "doctor")
@@ -53,7 +53,7 @@ func first(r *ring) {
 // firstHost: the same on the host network: by then the service must know whether the node has a
 // cloud's own server.
 func firstHost(r *ring) {
-	r.served("pods on the host network right after boot", "first-host", firstPods, patience)
+	r.served("pods on the host network right after boot", "first-host", firstPods, waitLimit)
 	r.do("remove the pods", r.empty(r.ctx, "first"))
 }
 
@@ -150,11 +150,11 @@ func liveKinds(r *ring, ns string) {
 	var all []report.Report
 	for _, k := range ks {
 		for _, tag := range k.tags {
-			all = append(all, r.wait(tag, 1, patience)...)
+			all = append(all, r.wait(tag, 1, waitLimit)...)
 		}
 	}
 	r.allOK(fmt.Sprintf("%d kinds of pods", len(ks)), all)
-	r.served("a container that is started again", ns+"-restarting", 2, patience)
+	r.served("a container that is started again", ns+"-restarting", 2, waitLimit)
 	var ending []*corev1.Pod
 	for _, k := range ks {
 		if strings.HasPrefix(k.pod.Name, "ending") {
@@ -163,8 +163,8 @@ func liveKinds(r *ring, ns string) {
 	}
 	r.do("end pods", r.remove(r.ctx, false, ending...))
 	for _, p := range ending {
-		r.served("the preStop hook of "+p.Name, ns+"-"+p.Name+"-hook", 3, patience)
-		r.served("the last seconds of "+p.Name, ns+"-"+p.Name+"-ending", 3, patience)
+		r.served("the preStop hook of "+p.Name, ns+"-"+p.Name+"-hook", 3, waitLimit)
+		r.served("the last seconds of "+p.Name, ns+"-"+p.Name+"-ending", 3, waitLimit)
 	}
 	static(r, ns)
 	r.do("remove the pods", r.empty(r.ctx, ns))
@@ -178,7 +178,7 @@ func static(r *ring, ns string) {
 	file := manifests + "/" + ns + ".json"
 	r.do("write a static pod", errors.Join(os.MkdirAll(manifests, 0o755), writeJSON(file, p)))
 	defer func() { r.do("remove the static pod", os.Remove(file)) }()
-	for _, p := range r.wait(ns+"-static", 1, patience) {
+	for _, p := range r.wait(ns+"-static", 1, waitLimit) {
 		r.check("a static pod is refused", p.Outcome == report.Refused, "%s: %s %s", p.Outcome, p.Whose, p.Text)
 	}
 }
@@ -219,7 +219,7 @@ func liveStarts(r *ring, ns string, n int) {
 	} {
 		tag := ns + "-" + s.name
 		r.batch(ns, tag, s.n, s.account, s.change, "-hold")
-		r.served(fmt.Sprintf("%d cold starts, %s", s.n, s.name), tag, s.n, patience)
+		r.served(fmt.Sprintf("%d cold starts, %s", s.n, s.name), tag, s.n, waitLimit)
 	}
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
@@ -232,7 +232,7 @@ func roll(r *ring) {
 		return
 	}
 	r.batch(ns, "roll-old", n, linked, nil, "-hold")
-	r.served("before", "roll-old", n, patience)
+	r.served("before", "roll-old", n, waitLimit)
 	for i := range n {
 		account := linked(i)
 		email := "new-" + emailOf(ns, account)
@@ -247,7 +247,7 @@ func roll(r *ring) {
 		}
 		r.do("make a pod", r.create(r.ctx, p))
 	}
-	r.wait("roll-new", n, patience)
+	r.wait("roll-new", n, waitLimit)
 	old := 0
 	for i, p := range r.reports {
 		// The link of a moment ago is the pod's own, and no stranger's: this part judges it, and not the

@@ -189,8 +189,8 @@ func (r *ring) of(tag string) (ps []report.Report) {
 }
 
 // wait waits until n reports have the tag, and returns them.
-func (r *ring) wait(tag string, n int, patience time.Duration) []report.Report {
-	err := eventually(r.ctx, patience, tag, func() error {
+func (r *ring) wait(tag string, n int, waitLimit time.Duration) []report.Report {
+	err := eventually(r.ctx, waitLimit, tag, func() error {
 		if got := len(r.of(tag)); got < n {
 			return fmt.Errorf("%d of %d reports", got, n)
 		}
@@ -202,8 +202,8 @@ func (r *ring) wait(tag string, n int, patience time.Duration) []report.Report {
 
 // served checks that n requests or more were reported and all were answered with the pod's own
 // token.
-func (r *ring) served(what, tag string, n int, patience time.Duration) {
-	r.allOK(what, r.wait(tag, n, patience))
+func (r *ring) served(what, tag string, n int, waitLimit time.Duration) {
+	r.allOK(what, r.wait(tag, n, waitLimit))
 }
 
 func (r *ring) allOK(what string, ps []report.Report) {
@@ -244,14 +244,14 @@ func spread(ps []report.Report) string {
 }
 
 // eventually polls until f is content, or says why it is not.
-func eventually(ctx context.Context, patience time.Duration, what string, f func() error) error {
-	for deadline := time.Now().Add(patience); ; {
+func eventually(ctx context.Context, waitLimit time.Duration, what string, f func() error) error {
+	for deadline := time.Now().Add(waitLimit); ; {
 		err := f()
 		if err == nil {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s: not within %s: %w", what, patience, err)
+			return fmt.Errorf("%s: not within %s: %w", what, waitLimit, err)
 		}
 		select {
 		case <-ctx.Done():
