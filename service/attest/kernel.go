@@ -89,8 +89,8 @@ func NewKernel(o KernelOptions) *Kernel {
 }
 
 // Look asks the kernel now, and waits half a second at most, where a packet of the client is under
-// way. It is to be called at accept, before a byte is read. Errors: those at the top of this
-// package, wrapped with what was found, and the kernel's.
+// way. It is to be called at accept, before a byte is read. Errors: those of
+// evidence.go, wrapped with what was found, and the kernel's.
 func (k *Kernel) Look(c Conn) (*Evidence, error) {
 	e, err := k.look(c)
 	k.lookups.WithLabelValues(outcome(err)).Inc()
