@@ -261,8 +261,8 @@ func nftChainsFor(p Plan, s nodeFacts, family Family) (chains []nftChain, err er
 		return chains, nil
 	}
 	if !p.dnats() {
-		// No clash of ports: all clients send to one address and port, so two of one source
-		// are one connection.
+		// Modes loopback, none and ebpf redirect by other means. No clash of ports: all clients
+		// send to one address and port, so two of one source are one connection.
 		return append(doors(p, s, family), forward), nil
 	}
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
