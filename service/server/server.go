@@ -310,11 +310,11 @@ func (s *Server) answerCaller(
 		case <-changed:
 		case <-active.Superseded:
 		case <-timeout:
-			return a, nil
+			return a, s.check(ctx, req.peer) // the answer was made before the wait
 		case <-req.ended: // or the client left
-			return a, nil
+			return a, s.check(ctx, req.peer)
 		case <-s.draining:
-			return a, nil
+			return a, s.check(ctx, req.peer)
 		case <-ctx.Done():
 			return metadata.Answer{}, ctx.Err()
 		}
