@@ -196,20 +196,20 @@ func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend,
 	b.cluster = kube.New(kube.Options{
 		Kubeconfig: n.kubeconfig, NodeName: n.nodeName, Audience: n.audience,
 		UserAgent: "gke-metadata-emulator/" + s.options.Version, Copied: s.options.CredentialCopy,
-		Hosts: accountsOf(c.HostIdentities), Log: s.log, Registerer: s.registry,
+		Hosts: accountsOf(c.HostIdentities), Log: s.log, Metrics: s.metrics.kube,
 	})
 	b.accounts = accountReader{b.cluster, n.unlinked}
 	google, err := token.NewGoogle(token.GoogleOptions{
 		Audience: n.identity.Audience, PoolName: n.identity.PoolName, STSURL: n.google.STSURL,
 		IAMCredentialsURL: n.google.IAMCredentialsURL,
 		Lifetime:          n.google.TokenLifetime, QuotaProject: n.google.QuotaProject, CAFile: n.google.CAFile,
-		Kubernetes: b.accounts, Log: s.log, Registerer: s.registry,
+		Kubernetes: b.accounts, Log: s.log, Metrics: s.metrics.token,
 	})
 	if err != nil {
 		return nil, err
 	}
 	b.cache = token.NewCache(token.CacheOptions{Source: google, MintsPerPod: n.mintsPerPod, KeysPerPod: n.keysPerPod,
-		Terminal: isAnnotationError, Registerer: s.registry})
+		Terminal: isAnnotationError, Metrics: s.metrics.token})
 	b.gauges.MustRegister(b.cluster, b.cache)
 	google.Federated = b.cache // one exchange a ServiceAccount (G-07)
 	b.proxy = google.Proxy()
@@ -240,7 +240,7 @@ func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend,
 // attestOptions say what askers are known by.
 func (s *Service) attestOptions(c config.Config, b *backend) attest.Options {
 	o := attest.Options{Pods: b.cluster, ByAddress: c.Attestation.ByAddress, Proxies: c.Attestation.Proxies,
-		Replaced: b.replaced, Registerer: s.registry}
+		Replaced: b.replaced, Metrics: s.metrics.attest}
 	if c.Attestation.Mode == "kernel" {
 		o.Kernel = s.kernel
 	}

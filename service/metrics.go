@@ -6,14 +6,21 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
-// metrics are those of the process and its configuration. server, attest, kube and token register
-// their own in the same registry, which lives as long as the process: no counter falls on a reload.
+// metrics are those of the process and its configuration, and those of each backend, which outlive
+// it: no counter falls on a reload.
 type metrics struct {
 	reloads *prometheus.CounterVec
 	file    prometheus.Gauge
+
+	attest *attest.Metrics
+	kube   *kube.Metrics
+	token  *token.Metrics
 }
 
 func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
@@ -27,6 +34,7 @@ func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
 			Help: "1 if the configuration on disk loads, else 0: then the one before stays in force, and a restart would " +
 				"refuse pods.",
 		}),
+		attest: attest.NewMetrics(r), kube: kube.NewMetrics(r), token: token.NewMetrics(r),
 	}
 	r.MustRegister(m.reloads, m.file,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),

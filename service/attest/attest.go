@@ -77,36 +77,38 @@ type Options struct {
 	ByAddress []string // RuntimeClasses of pods that only their address can name
 	// ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are
 	// in
-	Proxies    []string
-	Hosts      []Host                // processes of the node that have an identity; the first that fits counts
-	Replaced   <-chan struct{}       // when it is closed, those who are held get ErrReplaced
-	Registerer prometheus.Registerer // several Attestors may share it; nil: nothing is counted
+	Proxies  []string
+	Hosts    []Host          // processes of the node that have an identity; the first that fits counts
+	Replaced <-chan struct{} // when it is closed, those who are held get ErrReplaced
+	Metrics  *Metrics        // nil: nobody reads what is counted
+}
+
+// Metrics are what Attestors count. They outlive each Attestor: a reload makes another one.
+type Metrics struct{ attestations *prometheus.CounterVec }
+
+// NewMetrics registers the metrics. It is to be called once for each Registerer.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	m := &Metrics{prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "gke_metadata_emulator_attestations_total",
+		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) " +
+			"and asker (pod, host; nobody).",
+	}, []string{"evidence", "asker"})}
+	r.MustRegister(m.attestations)
+	return m
 }
 
 // Attestor finds who is behind connections.
 type Attestor struct {
 	Options
-	count    *prometheus.CounterVec
 	ownAddrs func() ([]net.Addr, error)
 }
 
 // New returns an Attestor that believes what o names.
 func New(o Options) *Attestor {
-	a := &Attestor{Options: o, ownAddrs: net.InterfaceAddrs, count: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "gke_metadata_emulator_attestations_total",
-		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) " +
-			"and asker (pod, host; nobody).",
-	}, []string{"evidence", "asker"})}
-	if o.Registerer == nil {
-		return a
+	if o.Metrics == nil {
+		o.Metrics = NewMetrics(prometheus.NewRegistry())
 	}
-	var before prometheus.AlreadyRegisteredError
-	if err := o.Registerer.Register(a.count); errors.As(err, &before) { // an Attestor before counted here
-		a.count = before.ExistingCollector.(*prometheus.CounterVec)
-	} else if err != nil {
-		panic(err) // as MustRegister does: the name is ours
-	}
-	return a
+	return &Attestor{Options: o, ownAddrs: net.InterfaceAddrs}
 }
 
 // Look asks the kernel who is on the other end. It is to be called once, before a byte is read from
@@ -145,7 +147,7 @@ func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error)
 	})
 	if err != nil {
 		if ctx.Err() == nil && !errors.Is(err, ErrReplaced) {
-			a.count.WithLabelValues("none", "nobody").Inc()
+			a.Metrics.attestations.WithLabelValues("none", "nobody").Inc()
 		}
 		return workload.Caller{}, err
 	}
@@ -154,7 +156,7 @@ func (a *Attestor) Attest(ctx context.Context, p *Peer) (workload.Caller, error)
 	if b.caller.PodUID == "" {
 		asker = "host"
 	}
-	a.count.WithLabelValues(b.kind(), asker).Inc()
+	a.Metrics.attestations.WithLabelValues(b.kind(), asker).Inc()
 	return b.caller, nil
 }
 

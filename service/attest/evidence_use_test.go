@@ -342,7 +342,7 @@ func TestParty(t *testing.T) {
 	}
 	x.live(nil, pod("a", ""))
 	r := prometheus.NewRegistry()
-	a := New(Options{Pods: x, Kernel: newWitness(inPod("a"), nil), Registerer: r})
+	a := New(Options{Pods: x, Kernel: newWitness(inPod("a"), nil), Metrics: NewMetrics(r)})
 	if _, err := a.Attest(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}

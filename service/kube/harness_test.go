@@ -66,7 +66,7 @@ func run(t *testing.T, s *kubetest.Server, adjust func(*bed, *Options), inside .
 	log.SetLevel(logrus.TraceLevel)
 	r := prometheus.NewRegistry()
 	b.gather = r
-	o := Options{Kubeconfig: conf, Audience: provider, Poll: 10 * time.Millisecond, Log: log, Registerer: r,
+	o := Options{Kubeconfig: conf, Audience: provider, Poll: 10 * time.Millisecond, Log: log, Metrics: NewMetrics(r),
 		UserAgent: "gke-metadata-emulator/test"}
 	if adjust != nil {
 		adjust(b, &o)

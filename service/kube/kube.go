@@ -35,7 +35,7 @@ type Options struct {
 	UserAgent  string                    // "" = gke-metadata-emulator
 	Poll       time.Duration             // how often the kubeconfig and its files are read; 0 = 2 s
 	Log        logrus.FieldLogger
-	Registerer prometheus.Registerer // of counters, which several Clusters may share; nil = they go nowhere. Gauges: Cluster.Collect
+	Metrics    *Metrics // nil = nobody reads what is counted. Gauges: Cluster.Collect
 }
 
 // Cluster is what this node knows of its cluster. Its methods may be called concurrently, before
@@ -47,7 +47,7 @@ type Cluster struct {
 	poll, refresh, watchAgain                 time.Duration
 	backoff                                   wait.Backoff
 	log                                       logrus.FieldLogger
-	metrics                                   metrics
+	metrics                                   *Metrics
 	codec                                     codec
 	life                                      context.Context // of reads that continue without their caller
 	end                                       context.CancelFunc
@@ -99,7 +99,9 @@ func New(o Options) *Cluster {
 	c.life, c.end = context.WithCancel(context.Background())
 	c.pods = newPods(o.Hosts, o.Log.Debugf)
 	c.accounts = newAccounts()
-	c.metrics = newMetrics(o.Registerer)
+	if c.metrics = o.Metrics; c.metrics == nil {
+		c.metrics = NewMetrics(prometheus.NewRegistry())
+	}
 	return c
 }
 

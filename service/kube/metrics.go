@@ -1,30 +1,21 @@
 package kube
 
 import (
-	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-type metrics struct{ requests *prometheus.CounterVec }
+// Metrics are what Clusters count. They outlive each Cluster: a reload makes another one.
+type Metrics struct{ requests *prometheus.CounterVec }
 
-// newMetrics returns what counts in r. Where a Cluster before counted there, the next one counts
-// on.
-func newMetrics(r prometheus.Registerer) metrics {
-	m := metrics{prometheus.NewCounterVec(prometheus.CounterOpts{
+// NewMetrics registers the metrics. It is to be called once for each Registerer.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	m := &Metrics{prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_kube_requests_total",
 		Help: "Requests to the Kubernetes API by verb, resource and status code (error: no answer).",
 	}, []string{"verb", "resource", "code"})}
-	if r == nil {
-		return m
-	}
-	var before prometheus.AlreadyRegisteredError
-	if err := r.Register(m.requests); errors.As(err, &before) {
-		m.requests = before.ExistingCollector.(*prometheus.CounterVec)
-	} else if err != nil {
-		panic(err) // as MustRegister does: the name is ours
-	}
+	r.MustRegister(m.requests)
 	return m
 }
 

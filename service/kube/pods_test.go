@@ -163,7 +163,7 @@ func TestServiceAccounts(t *testing.T) {
 		if sas, _ := New(*o).ServiceAccounts(); sas != nil {
 			t.Error("not nil before the pods are known")
 		}
-		o.Registerer = nil
+		o.Metrics = nil
 	})
 	b.at(t, "10.1.0.11", "p1")
 	b.at(t, "192.0.2.1")

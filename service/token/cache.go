@@ -33,7 +33,7 @@ type CacheOptions struct {
 	// that this package knows. It may be nil.
 	Terminal func(error) bool
 
-	Registerer prometheus.Registerer // may be nil
+	Metrics *Metrics // nil: nobody reads what is counted
 }
 
 // Cache is a Source in front of a Source. There is one mint in flight per Request. The mint
@@ -75,7 +75,7 @@ type usage struct{ mints, keys int }
 func NewCache(o CacheOptions) *Cache {
 	return &Cache{
 		o:       o,
-		metrics: newCacheMetrics(o.Registerer),
+		metrics: unread(o.Metrics).cache,
 		changes: make(chan struct{}, 1),
 		entries: map[Request]*entry{},
 		calls:   map[*call]struct{}{},

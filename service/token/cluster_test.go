@@ -133,11 +133,12 @@ func newWorld(t testing.TB, change ...func(*GoogleOptions, *CacheOptions)) *worl
 		t.Fatal(err)
 	}
 	t.Cleanup(w.google.Close)
+	metrics := NewMetrics(w.registry)
 	g := GoogleOptions{
 		Audience: testAudience, PoolName: testPool, STSURL: w.google.STSURL(), IAMCredentialsURL: w.google.URL(),
-		HTTPClient: w.google.Client(), Kubernetes: w, Log: w.log, Registerer: w.registry,
+		HTTPClient: w.google.Client(), Kubernetes: w, Log: w.log, Metrics: metrics,
 	}
-	c := CacheOptions{Registerer: w.registry}
+	c := CacheOptions{Metrics: metrics}
 	for _, f := range change {
 		f(&g, &c)
 	}

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/time/rate"
 
@@ -29,7 +28,7 @@ type GoogleOptions struct {
 	HTTPClient        *http.Client  // nil = a new one; redirects are never followed
 	Kubernetes        Kubernetes
 	Log               logrus.FieldLogger
-	Registerer        prometheus.Registerer // may be nil
+	Metrics           *Metrics // nil: nobody reads what is counted
 }
 
 // Federation supplies the federated tokens that Google impersonates with. In service it is a Cache
@@ -60,7 +59,7 @@ func NewGoogle(o GoogleOptions) (*Google, error) {
 		o:       o,
 		sts:     strings.TrimSuffix(o.STSURL, "/"),
 		iam:     strings.TrimSuffix(o.IAMCredentialsURL, "/"),
-		metrics: newMintMetrics(o.Registerer),
+		metrics: unread(o.Metrics).mints,
 		warn:    rate.NewLimiter(1, 20), // a node full of refused pods logs one line a second
 	}
 	if scheme, rest, _ := strings.Cut(g.sts, "://"); scheme != "" && !strings.Contains(rest, "/") {

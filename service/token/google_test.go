@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token/googletest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
@@ -519,10 +521,22 @@ func TestRefusalsAreLoggedAtABoundedRate(t *testing.T) {
 
 func TestReloadCountsOn(t *testing.T) {
 	w := newWorld(t)
-	w.minter.metrics.observe(stepSTS, time.Now(), nil)
-	again := newMintMetrics(w.registry)
-	if again.outcome != w.minter.metrics.outcome {
-		t.Error("a second Google has counters of its own")
+	metrics := NewMetrics(prometheus.NewRegistry())
+	for range 2 { // as a reload does
+		g, err := NewGoogle(GoogleOptions{Audience: testAudience, STSURL: w.google.URL(),
+			IAMCredentialsURL: w.google.URL(), Metrics: metrics})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.metrics.observe(stepSTS, time.Now(), nil)
+		NewCache(CacheOptions{Source: g, Metrics: metrics}).metrics.hit.Inc()
 	}
-	NewCache(CacheOptions{Registerer: w.registry})
+	for name, c := range map[string]prometheus.Counter{
+		"mints": metrics.mints.outcome.WithLabelValues(stepSTS, "ok"), "cache": metrics.cache.hit,
+	} {
+		var now dto.Metric
+		if err := c.Write(&now); err != nil || now.GetCounter().GetValue() != 2 {
+			t.Errorf("%s: %v of 2 are counted, %v: another one begins at zero", name, now.GetCounter().GetValue(), err)
+		}
+	}
 }

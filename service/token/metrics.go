@@ -8,20 +8,23 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// register returns c, or the same collector of an earlier Google or Cache, so that counters
-// continue after a reload.
-func register[C prometheus.Collector](r prometheus.Registerer, c C) C {
-	if r == nil {
-		r = prometheus.NewRegistry()
+// Metrics are what Google and Cache count. They outlive each of the two: a reload makes others.
+type Metrics struct {
+	mints mintMetrics
+	cache cacheMetrics
+}
+
+// NewMetrics registers the metrics. It is to be called once for each Registerer.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	return &Metrics{newMintMetrics(r), newCacheMetrics(r)}
+}
+
+// unread returns m, or metrics that nobody reads where there are none.
+func unread(m *Metrics) *Metrics {
+	if m == nil {
+		return NewMetrics(prometheus.NewRegistry())
 	}
-	err := r.Register(c)
-	var already prometheus.AlreadyRegisteredError
-	if errors.As(err, &already) {
-		if old, ok := already.ExistingCollector.(C); ok {
-			return old
-		}
-	}
-	return c
+	return m
 }
 
 // The steps of a mint, as labels.
@@ -37,17 +40,19 @@ type mintMetrics struct {
 }
 
 func newMintMetrics(r prometheus.Registerer) mintMetrics {
-	return mintMetrics{
-		duration: register(r, prometheus.NewHistogramVec(prometheus.HistogramOpts{
+	m := mintMetrics{
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "gke_metadata_emulator_mint_duration_seconds",
 			Help:    "Duration of a step of a mint, with its retries.",
 			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25},
-		}, []string{"step"})),
-		outcome: register(r, prometheus.NewCounterVec(prometheus.CounterOpts{
+		}, []string{"step"}),
+		outcome: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_mint_steps_total",
 			Help: "Steps of mints by outcome: ok, refused (final), unavailable (will be tried again), abandoned.",
-		}, []string{"step", "outcome"})),
+		}, []string{"step", "outcome"}),
 	}
+	r.MustRegister(m.duration, m.outcome)
+	return m
 }
 
 func (m mintMetrics) observe(step string, since time.Time, err error) {
@@ -73,11 +78,12 @@ type cacheMetrics struct {
 }
 
 func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
-	requests := register(r, prometheus.NewCounterVec(prometheus.CounterOpts{
+	requests := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_token_cache_requests_total",
 		Help: "Requests of pods for tokens by result: hit, miss (started a mint), coalesced (joined a mint in flight), " +
 			"stale (got the old token), negative (got a cached refusal), limited.",
-	}, []string{"result"}))
+	}, []string{"result"})
+	r.MustRegister(requests)
 	return cacheMetrics{
 		hit:       requests.WithLabelValues("hit"),
 		miss:      requests.WithLabelValues("miss"),
