@@ -59,8 +59,8 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	if p.Closed {
 		return x
 	}
-	if local, err := isLocal(p.Listen.Addr()); err == nil {
-		x.Local = local || p.traits().localServer // there it is for pods alone
+	if have, err := netobj.Read(); err == nil {
+		x.Local = isLocal(p.Listen.Addr(), have) || p.traits().localServer // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
 	served := []Family{ipv4}

@@ -53,11 +53,8 @@ func (m *nfTables) survey(ctx context.Context, s nodeFacts) (faults []error, err
 // put replaces all in one transaction, so that a packet sees the rules of before or of after
 //
 func (m *nfTables) put(ctx context.Context, s nodeFacts) error {
-	if len(m.check(ctx, s)) == 0 {
-		return nil
-	}
 	before, err := readNFTables()
-	if err != nil {
+	if err != nil || m.standing != "" && before.fingerprint() == m.standing {
 		return err
 	}
 	c, err := transactions()

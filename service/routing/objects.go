@@ -284,20 +284,16 @@ func layerOf(o netobj.Object) string {
 }
 
 // isLocal says whether the node takes packets to the address as its own, or will by us.
-func isLocal(a netip.Addr) (bool, error) {
-	have, err := netobj.Read()
-	return have.Local(a) || wantsListen(a, have), err
-}
+func isLocal(a netip.Addr, have netobj.Snapshot) bool { return have.Local(a) || wantsListen(a, have) }
 
 // foreignAddress returns an error where the metadata server's address is this node's own already,
 // and not by us.
-func foreignAddress() error {
-	have, err := netobj.Read()
-	if err != nil || !have.Local(metadataServer.Addr()) || slices.ContainsFunc(have, func(o netobj.Object) bool {
+func foreignAddress(have netobj.Snapshot) error {
+	if !have.Local(metadataServer.Addr()) || slices.ContainsFunc(have, func(o netobj.Object) bool {
 		a, is := o.(netobj.Address)
 		return is && ours(a) && a.Label != loopbackLabel
 	}) {
-		return err
+		return nil
 	}
 	return fmt.Errorf("%s %w: it is an address of this node, as on GKE, or with another metadata server; "+
 		"remove that first", metadataServer.Addr(), ErrForeign)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // router is the one Router there is: what all modes share, around the mode of its Plan.
@@ -118,19 +120,19 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		errs = r.check(ctx, n)
 	}
-	r.warnOvertaken(n.nodeFacts)
+	r.warnOvertaken(bypasses(r.plan, n.nodeFacts))
 	return n, r.readBack(state, errors.Join(errs...))
 }
 
-// warnOvertaken says which rules of others the guard and what has pods tracked cannot
-// be put before.
-func (r *router) warnOvertaken(s nodeFacts) {
+// warnOvertaken says which rules of others the guard (R-33, bypassing it) and what has pods tracked
+// cannot be put before.
+func (r *router) warnOvertaken(bypassing []string) {
 	for _, chain := range untracking(r.plan) {
 		r.plan.Log.Warn("pods may not be redirected: " + chain +
 			" comes before the rules and takes packets out of conntrack: " +
 			"set routing.mode to nftables, whose rules overrule that")
 	}
-	for _, rule := range bypasses(r.plan, s) {
+	for _, rule := range bypassing {
 		r.plan.Log.Warn("the guard does not hold for what comes before it: " + rule +
 			": delete that rule and add it again with a preference of 1 or more, or that route to table main")
 	}
@@ -167,19 +169,19 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 	} else if err != nil {
 		return n, nil, err
 	}
-	listen := r.plan.Listen
-	local, err := isLocal(listen.Addr())
+	have, err := netobj.Read()
 	if err != nil {
 		return n, nil, err
 	}
+	listen := r.plan.Listen
 	begins := why == nil || why.of.Desired == ""
 	if r.plan.traits().localServer {
-		foreign = errors.Join(foreign, foreignAddress())
+		foreign = errors.Join(foreign, foreignAddress(have))
 		if begins && !r.plan.Force {
 			foreign = errors.Join(foreign, r.realServer())
 		}
 	}
-	if local || !r.plan.redirects() {
+	if isLocal(listen.Addr(), have) || !r.plan.redirects() {
 		if why == nil { // the watcher has not the privilege to see whose a socket is, not even systemd's
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
@@ -187,7 +189,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		r.plan.Log.WithField("listen", listen).Info("the listen address is not this node's own: requests are forwarded there")
 	}
 	if why == nil {
-		r.surveySix(n)
+		r.surveySix(n, have)
 	}
 	return n, faults, foreign
 }
@@ -254,10 +256,11 @@ func (r *router) Check(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(append(checkObjects(r.plan, nodeFacts{}, onlyRules), err)...)
 	}
-	r.warnOvertaken(n.nodeFacts)
+	bypassing := bypasses(r.plan, n.nodeFacts)
+	r.warnOvertaken(bypassing)
 	errs := r.check(ctx, n)
 	if r.plan.traits().localServer { // whose guard is what serves pods: no repair helps, so install only warns
-		for _, rule := range bypasses(r.plan, n.nodeFacts) {
+		for _, rule := range bypassing {
 			errs = append(errs, fmt.Errorf("pods are not served where this comes before the guard: %s"+
 				": delete that rule and add it again with a preference of 1 or more, or that route to table main", rule))
 		}

@@ -84,8 +84,8 @@ func (n *node) refuseSix(err error) {
 }
 
 // surveySix sees to it that nobody else gets what is redirected.
-func (r *router) surveySix(n *node) {
-	if local, err := isLocal(n.listen6.Addr()); !n.listen6.IsValid() || err == nil && !local {
+func (r *router) surveySix(n *node, have netobj.Snapshot) {
+	if !n.listen6.IsValid() || !isLocal(n.listen6.Addr(), have) {
 		return // nobody, or somebody elsewhere
 	}
 	if err := foreignListener(n.listen6); err != nil {

@@ -308,16 +308,16 @@ func (s *Server) answerCaller(
 		}
 		select {
 		case <-changed:
+			continue
 		case <-active.Superseded:
+			continue
 		case <-timeout:
-			return a, s.check(ctx, req.peer) // the answer was made before the wait
 		case <-req.ended: // or the client left
-			return a, s.check(ctx, req.peer)
 		case <-s.draining:
-			return a, s.check(ctx, req.peer)
 		case <-ctx.Done():
 			return metadata.Answer{}, ctx.Err()
 		}
+		return a, s.check(ctx, req.peer) // the answer was made before the wait
 	}
 }
 
