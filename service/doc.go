@@ -16,7 +16,7 @@
 //     them, before and after DNAT. Before a byte is read, the kernel is asked whose socket the
 //     other one is: its cgroup names a pod's UID and a container, or a unit of the node
 //     ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
-//  3. find (server/server.go): the path leads to a place in the tree, which is one literal
+//  3. Tree.Find (server/server.go): the path leads to a place in the tree, which is one literal
 //     (server/tree.go). `/` may be answered without knowing who asks, and waits for nothing:
 //     clients probe it and remember the answer for life.
 //  4. rules (server/rules.go): a table of what is refused for its header alone: proxies, foreign

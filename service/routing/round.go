@@ -64,7 +64,7 @@ func (w *watcher) round(ctx context.Context) {
 		return
 	}
 	start := time.Now()
-	r := &repair{of: w.wish, why: why, faults: errs, node: w.node, mode: w.unread}
+	r := &repair{of: w.desired, why: why, faults: errs, node: w.node, mode: w.unread}
 	for _, layer := range layers(errs) {
 		r.mode = r.mode || !slices.Contains(sharedLayers, layer)
 	}
@@ -122,14 +122,14 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	defer unlock()
 	state, err := ReadState(w.RunDir)
 	if err != nil || state.Desired == "" { // somebody cleared the directory: what was desired before still is
-		state = w.wish
+		state = w.desired
 	}
 	if state.Desired != Installed {
 		w.forget(state)
 		return nil, nil
 	}
 	all := why&causeEverything != 0 || w.bad
-	if w.router == nil || !w.wish.wants(state) || w.wish.Command != state.Command {
+	if w.router == nil || !w.desired.sameDesired(state) || w.desired.Command != state.Command {
 		all = true
 		if err := w.follow(state); err != nil {
 			return nil, err
@@ -192,7 +192,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 
 // follow makes a router of what is desired now.
 func (w *watcher) follow(state State) error {
-	w.router, w.node, w.wish = nil, nil, state
+	w.router, w.node, w.desired = nil, nil, state
 	p, err := state.plan(w.base)
 	if err != nil {
 		return err
@@ -209,7 +209,7 @@ func (w *watcher) follow(state State) error {
 
 // forget lets everything be: it was removed, or is not there yet.
 func (w *watcher) forget(state State) {
-	w.router, w.node, w.wish, w.bad, w.failures, w.retry = nil, nil, state, false, 0, time.Time{}
+	w.router, w.node, w.desired, w.bad, w.failures, w.retry = nil, nil, state, false, 0, time.Time{}
 	if state.Desired == Removed {
 		w.tell("the rules were removed, and stay so")
 	} else {
@@ -230,7 +230,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	}
 	defer unlock()
 	s, err := ReadState(w.RunDir)
-	if err != nil || !s.wants(w.wish) {
+	if err != nil || !s.sameDesired(w.desired) {
 		return
 	}
 	if w.node != nil {
@@ -268,7 +268,7 @@ func (w *watcher) fail(err error) {
 
 func (w *watcher) succeed() {
 	w.failures, w.retry, w.failed, w.disturbed = 0, time.Time{}, "", false
-	if w.wish.Closed {
+	if w.desired.Closed {
 		w.tell("the closed guard stands: the configuration was broken")
 		return
 	}
@@ -319,7 +319,7 @@ func (w *watcher) learn(ctx context.Context, found string) {
 	if w.router == nil || !w.router.asksCloud() || w.router.cloud.with(found, time.Now()) == w.router.cloud {
 		return
 	}
-	n, err := w.router.install(ctx, &repair{of: w.wish, node: w.node, mode: true, found: found})
+	n, err := w.router.install(ctx, &repair{of: w.desired, node: w.node, mode: true, found: found})
 	if w.node = n; errors.Is(err, errOutdated) {
 		w.pending |= causeRetry
 		return

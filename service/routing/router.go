@@ -41,7 +41,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	defer unlock()
 	plain := why == nil
 	before, state := r.state(Installed)
-	if why != nil && before.Desired != "" && !before.wants(why.of) {
+	if why != nil && before.Desired != "" && !before.sameDesired(why.of) {
 		return nil, errOutdated
 	}
 	r.cloud = state.CloudServer

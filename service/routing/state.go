@@ -118,8 +118,8 @@ func (s *State) count(r *repair) {
 	s.Repairs = counted
 }
 
-// wants reports whether s and o desire the same.
-func (s State) wants(o State) bool {
+// sameDesired reports whether s and o desire the same.
+func (s State) sameDesired(o State) bool {
 	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) &&
 		slices.Equal(s.Guard, o.Guard)

@@ -67,12 +67,12 @@ type watcher struct {
 	retry     time.Time // if nothing happens; zero: there is nothing to try again
 	failures  int
 
-	base   Plan // the configuration's, for what the state does not tell
-	router *router
-	wish   State // what the router's Plan was made of
-	node   *node // what the router knows of its surroundings; nil: open it anew
-	unread bool  // the mode's part has to be read, whether or not it says that it changed
-	bad    bool  // the last verdict
+	base    Plan // the configuration's, for what the state does not tell
+	router  *router
+	desired State // what the router's Plan was made of
+	node    *node // what the router knows of its surroundings; nil: open it anew
+	unread  bool  // the mode's part has to be read, whether or not it says that it changed
+	bad     bool  // the last verdict
 
 	asking  bool        // the cloud's metadata server
 	answers chan string // of it
@@ -192,7 +192,7 @@ func (w *watcher) begin(ctx context.Context) {
 		return
 	}
 	if s, err := ReadState(w.RunDir); err == nil && s.Desired == Installed {
-		w.wish = s
+		w.desired = s
 		w.succeed() // they were read back: what waits for us as the node boots need not wait for another look
 	}
 }
@@ -216,7 +216,7 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 	if err != nil {
 		return err
 	}
-	if _, now := r.state(Installed); before.wants(now) {
+	if _, now := r.state(Installed); before.sameDesired(now) {
 		return nil
 	}
 	_, err = r.install(ctx, &repair{of: before})

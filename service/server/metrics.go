@@ -10,8 +10,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// metrics are what the server counts. Labels are bounded: the tree's name of a place, never the
-// path, and never an address.
+// metrics are what the server counts. Labels are bounded: a path of the tree, in which an account is
+// `*`, never the path that was asked for, and never an address.
 type metrics struct {
 	requests *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
@@ -57,13 +57,13 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 	return m
 }
 
-func (m *metrics) served(node string, status int, took time.Duration) {
-	k := outcome{node, status}
+func (m *metrics) served(path string, status int, took time.Duration) {
+	k := outcome{path, status}
 	m.mu.RLock()
 	s, ok := m.series[k]
 	m.mu.RUnlock()
 	if !ok {
-		s = series{m.requests.WithLabelValues(node, strconv.Itoa(status)), m.latency.WithLabelValues(node)}
+		s = series{m.requests.WithLabelValues(path, strconv.Itoa(status)), m.latency.WithLabelValues(path)}
 		m.mu.Lock()
 		m.series[k] = s
 		m.mu.Unlock()
@@ -80,7 +80,7 @@ func (m *metrics) asked() (n uint64) {
 	defer m.mu.RUnlock()
 	for k, s := range m.series {
 		var now dto.Metric
-		if k.node != "/" && s.Write(&now) == nil {
+		if k.path != "/" && s.Write(&now) == nil {
 			n += uint64(now.GetCounter().GetValue())
 		}
 	}
@@ -94,6 +94,6 @@ type series struct {
 }
 
 type outcome struct {
-	node   string
+	path   string
 	status int
 }
