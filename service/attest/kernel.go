@@ -17,9 +17,11 @@ import (
 
 // KernelOptions are what a Kernel needs to know.
 type KernelOptions struct {
-	CgroupRoot string           // where the cgroups are mounted; "": /sys/fs/cgroup
-	Socket     string           // where the helper listens
-	Spared     []string         // cgroups, from the root: what their processes send from the node's network namespace nobody redirects
+	CgroupRoot string // where the cgroups are mounted; "": /sys/fs/cgroup
+	Socket     string // where the helper listens
+	// cgroups, from the root: what their processes send from the node's network namespace nobody
+	// redirects
+	Spared     []string
 	Redirected []netip.AddrPort // what clients dial whose connections are redirected to us, of each family
 	Log        logrus.FieldLogger
 	Registerer prometheus.Registerer // nil: nothing is counted

@@ -26,8 +26,10 @@ type socketFound struct {
 	counted      bool   // the kernel says the rest
 	received     uint64 // bytes, from the other end
 	acknowledged uint32 // by the other end, so many ms ago
-	sent, acked  uint64 // bytes, to the other end, each once; and what that acknowledged, the SYN and the FIN of this end included
-	unacked      uint32 // packets
+	// bytes, to the other end, each once; and what that acknowledged, the SYN and the FIN of this end
+	// included
+	sent, acked uint64
+	unacked     uint32 // packets
 }
 
 // opened reports whether the kernel's numbers show that the socket opened its connection.

@@ -47,7 +47,8 @@ type index struct {
 	byAccount map[workload.ServiceAccount][]*pod
 	newest    map[workload.ServiceAccount]time.Time // when the newest pod that uses it was first heard of
 	accounts  []workload.ServiceAccount             // sorted
-	changed   chan struct{}                         // closed when the next generation is there, or when the API server is in touch again
+	// closed when the next generation is there, or when the API server is in touch again
+	changed chan struct{}
 }
 
 // pods is the store that the reflector fills. The reflector calls its methods from one goroutine at

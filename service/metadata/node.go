@@ -1,10 +1,11 @@
 // Package metadata answers one question: what does GKE's metadata server say at this path, for this
 // caller?
 //
-// It is the engine only. The tree is a literal in package server (tree.go), whose leaves are closures. New
-// checks and indexes the tree. Find needs the path only, so the server knows the place, and whether
-// it may be answered without knowing the caller, before it attests anybody. Match.Answer then
-// evaluates the place for a caller. The package does no I/O, and of HTTP it uses url.Values only.
+// It is the engine only. The tree is a literal in package server (tree.go), whose leaves are
+// closures. New checks and indexes the tree. Find needs the path only, so the server knows the
+// place, and whether it may be answered without knowing the caller, before it attests anybody.
+// Match.Answer then evaluates the place for a caller. The package does no I/O, and of HTTP it uses
+// url.Values only.
 package metadata
 
 import (

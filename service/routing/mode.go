@@ -35,8 +35,8 @@ type mode interface {
 	check(ctx context.Context, s nodeFacts) []error
 }
 
-// traits are what shared code has to know of a mode. A new mode has its row here, and in this package
-// its case in openMode, modeText and removers. CONTRIBUTING.md lists the rest.
+// traits are what shared code has to know of a mode. A new mode has its row here, and in this
+// package its case in openMode, modeText and removers. CONTRIBUTING.md lists the rest.
 type traits struct {
 	mode string
 

@@ -75,22 +75,30 @@ type Router interface {
 
 // Plan is what the configuration says about routing. It is plain data.
 type Plan struct {
-	Mode              string
-	Reason            string           // why auto came to the Mode; "" = it was asked for
-	Listen            netip.AddrPort   // where the emulator listens: IPv4; an address of the node, or one that the node forwards to
-	Listen6           netip.AddrPort   // modes iptables and nftables: where it listens for what is sent to [fd20:ce::254]:80; invalid: nowhere
-	Uplinks           []string         // interfaces that are not the pods'; none: found out. A trailing + stands for any ending
-	Spare             []string         // interfaces whose traffic is left alone altogether, such as docker0
-	InterceptHostPods string           // auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
+	Mode   string
+	Reason string // why auto came to the Mode; "" = it was asked for
+	// where the emulator listens: IPv4; an address of the node, or one that the node forwards to
+	Listen netip.AddrPort
+	// modes iptables and nftables: where it listens for what is sent to [fd20:ce::254]:80; invalid:
+	// nowhere
+	Listen6 netip.AddrPort
+	// interfaces that are not the pods'; none: found out. A trailing + stands for any ending
+	Uplinks []string
+	Spare   []string // interfaces whose traffic is left alone altogether, such as docker0
+	// auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
+	InterceptHostPods string
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
-	Closed            bool             // the guard alone: the configuration is broken. What stands besides is left as it is
-	RunDir            string           // "" is DefaultRunDir
-	Link              string           // mode loopback: a link that gets the metadata server's address, made as a dummy if it is not there
-	Force             bool             // mode loopback also where a metadata server answers this host
-	BPFDir            string           // where mode ebpf pins its programs; "" is DefaultBPFDir
-	CgroupRoot        string           // where the cgroup v2 hierarchy is mounted; "": found out
-	Binary            string           // the iptables command; "" is iptables, or the backend that the node's kubelet uses
-	Log               logrus.FieldLogger
+	// the guard alone: the configuration is broken. What stands besides is left as it is
+	Closed bool
+	RunDir string // "" is DefaultRunDir
+	// mode loopback: a link that gets the metadata server's address, made as a dummy if it is not
+	// there
+	Link       string
+	Force      bool   // mode loopback also where a metadata server answers this host
+	BPFDir     string // where mode ebpf pins its programs; "" is DefaultBPFDir
+	CgroupRoot string // where the cgroup v2 hierarchy is mounted; "": found out
+	Binary     string // the iptables command; "" is iptables, or the backend that the node's kubelet uses
+	Log        logrus.FieldLogger
 }
 
 // metadataServer is where clients send their requests.

@@ -14,13 +14,15 @@ import (
 
 // nodeFacts are what the rules need to know of the node they stand on.
 type nodeFacts struct {
-	uplinks  []string       // interfaces behind which there are other hosts
-	slices   []string       // cgroups of the host itself that exist
-	hostPods bool           // pods on the host network are redirected, which is whoever is outside slices
-	hostWhy  string         // or are not: why, for people
-	six      bool           // it has an IPv6 address that reaches beyond a link: else there is no way to anything that is guarded
-	listen6  netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
-	whyNot6  string         // though the Plan wants it
+	uplinks  []string // interfaces behind which there are other hosts
+	slices   []string // cgroups of the host itself that exist
+	hostPods bool     // pods on the host network are redirected, which is whoever is outside slices
+	hostWhy  string   // or are not: why, for people
+	// it has an IPv6 address that reaches beyond a link: else there is no way to anything that is
+	// guarded
+	six     bool
+	listen6 netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
+	whyNot6 string         // though the Plan wants it
 }
 
 // device is a network interface as far as it matters for the difference between uplinks and pods'

@@ -40,11 +40,14 @@ const (
 type Watch struct {
 	// Load reads the configuration: what is to stand, as the closed guard's Plan if there is no valid
 	// one.
-	Load   func() Plan
-	Reload <-chan os.Signal  // Load again; what it says is installed, unless the rules were removed or it is the closed guard's Plan
-	Told   func(text string) // called when the rules were first looked at, and whenever there is something else to say of them
-	Alive  func()            // called at each turn, at least once a sweep; may be nil
-	RunDir string            // "" is DefaultRunDir
+	Load func() Plan
+	// Load again; what it says is installed, unless the rules were removed or it is the closed guard's
+	// Plan
+	Reload <-chan os.Signal
+	// called when the rules were first looked at, and whenever there is something else to say of them
+	Told   func(text string)
+	Alive  func() // called at each turn, at least once a sweep; may be nil
+	RunDir string // "" is DefaultRunDir
 	Log    logrus.FieldLogger
 
 	// Tests have others.
@@ -113,7 +116,9 @@ func (o Watch) Run(ctx context.Context) (err error) {
 		if now := time.Now(); w.pending != 0 && !now.Before(w.due()) {
 			why := w.pending
 			w.round(ctx)
-			if why&^causeAround == 0 { // where a thousand interfaces come and go, each look at them takes 10 ms: a tenth of the time is for that
+			// where a thousand interfaces come and go, each look at them takes 10 ms: a tenth of the time is
+			// for that
+			if why&^causeAround == 0 {
 				w.rest = time.Now().Add(min(9*time.Since(now), time.Second))
 			}
 			w.askCloud(why)

@@ -10,8 +10,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// metrics are what the server counts. Labels are bounded: a path of the tree, in which an account is
-// `*`, never the path that was asked for, and never an address.
+// metrics are what the server counts. Labels are bounded: a path of the tree, in which an account
+// is `*`, never the path that was asked for, and never an address.
 type metrics struct {
 	requests *prometheus.CounterVec
 	latency  *prometheus.HistogramVec

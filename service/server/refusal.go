@@ -29,8 +29,8 @@ var (
 	errNoAudience = errors.New("non-empty audience parameter required") // I-02, in GKE's words
 )
 
-// sandbox is the remedy for clients whose sockets the node's kernel does not have, or has with
-// another address.
+// sandbox is the remedy for clients whose sockets the node's kernel does not have, or has
+// with another address.
 const sandbox = "a container behind NAT inside the pod (Docker in a pod) needs the pod's own network; " +
 	"a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"
 
