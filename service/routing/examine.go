@@ -51,7 +51,7 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		x.Rules = r.Check(ctx)
 	}
 	s, _ := r.look(false) // what it could not read, whyUplinks says
-	for _, err := range checkObjects(p, s, onlyRules) {
+	for _, err := range checkGuard(p, s) {
 		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
 	}
 	x.Bypass, x.Untrack = bypasses(p, s), untracking(p)

@@ -71,7 +71,7 @@ func TestFullRunDirectory(t *testing.T) {
 	says("remove", b.Do(func() error { return b.router(p).Remove(t.Context()) }))
 	b.same("nothing to write to: remove", sorted(b.ruleset()), before)
 	says("install", b.Do(func() error { return b.router(p).Install(t.Context()) }))
-	if err := b.Do(func() error { return errors.Join(checkObjects(p, nodeFacts{}, onlyRules)...) }); err != nil {
+	if err := b.Do(func() error { return errors.Join(checkGuard(p, nodeFacts{})...) }); err != nil {
 		t.Errorf("install without space: %v", err)
 	}
 	b.remove(b.plan)

@@ -249,26 +249,43 @@ func trimObjects(p Plan, s nodeFacts, of selection) error {
 	return nil
 }
 
-// checkObjects names the selected objects that are not as the Plan wants them. Rules too many make
-// no difference.
-func checkObjects(p Plan, s nodeFacts, of selection) (errs []error) {
+// checkGuard names what of the guard is not there. Rules of ours beside it are no fault here: those
+// of a good configuration serve beside a closed guard, and where the node is not known,
+// neither is all that is wanted.
+func checkGuard(p Plan, s nodeFacts) []error {
+	have, err := netobj.Read()
+	if err != nil {
+		return []error{err}
+	}
+	return guardFaults(guards(p, s, have))
+}
+
+// checkObjects names what is not as the Plan wants it. A rule too many is a fault too: it may come
+// before the others, and refuse what they let through. It is named where the guard has no other.
+func checkObjects(p Plan, s nodeFacts) (errs []error) {
 	have, err := netobj.Read(p.Link)
 	if err != nil {
 		return []error{err}
 	}
-	for _, g := range guards(p, s, have) {
-		errs = append(errs, g.faults()...)
-	}
+	errs = guardFaults(guards(p, s, have))
+	whole := len(errs) == 0
 	absent, surplus := netobj.Diff(wantObjects(p, s, have), have, ours)
 	for _, o := range absent {
-		if of(o) && !onlyRules(o) {
+		if !onlyRules(o) {
 			errs = append(errs, missing(layerOf(o), "%s: %s", o.Command(), o))
 		}
 	}
 	for _, o := range surplus {
-		if of(o) && !onlyRules(o) {
+		if whole || !onlyRules(o) {
 			errs = append(errs, missing(layerOf(o), "%s: %s should not be there any more", o.Command(), o))
 		}
+	}
+	return errs
+}
+
+func guardFaults(both []guard) (errs []error) {
+	for _, g := range both {
+		errs = append(errs, g.faults()...)
 	}
 	return errs
 }

@@ -146,11 +146,12 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		}
 		read = read || moved
 	}
-	if s, of := w.node.around(), everything; all || moved || why&causeKernel != 0 {
+	if all || moved || why&causeKernel != 0 {
 		if p.Closed || w.node == nil { // the rest is looked at when the node is opened
-			of = onlyRules
+			errs = append(errs, checkGuard(p, w.node.around())...)
+		} else {
+			errs = append(errs, checkObjects(p, w.node.nodeFacts)...)
 		}
-		errs = append(errs, checkObjects(p, s, of)...)
 	}
 	if p.Closed {
 		return errs, nil
@@ -183,7 +184,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 			w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
 				n.silent(), pollSilent, w.sweep)
 		}
-		errs = w.router.checkShared(n.nodeFacts) // all of it, with what is known now
+		errs = checkObjects(p, n.nodeFacts) // all of it, with what is known now
 	}
 	errs = append(errs, w.node.check(ctx, w.node.nodeFacts)...)
 	w.unread = false

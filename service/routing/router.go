@@ -53,7 +53,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		state.CloudServer = r.cloud
 		if why.light() {
-			why.add(r.checkShared(why.node.nodeFacts)...)
+			why.add(checkObjects(r.plan, why.node.nodeFacts)...)
 			return why.node, r.repairLight(why, state)
 		}
 		var faults []error
@@ -72,7 +72,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 				}
 			}
 		} else if err == nil {
-			why.add(append(r.checkShared(n.nodeFacts), faults...)...)
+			why.add(append(checkObjects(r.plan, n.nodeFacts), faults...)...)
 		}
 	}
 	state.count(why)
@@ -83,7 +83,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		// installed still lead pods to the emulator, which tells them the reason. And a node
 		// whose rules cannot be made is closed too.
 		if err = errors.Join(err, addObjects(r.plan, nodeFacts{}, onlyRules)); err == nil {
-			err = errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
+			err = errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
 		return n, r.readBack(state, err)
 	}
@@ -233,7 +233,7 @@ func (r *router) repairLight(why *repair, state State) error {
 		err = trimObjects(r.plan, why.node.nodeFacts, everything)
 	}
 	if err == nil {
-		err = errors.Join(r.checkShared(why.node.nodeFacts)...)
+		err = errors.Join(checkObjects(r.plan, why.node.nodeFacts)...)
 	}
 	return r.readBack(state, err)
 }
@@ -245,7 +245,7 @@ func (r *router) Check(ctx context.Context) error {
 	}
 	defer unlock()
 	if r.plan.Closed {
-		return errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
+		return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 	}
 	state, err := ReadState(r.plan.RunDir)
 	if err != nil {
@@ -254,7 +254,7 @@ func (r *router) Check(ctx context.Context) error {
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
 	if err != nil {
-		return errors.Join(append(checkObjects(r.plan, nodeFacts{}, onlyRules), err)...)
+		return errors.Join(append(checkGuard(r.plan, nodeFacts{}), err)...)
 	}
 	bypassing := bypasses(r.plan, n.nodeFacts)
 	r.warnOvertaken(bypassing)
@@ -270,12 +270,7 @@ func (r *router) Check(ctx context.Context) error {
 
 // check reads everything back.
 func (r *router) check(ctx context.Context, n *node) []error {
-	return append(r.checkShared(n.nodeFacts), n.check(ctx, n.nodeFacts)...)
-}
-
-// checkShared reads back what all modes have.
-func (r *router) checkShared(s nodeFacts) []error {
-	return checkObjects(r.plan, s, everything)
+	return append(checkObjects(r.plan, n.nodeFacts), n.check(ctx, n.nodeFacts)...)
 }
 
 func (r *router) Remove(ctx context.Context) error {

@@ -68,7 +68,7 @@ func (b *bed) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
 		if p.Closed {
-			return errors.Join(checkObjects(r.plan, nodeFacts{}, onlyRules)...)
+			return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
 		n, err := r.open(context.Background(), p.Binary, false)
 		if err != nil {
