@@ -376,6 +376,19 @@ func (b *bed) holders(a netip.Addr) []holder {
 	return b.kernel.byAddr[a]
 }
 
+// holder is the first that has the address, once one is known.
+func (b *bed) holder(a netip.Addr) (h holder) {
+	b.t.Helper()
+	eventually(b.t, "a holder of "+a.String()+" is known", func() bool {
+		holders := b.holders(a)
+		if len(holders) > 0 {
+			h = holders[0]
+		}
+		return len(holders) > 0
+	})
+	return h
+}
+
 // A pod with CAP_NET_ADMIN may send netlink messages to the sockets that we ask by: they are tied
 // to the kernel.
 func TestForgedAnswers(t *testing.T) {
@@ -418,7 +431,7 @@ func TestForgedAnswers(t *testing.T) {
 	}
 	// A namespace may be handed over anew meanwhile, and its descriptors then be somebody else's: what
 	// was seen counts if it was not.
-	holder := func() *namespace { return b.holders(netip.MustParseAddrPort(own).Addr())[0].namespace }
+	holder := func() *namespace { return b.holder(netip.MustParseAddrPort(own).Addr()).namespace }
 	for again := true; again; {
 		n := holder()
 		diag, route := forge(n.diag.fd), forge(n.route.fd)

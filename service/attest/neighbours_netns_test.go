@@ -26,7 +26,7 @@ func TestHalfDeadSocket(t *testing.T) {
 	if err := errors.Join(conn.(*net.TCPConn).SetLinger(0), conn.Close()); err != nil {
 		t.Fatal(err)
 	}
-	own := b.holders(victimNS.Addr)[0]
+	own := b.holder(victimNS.Addr)
 	eventually(t, "the victim's socket is older than the attacker's will be", func() bool {
 		f, ok, err := own.socket(end, netip.MustParseAddrPort(metadataAddr), own.device)
 		if err != nil || !ok || !f.live() {
