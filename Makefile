@@ -51,6 +51,7 @@ install: build ## the files of the packages, below DESTDIR; enables and starts n
 	install -D -m 644 systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/gke-metadata-emulator.conf
 	install -D -m 644 systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/gke-metadata-emulator.conf
 	install -D -m 644 systemd/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/gke-metadata-emulator.conf
+	install -D -m 644 systemd/catalog $(DESTDIR)/usr/lib/systemd/catalog/gke-metadata-emulator.catalog
 	install -D -m 644 systemd/preset $(DESTDIR)/usr/lib/systemd/system-preset/90-gke-metadata-emulator.preset
 	install -d -m 755 $(DESTDIR)/etc/gke-metadata-emulator
 

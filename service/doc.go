@@ -83,7 +83,7 @@
 //	service → {server, status, the six}
 //	doctor  → {status, the six}
 //	server  → the six
-//	the six = {attest, kube, token, metadata, routing, config} → workload
+//	the six = {attest, kube, token, metadata, routing, config} → {workload, messageid}
 //
 // The six never import each other: each says in an interface of one to three methods what it needs,
 // and this package hands it in. Kubernetes' libraries are known to kube alone, iptables, programs

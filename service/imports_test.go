@@ -60,32 +60,34 @@ var six = []string{"service/attest", "service/config", "service/kube", "service/
 //	service → {server, status, the six}
 //	doctor → {status, the six}
 //	server, status → the six
-//	the six → workload
+//	the six → workload, messageid
 var layers = map[string][]string{
 	// Flags become a config.Config and a routing.Plan here, so cmd knows these two of the six.
 	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing", "service/status"},
 	"packaging":                 nil,
 	"packaging/gen":             nil, // not shipped
 	// The life of the service puts everything together; doctor is another process, and no part of it.
-	"service": append([]string{"service/server", "service/status"}, six...),
+	"service": append([]string{"service/messageid", "service/server", "service/status"}, six...),
 	// doctor judges a node whose service may be dead, so it asks the service over its socket like
 	// anybody else.
 	"service/doctor": append([]string{"service/status"}, six...),
 	// server answers requests by what it is handed, and knows nothing of reloads, units and the
 	// status.
-	"service/server": {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
-		"service/token", "service/workload"},
+	"service/server": {"service/attest", "service/config", "service/kube", "service/messageid", "service/metadata",
+		"service/routing", "service/token", "service/workload"},
 	// status shows what the six say of themselves.
 	"service/status":   {"service/attest", "service/kube", "service/routing", "service/token"},
-	"service/attest":   {"service/workload"},
+	"service/attest":   {"service/messageid", "service/workload"},
 	"service/config":   {"service/workload"},
-	"service/kube":     {"service/workload"},
+	"service/kube":     {"service/messageid", "service/workload"},
 	"service/metadata": {"service/workload"},
-	"service/routing":  {"service/routing/netobj", "service/workload"},
+	"service/routing":  {"service/messageid", "service/routing/netobj", "service/workload"},
 	// objects of the kernel that routing puts up; whose they are routing says.
 	"service/routing/netobj": nil,
 	"service/token":          {"service/workload"},
 	"service/workload":       nil,
+	// kinds of log lines, which all that logs share.
+	"service/messageid": nil,
 }
 
 // Only package server writes answers: no other names a ResponseWriter, so nothing reaches a pod but

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 )
 
 // configureLog sets level and format. The format auto is the journal's own protocol where stderr is
@@ -34,6 +35,19 @@ func configureLog(log *logrus.Logger, c config.Log, stderr io.Writer) {
 	default:
 		log.SetFormatter(&logrus.JSONFormatter{TimestampFormat: time.RFC3339Nano})
 	}
+}
+
+// CommandLog is the log of a command that ends, such as `routing install`. It is the journal's where
+// a unit runs it, else what the configuration says, and text for a person.
+func CommandLog(c config.Log, stderr io.Writer) *logrus.Logger {
+	log := logrus.New()
+	if c.Format == "auto" || c.Format == "" {
+		if c.Format = format(c.Format, stderr); c.Format == "json" {
+			c.Format = "text"
+		}
+	}
+	configureLog(log, c, stderr)
+	return log
 }
 
 func format(configured string, stderr io.Writer) string {
@@ -62,18 +76,27 @@ type journalHook struct{}
 
 func (journalHook) Levels() []logrus.Level { return logrus.AllLevels }
 
+const identifier = "gke-metadata-emulator"
+
 func (journalHook) Fire(e *logrus.Entry) error {
-	fields := make(map[string]string, len(e.Data))
-	var told strings.Builder // the fields once more, for those who read only the message
+	text, fields := journalEntry(e)
+	return journal.Send(text, priorities[e.Level], fields)
+}
+
+// journalEntry returns the message with the fields, and the fields.
+func journalEntry(e *logrus.Entry) (text string, fields map[string]string) {
+	fields = make(map[string]string, len(e.Data)+1)
+	fields["SYSLOG_IDENTIFIER"] = identifier // for journalctl -t, as systemd sets it for what a unit prints
+	var told strings.Builder                 // the fields once more, for those who read only the message
 	told.WriteString(e.Message)
 	for _, k := range slices.Sorted(maps.Keys(e.Data)) {
 		v := fmt.Sprint(e.Data[k])
-		if fields[journalName(k)] = v; k == "MESSAGE_ID" {
+		if fields[journalName(k)] = v; k == messageid.Field {
 			continue // for those who search, not for those who read
 		}
 		fmt.Fprintf(&told, " %s=%q", k, v)
 	}
-	return journal.Send(told.String(), priorities[e.Level], fields)
+	return told.String(), fields
 }
 
 var priorities = map[logrus.Level]journal.Priority{

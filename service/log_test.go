@@ -2,13 +2,16 @@ package service
 
 import (
 	"bytes"
+	"maps"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 )
 
 func TestLogFormat(t *testing.T) {
@@ -38,6 +41,60 @@ func TestLogFormat(t *testing.T) {
 	} else if got := format("auto", terminal); got != "json" {
 		t.Errorf("/dev/null: %s", got)
 	}
+}
+
+// What a command such as `routing install` says is text for a person, unless the configuration asks
+// for another format.
+func TestCommandLog(t *testing.T) {
+	for format, want := range map[string]string{"auto": "level=info msg=hello", "text": "level=info msg=hello", "json": `"msg":"hello"`} {
+		var out bytes.Buffer
+		CommandLog(config.Log{Level: "info", Format: format}, &out).Info("hello")
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%s: %s", format, &out)
+		}
+	}
+}
+
+// Each kind of line is in the catalogue and in the documents, and nothing else is.
+func TestCatalogue(t *testing.T) {
+	kinds := regexp.MustCompile(`Kind += "([0-9a-f]{32})"`).FindAllStringSubmatch(read(t, "messageid/messageid.go"), -1)
+	catalogue, audit := read(t, "../systemd/catalog"), read(t, "../docs/audit.md")
+	for _, k := range kinds {
+		if !strings.Contains(catalogue, "\n-- "+k[1]+"\nSubject: ") {
+			t.Errorf("%s is not in the catalogue", k[1])
+		}
+		if !strings.Contains(audit, "| `"+k[1]+"` |") {
+			t.Errorf("%s is not in docs/audit.md", k[1])
+		}
+	}
+	if entries := strings.Count(catalogue, "\n-- "); len(kinds) == 0 || entries != len(kinds) {
+		t.Errorf("%d kinds, %d entries in the catalogue", len(kinds), entries)
+	}
+	for _, document := range regexp.MustCompile(`Documentation: file:///usr/share/doc/gke-metadata-emulator/(\S+)`).
+		FindAllStringSubmatch(catalogue, -1) {
+		read(t, "../"+document[1])
+	}
+}
+
+// What is a field of the journal, and by which name journalctl -t finds the line.
+func TestJournalFields(t *testing.T) {
+	entry := messageid.TokenIssued.In(logrus.New()).WithField("service_account", "prod/uploader")
+	entry.Message = "token issued"
+	text, fields := journalEntry(entry)
+	want := map[string]string{"SYSLOG_IDENTIFIER": "gke-metadata-emulator", "MESSAGE_ID": string(messageid.TokenIssued),
+		"SERVICE_ACCOUNT": "prod/uploader"}
+	if !maps.Equal(fields, want) || text != `token issued service_account="prod/uploader"` {
+		t.Errorf("%s, %v", text, fields)
+	}
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 func TestJournalName(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 )
 
 // notify tells systemd something; where there is no systemd, nobody listens.
@@ -30,14 +32,14 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 			break
 		}
 		if !logged && ctx.Err() == nil {
-			s.log.WithError(err).Error("our own listener does not answer yet: is its address there (`gke-metadata-emulator " +
-				"routing check`)?")
+			messageid.ListenerSilent.In(s.log).WithError(err).Error("our own listener does not answer yet: is its " +
+				"address there (`gke-metadata-emulator routing check`)?")
 		}
 		if !sleep(ctx, 100*time.Millisecond) {
 			return nil
 		}
 	}
-	s.log.WithFields(logrus.Fields{"listen": s.listener.Addr().String(),
+	messageid.Ready.In(s.log).WithFields(logrus.Fields{"listen": s.listener.Addr().String(),
 		"after": time.Since(s.started).Round(time.Millisecond).String()}).Info("ready")
 	close(s.ready)
 	notify(s.log, daemon.SdNotifyReady+"\nSTATUS="+s.summary())
@@ -48,7 +50,7 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 	for told := s.summary(); sleep(ctx, tick); {
 		if err := s.server.Alive(ctx); err != nil {
 			if ctx.Err() == nil {
-				s.log.WithError(err).Error("our own listener does not answer")
+				messageid.ListenerSilent.In(s.log).WithError(err).Error("our own listener does not answer")
 			}
 			continue
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/server"
 )
@@ -263,8 +264,8 @@ func (s *Service) lookAtFile() {
 	case err == nil:
 		s.log.Info("the configuration on disk loads again")
 	default:
-		s.log.WithError(err).Error("the configuration on disk does not load: the one before stays in force, and a " +
-			"restart would refuse pods: correct " + s.options.File)
+		messageid.ConfigRefused.In(s.log).WithError(err).Error("the configuration on disk does not load: the one " +
+			"before stays in force, and a restart would refuse pods: correct " + s.options.File)
 	}
 }
 
@@ -283,7 +284,8 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 	switch {
 	case err != nil && old.Broken == nil:
 		s.metrics.reloads.WithLabelValues("error").Inc()
-		s.log.WithError(err).Error("the configuration could not be read anew: the one before stays in force")
+		messageid.ConfigRefused.In(s.log).WithError(err).Error("the configuration could not be read anew: the one " +
+			"before stays in force")
 		notify(s.log, "STATUS=the last reload failed, the configuration before stays in force: "+firstLine(err))
 		return
 	case err != nil:
@@ -310,7 +312,8 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 // describe logs what the configuration came to.
 func (s *Service) describe(now *activeConfig) {
 	if now.Broken != nil {
-		s.log.Error(now.Broken.Error() + "; pods are answered 503 with the reason until " + s.options.File + " is mended")
+		messageid.ConfigRefused.In(s.log).Error(now.Broken.Error() + "; pods are answered 503 with the reason until " +
+			s.options.File + " is mended")
 		return
 	}
 	for _, w := range now.config.Warnings {

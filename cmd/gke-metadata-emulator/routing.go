@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
@@ -261,14 +260,8 @@ func plan(cmd *cobra.Command, load func() (config.Config, error), consequence st
 		say(cmd, "%s: %s", consequence, explain(err))
 		c.Log = config.Default().Log
 	}
-	log := logrus.New()
-	log.SetOutput(cmd.ErrOrStderr())
-	log.SetFormatter(&logrus.TextFormatter{DisableTimestamp: true})
-	if level, err := logrus.ParseLevel(c.Log.Level); err == nil {
-		log.SetLevel(level)
-	}
 	p := planOf(c, err != nil)
-	p.Log = log
+	p.Log = service.CommandLog(c.Log, cmd.ErrOrStderr())
 	return p
 }
 

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 )
 
 const (
@@ -297,7 +299,8 @@ func (k *Kernel) helperLoop(ctx context.Context) error {
 		k.helperIs(false, err.Error())
 		if err.Error() != said {
 			said = err.Error()
-			k.options.Log.WithError(err).Warn("attest: the helper is away: known pods are served, new ones wait for it")
+			messageid.HelperAway.In(k.options.Log).WithError(err).Warn("attest: the helper is away: known pods are " +
+				"served, new ones wait for it")
 		}
 		select {
 		case <-ctx.Done():

@@ -3,6 +3,8 @@ package kube
 import (
 	"errors"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 )
 
 // awayAgain is the shortest time between two log lines about an unavailable API server. A server
@@ -32,7 +34,7 @@ func (c *Cluster) lost(err error) error {
 	c.away, c.lastError, c.lastErrorAt = true, err.Error(), now
 	c.mu.Unlock()
 	if say {
-		c.log.WithError(err).Warn("the Kubernetes API is unavailable")
+		messageid.APIAway.In(c.log).WithError(err).Warn("the Kubernetes API is unavailable")
 	}
 	return e
 }
@@ -118,7 +120,7 @@ func (c *Cluster) missing(f *ForbiddenError) {
 	}
 	c.mu.Unlock()
 	if say {
-		c.log.Error(f.Error())
+		messageid.GrantMissing.In(c.log).Error(f.Error())
 	}
 }
 

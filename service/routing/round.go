@@ -13,11 +13,9 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
-)
 
-// RepairedMessage is the MESSAGE_ID of a repair's line in the journal: journalctl
-// MESSAGE_ID=34dc6653a365475ca9a4127419a4246b.
-const RepairedMessage = "34dc6653a365475ca9a4127419a4246b"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
+)
 
 var (
 	// errOutdated is returned by the repair of what is not desired any more.
@@ -95,7 +93,7 @@ func (w *watcher) round(ctx context.Context) {
 func (w *watcher) report(r *repair, by string, start time.Time) {
 	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
-	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(r.faults), ","),
+	fields := logrus.Fields{messageid.Field: string(messageid.RulesRepaired), "layer": strings.Join(layers(r.faults), ","),
 		"cause": strings.Join(slices.Compact(found), ","), "missing": strings.Join(texts(r.faults), "; "),
 		"took": time.Since(start).Round(100 * time.Microsecond).String()}
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
@@ -261,7 +259,7 @@ func (w *watcher) fail(err error) {
 	w.node = nil
 	if text := err.Error(); text != w.failed {
 		w.failed = text
-		w.Log.WithError(err).Error("routing: the rules may not stand")
+		messageid.RulesNotInstalled.In(w.Log).WithError(err).Error("routing: the rules may not stand")
 	}
 	first, _, _ := strings.Cut(err.Error(), "\n")
 	w.announce("the rules may not stand: " + first)

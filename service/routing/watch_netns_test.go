@@ -16,6 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -120,7 +121,7 @@ func (r *running) lines() string {
 // repaired are the lines about repairs.
 func (r *running) repaired() (found []*logrus.Entry) {
 	for _, e := range r.log.AllEntries() {
-		if e.Data["MESSAGE_ID"] == RepairedMessage {
+		if e.Data[messageid.Field] == string(messageid.RulesRepaired) {
 			found = append(found, e)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
@@ -107,7 +108,7 @@ func (a *audit) line(i issuance, expires time.Time) *logrus.Entry {
 	} else {
 		f["scopes"] = sanitized(i.request.Scopes)
 	}
-	return a.log.WithFields(f)
+	return messageid.TokenIssued.In(a.log).WithFields(f)
 }
 
 func (a asker) fields() logrus.Fields {

@@ -22,6 +22,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
@@ -450,12 +451,13 @@ func (s *Server) record(req *request, status int, a metadata.Answer, err error) 
 		}
 	case err == nil && req.passed != nil:
 		if suppressed, ok := s.passed.allow(rateLimitKey(req)); ok {
-			s.log.WithFields(s.fields(req, status)).WithField("suppressed",
+			messageid.PassedOn.In(s.log).WithFields(s.fields(req, status)).WithField("suppressed",
 				suppressed).Info("passed to the cloud's metadata server")
 		}
 	case err != nil && status != statusGone && !errors.Is(err, metadata.ErrNotFound):
 		if suppressed, ok := s.refused.allow(rateLimitKey(req)); ok {
-			s.log.WithFields(s.fields(req, status)).WithField("suppressed", suppressed).Warn("refused: " + err.Error())
+			messageid.Refused.In(s.log).WithFields(s.fields(req, status)).WithField("suppressed",
+				suppressed).Warn("refused: " + err.Error())
 		}
 	case debugging(s.log):
 		s.log.WithFields(s.fields(req, status)).Debug("served")
