@@ -101,7 +101,7 @@ func needsOf(c config.Config) (needs, error) {
 // brokenConfig is in force while there is no configuration, for that reason.
 func brokenConfig(reason error) *activeConfig {
 	a := &activeConfig{config: config.Default(), superseded: make(chan struct{})}
-	a.Active = server.Unconfigured(reason, a.config.Limits.ConnectionsPerPod)
+	a.Active = server.Unconfigured(reason, a.config.Limits)
 	a.Superseded = a.superseded
 	return a
 }
@@ -144,8 +144,8 @@ func (s *Service) newActive(c config.Config, old *activeConfig) (*activeConfig, 
 		return nil, err
 	}
 	a.Active = server.Active{Tree: tree, HostCheck: c.HostCheck, Passthrough: c.Passthrough,
-		ConnectionsPerPod: c.Limits.ConnectionsPerPod, Attestor: a.attestor, Changes: a.cluster.Changes,
-		Superseded: a.superseded}
+		ConnectionsPerPod: c.Limits.ConnectionsPerPod, RequestsPerPod: c.Limits.RequestsPerPod, Attestor: a.attestor,
+		Changes: a.cluster.Changes, Superseded: a.superseded}
 	return a, nil
 }
 

@@ -220,7 +220,7 @@ func benchPair(b *testing.B) (ours, theirs *process) {
 	w.addPod("bench", "127.0.0.1", map[string]string{"iam.gke.io/gcp-service-account": gsa})
 	w.google.Allow("system:serviceaccount:default:bench", gsa)
 	ourAddr, bareAddr := freeAddr(b), freeAddr(b)
-	w.configure(b)
+	w.configure(b, "limits: {requestsPerPod: 1000000}") // one pod's, which would be what is measured
 	w.replace(b, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+ourAddr+"\n")
 	ours = spawn(b, ourAddr, benchServer+"="+filepath.Join(w.dir, "config.yaml"))
 	var got answer

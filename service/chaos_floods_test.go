@@ -97,10 +97,31 @@ func (b *chaosBed) requestsWithoutEnd(t *testing.T) func() {
 	return b.flooding(t, "", chaosPod, 250, accts+"default/token")
 }
 
+// unlimited puts a load on a service that does not limit the rate of requests: what the limit is
+// for.
+func unlimited(load func(*chaosBed, *testing.T) func()) func(*chaosBed, *testing.T) func() {
+	return func(b *chaosBed, t *testing.T) func() {
+		again := func() { b.kill(b.server); b.serve(t) }
+		b.replace(t, "config.yaml", "hostCheck: true", "limits: {requestsPerPod: 1000000}")
+		again()
+		end := load(b, t)
+		return func() {
+			end()
+			b.replace(t, "config.yaml", "limits: {requestsPerPod: 1000000}", "hostCheck: true")
+			again()
+		}
+	}
+}
+
 // waits has a pod wait for changes on as many connections as it may have, while Kubernetes changes
 // something every 10 ms.
 func (b *chaosBed) waits(t *testing.T) func() {
-	end := b.flooding(t, "", chaosPod, 250, accts+"default/email?wait_for_change=true&timeout_sec=1")
+	now, err := b.asker.ask("fresh", accts+"default/email") // which all unlinked pods have
+	if err != nil || now.Header.Get("ETag") == "" {
+		t.Fatalf("%+v, %v", now, err)
+	}
+	end := b.flooding(t, "", chaosPod, 250,
+		accts+"default/email?wait_for_change=true&timeout_sec=1&last_etag="+now.Header.Get("ETag"))
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() {

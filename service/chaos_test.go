@@ -67,7 +67,9 @@ var loads = []struct {
 	{"many namespaces", (*chaosBed).manyNamespaces, false},
 	{"many cgroups", (*chaosBed).manyCgroups, false},
 	{"ambiguous sockets", (*chaosBed).ambiguousSockets, false},
+	{"requests without end, no limit", unlimited((*chaosBed).requestsWithoutEnd), true},
 	{"requests without end", (*chaosBed).requestsWithoutEnd, true},
+	{"waits for changes, no limit", unlimited((*chaosBed).waits), true},
 	{"waits for changes", (*chaosBed).waits, true},
 	{"audiences without end", (*chaosBed).audiences, true},
 	{"scrapes without end", (*chaosBed).metricsFlood, true},
@@ -80,7 +82,7 @@ var loads = []struct {
 func TestChaos(t *testing.T) {
 	netnstest.Needs(t, "ss")
 	long := os.Getenv(chaosLong) != ""
-	k := newKernelBed(t, "log: {level: warning}")
+	k := newKernelBed(t, "log: {level: warning}", "hostCheck: true")
 	b := &chaosBed{kernelBed: k, scale: 10}
 	measure, memoryHigh := 20, chaosMemoryHigh(t)
 	if long {

@@ -155,13 +155,11 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 		return nil // gone already
 	}
 	c.id = now.Ino
-	// A pod's own cgroup is root's: who was given a cgroup to make others in it can name them like a
-	// pod's, but not give them to root.
-	if c.pod == c && c.fault == nil && now.Uid != 0 {
-		c.fault = fmt.Errorf("%w: the cgroup %s belongs to user %d", ErrOwner, c.path, now.Uid)
+	events := uint32(unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_ONLYDIR)
+	if c.pod == c {
+		events |= unix.IN_ATTRIB // its owner may change
 	}
-	watch, err := unix.InotifyAddWatch(g.fd, g.root+c.path,
-		unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ONLYDIR)
+	watch, err := unix.InotifyAddWatch(g.fd, g.root+c.path, events)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -170,6 +168,9 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 		return nil
 	}
 	c.watch = int32(watch)
+	if c.pod == c && c.fault == nil { // after the watch, so that no change falls between the two
+		c.fault = g.owned(c)
+	}
 	g.byWatch[c.watch], g.byID[c.id] = c, c
 	if parent != nil {
 		parent.kids[name] = c
@@ -187,6 +188,29 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 		g.reconcile(c, name)
 	}
 	return c
+}
+
+// owned returns why a pod's own cgroup is not kubelet's. Kubelet's are root's: who was given a
+// cgroup to make others in it can name them like a pod's, but not give them to root.
+func (g *cgroups) owned(c *cgroup) error {
+	var now unix.Stat_t
+	if err := unix.Stat(g.root+c.path, &now); err != nil {
+		return fmt.Errorf("%w: the cgroup %s: %w", ErrUnknownCgroup, c.path, err) // gone: its parent tells
+	}
+	if now.Uid != 0 {
+		return fmt.Errorf("%w: the cgroup %s belongs to user %d", ErrOwner, c.path, now.Uid)
+	}
+	return nil
+}
+
+// reown takes note of a pod's own cgroup that has another owner now.
+func (g *cgroups) reown(c *cgroup) {
+	if err := g.owned(c); errors.Is(err, ErrUnknownCgroup) || (err == nil) == (c.fault == nil) {
+		return
+	}
+	parent, name := c.parent, c.path[strings.LastIndexByte(c.path, '/')+1:]
+	g.drop(c)
+	g.add(parent, name)
 }
 
 // identify says whose the cgroup is, by its path.
@@ -333,8 +357,8 @@ func populated(file string) (bool, error) {
 	return err == nil && strings.Contains(string(b[:max(n, 0)]), "populated 1"), nil
 }
 
-// lookup returns what the cgroup with this id says. The first time it costs three system calls,
-// later none.
+// lookup returns what the cgroup with this id says. The first time it costs four system calls,
+// later none. The pod's owner is read then, for the kernel's event of a change may not be taken yet.
 func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -348,6 +372,11 @@ func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 		return nil, c.fault
 	case c.evidence != nil:
 		return c.evidence, nil
+	}
+	if c.pod != nil {
+		if err := g.owned(c.pod); err != nil {
+			return nil, err
+		}
 	}
 	if alive, err := g.watchProcesses(c); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnknownCgroup, err)

@@ -141,6 +141,53 @@ func TestWalk(t *testing.T) {
 	}
 }
 
+// A pod's cgroup that is given to a user is nobody's evidence from then on, also where the kernel's
+// event of that is not taken yet, nor is one that was made meanwhile below it.
+func TestOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		netnstest.Lacks(t, netnstest.ErrNeedsRoot)
+	}
+	own := func(t *testing.T, root string, uid int) {
+		if err := os.Chown(filepath.Dir(root+containerPath(1, 1)), uid, uid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("events wait", func(t *testing.T) {
+		root := t.TempDir()
+		g, err := newCgroups(root, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer g.close()
+		id := mkdir(t, root+containerPath(1, 1))
+		g.walk()
+		own(t, root, 1000)
+		if e, err := g.lookup(id); !errors.Is(err, ErrOwner) {
+			t.Errorf("%+v, %v", e, err)
+		}
+	})
+	t.Run("events are taken", func(t *testing.T) {
+		g, root := followed(t)
+		id := mkdir(t, root+containerPath(1, 1))
+		g.walk()
+		e, err := g.lookup(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		own(t, root, 1000)
+		eventually(t, "what was evidence is dead", func() bool { return !e.Alive() })
+		eventually(t, "it is refused", func() bool { _, err := g.lookup(id); return errors.Is(err, ErrOwner) })
+		if paths := g.podPaths(); len(paths) != 0 {
+			t.Errorf("the pods are %v", paths)
+		}
+		own(t, root, 0)
+		eventually(t, "it is root's again", func() bool {
+			e, err := g.lookup(id)
+			return err == nil && e.Alive() && e.PodUID == podUID(1) && len(g.podPaths()) == 1
+		})
+	})
+}
+
 // A workload or a user that makes cgroups without end is not followed without end, and says nothing
 // of others: not of pods, nor of units.
 func TestTooManyCgroups(t *testing.T) {

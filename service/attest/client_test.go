@@ -54,7 +54,8 @@ func (p *player) play(args []string) (string, error) {
 		return p.spoof(args[1], args[2], args[3], true)
 	case "try": // own end, address: sends a SYN and does not wait
 		return p.spoof(args[1], args[2], args[3], false)
-	case "forge": // port id of a netlink socket, cgroup id, both ends: sends it an answer of our own to many questions to come
+	// protocol and port id of a netlink socket, cgroup id, both ends: sends it an answer of our own to many questions to come
+	case "forge":
 		return p.forge(args[1:])
 	case "bound": // device address: a socket that is bound to an interface
 		return p.socket(unix.AF_INET, unix.IPPROTO_TCP, args[2], args[1])
@@ -276,15 +277,16 @@ func (p *player) spoof(own, address, device string, wait bool) (string, error) {
 }
 
 func (p *player) forge(args []string) (string, error) {
-	if len(args) != 4 {
-		return "", errors.New("want port id, cgroup id and both ends")
+	if len(args) != 5 {
+		return "", errors.New("want protocol, port id, cgroup id and both ends")
 	}
-	portID, err1 := strconv.ParseUint(args[0], 10, 32)
-	cgroup, err2 := strconv.ParseUint(args[1], 10, 64)
-	local, err3 := netip.ParseAddrPort(args[2])
-	remote, err4 := netip.ParseAddrPort(args[3])
-	fd, err := openNetlink(unix.NETLINK_SOCK_DIAG)
-	if err = errors.Join(err, err1, err2, err3, err4); err != nil {
+	protocol, err0 := strconv.Atoi(args[0])
+	portID, err1 := strconv.ParseUint(args[1], 10, 32)
+	cgroup, err2 := strconv.ParseUint(args[2], 10, 64)
+	local, err3 := netip.ParseAddrPort(args[3])
+	remote, err4 := netip.ParseAddrPort(args[4])
+	fd, err := openNetlink(protocol)
+	if err = errors.Join(err, err0, err1, err2, err3, err4); err != nil {
 		return "", err
 	}
 	defer unix.Close(fd)

@@ -98,6 +98,8 @@ func (g *cgroups) take(b []byte) {
 		case e.watch == c.processWatch:
 			g.readProcess(c)
 			g.tell(c)
+		case e.mask&unix.IN_ATTRIB != 0 && e.name() == "":
+			g.reown(c)
 		case e.name() != "" && e.mask&unix.IN_ISDIR != 0:
 			g.reconcile(c, e.name())
 		}

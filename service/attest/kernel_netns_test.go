@@ -404,30 +404,37 @@ func TestForgedAnswers(t *testing.T) {
 	own := attacker.do(dial)
 	conn := b.accept(own)
 
-	var untied int
-	if err := ns.Do(func() (err error) {
-		untied, err = openNetlink(unix.NETLINK_SOCK_DIAG)
-		if err == nil {
-			err = unix.Bind(untied, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(untied)
+	// Port ids are of one protocol each: at the other one the same number may be another socket's.
 	forge := func(socket int) string {
+		protocol, err := unix.GetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+		if err != nil {
+			t.Fatal(err)
+		}
 		sa, err := unix.Getsockname(socket)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return attacker.do("forge %d %d %s %s", sa.(*unix.SockaddrNetlink).Pid, stat.Ino, own, metadataAddr)
+		return attacker.do("forge %d %d %d %s %s", protocol, sa.(*unix.SockaddrNetlink).Pid, stat.Ino, own, metadataAddr)
 	}
-	if arrived := forge(untied); arrived == "0" {
-		t.Fatal("the attack does not work on any socket: this test says nothing")
-	}
-	s := &netlinkSocket{fd: untied, buffer: make([]byte, 512)}
-	if m, err := s.receive(); m != nil || err != nil {
-		t.Errorf("a message that is not the kernel's was received: %v, %v", m, err)
+	for _, protocol := range []int{unix.NETLINK_SOCK_DIAG, unix.NETLINK_ROUTE} {
+		var untied int
+		if err := ns.Do(func() (err error) {
+			untied, err = openNetlink(protocol)
+			if err == nil {
+				err = unix.Bind(untied, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(untied)
+		if arrived := forge(untied); arrived == "0" {
+			t.Fatal("the attack does not work on any socket: this test says nothing")
+		}
+		s := &netlinkSocket{fd: untied, buffer: make([]byte, 512)}
+		if m, err := s.receive(); m != nil || err != nil {
+			t.Errorf("a message that is not the kernel's was received: %v, %v", m, err)
+		}
 	}
 	// A namespace may be handed over anew meanwhile, and its descriptors then be somebody else's: what
 	// was seen counts if it was not.

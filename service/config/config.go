@@ -100,8 +100,8 @@ type Instance struct {
 // Cluster holds the values below instance/attributes/: all or none (E-16, cluster attributes).
 type Cluster struct{ Name, Location, UID string }
 
-// Limits bound what one pod can use.
-type Limits struct{ ConnectionsPerPod, MintsPerPod, KeysPerPod int }
+// Limits bound what one pod can use. RequestsPerPod is for each second.
+type Limits struct{ ConnectionsPerPod, RequestsPerPod, MintsPerPod, KeysPerPod int }
 
 // Log says how much is logged and in which form.
 type Log struct {

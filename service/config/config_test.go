@@ -77,7 +77,7 @@ func TestMinimal(t *testing.T) {
 			IAMCredentialsURL: "https://iamcredentials.googleapis.com", TokenLifetime: time.Hour},
 		EmailForUnlinked: "my-pool", // E-24
 		Prefetch:         "linked",
-		Limits:           Limits{ConnectionsPerPod: 256, MintsPerPod: 16, KeysPerPod: 64},
+		Limits:           Limits{ConnectionsPerPod: 256, RequestsPerPod: 1000, MintsPerPod: 16, KeysPerPod: 64},
 		HostCheck:        true,
 		Log:              Log{Level: "info", Format: "auto"},
 	}

@@ -43,6 +43,7 @@ var examples = map[string]string{
 	"impersonateUnlinked":       "true",
 	"prefetch":                  "all",
 	"limits.connectionsPerPod":  "512",
+	"limits.requestsPerPod":     "200",
 	"limits.mintsPerPod":        "32",
 	"limits.keysPerPod":         "128",
 	"hostCheck":                 "false",

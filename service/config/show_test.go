@@ -30,7 +30,7 @@ extraMetadata: {instance/a: "two\nlines: \"x\"", instance/b: "null", instance/c:
 emailForUnlinked: pool.example.com
 impersonateUnlinked: true
 prefetch: all
-limits: {connectionsPerPod: 1, mintsPerPod: 2, keysPerPod: 3}
+limits: {connectionsPerPod: 1, requestsPerPod: 4, mintsPerPod: 2, keysPerPod: 3}
 hostCheck: false
 log: {level: debug, format: json}
 `

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
@@ -28,6 +30,7 @@ type admission struct {
 	// where every connection waits for an answer, close the one that waits longest
 	evictAnswering bool
 	vouched        func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
+	requests       func() int              // limits.requestsPerPod; nil: there is no limit
 
 	idle      atomic.Int64 // connections between two requests
 	answering atomic.Int64 // connections whose request is being answered
@@ -35,9 +38,17 @@ type admission struct {
 	refused   atomic.Int64 // connections that found no room
 
 	mu      sync.Mutex
-	all     map[*connection]bool           // and whether somebody vouches for the client
-	unknown int                            // how many are of clients for which nobody does
-	parties map[attest.Party]*atomic.Int64 // how many each has open
+	all     map[*connection]bool    // and whether somebody vouches for the client
+	unknown int                     // how many are of clients for which nobody does
+	parties map[attest.Party]*usage // what each uses
+}
+
+// usage is what one party uses. It outlives the party's last connection until its requests count no
+// more, so that a client which connects anew has no new burst.
+type usage struct {
+	open     atomic.Int64  // connections
+	requests *rate.Limiter // nil: there is no limit
+	dropping bool          // a timer looks whether it can be dropped; admission.mu holds it
 }
 
 // held is what admission knows of a connection.
@@ -51,7 +62,7 @@ type held struct {
 
 func newAdmission(most, unknown int) admission {
 	return admission{most: most, mostUnknown: unknown, all: map[*connection]bool{},
-		parties: map[attest.Party]*atomic.Int64{}}
+		parties: map[attest.Party]*usage{}}
 }
 
 // enter counts a connection of which nobody knows yet whose it is. It returns false if there is no
@@ -88,15 +99,19 @@ func (a *admission) settle(c *connection) int64 {
 		a.unknown++
 	}
 	if a.parties[c.party] == nil {
-		a.parties[c.party] = new(atomic.Int64)
+		u := new(usage)
+		if a.requests != nil {
+			u.requests = rate.NewLimiter(rate.Limit(a.requests()), a.requests())
+		}
+		a.parties[c.party] = u
 	}
-	c.open = a.parties[c.party]
-	return c.open.Add(1)
+	c.usage = a.parties[c.party]
+	return c.usage.open.Add(1)
 }
 
 // know notes that the client was attested: its connection is not an unknown one any more.
 func (a *admission) know(c *connection) {
-	if c.known.Load() || c.open == nil {
+	if c.known.Load() || c.usage == nil {
 		return
 	}
 	a.mu.Lock()
@@ -125,8 +140,26 @@ func (a *admission) forget(c *connection) {
 	if !known {
 		a.unknown--
 	}
-	if c.open != nil && c.open.Add(-1) == 0 {
-		delete(a.parties, c.party)
+	if c.usage != nil && c.usage.open.Add(-1) == 0 {
+		a.drop(c.party, c.usage)
+	}
+}
+
+// drop forgets a party that has no connection, once its bucket is full again: that takes a second.
+// It is called with a.mu held.
+func (a *admission) drop(p attest.Party, u *usage) {
+	switch {
+	case u.dropping || u.open.Load() > 0:
+	case u.requests == nil || u.requests.Tokens() >= float64(u.requests.Burst()):
+		delete(a.parties, p)
+	default:
+		u.dropping = true
+		time.AfterFunc(time.Second, func() {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			u.dropping = false
+			a.drop(p, u)
+		})
 	}
 }
 
@@ -161,8 +194,8 @@ type victim struct {
 func (a *admission) waiting(unknownOnly, asked bool) []victim {
 	var all []victim
 	for c, known := range a.all {
-		if c.open != nil && c.asked.Load() == asked && !(unknownOnly && known) { // the others are being looked up
-			all = append(all, victim{c, known, c.open.Load(), c.since.Load()})
+		if c.usage != nil && c.asked.Load() == asked && !(unknownOnly && known) { // the others are being looked up
+			all = append(all, victim{c, known, c.usage.open.Load(), c.since.Load()})
 		}
 	}
 	slices.SortFunc(all, func(a, b victim) int {

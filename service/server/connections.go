@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
@@ -27,9 +26,9 @@ type connections struct {
 // connection is what we know of one.
 type connection struct {
 	peer  *attest.Peer
-	look  func() error  // finds out who is on the other end, once
-	party attest.Party  // whom it counts for
-	open  *atomic.Int64 // how many that one has; nil for our own, until that one is known, and where there is no room
+	look  func() error // finds out who is on the other end, once
+	party attest.Party // whom it counts for
+	usage *usage       // what that one uses; nil for our own, until that one is known, and where there is no room
 	ours  bool
 	held
 	half
@@ -93,10 +92,10 @@ func (x *connections) state(c net.Conn, state http.ConnState) {
 	known := s.connection
 	known.theirs = false // it is written
 	asked := state == http.StateActive
-	if known.asked.Swap(asked) != asked && known.open != nil {
+	if known.asked.Swap(asked) != asked && known.usage != nil {
 		x.answering.Add(map[bool]int64{true: 1, false: -1}[asked])
 	}
-	if idle := state == http.StateIdle; known.open != nil && known.idle.Swap(idle) != idle {
+	if idle := state == http.StateIdle; known.usage != nil && known.idle.Swap(idle) != idle {
 		if known.since.Store(time.Now().UnixNano()); idle {
 			x.idle.Add(1)
 		} else {
@@ -111,12 +110,12 @@ func (x *connections) state(c net.Conn, state http.ConnState) {
 // check refuses a connection of somebody who has more than a pod may have.
 func (x *connections) check(known *connection) error {
 	limit := x.limit()
-	if known.open == nil || known.open.Load() <= int64(limit) {
+	if known.usage == nil || known.usage.open.Load() <= int64(limit) {
 		return nil
 	}
 	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
 		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party,
-			known.open.Load())}
+			known.usage.open.Load())}
 }
 
 // busy returns the number of those that wait for an answer, or have not asked yet.

@@ -57,7 +57,7 @@ func newHandler(t testing.TB, log *logrus.Logger) (*Server, context.Context) {
 		t.Fatal(err)
 	}
 	s := New(Options{Listener: l, Log: log, Registerer: prometheus.NewRegistry()},
-		&Active{Tree: tree, ConnectionsPerPod: 9, Attestor: attest.New(attest.Options{Pods: onePod{}})})
+		&Active{Tree: tree, ConnectionsPerPod: 9, RequestsPerPod: 1e6, Attestor: attest.New(attest.Options{Pods: onePod{}})})
 	conn, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)

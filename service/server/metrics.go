@@ -18,6 +18,8 @@ type metrics struct {
 
 	strangers atomic.Uint64 // requests of processes that are no pods and have no identity, doctor's among them
 
+	delayed prometheus.Counter
+
 	ipv6 atomic.Uint64 // requests for anything but `/` that came by IPv6
 
 	mu     sync.RWMutex
@@ -32,12 +34,17 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 			Help: "Requests of pods by path in the metadata tree and by status; 499: the client left before the answer.",
 		}, []string{"path", "code"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:    "gke_metadata_emulator_request_duration_seconds",
-			Help:    "Time from the header of a request to its answer, with the wait of unknown pods and with long polls.",
+			Name: "gke_metadata_emulator_request_duration_seconds",
+			Help: "Time from the header of a request to its answer, with the wait of unknown pods, that for " +
+				"limits.requestsPerPod, and with long polls.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
 		}, []string{"path"}),
+		delayed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "gke_metadata_emulator_requests_delayed_total",
+			Help: "Requests of pods, and looks for a change that wait_for_change has, that waited for limits.requestsPerPod.",
+		}),
 	}
-	r.MustRegister(m.requests, m.latency,
+	r.MustRegister(m.requests, m.latency, m.delayed,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_connections",
 			Help: "Open connections of pods.",

@@ -22,6 +22,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
@@ -43,6 +44,7 @@ type Active struct {
 	HostCheck         bool             // refuse requests whose Host header names another server (H-16)
 	Passthrough       []string         // ServiceAccounts, NAMESPACE/NAME, whose host pods may ask another cloud's server
 	ConnectionsPerPod int              // that one pod, unit or address may have open
+	RequestsPerPod    int              // a second that one of these is answered
 	Attestor          *attest.Attestor // nil where Broken is not
 
 	// Changes returns a channel that is closed when answers may have changed (H-12). It is not
@@ -55,13 +57,14 @@ type Active struct {
 // Unconfigured returns the Active while there is no configuration, for that reason. `/` is
 // answered, so that clients which probe once and remember it for life (C-GO-1) find a metadata
 // server; the rest says what is missing (R-23).
-func Unconfigured(reason error, connectionsPerPod int) Active {
+func Unconfigured(reason error, l config.Limits) Active {
 	tree, err := metadata.New(unconfigured())
 	if err != nil {
 		panic(err) // a constant
 	}
-	return Active{Tree: tree, ConnectionsPerPod: connectionsPerPod, Broken: refusal{Status: http.StatusServiceUnavailable,
-		Reason: "gke-metadata-emulator is not configured: " + reason.Error()}}
+	return Active{Tree: tree, ConnectionsPerPod: l.ConnectionsPerPod, RequestsPerPod: l.RequestsPerPod,
+		Broken: refusal{Status: http.StatusServiceUnavailable,
+			Reason: "gke-metadata-emulator is not configured: " + reason.Error()}}
 }
 
 // Server answers pods. Its package is the only one that sees a ResponseWriter.
@@ -89,7 +92,7 @@ func New(o Options, first *Active) *Server {
 		audit: newAudit(o.Log), cloud: newCloud()}
 	s.active.Store(first)
 	s.connections = newConnections(s.limit, s.probe.is, s.look)
-	s.connections.vouched = s.vouched
+	s.connections.vouched, s.connections.requests = s.vouched, s.requestLimit
 	s.metrics = newMetrics(o.Registerer, &s.connections.admission)
 	s.web = &http.Server{
 		Handler:           s,
@@ -115,7 +118,8 @@ func (s *Server) Run(ctx context.Context) error { return s.audit.run(ctx) }
 // Activate puts next in force for the requests that begin, and for those that wait.
 func (s *Server) Activate(next *Active) { s.active.Store(next) }
 
-func (s *Server) limit() int { return s.active.Load().ConnectionsPerPod }
+func (s *Server) limit() int        { return s.active.Load().ConnectionsPerPod }
+func (s *Server) requestLimit() int { return s.active.Load().RequestsPerPod }
 
 // look has a new connection's other end looked at; without a configuration nobody gets anything
 // that depends on it.
@@ -233,8 +237,12 @@ const statusGone = 499
 
 // answer finds what the request gets: an Answer, or an error that refusalOf knows.
 func (s *Server) answer(req *request) (metadata.Answer, error) {
+	err := s.pace(req, nil)
 	active := s.active.Load()
 	req.place = active.Tree.Find(req.URL.Path)
+	if err != nil {
+		return metadata.Answer{}, err
+	}
 	req.open, req.hostCheck = req.place.Open, active.HostCheck
 	req.foreign = req.peer.MaybeHostPod() && foreign(req.Method, req.place.Path, req.Header)
 	if err := refusedBy(req); err != nil {
@@ -266,16 +274,16 @@ func (s *Server) answerCaller(
 	ctx context.Context, active *Active, req *request, q metadata.Query,
 ) (metadata.Answer, error) {
 	var wait metadata.Wait
-	var timeout <-chan time.Time
+	var timeout <-chan struct{}
 	if q.Values != nil {
 		var err error
 		if wait, err = metadata.ParseWait(q.Values); err != nil {
 			return metadata.Answer{}, err
 		}
 		if wait.Timeout > 0 {
-			t := time.NewTimer(wait.Timeout)
-			defer t.Stop()
-			timeout = t.C
+			end, cancel := context.WithTimeout(context.Background(), wait.Timeout)
+			defer cancel()
+			timeout = end.Done()
 		}
 	}
 	// The first look is at the configuration in which req.place was found. If another one has replaced
@@ -309,6 +317,9 @@ func (s *Server) answerCaller(
 		}
 		select {
 		case <-changed:
+			if err := s.pace(req, timeout); err != nil {
+				return metadata.Answer{}, err
+			}
 			continue
 		case <-active.Superseded:
 			continue
