@@ -92,6 +92,10 @@ var errNowhere = fmt.Errorf("%w", ErrNotConfigured)
 
 var errReferenced = errors.New("named in the kubeconfig")
 
+// ErrIncomplete: the kubeconfig or a file that it names is empty, or that file does not exist. At a
+// TLS bootstrap kubelet writes the kubeconfig first, and the certificate when it is signed.
+var ErrIncomplete = errors.New("not complete yet")
+
 // contents is a kubeconfig that names no files.
 type contents struct {
 	path   string
@@ -115,6 +119,9 @@ func load(path string) (*contents, error) {
 	if err != nil {
 		return wrong(err)
 	}
+	if len(bytes.TrimSpace(raw)) == 0 {
+		return wrong(fmt.Errorf("the file is empty: %w", ErrIncomplete))
+	}
 	sum := sha256.New()
 	sum.Write(raw)
 	k, err := clientcmd.Load(raw)
@@ -133,6 +140,9 @@ func load(path string) (*contents, error) {
 	}
 	if err := inline(k, func(name string) ([]byte, error) {
 		b, err := os.ReadFile(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", err, ErrIncomplete)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%w, %w", err, errReferenced)
 		}
@@ -175,7 +185,7 @@ func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 				return err
 			}
 			if len(bytes.TrimSpace(b)) == 0 {
-				return fmt.Errorf("%s is empty, %w", *name, errReferenced)
+				return fmt.Errorf("%s is empty: %w, %w", *name, ErrIncomplete, errReferenced)
 			}
 			*data = b
 		}
