@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -40,8 +41,10 @@ type credential struct {
 	path   string
 	server string
 	user   string // CN of the client certificate; "" when there is none
-	config *rest.Config
-	digest [sha256.Size]byte
+	// expires is when that certificate does; zero when there is none.
+	expires time.Time
+	config  *rest.Config
+	digest  [sha256.Size]byte
 }
 
 // kind names the form of the credential. It shows nothing of the credential itself.
@@ -164,7 +167,9 @@ func (k *contents) credential() (*credential, error) {
 	}
 	cred := &credential{path: k.path, server: cfg.Host, config: cfg, digest: k.digest}
 	if len(cfg.CertData) > 0 {
-		cred.user = commonName(cfg.CertData)
+		if cert := certificate(cfg.CertData); cert != nil {
+			cred.user, cred.expires = commonName(cert), cert.NotAfter
+		}
 	}
 	return cred, nil
 }
@@ -214,22 +219,26 @@ func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 	return take(&a.ClientKey, &a.ClientKeyData)
 }
 
-// commonName returns the CN of the first certificate, which is the client's.
-func commonName(chain []byte) string {
+// certificate returns the first certificate, which is the client's; nil when there is none.
+func certificate(chain []byte) *x509.Certificate {
 	for b, rest := pem.Decode(chain); b != nil; b, rest = pem.Decode(rest) {
 		if b.Type != "CERTIFICATE" {
 			continue // kubelet keeps certificate and key in one file
 		}
 		cert, err := x509.ParseCertificate(b.Bytes)
 		if err != nil {
-			return ""
+			return nil
 		}
-		// A node's name counts only together with the group of nodes.
-		if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization,
-			"system:nodes") {
-			return ""
-		}
-		return cert.Subject.CommonName
+		return cert
 	}
-	return ""
+	return nil
+}
+
+// commonName returns the CN. A node's name counts only together with the group of nodes.
+func commonName(cert *x509.Certificate) string {
+	if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization,
+		"system:nodes") {
+		return ""
+	}
+	return cert.Subject.CommonName
 }
