@@ -8,7 +8,7 @@ AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-met
 # Most tests wait for a kernel, a process or a deadline, and more of them than there are processors can.
 SIDE_BY_SIDE := -p 3 -parallel 4
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(shell git rev-parse HEAD 2>/dev/null)
 
 # A Debian with systemd for the tests that want one: chroots for packages, a machine to boot. Made once, for every clone, and
 # anew when its recipe changes.

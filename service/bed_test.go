@@ -153,6 +153,7 @@ func (b *bed) start(t testing.TB) {
 			Reload:  b.reload,
 			RunDir:  b.dir,
 			Version: "test",
+			Commit:  "c0ffee",
 			Stderr:  b.log,
 		},
 	)

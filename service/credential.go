@@ -10,6 +10,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 )
 
+// ErrIncomplete is returned by CopyCredential while kubelet has not written all files of its
+// kubeconfig.
+var ErrIncomplete = kube.ErrIncomplete
+
 // CopyCredential puts a copy of the kubeconfig that is asked for ("" = kubelet's) at path, readable
 // by the group of this process, and returns where it was found: "" when there is none, and then
 // there is no copy either. One that cannot be used leaves the copy of the one before: kubelet may

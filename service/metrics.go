@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"runtime"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -15,15 +16,18 @@ import (
 // metrics are those of the process and its configuration, and those of each backend, which outlive
 // it: no counter falls on a reload.
 type metrics struct {
-	reloads *prometheus.CounterVec
-	file    prometheus.Gauge
+	reloads    *prometheus.CounterVec
+	file       prometheus.Gauge
+	configured prometheus.Gauge
+	loaded     prometheus.Gauge
+	loadedAt   prometheus.Gauge
 
 	attest *attest.Metrics
 	kube   *kube.Metrics
 	token  *token.Metrics
 }
 
-func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
+func newMetrics(r prometheus.Registerer, o Options) metrics {
 	m := metrics{
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_config_reloads_total",
@@ -34,17 +38,52 @@ func newMetrics(r prometheus.Registerer, version, runDir string) metrics {
 			Help: "1 if the configuration on disk loads, else 0: then the one before stays in force, and a restart would " +
 				"refuse pods.",
 		}),
+		configured: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_configured",
+			Help: "1 if a configuration is in force, else 0: then pods are refused.",
+		}),
+		loaded: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_config_last_reload_successful",
+			Help: "1 if the configuration came into force when it was last read, at the start or by a reload, else 0.",
+		}),
+		loadedAt: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "gke_metadata_emulator_config_last_reload_success_timestamp_seconds",
+			Help: "When a configuration came into force last; 0: none has.",
+		}),
 		attest: attest.NewMetrics(r), kube: kube.NewMetrics(r), token: token.NewMetrics(r),
 	}
-	r.MustRegister(m.reloads, m.file,
+	for _, outcome := range []string{"ok", "error"} {
+		m.reloads.WithLabelValues(outcome)
+	}
+	r.MustRegister(m.reloads, m.file, m.configured, m.loaded, m.loadedAt,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name:        "gke_metadata_emulator_build_info",
-			Help:        "1, labelled with what was built.",
-			ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
+			Name: "gke_metadata_emulator_build_info",
+			Help: "1, labelled with what was built.",
+			ConstLabels: prometheus.Labels{"version": o.Version, "commit": cmp.Or(o.Commit, "unknown"),
+				"goversion": runtime.Version()},
 		}, func() float64 { return 1 }),
-		ruleState{runDir})
+		ruleState{o.RunDir})
 	return m
+}
+
+// read notes what came of reading the configuration.
+func (m metrics) read(err error) {
+	if err != nil {
+		m.loaded.Set(0)
+		return
+	}
+	m.loaded.Set(1)
+	m.loadedAt.SetToCurrentTime()
+}
+
+// inForce notes whether there is a configuration.
+func (m metrics) inForce(a *activeConfig) {
+	if a.Broken != nil {
+		m.configured.Set(0)
+	} else {
+		m.configured.Set(1)
+	}
 }
 
 // ruleState tells what the routing commands read back last, out of the file that they leave: a
@@ -97,9 +136,7 @@ func (r ruleState) Collect(c chan<- prometheus.Metric) {
 		c <- prometheus.MustNewConstMetric(rulesObserved, prometheus.GaugeValue, float64(pod), "pod")
 		c <- prometheus.MustNewConstMetric(rulesObserved, prometheus.GaugeValue, float64(host), "host")
 	}
-	for layer, causes := range s.Repairs {
-		for cause, times := range causes {
-			c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(times), layer, cause)
-		}
-	}
+	s.Repairs.Each(func(layer, cause string, times int) {
+		c <- prometheus.MustNewConstMetric(rulesRepairs, prometheus.CounterValue, float64(times), layer, cause)
+	})
 }

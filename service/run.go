@@ -37,6 +37,7 @@ type Options struct {
 	CredentialCopy string
 	StatusSocket   string // where `status` asks; "": status.sock in RunDir
 	Version        string
+	Commit         string    // that the program was built from; "": not known
 	Stderr         io.Writer // nil: os.Stderr
 }
 
@@ -116,7 +117,7 @@ func newService(o Options) *Service {
 		Spared:     routing.HostCgroups(),
 		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log,
 		Registerer: s.registry})
-	s.metrics = newMetrics(s.registry, o.Version, o.RunDir)
+	s.metrics = newMetrics(s.registry, o)
 	return s
 }
 
@@ -135,6 +136,8 @@ func (s *Service) load(old *activeConfig) (*activeConfig, error) {
 func (s *Service) run(ctx context.Context, first *activeConfig, all ...net.Listener) error {
 	s.listener = all[0]
 	s.inForce.Store(first)
+	s.metrics.inForce(first)
+	s.metrics.read(first.Broken)
 	s.server = server.New(server.Options{Listener: all[0], Log: s.log, Registerer: s.registry}, &first.Active)
 	s.describe(first)
 	defer func() { s.active().stop() }()
@@ -186,6 +189,7 @@ func (s *Service) active() *activeConfig { return s.inForce.Load() }
 
 // activate puts next in force.
 func (s *Service) activate(next *activeConfig) {
+	s.metrics.inForce(next)
 	s.server.Activate(&next.Active)
 	close(s.inForce.Swap(next).superseded)
 }
@@ -281,6 +285,7 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 			next.stop()
 		}
 	}
+	s.metrics.read(err)
 	switch {
 	case err != nil && old.Broken == nil:
 		s.metrics.reloads.WithLabelValues("error").Inc()

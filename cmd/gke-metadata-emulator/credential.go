@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -26,8 +27,8 @@ func credentialCopyCommand() *cobra.Command {
 		Use:   "copy",
 		Short: "Copy the kubeconfig and the files that it names, readable for this process's group",
 		Long: `Copy the kubeconfig and the contents of the files that it names, readable for this process's group.
-Without a kubeconfig or a valid configuration there is nothing to copy. This is reported on standard error and is
-not a failure.`,
+Without a complete kubeconfig or a valid configuration there is nothing to copy. This is reported on standard error
+and is not a failure.`,
 		Args: arguments,
 	}
 	load := settings(cmd)
@@ -38,6 +39,11 @@ not a failure.`,
 			return nil
 		}
 		from, err := service.CopyCredential(c.Kubeconfig, credentialCopy())
+		if errors.Is(err, service.ErrIncomplete) {
+			say(cmd, "no credential copied: %v: the next change of these files starts %s again", err,
+				"gke-metadata-emulator-credential.service")
+			return nil
+		}
 		if err != nil {
 			return err
 		}

@@ -33,7 +33,7 @@ until the configuration is corrected.`,
 		}
 		return service.Run(ctx, service.Options{
 			Load: load, File: configFile(cmd), Reload: reload, RunDir: runDir(), StatusSocket: statusSocket(),
-			CredentialCopy: credentialCopy(), Version: buildVersion(),
+			CredentialCopy: credentialCopy(), Version: buildVersion(), Commit: buildCommit(),
 		})
 	}
 	return cmd

@@ -9,8 +9,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is set in builds of a release by -ldflags "-X main.version=1.2.3".
-var version string
+// version and commit are set in builds of a release by -ldflags "-X main.version=1.2.3 -X
+// main.commit=…".
+var version, commit string
 
 // buildVersion is the release's version, or else the module's.
 func buildVersion() string {
@@ -21,6 +22,18 @@ func buildVersion() string {
 		return cmp.Or(b.Main.Version, "(devel)")
 	}
 	return "(unknown)"
+}
+
+// buildCommit is the commit that the program was built from; "" where nobody said.
+func buildCommit() string {
+	if b, ok := debug.ReadBuildInfo(); ok && commit == "" {
+		for _, s := range b.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value
+			}
+		}
+	}
+	return commit
 }
 
 func versionCommand() *cobra.Command {

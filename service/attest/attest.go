@@ -93,6 +93,10 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		Help: "Connections whose asker was found out, and refusals, by evidence (cgroup, netns, proxy, source-ip; none) " +
 			"and asker (pod, host; nobody).",
 	}, []string{"evidence", "asker"})}
+	for _, l := range [][]string{{ByCgroup, "pod"}, {ByCgroup, "host"}, {ByNamespace, "pod"}, {ByNamespace, "host"},
+		{ByProxy, "pod"}, {ByAddress, "pod"}, {"none", "nobody"}} {
+		m.attestations.WithLabelValues(l...)
+	}
 	r.MustRegister(m.attestations)
 	return m
 }

@@ -379,14 +379,20 @@ func outcome(err error) string {
 			return o.name
 		}
 	}
-	return "error"
+	return outcomeOther
 }
+
+const outcomeOther = "error"
 
 func (k *Kernel) register(r prometheus.Registerer) {
 	k.lookups = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "gke_metadata_emulator_attest_lookups_total",
 		Help: "Connections whose client's socket the kernel was asked for, by outcome.",
 	}, []string{"outcome"})
+	for _, o := range outcomes {
+		k.lookups.WithLabelValues(o.name)
+	}
+	k.lookups.WithLabelValues(outcomeOther)
 	if r == nil {
 		return
 	}

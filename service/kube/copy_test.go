@@ -83,9 +83,17 @@ func TestCopyOfWhatIsNotThere(t *testing.T) {
 			`"cluster":{"server":"https://192.0.2.1:6443"}}],`+
 			`"contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],"users":[{"name":"u",`+
 			`"user":{"client-certificate":"absent.pem","client-key":"absent.pem"}}]}`))
-	if text, _, err := copyOf(filepath.Join(dir, "kubelet.conf"), nil); err == nil {
-		t.Errorf("a certificate that is missing was copied: %q", text)
+	incomplete := func(what string) {
+		t.Helper()
+		if text, _, err := copyOf(filepath.Join(dir, "kubelet.conf"), nil); !errors.Is(err, ErrIncomplete) {
+			t.Errorf("%s: %q, %v", what, text, err)
+		}
 	}
+	incomplete("a certificate that is missing")
+	write(t, filepath.Join(dir, "absent.pem"), nil)
+	incomplete("a certificate that is empty")
+	write(t, filepath.Join(dir, "kubelet.conf"), []byte("\n"))
+	incomplete("a kubeconfig that is empty")
 }
 
 // Only what the current context needs is handed over, and a credential plugin stays one.

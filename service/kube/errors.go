@@ -103,6 +103,21 @@ type call struct {
 	unbound                   bool // for a process of the node and not for a pod
 }
 
+// calls are all that there are.
+var calls = []call{
+	{verb: "list", resource: "pods"}, {verb: "watch", resource: "pods"},
+	{verb: "get", resource: "serviceaccounts"}, {verb: "watch", resource: "serviceaccounts"},
+	{verb: "create", resource: tokens}, {verb: "create", resource: "selfsubjectreviews"},
+}
+
+// done is the code of success.
+func (k call) done() string {
+	if k.verb == "create" {
+		return "201"
+	}
+	return "200"
+}
+
 // classify handles the outcome of every request to the API server. It counts the request, records
 // contact and missing grants, and returns one of this package's errors. Errors that only the caller
 // understands (404, 409, 400, a refused pod) are returned unchanged.
@@ -111,11 +126,7 @@ func (c *Cluster) classify(ctx context.Context, k call, err error) error {
 	isStatus := errors.As(err, &status)
 	switch {
 	case err == nil:
-		code := "200"
-		if k.verb == "create" {
-			code = "201"
-		}
-		c.count(k, code)
+		c.count(k, k.done())
 		c.contact()
 		c.granted(k)
 		return nil

@@ -65,6 +65,7 @@ type Cluster struct {
 // state is what Status shows besides the pods. Cluster.mu guards it.
 type state struct {
 	path, kind, server, identity, node string
+	expires                            time.Time // the client certificate; zero: there is none
 	trouble                            error     // why pods cannot be seen; nil when they can
 	since                              time.Time // of the last contact
 	away                               bool
@@ -176,6 +177,7 @@ func (c *Cluster) serve(ctx context.Context, s *session) {
 	c.mu.Lock()
 	moved := c.server != s.server && c.server != ""
 	c.path, c.kind, c.server, c.identity = s.path, s.credential.kind(), s.server, s.user
+	c.expires = s.expires
 	c.mu.Unlock()
 	c.client.Store(s.client)
 	c.log.WithFields(logrus.Fields{"kubeconfig": s.path, "server": s.server}).Info("using the Kubernetes API")

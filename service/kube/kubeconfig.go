@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -40,8 +41,10 @@ type credential struct {
 	path   string
 	server string
 	user   string // CN of the client certificate; "" when there is none
-	config *rest.Config
-	digest [sha256.Size]byte
+	// expires is when that certificate does; zero when there is none.
+	expires time.Time
+	config  *rest.Config
+	digest  [sha256.Size]byte
 }
 
 // kind names the form of the credential. It shows nothing of the credential itself.
@@ -92,6 +95,10 @@ var errNowhere = fmt.Errorf("%w", ErrNotConfigured)
 
 var errReferenced = errors.New("named in the kubeconfig")
 
+// ErrIncomplete: the kubeconfig or a file that it names is empty, or that file does not exist. At a
+// TLS bootstrap kubelet writes the kubeconfig first, and the certificate when it is signed.
+var ErrIncomplete = errors.New("not complete yet")
+
 // contents is a kubeconfig that names no files.
 type contents struct {
 	path   string
@@ -115,6 +122,9 @@ func load(path string) (*contents, error) {
 	if err != nil {
 		return wrong(err)
 	}
+	if len(bytes.TrimSpace(raw)) == 0 {
+		return wrong(fmt.Errorf("the file is empty: %w", ErrIncomplete))
+	}
 	sum := sha256.New()
 	sum.Write(raw)
 	k, err := clientcmd.Load(raw)
@@ -133,6 +143,9 @@ func load(path string) (*contents, error) {
 	}
 	if err := inline(k, func(name string) ([]byte, error) {
 		b, err := os.ReadFile(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", err, ErrIncomplete)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%w, %w", err, errReferenced)
 		}
@@ -154,7 +167,9 @@ func (k *contents) credential() (*credential, error) {
 	}
 	cred := &credential{path: k.path, server: cfg.Host, config: cfg, digest: k.digest}
 	if len(cfg.CertData) > 0 {
-		cred.user = commonName(cfg.CertData)
+		if cert := certificate(cfg.CertData); cert != nil {
+			cred.user, cred.expires = commonName(cert), cert.NotAfter
+		}
 	}
 	return cred, nil
 }
@@ -175,7 +190,7 @@ func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 				return err
 			}
 			if len(bytes.TrimSpace(b)) == 0 {
-				return fmt.Errorf("%s is empty, %w", *name, errReferenced)
+				return fmt.Errorf("%s is empty: %w, %w", *name, ErrIncomplete, errReferenced)
 			}
 			*data = b
 		}
@@ -204,22 +219,26 @@ func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 	return take(&a.ClientKey, &a.ClientKeyData)
 }
 
-// commonName returns the CN of the first certificate, which is the client's.
-func commonName(chain []byte) string {
+// certificate returns the first certificate, which is the client's; nil when there is none.
+func certificate(chain []byte) *x509.Certificate {
 	for b, rest := pem.Decode(chain); b != nil; b, rest = pem.Decode(rest) {
 		if b.Type != "CERTIFICATE" {
 			continue // kubelet keeps certificate and key in one file
 		}
 		cert, err := x509.ParseCertificate(b.Bytes)
 		if err != nil {
-			return ""
+			return nil
 		}
-		// A node's name counts only together with the group of nodes.
-		if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization,
-			"system:nodes") {
-			return ""
-		}
-		return cert.Subject.CommonName
+		return cert
 	}
-	return ""
+	return nil
+}
+
+// commonName returns the CN. A node's name counts only together with the group of nodes.
+func commonName(cert *x509.Certificate) string {
+	if strings.HasPrefix(cert.Subject.CommonName, nodeUser) && !slices.Contains(cert.Subject.Organization,
+		"system:nodes") {
+		return ""
+	}
+	return cert.Subject.CommonName
 }

@@ -103,7 +103,7 @@ func TestUnusableKubeconfigs(t *testing.T) {
 	}
 	write(t, at("empty.pem"), []byte("\n"))
 	for name, c := range map[string]struct{ text, says string }{
-		"empty":      {"", `current-context "" does not exist`},
+		"empty":      {"", "the file is empty: not complete yet"},
 		"garbage":    {"\x00\x01 secret: hunter2", "not a kubeconfig"},
 		"no-context": {`{"apiVersion":"v1","kind":"Config","current-context":"x"}`, `current-context "x" does not exist`},
 		"no-cert":    {conf(`{"client-certificate":"absent.pem","client-key":"absent.pem"}`), at("absent.pem")},

@@ -25,6 +25,20 @@ type Match struct {
 	name string // the requested name in dyn
 }
 
+// Labels returns the labels of all places in the tree, without Unknown.
+func (t *Tree) Labels() []string { return t.root.labels(nil) }
+
+func (n *node) labels(all []string) []string {
+	all = append(all, n.label)
+	for _, k := range n.kids {
+		all = k.labels(all)
+	}
+	if n.each != nil {
+		all = n.each.labels(all)
+	}
+	return all
+}
+
 // Find returns the place of a percent-decoded path. It does not depend on the caller: Answer
 // decides whether the account in the path is the caller's.
 func (t *Tree) Find(p string) Match {

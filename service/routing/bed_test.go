@@ -53,6 +53,13 @@ func TestMain(m *testing.M) {
 		log.SetOutput(os.Stdout)
 		p := bedPlan(filepath.Dir(arg), filepath.Base(arg))
 		end(Watch{RunDir: p.RunDir, Log: log, Load: func() Plan { return p }}.Run(context.Background()))
+	case "watch by programs": // in mode ebpf, whose beds have cgroups of their own
+		log := logrus.New()
+		log.SetOutput(os.Stdout)
+		p := bedPlan("", "")
+		p.Mode = ModeEBPF
+		_, err := fmt.Sscan(arg, &p.RunDir, &p.BPFDir, &p.CgroupRoot)
+		end(errors.Join(err, Watch{RunDir: p.RunDir, Log: log, Load: func() Plan { return p }}.Run(context.Background())))
 	case "listen":
 		_, err := net.Listen("tcp", arg)
 		fmt.Println("listening", err)

@@ -17,6 +17,8 @@ const (
 	layerEBPF      = "ebpf"
 )
 
+var everyLayer = []string{layerRule, layerAddress, layerRoute, layerIPTables, layerIP6Tables, layerNFTables, layerEBPF}
+
 // sharedLayers are those that no mode has for itself alone.
 var sharedLayers = []string{layerRule, layerAddress, layerRoute}
 

@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -26,13 +29,18 @@ type CloudServer struct {
 
 const (
 	cloudUnknown = ""        // the host has no way there yet
-	cloudSilent  = "silent"  // nobody answered once: the network may have been about to come up
-	cloudNone    = "none"    // nobody answered twice, or somebody refused
+	cloudSilent  = "silent"  // nobody has answered so far: the network may be about to come up
+	cloudNone    = "none"    // nobody answered for long, or somebody refused
 	cloudAnswers = "answers" // whatever it says
 )
 
-// silence is how long nobody must answer to be nobody.
-const silence = 20 * time.Second
+const (
+	// answerWait is how long a connection may take. Its first packet is sent again after a second.
+	answerWait = 2 * time.Second
+	// silence is how long nobody must answer to be nobody. Until then the server is asked again, and
+	// pods on the host network are redirected: where nobody answers, they lose nothing by it.
+	silence = 5 * time.Minute
+)
 
 // known says whether it need not be asked any more.
 func (c CloudServer) known() bool { return c.Found == cloudNone || c.Found == cloudAnswers }
@@ -62,10 +70,10 @@ func hostPods(p Plan, c CloudServer, slices []string) (yes bool, why string) {
 		why = "routing.interceptHostPods is off"
 	case c.Found == cloudNone:
 		yes, why = true, "no metadata server of a cloud answers at "+at
+	case c.Found == cloudSilent:
+		yes, why = true, "no metadata server of a cloud has answered at "+at+" so far; it is asked again"
 	case c.Found == cloudAnswers:
 		why = "the cloud's metadata server answers at " + at + ", and they may need it"
-	case c.Found == cloudSilent:
-		why = "no metadata server of a cloud answered at " + at + " when it was asked once, which is asked again"
 	default:
 		why = "there is no way to " + at + " yet, so whether a metadata server of the cloud answers there is not known"
 	}
@@ -117,8 +125,7 @@ func (q question) answer() (found string) {
 	}
 	fd := int(q)
 	defer unix.Close(fd)
-	// The first packet is sent again after a second.
-	if !ready(fd, unix.POLLOUT, 2500*time.Millisecond) {
+	if !ready(fd, unix.POLLOUT, answerWait) {
 		return cloudSilent
 	}
 	refused, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -144,6 +151,24 @@ func (q question) answer() (found string) {
 		return cloudNone
 	}
 	return cloudAnswers
+}
+
+// inOneOf says whether this process is in one of the cgroups, which lie below the root of the cgroup
+// v2 hierarchy.
+func inOneOf(root string, cgroups []string) bool {
+	own, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(own)) {
+		if path, unified := strings.CutPrefix(strings.TrimSpace(line), "0::"); unified {
+			path = filepath.Join(cgroup2(), path) + "/"
+			return slices.ContainsFunc(cgroups, func(c string) bool {
+				return strings.HasPrefix(path, filepath.Join(root, c)+"/")
+			})
+		}
+	}
+	return false
 }
 
 // ready waits for the event or an error on the socket.

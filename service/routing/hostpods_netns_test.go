@@ -2,6 +2,7 @@ package routing
 
 import (
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -78,4 +79,93 @@ func TestHostPodsAuto(t *testing.T) {
 		t.Errorf("%d repairs: nothing was broken", got)
 	}
 	b.remove(b.plan)
+}
+
+// TestHostPodsSilence: on a node without a cloud nobody refuses, the network is silent. Silence is
+// an answer, and where it was the wrong one because the cloud's server came late, it is corrected.
+func TestHostPodsSilence(t *testing.T) {
+	t.Parallel()
+	b := ebpfBed(t)
+	const silent = "iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP"
+	b.sh("ip route del default; " + silent)
+	b.plan.RunDir = t.TempDir()
+	// The watcher is one of the node's own processes: else its second question would be redirected.
+	watcher := b.in("system.slice", b.play("watch by programs",
+		strings.Join([]string{b.plan.RunDir, b.plan.BPFDir, b.plan.CgroupRoot}, " "), b.self()))
+	var out strings.Builder
+	watcher.Stdout, watcher.Stderr = &out, &out
+	if err := watcher.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end := sync.OnceFunc(func() { _ = watcher.Process.Kill(); _ = watcher.Wait() })
+	t.Cleanup(end)
+	until := func(want string) {
+		t.Helper()
+		var s State
+		for deadline := time.Now().Add(long); ; {
+			if s, _ = ReadState(b.plan.RunDir); strings.Contains(s.HostNetwork, want) && s.Standing.Good {
+				return
+			}
+			if time.Now().After(deadline) {
+				end()
+				t.Fatalf("state: %q, want %q in it\n%s", s.HostNetwork, want, out.String())
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+	}
+	until("left alone: there is no way to 169.254.169.254 yet")
+	b.sh("ip route add default via 198.51.100.1")
+	until("redirected: no metadata server of a cloud has answered at 169.254.169.254 so far")
+	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
+	b.sh("iptables -F INPUT")
+	until("left alone: the cloud's metadata server answers")
+	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", cloud)
+	end()
+	b.remove(b.plan)
+}
+
+// TestHostPodsSilentForLong: the rules stay as they are, and what is said of them is not what was
+// said before.
+func TestHostPodsSilentForLong(t *testing.T) {
+	t.Parallel()
+	b := ebpfBed(t)
+	b.plan.RunDir = t.TempDir()
+	b.sh("iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP")
+	b.install(b.plan)
+	s, err := ReadState(b.plan.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.CloudServer.Since = s.CloudServer.Since.Add(-silence)
+	if err := writeState(b.plan.RunDir, s); err != nil {
+		t.Fatal(err)
+	}
+	r := b.router(b.plan).(*router)
+	r.remember(s)
+	if err := b.Do(func() error {
+		n, err := r.open(t.Context(), s.Command, false)
+		if err != nil {
+			return err
+		}
+		_, err = r.install(t.Context(), &repair{of: s, node: n, mode: true, found: cloudSilent})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = ReadState(b.plan.RunDir); err != nil ||
+		s.HostNetwork != "redirected: no metadata server of a cloud answers at 169.254.169.254" {
+		t.Errorf("state: %q, %v", s.HostNetwork, err)
+	}
+	b.remove(b.plan)
+}
+
+// TestAskUnderWay: the network that a question is asked in changes before the answer. It is asked
+// again as soon as that question is answered, and not at the next sweep.
+func TestAskUnderWay(t *testing.T) {
+	w := &watcher{router: &router{plan: Plan{InterceptHostPods: "auto"}}, asking: true}
+	w.askCloud(causeRoute)
+	w.learn(t.Context(), cloudUnknown)
+	if w.askAgain.IsZero() || time.Until(w.askAgain) > 0 {
+		t.Errorf("it is asked again at %v, want now", w.askAgain)
+	}
 }

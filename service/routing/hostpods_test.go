@@ -10,7 +10,7 @@ func TestCloudServer(t *testing.T) {
 	start := time.Unix(1000, 0)
 	for _, c := range []struct {
 		name    string
-		answers []string // one every ten seconds
+		answers []string // one every two minutes
 		want    string
 	}{
 		{"answers", []string{cloudAnswers}, cloudAnswers},
@@ -18,14 +18,15 @@ func TestCloudServer(t *testing.T) {
 		{"no network", []string{cloudUnknown}, cloudUnknown},
 		{"the network comes up", []string{cloudUnknown, cloudSilent, cloudAnswers}, cloudAnswers},
 		{"silent once", []string{cloudSilent}, cloudSilent},
-		{"silent, and asked again too soon", []string{cloudSilent, cloudSilent}, cloudSilent},
-		{"silent for a while", []string{cloudSilent, cloudSilent, cloudSilent}, cloudNone},
+		{"silent, and asked again too soon", []string{cloudSilent, cloudSilent, cloudSilent}, cloudSilent},
+		{"silent for a while, and then it answers", []string{cloudSilent, cloudSilent, cloudAnswers}, cloudAnswers},
+		{"silent for a while", []string{cloudSilent, cloudSilent, cloudSilent, cloudSilent}, cloudNone},
 		{"known once and for all", []string{cloudAnswers, cloudSilent, cloudSilent, cloudSilent, cloudNone}, cloudAnswers},
 		{"none, and then our own rules answer", []string{cloudNone, cloudAnswers}, cloudNone},
 	} {
 		var known CloudServer
 		for i, found := range c.answers {
-			known = known.with(found, start.Add(time.Duration(i)*10*time.Second))
+			known = known.with(found, start.Add(time.Duration(i)*2*time.Minute))
 		}
 		if known.Found != c.want {
 			t.Errorf("%s: %q, want %q", c.name, known.Found, c.want)
@@ -50,7 +51,7 @@ func TestHostPodsDecision(t *testing.T) {
 		{"", cloudNone, slices, false, "is off"},
 		{"auto", cloudNone, slices, true, "redirected: no metadata server"},
 		{"auto", cloudAnswers, slices, false, "they may need it"},
-		{"auto", cloudSilent, slices, false, "asked again"},
+		{"auto", cloudSilent, slices, true, "no metadata server of a cloud has answered at 169.254.169.254 so far"},
 		{"auto", cloudUnknown, slices, false, "no way to 169.254.169.254 yet"},
 		{"on", cloudUnknown, nil, false, "left alone: none of the host's own cgroups was found"},
 		{"auto", cloudNone, nil, false, "needs cgroup v2"},

@@ -304,26 +304,43 @@ func (s nodeFacts) equal(o nodeFacts) bool {
 // the network may have changed.
 func (w *watcher) askCloud(why causes) {
 	const network = causeAddress | causeRoute | causeLink | causeEverything
-	if w.asking || w.router == nil || !w.router.asksCloud() || why&network == 0 {
+	if w.router == nil || !w.router.asksCloud() || why&network == 0 {
 		return
 	}
-	w.asking = true
+	if w.asking {
+		w.askAgain = time.Now() // when that question is answered: the network has changed under it
+		return
+	}
+	w.askAgain = time.Time{}
 	q := askCloud() // on this thread, which is in the network namespace
+	if q == noQuestion {
+		return // the kernel tells when there is a network
+	}
+	w.asking = true
 	go func() { w.answers <- q.answer() }()
 }
 
-// learn has the rules follow what was found.
+// learn has the rules follow what was found. Silence is asked again, a little later each time.
 func (w *watcher) learn(ctx context.Context, found string) {
 	w.asking = false
-	if w.router == nil || !w.router.asksCloud() || w.router.cloud.with(found, time.Now()) == w.router.cloud {
+	if w.router == nil || !w.router.asksCloud() {
 		return
 	}
-	n, err := w.router.install(ctx, &repair{of: w.desired, node: w.node, mode: true, found: found})
-	if w.node = n; errors.Is(err, errOutdated) {
-		w.pending |= causeRetry
-		return
+	if c := w.router.cloud.with(found, time.Now()); c != w.router.cloud {
+		n, err := w.router.install(ctx, &repair{of: w.desired, node: w.node, mode: true, found: found})
+		if w.node = n; errors.Is(err, errOutdated) {
+			w.pending |= causeRetry
+			return
+		}
+		if w.fail(err); err == nil {
+			w.Log.Info("routing: pods on the host network are " + n.hostWhy)
+		}
 	}
-	if w.fail(err); err == nil {
-		w.Log.Info("routing: pods on the host network are " + n.hostWhy)
+	if w.askAgain.IsZero() && w.router.asksCloud() {
+		wait := answerWait
+		if c := w.router.cloud; c.Found == cloudSilent {
+			wait = min(max(time.Since(c.Since), wait), sweepEvery)
+		}
+		w.askAgain = time.Now().Add(wait)
 	}
 }

@@ -198,10 +198,13 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 // be read anew.
 func (r *router) lookAgain(n *node) (changed bool, err error) {
 	now, err := r.look(false)
-	if err == nil && !now.equal(n.nodeFacts) {
+	if err != nil {
+		return false, err
+	}
+	if n.hostWhy = now.hostWhy; !now.equal(n.nodeFacts) {
 		n.nodeFacts, changed = now, true
 	}
-	return changed, err
+	return changed, nil
 }
 
 // put makes the Plan stand, closed before open: whatever fails on the way leaves pods without an
@@ -303,9 +306,12 @@ func (r *router) removeAll(ctx context.Context, state State) error {
 	return r.readBack(state, trimObjects(Plan{}, nodeFacts{}, everything))
 }
 
-// asksCloud says whether something depends on the cloud's metadata server, and is not known.
+// asksCloud says whether something depends on the cloud's metadata server, and is not known. Once
+// pods on the host network are redirected, a process outside the node's own cgroups is too: its
+// question would get the emulator's answer.
 func (r *router) asksCloud() bool {
-	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && !r.plan.traits().observes && !r.cloud.known()
+	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && !r.plan.traits().observes && !r.cloud.known() &&
+		(r.cloud.Found == cloudUnknown || inOneOf(r.plan.CgroupRoot, r.hostCgroups))
 }
 
 // ask has the cloud's metadata server asked once, from the calling thread's network namespace.

@@ -67,6 +67,16 @@ func (r Repairs) Total() (n int) {
 	return n
 }
 
+// Each calls f with every layer and cause: 0 times for what was not counted, so that a rate over time
+// sees the first repair.
+func (r Repairs) Each(f func(layer, cause string, times int)) {
+	for _, layer := range everyLayer {
+		for _, cause := range causeNames {
+			f(layer, cause, r[layer][cause])
+		}
+	}
+}
+
 // repair is an Install of the watcher's, or what a plain one found gone.
 type repair struct {
 	of     State   // what was desired when it was found

@@ -77,8 +77,9 @@ type watcher struct {
 	unread  bool  // the mode's part has to be read, whether or not it says that it changed
 	bad     bool  // the last verdict
 
-	asking  bool        // the cloud's metadata server
-	answers chan string // of it
+	asking   bool        // the cloud's metadata server
+	answers  chan string // of it
+	askAgain time.Time   // zero: when the network changes
 
 	// disturbed is that something else was missing when the last repair was read back. Once is no
 	// failure.
@@ -151,6 +152,10 @@ func (o Watch) Run(ctx context.Context) (err error) {
 				w.retry, w.unread = time.Time{}, true
 				w.pending |= causeRetry
 			}
+			if !w.askAgain.IsZero() && !w.asking && !now.Before(w.askAgain) {
+				w.askAgain = time.Time{}
+				w.askCloud(causeRetry)
+			}
 			if w.node.silent() != "" && w.node.changed() {
 				cause, _ := w.node.wakes()
 				w.pending |= cause
@@ -164,6 +169,9 @@ func (w *watcher) wake(sweep time.Time) time.Time {
 	next := sweep
 	if !w.retry.IsZero() && w.retry.Before(next) {
 		next = w.retry
+	}
+	if !w.askAgain.IsZero() && !w.asking && w.askAgain.Before(next) {
+		next = w.askAgain
 	}
 	if w.pending != 0 && w.due().Before(next) {
 		next = w.due()

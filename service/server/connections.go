@@ -115,7 +115,7 @@ func (x *connections) check(known *connection) error {
 	}
 	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
 		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party,
-			known.usage.open.Load())}
+			known.usage.open.Load()), Metric: reasonLimit}
 }
 
 // busy returns the number of those that wait for an answer, or have not asked yet.

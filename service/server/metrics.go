@@ -1,6 +1,7 @@
 package server
 
 import (
+	"net/http"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -8,12 +9,15 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/metadata"
 )
 
 // metrics are what the server counts. Labels are bounded: a path of the tree, in which an account
 // is `*`, never the path that was asked for, and never an address.
 type metrics struct {
 	requests *prometheus.CounterVec
+	refused  *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
 
 	strangers atomic.Uint64 // requests of processes that are no pods and have no identity, doctor's among them
@@ -33,6 +37,10 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 			Name: "gke_metadata_emulator_requests_total",
 			Help: "Requests of pods by path in the metadata tree and by status; 499: the client left before the answer.",
 		}, []string{"path", "code"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "gke_metadata_emulator_requests_refused_total",
+			Help: "Requests of pods that were not answered with what they asked for, by reason.",
+		}, []string{"reason"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "gke_metadata_emulator_request_duration_seconds",
 			Help: "Time from the header of a request to its answer, with the wait of unknown pods, that for " +
@@ -44,7 +52,10 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 			Help: "Requests of pods, and looks for a change that wait_for_change has, that waited for limits.requestsPerPod.",
 		}),
 	}
-	r.MustRegister(m.requests, m.latency, m.delayed,
+	for _, r := range everyReason() {
+		m.refused.WithLabelValues(r)
+	}
+	r.MustRegister(m.requests, m.refused, m.latency, m.delayed,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_connections",
 			Help: "Open connections of pods.",
@@ -62,6 +73,20 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 			ConstLabels: prometheus.Labels{"outcome": "no-room"},
 		}, func() float64 { return float64(connections.refused.Load()) }))
 	return m
+}
+
+// passthroughPath is the path of requests that another cloud's server answers.
+const passthroughPath = "passthrough"
+
+// expect makes the counters of the tree's paths, so that a rate over time sees the first request. Of
+// the statuses there are those that a pod may have to do without its token for.
+func (m *metrics) expect(tree *metadata.Tree) {
+	for _, path := range append(tree.Labels(), metadata.Unknown, passthroughPath) {
+		for _, status := range []int{http.StatusOK, http.StatusForbidden, http.StatusNotFound,
+			http.StatusServiceUnavailable} {
+			m.requests.WithLabelValues(path, strconv.Itoa(status))
+		}
+	}
 }
 
 func (m *metrics) served(path string, status int, took time.Duration) {

@@ -86,7 +86,7 @@ func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer
 			"this is not the cloud's metadata server; for ServiceAccount %s to ask that one, name it in passthrough, or "+
 				"set routing.interceptHostPods to off", by)}
 	}
-	req.place.Node = "passthrough"
+	req.place.Node = passthroughPath
 	if req.ContentLength != 0 { // net/http takes a client that ends its half after a body for one that left
 		ctx = context.WithoutCancel(ctx)
 	}

@@ -20,6 +20,7 @@ type refusal struct {
 	Retry  bool   // Retry-After: 1
 	Allow  string // with 405
 	Close  bool   // the connection is of no more use
+	Metric string // its reason in metrics, where the table of reasons does not know it
 }
 
 func (r refusal) Error() string { return r.Reason }

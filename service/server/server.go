@@ -64,7 +64,7 @@ func Unconfigured(reason error, l config.Limits) Active {
 	}
 	return Active{Tree: tree, ConnectionsPerPod: l.ConnectionsPerPod, RequestsPerPod: l.RequestsPerPod,
 		Broken: refusal{Status: http.StatusServiceUnavailable,
-			Reason: "gke-metadata-emulator is not configured: " + reason.Error()}}
+			Reason: "gke-metadata-emulator is not configured: " + reason.Error(), Metric: reasonUnconfigured}}
 }
 
 // Server answers pods. Its package is the only one that sees a ResponseWriter.
@@ -94,6 +94,7 @@ func New(o Options, first *Active) *Server {
 	s.connections = newConnections(s.limit, s.probe.is, s.look)
 	s.connections.vouched, s.connections.requests = s.vouched, s.requestLimit
 	s.metrics = newMetrics(o.Registerer, &s.connections.admission)
+	s.metrics.expect(first.Tree)
 	s.web = &http.Server{
 		Handler:           s,
 		ConnContext:       s.connections.accept,
@@ -116,7 +117,10 @@ func (s *Server) Serve(l net.Listener) error { return s.web.Serve(s.bounded(l, f
 func (s *Server) Run(ctx context.Context) error { return s.audit.run(ctx) }
 
 // Activate puts next in force for the requests that begin, and for those that wait.
-func (s *Server) Activate(next *Active) { s.active.Store(next) }
+func (s *Server) Activate(next *Active) {
+	s.metrics.expect(next.Tree)
+	s.active.Store(next)
+}
 
 func (s *Server) limit() int        { return s.active.Load().ConnectionsPerPod }
 func (s *Server) requestLimit() int { return s.active.Load().RequestsPerPod }
@@ -446,6 +450,9 @@ func location(req *request, path string) string {
 // was issued; a refusal, at a bounded rate for each pod; all else where somebody debugs.
 func (s *Server) record(req *request, status int, a metadata.Answer, err error) {
 	s.metrics.served(req.place.Node, status, time.Since(req.started))
+	if err != nil && status != statusGone {
+		s.metrics.refused.WithLabelValues(reasonOf(req, err)).Inc()
+	}
 	if errors.Is(err, attest.ErrNotPod) {
 		s.metrics.strangers.Add(1)
 	} else if req.place.Node != "/" && req.peer.Server.Addr().Is6() {

@@ -51,6 +51,12 @@ func newMintMetrics(r prometheus.Registerer) mintMetrics {
 			Help: "Steps of mints by outcome: ok, refused (final), unavailable (will be tried again), abandoned.",
 		}, []string{"step", "outcome"}),
 	}
+	for _, step := range []string{stepTokenRequest, stepSTS, stepIAM} {
+		m.duration.WithLabelValues(step)
+		for _, outcome := range []string{"ok", "refused", "unavailable", "abandoned"} {
+			m.outcome.WithLabelValues(step, outcome)
+		}
+	}
 	r.MustRegister(m.duration, m.outcome)
 	return m
 }
@@ -94,20 +100,30 @@ func newCacheMetrics(r prometheus.Registerer) cacheMetrics {
 	}
 }
 
-var entriesDesc = prometheus.NewDesc(
-	"gke_metadata_emulator_token_cache_entries",
-	"Tokens and refusals in the cache.",
-	nil,
-	nil,
+var (
+	entriesDesc = prometheus.NewDesc("gke_metadata_emulator_token_cache_entries",
+		"Tokens and refusals in the cache.", nil, nil)
+	expiryDesc = prometheus.NewDesc("gke_metadata_emulator_token_earliest_expiry_timestamp_seconds",
+		"When the first access token expires of those that are kept fresh for pods; absent while there are none. It is "+
+			"in the past if a token could not be replaced.", nil, nil)
 )
 
-// Describe and Collect make a Cache the prometheus.Collector of its own gauge.
-func (c *Cache) Describe(to chan<- *prometheus.Desc) { to <- entriesDesc }
+// Describe and Collect make a Cache the prometheus.Collector of its own gauges.
+func (c *Cache) Describe(to chan<- *prometheus.Desc) { to <- entriesDesc; to <- expiryDesc }
 
-// Collect sends how many entries there are now.
+// Collect sends how many entries there are now, and when the first token expires.
 func (c *Cache) Collect(to chan<- prometheus.Metric) {
 	c.mu.Lock()
 	n := len(c.entries)
+	var first time.Time
+	for _, e := range c.entries {
+		if at := e.token.Expires; e.refreshable() && !at.IsZero() && (first.IsZero() || at.Before(first)) {
+			first = at
+		}
+	}
 	c.mu.Unlock()
+	if !first.IsZero() {
+		to <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, float64(first.Unix()))
+	}
 	to <- prometheus.MustNewConstMetric(entriesDesc, prometheus.GaugeValue, float64(n))
 }

@@ -48,6 +48,9 @@ func first(r *ring) {
 	r.must("the rules stand", err)
 	out, err := r.command("gke-metadata-emulator", "doctor")
 	r.check("doctor finds nothing wrong", err == nil, "%v\n%s", err, out)
+	out, err = r.command("journalctl", "--boot", "--no-pager", "--output=cat", "--unit=gke-metadata-emulator*")
+	r.do("read the journal", err)
+	r.check("none of our units has failed since the boot", !strings.Contains(out, "Failed with result"), "%s", out)
 }
 
 // firstHost: the same on the host network: by then the service must know whether the node has a

@@ -223,7 +223,7 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:nodes"}]
 `
 
-const firstPods = 15 // of each kind
+const firstPods = 30 // of each kind
 
 // join waits for the API server and writes what is there before kubelet: grants, and pods that ask
 // at once.
@@ -251,7 +251,7 @@ func join(ctx context.Context) error {
 	}
 	for i := range firstPods {
 		b := newPod("first", fmt.Sprintf("first-%d", i), linked(i), "first", "-hold")
-		h := newPod("first", fmt.Sprintf("first-host-%d", i), linked(i+firstPods), "first-host", "-hold", "-timeout", "5s")
+		h := newPod("first", fmt.Sprintf("first-host-%d", i), linked(i), "first-host", "-hold", "-timeout", "5s")
 		h.Spec.HostNetwork = true
 		if err := c.create(ctx, b, h); err != nil {
 			return err
