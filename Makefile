@@ -15,6 +15,8 @@ LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(shell git rev-parse
 ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
+# It tests the alerting rules.
+PROMTOOL ?= $(shell .ci/promtool --name)
 
 .PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
@@ -79,6 +81,9 @@ demo: deps-demo build bin/demo ## pods that are processes, a node, real rules, r
 $(ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@
 
+$(PROMTOOL):
+	.ci/promtool
+
 # Others, with the tools of image builders and with a kernel: they are not for the machine that runs the tests.
 $(RECIPES_ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@ recipes
@@ -92,8 +97,8 @@ check: ## everything that needs neither root nor network: gofmt, vet, staticchec
 golden: ## write anew what the code makes: documents, manual pages, reference configuration, golden files of scripts
 	@.ci/golden
 
-test: deps $(ROOTFS) $(RECIPES_ROOTFS) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
-	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" \
+test: deps $(ROOTFS) $(RECIPES_ROOTFS) $(PROMTOOL) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
+	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" GME_TEST_PROMTOOL="$(PROMTOOL)" \
 		$(GO) run ./.ci/progress $(GO) test -json -race -count=1 -timeout 20m $(SIDE_BY_SIDE) $(AS_ROOT) ./...
 
 test-kube: ## the stand-in for the API server, and each line of the shipped RBAC, against a real etcd and kube-apiserver

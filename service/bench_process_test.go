@@ -15,8 +15,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/jsonschema-go/jsonschema"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
@@ -93,10 +96,44 @@ func statusOf(b testing.TB, dir string) (st status.Status) {
 		return st
 	}
 	defer res.Body.Close()
-	if err := json.NewDecoder(res.Body).Decode(&st); err != nil {
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		return st // it ends
+	}
+	if err := json.Unmarshal(text, &st); err != nil {
 		b.Fatal(err)
 	}
+	fitsSchema(b, text)
 	return st
+}
+
+// statusSchema is what docs/status.schema.json says.
+var statusSchema = sync.OnceValues(func() (*jsonschema.Resolved, error) {
+	text, err := os.ReadFile("../docs/status.schema.json")
+	if err != nil {
+		return nil, err
+	}
+	s := new(jsonschema.Schema)
+	if err := json.Unmarshal(text, s); err != nil {
+		return nil, err
+	}
+	return s.Resolve(nil)
+})
+
+// fitsSchema holds every status that a test reads to the schema that operators' programs read it by.
+func fitsSchema(b testing.TB, text []byte) {
+	b.Helper()
+	schema, err := statusSchema()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var value any
+	if err := json.Unmarshal(text, &value); err != nil {
+		b.Fatal(err)
+	}
+	if err := schema.Validate(value); err != nil {
+		b.Errorf("status is not what docs/status.schema.json says: %v: %s", err, text)
+	}
 }
 
 // resident is VmRSS in MB (proc_pid_status(5)).

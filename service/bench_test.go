@@ -64,8 +64,11 @@ func TestMain(m *testing.M) {
 		}
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
+		reload := make(chan os.Signal, 1)
+		signal.Notify(reload, syscall.SIGHUP)
 		err := Run(ctx, Options{
-			Load: func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server),
+			Reload: reload,
+			Load:   func() (config.Config, error) { return config.Load(server, nil) }, RunDir: filepath.Dir(server),
 			Version:    "bench",
 			CgroupRoot: os.Getenv(cgroupRoot),
 		})

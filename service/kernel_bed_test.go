@@ -139,9 +139,25 @@ func (k *kernelBed) usual(p routing.Plan) routing.Plan {
 	return p
 }
 
-// route does what `routing install`, check and remove do, where /sys/fs/cgroup shows the node's
-// cgroups, and their root is the node's: so system.slice is the node's own.
+// route does what `routing install`, check and remove do.
 func (k *kernelBed) route(p routing.Plan, verbs ...string) {
+	k.t.Helper()
+	if out, err := k.tryRoute(p, verbs...); err != nil {
+		k.t.Fatalf("routing %v: %v: %s", verbs, err, out)
+	}
+}
+
+func (k *kernelBed) tryRoute(p routing.Plan, verbs ...string) (string, error) {
+	k.t.Helper()
+	var out strings.Builder
+	cmd := k.routing(p, &out, verbs...)
+	err := cmd.Wait()
+	return out.String(), err
+}
+
+// routing starts a process that does it, where /sys/fs/cgroup shows the node's cgroups, and their
+// root is the node's: so system.slice is the node's own.
+func (k *kernelBed) routing(p routing.Plan, out io.Writer, verbs ...string) *exec.Cmd {
 	k.t.Helper()
 	text, err := json.Marshal(p)
 	if err != nil {
@@ -160,14 +176,11 @@ func (k *kernelBed) route(p routing.Plan, verbs ...string) {
 		routingPlan+"="+string(text),
 		routingVerbs+"="+strings.Join(verbs, " "),
 	)
-	var out strings.Builder
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err = k.cgroups.Start(k.node.NS, "", cmd); err == nil {
-		err = cmd.Wait()
+	cmd.Stdout, cmd.Stderr = out, out
+	if err = k.cgroups.Start(k.node.NS, "", cmd); err != nil {
+		k.t.Fatalf("routing %v: %v", verbs, err)
 	}
-	if err != nil {
-		k.t.Fatalf("routing %v: %v: %s", verbs, err, &out)
-	}
+	return cmd
 }
 
 func routingProcess() error {
@@ -179,7 +192,8 @@ func routingProcess() error {
 	if err != nil {
 		return err
 	}
-	do := map[string]func(context.Context) error{"install": r.Install, "check": r.Check, "remove": r.Remove}
+	watch := routing.Watch{Load: func() routing.Plan { return p }, RunDir: p.RunDir, Log: logrus.New()}
+	do := map[string]func(context.Context) error{"install": r.Install, "check": r.Check, "remove": r.Remove, "watch": watch.Run}
 	for _, verb := range strings.Fields(os.Getenv(routingVerbs)) {
 		if err := do[verb](context.Background()); err != nil {
 			return fmt.Errorf("%s: %w", verb, err)

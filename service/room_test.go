@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -151,5 +153,24 @@ func TestScrapesTakeTurns(t *testing.T) {
 	wg.Wait()
 	if n := s.most.Load(); n != 1 {
 		t.Errorf("%d scrapes are collected at once", n)
+	}
+}
+
+// A reload brings what healthAllow says. The node's own loopback may always ask: doctor and probes do.
+func TestHealthAllow(t *testing.T) {
+	b := newBed(t)
+	is := func(address string, want bool) {
+		t.Helper()
+		if got := b.mayAskHealth(netip.MustParseAddr(address)); got != want {
+			t.Errorf("%s may ask: %t", address, got)
+		}
+	}
+	is("203.0.113.9", true)
+	b.configure(t, "healthAllow: [10.0.0.0/8, 'fd00::/8', 192.0.2.7]")
+	b.reload <- os.Interrupt
+	b.eventually(t, "it is in force", func() bool { return !b.mayAskHealth(netip.MustParseAddr("203.0.113.9")) })
+	for address, want := range map[string]bool{"10.1.2.3": true, "fd12::1": true, "192.0.2.7": true, "127.0.0.1": true, "::1": true,
+		"192.0.2.8": false, "fe80::1": false, "169.254.169.254": false} {
+		is(address, want)
 	}
 }

@@ -148,7 +148,16 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 		s.log.WithError(bindError("healthListen", a, err)).Error("/healthz, /readyz and /metrics are not served; pods are")
 		return nil
 	}
-	return s.server.ServeHealth(ctx, l, s.readiness, s.gather())
+	return s.server.ServeHealth(ctx, l, s.readiness, s.gather(), s.mayAskHealth)
+}
+
+// mayAskHealth says whether healthListen answers a client at a. This node's own loopback may ask always: doctor does.
+func (s *Service) mayAskHealth(a netip.Addr) bool {
+	allow := s.active().config.HealthAllow
+	return len(allow) == 0 || a.IsLoopback() || slices.ContainsFunc(allow, func(network string) bool {
+		p, err := netip.ParsePrefix(network)
+		return err == nil && p.Contains(a)
+	})
 }
 
 // gather collects the metrics of the process, and the gauges of the backend that is in force. One

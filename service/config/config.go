@@ -25,6 +25,7 @@ type Config struct {
 	Listen               netip.AddrPort
 	Listen6              netip.AddrPort // invalid = IPv6 is not served (H-24, IPv6)
 	HealthListen         netip.AddrPort
+	HealthAllow          []string // networks in CIDR notation that may ask HealthListen; none = whoever reaches it
 	Routing              Routing
 	Attestation          Attestation
 	HostIdentities       []HostIdentity // the first match counts

@@ -13,6 +13,7 @@ var examples = map[string]string{
 	"listen":                    "169.254.169.252:1988",
 	"listen6":                   `"[fd20:ce::252]:988"`,
 	"healthListen":              "127.0.0.1:9988",
+	"healthAllow":               "[10.0.0.0/8]",
 	"routing.mode":              "nftables",
 	"routing.uplinks":           "[eth0, bond+]",
 	"routing.excludeInterfaces": "[docker0, virbr0]",

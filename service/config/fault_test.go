@@ -244,6 +244,10 @@ config.yaml:16: hostIdentities: "g2.service" is given twice: keep one of them`},
 		{"hostIdentities in a flag", minimal, map[string]string{"hostIdentities": "kubelet.service=a/b,unit:x.service"},
 			`--host-identities: "kubelet.service" names no process of the node: write unit:UNIT=NAMESPACE/NAME
 --host-identities: "" is not a ServiceAccount`},
+		{"healthAllow", minimal + "healthAllow: [10.0.0.0/8, 10.0.0.0/33, prometheus, '::ffff:10.0.0.0/104']", nil,
+			`config.yaml:3: healthAllow: "10.0.0.0/33" is not a network
+config.yaml:3: healthAllow: "prometheus" is not a network
+config.yaml:3: healthAllow: "::ffff:10.0.0.0/104" is an IPv4 network written as IPv6`},
 		{"attestation", minimal + "attestation: {mode: address, byAddress: [a b]}", nil,
 			`config.yaml:3: attestation.mode: "address" is not one of kernel, source-ip
 config.yaml:3: attestation.byAddress: "a b" is not a name`},

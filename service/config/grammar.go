@@ -195,6 +195,22 @@ func addrPort(s string) (netip.AddrPort, *trouble) {
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
 }
 
+// network reads an address or a network, and returns the network.
+func network(s string) (string, *trouble) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		a, err := netip.ParseAddr(s)
+		if err != nil || a.Zone() != "" {
+			return "", bad("write a network such as 10.0.0.0/8", "%s is not a network", quote(s))
+		}
+		p = netip.PrefixFrom(a, a.BitLen())
+	}
+	if p.Addr().Is4In6() {
+		return "", bad("write it as IPv4, such as 10.0.0.0/8", "%s is an IPv4 network written as IPv6", quote(s))
+	}
+	return p.Masked().String(), nil
+}
+
 // endpoint reads a URL that tokens are sent to. It must be https for every host, and unambiguous.
 func endpoint(s string) (*url.URL, *trouble) {
 	u, err := url.Parse(s)

@@ -294,8 +294,9 @@ func (l *loader) warn() {
 	if l.Listen.Addr().IsUnspecified() && l.Listen.Port() == 988 {
 		say("listen: port 988 on every address is what Lustre's client listens on as well: name one address")
 	}
-	if !l.HealthListen.Addr().IsLoopback() {
-		say("healthListen: %s is not loopback: everybody who can reach it can read the metrics", l.HealthListen)
+	if !l.HealthListen.Addr().IsLoopback() && len(l.HealthAllow) == 0 {
+		say("healthListen: %s is not loopback: everybody who can reach it can read the metrics: name the networks of "+
+			"whoever may in healthAllow", l.HealthListen)
 	}
 	if !slices.Contains(l.Routing.Guard, metadataServer) {
 		say("routing.guard: without %s in it pods may reach the cloud's own credentials", metadataServer)

@@ -30,9 +30,9 @@ func (s *Server) ServeStatus(ctx context.Context, l net.Listener, status func() 
 }
 
 // ServeHealth answers GET /metrics, /healthz, which is Alive, and /readyz, which is ready, on l
-// until ctx is done.
+// until ctx is done. Clients that are not allowed get 403.
 func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(context.Context) error,
-	g prometheus.Gatherer) error {
+	g prometheus.Gatherer, allowed func(netip.Addr) bool) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{ErrorLog: s.log}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { health(w, s.Alive(r.Context())) })
@@ -42,7 +42,25 @@ func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(con
 	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
 	x.admission = newAdmission(maxHealth, maxHealth)
 	x.evictAnswering = true
-	return s.serveInternal(ctx, s.bounded(l, true), mux, x)
+	return s.serveInternal(ctx, s.bounded(l, true), onlyFrom(allowed, mux), x)
+}
+
+// onlyFrom answers 403 to a client whose address is not allowed.
+func onlyFrom(allowed func(netip.Addr) bool, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, err := netip.ParseAddrPort(r.RemoteAddr)
+		who := "the client"
+		if err == nil {
+			who = from.Addr().Unmap().String()
+		}
+		if err != nil || !allowed(from.Addr().Unmap()) {
+			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = fmt.Fprintf(w, "%s is in no network of healthAllow\n", who)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 func health(w http.ResponseWriter, err error) {
