@@ -39,6 +39,7 @@ type alertsBed struct {
 	asker   *podBed
 	watched bool
 	asked   int
+	other   *bed // whose service is scraped instead
 }
 
 // states are faults, and the alerts that fire while each lasts. cause and mend change the node;
@@ -87,6 +88,31 @@ var states = []struct {
 		func(b *alertsBed, _ *testing.T) { b.google.Break(googletest.Exchange, googletest.Fault{Drop: true}) },
 		func(b *alertsBed, t *testing.T) { b.askAnew(t, 503) },
 		func(b *alertsBed, _ *testing.T) { b.google.Heal() }},
+	{"the node's certificate expires", []string{"CredentialExpires"},
+		func(b *alertsBed, t *testing.T) {
+			if _, err := b.kube.RotateNodeCertFor(node, 20*time.Minute); err != nil {
+				t.Fatal(err)
+			}
+			config, err := b.kube.Kubeconfig(node)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.useKubeconfig(t, config)
+		}, nil,
+		func(b *alertsBed, t *testing.T) {
+			config, err := b.kube.TokenKubeconfig("dedicated-secret")
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.useKubeconfig(t, config)
+		}},
+	{"there is no configuration", []string{"Unconfigured", "ConfigInvalid"},
+		func(b *alertsBed, t *testing.T) {
+			b.other = newWorld(t) // systemd hands its listener over, without which the service would end
+			b.other.write(t, "config.yaml", "projektID: my-project\n")
+			b.other.start(t)
+		}, nil,
+		func(b *alertsBed, _ *testing.T) { b.other = nil }},
 	{"the configuration is broken", []string{"ConfigInvalid"},
 		func(b *alertsBed, t *testing.T) { b.reconfigure(t, "projectID:", "projektID:") }, nil,
 		func(b *alertsBed, t *testing.T) { b.reconfigure(t, "projektID:", "projectID:") }},
@@ -191,6 +217,17 @@ func (b *alertsBed) serve(t *testing.T) {
 	b.eventually(t, "it answers Prometheus", func() bool { return b.scrape(t) != nil })
 }
 
+// useKubeconfig has the service ask the Kubernetes API with another credential.
+func (b *alertsBed) useKubeconfig(t *testing.T, config []byte) {
+	t.Helper()
+	const expiry = "gke_metadata_emulator_node_credential_expiry_timestamp_seconds"
+	before := b.scrape(t)[expiry] != nil
+	b.write(t, "kubeconfig", string(config))
+	b.eventually(t, "it asks with the other credential", func() bool {
+		return (b.scrape(t)[expiry] != nil) != before && statusOf(t, b.dir).Cluster.Watching
+	})
+}
+
 // served waits until the service is as it was.
 func (b *alertsBed) served(t *testing.T) {
 	t.Helper()
@@ -237,6 +274,9 @@ func (b *alertsBed) removeAndRepair(t *testing.T) {
 // scrape returns what Prometheus gets; nil: no answer.
 func (b *alertsBed) scrape(t *testing.T) map[string]*dto.MetricFamily {
 	t.Helper()
+	if b.other != nil {
+		return b.other.families(t)
+	}
 	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, network, to string) (net.Conn, error) {
 			return b.node.NS.Dial(ctx, network, to)
@@ -250,6 +290,20 @@ func (b *alertsBed) scrape(t *testing.T) map[string]*dto.MetricFamily {
 	families, err := parser.TextToMetricFamilies(io.LimitReader(res.Body, 1<<20))
 	if err != nil {
 		t.Fatal(err)
+	}
+	return families
+}
+
+// families are what the bed's service tells Prometheus, by name.
+func (b *bed) families(t *testing.T) map[string]*dto.MetricFamily {
+	t.Helper()
+	all, err := b.gather().Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	families := map[string]*dto.MetricFamily{}
+	for _, f := range all {
+		families[f.GetName()] = f
 	}
 	return families
 }

@@ -410,17 +410,32 @@ func (k *Kernel) register(r prometheus.Registerer) {
 			func(s KernelStatus) float64 { return float64(s.Namespaces) },
 		),
 		gauge("cgroups", "Cgroups that are known.", func(s KernelStatus) float64 { return float64(s.Cgroups) }),
-		gauge(
-			"helper_connected",
-			"1 if gke-metadata-emulator-attest.service hands over what it finds, else 0.",
-			func(s KernelStatus) float64 {
-				if s.Helper {
-					return 1
-				}
-				return 0
-			},
-		),
+		helperGauge{k},
 	)
+}
+
+// helperGauge is absent where nobody asks the kernel, because attestation.mode is source-ip or there is
+// no configuration: no helper is missed then.
+type helperGauge struct{ *Kernel }
+
+var helperDesc = prometheus.NewDesc("gke_metadata_emulator_attest_helper_connected",
+	"1 if gke-metadata-emulator-attest.service hands over what it finds, else 0; absent where the kernel is not asked.",
+	nil, nil)
+
+// Describe and Collect make it a prometheus.Collector.
+func (helperGauge) Describe(to chan<- *prometheus.Desc) { to <- helperDesc }
+
+// Collect is told in Describe.
+func (g helperGauge) Collect(to chan<- prometheus.Metric) {
+	s := g.Status()
+	if s.Hierarchy == "" {
+		return
+	}
+	connected := 0.0
+	if s.Helper {
+		connected = 1
+	}
+	to <- prometheus.MustNewConstMetric(helperDesc, prometheus.GaugeValue, connected)
 }
 
 // unifiedHierarchy reports whether a cgroup v2 hierarchy is mounted there.

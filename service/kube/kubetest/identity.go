@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
 // user is who a request comes from.
@@ -95,7 +96,12 @@ func (s *Server) NodeCert(node string) ([]byte, error) {
 // RotateNodeCert makes a new certificate for the node's kubelet and refuses the old one from now
 // on: 401, also on living connections.
 func (s *Server) RotateNodeCert(node string) ([]byte, error) {
-	p, err := s.ca.client(nodeUser+node, []string{"system:nodes"}, s.now())
+	return s.RotateNodeCertFor(node, usualLife)
+}
+
+// RotateNodeCertFor is RotateNodeCert with a certificate that expires so long from now.
+func (s *Server) RotateNodeCertFor(node string, life time.Duration) ([]byte, error) {
+	p, err := s.ca.client(nodeUser+node, []string{"system:nodes"}, s.now(), life)
 	if err != nil {
 		return nil, fmt.Errorf("kubetest: %w", err)
 	}

@@ -33,6 +33,9 @@ func newCA(now time.Time) (*pair, error) {
 	})
 }
 
+// usualLife is how long a certificate holds if nothing else is said.
+const usualLife = 10 * 24 * time.Hour
+
 func (ca *pair) server(hosts []string, now time.Time) (*pair, error) {
 	t := &x509.Certificate{
 		Subject:  pkix.Name{CommonName: "kube-apiserver"},
@@ -48,8 +51,9 @@ func (ca *pair) server(hosts []string, now time.Time) (*pair, error) {
 	return issue(ca, now, t)
 }
 
-func (ca *pair) client(cn string, groups []string, now time.Time) (*pair, error) {
+func (ca *pair) client(cn string, groups []string, now time.Time, life time.Duration) (*pair, error) {
 	return issue(ca, now, &x509.Certificate{
+		NotAfter: now.Add(life),
 		Subject:  pkix.Name{CommonName: cn, Organization: groups},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
@@ -63,7 +67,10 @@ func issue(ca *pair, now time.Time, t *x509.Certificate) (*pair, error) {
 	if t.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120)); err != nil {
 		return nil, fmt.Errorf("make a serial number: %w", err)
 	}
-	t.NotBefore, t.NotAfter = now.Add(-time.Hour), now.Add(10*24*time.Hour)
+	t.NotBefore = now.Add(-time.Hour)
+	if t.NotAfter.IsZero() {
+		t.NotAfter = now.Add(usualLife)
+	}
 	parent, signer := t, crypto.Signer(key)
 	if ca != nil {
 		parent, signer = ca.cert, ca.key
