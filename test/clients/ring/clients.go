@@ -30,6 +30,14 @@ func clients() []client {
 		node("google-auth-library", "9"), node("google-auth-library", ""),
 		node("storage", "7"), node("storage", ""),
 	}
+	all = append(all,
+		client{name: "Java, google-auth-library-oauth2-http", short: "java", argv: []string{"java", "-XX:TieredStopAtLevel=1", "-cp", javaJars, "/mnt/Client.java"}},
+		client{name: "Ruby, googleauth", short: "ruby", argv: []string{"ruby", "/mnt/client.rb", "googleauth"}},
+		client{name: "Ruby, google-cloud-env", short: "ruby-env", argv: []string{"ruby", "/mnt/client.rb", "google-cloud-env"}},
+		client{name: "R, gargle", short: "r", argv: []string{"Rscript", "/mnt/client.R"}},
+		client{name: "rclone", short: "rclone", argv: []string{"sh", "/mnt/client.sh", "rclone"}, chance: true, keepsNone: true},
+		client{name: "cloud-init's data source", short: "cloud-init", argv: []string{"sh", "/mnt/client.sh", "cloudinit"}},
+	)
 	all[1].short, all[1].argv[0] = "go-cgo", "/mnt/golang-cgo"
 	all[1].env = []string{"GODEBUG=netdns=cgo"}
 	return all
@@ -52,6 +60,9 @@ var notRedirected = []situation{
 	{title: "mode none: and `GCE_METADATA_IP`", dns: noName,
 		env: []string{"GCE_METADATA_HOST=" + atListen, "GCE_METADATA_IP=" + atListen, "GCE_METADATA_ROOT=" + atListen}},
 }
+
+// javaJars are what the library and its dependencies are of Debian's.
+const javaJars = "/usr/share/java/*"
 
 // chosen are the clients that are named, or all.
 func chosen(names []string) []client {

@@ -142,6 +142,7 @@ kubeconfig: %s/kubeconfig
 attestation: {mode: source-ip}
 routing: {mode: %s}
 listen: %s
+instance: {zone: europe-west4-a, hostname: node1.example.com}
 cluster: {name: my-cluster, location: europe-west4, uid: 00000000-0000-4000-8000-000000000000}
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: %s/google-ca.pem}
 limits: {connectionsPerPod: 1024}
