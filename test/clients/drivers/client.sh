@@ -16,6 +16,41 @@ rclone_() {
 	esac
 }
 
+# Prometheus finds the one machine of the ring's Compute Engine, and its name is the token.
+prometheus_() {
+	case $1 in
+	version) value "$(prometheus --version 2>&1 | sed -n '1s/.*version \([^ ]*\).*/\1/p')" ;;
+	token)
+		rm -rf /tmp/prometheus
+		mkdir /tmp/prometheus
+		printf 'scrape_configs: [{job_name: j, gce_sd_configs: [{project: my-project, zone: z, refresh_interval: 1s}]}]\n' >/tmp/prometheus/config.yml
+		prometheus --config.file=/tmp/prometheus/config.yml --storage.tsdb.path=/tmp/prometheus/data --web.listen-address=127.0.0.1:19090 \
+			>/tmp/error 2>&1 &
+		if found=$(python3 -c '
+import json, time, urllib.request
+end = time.monotonic() + 15
+while True:
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:19090/api/v1/targets", timeout=2) as answer:
+            targets = json.load(answer)["data"]["activeTargets"]
+        if targets:
+            print(targets[0]["discoveredLabels"]["__meta_gce_instance_name"])
+            break
+    except OSError:
+        pass
+    if time.monotonic() > end:
+        raise SystemExit(1)
+    if "could not find default credentials" in open("/tmp/error").read():
+        raise SystemExit(1)
+    time.sleep(0.05)
+' 2>/dev/null); then value "$found"; else fail; fi
+		kill $! 2>/dev/null
+		wait $! 2>/dev/null
+		;;
+	*) none ;;
+	esac
+}
+
 # cloud-init wants no token: its data source reads the instance and stops where something is missing.
 cloudinit_() {
 	case $1 in

@@ -48,6 +48,11 @@ type client struct {
 	env   []string
 	// chance says that its detection is a race of an HTTP request with DNS.
 	chance bool
+	// slow says that a start takes seconds, so that the race is not run again and again: where DNS has
+	// no record it goes as the other clients of its language show.
+	slow bool
+	// variable is what it reads in the place of GCE_METADATA_HOST.
+	variable string
 	// keepsNone says that it keeps no token, so that there is none to refresh.
 	keepsNone bool
 	// note is the table's last column.
@@ -58,8 +63,10 @@ type client struct {
 type situation struct {
 	title string // of the table's column
 	dns   resolver
+	race  bool     // of an HTTP request with an answer of DNS that says no
 	alias bool     // hostAliases has the name
-	env   []string // as the pod's manifest has it
+	host  string   // what GCE_METADATA_HOST is
+	env   []string // further variables
 }
 
 // process is a running driver.
@@ -78,6 +85,7 @@ mount --bind "$drivers" "$root/mnt"
 mount --bind "$npm" "$root/opt"
 mount --bind "$etc/resolv.conf" "$root/etc/resolv.conf"
 mount --bind "$etc/hosts" "$root/etc/hosts"
+mount --bind "$authorities" "$root/etc/ssl/certs/ca-certificates.crt"
 exec chroot "$root" env -i "$@"
 `
 
@@ -87,7 +95,7 @@ func (r *ring) start(ctx context.Context, c client, p *pod, s situation) (*proce
 	if err != nil {
 		return nil, err
 	}
-	hosts := "127.0.0.1 localhost\n" + p.Addr.String() + " pod\n"
+	hosts := "127.0.0.1 localhost\n" + p.Addr.String() + " pod\n" + apiAddr.String() + " " + strings.Join(apiNames, " ") + "\n"
 	if s.alias { // as kubelet writes it
 		hosts += "# Entries added by HostAliases.\n169.254.169.254\tmetadata.google.internal\n"
 	}
@@ -101,9 +109,13 @@ func (r *ring) start(ctx context.Context, c client, p *pod, s situation) (*proce
 	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LANG=C.UTF-8",
 		"KUBERNETES_SERVICE_HOST=10.96.0.1", "KUBERNETES_SERVICE_PORT=443", "RING_STORAGE=" + r.world.storage}
 	env = append(append(env, c.env...), s.env...)
+	if s.host != "" {
+		env = append(env, "GCE_METADATA_HOST="+s.host)
+	}
 	args := append([]string{"--mount", "--propagation=private", "sh", "-ec", enter, "enter"}, append(env, c.argv...)...)
 	k := &process{cmd: p.Command(ctx, "unshare", args...), lines: make(chan []byte)}
-	k.cmd.Env = append(os.Environ(), "root="+r.root, "drivers="+r.drivers, "npm="+r.npm, "etc="+etc)
+	k.cmd.Env = append(os.Environ(), "root="+r.root, "drivers="+r.drivers, "npm="+r.npm, "etc="+etc,
+		"authorities="+filepath.Join(r.dir, "authorities.pem"))
 	k.cmd.Stderr = r.said
 	if k.in, err = k.cmd.StdinPipe(); err != nil {
 		return nil, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -36,7 +35,7 @@ type world struct {
 	kube    *kubetest.Server
 	google  *googletest.Server
 	dns     map[resolver]netip.Addr
-	storage string // URL of the stand-in for Cloud Storage
+	storage string // URL of Cloud Storage's stand-in
 	dir     string
 	service *emulator
 }
@@ -54,13 +53,16 @@ func newWorld(ctx context.Context, binary, dir string) (_ *world, err error) {
 	if err := w.startGoogle(); err != nil {
 		return nil, err
 	}
-	if err := w.startStorage(); err != nil {
+	if err := w.addAddress(ctx, apiAddr); err != nil {
+		return nil, err
+	}
+	if err := w.startAPIs(); err != nil {
 		return nil, err
 	}
 	for i, r := range []resolver{hasRecord, refuses, noName} {
 		at := netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})
-		if out, err := w.node.Cloud.Command(ctx, "ip", "address", "add", at.String()+"/32", "dev", "lo").CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("ip address add %s: %w: %s", at, err, out)
+		if err := w.addAddress(ctx, at); err != nil {
+			return nil, err
 		}
 		c, err := w.node.Cloud.ListenPacket("udp4", netip.AddrPortFrom(at, 53).String())
 		if err != nil {
@@ -71,6 +73,15 @@ func newWorld(ctx context.Context, binary, dir string) (_ *world, err error) {
 	}
 	w.service = &emulator{world: w, binary: binary}
 	return w, nil
+}
+
+// addAddress gives the cloud another address.
+func (w *world) addAddress(ctx context.Context, a netip.Addr) error {
+	out, err := w.node.Cloud.Command(ctx, "ip", "address", "add", a.String()+"/32", "dev", "lo").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("ip address add %s: %w: %s", a, err, out)
+	}
+	return nil
 }
 
 func (w *world) startGoogle() error {
@@ -93,19 +104,6 @@ func (w *world) startGoogle() error {
 	kubeconfig, err := w.kube.Kubeconfig(nodeName)
 	return errors.Join(err, os.WriteFile(filepath.Join(w.dir, "kubeconfig"), kubeconfig, 0o600),
 		w.google.WriteCA(filepath.Join(w.dir, "google-ca.pem")))
-}
-
-// startStorage serves Cloud Storage's API as far as clients of it read a bucket or list buckets: the
-// name of a bucket is the token that the request had. It believes no token; check does.
-func (w *world) startStorage() error {
-	l, err := w.node.Cloud.Listen("tcp4", netip.AddrPortFrom(w.node.Cloud.Addr, 8080).String())
-	if err != nil {
-		return err
-	}
-	w.storage = "http://" + l.Addr().String()
-	s := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(answerStorage)}
-	go func() { _ = s.Serve(l) }() // until the namespace closes its listeners
-	return nil
 }
 
 // pod is a pod: a network namespace, of which the API server says whose it is.
