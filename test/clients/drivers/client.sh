@@ -3,7 +3,7 @@
 # standard error says why it failed.
 none() { echo '{"none":true}'; }
 value() { printf '{"value":"%s"}\n' "$1"; }
-fail() { printf '{"error":"%s"}\n' "$(tr '\n"\\' '   ' </tmp/error | cut -c1-400)"; }
+fail() { printf '{"error":"%s"}\n' "$(tr '\n"\134' '   ' </tmp/error | cut -c1-400)"; }
 
 rclone_() {
 	case $1 in

@@ -17,7 +17,7 @@ import (
 // answerLimit bounds one answer of a client: Python's library tries for 20 s and more.
 const answerLimit = 90 * time.Second
 
-// The questions that a driver is asked. Each is a line of its standard input; its answer is one line
+// The questions that a driver is asked. Each is a line of its standard input. Its answer is a line
 // of JSON on standard output.
 const (
 	askVersion  = "version"  // of the library
@@ -46,11 +46,11 @@ type client struct {
 	short string   // in CLIENTS, with what it is of
 	argv  []string // of the driver, in the pods' root
 	env   []string
-	// chance says that its detection is a race of an HTTP request with DNS.
-	chance bool
-	// slow says that a start takes seconds, so that the race is not run again and again: where DNS has
-	// no record it goes as the other clients of its language show.
-	slow bool
+	// race says that its detection is a race of an HTTP request with an answer of DNS that says no.
+	// Where the answer is yes, that many processes must detect Google Cloud; 0: there is no race.
+	race int
+	// finalDot says that it asks DNS with the final dot, which /etc/hosts does not answer.
+	finalDot bool
 	// variable is what it reads in the place of GCE_METADATA_HOST.
 	variable string
 	// keepsNone says that it keeps no token, so that there is none to refresh.
@@ -95,12 +95,12 @@ func (r *ring) start(ctx context.Context, c client, p *pod, s situation) (*proce
 	if err != nil {
 		return nil, err
 	}
-	hosts := "127.0.0.1 localhost\n" + p.Addr.String() + " pod\n" + apiAddr.String() + " " + strings.Join(apiNames, " ") + "\n"
+	hosts := fmt.Sprintf("127.0.0.1 localhost\n%s pod\n%s %s\n", p.Addr, apiAddr, strings.Join(apiNames, " "))
 	if s.alias { // as kubelet writes it
 		hosts += "# Entries added by HostAliases.\n169.254.169.254\tmetadata.google.internal\n"
 	}
-	resolv := fmt.Sprintf("search default.svc.cluster.local svc.cluster.local cluster.local\nnameserver %s\noptions ndots:5\n",
-		r.world.dns[s.dns])
+	resolv := "search default.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n" +
+		"nameserver " + r.world.dns[s.dns].String() + "\n"
 	if err := errors.Join(os.WriteFile(filepath.Join(etc, "hosts"), []byte(hosts), 0o644),
 		os.WriteFile(filepath.Join(etc, "resolv.conf"), []byte(resolv), 0o644)); err != nil {
 		return nil, err
@@ -162,7 +162,7 @@ func (k *process) receive() answer {
 				continue
 			}
 			if err := json.Unmarshal(line, &a); err != nil {
-				return answer{Error: fmt.Sprintf("%v: %s", err, line)}
+				return answer{Error: "an answer that is no JSON: " + err.Error()}
 			}
 			return a
 		case <-late:

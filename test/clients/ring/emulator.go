@@ -33,9 +33,13 @@ func (e *emulator) command(ctx context.Context, name string, args ...string) *ex
 	return cmd
 }
 
+func (e *emulator) configuration() string {
+	return "--config=" + filepath.Join(e.world.dir, "config.yaml")
+}
+
 // routing runs `routing install` or `routing remove`.
 func (e *emulator) routing(ctx context.Context, verb string) error {
-	out, err := e.command(ctx, e.binary, "routing", verb, "--config="+filepath.Join(e.world.dir, "config.yaml")).CombinedOutput()
+	out, err := e.command(ctx, e.binary, "routing", verb, e.configuration()).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("routing %s: %w: %s", verb, err, out)
 	}
@@ -52,7 +56,8 @@ func (e *emulator) start(ctx context.Context) (err error) {
 		if e.file, err = e.listener.(*net.TCPListener).File(); err != nil {
 			return err
 		}
-		if e.log, err = os.OpenFile(filepath.Join(e.world.dir, "service.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err != nil {
+		e.log, err = os.OpenFile(filepath.Join(e.world.dir, "service.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
 			return err
 		}
 	}
@@ -62,7 +67,7 @@ func (e *emulator) start(ctx context.Context) (err error) {
 		return err
 	}
 	e.serve = e.command(context.WithoutCancel(ctx), "sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@"`,
-		e.binary, "serve", "--config="+filepath.Join(e.world.dir, "config.yaml"))
+		e.binary, "serve", e.configuration())
 	e.serve.Env = append(e.serve.Env, "NOTIFY_SOCKET="+path)
 	e.serve.ExtraFiles = []*os.File{e.file}
 	e.serve.Stdout, e.serve.Stderr = e.log, e.log

@@ -1,7 +1,7 @@
 // Command ring has Google's client libraries, as their package managers have them, ask the real
 // service: `make test-clients`. Each is a process in a pod: a network namespace behind the real
-// rules, with a root of its own and DNS that has the name, refuses, or says at once that there is no
-// such name. What each can do is a table in docs/clients.md. A run fails where it sees anything else
+// rules, with a root of its own. DNS has the name, refuses, or says at once that there is no such
+// name. What each can do is a table in docs/clients.md. A run fails where it sees anything else
 // than the table says, and whenever a pod gets an identity that is not its own.
 //
 // UPDATE_GOLDEN=1 writes the table anew.

@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	atOnce = 4  // clients that run side by side: those of Java and R take a processor each
-	tries  = 40 // processes after which a detection that may be chance is believed to be none
+	atOnce     = 4  // clients that run side by side: those of Java and R take a processor each
+	mostTosses = 12 // processes that show a race both ways
 )
 
 // ring is a run.
@@ -103,7 +103,8 @@ func (r *ring) noticesWrong(ctx context.Context, asks, other *pod) error {
 		return err
 	}
 	request.Header.Set("Metadata-Flavor", "Google")
-	response, err := (&http.Client{Transport: &http.Transport{DialContext: asks.Dial, DisableKeepAlives: true}}).Do(request)
+	transport := &http.Transport{DialContext: asks.Dial, DisableKeepAlives: true}
+	response, err := (&http.Client{Transport: transport}).Do(request)
 	if err != nil {
 		return err
 	}
@@ -321,24 +322,31 @@ func (r *ring) detects(ctx context.Context, c client, p *pod, s situation) {
 			return
 		}
 	}
-	found := 0
-	if c.slow && s.race {
-		r.note(c, s.title, chance, err)
+	if c.race > 0 && (s.race || s.alias && c.finalDot) {
+		r.tosses(ctx, c, p, s, err)
 		return
 	}
-	if c.chance && !c.slow && ctx.Err() == nil {
-		for n := range tries {
-			if err == nil {
-				found++
-			}
-			if found > 0 && found <= n {
-				r.note(c, s.title, chance, fmt.Errorf("%d of %d", found, n+1))
-				return
-			}
-			err = r.detect(ctx, c, p, s)
-		}
+	for n := 1; n < c.race && err == nil; n++ {
+		err = r.detect(ctx, c, p, s)
 	}
 	r.result(c, s.title, err)
+}
+
+// tosses notes that a detection is a race, and prints how it went.
+func (r *ring) tosses(ctx context.Context, c client, p *pod, s situation, first error) {
+	found, last := 0, first
+	n := 1
+	for ; ; n++ {
+		if last == nil {
+			found++
+		}
+		var wrong *wrongError
+		if errors.As(last, &wrong) || n == min(c.race, mostTosses) || found > 0 && found < n {
+			break
+		}
+		last = r.detect(ctx, c, p, s)
+	}
+	r.note(c, s.title, chance, errors.Join(last, fmt.Errorf("%d of %d", found, n)))
 }
 
 func (r *ring) detect(ctx context.Context, c client, p *pod, s situation) error {

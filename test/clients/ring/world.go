@@ -172,7 +172,8 @@ func (w *world) whose(token string, p *pod) (googletest.Issued, error) {
 	case !known:
 		return issued, errors.New("no token that Google issued")
 	case issued.Subject != p.subject || issued.Email != p.email:
-		return issued, &wrongError{fmt.Sprintf("the token of %s %s, and not of %s %s", issued.Subject, issued.Email, p.subject, p.email)}
+		return issued, &wrongError{fmt.Sprintf("the token of %s %s, and not of %s %s", issued.Subject, issued.Email,
+			p.subject, p.email)}
 	case !time.Now().Before(issued.Expires):
 		return issued, fmt.Errorf("a token that expired %s ago", time.Since(issued.Expires).Round(time.Millisecond))
 	}

@@ -23,7 +23,7 @@ const (
 // errNone says that the library has no such thing.
 var errNone = errors.New("none")
 
-// library is what can be asked of a library; a question that is not in it the library does not have.
+// library is what can be asked of a library. It does not have what is asked by other questions.
 type library struct {
 	module string
 	ask    map[string]func(context.Context) (string, error)
