@@ -49,6 +49,8 @@ type client struct {
 	// race says that its detection is a race of an HTTP request with an answer of DNS that says no.
 	// Where the answer is yes, that many processes must detect Google Cloud; 0: there is no race.
 	race int
+	// hasty says that it waits 0.1 s for a connection, so on a busy machine it may try again.
+	hasty bool
 	// finalDot says that it asks DNS with the final dot, which /etc/hosts does not answer.
 	finalDot bool
 	// variable is what it reads in the place of GCE_METADATA_HOST.

@@ -15,7 +15,8 @@ import (
 )
 
 const (
-	atOnce     = 4  // clients that run side by side: those of Java and R take a processor each
+	atOnce     = 4 // clients that run side by side: those of Java and R take a processor each
+	hastyTries = 5
 	mostTosses = 12 // processes that show a race both ways
 )
 
@@ -325,6 +326,9 @@ func (r *ring) detects(ctx context.Context, c client, p *pod, s situation) {
 	if c.race > 0 && (s.race || s.alias && c.finalDot) {
 		r.tosses(ctx, c, p, s, err)
 		return
+	}
+	for n := 1; n < hastyTries && c.hasty && err != nil; n++ {
+		err = r.detect(ctx, c, p, s)
 	}
 	for n := 1; n < c.race && err == nil; n++ {
 		err = r.detect(ctx, c, p, s)
