@@ -18,7 +18,7 @@ VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 # It tests the alerting rules.
 PROMTOOL ?= $(shell .ci/promtool --name)
 
-.PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
+.PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-clients test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
@@ -106,6 +106,9 @@ test-kube: ## the stand-in for the API server, and each line of the shipped RBAC
 
 test-node: deps bin/deb ## the deb on a real Kubernetes node that is booted for it: kubelet, containerd, kube-proxy; NODE_PARTS="first kinds" for some of it
 	@$(SUDO) env PATH="$(PATH)" GO="$(GO)" NODE_PARTS="$(NODE_PARTS)" NODE_IPTABLES="$(NODE_IPTABLES)" CI="$(CI)" test/node/run
+
+test-clients: deps build ## real client libraries by their package managers, in pods; holds the table in docs/clients.md; CLIENTS="python go-auth" for some of them
+	@$(SUDO) env PATH="$(PATH)" GO="$(GO)" CLIENTS="$(CLIENTS)" UPDATE_GOLDEN="$(UPDATE_GOLDEN)" CI="$(CI)" test/clients/run
 
 test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run

@@ -348,8 +348,13 @@ func environmentText(p Plan) string {
 	case a.Is6() && !a.IsUnspecified():
 		host = "[$(NODE_IP)]"
 	}
-	return fmt.Sprintf("\n# what %s in their environment\n#   env:%s\n#   - name: GCE_METADATA_HOST\n#     value: %s\n",
-		who, field, net.JoinHostPort(host, strconv.Itoa(int(p.Listen.Port()))))
+	value := net.JoinHostPort(host, strconv.Itoa(int(p.Listen.Port())))
+	text := fmt.Sprintf("\n# what %s in their environment\n#   env:%s\n", who, field)
+	// Most clients read the first; Python needs the second besides; gcloud and gsutil read the third.
+	for _, name := range []string{"GCE_METADATA_HOST", "GCE_METADATA_IP", "GCE_METADATA_ROOT"} {
+		text += fmt.Sprintf("#   - name: %s\n#     value: %s\n", name, value)
+	}
+	return text
 }
 
 // resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata

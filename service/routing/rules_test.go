@@ -244,14 +244,18 @@ func TestNewRefuses(t *testing.T) {
 
 // TestEnvironmentText: in mode none pods are told an address at which they reach the emulator.
 func TestEnvironmentText(t *testing.T) {
-	for listen, want := range map[string]string{
-		"169.254.169.252:988": "# what pods need in their environment\n#   env:\n#   - name: GCE_METADATA_HOST\n#     value: 169.254.169.252:988\n",
-		"0.0.0.0:8988":        "{fieldPath: status.hostIP}}\n#   - name: GCE_METADATA_HOST\n#     value: $(NODE_IP):8988\n",
-		"198.51.100.10:8988":  "#     value: $(NODE_IP):8988\n",
-		"[fd00:51::10]:8988":  "#     value: [$(NODE_IP)]:8988\n",
-		"127.0.0.1:988":       "# what pods on the host network, who alone reach it, need in their environment\n#   env:\n#   - name: GCE_METADATA_HOST\n#     value: 127.0.0.1:988\n",
+	for listen, want := range map[string]struct{ before, value string }{
+		"169.254.169.252:988": {"# what pods need in their environment\n#   env:\n", "169.254.169.252:988"},
+		"0.0.0.0:8988":        {"{fieldPath: status.hostIP}}\n", "$(NODE_IP):8988"},
+		"198.51.100.10:8988":  {"", "$(NODE_IP):8988"},
+		"[fd00:51::10]:8988":  {"", "[$(NODE_IP)]:8988"},
+		"127.0.0.1:988":       {"# what pods on the host network, who alone reach it, need in their environment\n#   env:\n", "127.0.0.1:988"},
 	} {
-		if got := environmentText(Plan{Listen: netip.MustParseAddrPort(listen)}); !strings.HasSuffix(got, want) {
+		text := want.before
+		for _, name := range []string{"GCE_METADATA_HOST", "GCE_METADATA_IP", "GCE_METADATA_ROOT"} {
+			text += "#   - name: " + name + "\n#     value: " + want.value + "\n"
+		}
+		if got := environmentText(Plan{Listen: netip.MustParseAddrPort(listen)}); !strings.HasSuffix(got, text) {
 			t.Errorf("%s: %s", listen, got)
 		}
 	}

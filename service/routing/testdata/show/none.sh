@@ -34,3 +34,7 @@ END
 #     valueFrom: {fieldRef: {fieldPath: status.hostIP}}
 #   - name: GCE_METADATA_HOST
 #     value: $(NODE_IP):8988
+#   - name: GCE_METADATA_IP
+#     value: $(NODE_IP):8988
+#   - name: GCE_METADATA_ROOT
+#     value: $(NODE_IP):8988
