@@ -63,7 +63,9 @@ var six = []string{"service/attest", "service/config", "service/kube", "service/
 //	the six → workload
 var layers = map[string][]string{
 	// Flags become a config.Config and a routing.Plan here, so cmd knows these two of the six.
-	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing", "service/status"},
+	// The exit status of its commands depends on whether rules are missing or may not be changed.
+	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing",
+		"service/routing/fault", "service/status"},
 	"packaging":                 nil,
 	"packaging/gen":             nil, // not shipped
 	// The life of the service puts everything together; doctor is another process, and no part of it.
@@ -81,7 +83,11 @@ var layers = map[string][]string{
 	"service/config":   {"service/workload"},
 	"service/kube":     {"service/workload"},
 	"service/metadata": {"service/workload"},
-	"service/routing":  {"service/routing/netobj", "service/workload"},
+	// routing knows the Plan and which rules it makes. The packages below it know no Plan: each knows
+	// one interface of the kernel.
+	"service/routing": {"service/routing/fault", "service/routing/netobj", "service/workload"},
+	// the errors that all of them wrap
+	"service/routing/fault": nil,
 	// objects of the kernel that routing puts up; whose they are routing says.
 	"service/routing/netobj": nil,
 	"service/token":          {"service/workload"},

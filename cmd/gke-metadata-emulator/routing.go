@@ -17,6 +17,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
@@ -91,7 +92,7 @@ complete. Nothing is changed. With a missing or broken configuration only the gu
 		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
-			if errors.Is(err, routing.ErrMissing) {
+			if errors.Is(err, fault.ErrMissing) {
 				return fmt.Errorf("the rules are not complete:\n%w", err)
 			}
 			return err
@@ -108,7 +109,7 @@ func untilNil(ctx context.Context, wait time.Duration, ask func(context.Context)
 	defer tick.Stop()
 	for {
 		err := ask(ctx)
-		if err == nil || wait <= 0 || errors.Is(err, routing.ErrPermission) {
+		if err == nil || wait <= 0 || errors.Is(err, fault.ErrPermission) {
 			return err
 		}
 		select {

@@ -15,6 +15,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
@@ -108,10 +109,10 @@ var sickNodes = []sickNode{
 	{"rules", func(r *nodeReport) { r.node.Rules = unix.EPERM; r.state.Standing = routing.Standing{} }, Skip, "as root",
 		""},
 	{"rules", func(r *nodeReport) {
-		r.node.Rules = routing.ErrPermission
+		r.node.Rules = fault.ErrPermission
 		r.state.Standing = routing.Standing{Time: r.now.Add(-time.Minute), Faults: []string{"missing: a"}}
 	}, Fail, "1m0s before: missing: a", installRules},
-	{"rules", func(r *nodeReport) { r.node.Rules = routing.ErrPermission }, OK, "all stood 20s ago", ""},
+	{"rules", func(r *nodeReport) { r.node.Rules = fault.ErrPermission }, OK, "all stood 20s ago", ""},
 	{"rules", func(r *nodeReport) { r.state.Reason = "it fits" }, OK, "auto: it fits", ""},
 
 	{"rules", observing, OK, "nothing is redirected", ""},
@@ -235,7 +236,7 @@ var sickNodes = []sickNode{
 	{"connection", func(r *nodeReport) {
 		r.trial.answered, r.state.Desired = answered{status: 200}, routing.Removed
 	}, Fail, "without a name (status 200) answered", installRules},
-	{"connection", func(r *nodeReport) { r.trial = trial{impossible: routing.ErrPermission}; r.root = false }, Skip,
+	{"connection", func(r *nodeReport) { r.trial = trial{impossible: fault.ErrPermission}; r.root = false }, Skip,
 		"as root", ""},
 	{"connection", func(r *nodeReport) { r.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists",
 		"another doctor"},
@@ -290,7 +291,7 @@ var sickNodes = []sickNode{
 		Warn, "no IPv6 here", "default.disable_ipv6"},
 	{"connection6", func(r *nodeReport) {
 		dualStack(r)
-		r.trial = trial{impossible: routing.ErrPermission}
+		r.trial = trial{impossible: fault.ErrPermission}
 		r.trial6, r.root = r.trial, false
 	}, Skip, "as root", ""},
 	{"connection6", func(r *nodeReport) { dualStack(r); r.node.IPv6 = false }, Skip,

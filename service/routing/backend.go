@@ -4,6 +4,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // backends returns the command to use and, where the choice was ours, the other backend's if it may
@@ -40,11 +42,11 @@ func backends(p Plan) (use, other string) {
 func kubeletChains(legacy string) map[bool]bool {
 	found := map[bool]bool{}
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-		if yes, err := nftChainExists(ipv4, "mangle", name); err == nil && yes {
+		if yes, err := nftChainExists(netobj.IPv4, "mangle", name); err == nil && yes {
 			found[false] = true
 		}
-		if yes, err := legacyTable("mangle", ipv4); err == nil && yes && !found[true] {
-			if x, err := openXtables(legacy, true, ipv4); err == nil {
+		if yes, err := legacyTable("mangle", netobj.IPv4); err == nil && yes && !found[true] {
+			if x, err := openXtables(legacy, true, netobj.IPv4); err == nil {
 				found[true], _ = x.ChainExists("mangle", name)
 			}
 		}

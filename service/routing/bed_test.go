@@ -16,6 +16,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -345,7 +346,7 @@ func faults(t testing.TB, err error) []string {
 	if err == nil {
 		return nil
 	}
-	if !errors.Is(err, ErrMissing) {
+	if !errors.Is(err, fault.ErrMissing) {
 		t.Errorf("not a fault: %v", err)
 	}
 	return strings.Split(err.Error(), "\n")

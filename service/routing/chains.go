@@ -8,6 +8,9 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // chainState is what stands of one of our chains.
@@ -103,12 +106,12 @@ func (x *xtables) readUnlisted(c chain, s *chainState) error {
 }
 
 func foreignChain(c chain, rule string) error {
-	return fmt.Errorf("chain %s of table %s %w, who jumps to it by -A %s %s", c.name, c.table, ErrForeign, c.base, rule)
+	return fmt.Errorf("chain %s of table %s %w, who jumps to it by -A %s %s", c.name, c.table, fault.ErrForeign, c.base, rule)
 }
 
 func foreignRedirection(c chain, rule string) error {
 	return fmt.Errorf("%s %w, who redirects it by %s in chain %s: "+
-		"this may be GKE, or another metadata server; remove that first", metadataServer, ErrForeign, rule, c.base)
+		"this may be GKE, or another metadata server; remove that first", metadataServer, fault.ErrForeign, rule, c.base)
 }
 
 // redirection finds a rule that redirects the metadata server by itself. Ours never stand in a base
@@ -128,7 +131,7 @@ func redirection(base []string) string {
 func foreignRedirections(ctx context.Context) error {
 	var all []error
 	for _, command := range []string{"iptables-nft", "iptables-legacy"} {
-		x, err := openXtables(command, isLegacy(command), ipv4)
+		x, err := openXtables(command, isLegacy(command), netobj.IPv4)
 		if err != nil {
 			continue // who has no such command has no such rules
 		}
@@ -160,7 +163,7 @@ func (x *xtables) compare(ctx context.Context, c chain, s chainState) (errs []er
 	// depend on it.
 	switch n := len(s.jumps); {
 	case n == 0:
-		errs = append(errs, flushed([]error{x.missing(c, "-I %s 1 %s", c.base, c.jump())})...)
+		errs = append(errs, fault.Flushed([]error{x.missing(c, "-I %s 1 %s", c.base, c.jump())})...)
 	case n > 1:
 		errs = append(errs, x.missing(c, "-A %s %s should be there once, not %d times", c.base, s.jumps[0].rule, n))
 	}
@@ -255,15 +258,15 @@ func (x *xtables) compareRules(ctx context.Context, c chain, standing []string) 
 }
 
 func (x *xtables) layer() string {
-	if x.family == ipv6 {
-		return layerIP6Tables
+	if x.family == netobj.IPv6 {
+		return fault.IP6Tables
 	}
-	return layerIPTables
+	return fault.IPTables
 }
 
 // missing names the command and table in front of the rule, so that the text can be typed.
 func (x *xtables) missing(c chain, format string, args ...any) error {
-	return missing(x.layer(), "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
+	return fault.Missing(x.layer(), "%s -t %s %s", x.command, c.table, fmt.Sprintf(format, args...))
 }
 
 // jumps returns the jumps to a chain of ours that are ours, and whether somebody else jumps there

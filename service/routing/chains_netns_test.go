@@ -9,6 +9,9 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // TestChainState reads what both backends' commands put there.
@@ -47,7 +50,7 @@ func TestChainState(t *testing.T) {
 					}
 					var s chainState
 					if err := b.Do(func() error {
-						x, err := openXtables(b.plan.Binary, isLegacy(b.plan.Binary), ipv4)
+						x, err := openXtables(b.plan.Binary, isLegacy(b.plan.Binary), netobj.IPv4)
 						if err != nil {
 							return err
 						}
@@ -65,7 +68,7 @@ func TestChainState(t *testing.T) {
 					}
 					foreign := errors.Join(s.foreign, s.redirection)
 					if s.exists != c.exists || !slices.Equal(positions, at) || (foreign == nil) != (c.foreign == "") ||
-						foreign != nil && (!errors.Is(foreign, ErrForeign) || !strings.Contains(foreign.Error(), c.foreign)) {
+						foreign != nil && (!errors.Is(foreign, fault.ErrForeign) || !strings.Contains(foreign.Error(), c.foreign)) {
 						t.Errorf("beside a rule of nft's %v: %+v", unlisted, s)
 					}
 				}

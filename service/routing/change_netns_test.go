@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // connectUntil connects and hangs up, until stop says so; with pauses, since what conntrack knows
@@ -234,7 +235,7 @@ func TestInstallForgetsWhatIsOver(t *testing.T) {
 		if err := b.Do(func() error {
 			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 			for _, f := range flows {
-				if (served{redirectTarget: b.plan.target(nodeFacts{}, ipv4), redirected: true}).MatchConntrackFlow(f) {
+				if (served{redirectTarget: b.plan.target(nodeFacts{}, netobj.IPv4), redirected: true}).MatchConntrackFlow(f) {
 					n++
 				}
 			}

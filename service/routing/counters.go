@@ -9,14 +9,16 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // legacyDrops counts the packets of one family that each rule and each policy of the legacy tables
 // has dropped in this network namespace. Without such tables it is empty: asking for one would make
 // it.
-func legacyDrops(ctx context.Context, family Family) map[string]uint64 {
+func legacyDrops(ctx context.Context, family netobj.Family) map[string]uint64 {
 	drops, command := map[string]uint64{}, "iptables"
-	if family == ipv6 {
+	if family == netobj.IPv6 {
 		command = ip6tables(command)
 	}
 	save := command + "-legacy-save"

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode
@@ -43,7 +45,7 @@ func (m *ebpfMode) survey(ctx context.Context, s nodeFacts) (faults []error, err
 	if err != nil {
 		return nil, err
 	}
-	return append(faults, flushed(m.pins.check(r))...), nil
+	return append(faults, fault.Flushed(m.pins.check(r))...), nil
 }
 
 // put begins with the doors, but where DNAT stands: that goes when the programs have taken over,

@@ -16,6 +16,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // ebpfBed is a bed of mode ebpf.
@@ -211,9 +213,9 @@ func TestEBPFWatch(t *testing.T) {
 		harm         func()
 		layer, cause string
 	}{
-		{"detached by force", func() { b.detach(t, "connect4") }, layerEBPF, "ebpf"},
-		{"all pins", func() { b.must(os.RemoveAll(b.plan.BPFDir)) }, layerEBPF, "ebpf"},
-		{"the doors", func() { b.sh("nft delete table ip gke-metadata-emulator") }, layerNFTables, ""},
+		{"detached by force", func() { b.detach(t, "connect4") }, fault.EBPF, "ebpf"},
+		{"all pins", func() { b.must(os.RemoveAll(b.plan.BPFDir)) }, fault.EBPF, "ebpf"},
+		{"the doors", func() { b.sh("nft delete table ip gke-metadata-emulator") }, fault.NFTables, ""},
 	} {
 		was := w.state().Repairs.Total()
 		c.harm()

@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -171,7 +172,7 @@ func TestPinsRefusals(t *testing.T) {
 	if err := link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(cgroup.Fd()), Program: alone, Attach: ebpf.AttachCGroupInet4Connect}); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.install(r); !errors.Is(err, ErrForeign) {
+	if err := p.install(r); !errors.Is(err, fault.ErrForeign) {
 		t.Errorf("%v, want ErrForeign", err)
 	}
 

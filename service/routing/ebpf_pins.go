@@ -12,6 +12,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // Programs stand as rules do, without the process that put them up: the link that attaches a
@@ -49,7 +51,7 @@ func (p pins) install(r rewriting) error {
 		return err
 	}
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
-		return fmt.Errorf("make the directory for eBPF programs: %w", permission(err))
+		return fmt.Errorf("make the directory for eBPF programs: %w", fault.Permission(err))
 	}
 	for _, h := range p.hooks {
 		if err := p.installHook(h, r); err != nil {
@@ -69,7 +71,7 @@ func (p pins) usable() error {
 	parent := filepath.Dir(filepath.Dir(p.dir))
 	var s unix.Statfs_t
 	if err := unix.Statfs(parent, &s); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("look at %s: %w", parent, permission(err))
+		return fmt.Errorf("look at %s: %w", parent, fault.Permission(err))
 	} else if err != nil || s.Type != unix.BPF_FS_MAGIC {
 		return fmt.Errorf("programs are pinned in a bpf file system, and %s is none: `mount -t bpf bpf %[1]s`, or use routing mode iptables", parent)
 	}
@@ -128,7 +130,7 @@ func (p pins) attach(h hook, program *ebpf.Program) error {
 			return fmt.Errorf(
 				"%s %w, who lets no other program of this kind be attached there (`bpftool cgroup show %[1]s` names it)",
 				p.root,
-				ErrForeign,
+				fault.ErrForeign,
 			)
 		}
 	}
@@ -175,7 +177,7 @@ func (p *pins) changed() bool {
 func (p pins) checkHook(h hook, r rewriting) error {
 	l, err := link.LoadPinnedLink(p.link(h), nil)
 	if errors.Is(err, fs.ErrNotExist) {
-		return missing(layerEBPF, "eBPF program %s at %s, pinned as %s", h.name, p.root, p.link(h))
+		return fault.Missing(fault.EBPF, "eBPF program %s at %s, pinned as %s", h.name, p.root, p.link(h))
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", p.link(h), bpfPermission(err))
@@ -187,8 +189,8 @@ func (p pins) checkHook(h hook, r rewriting) error {
 	}
 	at := info.Cgroup()
 	if at == nil || ebpf.AttachType(at.AttachType) != h.attach || at.CgroupId != cgroupID(p.root) || at.CgroupId == 0 {
-		return missing(
-			layerEBPF,
+		return fault.Missing(
+			fault.EBPF,
 			"eBPF program %s at %s: %s leads nowhere, it was detached by force",
 			h.name,
 			p.root,
@@ -197,7 +199,7 @@ func (p pins) checkHook(h hook, r rewriting) error {
 	}
 	program, err := ebpf.LoadPinnedProgram(p.program(h), nil)
 	if errors.Is(err, fs.ErrNotExist) {
-		return missing(layerEBPF, "eBPF program %s: its pin %s", h.name, p.program(h))
+		return fault.Missing(fault.EBPF, "eBPF program %s: its pin %s", h.name, p.program(h))
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", p.program(h), bpfPermission(err))
@@ -208,8 +210,8 @@ func (p pins) checkHook(h hook, r rewriting) error {
 		return fmt.Errorf("%s: %w", p.program(h), bpfPermission(err))
 	}
 	if id, _ := is.ID(); id != info.Program {
-		return missing(
-			layerEBPF,
+		return fault.Missing(
+			fault.EBPF,
 			"eBPF program %s at %s: number %d is attached, and %s is number %d",
 			h.name,
 			p.root,
@@ -223,7 +225,7 @@ func (p pins) checkHook(h hook, r rewriting) error {
 		return err
 	}
 	if err := spec.Compatible(is); errors.Is(err, ebpf.ErrProgIncompatible) {
-		return missing(layerEBPF, "eBPF program %s at %s: it is another one, of tag %s", h.name, p.root, is.Tag)
+		return fault.Missing(fault.EBPF, "eBPF program %s at %s: it is another one, of tag %s", h.name, p.root, is.Tag)
 	} else if err != nil {
 		return err
 	}
@@ -234,7 +236,7 @@ func (p pins) checkHook(h hook, r rewriting) error {
 		}
 		id, _ := table.ID()
 		if uses, _ := is.MapIDs(); !slices.Contains(uses, id) {
-			return missing(layerEBPF, "eBPF program %s at %s: it counts into another table than number %d", h.name, p.root, id)
+			return fault.Missing(fault.EBPF, "eBPF program %s at %s: it counts into another table than number %d", h.name, p.root, id)
 		}
 	}
 	return nil
@@ -354,7 +356,7 @@ func bpfPermission(err error) error {
 // deniedError is ErrPermission in the words of mode ebpf.
 type deniedError struct{ error }
 
-func (e *deniedError) Is(target error) bool { return target == ErrPermission }
+func (e *deniedError) Is(target error) bool { return target == fault.ErrPermission }
 func (e *deniedError) Unwrap() error        { return e.error }
 func (e *deniedError) Error() string {
 	return "needs root with CAP_BPF and CAP_NET_ADMIN (a security module or a sandbox may deny it even then: use another routing mode): " + e.error.Error()

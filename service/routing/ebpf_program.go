@@ -8,6 +8,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Mode ebpf changes where a connect() goes, before there is a packet: a program at the root of the
@@ -28,8 +30,8 @@ import (
 type hook struct {
 	name   string
 	attach ebpf.AttachType
-	family Family // of the socket. To one of ipv6 the address is IPv4, mapped (clients in Java have no other)
-	back   bool   // getpeername(): the client sees the address that it asked for
+	family netobj.Family // of the socket. To one of ipv6 the address is IPv4, mapped (clients in Java have no other)
+	back   bool          // getpeername(): the client sees the address that it asked for
 }
 
 // program is the name that bpftool shows; the kernel takes 15 characters.
@@ -39,13 +41,13 @@ func (h hook) program() string { return ("gme_" + h.name)[:min(len(h.name)+4, 15
 // observe's.
 var (
 	redirectHooks = []hook{
-		{name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, family: ipv4, back: true},
-		{name: "getpeername6", attach: ebpf.AttachCgroupInet6GetPeername, family: ipv6, back: true},
+		{name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, family: netobj.IPv4, back: true},
+		{name: "getpeername6", attach: ebpf.AttachCgroupInet6GetPeername, family: netobj.IPv6, back: true},
 		observeHooks[0], observeHooks[1],
 	}
 	observeHooks = []hook{
-		{name: "connect4", attach: ebpf.AttachCGroupInet4Connect, family: ipv4},
-		{name: "connect6", attach: ebpf.AttachCGroupInet6Connect, family: ipv6},
+		{name: "connect4", attach: ebpf.AttachCGroupInet4Connect, family: netobj.IPv4},
+		{name: "connect6", attach: ebpf.AttachCGroupInet6Connect, family: netobj.IPv6},
 	}
 )
 
@@ -86,13 +88,13 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 		insns = append(insns, asm.LoadMem(asm.R1, asm.R6, offset, asm.Word), asm.JNE.Imm32(asm.R1, int32(value), leave))
 	}
 	// The likeliest to differ first: nearly all of a machine's connections are somebody else's.
-	if h.family == ipv6 {
+	if h.family == netobj.IPv6 {
 		ip = sockAddrIP6 + 12
 	}
 	unless(ip, word(from.Addr()))
 	unless(sockAddrPort, port(from))
 	unless(sockAddrType, unix.SOCK_STREAM) // TCP and MPTCP
-	if h.family == ipv6 {
+	if h.family == netobj.IPv6 {
 		mapped := netip.AddrFrom16(from.Addr().As16()).As16()
 		for i := range 3 {
 			unless(sockAddrIP6+4*int16(i), binary.NativeEndian.Uint32(mapped[4*i:]))

@@ -29,7 +29,7 @@ import (
 // family that were not redirected, in the background: to walk through conntrack's table takes 10
 // ms, however few there are. Those of this host itself are left alone unless pods on the host
 // network are redirected too.
-func forgetEstablished(p Plan, s nodeFacts, family Family, background *sync.WaitGroup) {
+func forgetEstablished(p Plan, s nodeFacts, family netobj.Family, background *sync.WaitGroup) {
 	if noConnections() {
 		return
 	}
@@ -86,8 +86,8 @@ func forgetServed(ctx context.Context, p Plan, s nodeFacts, was Plan) error {
 		return fmt.Errorf("forget connections: %w", err)
 	}
 	defer closeLater(conntrack.Close)
-	for _, family := range families {
-		if family == ipv6 && !s.listen6.IsValid() {
+	for _, family := range netobj.Families {
+		if family == netobj.IPv6 && !s.listen6.IsValid() {
 			continue
 		}
 		f := served{p.target(s, family), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}

@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
@@ -63,7 +65,7 @@ func (c causes) String() string {
 
 // behind is the cause that is most likely behind a fault in the layer.
 func (c causes) behind(layer string) string {
-	own := map[string]causes{layerRule: causeRule, layerAddress: causeAddress, layerRoute: causeRoute, layerEBPF: causeEBPF}[layer]
+	own := map[string]causes{fault.Rule: causeRule, fault.Address: causeAddress, fault.Route: causeRoute, fault.EBPF: causeEBPF}[layer]
 	if c&own != 0 {
 		return own.String()
 	}
@@ -103,7 +105,7 @@ func watchEvents(listen func() []netip.Addr) (*events, error) {
 		}
 		if err != nil {
 			e.close()
-			return nil, fmt.Errorf("listen to the kernel's events: %w", permission(err))
+			return nil, fmt.Errorf("listen to the kernel's events: %w", fault.Permission(err))
 		}
 		e.sockets = append(e.sockets, socket)
 		e.readers.Go(func() { e.read(socket, s.read) })

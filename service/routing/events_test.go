@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 func routeMessage(bits byte, dst string) []byte {
@@ -78,7 +80,7 @@ func TestGenerationEvent(t *testing.T) {
 
 func TestCauses(t *testing.T) {
 	c := causeNFTables | causeRule | causeSweep
-	for layer, want := range map[string]string{layerIPTables: "nftables", layerRule: "ip-rule", layerAddress: "nftables"} {
+	for layer, want := range map[string]string{fault.IPTables: "nftables", fault.Rule: "ip-rule", fault.Address: "nftables"} {
 		if got := c.behind(layer); got != want {
 			t.Errorf("%s: %s, want %s", layer, got, want)
 		}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -52,7 +53,7 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	}
 	s, _ := r.look(false) // what it could not read, whyUplinks says
 	for _, err := range checkGuard(p, s) {
-		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
+		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), fault.ErrMissing.Error()+": "))
 	}
 	x.Bypass, x.Untrack = bypasses(p, s), untracking(p)
 	x.Uplinks, x.Remarks = whyUplinks(p)
@@ -63,15 +64,15 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		x.Local = isLocal(p.Listen.Addr(), have) || p.traits().localServer // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
-	served := []Family{ipv4}
+	served := []netobj.Family{netobj.IPv4}
 	if p.Listen6.IsValid() {
-		served = families
+		served = netobj.Families
 		x.Holder6 = Listener(p.Listen6)
 	}
 	if m, err := openMode(ctx, p, state.Command); err == nil {
-		x.Redirected = m.redirected(ipv4)
-		if slices.Contains(served, ipv6) {
-			x.Redirected6 = m.redirected(ipv6)
+		x.Redirected = m.redirected(netobj.IPv4)
+		if slices.Contains(served, netobj.IPv6) {
+			x.Redirected6 = m.redirected(netobj.IPv6)
 		}
 	}
 	x.Policies = dropPolicies(ctx, x.Local, served)
@@ -113,7 +114,7 @@ func (d device) why() string {
 // dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy
 // iptables, that drop by their policy what goes to an emulator of this node, or is forwarded to one
 // elsewhere, in the families that are served.
-func dropPolicies(ctx context.Context, local bool, served []Family) (names []string) {
+func dropPolicies(ctx context.Context, local bool, served []netobj.Family) (names []string) {
 	hook, legacy := uint32(unix.NF_INET_FORWARD), "FORWARD"
 	if local {
 		hook, legacy = unix.NF_INET_LOCAL_IN, "INPUT"
@@ -127,7 +128,7 @@ func dropPolicies(ctx context.Context, local bool, served []Family) (names []str
 		policy := attribute(c, unix.NFTA_CHAIN_POLICY)
 		family := nftFamily(c)
 		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" &&
-			(family != "ip6" || !slices.Contains(served, ipv6)) {
+			(family != "ip6" || !slices.Contains(served, netobj.IPv6)) {
 			continue
 		}
 		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
@@ -155,14 +156,14 @@ func Faults(err error) (lines []string) {
 		return nil
 	}
 	for line := range strings.SplitSeq(err.Error(), "\n") {
-		lines = append(lines, strings.TrimPrefix(line, ErrMissing.Error()+": "))
+		lines = append(lines, strings.TrimPrefix(line, fault.ErrMissing.Error()+": "))
 	}
 	return lines
 }
 
 // NotPermitted says whether the error is that of a process without the privilege.
 func NotPermitted(err error) bool {
-	return errors.Is(err, ErrPermission) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
+	return errors.Is(err, fault.ErrPermission) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
 }
 
 // MetadataServer is where clients send their requests.

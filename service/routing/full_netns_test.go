@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -107,14 +108,14 @@ func TestRepairNamesAll(t *testing.T) {
 				return err
 			}
 			wanted := []string{"ip rule: pref 97 to 169.254.169.254/32", "ip address: 169.254.169.252/32"}
-			layers := []string{layerRule, layerAddress}
+			layers := []string{fault.Rule, fault.Address}
 			switch b.plan.Mode {
 			case ModeNFTables:
 				wanted = append(wanted, "ip6 gke-metadata-emulator forward")
-				layers = append(layers, layerNFTables)
+				layers = append(layers, fault.NFTables)
 			default:
 				wanted = append(wanted, "ip6tables", "-I FORWARD 1")
-				layers = append(layers, layerIPTables, layerIP6Tables)
+				layers = append(layers, fault.IPTables, fault.IP6Tables)
 			}
 			for _, text := range wanted {
 				if all := strings.Join(texts(why.faults), "\n"); !strings.Contains(all, text) {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -217,10 +218,10 @@ type guard struct {
 
 // guards are those of the families that the Plan has something to guard in.
 func guards(p Plan, s nodeFacts, have netobj.Snapshot) (both []guard) {
-	for _, family := range families {
-		other := func(r netobj.Rule) bool { return !family.has(r.To.Addr()) }
+	for _, family := range netobj.Families {
+		other := func(r netobj.Rule) bool { return !family.Has(r.To.Addr()) }
 		g := guard{standing: have.Rules(uint8(family)), usual: slices.DeleteFunc(guardRules(p, s), other)}
-		if len(g.usual) == 0 || family == ipv6 && !netobj.HaveIPv6() {
+		if len(g.usual) == 0 || family == netobj.IPv6 && !netobj.HaveIPv6() {
 			continue // nothing can leak where there is no IPv6
 		}
 		g.want = place(g.usual, slices.DeleteFunc(reachRules(p, s), other), g.standing)
@@ -261,16 +262,16 @@ func (g guard) faults() (errs []error) {
 				text += ": it is walked round by " + r.String()
 			}
 		}
-		return []error{missing(layerRule, "%s: %s", command, text)}
+		return []error{fault.Missing(fault.Rule, "%s: %s", command, text)}
 	}
 	for _, r := range g.want {
 		if !slices.Contains(stands, r) {
-			errs = append(errs, missing(layerRule, "%s: %s", command, r))
+			errs = append(errs, fault.Missing(fault.Rule, "%s: %s", command, r))
 		}
 	}
 	if len(errs) == 0 {
 		const text = "%s: the rules of the guard at preference %d are not in order"
-		errs = append(errs, missing(layerRule, text, command, pref))
+		errs = append(errs, fault.Missing(fault.Rule, text, command, pref))
 	}
 	return errs
 }

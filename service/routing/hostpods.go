@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // Pods on the host network are the cloud's own as often as not: its network plugin, its disk
@@ -167,7 +169,7 @@ func (r *router) realServer() error {
 		"%s %w: a metadata server answers this host there, and in mode %s policy rules alone keep pods from it; "+
 			"use another mode, or set routing.force to true",
 		metadataServer,
-		ErrForeign,
+		fault.ErrForeign,
 		ModeLoopback,
 	)
 }

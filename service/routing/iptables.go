@@ -24,7 +24,7 @@ type iptablesMode struct {
 	tables []*xtables // IPv4's, and IPv6's where they can be had
 	noIPv6 error      // why they cannot
 
-	surveyed map[Family]map[string]chainState
+	surveyed map[netobj.Family]map[string]chainState
 	standing string // the fingerprint when check found nothing missing; "": it did, or has not looked
 
 	background sync.WaitGroup // what put began and check waits for
@@ -41,14 +41,14 @@ func openIPTables(p Plan, command string) (*iptablesMode, error) {
 		m.use, m.other = backends(p)
 	}
 	m.legacy = isLegacy(m.use)
-	x, err := openXtables(m.use, m.legacy, ipv4)
+	x, err := openXtables(m.use, m.legacy, netobj.IPv4)
 	if err != nil {
 		return nil, fmt.Errorf("mode %s: %w: install it, or use routing mode %s, which needs no command",
 			ModeIPTables, err, ModeNFTables)
 	}
 	m.tables = []*xtables{x}
 	if netobj.HaveIPv6() {
-		if x, m.noIPv6 = openXtables(m.use, m.legacy, ipv6); m.noIPv6 != nil {
+		if x, m.noIPv6 = openXtables(m.use, m.legacy, netobj.IPv6); m.noIPv6 != nil {
 			p.Log.WithError(m.noIPv6).Debug("no IPv6 rules")
 		} else {
 			m.tables = append(m.tables, x)
@@ -85,7 +85,7 @@ func (m *iptablesMode) fingerprint() string {
 // survey reads what stands, and refuses chains and redirections of others.
 func (m *iptablesMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
 	var foreign []error
-	m.surveyed = map[Family]map[string]chainState{}
+	m.surveyed = map[netobj.Family]map[string]chainState{}
 	for _, x := range m.tables {
 		chains := chainsFor(m.plan, s, x.family)
 		states, err := x.read(ctx, chains)
@@ -150,7 +150,7 @@ func (m *iptablesMode) check(ctx context.Context, s nodeFacts) (errs []error) {
 
 var counter = regexp.MustCompile(` -c (\d+) \d+`)
 
-func (m *iptablesMode) redirected(family Family) *uint64 {
+func (m *iptablesMode) redirected(family netobj.Family) *uint64 {
 	for _, x := range m.tables {
 		if exists, err := x.has("nat"); x.family != family || err != nil || !exists {
 			continue
@@ -180,7 +180,7 @@ type backend struct {
 // rules.
 func openBackends(commands ...string) (all []backend) {
 	for _, command := range commands {
-		for _, family := range families {
+		for _, family := range netobj.Families {
 			x, err := openXtables(command, isLegacy(command), family)
 			if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) { // the second where the command is a path
 				continue
@@ -226,13 +226,13 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 // iptablesText is what iptables-restore gets on a node that has nothing of ours.
 func iptablesText(p Plan, s nodeFacts, command string) string {
 	var b strings.Builder
-	for _, family := range slices.Backward(families) {
+	for _, family := range slices.Backward(netobj.Families) {
 		chains := chainsFor(p, s, family)
 		if chains[0].absent {
 			continue
 		}
 		what, restore := "the way to the emulator", command+"-restore"
-		if family == ipv6 {
+		if family == netobj.IPv6 {
 			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
 			restore = ip6tables(command) + "-restore"
 		}

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -262,7 +263,7 @@ func TestUnlistableChain(t *testing.T) {
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")
-	if err := b.check(b.plan); !errors.Is(err, ErrMissing) ||
+	if err := b.check(b.plan); !errors.Is(err, fault.ErrMissing) ||
 		!strings.Contains(err.Error(), "-t nat the rules of GME-PRE are not ours alone") {
 		t.Errorf("check: %v", err)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -31,7 +32,7 @@ func TestRefusals(t *testing.T) {
 			t.Helper()
 			before := b.ruleset()
 			err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) })
-			if !errors.Is(err, ErrForeign) {
+			if !errors.Is(err, fault.ErrForeign) {
 				t.Fatalf("install: %v, want ErrForeign", err)
 			}
 			for _, w := range words {
@@ -50,7 +51,7 @@ func TestRefusals(t *testing.T) {
 		refused("169.254.169.254:80", "PREROUTING", "GKE")
 		b.sh("iptables -t nat -F PREROUTING; iptables -N GME-FWD; iptables -A FORWARD -j GME-FWD")
 		refused("GME-FWD", "-A FORWARD -j GME-FWD")
-		if err := b.Do(func() error { return b.router(b.plan).Remove(t.Context()) }); !errors.Is(err, ErrForeign) {
+		if err := b.Do(func() error { return b.router(b.plan).Remove(t.Context()) }); !errors.Is(err, fault.ErrForeign) {
 			t.Errorf("remove: %v, want ErrForeign", err)
 		}
 		b.sh("iptables -F FORWARD; iptables -X GME-FWD")

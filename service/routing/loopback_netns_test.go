@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -29,28 +30,28 @@ func TestLoopbackStory(t *testing.T) {
 		{
 			"the way",
 			"ip rule del pref 97 lookup 988",
-			layerRule,
+			fault.Rule,
 			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"},
 		},
 		{
 			"the way's end",
 			"ip route flush table 988",
-			layerRoute,
+			fault.Route,
 			[]string{"ip route: local 169.254.169.254 dev lo table 988 protocol kernel"},
 		},
-		{"the guard behind", "ip rule del pref 97 prohibit; ip rule del pref 97 prohibit", layerRule, []string{
+		{"the guard behind", "ip rule del pref 97 prohibit; ip rule del pref 97 prohibit", fault.Rule, []string{
 			"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel",
 			"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 		{
 			"a door outside netfilter",
 			"ip rule del pref 97 iif eth0 to 169.254.169.254",
-			layerRule,
+			fault.Rule,
 			[]string{"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
 		},
 		{
 			"the doors",
 			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
-			layerNFTables,
+			fault.NFTables,
 			[]string{
 				`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`,
 				`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`},
@@ -71,19 +72,19 @@ func TestNoneStory(t *testing.T) {
 		{
 			"the guard",
 			"ip rule del pref 97 prohibit",
-			layerRule,
+			fault.Rule,
 			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
 		},
 		{
 			"the address",
 			"ip address del 169.254.169.252/32 dev lo",
-			layerAddress,
+			fault.Address,
 			[]string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"},
 		},
 		{
 			"the doors",
 			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
-			layerNFTables,
+			fault.NFTables,
 			[]string{
 				`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
 				`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`},
@@ -147,7 +148,7 @@ func TestLoopbackLink(t *testing.T) {
 	b.same("remove", b.ruleset(), before)
 
 	b.sh("ip address add 169.254.169.254/32 dev lo") // somebody else's
-	if err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) }); !errors.Is(err, ErrForeign) {
+	if err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) }); !errors.Is(err, fault.ErrForeign) {
 		t.Errorf("%v, want ErrForeign", err)
 	}
 }
@@ -250,7 +251,7 @@ func TestLoopbackRefuses(t *testing.T) {
 	b.plan.Mode, b.plan.Listen = ModeLoopback, metadataServer
 	before := b.ruleset()
 	install := func() error { return b.Do(func() error { return b.router(b.plan).Install(t.Context()) }) }
-	if err := install(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "routing.force") {
+	if err := install(); !errors.Is(err, fault.ErrForeign) || !strings.Contains(err.Error(), "routing.force") {
 		t.Errorf("a metadata server answers: %v", err)
 	}
 	b.same("refused", b.ruleset(), before)
@@ -282,7 +283,7 @@ sys.stdin.read()`)
 	if _, err := stdout.Read(make([]byte, 9)); err != nil {
 		t.Fatal(err)
 	}
-	if err := install(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "python3") ||
+	if err := install(); !errors.Is(err, fault.ErrForeign) || !strings.Contains(err.Error(), "python3") ||
 		!strings.Contains(err.Error(), "0.0.0.0:80") {
 		t.Errorf("a wildcard listener: %v", err)
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // mode is what one way of bringing requests to the emulator has that the others have not: a
@@ -29,7 +31,7 @@ type mode interface {
 	put(ctx context.Context, s nodeFacts) error
 	// redirected is how many connections the rule that redirects pods has counted in one family;
 	// nil: that cannot be read, or the mode counts none.
-	redirected(Family) *uint64
+	redirected(netobj.Family) *uint64
 	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error
 	// for what cannot be read.
 	check(ctx context.Context, s nodeFacts) []error

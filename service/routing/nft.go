@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -35,21 +36,21 @@ func generation() (uint32, error) {
 	return binary.BigEndian.Uint32(id), nil
 }
 
-func nftChainExists(family Family, table, name string) (bool, error) {
+func nftChainExists(family netobj.Family, table, name string) (bool, error) {
 	_, err := askNFT(unix.NFT_MSG_GETCHAIN, 0, unix.NFT_MSG_NEWCHAIN, uint8(family),
 		nftName(unix.NFTA_CHAIN_TABLE, table), nftName(unix.NFTA_CHAIN_NAME, name))
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
-	return err == nil, permission(err)
+	return err == nil, fault.Permission(err)
 }
 
 // nftRules dumps the rules of one chain; a chain or table that is not there has none.
-func nftRules(family Family, table, name string) (rules [][]byte, err error) {
+func nftRules(family netobj.Family, table, name string) (rules [][]byte, err error) {
 	all, err := askNFT(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, uint8(family),
 		nftName(unix.NFTA_RULE_TABLE, table), nftName(unix.NFTA_RULE_CHAIN, name))
 	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return nil, permission(err)
+		return nil, fault.Permission(err)
 	}
 	for _, r := range all {
 		if string(attribute(r, unix.NFTA_RULE_CHAIN)) == name+"\x00" { // old kernels tell all rules of the table
@@ -81,14 +82,14 @@ func askNFT(question, flags, answer int, family uint8, attrs ...*nl.RtAttr) ([][
 }
 
 // nftTableHandle is a table's handle, "" if there is no such table.
-func nftTableHandle(family Family, name string) (string, error) {
+func nftTableHandle(family netobj.Family, name string) (string, error) {
 	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family),
 		nftName(unix.NFTA_TABLE_NAME, name))
 	if errors.Is(err, unix.ENOENT) || err == nil && len(tables) == 0 {
 		return "", nil
 	}
 	if err != nil {
-		return "", permission(err)
+		return "", fault.Permission(err)
 	}
 	return fmt.Sprintf("%x", attribute(tables[0], nftaTableHandle)), nil
 }

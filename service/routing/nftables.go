@@ -14,6 +14,9 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever
@@ -45,7 +48,7 @@ func (m *nfTables) survey(ctx context.Context, s nodeFacts) (faults []error, err
 		chain = "prerouting"
 	}
 	if len(now[0].rules[chain]) == 0 {
-		faults = flushed(faults)
+		faults = fault.Flushed(faults)
 	}
 	return faults, foreignRedirections(ctx)
 }
@@ -67,7 +70,7 @@ func (m *nfTables) put(ctx context.Context, s nodeFacts) error {
 			return err
 		}
 	}
-	for _, family := range families {
+	for _, family := range netobj.Families {
 		chains, err := nftChainsFor(m.plan, s, family)
 		if err != nil {
 			return err
@@ -99,9 +102,9 @@ func (m *nfTables) put(ctx context.Context, s nodeFacts) error {
 			hint = " (rules that tell pods on the host network from the node's daemons need Linux 5.13: " +
 				"set routing.interceptHostPods to off, or routing.mode to iptables)"
 		}
-		return fmt.Errorf("install table %s%s: %w", nftTable, hint, permission(err))
+		return fmt.Errorf("install table %s%s: %w", nftTable, hint, fault.Permission(err))
 	}
-	for _, family := range families {
+	for _, family := range netobj.Families {
 		if !m.plan.dnats() || !m.plan.target(s, family).listen.IsValid() || len(before.of(family).rules["prerouting"]) > 0 {
 			continue // else for some time pods were not redirected
 		}
@@ -121,14 +124,14 @@ func (m *nfTables) check(_ context.Context, s nodeFacts) (errs []error) {
 	if err != nil {
 		return []error{err}
 	}
-	for _, family := range families {
+	for _, family := range netobj.Families {
 		chains, err := nftChainsFor(m.plan, s, family)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a cgroup that went away this moment: the next look does not ask for it
 		} else if err != nil {
 			return append(errs, err)
 		}
-		errs = append(errs, now.of(family).compare(family.nft(), chains)...)
+		errs = append(errs, now.of(family).compare(family.NFT(), chains)...)
 	}
 	if len(errs) == 0 {
 		m.standing = now.fingerprint()
@@ -136,7 +139,7 @@ func (m *nfTables) check(_ context.Context, s nodeFacts) (errs []error) {
 	return errs
 }
 
-func (m *nfTables) redirected(family Family) *uint64 {
+func (m *nfTables) redirected(family netobj.Family) *uint64 {
 	if !m.plan.dnats() {
 		return nil
 	}
@@ -160,12 +163,12 @@ func (m *nfTables) redirected(family Family) *uint64 {
 
 // compare names what is not there, too much, or in the wrong order.
 func (t standingTable) compare(family string, chains []nftChain) (errs []error) {
-	fault := func(format string, args ...any) {
-		errs = append(errs, missing(layerNFTables, "nft "+format, args...))
+	add := func(format string, args ...any) {
+		errs = append(errs, fault.Missing(fault.NFTables, "nft "+format, args...))
 	}
 	if len(chains) == 0 {
 		if t.exists {
-			fault("table %s %s should not be there any more", family, nftTable)
+			add("table %s %s should not be there any more", family, nftTable)
 		}
 		return errs
 	}
@@ -175,7 +178,7 @@ func (t standingTable) compare(family string, chains []nftChain) (errs []error) 
 	}
 	for _, c := range chains {
 		if head := t.heads[c.name]; head != c.head() {
-			fault("add chain %s %s %s { %s }", family, nftTable, c.name, c.head())
+			add("add chain %s %s %s { %s }", family, nftTable, c.name, c.head())
 		}
 		var have, want []string
 		for _, r := range rules[c.name] {
@@ -183,22 +186,22 @@ func (t standingTable) compare(family string, chains []nftChain) (errs []error) 
 		}
 		for _, r := range c.rules {
 			if want = append(want, r.mark); !slices.Contains(have, r.mark) {
-				fault("add rule %s %s %s %s", family, nftTable, c.name, r.text)
+				add("add rule %s %s %s %s", family, nftTable, c.name, r.text)
 			}
 		}
 		before := len(errs)
 		for _, r := range rules[c.name] {
 			if !slices.Contains(want, r.mark) {
-				fault("rule %s %s %s handle %d should not be there", family, nftTable, c.name, r.handle)
+				add("rule %s %s %s handle %d should not be there", family, nftTable, c.name, r.handle)
 			}
 		}
 		if len(errs) == before && len(have) >= len(want) && !slices.Equal(have, want) {
-			fault("the rules of %s %s %s are doubled or not in order", family, nftTable, c.name)
+			add("the rules of %s %s %s are doubled or not in order", family, nftTable, c.name)
 		}
 		delete(rules, c.name)
 	}
 	for name := range rules {
-		fault("chain %s %s %s should not be there", family, nftTable, name)
+		add("chain %s %s %s should not be there", family, nftTable, name)
 	}
 	return errs
 }
@@ -219,8 +222,8 @@ type standingRule struct {
 // standingTables are those of families ip and ip6.
 type standingTables [2]standingTable
 
-func (s standingTables) of(family Family) standingTable {
-	if family == ipv6 {
+func (s standingTables) of(family netobj.Family) standingTable {
+	if family == netobj.IPv6 {
 		return s[1]
 	}
 	return s[0]
@@ -230,15 +233,15 @@ func (s standingTables) of(family Family) standingTable {
 func (s standingTables) fingerprint() string { return fmt.Sprint(s) }
 
 func readNFTables() (s standingTables, err error) {
-	for i, family := range families {
+	for i, family := range netobj.Families {
 		if s[i], err = readNFTable(family); err != nil {
-			return s, fmt.Errorf("read table %s: %w", nftTable, permission(err))
+			return s, fmt.Errorf("read table %s: %w", nftTable, fault.Permission(err))
 		}
 	}
 	return s, nil
 }
 
-func readNFTable(family Family) (t standingTable, err error) {
+func readNFTable(family netobj.Family) (t standingTable, err error) {
 	tables, err := askNFT(unix.NFT_MSG_GETTABLE, 0, unix.NFT_MSG_NEWTABLE, uint8(family),
 		nftName(unix.NFTA_TABLE_NAME, nftTable))
 	if errors.Is(err, unix.ENOENT) {
@@ -336,13 +339,13 @@ func removeNFTables(_ context.Context, p Plan, instead bool) error {
 
 // each changes the tables that are there, in one transaction.
 func (s standingTables) each(c *nftables.Conn, what string, change func(*nftables.Table, standingTable)) error {
-	for i, family := range families {
+	for i, family := range netobj.Families {
 		if s[i].exists {
 			change(&nftables.Table{Name: nftTable, Family: nftables.TableFamily(family)}, s[i])
 		}
 	}
 	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("%s table %s: %w", what, nftTable, permission(err))
+		return fmt.Errorf("%s table %s: %w", what, nftTable, fault.Permission(err))
 	}
 	return nil
 }
@@ -365,28 +368,20 @@ func (s standingTables) endRedirection(c *nftables.Conn) error {
 	return err
 }
 
-// nft is the word of nft for the family.
-func (f Family) nft() string {
-	if f == ipv6 {
-		return "ip6"
-	}
-	return "ip"
-}
-
 // nftablesText is what put does, as nft reads it.
 func nftablesText(p Plan, s nodeFacts) (string, error) {
 	var b strings.Builder
-	for _, family := range families {
+	for _, family := range netobj.Families {
 		chains, err := nftChainsFor(p, s, family)
 		if err != nil {
 			return "", err
 		}
 		what := "the way to the emulator"
-		if family == ipv6 {
+		if family == netobj.IPv6 {
 			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
 		}
 		if len(chains) > 0 {
-			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nftText(chains, family.nft()))
+			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nftText(chains, family.NFT()))
 		}
 	}
 	return b.String(), nil

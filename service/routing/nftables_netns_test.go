@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -155,7 +156,7 @@ func TestNFTablesStory(t *testing.T) {
 			said := len(w.repaired())
 			b.sh(c.flush) // and when it runs
 			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
-			if line := w.repaired()[said]; line.Data["layer"] != layerNFTables || line.Data["cause"] != "nftables" ||
+			if line := w.repaired()[said]; line.Data["layer"] != fault.NFTables || line.Data["cause"] != "nftables" ||
 				!strings.HasPrefix(fmt.Sprint(line.Data["by"]), "nft (") {
 				t.Errorf("%v", line.Data)
 			}

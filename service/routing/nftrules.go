@@ -14,6 +14,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // nftTable is the name of the one table that is ours, of family ip, and of family ip6 where
@@ -241,7 +243,7 @@ func dnat(to netip.AddrPort) nftPart {
 
 // nftChainsFor is the Plan as chains of one family, in the order in which they are put up; none:
 // there is to be no table.
-func nftChainsFor(p Plan, s nodeFacts, family Family) (chains []nftChain, err error) {
+func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nftChain, err error) {
 	forward := nftChain{name: "forward", kind: "filter", hook: "forward", priority: priorityFilter}
 	for _, name := range p.Spare {
 		forward.rules = append(forward.rules, rule(byInterface(name), leave()))
@@ -249,12 +251,12 @@ func nftChainsFor(p Plan, s nodeFacts, family Family) (chains []nftChain, err er
 	guarded := false
 	w := p.target(s, family)
 	for _, a := range resetServers(p, s) {
-		if family.has(a.Addr()) {
+		if family.Has(a.Addr()) {
 			guarded = true
 			forward.rules = append(forward.rules, rule(toServer(a), reset()))
 		}
 	}
-	if family == ipv6 && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
+	if family == netobj.IPv6 && !w.listen.IsValid() && (p.dnats() || p.Listen.Addr().Is4()) {
 		if guarded {
 			chains = append(chains, forward)
 		}
@@ -308,13 +310,13 @@ func nftChainsFor(p Plan, s nodeFacts, family Family) (chains []nftChain, err er
 
 // doors keep other hosts out where pods may send to the listen address themselves: two, of which
 // each holds alone. What listens on 127.0.0.0/8 nobody reaches anyway.
-func doors(p Plan, s nodeFacts, family Family) []nftChain {
+func doors(p Plan, s nodeFacts, family netobj.Family) []nftChain {
 	raw := nftChain{name: "raw", kind: "filter", hook: "prerouting", priority: priorityRaw}
 	input := nftChain{name: "input", kind: "filter", hook: "input", priority: priorityFilter}
 	to := toServer(p.Listen)
 	if p.Listen.Addr().IsUnspecified() {
 		to = toPort(p.Listen.Port())
-	} else if !family.has(p.Listen.Addr()) {
+	} else if !family.Has(p.Listen.Addr()) {
 		return nil
 	}
 	if p.Listen.Addr().IsLoopback() {

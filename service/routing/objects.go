@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -209,7 +210,7 @@ func addAll(objects []netobj.Object) error {
 		}
 		if err := netobj.Add(o); err != nil {
 			failed[kind] = true
-			errs = append(errs, fmt.Errorf("%s add %s: %w", o.Command(), o, permission(err)))
+			errs = append(errs, fmt.Errorf("%s add %s: %w", o.Command(), o, fault.Permission(err)))
 		}
 	}
 	return errors.Join(errs...)
@@ -239,7 +240,7 @@ func trimObjects(p Plan, s nodeFacts, of selection) error {
 				resetAt(o)
 			}
 			if err := netobj.Delete(o); err != nil {
-				errs = append(errs, fmt.Errorf("%s del %s: %w", o.Command(), o, permission(err)))
+				errs = append(errs, fmt.Errorf("%s del %s: %w", o.Command(), o, fault.Permission(err)))
 			}
 		}
 		if err := errors.Join(errs...); err != nil || len(surplus) == 0 {
@@ -272,12 +273,12 @@ func checkObjects(p Plan, s nodeFacts) (errs []error) {
 	absent, surplus := netobj.Diff(wantObjects(p, s, have), have, ours)
 	for _, o := range absent {
 		if !onlyRules(o) {
-			errs = append(errs, missing(layerOf(o), "%s: %s", o.Command(), o))
+			errs = append(errs, fault.Missing(layerOf(o), "%s: %s", o.Command(), o))
 		}
 	}
 	for _, o := range surplus {
 		if whole || !onlyRules(o) {
-			errs = append(errs, missing(layerOf(o), "%s: %s should not be there any more", o.Command(), o))
+			errs = append(errs, fault.Missing(layerOf(o), "%s: %s should not be there any more", o.Command(), o))
 		}
 	}
 	return errs
@@ -293,11 +294,11 @@ func guardFaults(both []guard) (errs []error) {
 func layerOf(o netobj.Object) string {
 	switch o.(type) {
 	case netobj.Rule:
-		return layerRule
+		return fault.Rule
 	case netobj.Route:
-		return layerRoute
+		return fault.Route
 	}
-	return layerAddress
+	return fault.Address
 }
 
 // isLocal says whether the node takes packets to the address as its own, or will by us.
@@ -313,7 +314,7 @@ func foreignAddress(have netobj.Snapshot) error {
 		return nil
 	}
 	return fmt.Errorf("%s %w: it is an address of this node, as on GKE, or with another metadata server; "+
-		"remove that first", metadataServer.Addr(), ErrForeign)
+		"remove that first", metadataServer.Addr(), fault.ErrForeign)
 }
 
 // resetListeners ends what is open at all addresses that Install made this node's.
@@ -344,7 +345,7 @@ func resetAt(o netobj.Object) {
 	default:
 		return
 	}
-	family := uint8(familyOf(at))
+	family := uint8(netobj.FamilyOf(at))
 	sockets, err := netlink.SocketDiagTCP(family)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return

@@ -14,6 +14,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // observeMode is mode observe (U-36): mode ebpf's programs count who connects to
@@ -51,8 +54,8 @@ func (m *observeMode) command() string { return "" }
 func (m *observeMode) wakes() (c causes, silent string) {
 	return causeEBPF, detaching
 }
-func (m *observeMode) redirected(Family) *uint64 { return nil }
-func (m *observeMode) table() string             { return filepath.Join(m.dir, "counts") }
+func (m *observeMode) redirected(netobj.Family) *uint64 { return nil }
+func (m *observeMode) table() string                    { return filepath.Join(m.dir, "counts") }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.
 func (m *observeMode) counting(s nodeFacts, table *ebpf.Map) (r rewriting, err error) {
@@ -62,7 +65,7 @@ func (m *observeMode) counting(s nodeFacts, table *ebpf.Map) (r rewriting, err e
 }
 
 func (m *observeMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
-	return flushed(m.check(ctx, s)), nil
+	return fault.Flushed(m.check(ctx, s)), nil
 }
 
 func (m *observeMode) put(_ context.Context, s nodeFacts) error {
@@ -100,7 +103,7 @@ func (m *observeMode) check(_ context.Context, s nodeFacts) []error {
 	m.verified = nil
 	table, err := ebpf.LoadPinnedMap(m.table(), nil)
 	if errors.Is(err, fs.ErrNotExist) {
-		return []error{missing(layerEBPF, "eBPF table, pinned as %s", m.table())}
+		return []error{fault.Missing(fault.EBPF, "eBPF table, pinned as %s", m.table())}
 	}
 	if err != nil {
 		return []error{fmt.Errorf("%s: %w", m.table(), bpfPermission(err))}
@@ -130,7 +133,7 @@ func Observed(p Plan) ([]Observation, error) {
 func (m *observeMode) observed() (all []Observation, err error) {
 	table, err := ebpf.LoadPinnedMap(m.table(), &ebpf.LoadPinOptions{ReadOnly: true})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("nothing is counted: %w: mode %s is not installed", ErrMissing, ModeObserve)
+		return nil, fmt.Errorf("nothing is counted: %w: mode %s is not installed", fault.ErrMissing, ModeObserve)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", m.table(), bpfPermission(err))

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // TestObserve: it counts, and nobody notices.
@@ -22,7 +24,7 @@ func TestObserve(t *testing.T) {
 		return all
 	}
 	before, programs := b.ruleset(), b.attachedText(t)
-	if _, err := Observed(b.plan); !errors.Is(err, ErrMissing) {
+	if _, err := Observed(b.plan); !errors.Is(err, fault.ErrMissing) {
 		t.Errorf("%v, want ErrMissing", err)
 	}
 	b.install(b.plan)

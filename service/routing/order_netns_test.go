@@ -27,7 +27,7 @@ func TestGuardFollows(t *testing.T) {
 				t.Fatal(err)
 			}
 			guard := func(r netobj.Rule) bool { return ourRule(r) && r.Pref == pref }
-			return slices.ContainsFunc(have.Rules(uint8(ipv4)), guard) && b.stands(b.plan)
+			return slices.ContainsFunc(have.Rules(uint8(netobj.IPv4)), guard) && b.stands(b.plan)
 		}
 	}
 	for _, step := range []struct {

@@ -13,6 +13,8 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // RepairedMessage is the MESSAGE_ID of a repair's line in the journal: journalctl
@@ -53,7 +55,7 @@ func (w *watcher) round(ctx context.Context) {
 		w.publish(ctx, why, nil)
 		w.succeed()
 		return
-	case len(layers(errs)) == 0: // what could not be read
+	case len(fault.Layers(errs)) == 0: // what could not be read
 		w.publish(ctx, why, errs)
 		w.fail(errors.Join(errs...))
 		return
@@ -65,15 +67,15 @@ func (w *watcher) round(ctx context.Context) {
 	}
 	start := time.Now()
 	r := &repair{of: w.desired, why: why, faults: errs, node: w.node, mode: w.unread}
-	for _, layer := range layers(errs) {
-		r.mode = r.mode || !slices.Contains(sharedLayers, layer)
+	for _, layer := range fault.Layers(errs) {
+		r.mode = r.mode || !slices.Contains(fault.Shared, layer)
 	}
 	w.node, err = w.router.install(ctx, r)
 	switch {
 	case errors.Is(err, errOutdated):
 		w.pending |= why
 		return
-	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+	case errors.Is(err, fault.ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
 		w.report(r, by, start)
 		w.bad, w.unread, w.disturbed = true, true, true
 		w.pending |= why
@@ -95,7 +97,7 @@ func (w *watcher) round(ctx context.Context) {
 func (w *watcher) report(r *repair, by string, start time.Time) {
 	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
-	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(layers(r.faults), ","),
+	fields := logrus.Fields{"MESSAGE_ID": RepairedMessage, "layer": strings.Join(fault.Layers(r.faults), ","),
 		"cause": strings.Join(slices.Compact(found), ","), "missing": strings.Join(texts(r.faults), "; "),
 		"took": time.Since(start).Round(100 * time.Microsecond).String()}
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
@@ -292,7 +294,7 @@ func (w *watcher) announce(text string) {
 
 func texts(errs []error) (all []string) {
 	for _, err := range errs {
-		all = append(all, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
+		all = append(all, strings.TrimPrefix(err.Error(), fault.ErrMissing.Error()+": "))
 	}
 	return all
 }

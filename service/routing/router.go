@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -57,7 +58,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			return why.node, r.repairLight(why, state)
 		}
 		var faults []error
-		if n, faults, err = r.survey(ctx, why); errors.Is(err, ErrForeign) {
+		if n, faults, err = r.survey(ctx, why); errors.Is(err, fault.ErrForeign) {
 			return n, err // nothing was changed, and nothing is
 		}
 		if n.mode != nil {
@@ -67,7 +68,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
 			why = &repair{why: causeInstall}
 			for _, err := range faults {
-				if f, ok := err.(*fault); ok && f.flushed {
+				if f, ok := err.(*fault.Fault); ok && f.Flushed {
 					why.faults = append(why.faults, f)
 				}
 			}
@@ -114,7 +115,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
-	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
+	if plain && len(fault.Layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
 		if err := r.putAgain(ctx, n); err != nil {
 			return n, r.readBack(state, err)
 		}
@@ -164,7 +165,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	var foreign error
-	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, ErrForeign) {
+	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, fault.ErrForeign) {
 		foreign = err
 	} else if err != nil {
 		return n, nil, err

@@ -46,20 +46,6 @@ const (
 // DefaultRunDir is where the desired state and the lock lie.
 const DefaultRunDir = "/run/gke-metadata-emulator"
 
-var (
-	// ErrMissing is wrapped by what Check returns when something that the Plan wants is not in the
-	// kernel, or not as it should be. An error of Check that does not wrap it says that the kernel
-	// could not be read.
-	ErrMissing = errors.New("missing")
-	// ErrForeign is wrapped when the address, the port, the chains or the redirection belong to
-	// somebody else, as on GKE itself.
-	ErrForeign = errors.New("belongs to somebody else")
-	// ErrPermission is wrapped when the kernel does not let this process change the rules.
-	ErrPermission = errors.New(
-		"needs root with CAP_NET_ADMIN (on AKS with eBPF host routing a security module denies it even then: use another routing mode)",
-	)
-)
-
 // Router puts one Plan into the kernel of the network namespace in which it is called.
 type Router interface {
 	// Install makes what the Plan wants stand, closed things before open ones, writes the desired

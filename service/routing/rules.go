@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // comment marks the jumps from the base chains into ours: whose they are can be seen without
@@ -70,13 +72,13 @@ func ownChains() []chain {
 
 // chainsFor is the Plan as chains of one family. IPv6 has the guard's alone where nothing is
 // redirected there.
-func chainsFor(p Plan, s nodeFacts, family Family) []chain {
+func chainsFor(p Plan, s nodeFacts, family netobj.Family) []chain {
 	chains, w := ownChains(), p.target(s, family)
 	for i := range chains {
 		c := &chains[i]
 		switch {
 		case c.name == "GME-FWD":
-			if family == ipv4 || s.six || w.listen.IsValid() {
+			if family == netobj.IPv4 || s.six || w.listen.IsValid() {
 				c.rules = forwardRules(p, w, family)
 			}
 		case !w.listen.IsValid():
@@ -136,7 +138,7 @@ func chainsFor(p Plan, s nodeFacts, family Family) []chain {
 // forwardRules let redirected packets through to an emulator that lives in another namespace,
 // container or machine of the node, and back; and reset what still talks to a real metadata server
 // connections that were opened before).
-func forwardRules(p Plan, w redirectTarget, family Family) (rules []string) {
+func forwardRules(p Plan, w redirectTarget, family netobj.Family) (rules []string) {
 	for _, name := range p.Spare {
 		rules = append(rules, "-i "+name+" -j RETURN")
 	}
@@ -152,7 +154,7 @@ func forwardRules(p Plan, w redirectTarget, family Family) (rules []string) {
 	}
 	var order []netip.Addr
 	for _, g := range guard {
-		if !family.has(g.Addr()) {
+		if !family.Has(g.Addr()) {
 			continue
 		}
 		if !slices.Contains(order, g.Addr()) {

@@ -16,6 +16,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // threeProhibits opens the three servers of DefaultGuard's that are IPv6.
@@ -429,14 +431,14 @@ var sixFlushes = []struct {
 		"guard",
 		"for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
 		"for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
-		layerRule,
+		fault.Rule,
 		"ip-rule",
 	},
 	{
 		"listen route",
 		"ip -6 route del table local fd20:ce::252",
 		"ip -6 route del table local fd20:ce::252",
-		layerRoute,
+		fault.Route,
 		"ip-route",
 	},
 }
@@ -449,10 +451,10 @@ func TestSixWatchRepairs(t *testing.T) {
 		sixBed(b)
 		b.install(b.plan)
 		whole := sorted(b.ruleset())
-		layer, cause := layerIP6Tables, "nftables"
+		layer, cause := fault.IP6Tables, "nftables"
 		switch {
 		case b.plan.Mode == ModeNFTables:
-			layer = layerNFTables
+			layer = fault.NFTables
 		case b.plan.Binary == "iptables-legacy":
 			cause = "xtables"
 		}

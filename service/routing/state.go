@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // What the last Install or Remove wanted.
@@ -86,7 +88,7 @@ func (r *repair) add(faults ...error) {
 		return
 	}
 	for _, err := range faults {
-		if f, ok := err.(*fault); ok && !slices.Contains(texts(r.faults), f.text) {
+		if f, ok := err.(*fault.Fault); ok && !slices.Contains(texts(r.faults), f.Text) {
 			r.faults = append(r.faults, f)
 		}
 	}
@@ -95,14 +97,14 @@ func (r *repair) add(faults ...error) {
 // causes are why somebody looked, by the layer in which something was found.
 func (r *repair) causes() map[string]string {
 	causes := map[string]string{}
-	for _, layer := range layers(r.faults) {
+	for _, layer := range fault.Layers(r.faults) {
 		causes[layer] = r.why.behind(layer)
 	}
 	return causes
 }
 
 func (s *State) count(r *repair) {
-	if r == nil || len(layers(r.faults)) == 0 {
+	if r == nil || len(fault.Layers(r.faults)) == 0 {
 		return
 	}
 	counted := Repairs{} // the old one is somebody else's too
@@ -254,7 +256,7 @@ func lock(ctx context.Context, runDir string, how int) (unlock func(), err error
 		return func() {}, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the routing lock: %w", full(runDir, permission(err)))
+		return nil, fmt.Errorf("open the routing lock: %w", full(runDir, fault.Permission(err)))
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)

@@ -5,6 +5,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Lines that iptables-restore and nft may get, whatever an operator writes.
@@ -50,7 +52,7 @@ func FuzzRuleText(f *testing.F) {
 			if p.dnats() {
 				s.listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 			}
-			for _, family := range families {
+			for _, family := range netobj.Families {
 				for line := range strings.Lines(restoreText(chainsFor(p, s, family), nil)) {
 					if p.redirects() && !restoreLine.MatchString(strings.TrimSuffix(line, "\n")) {
 						t.Errorf("%q", line)

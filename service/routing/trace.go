@@ -13,6 +13,9 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
@@ -40,7 +43,7 @@ const (
 func startTrace(addr netip.Addr, link string) (*trace, error) {
 	s, err := nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTRACE)
 	if err != nil {
-		return nil, fmt.Errorf("listen to the traces of nf_tables: %w", permission(err))
+		return nil, fmt.Errorf("listen to the traces of nf_tables: %w", fault.Permission(err))
 	}
 	t := &trace{socket: s, addr: addr, owned: true}
 	if err := t.transaction(t.rules(link, tableOwner)); err != nil {
@@ -49,7 +52,7 @@ func startTrace(addr netip.Addr, link string) (*trace, error) {
 		err = t.transaction(t.rules(link, 0))
 		if err != nil {
 			s.Close()
-			return nil, fmt.Errorf("have nf_tables trace packets: %w", permission(err))
+			return nil, fmt.Errorf("have nf_tables trace packets: %w", fault.Permission(err))
 		}
 	}
 	return t, nil
@@ -225,7 +228,7 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 
 func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(familyOf(t.addr)), Version: nl.NFNETLINK_V0})
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(netobj.FamilyOf(t.addr)), Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
 		r.AddData(a)
 	}

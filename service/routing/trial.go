@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -58,7 +59,7 @@ func NewPodProbe() (_ *PodProbe, err error) {
 	t.closing, t.close = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("make a throw-away network namespace: %w", permission(err)), t.Close())
+			err = errors.Join(fmt.Errorf("make a throw-away network namespace: %w", fault.Permission(err)), t.Close())
 		}
 	}()
 	runtime.LockOSThread()
@@ -211,14 +212,14 @@ func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, e
 }
 
 func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by []string, err error) {
-	before := legacyDrops(ctx, familyOf(addr))
+	before := legacyDrops(ctx, netobj.FamilyOf(addr))
 	trace, err := startTrace(addr, link)
 	try()
 	if err == nil {
 		by, err = trace.drops(200 * time.Millisecond)
 		err = errors.Join(err, trace.close())
 	}
-	by = append(by, risen(before, legacyDrops(ctx, familyOf(addr)))...)
+	by = append(by, risen(before, legacyDrops(ctx, netobj.FamilyOf(addr)))...)
 	if len(by) > 0 || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) ||
 		errors.Is(err, unix.EPROTONOSUPPORT) {
 		return by, nil // a kernel without nf_tables has none of its chains

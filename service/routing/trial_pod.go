@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -24,7 +25,7 @@ func JoinPod(addresses []netip.Addr) (_ *PodProbe, err error) {
 	t := &PodProbe{node: netns.None(), pod: netns.None()}
 	t.closing, t.close = context.WithCancel(context.Background())
 	if t.node, err = netns.Get(); err != nil {
-		return nil, errors.Join(permission(err), t.Close())
+		return nil, errors.Join(fault.Permission(err), t.Close())
 	}
 	own, _ := os.Readlink("/proc/thread-self/ns/net")
 	seen := map[string]bool{own: true}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // inhabitant is a process that lives in the pod's network namespace, and does nothing.
@@ -22,7 +24,7 @@ func (t *PodProbe) Inhabit() error {
 		err = t.in(t.pod, cmd.Start) // from this thread, so into its namespace
 	}
 	if err != nil {
-		return fmt.Errorf("start a process in the throw-away network namespace: %w", permission(err))
+		return fmt.Errorf("start a process in the throw-away network namespace: %w", fault.Permission(err))
 	}
 	t.inhabitant = &inhabitant{cmd, stdin}
 	return nil

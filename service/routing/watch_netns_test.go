@@ -16,6 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -141,39 +142,39 @@ var flushes = []struct {
 	name, flush, layer string
 	cause              [2]string // on nft, on legacy; "" where none can be told in advance
 }{
-	{"filter", "iptables -F", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"nat", "iptables -t nat -F", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"filter", "iptables -F", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"nat", "iptables -t nat -F", fault.IPTables, [2]string{"nftables", "xtables"}},
 	{
 		"nat and its chains",
 		"iptables -t nat -F; iptables -t nat -X || true",
-		layerIPTables,
+		fault.IPTables,
 		[2]string{"nftables", "xtables"},
 	},
-	{"raw", "iptables -t raw -F", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"base chain only", "iptables -t nat -F PREROUTING", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"raw", "iptables -t raw -F", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"base chain only", "iptables -t nat -F PREROUTING", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", fault.IPTables, [2]string{"nftables", "xtables"}},
 	{
 		"a second jump",
 		"iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE",
-		layerIPTables,
+		fault.IPTables,
 		[2]string{"nftables", "xtables"},
 	},
 	{
 		"order",
 		"iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN",
-		layerIPTables,
+		fault.IPTables,
 		[2]string{"nftables", ""},
 	},
-	{"guard", "ip rule del pref 97 prohibit", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{"guard", "ip rule del pref 97 prohibit", fault.Rule, [2]string{"ip-rule", "ip-rule"}},
 	{
 		"guard of IPv6",
 		"ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit",
-		layerRule,
+		fault.Rule,
 		[2]string{"ip-rule", "ip-rule"},
 	},
-	{"address", "ip address del 169.254.169.252/32 dev lo", layerAddress, [2]string{"ip-address", "ip-address"}},
-	{"IPv6 filter", "ip6tables -F; ip6tables -X", layerIP6Tables, [2]string{"nftables", "xtables"}},
+	{"address", "ip address del 169.254.169.252/32 dev lo", fault.Address, [2]string{"ip-address", "ip-address"}},
+	{"IPv6 filter", "ip6tables -F; ip6tables -X", fault.IP6Tables, [2]string{"nftables", "xtables"}},
 }
 
 // TestWatchRepairs: whatever others flush stands again, no pod gets to the real server meanwhile,
@@ -213,7 +214,7 @@ func TestWatchRepairs(t *testing.T) {
 			})
 			w.bed.t = t
 		}
-		if got := w.state().Repairs; got[layerIPTables] == nil || got[layerRule]["ip-rule"]+got[layerRule]["sweep"] < 2 {
+		if got := w.state().Repairs; got[fault.IPTables] == nil || got[fault.Rule]["ip-rule"]+got[fault.Rule]["sweep"] < 2 {
 			t.Errorf("counted: %v", got)
 		}
 		w.end()
@@ -270,7 +271,7 @@ func TestWatchObeys(t *testing.T) {
 		w.until("to hear of the guard", func() bool { return strings.Contains(w.last(), "closed guard") })
 		b.sh("ip rule del pref 97 prohibit")
 		w.until("the guard", func() bool { return b.stands(closed) })
-		if s := w.state(); !s.Closed || s.Repairs[layerRule] == nil {
+		if s := w.state(); !s.Closed || s.Repairs[fault.Rule] == nil {
 			t.Errorf("after a flush of the guard: %+v", s)
 		}
 		if strings.Contains(b.ruleset(), "GME-") {

@@ -12,6 +12,9 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 const (
@@ -29,13 +32,13 @@ type xtables struct {
 	*iptables.IPTables
 	command string // such as iptables-nft
 	legacy  bool
-	family  Family
+	family  netobj.Family
 }
 
 // openXtables finds the command, or returns an error that wraps exec.ErrNotFound.
-func openXtables(command string, legacy bool, family Family) (*xtables, error) {
+func openXtables(command string, legacy bool, family netobj.Family) (*xtables, error) {
 	protocol := iptables.ProtocolIPv4
-	if family == ipv6 {
+	if family == netobj.IPv6 {
 		command, protocol = ip6tables(command), iptables.ProtocolIPv6
 	}
 	if _, err := exec.LookPath(command + "-restore"); err != nil {
@@ -128,8 +131,8 @@ func retry(ctx context.Context, f func() error) error {
 		if ctx.Err() != nil { // a command of go-iptables is not ended by it, so none is begun
 			return context.Cause(ctx)
 		}
-		err := permission(oneLine(f()))
-		if exitStatus(err) != 4 || errors.Is(err, ErrPermission) || errors.Is(err, errRefused) {
+		err := classify(oneLine(f()))
+		if exitStatus(err) != 4 || errors.Is(err, fault.ErrPermission) || errors.Is(err, errRefused) {
 			return err
 		}
 		if over := pause(ctx, wait); over != nil {
@@ -171,11 +174,11 @@ func exitStatus(err error) int {
 	return -1
 }
 
-// permission is the one place that reads error texts: iptables tells a lock that is held, a rule
-// that the kernel does not take and a missing privilege by the same exit status, and only its words
+// classify is the one place that reads error texts: iptables tells a lock that is held, a rule that
+// the kernel does not take and a missing privilege by the same exit status, and only its words
 // differ.
-func permission(err error) error {
-	if err == nil || errors.Is(err, ErrPermission) {
+func classify(err error) error {
+	if err == nil || errors.Is(err, fault.ErrPermission) {
 		return err
 	}
 	text := err.Error()
@@ -183,8 +186,10 @@ func permission(err error) error {
 		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(text, w) })
 	}
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), says("Permission denied", "Operation not permitted"):
-		return fmt.Errorf("%w: %w", ErrPermission, err)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fault.Permission(err)
+	case says("Permission denied", "Operation not permitted"):
+		return fmt.Errorf("%w: %w", fault.ErrPermission, err)
 	case says("Read-only file system"): // /run/xtables.lock, under ProtectSystem=strict
 		return fmt.Errorf("%w: the file system is read-only here (a unit runs this by ExecStartPre=+): %w", errRefused, err)
 	case exitStatus(err) == 1 && says("is incompatible, use 'nft' tool"):

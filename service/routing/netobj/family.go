@@ -1,4 +1,4 @@
-package routing
+package netobj
 
 import (
 	"net/netip"
@@ -11,27 +11,35 @@ import (
 type Family uint8
 
 const (
-	ipv4 Family = unix.AF_INET
-	ipv6 Family = unix.AF_INET6
+	IPv4 Family = unix.AF_INET
+	IPv6 Family = unix.AF_INET6
 )
 
 // families are both, in the order in which reports name them.
-var families = []Family{ipv4, ipv6}
+var Families = []Family{IPv4, IPv6}
 
 // familyOf is the family of an address; of the zero Addr it is ipv4.
-func familyOf(a netip.Addr) Family {
+func FamilyOf(a netip.Addr) Family {
 	if a.Is6() {
-		return ipv6
+		return IPv6
 	}
-	return ipv4
+	return IPv4
 }
 
 // has says whether the address is of the family.
-func (f Family) has(a netip.Addr) bool { return a.IsValid() && familyOf(a) == f }
+func (f Family) Has(a netip.Addr) bool { return a.IsValid() && FamilyOf(a) == f }
 
 func (f Family) String() string {
-	if f == ipv4 {
+	if f == IPv4 {
 		return "IPv4"
 	}
 	return "IPv6"
+}
+
+// nft is the word of nft for the family.
+func (f Family) NFT() string {
+	if f == IPv6 {
+		return "ip6"
+	}
+	return "ip"
 }
