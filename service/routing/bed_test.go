@@ -16,6 +16,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
@@ -43,8 +44,8 @@ func TestMain(m *testing.M) {
 	case "pins":
 		dir, root, _ := strings.Cut(arg, " ")
 		end(
-			(pins{dir: dir, root: root, hooks: redirectHooks}).install(
-				rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")},
+			(bpf.Pins{Dir: dir, Root: root, Hooks: bpf.RedirectHooks}).Install(
+				bpf.Rewriting{Server: metadataServer, Listen: netip.MustParseAddrPort("169.254.169.252:988")},
 			),
 		)
 	case "connect":

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -124,13 +125,13 @@ func (b *bpfBed) load(cgroup string, ns *netnstest.NS) (end func()) {
 	}
 }
 
-func (b *bpfBed) pins() pins {
+func (b *bpfBed) pins() bpf.Pins {
 	return Plan{
 		BPFDir:     filepath.Join(b.bpffs, "gke-metadata-emulator"),
 		CgroupRoot: b.cgroups,
 	}.pins(
 		ModeEBPF,
-		redirectHooks,
+		bpf.RedirectHooks,
 	)
 }
 
@@ -141,10 +142,10 @@ func (b *bpfBed) at(port uint16) netip.AddrPort {
 // nothing is a program that lets everything pass.
 func nothing() asm.Instructions { return asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()} }
 
-func (b *bpfBed) rewriting() rewriting {
+func (b *bpfBed) rewriting() bpf.Rewriting {
 	b.t.Helper()
-	r := rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}
-	if err := b.Do(func() (err error) { r.hostNet, err = hostNetwork(); return err }); err != nil {
+	r := bpf.Rewriting{Server: metadataServer, Listen: netip.MustParseAddrPort("169.254.169.252:988")}
+	if err := b.Do(func() (err error) { r.HostNet, err = bpf.HostNetwork(); return err }); err != nil {
 		b.t.Fatal(err)
 	}
 	return r

@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
@@ -183,7 +184,7 @@ func (b *bpfBed) detached(t *testing.T) {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(long); ; <-tick.C {
-		all, err := b.pins().attached(redirectHooks...)
+		all, err := b.pins().Attached(bpf.RedirectHooks...)
 		if err != nil || time.Now().After(deadline) {
 			t.Fatalf("still attached: %v, %v", all, err)
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -105,10 +106,10 @@ var removers = []struct {
 	remove func(ctx context.Context, p Plan, instead bool) error
 }{
 	{[]string{ModeEBPF}, func(_ context.Context, p Plan, _ bool) error {
-		return p.pins(ModeEBPF, redirectHooks).remove()
+		return p.pins(ModeEBPF, bpf.RedirectHooks).Remove()
 	}},
 	{[]string{ModeObserve}, func(_ context.Context, p Plan, _ bool) error {
-		return p.pins(ModeObserve, observeHooks).remove()
+		return p.pins(ModeObserve, bpf.ObserveHooks).Remove()
 	}},
 	{[]string{ModeIPTables}, removeIPTables},
 	{[]string{ModeNFTables, ModeLoopback, ModeNone, ModeEBPF}, removeNFTables},
@@ -128,7 +129,7 @@ func modeText(p Plan, s nodeFacts, command string) (string, error) {
 		return ebpfText(p, s)
 	case ModeObserve:
 		return fmt.Sprintf("\n# Programs at %s, pinned below %s, which count who connects to %s. No command can type them.\n",
-			p.CgroupRoot, p.pins(ModeObserve, nil).dir, metadataServer), nil
+			p.CgroupRoot, p.pins(ModeObserve, nil).Dir, metadataServer), nil
 	}
 	return "", nil
 }
