@@ -27,13 +27,14 @@ var importRules = []struct {
 	{"k8s.io/", []string{"service/kube"}, "Kubernetes' libraries are large and change often: one package knows them"},
 	{"github.com/cilium/ebpf", []string{"service/routing", "service/routing/bpf"},
 		"one package attaches programs; routing reads what mode observe counted"},
-	{"github.com/google/nftables", []string{"service/routing"}, "one package changes the node"},
-	{"github.com/coreos/go-iptables", []string{"service/routing"}, "it runs commands"},
-	{"os/exec", []string{"service/routing", "packaging/gen"},
+	{"github.com/google/nftables", []string{"service/routing", "service/routing/nft"},
+		"one package changes nf_tables; routing puts its transactions in order"},
+	{"github.com/coreos/go-iptables", []string{"service/routing/xtables"}, "it runs commands"},
+	{"os/exec", []string{"service/routing", "service/routing/xtables", "packaging/gen"},
 		"the serving process starts no other: it has no right to, once it runs in its sandbox"},
 	{"github.com/mdlayher/netlink", []string{"service/routing/netobj"},
 		"its decoder checks the bounds of attributes, where that of vishvananda/netlink panics"},
-	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj"},
+	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj", "service/routing/nft"},
 		"routing changes the node's network; attest asks the kernel on the path of every connection, " +
 			"and its own questions are 60 times as fast (A-02)"},
 	{"github.com/vishvananda/netns", []string{"service/routing"},
@@ -87,8 +88,11 @@ var layers = map[string][]string{
 	// routing knows the Plan and which rules it makes. The packages below it know no Plan: each knows
 	// one interface of the kernel.
 	"service/routing": {"service/routing/bpf", "service/routing/fault", "service/routing/netobj",
-		"service/workload"},
-	"service/routing/bpf": {"service/routing/fault", "service/routing/netobj"},
+		"service/routing/nft", "service/routing/xtables", "service/workload"},
+	"service/routing/nft": {"service/routing/fault", "service/routing/netobj"},
+	// iptables-nft keeps its chains in nf_tables, which are read there without a command.
+	"service/routing/xtables": {"service/routing/fault", "service/routing/netobj", "service/routing/nft"},
+	"service/routing/bpf":     {"service/routing/fault", "service/routing/netobj"},
 	// the errors that all of them wrap
 	"service/routing/fault": nil,
 	// objects of the kernel that routing puts up; whose they are routing says.

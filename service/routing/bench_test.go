@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // serviceRules is a ruleset of kube-proxy's shape with n rules in table nat.
@@ -62,7 +64,7 @@ func memoryDir(b *testing.B) string {
 // settle waits until the kernel has let go of what was deleted.
 func settle() {
 	done := make(chan struct{})
-	closeLater(func() { close(done) })
+	nft.CloseLater(func() { close(done) })
 	<-done
 }
 

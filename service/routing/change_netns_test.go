@@ -16,6 +16,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // connectUntil connects and hangs up, until stop says so; with pauses, since what conntrack knows
@@ -112,7 +113,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 					unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE); err != nil { // of links and IPv6 the kernel tells later, by itself
 					return err
 				}
-				before, err = generation()
+				before, err = nft.Generation()
 				return err
 			}); err != nil {
 				t.Fatal(err)
@@ -140,7 +141,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 				t.Errorf("the kernel told of a change (%v): %x", err, message[:max(n, 0)])
 			}
 			if err := b.Do(func() error {
-				after, err := generation()
+				after, err := nft.Generation()
 				if after != before {
 					t.Errorf("nf_tables was changed %d times", after-before)
 				}

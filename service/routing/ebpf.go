@@ -9,6 +9,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode
@@ -65,14 +66,14 @@ func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 	if err != nil {
 		return err
 	}
-	before, err := readNFTables()
+	before, err := nft.Read()
 	if err != nil {
 		return err
 	}
 	programs := func() error { return m.Pins.Install(r) }
 	doors := func() error { return m.nfTables.put(ctx, s) }
 	steps := []func() error{doors, programs}
-	if len(before[0].rules["prerouting"]) > 0 {
+	if len(before[0].Rules["prerouting"]) > 0 {
 		steps = []func() error{programs, doors}
 	}
 	for _, step := range steps {

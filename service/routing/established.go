@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // Connections to the real server from before the rules. FORWARD resets them on the ports
@@ -57,7 +58,7 @@ func forgetEstablished(p Plan, s nodeFacts, family netobj.Family, background *sy
 		return
 	}
 	background.Go(func() {
-		defer closeLater(conntrack.Close)
+		defer nft.CloseLater(conntrack.Close)
 		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f); err != nil {
 			failed(fmt.Errorf("forget connections to %s: %w", f.server, err))
 		}
@@ -85,7 +86,7 @@ func forgetServed(ctx context.Context, p Plan, s nodeFacts, was Plan) error {
 	if err != nil {
 		return fmt.Errorf("forget connections: %w", err)
 	}
-	defer closeLater(conntrack.Close)
+	defer nft.CloseLater(conntrack.Close)
 	for _, family := range netobj.Families {
 		if family == netobj.IPv6 && !s.listen6.IsValid() {
 			continue

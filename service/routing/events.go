@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
@@ -123,7 +124,7 @@ func (e *events) close() {
 // onlyGenerations has the kernel pass one message a transaction, not one a rule: somebody's restore
 // of 10,000 rules is one event.
 func onlyGenerations(s *nl.NetlinkSocket) error {
-	kind := binary.NativeEndian.AppendUint16(nil, subsysNFT|unix.NFT_MSG_NEWGEN)
+	kind := binary.NativeEndian.AppendUint16(nil, nft.Subsystem|unix.NFT_MSG_NEWGEN)
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: 4}, // nlmsg_type, which the filter reads as big endian
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(binary.BigEndian.Uint16(kind)), Jf: 1},
@@ -186,11 +187,11 @@ func (e *events) take() (c causes, by string) {
 
 // generationEvent reads who made the transaction: the name that the process gives itself.
 func generationEvent(kind uint16, data []byte) (causes, string) {
-	if kind != subsysNFT|unix.NFT_MSG_NEWGEN {
+	if kind != nft.Subsystem|unix.NFT_MSG_NEWGEN {
 		return 0, ""
 	}
-	by := unix.ByteSliceToString(attribute(data, unix.NFTA_GEN_PROC_NAME))
-	if pid := attribute(data, unix.NFTA_GEN_PROC_PID); len(pid) == 4 {
+	by := unix.ByteSliceToString(nft.Attribute(data, unix.NFTA_GEN_PROC_NAME))
+	if pid := nft.Attribute(data, unix.NFTA_GEN_PROC_PID); len(pid) == 4 {
 		by = strings.TrimSpace(fmt.Sprintf("%s (%d)", by, binary.BigEndian.Uint32(pid)))
 	}
 	return causeNFTables, by

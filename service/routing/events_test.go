@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 func routeMessage(bits byte, dst string) []byte {
@@ -67,14 +68,14 @@ func TestGenerationEvent(t *testing.T) {
 	attr(unix.NFTA_GEN_ID, be.AppendUint32(nil, 7))
 	attr(unix.NFTA_GEN_PROC_PID, be.AppendUint32(nil, 42))
 	attr(unix.NFTA_GEN_PROC_NAME, []byte("nft\x00"))
-	if c, by := generationEvent(subsysNFT|unix.NFT_MSG_NEWGEN, m); c != causeNFTables || by != "nft (42)" {
+	if c, by := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWGEN, m); c != causeNFTables || by != "nft (42)" {
 		t.Errorf("%v, %q", c, by)
 	}
-	if c, _ := generationEvent(subsysNFT|unix.NFT_MSG_NEWRULE, m); c != 0 {
+	if c, _ := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWRULE, m); c != 0 {
 		t.Errorf("a rule: %v", c)
 	}
 	for cut := range m { // a message that is cut short is no reason to fall over
-		generationEvent(subsysNFT|unix.NFT_MSG_NEWGEN, m[:cut])
+		generationEvent(nft.Subsystem|unix.NFT_MSG_NEWGEN, m[:cut])
 	}
 }
 

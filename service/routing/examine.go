@@ -13,6 +13,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by
@@ -119,22 +120,22 @@ func dropPolicies(ctx context.Context, local bool, served []netobj.Family) (name
 	if local {
 		hook, legacy = unix.NF_INET_LOCAL_IN, "INPUT"
 	}
-	chains, err := askNFT(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, unix.NFT_MSG_NEWCHAIN, unix.AF_UNSPEC)
+	chains, err := nft.Ask(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, unix.NFT_MSG_NEWCHAIN, unix.AF_UNSPEC)
 	if err != nil {
 		return nil
 	}
 	names = []string{}
 	for _, c := range chains {
-		policy := attribute(c, unix.NFTA_CHAIN_POLICY)
-		family := nftFamily(c)
-		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" &&
+		policy := nft.Attribute(c, unix.NFTA_CHAIN_POLICY)
+		family := nft.FamilyWord(c)
+		if len(policy) != 4 || nft.Uint32(policy) != 0 || family != "ip" && family != "inet" &&
 			(family != "ip6" || !slices.Contains(served, netobj.IPv6)) {
 			continue
 		}
-		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
+		if n := nft.Within(nft.Attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || nft.Uint32(n) != hook {
 			continue
 		}
-		table, name := attribute(c, unix.NFTA_CHAIN_TABLE), attribute(c, unix.NFTA_CHAIN_NAME)
+		table, name := nft.Attribute(c, unix.NFTA_CHAIN_TABLE), nft.Attribute(c, unix.NFTA_CHAIN_NAME)
 		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(table), unix.ByteSliceToString(name)))
 	}
 	drops := map[string]uint64{}

@@ -40,6 +40,7 @@ import (
 const (
 	loopbackLabel  = "lo" + linkLabelEnd
 	linkLabelEnd   = ":gme"
+	linkAlias      = "gke-metadata-emulator"
 	listenProtocol = 252
 )
 
@@ -89,7 +90,7 @@ func linkAddress(link string) netobj.Address {
 
 // ownLink is the link that is made where there is none of that name.
 func ownLink(name string) netobj.Link {
-	return netobj.Link{Name: name, Kind: "dummy", Alias: comment, Up: true}
+	return netobj.Link{Name: name, Kind: "dummy", Alias: linkAlias, Up: true}
 }
 
 // ours says whether any Install can have made the object.
@@ -100,7 +101,7 @@ func ours(o netobj.Object) bool {
 	case netobj.Address:
 		return o.Label == loopbackLabel || strings.HasSuffix(o.Label, linkLabelEnd) && o.Prefix == serverPrefix
 	case netobj.Link:
-		return o.Kind == "dummy" && o.Alias == comment
+		return o.Kind == "dummy" && o.Alias == linkAlias
 	case netobj.Route:
 		listens := o.Protocol == listenProtocol && o.Table == unix.RT_TABLE_LOCAL && o.Type == unix.RTN_LOCAL &&
 			o.Dst.Addr().Is6() && o.Dst.IsSingleIP()

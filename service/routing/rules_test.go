@@ -3,7 +3,6 @@ package routing
 import (
 	"errors"
 	"flag"
-	"golang.org/x/sys/unix"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -13,7 +12,10 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
 var update = flag.Bool("update", os.Getenv("UPDATE_GOLDEN") != "", "write the golden files anew")
@@ -80,40 +82,42 @@ func TestShownText(t *testing.T) {
 }
 
 func TestRestoreTextMovesJumps(t *testing.T) {
-	chains := []chain{
-		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
-		{table: "nat", base: "PREROUTING", name: "GME-PRE", rules: []string{"-i lo -j RETURN"}},
+	chains := []xtables.Chain{
+		{Table: "nat", Base: "OUTPUT", Name: "GME-OUT", Absent: true},
+		{Table: "nat", Base: "PREROUTING", Name: "GME-PRE", Rules: []string{"-i lo -j RETURN"}},
 	}
-	stands := func(name, rule string, positions ...int) map[string]chainState {
-		g := chainState{exists: true}
+	stands := func(name, rule string, positions ...int) map[string]xtables.ChainState {
+		g := xtables.ChainState{Exists: true}
 		for _, at := range positions {
-			g.jumps = append(g.jumps, jumpAt{position: at, rule: rule})
+			g.Jumps = append(g.Jumps, xtables.JumpAt{Position: at, Rule: rule})
 		}
-		return map[string]chainState{name: g}
+		return map[string]xtables.ChainState{name: g}
 	}
-	pre := func(positions ...int) map[string]chainState { return stands("GME-PRE", chains[1].jump(), positions...) }
-	out := func(positions ...int) map[string]chainState {
-		m := stands("GME-OUT", chains[0].jump(), positions...)
+	pre := func(positions ...int) map[string]xtables.ChainState {
+		return stands("GME-PRE", chains[1].Jump(), positions...)
+	}
+	out := func(positions ...int) map[string]xtables.ChainState {
+		m := stands("GME-OUT", chains[0].Jump(), positions...)
 		m["GME-PRE"] = pre(1)["GME-PRE"]
 		return m
 	}
 	const flushOut = ":GME-OUT - [0:0]\n"
 	for _, c := range []struct {
 		name   string
-		stands map[string]chainState
+		stands map[string]xtables.ChainState
 		flush  string
 		want   string
 	}{
 		{"none", nil, "", "-I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE\n"},
 		{"in place", pre(1), "", ""},
-		{"displaced", pre(3), "", "-D PREROUTING " + chains[1].jump() + "\n-I PREROUTING 1 " + chains[1].jump() + "\n"},
-		{"doubled", pre(1, 2), "", strings.Repeat("-D PREROUTING "+chains[1].jump()+"\n", 2) + "-I PREROUTING 1 " + chains[1].jump() + "\n"},
-		{"no longer wanted", out(1), flushOut, "-D OUTPUT " + chains[0].jump() + "\n-X GME-OUT\n"},
+		{"displaced", pre(3), "", "-D PREROUTING " + chains[1].Jump() + "\n-I PREROUTING 1 " + chains[1].Jump() + "\n"},
+		{"doubled", pre(1, 2), "", strings.Repeat("-D PREROUTING "+chains[1].Jump()+"\n", 2) + "-I PREROUTING 1 " + chains[1].Jump() + "\n"},
+		{"no longer wanted", out(1), flushOut, "-D OUTPUT " + chains[0].Jump() + "\n-X GME-OUT\n"},
 		{"left over", out(), flushOut, "-X GME-OUT\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			want := "*nat\n" + c.flush + ":GME-PRE - [0:0]\n-A GME-PRE -i lo -j RETURN\n" + c.want + "COMMIT\n"
-			if got := restoreText(chains, c.stands); got != want {
+			if got := xtables.RestoreText(chains, c.stands); got != want {
 				t.Errorf("got\n%swant\n%s", got, want)
 			}
 		})
@@ -272,13 +276,13 @@ func TestJumps(t *testing.T) {
 		"-m comment --comment gke-metadata-emulator -j GME-PREX",
 		"-d 192.0.2.1/32 -m comment --comment gke-metadata-emulator -j GME-PRE",
 	}
-	ours, foreign := jumps(base, "GME-PRE")
-	if want := []jumpAt{{position: 2, rule: base[1]}, {position: 4, rule: base[3]}}; !slices.Equal(ours, want) ||
+	ours, foreign := xtables.Jumps(base, "GME-PRE")
+	if want := []xtables.JumpAt{{Position: 2, Rule: base[1]}, {Position: 4, Rule: base[3]}}; !slices.Equal(ours, want) ||
 		foreign != "" {
 		t.Errorf("%v, %q", ours, foreign)
 	}
 	for _, rule := range []string{"-j GME-PRE", "-g GME-PRE", "-m comment --comment mine -j GME-PRE"} {
-		if ours, foreign := jumps([]string{rule}, "GME-PRE"); len(ours) != 0 || foreign != rule {
+		if ours, foreign := xtables.Jumps([]string{rule}, "GME-PRE"); len(ours) != 0 || foreign != rule {
 			t.Errorf("%q: %v, %q", rule, ours, foreign)
 		}
 	}

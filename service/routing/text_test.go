@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
 // Lines that iptables-restore and nft may get, whatever an operator writes.
@@ -53,7 +55,7 @@ func FuzzRuleText(f *testing.F) {
 				s.listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 			}
 			for _, family := range netobj.Families {
-				for line := range strings.Lines(restoreText(chainsFor(p, s, family), nil)) {
+				for line := range strings.Lines(xtables.RestoreText(chainsFor(p, s, family), nil)) {
 					if p.redirects() && !restoreLine.MatchString(strings.TrimSuffix(line, "\n")) {
 						t.Errorf("%q", line)
 					}
@@ -62,7 +64,7 @@ func FuzzRuleText(f *testing.F) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for line := range strings.Lines(nftText(chains, "ip")) {
+				for line := range strings.Lines(nft.Text(chains, "ip")) {
 					if !nftLine.MatchString(strings.TrimSuffix(line, "\n")) {
 						t.Errorf("%q", line)
 					}
@@ -79,12 +81,12 @@ func FuzzJumps(f *testing.F) {
 	f.Add("-g GME-PRE\n-m comment --comment mine -j GME-PRE\n-j")
 	f.Fuzz(func(t *testing.T, text string) {
 		base := lines(text)
-		ours, foreign := jumps(base, "GME-PRE")
+		ours, foreign := xtables.Jumps(base, "GME-PRE")
 		for _, j := range ours {
-			if base[j.position-1] != j.rule || !strings.Contains(j.rule, comment) || j.rule == foreign {
+			if base[j.Position-1] != j.Rule || !strings.Contains(j.Rule, xtables.Comment) || j.Rule == foreign {
 				t.Errorf("%+v", j)
 			}
 		}
-		redirection(base)
+		(&xtables.Tables{Servers: []netip.AddrPort{metadataServer}}).Redirection(base)
 	})
 }

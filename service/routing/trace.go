@@ -16,6 +16,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
@@ -88,7 +89,7 @@ func (t *trace) drops(quiet time.Duration) (by []string, err error) {
 			continue
 		}
 		for _, m := range messages {
-			if m.Header.Type != subsysNFT|unix.NFT_MSG_TRACE || len(m.Data) < nl.SizeofNfgenmsg {
+			if m.Header.Type != nft.Subsystem|unix.NFT_MSG_TRACE || len(m.Data) < nl.SizeofNfgenmsg {
 				continue
 			}
 			e := parseTrace(m.Data)
@@ -113,44 +114,31 @@ type traced struct {
 }
 
 func parseTrace(message []byte) (e traced) {
-	e.family = nftFamily(message)
-	e.table = unix.ByteSliceToString(attribute(message, unix.NFTA_TRACE_TABLE))
-	e.chain = unix.ByteSliceToString(attribute(message, unix.NFTA_TRACE_CHAIN))
-	e.packet = be32(attribute(message, unix.NFTA_TRACE_ID))
-	if h := attribute(message, unix.NFTA_TRACE_RULE_HANDLE); len(h) == 8 {
+	e.family = nft.FamilyWord(message)
+	e.table = unix.ByteSliceToString(nft.Attribute(message, unix.NFTA_TRACE_TABLE))
+	e.chain = unix.ByteSliceToString(nft.Attribute(message, unix.NFTA_TRACE_CHAIN))
+	e.packet = nft.Uint32(nft.Attribute(message, unix.NFTA_TRACE_ID))
+	if h := nft.Attribute(message, unix.NFTA_TRACE_RULE_HANDLE); len(h) == 8 {
 		e.rule = binary.BigEndian.Uint64(h)
 	}
-	if h := attribute(message, unix.NFTA_TRACE_NETWORK_HEADER); len(h) >= 20 && h[0]>>4 == 4 {
+	if h := nft.Attribute(message, unix.NFTA_TRACE_NETWORK_HEADER); len(h) >= 20 && h[0]>>4 == 4 {
 		e.from, e.to = netip.AddrFrom4([4]byte(h[12:])), netip.AddrFrom4([4]byte(h[16:]))
 	} else if len(h) >= 40 && h[0]>>4 == 6 {
 		e.from, e.to = netip.AddrFrom16([16]byte(h[8:])), netip.AddrFrom16([16]byte(h[24:]))
 	}
-	switch be32(attribute(message, unix.NFTA_TRACE_TYPE)) {
+	switch nft.Uint32(nft.Attribute(message, unix.NFTA_TRACE_TYPE)) {
 	case unix.NFT_TRACETYPE_POLICY:
-		p := attribute(message, unix.NFTA_TRACE_POLICY)
-		e.rule, e.dropped = 0, len(p) == 4 && be32(p) == 0 // NF_DROP
+		p := nft.Attribute(message, unix.NFTA_TRACE_POLICY)
+		e.rule, e.dropped = 0, len(p) == 4 && nft.Uint32(p) == 0 // NF_DROP
 	case unix.NFT_TRACETYPE_RULE:
-		v := within(attribute(message, unix.NFTA_TRACE_VERDICT), nftaVerdictCode)
-		e.dropped = len(v) == 4 && be32(v) == 0
+		v := nft.Within(nft.Attribute(message, unix.NFTA_TRACE_VERDICT), nftaVerdictCode)
+		e.dropped = len(v) == 4 && nft.Uint32(v) == 0
 	}
 	return e
 }
 
-// nftFamily is the word for the family that a message is about.
-func nftFamily(message []byte) string {
-	return map[uint8]string{unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6", unix.NFPROTO_INET: "inet", unix.NFPROTO_ARP: "arp",
-		unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev"}[message[0]]
-}
-
 // nftaVerdictCode is NFTA_VERDICT_CODE.
 const nftaVerdictCode = 1
-
-func be32(b []byte) uint32 {
-	if len(b) != 4 {
-		return 0
-	}
-	return binary.BigEndian.Uint32(b)
-}
 
 // String names the chain as nft(8) takes it, and the rule in nft's words where there is an nft to
 // tell them.
@@ -227,7 +215,7 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 }
 
 func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
-	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
+	r := nl.NewNetlinkRequest(nft.Subsystem|kind, unix.NLM_F_ACK|flags)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(netobj.FamilyOf(t.addr)), Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
 		r.AddData(a)

@@ -38,7 +38,7 @@ type Pins struct {
 func (p Pins) LinkPath(h Hook) string    { return filepath.Join(p.Dir, h.Name+"_link") }
 func (p Pins) ProgramPath(h Hook) string { return filepath.Join(p.Dir, h.Name+"_program") }
 
-// install makes the programs of r stand. One that stands already as it should is not touched;
+// Install makes the programs of r stand. One that stands already as it should is not touched;
 // another is replaced at once, so that each connect() sees the old or the new one.
 func (p Pins) Install(r Rewriting) error {
 	if err := p.Usable(); err != nil {
@@ -55,7 +55,7 @@ func (p Pins) Install(r Rewriting) error {
 	return nil
 }
 
-// usable says what is missing for eBPF programs at all, and the remedy.
+// Usable says what is missing for eBPF programs at all, and the remedy.
 func (p Pins) Usable() error {
 	if p.Root == "" {
 		return errors.New(
@@ -135,7 +135,7 @@ func (p Pins) attach(h Hook, program *ebpf.Program) error {
 	return made.Pin(p.LinkPath(h))
 }
 
-// check names every program that is not there, or not as it should be.
+// Check names every program that is not there, or not as it should be.
 func (p Pins) Check(r Rewriting) (errs []error) {
 	if err := p.Usable(); err != nil {
 		return []error{err}
@@ -148,7 +148,7 @@ func (p Pins) Check(r Rewriting) (errs []error) {
 	return errs
 }
 
-// verify is check, and remembers for changed what is attached if nothing is missing.
+// Verify is check, and remembers for changed what is attached if nothing is missing.
 func (p *Pins) Verify(r Rewriting) []error {
 	p.Verified = nil
 	before, err := p.Attached(p.Hooks...)
@@ -162,7 +162,7 @@ func (p *Pins) Verify(r Rewriting) []error {
 	return errs
 }
 
-// changed asks what is attached, since the kernel tells nobody: it takes less than 0.1 ms.
+// Changed asks what is attached, since the kernel tells nobody: it takes less than 0.1 ms.
 func (p *Pins) Changed() bool {
 	now, err := p.Attached(p.Hooks...)
 	return err != nil || p.Verified == nil || !slices.EqualFunc(now, p.Verified, slices.Equal)
@@ -236,7 +236,7 @@ func (p Pins) checkHook(h Hook, r Rewriting) error {
 	return nil
 }
 
-// remove detaches whatever is pinned in our directory, the redirecting programs first, and takes
+// Remove detaches whatever is pinned in our directory, the redirecting programs first, and takes
 // the directory away.
 func (p Pins) Remove() error {
 	if _, err := os.Stat(filepath.Dir(p.Dir)); errors.Is(err, fs.ErrNotExist) {
@@ -263,7 +263,7 @@ func (p Pins) Remove() error {
 	return nil
 }
 
-// attached are the numbers of all programs at each of the hooks, ours and others', in the order in
+// Attached are the numbers of all programs at each of the hooks, ours and others', in the order in
 // which they run.
 func (p Pins) Attached(hooks ...Hook) (all [][]ebpf.ProgramID, err error) {
 	cgroup, err := unix.Open(p.Root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -285,7 +285,7 @@ func (p Pins) Attached(hooks ...Hook) (all [][]ebpf.ProgramID, err error) {
 	return all, nil
 }
 
-// order says where ours stand among others' programs, "" where there are none of others.
+// Order says where ours stand among others' programs, "" where there are none of others.
 func (p Pins) Order() string {
 	attached, err := p.Attached(p.Hooks...)
 	if err != nil {
@@ -318,7 +318,7 @@ func cgroupOf(l link.Link) (uint64, error) {
 	return 0, nil
 }
 
-// cgroupID is the id of the cgroup, by which the kernel and programs call it: the inode of its
+// CgroupID is the id of the cgroup, by which the kernel and programs call it: the inode of its
 // directory. 0 if it is not there.
 func CgroupID(path string) uint64 {
 	var s unix.Stat_t
@@ -328,7 +328,7 @@ func CgroupID(path string) uint64 {
 	return s.Ino
 }
 
-// cgroupIDs are those of the cgroups below the root that are there.
+// CgroupIDs are those of the cgroups below the root that are there.
 func CgroupIDs(root string, cgroups []string) (ids []uint64) {
 	for _, c := range cgroups {
 		if id := CgroupID(filepath.Join(root, c)); id != 0 { // which is what programs get for a level that is not there
@@ -338,7 +338,7 @@ func CgroupIDs(root string, cgroups []string) (ids []uint64) {
 	return ids
 }
 
-// bpfPermission makes plain what the kernel's refusal means.
+// Permission makes plain what the kernel's refusal means.
 func Permission(err error) error {
 	var verifier *ebpf.VerifierError
 	if errors.As(err, &verifier) || !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) {
@@ -356,7 +356,7 @@ func (e *deniedError) Error() string {
 	return "needs root with CAP_BPF and CAP_NET_ADMIN (a security module or a sandbox may deny it even then: use another routing mode): " + e.error.Error()
 }
 
-// hostNetwork is the cookie of the calling thread's network namespace.
+// HostNetwork is the cookie of the calling thread's network namespace.
 func HostNetwork() (uint64, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -26,7 +26,7 @@ import (
 // Namespaces and cgroups are named by numbers that the kernel never uses twice until the machine is
 // booted again.
 
-// hook is one place where a program is attached.
+// Hook is one place where a program is attached.
 type Hook struct {
 	Name   string
 	attach ebpf.AttachType
@@ -37,7 +37,7 @@ type Hook struct {
 // shownName is the name that bpftool shows; the kernel takes 15 characters.
 func (h Hook) shownName() string { return ("gme_" + h.Name)[:min(len(h.Name)+4, 15)] }
 
-// redirectHooks are mode ebpf's, in the order in which they are put up; observeHooks are mode
+// RedirectHooks are mode ebpf's, in the order in which they are put up; ObserveHooks are mode
 // observe's.
 var (
 	RedirectHooks = []Hook{
@@ -51,7 +51,7 @@ var (
 	}
 )
 
-// rewriting is what the programs are made of. The same values make the same instructions, and so
+// Rewriting is what the programs are made of. The same values make the same instructions, and so
 // the same tag: the kernel tells by it whether what stands is what is wanted.
 type Rewriting struct {
 	Server   netip.AddrPort // where clients send their requests: IPv4
@@ -154,7 +154,7 @@ func (r Rewriting) count(leave string) asm.Instructions {
 	}
 }
 
-// spec is the program of one hook.
+// Spec is the program of one hook.
 func (r Rewriting) Spec(h Hook) (*ebpf.ProgramSpec, error) {
 	insns := r.instructions(h)
 	// Jumps get their distances as they are written down, and the tag is that of what was written.

@@ -24,7 +24,7 @@ var (
 		"(on AKS with eBPF host routing a security module denies it even then: use another routing mode)")
 )
 
-// permission says what the kernel's refusal means.
+// Permission says what the kernel's refusal means.
 func Permission(err error) error {
 	if (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)) && !errors.Is(err, ErrPermission) {
 		return fmt.Errorf("%w: %w", ErrPermission, err)
@@ -44,10 +44,10 @@ const (
 	EBPF      = "ebpf"
 )
 
-// sharedLayers are those that no mode has for itself alone.
+// Shared are those that no mode has for itself alone.
 var Shared = []string{Rule, Address, Route}
 
-// fault is one thing that Check found missing, or too much.
+// Fault is one thing that Check found missing, or too much.
 type Fault struct {
 	Layer, Text string
 	Flushed     bool // without it no request arrives: that is not what a change of the Plan looks like
@@ -56,12 +56,12 @@ type Fault struct {
 func (f *Fault) Error() string { return ErrMissing.Error() + ": " + f.Text }
 func (f *Fault) Unwrap() error { return ErrMissing }
 
-// missing is a fault that Check reports.
+// Missing is a fault that Check reports.
 func Missing(layer, format string, args ...any) error {
 	return &Fault{Layer: layer, Text: fmt.Sprintf(format, args...)}
 }
 
-// flushed marks the faults so.
+// Flushed marks the faults so.
 func Flushed(errs []error) []error {
 	for _, err := range errs {
 		if f, ok := err.(*Fault); ok {
@@ -71,7 +71,7 @@ func Flushed(errs []error) []error {
 	return errs
 }
 
-// layers are those of the faults, each once.
+// Layers are those of the faults, each once.
 func Layers(errs []error) (found []string) {
 	for _, err := range errs {
 		if f, ok := err.(*Fault); ok && !slices.Contains(found, f.Layer) {

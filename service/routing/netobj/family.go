@@ -15,10 +15,10 @@ const (
 	IPv6 Family = unix.AF_INET6
 )
 
-// families are both, in the order in which reports name them.
+// Families are both, in the order in which reports name them.
 var Families = []Family{IPv4, IPv6}
 
-// familyOf is the family of an address; of the zero Addr it is ipv4.
+// FamilyOf is the family of an address; of the zero Addr it is ipv4.
 func FamilyOf(a netip.Addr) Family {
 	if a.Is6() {
 		return IPv6
@@ -26,7 +26,7 @@ func FamilyOf(a netip.Addr) Family {
 	return IPv4
 }
 
-// has says whether the address is of the family.
+// Has says whether the address is of the family.
 func (f Family) Has(a netip.Addr) bool { return a.IsValid() && FamilyOf(a) == f }
 
 func (f Family) String() string {
@@ -36,7 +36,7 @@ func (f Family) String() string {
 	return "IPv6"
 }
 
-// nft is the word of nft for the family.
+// NFT is the word of nft for the family.
 func (f Family) NFT() string {
 	if f == IPv6 {
 		return "ip6"

@@ -1,4 +1,4 @@
-package routing
+package xtables
 
 import (
 	"encoding/binary"
@@ -27,9 +27,9 @@ type tableInfo struct {
 	Entries, Size        uint32
 }
 
-// legacyTable says whether the legacy backend has the table in this network namespace. Listing a
+// LegacyTable says whether the legacy backend has the table in this network namespace. Listing a
 // table would make it.
-func legacyTable(table string, family netobj.Family) (bool, error) {
+func LegacyTable(table string, family netobj.Family) (bool, error) {
 	names := "/proc/thread-self/net/ip_tables_names"
 	if family == netobj.IPv6 {
 		names = "/proc/thread-self/net/ip6_tables_names"
@@ -58,7 +58,7 @@ func legacyCount(table string, family netobj.Family) (string, error) {
 		return "", fault.Permission(err)
 	}
 	defer func() { _ = unix.Close(socket) }()
-	if exists, err := legacyTable(table, family); err != nil || !exists {
+	if exists, err := LegacyTable(table, family); err != nil || !exists {
 		return "", err
 	}
 	var info tableInfo
