@@ -30,14 +30,15 @@ var importRules = []struct {
 	{"github.com/google/nftables", []string{"service/routing", "service/routing/nft"},
 		"one package changes nf_tables; routing puts its transactions in order"},
 	{"github.com/coreos/go-iptables", []string{"service/routing/xtables"}, "it runs commands"},
-	{"os/exec", []string{"service/routing", "service/routing/xtables", "packaging/gen"},
+	{"os/exec", []string{"service/routing", "service/routing/probe", "service/routing/xtables", "packaging/gen"},
 		"the serving process starts no other: it has no right to, once it runs in its sandbox"},
 	{"github.com/mdlayher/netlink", []string{"service/routing/netobj"},
 		"its decoder checks the bounds of attributes, where that of vishvananda/netlink panics"},
-	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj", "service/routing/nft"},
+	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj", "service/routing/nft",
+		"service/routing/probe"},
 		"routing changes the node's network; attest asks the kernel on the path of every connection, " +
 			"and its own questions are 60 times as fast (A-02)"},
-	{"github.com/vishvananda/netns", []string{"service/routing"},
+	{"github.com/vishvananda/netns", []string{"service/routing/probe"},
 		"a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"},
 		"flags in, Config out: nothing below main knows how it was asked"},
@@ -60,7 +61,7 @@ var six = []string{"service/attest", "service/config", "service/kube", "service/
 //
 //	cmd → {service, doctor, status}
 //	service → {server, status, the six}
-//	doctor → {status, the six}
+//	doctor → {status, routing/probe, the six}
 //	server, status → the six
 //	the six → workload
 var layers = map[string][]string{
@@ -74,7 +75,7 @@ var layers = map[string][]string{
 	"service": append([]string{"service/server", "service/status"}, six...),
 	// doctor judges a node whose service may be dead, so it asks the service over its socket like
 	// anybody else.
-	"service/doctor": append([]string{"service/status"}, six...),
+	"service/doctor": append([]string{"service/routing/probe", "service/status"}, six...),
 	// server answers requests by what it is handed, and knows nothing of reloads, units and the
 	// status.
 	"service/server": {"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
@@ -88,7 +89,10 @@ var layers = map[string][]string{
 	// routing knows the Plan and which rules it makes. The packages below it know no Plan: each knows
 	// one interface of the kernel.
 	"service/routing": {"service/routing/bpf", "service/routing/fault", "service/routing/netobj",
-		"service/routing/nft", "service/routing/xtables", "service/workload"},
+		"service/routing/nft", "service/routing/probe", "service/routing/xtables", "service/workload"},
+	// doctor's connections: they know other people's rules, and none of ours.
+	"service/routing/probe": {"service/routing/fault", "service/routing/netobj", "service/routing/nft",
+		"service/routing/xtables"},
 	"service/routing/nft": {"service/routing/fault", "service/routing/netobj"},
 	// iptables-nft keeps its chains in nf_tables, which are read there without a command.
 	"service/routing/xtables": {"service/routing/fault", "service/routing/netobj", "service/routing/nft"},

@@ -16,6 +16,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
@@ -242,7 +243,7 @@ var sickNodes = []sickNode{
 		"another doctor"},
 	{"connection", func(r *nodeReport) { r.plan.Mode = routing.ModeNone }, OK,
 		"at 169.254.169.252:988 as GCE_METADATA_HOST says: answered", ""},
-	{"connection", func(r *nodeReport) { r.podTrial = trial{impossible: routing.ErrNoPod} }, OK,
+	{"connection", func(r *nodeReport) { r.podTrial = trial{impossible: probe.ErrNoPod} }, OK,
 		"rules for pods' own addresses and interfaces were not met: no process runs", ""},
 	{"connection", func(r *nodeReport) { r.podTrial.answered = answered{err: context.DeadlineExceeded} }, Fail,
 		"from pod ns/p, 10.244.0.2: no answer, while from a throw-away namespace", "names pods' addresses"},

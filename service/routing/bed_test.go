@@ -19,6 +19,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // TestMain lets the test program stand for other programs: one that asks, one that listens, one
@@ -61,12 +62,13 @@ func TestMain(m *testing.M) {
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
 		end(err)
 	case "trial": // which is killed in the middle of it
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err == nil {
-			_, err = startTrace(trial.Addr, trial.Link)
+			_, err = trial.Dropped(context.Background(), trial.Addr, func() {
+				fmt.Println("on trial")
+				_, _ = io.Copy(io.Discard, os.Stdin)
+			})
 		}
-		fmt.Println("on trial", err)
-		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
 	case "remove without IPv6":
 		err := denySix()

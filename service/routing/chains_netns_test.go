@@ -53,7 +53,7 @@ func TestChainState(t *testing.T) {
 					}
 					var s xtables.ChainState
 					if err := b.Do(func() error {
-						x, err := xtables.Open(b.plan.Binary, xtables.IsLegacy(b.plan.Binary), netobj.IPv4)
+						x, err := xtables.Open(b.plan.Binary, xtables.IsLegacy(b.plan.Binary), netobj.IPv4, metadataServer)
 						if err != nil {
 							return err
 						}

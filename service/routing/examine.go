@@ -14,6 +14,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by
@@ -140,7 +141,7 @@ func dropPolicies(ctx context.Context, local bool, served []netobj.Family) (name
 	}
 	drops := map[string]uint64{}
 	for _, f := range served {
-		maps.Copy(drops, legacyDrops(ctx, f))
+		maps.Copy(drops, probe.LegacyDrops(ctx, f))
 	}
 	for name := range drops {
 		if strings.Contains(name, "tables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {

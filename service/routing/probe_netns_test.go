@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
@@ -12,10 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
-
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // try asks the metadata server from a throw-away pod on the bed's node, and returns who answered
@@ -37,7 +36,7 @@ func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 // tryAt is try of that one of the server's addresses.
 func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
-	ask := func(trial *PodProbe, wait time.Duration) string {
+	ask := func(trial *probe.Pod, wait time.Duration) string {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		defer cancel()
 		c, err := trial.Dial(ctx, "tcp", at.String())
@@ -49,7 +48,7 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 		return answer
 	}
 	if err := b.Do(func() error {
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
@@ -144,18 +143,14 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	b.install(b.plan)
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	before := b.ruleset()
-	if err := b.Do(func() error {
-		s, err := nl.Subscribe(unix.NETLINK_NETFILTER)
-		if err != nil {
-			return err
-		}
-		defer s.Close()
-		left := &trace{socket: s}
-		return left.transaction(left.rules(trialLink, 0))
-	}); err != nil {
-		t.Fatal(err)
+	const table = "gke-metadata-emulator-doctor"
+	for chain, match := range map[string]string{"from-pod": "prerouting iifname", "to-pod": "output oifname"} {
+		hook, way, _ := strings.Cut(match, " ")
+		b.sh(fmt.Sprintf("nft 'add table ip %[1]s; "+
+			"add chain ip %[1]s %[2]s { type filter hook %[3]s priority -2147483648; }; "+
+			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, way))
 	}
-	if text := b.sh("nft list ruleset"); !strings.Contains(text, traceTable) ||
+	if text := b.sh("nft list ruleset"); !strings.Contains(text, table) ||
 		!strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
 		t.Fatal(text)
 	}
@@ -172,7 +167,7 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 	b := newBed(t, "iptables-nft")
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
@@ -216,10 +211,10 @@ func TestTrialIsKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial <nil>\n" {
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial\n" {
 		t.Errorf("%q, %v", line, err)
 	}
-	if during := b.ruleset(); !strings.Contains(during, traceTable) || !strings.Contains(during, trialLink) {
+	if during := b.ruleset(); !strings.Contains(during, probe.TraceTable) || !strings.Contains(during, probe.LinkName) {
 		t.Errorf("no trial:\n%s", during)
 	}
 	_ = cmd.Process.Kill()
@@ -261,11 +256,11 @@ func TestTrialLeavesNothing(t *testing.T) {
 	before := b.ruleset()
 	if err := b.Do(func() error {
 		for range 3 { // again and again
-			trial, err := NewPodProbe()
+			trial, err := probe.NewPod()
 			if err != nil {
 				return err
 			}
-			if _, err := NewPodProbe(); err == nil {
+			if _, err := probe.NewPod(); err == nil {
 				t.Error("two trials at once")
 			}
 			if _, err := net.InterfaceByName(trial.Link); err != nil {
@@ -284,9 +279,9 @@ func TestTrialLeavesNothing(t *testing.T) {
 	}
 	b.same("after three trials", b.ruleset(), before)
 	if err := b.Do(func() error {
-		_, err := net.InterfaceByName(trialLink)
+		_, err := net.InterfaceByName(probe.LinkName)
 		if err == nil {
-			t.Error(trialLink + " is left")
+			t.Error(probe.LinkName + " is left")
 		}
 		return nil
 	}); err != nil {

@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"encoding/binary"
@@ -19,7 +19,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
-// trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
+// Trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
 // Whether a packet is traced says a table of ours, in front of all others:
 //
 //	table ip gke-metadata-emulator-doctor {       (or ip6)
@@ -30,23 +30,23 @@ import (
 // It belongs to the socket (flags owner): the kernel takes it away with the process. Kernels before
 // 5.12 know no owners, and there a process that is killed leaves the table behind, which traces
 // nothing, since its interface is gone, and is replaced by the next.
-type trace struct {
+type Trace struct {
 	socket *nl.NetlinkSocket
 	addr   netip.Addr
 	owned  bool
 }
 
 const (
-	traceTable = "gke-metadata-emulator-doctor"
+	TraceTable = "gke-metadata-emulator-doctor"
 	tableOwner = 2 // NFT_TABLE_F_OWNER of linux/netfilter/nf_tables.h
 )
 
-func startTrace(addr netip.Addr, link string) (*trace, error) {
+func StartTrace(addr netip.Addr, link string) (*Trace, error) {
 	s, err := nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTRACE)
 	if err != nil {
 		return nil, fmt.Errorf("listen to the traces of nf_tables: %w", fault.Permission(err))
 	}
-	t := &trace{socket: s, addr: addr, owned: true}
+	t := &Trace{socket: s, addr: addr, owned: true}
 	if err := t.transaction(t.rules(link, tableOwner)); err != nil {
 		t.owned = false
 		_ = t.transaction(t.remove()) // left behind on a kernel without owners
@@ -59,7 +59,7 @@ func startTrace(addr netip.Addr, link string) (*trace, error) {
 	return t, nil
 }
 
-func (t *trace) close() error {
+func (t *Trace) close() error {
 	var err error
 	if !t.owned {
 		err = t.transaction(t.remove())
@@ -70,7 +70,7 @@ func (t *trace) close() error {
 
 // drops reads what was traced, until nothing comes for as long as quiet, and names who dropped a
 // packet, each once.
-func (t *trace) drops(quiet time.Duration) (by []string, err error) {
+func (t *Trace) drops(quiet time.Duration) (by []string, err error) {
 	wait := unix.NsecToTimeval(quiet.Nanoseconds())
 	if err := t.socket.SetReceiveTimeout(&wait); err != nil {
 		return nil, err
@@ -169,7 +169,7 @@ func ruleText(family, table, chain string, handle uint64) string {
 }
 
 // transaction sends the messages as one, and returns the kernel's first refusal.
-func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
+func (t *Trace) transaction(messages []*nl.NetlinkRequest) error {
 	batch := func(kind int) *nl.NetlinkRequest {
 		r := nl.NewNetlinkRequest(kind, 0)
 		r.AddData(
@@ -214,7 +214,7 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 	return nil
 }
 
-func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
+func (t *Trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(nft.Subsystem|kind, unix.NLM_F_ACK|flags)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(netobj.FamilyOf(t.addr)), Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
@@ -223,13 +223,13 @@ func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest
 	return r
 }
 
-func (t *trace) remove() []*nl.NetlinkRequest {
-	return []*nl.NetlinkRequest{t.request(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, traceTable))}
+func (t *Trace) remove() []*nl.NetlinkRequest {
+	return []*nl.NetlinkRequest{t.request(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, TraceTable))}
 }
 
-func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
+func (t *Trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
 	messages = []*nl.NetlinkRequest{t.request(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
-		textAttr(unix.NFTA_TABLE_NAME, traceTable), numberAttr(unix.NFTA_TABLE_FLAGS, flags))}
+		textAttr(unix.NFTA_TABLE_NAME, TraceTable), numberAttr(unix.NFTA_TABLE_FLAGS, flags))}
 	for _, c := range []struct {
 		name       string
 		hook, meta uint32
@@ -241,7 +241,7 @@ func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest)
 				unix.NLM_F_CREATE,
 				textAttr(
 					unix.NFTA_CHAIN_TABLE,
-					traceTable,
+					TraceTable,
 				),
 				textAttr(unix.NFTA_CHAIN_NAME, c.name),
 				textAttr(unix.NFTA_CHAIN_TYPE, "filter"),
@@ -252,7 +252,7 @@ func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest)
 				),
 			),
 			t.request(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
-				textAttr(unix.NFTA_RULE_TABLE, traceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
+				textAttr(unix.NFTA_RULE_TABLE, TraceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
 				nested(
 					unix.NFTA_RULE_EXPRESSIONS,
 					expression("meta", numberAttr(unix.NFTA_META_KEY, c.meta), numberAttr(unix.NFTA_META_DREG, unix.NFT_REG_1)),

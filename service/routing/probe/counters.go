@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"context"
@@ -14,10 +14,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
-// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables
+// LegacyDrops counts the packets of one family that each rule and each policy of the legacy tables
 // has dropped in this network namespace. Without such tables it is empty: asking for one would make
 // it.
-func legacyDrops(ctx context.Context, family netobj.Family) map[string]uint64 {
+func LegacyDrops(ctx context.Context, family netobj.Family) map[string]uint64 {
 	drops, command := map[string]uint64{}, "iptables"
 	if family == netobj.IPv6 {
 		command = xtables.IP6Tables(command)

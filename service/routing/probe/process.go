@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"errors"
@@ -17,7 +17,7 @@ type inhabitant struct {
 
 // Inhabit has a process live in the pod: a network namespace without one is found by nobody who
 // looks for those of processes. It ends with Close, or with this process.
-func (t *PodProbe) Inhabit() error {
+func (t *Pod) Inhabit() error {
 	cmd := exec.Command("cat")
 	stdin, err := cmd.StdinPipe()
 	if err == nil {

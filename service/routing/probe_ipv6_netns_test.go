@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // R-30 for IPv6: the trial connection goes its own way through the other family's rules, the chain
@@ -80,7 +81,7 @@ func TestTrialSixNowhere(t *testing.T) {
 	b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 	before := b.ruleset()
 	if err := b.Do(func() error {
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
