@@ -26,7 +26,8 @@ func serviceRules(n int) string {
 		fmt.Fprintf(
 			&rules,
 			"-A KUBE-SERVICES -d %s/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%08d\n-A KUBE-SVC-%08d -j KUBE-SEP-%08d\n"+
-				"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT --to-destination 10.200.0.1:80\n",
+				"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT "+
+				"--to-destination 10.200.0.1:80\n",
 			ip,
 			i,
 			i,

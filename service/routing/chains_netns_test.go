@@ -22,7 +22,8 @@ func TestChainState(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		pre := xtables.OwnChains()[len(xtables.OwnChains())-1]
-		const ours, fromNFT = "-m comment --comment gke-metadata-emulator -j GME-PRE", "insert rule ip nat PREROUTING tcp dport { 7, 8 } dnat to 10.244.0.77"
+		const ours, fromNFT = "-m comment --comment gke-metadata-emulator -j GME-PRE", "insert rule ip nat PREROUTING tcp " +
+			"dport { 7, 8 } dnat to 10.244.0.77"
 		for _, c := range []struct {
 			name, put string
 			exists    bool
@@ -30,14 +31,21 @@ func TestChainState(t *testing.T) {
 			foreign   string
 		}{
 			{"nothing", "true", false, nil, ""},
-			{"the chain alone", "iptables -t nat -N GME-PRE; iptables -t nat -N GME-PREX; iptables -t nat -A PREROUTING -j GME-PREX", true, nil, ""},
+			{"the chain alone", "iptables -t nat -N GME-PRE; iptables -t nat -N GME-PREX; iptables -t nat -A PREROUTING -j " +
+				"GME-PREX", true, nil, ""},
 			{"behind another's", "iptables -t nat -A PREROUTING " + ours, true, []int{2}, ""},
 			{"in front", "iptables -t nat -I PREROUTING " + ours, true, []int{1, 3}, ""},
-			{"one with a condition", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -p tcp " + ours, true, []int{1}, ""},
-			{"somebody else's", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -m comment --comment mine -j GME-PRE", true, nil, "GME-PRE of table nat"},
-			{"somebody else's without a word", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -g GME-PRE", true, nil, "GME-PRE of table nat"},
-			{"a redirection of something else", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -d 192.0.2.1 -p tcp -j DNAT --to-destination 192.0.2.2", true, nil, ""},
-			{"a redirection", "iptables -t nat -A PREROUTING -d 169.254.169.254 -p tcp -j DNAT --to-destination 192.0.2.2", true, nil, "169.254.169.254:80"},
+			{"one with a condition", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -p tcp " + ours, true,
+				[]int{1}, ""},
+			{"somebody else's", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -m comment --comment mine -j " +
+				"GME-PRE", true, nil, "GME-PRE of table nat"},
+			{"somebody else's without a word", "iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -g GME-PRE", true,
+				nil, "GME-PRE of table nat"},
+			{"a redirection of something else",
+				"iptables -t nat -F PREROUTING; iptables -t nat -A PREROUTING -d 192.0.2.1 -p tcp -j DNAT --to-destination " +
+					"192.0.2.2", true, nil, ""},
+			{"a redirection", "iptables -t nat -A PREROUTING -d 169.254.169.254 -p tcp -j DNAT --to-destination 192.0.2.2",
+				true, nil, "169.254.169.254:80"},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
@@ -57,7 +65,8 @@ func TestChainState(t *testing.T) {
 						if err != nil {
 							return err
 						}
-						if _, _, err = x.ListRules(t.Context(), "nat", "PREROUTING"); errors.Is(err, xtables.ErrIncompatible) != unlisted {
+						if _, _, err = x.ListRules(t.Context(), "nat", "PREROUTING"); errors.Is(err,
+							xtables.ErrIncompatible) != unlisted {
 							t.Errorf("a rule of nft's %v: listed: %v", unlisted, err)
 						}
 						s, err = x.State(t.Context(), pre)
@@ -77,7 +86,8 @@ func TestChainState(t *testing.T) {
 				}
 				if c.exists && b.plan.Binary == "iptables-nft" {
 					b.sh(
-						"nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } dnat to 10.244.0.77 # handle //p')",
+						"nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } " +
+							"dnat to 10.244.0.77 # handle //p')",
 					)
 				}
 			})
@@ -103,7 +113,8 @@ func TestFingerprint(t *testing.T) {
 				t.Errorf("after a check: %v, changed %v", errs, m.changed())
 			}
 			for _, change := range []string{
-				"iptables -t nat -A GME-PRE -p tcp -j ACCEPT", "iptables -D INPUT 1", "ip6tables -F", "iptables -t raw -F; iptables -t raw -X",
+				"iptables -t nat -A GME-PRE -p tcp -j ACCEPT", "iptables -D INPUT 1", "ip6tables -F",
+				"iptables -t raw -F; iptables -t raw -X",
 			} {
 				b.sh(change)
 				if !m.changed() {

@@ -60,7 +60,8 @@ func TestChangeLosesNoConnect(t *testing.T) {
 				return string(out)
 			}
 			lan(
-				`nft 'table ip lan { chain lan { type filter hook prerouting priority raw; ip daddr 169.254.169.252 tcp flags & (syn | ack) == syn counter; }; }'`,
+				`nft 'table ip lan { chain lan { type filter hook prerouting priority raw; ip daddr 169.254.169.252 tcp flags & ` +
+					`(syn | ack) == syn counter; }; }'`,
 			)
 			b.install(dnat)
 			var stop atomic.Bool
@@ -110,7 +111,8 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 			var before uint32
 			if err := b.Do(func() (err error) {
 				if told, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
-					unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE); err != nil { // of links and IPv6 the kernel tells later, by itself
+					// of links and IPv6 the kernel tells later, by itself
+					unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE); err != nil {
 					return err
 				}
 				before, err = nft.Generation()
@@ -208,7 +210,8 @@ func TestInstallForgetsRedirections(t *testing.T) {
 	}
 	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 	b.sh(
-		`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.252:988; }; }'`,
+		`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp ` +
+			`dport 80 dnat to 169.254.169.252:988; }; }'`,
 	)
 	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
 		t.Fatalf("redirected to nobody: %v", err)

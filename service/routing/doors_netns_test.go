@@ -68,18 +68,24 @@ func TestTwoDoors(t *testing.T) {
 	}{
 		{"iptables-nft", []string{"iptables -t raw -F", "iptables -F"}},
 		{"iptables-legacy", []string{"iptables -t raw -F", "iptables -F"}},
-		{ModeNFTables, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
-		{ModeLoopback, []string{"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
+		{ModeNFTables, []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
+		{ModeLoopback, []string{"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator " +
+			"input",
 			"ip rule del pref 97 iif eth0 to 169.254.169.254"}},
-		{"linked", []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
-		{ModeNone, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
-		{ModeEBPF, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
+		{"linked", []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
+		{ModeNone, []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
+		{ModeEBPF, []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
 	} {
 		t.Run(c.mode, func(t *testing.T) {
 			b := modeBed(t, c.mode)
 			b.install(b.plan)
 			for _, to := range []string{"169.254.169.254", "169.254.169.252"} {
-				if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", to+"/32", "via", b.Addr.String()).CombinedOutput(); err != nil {
+				if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", to+"/32", "via",
+					b.Addr.String()).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
 			}

@@ -118,7 +118,8 @@ func ebpfText(p Plan, s nodeFacts) (string, error) {
 	}
 	fmt.Fprintf(
 		&b,
-		"\n# Programs at %s, pinned below %s.\n# For sockets %s,\n# connect() to %s goes to %s, and getpeername() says the former. No command can type them; instruction by instruction:\n",
+		"\n# Programs at %s, pinned below %s.\n# For sockets %s,\n# connect() to %s goes to %s, and getpeername() says "+
+			"the former. No command can type them; instruction by instruction:\n",
 		m.Root,
 		m.Dir,
 		who,

@@ -66,14 +66,16 @@ func TestEBPFStory(t *testing.T) {
 		{"the doors", func() {
 			b.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator raw")
 		}, []string{
-			`input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`, `raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
+			`input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
+			`raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
 		}},
 		{"a program by force", func() { b.detach(t, "connect6") }, []string{"eBPF program connect6 at " + b.cgroups + ": "}},
 		{"all programs", func() {
 			b.must(os.RemoveAll(b.plan.BPFDir))
 			b.detached(t)
 		}, []string{"program getpeername4 at ", "program getpeername6 at ", "program connect4 at ", "program connect6 at "}},
-		{"the guard", func() { b.sh("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") }, []string{"ip rule: pref 97", "ip address: 169.254.169.252"}},
+		{"the guard", func() { b.sh("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") },
+			[]string{"ip rule: pref 97", "ip address: 169.254.169.252"}},
 	} {
 		c.harm()
 		found := faults(t, b.check(b.plan))
@@ -138,7 +140,8 @@ func TestChangeOfMode(t *testing.T) {
 			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and
 			// translates nothing that it has begun to.
 			b.sh(
-				"nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'",
+				"nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add " +
+					"rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'",
 			)
 			before := b.ruleset() + b.attachedText(t)
 			programs, dnat := b.plan, b.plan
@@ -197,7 +200,9 @@ func (b *bpfBed) detached(t *testing.T) {
 // viaNode has the neighbour route both addresses through the node.
 func (b *bpfBed) viaNode(t *testing.T) {
 	t.Helper()
-	if out, err := b.neighbour.Command(t.Context(), "sh", "-ec", "for a in 169.254.169.254 169.254.169.252; do ip route add $a/32 via "+b.Addr.String()+"; done").CombinedOutput(); err != nil {
+	if out, err := b.neighbour.Command(t.Context(), "sh", "-ec",
+		"for a in 169.254.169.254 169.254.169.252; do ip route add $a/32 via "+b.Addr.String()+
+			"; done").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 }

@@ -101,11 +101,14 @@ func TestPins(t *testing.T) {
 			}
 			return errors.Join(l.Detach(), l.Close())
 		}, "connect4 at " + b.cgroups + ": "},
-		{"link's pin removed", func() error { return os.Remove(p.LinkPath(connect4)) }, "connect4 at " + b.cgroups + ", pinned as " + p.LinkPath(connect4)},
-		{"program's pin removed", func() error { return os.Remove(p.ProgramPath(connect4)) }, "connect4: its pin " + p.ProgramPath(connect4)},
+		{"link's pin removed", func() error { return os.Remove(p.LinkPath(connect4)) }, "connect4 at " + b.cgroups +
+			", pinned as " + p.LinkPath(connect4)},
+		{"program's pin removed", func() error { return os.Remove(p.ProgramPath(connect4)) }, "connect4: its pin " +
+			p.ProgramPath(connect4)},
 		{"everything removed", func() error { return os.RemoveAll(p.Dir) }, "connect4 at " + b.cgroups + ", pinned as "},
 		{"an install that broke off", func() error {
-			return errors.Join(os.Rename(p.ProgramPath(connect4), p.ProgramPath(connect4)+"_next"), os.Link(p.ProgramPath(connect4)+"_next", p.ProgramPath(connect4)))
+			return errors.Join(os.Rename(p.ProgramPath(connect4), p.ProgramPath(connect4)+"_next"),
+				os.Link(p.ProgramPath(connect4)+"_next", p.ProgramPath(connect4)))
 		}, ""},
 	} {
 		if err := c.harm(); err != nil {
@@ -170,7 +173,8 @@ func TestPinsRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cgroup.Close()
-	if err := link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(cgroup.Fd()), Program: alone, Attach: ebpf.AttachCGroupInet4Connect}); err != nil {
+	if err := link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(cgroup.Fd()), Program: alone,
+		Attach: ebpf.AttachCGroupInet4Connect}); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.Install(r); !errors.Is(err, fault.ErrForeign) {

@@ -66,7 +66,8 @@ func (c causes) String() string {
 
 // behind is the cause that is most likely behind a fault in the layer.
 func (c causes) behind(layer string) string {
-	own := map[string]causes{fault.Rule: causeRule, fault.Address: causeAddress, fault.Route: causeRoute, fault.EBPF: causeEBPF}[layer]
+	own := map[string]causes{fault.Rule: causeRule, fault.Address: causeAddress, fault.Route: causeRoute,
+		fault.EBPF: causeEBPF}[layer]
 	if c&own != 0 {
 		return own.String()
 	}
@@ -95,7 +96,8 @@ func watchEvents(listen func() []netip.Addr) (*events, error) {
 		groups   []uint
 		read     func(kind uint16, data []byte) (causes, string)
 	}{
-		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+			unix.RTNLGRP_IPV4_ROUTE,
 			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE},
 			func(kind uint16, data []byte) (causes, string) { return routeEvent(kind, data, listen()...), "" }},
 		{unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, generationEvent},

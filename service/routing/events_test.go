@@ -46,7 +46,8 @@ func TestRouteEvent(t *testing.T) {
 		{"a pod's over IPv6", unix.RTM_NEWROUTE, routeMessage(128, "fd00:245::3"), 0},
 		{"a neighbour", unix.RTM_NEWNEIGH, nil, 0},
 		{"cut short", unix.RTM_NEWROUTE, []byte{2}, causeRoute},
-		{"an attribute that is longer than the message", unix.RTM_NEWROUTE, append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), causeRoute},
+		{"an attribute that is longer than the message", unix.RTM_NEWROUTE,
+			append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), causeRoute},
 	} {
 		if got := routeEvent(c.kind, c.data, listen); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
@@ -81,7 +82,8 @@ func TestGenerationEvent(t *testing.T) {
 
 func TestCauses(t *testing.T) {
 	c := causeNFTables | causeRule | causeSweep
-	for layer, want := range map[string]string{fault.IPTables: "nftables", fault.Rule: "ip-rule", fault.Address: "nftables"} {
+	for layer, want := range map[string]string{fault.IPTables: "nftables", fault.Rule: "ip-rule",
+		fault.Address: "nftables"} {
 		if got := c.behind(layer); got != want {
 			t.Errorf("%s: %s, want %s", layer, got, want)
 		}
@@ -99,7 +101,8 @@ func TestDue(t *testing.T) {
 		pending causes
 		want    time.Time
 	}{
-		{causeLink, rest}, {causeLink | causeAddress | causeRoute, rest}, {causeLink | causeNFTables, bucket}, {causeRule, bucket}, {causeSweep | causeLink, bucket},
+		{causeLink, rest}, {causeLink | causeAddress | causeRoute, rest}, {causeLink | causeNFTables, bucket},
+		{causeRule, bucket}, {causeSweep | causeLink, bucket},
 	} {
 		w := &watcher{pending: c.pending, notBefore: bucket, rest: rest}
 		if got := w.due(); got != c.want {

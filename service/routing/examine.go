@@ -133,7 +133,8 @@ func dropPolicies(ctx context.Context, local bool, served []netobj.Family) (name
 			(family != "ip6" || !slices.Contains(served, netobj.IPv6)) {
 			continue
 		}
-		if n := nft.Within(nft.Attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || nft.Uint32(n) != hook {
+		if n := nft.Within(nft.Attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 ||
+			nft.Uint32(n) != hook {
 			continue
 		}
 		table, name := nft.Attribute(c, unix.NFTA_CHAIN_TABLE), nft.Attribute(c, unix.NFTA_CHAIN_NAME)

@@ -102,7 +102,8 @@ func TestRepairNamesAll(t *testing.T) {
 				return err
 			}
 			seen := n.check(t.Context(), n.nodeFacts)
-			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo")
+			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; " +
+				"ip address del 169.254.169.252/32 dev lo")
 			why := &repair{of: state, why: causeNFTables, faults: seen, node: n, mode: true}
 			if _, err = r.install(t.Context(), why); err != nil {
 				return err

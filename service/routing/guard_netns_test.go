@@ -125,7 +125,8 @@ func sendSYN(
 		}
 		buf := make([]byte, 256)
 		for over := time.Now().Add(wait); ; {
-			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(in), Events: unix.POLLIN}}, int(max(0, time.Until(over)).Milliseconds())); err != nil && err != unix.EINTR {
+			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(in), Events: unix.POLLIN}},
+				int(max(0, time.Until(over)).Milliseconds())); err != nil && err != unix.EINTR {
 				return err
 			} else if n < 1 && !time.Now().Before(over) {
 				return nil
@@ -135,7 +136,8 @@ func sendSYN(
 				continue
 			}
 			// SYN and ACK, from the port to ours.
-			if tcp := buf[headers:]; tcp[13]&0x12 == 0x12 && binary.BigEndian.Uint16(tcp) == to.Port() && binary.BigEndian.Uint16(tcp[2:]) == synPort {
+			if tcp := buf[headers:]; tcp[13]&0x12 == 0x12 && binary.BigEndian.Uint16(tcp) == to.Port() &&
+				binary.BigEndian.Uint16(tcp[2:]) == synPort {
 				answered = true
 				return nil
 			}

@@ -134,7 +134,8 @@ func (q question) answer() (found string) {
 	case errno != 0:
 		return cloudUnknown
 	}
-	if _, err := unix.Write(fd, fmt.Appendf(nil, "GET / HTTP/1.0\r\nHost: %s\r\n\r\n", metadataServer.Addr())); err != nil {
+	if _, err := unix.Write(fd, fmt.Appendf(nil, "GET / HTTP/1.0\r\nHost: %s\r\n\r\n",
+		metadataServer.Addr())); err != nil {
 		return cloudNone
 	}
 	head := make([]byte, 64)

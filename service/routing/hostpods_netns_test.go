@@ -17,11 +17,15 @@ func TestAskCloud(t *testing.T) {
 	}
 	for _, c := range []struct{ name, before, after, want string }{
 		{"it answers", "true", "true", cloudAnswers},
-		{"nobody listens", "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with tcp-reset", "iptables -F OUTPUT", cloudNone},
-		{"no route beyond the router", "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with icmp-host-unreachable", "iptables -F OUTPUT", cloudSilent},
+		{"nobody listens", "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with tcp-reset",
+			"iptables -F OUTPUT", cloudNone},
+		{"no route beyond the router",
+			"iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with icmp-host-unreachable", "iptables -F OUTPUT",
+			cloudSilent},
 		{"silence", "iptables -A INPUT -s 169.254.169.254 -j DROP", "iptables -F INPUT", cloudSilent},
 		{"no network yet", "ip route del default", "ip route add default via 198.51.100.1", cloudUnknown},
-		{"the address is the node's own", "ip address add 169.254.169.254/32 dev lo", "ip address del 169.254.169.254/32 dev lo", cloudUnknown},
+		{"the address is the node's own", "ip address add 169.254.169.254/32 dev lo",
+			"ip address del 169.254.169.254/32 dev lo", cloudUnknown},
 	} {
 		b.sh(c.before)
 		if got := found(); got != c.want {

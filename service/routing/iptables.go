@@ -109,7 +109,8 @@ func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 	}
 	for _, x := range slices.Backward(m.tables) {
 		states := m.surveyed[x.Family]
-		chains := slices.DeleteFunc(chainsFor(m.plan, s, x.Family), func(c xtables.Chain) bool { return states[c.Name].Right(c) })
+		chains := slices.DeleteFunc(chainsFor(m.plan, s, x.Family),
+			func(c xtables.Chain) bool { return states[c.Name].Right(c) })
 		if err := x.Restore(ctx, xtables.RestoreText(chains, states)); err != nil {
 			return fmt.Errorf("install the %s rules: %w", x.Family, err)
 		}

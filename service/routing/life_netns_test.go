@@ -46,7 +46,8 @@ func TestRefusals(t *testing.T) {
 			}
 		}
 		b.sh(
-			"iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988",
+			"iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination " +
+				"169.254.169.252:988",
 		) // K-07
 		refused("169.254.169.254:80", "PREROUTING", "GKE")
 		b.sh("iptables -t nat -F PREROUTING; iptables -N GME-FWD; iptables -A FORWARD -j GME-FWD")
@@ -98,7 +99,8 @@ func TestClosedGuard(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
-		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()}, nodeFacts{})); got != want {
+		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()},
+			nodeFacts{})); got != want {
 			t.Errorf("%d faults named, want %d", got, want)
 		}
 		b.install(closed)
@@ -258,7 +260,8 @@ func TestWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *bed) {
 		netnstest.Needs(t, "setpriv")
-		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set", "-all", "--inh-caps", "-all").
+		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set",
+			"-all", "--inh-caps", "-all").
 			Output()
 		if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN") {
 			t.Errorf("%v: %s", err, out)
@@ -270,7 +273,8 @@ func TestWithoutPrivilege(t *testing.T) {
 // earlier choice.
 func TestKubeletsBackend(t *testing.T) {
 	t.Parallel()
-	for _, c := range []struct{ kubelet, other string }{{"iptables-legacy", "iptables-nft"}, {"iptables-nft", "iptables-legacy"}} {
+	for _, c := range []struct{ kubelet, other string }{{"iptables-legacy", "iptables-nft"},
+		{"iptables-nft", "iptables-legacy"}} {
 		t.Run(c.kubelet, func(t *testing.T) {
 			netnstest.Needs(t, "iptables", c.other)
 			b := newBed(t, c.other)

@@ -192,7 +192,8 @@ func (b *bed) story(served func(), flushes []story) {
 		t,
 		"nft/"+b.plan.Mode+".nft",
 		b.sh(
-			"ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator",
+			"ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip "+
+				"gke-metadata-emulator; nft list table ip6 gke-metadata-emulator",
 		),
 	)
 	b.install(b.plan)
@@ -228,7 +229,8 @@ func (b *bed) story(served func(), flushes []story) {
 	}
 	w := b.watch(b.plan, time.Hour)
 	b.sh(
-		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900",
+		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route " +
+			"add default via 192.0.2.9 dev wan9 metric 900",
 	)
 	w.until("the doors at an uplink that comes", func() bool {
 		return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)

@@ -53,7 +53,8 @@ func TestNFTablesStory(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.sh(
-		"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+		"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule " +
+			"inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 	)
 	before := b.ruleset()
 	b.answers(b.pod, "169.254.169.254:80", cloud)
@@ -95,15 +96,19 @@ func TestNFTablesStory(t *testing.T) {
 			"add rule ip gke-metadata-emulator forward ip daddr 169.254.169.254 tcp dport 443 reject with tcp reset",
 			"add rule ip gke-metadata-emulator forward ip daddr 169.254.169.254 tcp dport 8080 reject with tcp reset",
 			"add chain ip gke-metadata-emulator input { type filter hook input priority -10; policy accept; }",
-			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct status snat reject with tcp reset",
-			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct original ip daddr 169.254.169.254 accept",
+			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct status snat reject with tcp " +
+				"reset",
+			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct original ip daddr " +
+				"169.254.169.254 accept",
 			"add rule ip gke-metadata-emulator input iifname != \"lo\" ip daddr 169.254.169.252 tcp dport 988 drop",
 			"add chain ip gke-metadata-emulator local { type filter hook output priority -10; policy accept; }",
-			"add rule ip gke-metadata-emulator local ip saddr 169.254.169.252 tcp sport 988 tcp flags & rst == 0 ct status snat drop",
+			"add rule ip gke-metadata-emulator local ip saddr 169.254.169.252 tcp sport 988 tcp flags & rst == 0 ct status " +
+				"snat drop",
 			"add chain ip gke-metadata-emulator prerouting { type nat hook prerouting priority -110; policy accept; }",
 			"add rule ip gke-metadata-emulator prerouting iifname \"lo\" return",
 			"add rule ip gke-metadata-emulator prerouting iifname \"eth0\" return",
-			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to 169.254.169.252:988",
+			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to " +
+				"169.254.169.252:988",
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:c1::a9fe:a9fe tcp dport 80 reject with tcp reset",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset",
@@ -112,14 +117,18 @@ func TestNFTablesStory(t *testing.T) {
 		{"the table's rules", "nft flush chain ip gke-metadata-emulator prerouting", []string{
 			"add rule ip gke-metadata-emulator prerouting iifname \"lo\" return",
 			"add rule ip gke-metadata-emulator prerouting iifname \"eth0\" return",
-			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to 169.254.169.252:988",
+			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to " +
+				"169.254.169.252:988",
 		}},
 		{"a rule too much", "nft insert rule ip gke-metadata-emulator prerouting accept", nil},
-		{"a rule replaced", "nft replace rule ip gke-metadata-emulator prerouting handle $(nft -a list chain ip gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p') iifname eth9 return", nil},
-		{"order", "nft insert rule ip gke-metadata-emulator raw accept; nft delete rule ip gke-metadata-emulator raw handle $(nft -a list chain ip gke-metadata-emulator raw | sed -n 's/.*drop.*handle //p')", nil},
+		{"a rule replaced", "nft replace rule ip gke-metadata-emulator prerouting handle $(nft -a list chain ip " +
+			"gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p') iifname eth9 return", nil},
+		{"order", "nft insert rule ip gke-metadata-emulator raw accept; nft delete rule ip gke-metadata-emulator raw " +
+			"handle $(nft -a list chain ip gke-metadata-emulator raw | sed -n 's/.*drop.*handle //p')", nil},
 		{"another policy", "nft 'add chain ip gke-metadata-emulator forward { policy drop; }'", []string{
 			"add chain ip gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }"}},
-		{"a chain too much", "nft add chain ip gke-metadata-emulator x; nft add rule ip gke-metadata-emulator x drop", []string{"chain ip gke-metadata-emulator x should not be there"}},
+		{"a chain too much", "nft add chain ip gke-metadata-emulator x; nft add rule ip gke-metadata-emulator x drop",
+			[]string{"chain ip gke-metadata-emulator x should not be there"}},
 		{"IPv6", "nft delete table ip6 gke-metadata-emulator", []string{
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:c1::a9fe:a9fe tcp dport 80 reject with tcp reset",
@@ -146,7 +155,8 @@ func TestNFTablesStory(t *testing.T) {
 			}
 			if c.name == "the ruleset" { // with what others had in it
 				b.sh(
-					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add " +
+						"rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 				)
 			}
 			w = b.watch(b.plan, time.Hour) // finds it when it starts
@@ -162,7 +172,8 @@ func TestNFTablesStory(t *testing.T) {
 			}
 			if c.name == "the ruleset" {
 				b.sh(
-					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add " +
+						"rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 				)
 			}
 		})

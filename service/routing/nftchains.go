@@ -95,7 +95,8 @@ func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain
 	for _, name := range p.Spare {
 		raw.Rules = append(raw.Rules, nft.NewRule(nft.ByInterface(name), nft.Return()))
 	}
-	raw.Rules = append(raw.Rules, nft.NewRule(nft.ToServer(w.server), nft.Tracked()), nft.NewRule(nft.FromServer(w.listen), nft.Tracked()))
+	raw.Rules = append(raw.Rules, nft.NewRule(nft.ToServer(w.server), nft.Tracked()),
+		nft.NewRule(nft.FromServer(w.listen), nft.Tracked()))
 	rawOut := nft.Chain{Name: "raw-output", Kind: "filter", Hook: "output", Priority: nft.PriorityRaw}
 	if s.hostPods {
 		rawOut.Rules = []nft.Rule{nft.NewRule(nft.ToServer(w.server), nft.Tracked())}

@@ -62,7 +62,8 @@ func (m *observeMode) changed() bool { return m.Pins.Changed() }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.
 func (m *observeMode) counting(s nodeFacts, table *ebpf.Map) (r bpf.Rewriting, err error) {
-	r = bpf.Rewriting{Server: metadataServer, Counts: table, HostPods: len(s.slices) > 0, Spared: bpf.CgroupIDs(m.Root, s.slices)}
+	r = bpf.Rewriting{Server: metadataServer, Counts: table, HostPods: len(s.slices) > 0,
+		Spared: bpf.CgroupIDs(m.Root, s.slices)}
 	r.HostNet, err = bpf.HostNetwork()
 	return r, err
 }

@@ -35,9 +35,11 @@ func TestGuardFollows(t *testing.T) {
 		pref uint32
 		says string
 	}{
-		{"ip rule add pref 10 iif cni0 lookup 101", 8, "the guard at preference 8, not at 97: it is walked round by pref 10 from all iif cni0 lookup 101"},
+		{"ip rule add pref 10 iif cni0 lookup 101", 8,
+			"the guard at preference 8, not at 97: it is walked round by pref 10 from all iif cni0 lookup 101"},
 		{"ip rule add pref 5 to 192.0.2.0/24 lookup 101; ip rule add pref 6 iif lo lookup 101", 8, ""}, // neither can match
-		{"ip rule add pref 2 fwmark 0x1/0xff lookup 101", 0, "not at 8: it is walked round by pref 2 from all fwmark 0x1/0xff lookup 101"},
+		{"ip rule add pref 2 fwmark 0x1/0xff lookup 101", 0,
+			"not at 8: it is walked round by pref 2 from all fwmark 0x1/0xff lookup 101"},
 		{"ip rule del pref 2", 8, "the guard at preference 8, not at 0"},
 		{"ip rule del pref 10", 97, "the guard at preference 97, not at 8"},
 	} {
@@ -175,7 +177,8 @@ func TestGuardOrder(t *testing.T) {
 	for _, change := range []string{
 		"ip rule del pref 98", "ip rule del pref 97 iif lo", "ip rule del pref 97 prohibit",
 		"ip rule del pref 97 prohibit; ip rule add pref 97 to 169.254.169.254 ipproto tcp dport 80 prohibit protocol kernel",
-		"ip rule add pref 96 to 169.254.169.254 ipproto tcp prohibit protocol kernel; ip rule add pref 50 to 169.254.169.254 prohibit protocol kernel",
+		"ip rule add pref 96 to 169.254.169.254 ipproto tcp prohibit protocol kernel; ip rule add pref 50 to " +
+			"169.254.169.254 prohibit protocol kernel",
 		"while ip rule del protocol kernel pref 97 2>/dev/null; do :; done",
 	} {
 		b.sh(change)
@@ -199,7 +202,8 @@ func TestRawOrder(t *testing.T) {
 		b.sh("iptables -t raw -A OTHER -s 10.244.0.0/16 -j CT --notrack")
 		b.answers(b.pod, "169.254.169.254:80", "")
 		err := fmt.Sprint(b.check(b.plan))
-		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before -A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(
+		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before " +
+			"-A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(
 			err,
 			want,
 		) {
@@ -215,7 +219,8 @@ func TestRawOrder(t *testing.T) {
 // overruled in mode nftables, and named in mode iptables.
 func TestUntracking(t *testing.T) {
 	t.Parallel()
-	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr 10.244.0.0/16 notrack; }; }",
+	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr " +
+		"10.244.0.0/16 notrack; }; }",
 		"table ip net { chain raw { type filter hook prerouting priority -290; ip saddr 10.244.0.0/16 notrack; }; }"
 	onEveryDNAT(t, func(t *testing.T, b *bed) {
 		for _, rules := range []string{early, late} {

@@ -88,18 +88,30 @@ func TestTrial(t *testing.T) {
 			want              []string // of the nft backend, and of the legacy one
 		}{
 			{name: "nothing is in the way"},
-			{"a later chain with policy drop", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; policy drop; }'", "nft delete table inet foreign",
+			{"a later chain with policy drop",
+				"nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; policy " +
+					"drop; }'", "nft delete table inet foreign",
 				[]string{"nft chain inet foreign late (policy drop)", "nft chain inet foreign late (policy drop)"}},
-			{"a rule of a later chain", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late tcp dport 988 counter drop'", "nft delete table inet foreign",
-				[]string{"nft chain inet foreign late (rule: tcp dport 988 drop)", "nft chain inet foreign late (rule: tcp dport 988 drop)"}},
-			{"a rejection", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late tcp dport 988 reject with tcp reset'", "nft delete table inet foreign",
-				[]string{"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)", "nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)"}},
-			{"the way back", "nft 'add table inet foreign; add chain inet foreign back { type filter hook output priority filter; }; add rule inet foreign back oifname gme-doctor drop'", "nft delete table inet foreign",
-				[]string{`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`, `nft chain inet foreign back (rule: oifname "gme-doctor" drop)`}},
+			{"a rule of a later chain",
+				"nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add " +
+					"rule inet foreign late tcp dport 988 counter drop'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (rule: tcp dport 988 drop)",
+					"nft chain inet foreign late (rule: tcp dport 988 drop)"}},
+			{"a rejection", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority " +
+				"filter + 10; }; add rule inet foreign late tcp dport 988 reject with tcp reset'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)",
+					"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)"}},
+			{"the way back", "nft 'add table inet foreign; add chain inet foreign back { type filter hook output priority " +
+				"filter; }; add rule inet foreign back oifname gme-doctor drop'", "nft delete table inet foreign",
+				[]string{`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`,
+					`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`}},
 			{"iptables INPUT before ours", "iptables -I INPUT -i gme-doctor -j DROP", "iptables -D INPUT -i gme-doctor -j DROP",
-				[]string{`nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`, "iptables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"}},
-			{"iptables OUTPUT before ours", "iptables -I OUTPUT -o gme-doctor -j DROP", "iptables -D OUTPUT -o gme-doctor -j DROP",
-				[]string{`nft chain ip filter OUTPUT (rule: oifname "gme-doctor" drop)`, "iptables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"}},
+				[]string{`nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`,
+					"iptables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"}},
+			{"iptables OUTPUT before ours", "iptables -I OUTPUT -o gme-doctor -j DROP",
+				"iptables -D OUTPUT -o gme-doctor -j DROP",
+				[]string{`nft chain ip filter OUTPUT (rule: oifname "gme-doctor" drop)`,
+					"iptables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"}},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t

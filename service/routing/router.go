@@ -115,7 +115,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
-	if plain && len(fault.Layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
+	// somebody flushed in between, and what was right, and so left alone, with it
+	if plain && len(fault.Layers(errs)) > 0 {
 		if err := r.putAgain(ctx, n); err != nil {
 			return n, r.readBack(state, err)
 		}

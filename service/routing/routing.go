@@ -174,7 +174,8 @@ func (p Plan) checked() (Plan, error) {
 	case p.Link == "":
 	case !p.traits().localServer:
 		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
-	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
+	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) ||
+		strings.ContainsAny(p.Link, "+:"):
 		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
 	for _, name := range slices.Concat(p.Uplinks, p.Spare) {

@@ -23,7 +23,8 @@ func TestUplinksThatAreConfigured(t *testing.T) {
 	b.plan.Uplinks = []string{"wan+"}
 	b.install(b.plan)
 	b.green(b.plan)
-	if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", "169.254.169.254/32", "via", b.Addr.String()).CombinedOutput(); err != nil {
+	if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", "169.254.169.254/32", "via",
+		b.Addr.String()).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	b.answers(b.neighbour, "169.254.169.254:80", emulator)
@@ -104,7 +105,8 @@ func TestReadDevices(t *testing.T) {
 	if err := b.Do(func() error {
 		devices, err := readDevices()
 		for _, d := range devices {
-			want := map[string]string{"flannel.1": "vxlan", "tap0": "tuntap", "tun0": "tun", "cni0": "bridge", "veth1": "veth", "eth0": "veth", "mv0": "macvlan"}[d.name]
+			want := map[string]string{"flannel.1": "vxlan", "tap0": "tuntap", "tun0": "tun", "cni0": "bridge", "veth1": "veth",
+				"eth0": "veth", "mv0": "macvlan"}[d.name]
 			if want != "" && d.kind != want {
 				t.Errorf("%s is a %q, want %q", d.name, d.kind, want)
 			}
@@ -128,9 +130,12 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			b := modeBed(t, mode)
 			b.sh(
-				"ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl -qw net.ipv4.conf.eth0.arp_ignore=1",
+				"ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl " +
+					"-qw net.ipv4.conf.eth0.arp_ignore=1",
 			)
-			if out, err := b.neighbour.Command(t.Context(), "sh", "-c", "ip route add 169.254.169.254 via 198.51.100.99; ip route add 169.254.169.252 via 198.51.100.99").CombinedOutput(); err != nil {
+			if out, err := b.neighbour.Command(t.Context(), "sh", "-c",
+				"ip route add 169.254.169.254 via 198.51.100.99; ip route add 169.254.169.252 via "+
+					"198.51.100.99").CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 			b.install(b.plan)

@@ -159,7 +159,8 @@ func TestSixStory(t *testing.T) {
 func (b *bed) neighbourRoutes(to ...string) {
 	b.t.Helper()
 	for _, a := range to {
-		if out, err := b.neighbour.Command(b.t.Context(), "ip", "-6", "route", "add", a, "via", b.Six.String()).CombinedOutput(); err != nil {
+		if out, err := b.neighbour.Command(b.t.Context(), "ip", "-6", "route", "add", a, "via",
+			b.Six.String()).CombinedOutput(); err != nil {
 			b.t.Fatalf("%v: %s", err, out)
 		}
 	}
@@ -183,7 +184,9 @@ func TestSixDoors(t *testing.T) {
 			}
 		}
 		b.sh(
-			map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW", true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator raw"}[b.plan.Mode == ModeNFTables],
+			map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW",
+				true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator " +
+					"raw"}[b.plan.Mode == ModeNFTables],
 		)
 		b.answers(b.neighbour, "[fd20:ce::252]:988", emulator) // the bed would show an open door
 	})
@@ -284,7 +287,8 @@ func TestSixWithoutTables(t *testing.T) {
 	t.Parallel()
 	for name, six := range map[string]string{
 		"no command": "",
-		"no nat":     "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho \"$text\" | exec ip6tables-nft-restore \"$@\"\n",
+		"no nat": "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho " +
+			"\"$text\" | exec ip6tables-nft-restore \"$@\"\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t, "iptables-nft")
@@ -402,7 +406,8 @@ var sixFlushes = []struct {
 	{
 		"one rule",
 		"ip6tables -t nat -D GME-PRE -i eth0 -j RETURN",
-		"nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p')",
+		"nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator " +
+			"prerouting | sed -n 's/.*\"eth0\".*handle //p')",
 		"",
 		"",
 	},

@@ -43,16 +43,19 @@ type State struct {
 	Guard    []netip.AddrPort `json:"guard,omitempty"`
 
 	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
-	HostNetwork string      `json:"hostNetworkPods,omitempty"`    // what becomes of pods on the host network, and why, for people
+	// what becomes of pods on the host network, and why, for people
+	HostNetwork string `json:"hostNetworkPods,omitempty"`
 
 	IPv6 string `json:"ipv6,omitempty"` // why requests by IPv6 are not redirected though Listen6 is set
 
-	Observed []Observation `json:"observed,omitempty"` // of mode observe, as of Standing.Time; no more than publishedAtMost
+	// of mode observe, as of Standing.Time; no more than publishedAtMost
+	Observed []Observation `json:"observed,omitempty"`
 
 	Since    time.Time `json:"since"`              // of Desired
 	Installs int       `json:"installs,omitempty"` // since the node booted, for metrics
-	Repairs  Repairs   `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
-	Standing Standing  `json:"standing"`
+	// those of them that found something of an earlier one gone, for metrics
+	Repairs  Repairs  `json:"repairs,omitempty"`
+	Standing Standing `json:"standing"`
 }
 
 // Repairs counts what was found missing and put back: by layer, then by the cause that had somebody
@@ -122,7 +125,8 @@ func (s *State) count(r *repair) {
 
 // sameDesired reports whether s and o desire the same.
 func (s State) sameDesired(o State) bool {
-	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen &&
+		s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) &&
 		slices.Equal(s.Guard, o.Guard)
 }

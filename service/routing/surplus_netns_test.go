@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// TestRuleTooMany: a rule of ours that is left over may come before those that are wanted, and refuse
-// what they let through: pods in mode loopback, the node's own processes in all modes. Check names
-// it; install and the watcher take it away.
+// TestRuleTooMany: a rule of ours that is left over may come before those that are wanted, and
+// refuse what they let through: pods in mode loopback, the node's own processes in all modes. Check
+// names it; install and the watcher take it away.
 func TestRuleTooMany(t *testing.T) {
 	t.Parallel()
 	const left = "pref 96 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"
@@ -24,7 +24,8 @@ func TestRuleTooMany(t *testing.T) {
 			asks(b, served)
 			b.sh("ip rule add " + left)
 			asks(b, "")
-			if err := b.check(b.plan); err == nil || !strings.Contains(err.Error(), "ip rule: "+left+" should not be there any more") {
+			if err := b.check(b.plan); err == nil ||
+				!strings.Contains(err.Error(), "ip rule: "+left+" should not be there any more") {
 				t.Errorf("check says %v", err)
 			}
 			b.install(b.plan)

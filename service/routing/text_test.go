@@ -14,10 +14,13 @@ import (
 // Lines that iptables-restore and nft may get, whatever an operator writes.
 var (
 	restoreLine = regexp.MustCompile(
-		`^(\*(filter|raw|nat)|COMMIT|:GME-[-A-Z]+ - \[0:0\]|-A GME-[-A-Z]+ [-!a-zA-Z0-9./:,_@+\[\] ]+|-I (FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[-A-Z]+)$`,
+		`^(\*(filter|raw|nat)|COMMIT|:GME-[-A-Z]+ - \[0:0\]|-A GME-[-A-Z]+ [-!a-zA-Z0-9./:,_@+\[\] ]+|-I ` +
+			`(FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[-A-Z]+)$`,
 	)
 	nftLine = regexp.MustCompile(
-		`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [-a-z]+ \{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= )?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:.\[\] ]+( tcp flags & rst == 0 ct status snat drop)?)$`,
+		`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [-a-z]+ ` +
+			`\{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= ` +
+			`)?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:.\[\] ]+( tcp flags & rst == 0 ct status snat drop)?)$`,
 	)
 )
 

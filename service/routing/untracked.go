@@ -43,7 +43,8 @@ func tableUntracks(family uint8, table string) bool {
 	of := nft.NameAttr(unix.NFTA_RULE_TABLE, table)
 	rules, _ := nft.Ask(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFT_MSG_NEWRULE, family, of)
 	for _, m := range rules {
-		if unix.ByteSliceToString(nft.Attribute(m, unix.NFTA_RULE_TABLE)) != table { // old kernels tell all rules of the family
+		// old kernels tell all rules of the family
+		if unix.ByteSliceToString(nft.Attribute(m, unix.NFTA_RULE_TABLE)) != table {
 			continue
 		}
 		for _, e := range nft.Attributes(nft.Attribute(m, unix.NFTA_RULE_EXPRESSIONS)) {

@@ -257,7 +257,8 @@ func TestWatchObeys(t *testing.T) {
 		b.remove(b.plan)
 		w.until("to hear of the removal", func() bool { return strings.Contains(w.last(), "removed") })
 		b.sh(
-			"ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 prohibit; iptables -N X; iptables -X X",
+			"ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 " +
+				"prohibit; iptables -N X; iptables -X X",
 		)
 		w.reload <- os.Interrupt // whatever the signal: a removal is no fault of the configuration
 		w.until("the reload", func() bool { return len(w.reload) == 0 })
@@ -335,7 +336,8 @@ func TestWatchUplinks(t *testing.T) {
 			whole := b.ruleset()
 			w := b.watch(b.plan, time.Hour)
 			b.sh(
-				"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900",
+				"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip " +
+					"route add default via 192.0.2.9 dev wan9 metric 900",
 			)
 			w.until("the uplink to be spared", named)
 			w.until("all", func() bool { return b.stands(b.plan) })
@@ -358,7 +360,8 @@ func TestWatchStorm(t *testing.T) {
 		start := time.Now()
 		before, reads := w.state(), w.reads.Load()
 		b.sh(
-			`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i -j RETURN; done`,
+			`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i ` +
+				`-j RETURN; done`,
 		)
 		b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 		w.until("the repair", func() bool { return b.stands(b.plan) && w.state().Repairs.Total() > before.Repairs.Total() })
@@ -436,7 +439,8 @@ func TestWatchCapabilities(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := &running{bed: b, log: new(logtest.Hook)}
-		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit", "ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
+		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit",
+			"ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
 			b.sh(flush)
 			flushed := time.Now()
 			r.until("a repair", func() bool {

@@ -1,5 +1,5 @@
-// Package bpf answers: which of our programs see connect() on this node, and are they those that are
-// wanted?
+// Package bpf answers: which of our programs see connect() on this node, and are they those that
+// are wanted?
 package bpf
 
 import (
@@ -59,7 +59,8 @@ func (p Pins) Install(r Rewriting) error {
 func (p Pins) Usable() error {
 	if p.Root == "" {
 		return errors.New(
-			"programs are attached to the root of the cgroup v2 hierarchy, which is not mounted here: boot with systemd.unified_cgroup_hierarchy=1, or use routing mode iptables",
+			"programs are attached to the root of the cgroup v2 hierarchy, which is not mounted here: boot with " +
+				"systemd.unified_cgroup_hierarchy=1, or use routing mode iptables",
 		)
 	}
 	parent := filepath.Dir(filepath.Dir(p.Dir))
@@ -67,7 +68,8 @@ func (p Pins) Usable() error {
 	if err := unix.Statfs(parent, &s); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("look at %s: %w", parent, fault.Permission(err))
 	} else if err != nil || s.Type != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("programs are pinned in a bpf file system, and %s is none: `mount -t bpf bpf %[1]s`, or use routing mode iptables", parent)
+		return fmt.Errorf("programs are pinned in a bpf file system, and %s is none: `mount -t bpf bpf %[1]s`, or use "+
+			"routing mode iptables", parent)
 	}
 	return nil
 }
@@ -230,7 +232,8 @@ func (p Pins) checkHook(h Hook, r Rewriting) error {
 		}
 		id, _ := table.ID()
 		if uses, _ := is.MapIDs(); !slices.Contains(uses, id) {
-			return fault.Missing(fault.EBPF, "eBPF program %s at %s: it counts into another table than number %d", h.Name, p.Root, id)
+			return fault.Missing(fault.EBPF, "eBPF program %s at %s: it counts into another table than number %d", h.Name,
+				p.Root, id)
 		}
 	}
 	return nil
@@ -353,7 +356,8 @@ type deniedError struct{ error }
 func (e *deniedError) Is(target error) bool { return target == fault.ErrPermission }
 func (e *deniedError) Unwrap() error        { return e.error }
 func (e *deniedError) Error() string {
-	return "needs root with CAP_BPF and CAP_NET_ADMIN (a security module or a sandbox may deny it even then: use another routing mode): " + e.error.Error()
+	return "needs root with CAP_BPF and CAP_NET_ADMIN (a security module or a sandbox may deny it even then: use " +
+		"another routing mode): " + e.error.Error()
 }
 
 // HostNetwork is the cookie of the calling thread's network namespace.

@@ -1,5 +1,5 @@
-// Package nft answers: what stands of our table of nf_tables, and does it differ from the chains that
-// are wanted? It also puts questions to nf_tables for those who look at the tables of others.
+// Package nft answers: what stands of our table of nf_tables, and does it differ from the chains
+// that are wanted? It also puts questions to nf_tables for those who look at the tables of others.
 //
 // A rule is made of parts. Each part has the words of nft(8) and the kernel's expressions.
 package nft
@@ -160,7 +160,8 @@ func Within(b []byte, kind uint16) []byte {
 
 // FamilyWord is the word for the family that a message is about.
 func FamilyWord(message []byte) string {
-	return map[uint8]string{unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6", unix.NFPROTO_INET: "inet", unix.NFPROTO_ARP: "arp",
+	return map[uint8]string{unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6", unix.NFPROTO_INET: "inet",
+		unix.NFPROTO_ARP:    "arp",
 		unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev"}[message[0]]
 }
 

@@ -148,8 +148,8 @@ func OriginallyTo(a netip.Addr) Part {
 		&expr.Ct{Key: expr.CtKeyDST, Register: 1}, equals(a.AsSlice())}}
 }
 
-// OfCgroup matches what sockets of a cgroup below root send. The rule holds the number of the cgroup: one that
-// is made anew has another.
+// OfCgroup matches what sockets of a cgroup below root send. The rule holds the number of the
+// cgroup: one that is made anew has another.
 func OfCgroup(root, path string) (Part, error) {
 	info, err := os.Stat(filepath.Join(root, path))
 	if err != nil {

@@ -139,16 +139,19 @@ func (t *Pod) address(a, gateway netip.Addr) error {
 			return pod.AddrAdd(there, &netlink.Addr{IPNet: netobj.IPNet(netobj.Host(a)), Flags: flags})
 		},
 		func() error {
-			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: gateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: gateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr,
+				State: unix.NUD_PERMANENT})
 		},
 		func() error {
 			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: gateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
 		},
 		func() error {
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: netobj.IPNet(netobj.Host(a)), Scope: netlink.SCOPE_LINK})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: netobj.IPNet(netobj.Host(a)),
+				Scope: netlink.SCOPE_LINK})
 		},
 		func() error {
-			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: a.AsSlice(), HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: a.AsSlice(),
+				HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
 		},
 	} {
 		if err := step(); err != nil {

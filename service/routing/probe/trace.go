@@ -179,7 +179,8 @@ func (t *Trace) transaction(messages []*nl.NetlinkRequest) error {
 	}
 	waiting := map[uint32]bool{}
 	var text []byte
-	for _, m := range slices.Concat([]*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_BEGIN)}, messages, []*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_END)}) {
+	for _, m := range slices.Concat([]*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_BEGIN)}, messages,
+		[]*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_END)}) {
 		if m.Flags&unix.NLM_F_ACK != 0 {
 			waiting[m.Seq] = true
 		}
@@ -233,7 +234,8 @@ func (t *Trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest)
 	for _, c := range []struct {
 		name       string
 		hook, meta uint32
-	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME}, {"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
+	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME},
+		{"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
 		const first = 1 << 31 // the lowest priority: -2147483648
 		messages = append(messages,
 			t.request(

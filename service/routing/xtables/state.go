@@ -110,7 +110,8 @@ func (x *Tables) readUnlisted(c Chain, s *ChainState) error {
 }
 
 func foreignChain(c Chain, rule string) error {
-	return fmt.Errorf("chain %s of table %s %w, who jumps to it by -A %s %s", c.Name, c.Table, fault.ErrForeign, c.Base, rule)
+	return fmt.Errorf("chain %s of table %s %w, who jumps to it by -A %s %s", c.Name, c.Table, fault.ErrForeign, c.Base,
+		rule)
 }
 
 func (x *Tables) foreignRedirection(c Chain, rule string) error {
@@ -370,7 +371,8 @@ func (x *Tables) tablePrint(table string) (string, error) {
 	return legacyCount(table, x.Family)
 }
 
-// NFTRule is what a rule that iptables-nft made, or nft in a chain of iptables', says of our chains.
+// NFTRule is what a rule that iptables-nft made, or nft in a chain of iptables', says of our
+// chains.
 type NFTRule struct {
 	To        string // the chain that it jumps or goes to
 	Ours      bool   // our comment is on it

@@ -1,5 +1,5 @@
-// Package xtables answers: what stands of our chains of iptables, in one backend and one family, and
-// does it differ from the chains that are wanted?
+// Package xtables answers: what stands of our chains of iptables, in one backend and one family,
+// and does it differ from the chains that are wanted?
 package xtables
 
 import (
