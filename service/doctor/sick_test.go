@@ -142,7 +142,7 @@ var sickNodes = []sickNode{
 	{"uplinks", func(r *nodeReport) { r.node.Uplinks = nil }, Warn, "none was found", "routing.uplinks"},
 	{"uplinks", func(r *nodeReport) { r.node.Remarks = []string{"bridge br0 has both"} }, Warn, "bridge br0 has both",
 		"routing.uplinks"},
-	{"uplinks", func(r *nodeReport) { r.plan.Spare = []string{"docker0"} }, OK, "left alone: docker0", ""},
+	{"uplinks", func(r *nodeReport) { r.plan.ExcludeInterfaces = []string{"docker0"} }, OK, "left alone: docker0", ""},
 
 	{"network", func(r *nodeReport) { r.node.Facts.Cilium, r.node.Facts.CiliumHost = true, &yes }, Fail,
 		"mode iptables does not fit: Cilium routes", "bpf.hostLegacyRouting=true of Cilium"},

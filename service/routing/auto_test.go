@@ -7,7 +7,7 @@ import (
 )
 
 func TestAuto(t *testing.T) {
-	p := Plan{Mode: ModeAuto, Listen: bedPlan("", "").Listen, RunDir: t.TempDir()}
+	p := Plan{Mode: ModeAuto, Listen: testPlan("", "").Listen, RunDir: t.TempDir()}
 	if got := p.fit(Facts{IPTables: "1.8.9", Backend: "nf_tables"}); got.Mode != ModeIPTables ||
 		!strings.HasPrefix(got.Reason, "iptables 1.8.9 (nf_tables) sees") {
 		t.Errorf("%s: %s", got.Mode, got.Reason)

@@ -31,7 +31,7 @@ func backends(p Plan) (use, other string) {
 	}
 	if kubelets := kubeletChains(legacy); kubelets[xtables.IsLegacy(other)] && !kubelets[xtables.IsLegacy(use)] {
 		p.Log.WithFields(map[string]any{"command": other, "default": use}).
-			Info("kubelet's iptables rules are in the other backend: using that")
+			Info("routing: kubelet uses the other iptables backend: using that, too")
 		use, other = other, use
 	}
 	return use, other

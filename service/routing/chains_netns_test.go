@@ -20,7 +20,7 @@ import (
 // TestChainState reads what both backends' commands put there.
 func TestChainState(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		pre := xtables.OwnChains()[len(xtables.OwnChains())-1]
 		const ours, fromNFT = "-m comment --comment gke-metadata-emulator -j GME-PRE", "insert rule ip nat PREROUTING tcp " +
 			"dport { 7, 8 } dnat to 10.244.0.77"
@@ -97,7 +97,7 @@ func TestChainState(t *testing.T) {
 
 // TestFingerprint: a change of our chains, and of what leads to them, is noticed without a command.
 func TestFingerprint(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		if err := b.Do(func() error {
 			m, err := openIPTables(b.plan, "")

@@ -45,7 +45,7 @@ func TestChangeLosesNoConnect(t *testing.T) {
 	t.Parallel()
 	for _, from := range []string{"iptables-nft", ModeNFTables} {
 		t.Run(from, func(t *testing.T) {
-			b := modeBed(t, ModeLoopback)
+			b := modeNode(t, ModeLoopback)
 			loopback, dnat := b.plan, b.plan
 			dnat.Mode, dnat.Listen = ModeNFTables, netip.MustParseAddrPort("169.254.169.252:988")
 			if from != ModeNFTables {
@@ -105,7 +105,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{ModeNFTables, ModeLoopback, "linked"} {
 		t.Run(mode, func(t *testing.T) {
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			b.install(b.plan)
 			var told *nl.NetlinkSocket
 			var before uint32
@@ -159,7 +159,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 // before: else redirection of the mode of before would go on, to an address that is gone.
 func TestChangeThatWasKilled(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	loopback, dnat := b.plan, b.plan
 	dnat.Mode, dnat.Listen, dnat.Binary = ModeIPTables, netip.MustParseAddrPort("169.254.169.252:988"), "iptables-nft"
 	before := b.ruleset()
@@ -186,7 +186,7 @@ func TestChangeThatWasKilled(t *testing.T) {
 // fails by what a router says. Install heals that, whoever left it.
 func TestInstallForgetsRedirections(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.install(b.plan)
 	connect := func() error {
 		t.Helper()
@@ -231,7 +231,7 @@ func TestInstallForgetsRedirections(t *testing.T) {
 // port, by which no client is found.
 func TestInstallForgetsWhatIsOver(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	dnat := b.plan
 	dnat.Mode = ModeNFTables
 	redirections := func() (n int) {

@@ -12,7 +12,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
-// ebpfMode is mode ebpf: programs at connect(), and the doors of mode none in the table of mode
+// ebpfMode is mode ebpf: programs at connect(), and the chains of mode none in the table of mode
 // nftables. Rewritten packets come in with the listen address as their destination, so it is the
 // interface that tells who may reach it: nobody who comes from an uplink.
 type ebpfMode struct {
@@ -59,7 +59,7 @@ func (m *ebpfMode) survey(ctx context.Context, s nodeFacts) (faults []error, err
 	return append(faults, fault.Flushed(m.Pins.Check(r))...), nil
 }
 
-// put begins with the doors, but where DNAT stands: that goes when the programs have taken over,
+// put begins with the chains, but where DNAT stands: that goes when the programs have taken over,
 // and kept other hosts out until then.
 func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 	r, err := m.rewriting(s)
@@ -71,10 +71,10 @@ func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 		return err
 	}
 	programs := func() error { return m.Pins.Install(r) }
-	doors := func() error { return m.nfTables.put(ctx, s) }
-	steps := []func() error{doors, programs}
+	chains := func() error { return m.nfTables.put(ctx, s) }
+	steps := []func() error{chains, programs}
 	if len(before[0].Rules["prerouting"]) > 0 {
-		steps = []func() error{programs, doors}
+		steps = []func() error{programs, chains}
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
@@ -82,7 +82,7 @@ func (m *ebpfMode) put(ctx context.Context, s nodeFacts) error {
 		}
 	}
 	if order := m.Order(); order != "" {
-		m.plan.Log.WithField("order", order).Info("routing: other people's programs see connect() too: " +
+		m.plan.Log.WithField("order", order).Info("routing: programs of others are attached at connect(), too: " +
 			"one that comes before ours and sends 169.254.169.254:80 elsewhere has the last word")
 	}
 	return nil
@@ -99,19 +99,19 @@ func (m *ebpfMode) check(ctx context.Context, s nodeFacts) []error {
 
 func (m *ebpfMode) changed() bool { return m.Pins.Changed() || m.nfTables.changed() }
 
-// ebpfText is the doors as commands, and the programs, which no command can type, as comments.
+// ebpfText is the chains as commands, and the programs, which no command can type, as comments.
 func ebpfText(p Plan, s nodeFacts) (string, error) {
 	m := &ebpfMode{nfTables: &nfTables{plan: p}, Pins: p.pins(ModeEBPF, bpf.RedirectHooks)}
 	r, err := m.rewriting(s)
 	if err != nil {
 		return "", err
 	}
-	doors, err := nftablesText(p, s)
+	chains, err := nftablesText(p, s)
 	if err != nil {
 		return "", err
 	}
 	var b strings.Builder
-	b.WriteString(strings.Replace(doors, "# the way to the emulator", "# other hosts are kept out", 1))
+	b.WriteString(strings.Replace(chains, "# rules (IPv4)", "# other hosts are kept out", 1))
 	who := "of other network namespaces than this one"
 	if r.HostPods {
 		who += ", and of processes outside " + strings.Join(s.slices, ", ")

@@ -21,10 +21,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
-// ebpfBed is a bed of mode ebpf.
-func ebpfBed(t testing.TB) *bpfBed {
+// ebpfNode is a testNode of mode ebpf.
+func ebpfNode(t testing.TB) *bpfNode {
 	t.Helper()
-	b := newBPFBed(t, nftBed(t))
+	b := newBPFNode(t, nftNode(t))
 	b.plan.Mode, b.plan.BPFDir, b.plan.CgroupRoot = ModeEBPF, filepath.Join(b.bpffs, "gme"), b.cgroups
 	return b
 }
@@ -32,7 +32,7 @@ func ebpfBed(t testing.TB) *bpfBed {
 // TestEBPFStory is TestStory in mode ebpf.
 func TestEBPFStory(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	routed, err := b.AddRoutedPod("routed")
 	if err != nil {
 		t.Fatal(err)
@@ -63,7 +63,7 @@ func TestEBPFStory(t *testing.T) {
 		harm func()
 		want []string
 	}{
-		{"the doors", func() {
+		{"the chains", func() {
 			b.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator raw")
 		}, []string{
 			`input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
@@ -103,7 +103,7 @@ func TestEBPFStory(t *testing.T) {
 // host's (R-06). Kubelet may make its cgroup later, and anew.
 func TestEBPFHostPods(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	b.plan.InterceptHostPods = "on"
 	b.install(b.plan)
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
@@ -136,7 +136,7 @@ func TestChangeOfMode(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{ModeIPTables, ModeNFTables} {
 		t.Run(mode, func(t *testing.T) {
-			b := ebpfBed(t)
+			b := ebpfNode(t)
 			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and
 			// translates nothing that it has begun to.
 			b.sh(
@@ -169,7 +169,7 @@ func TestChangeOfMode(t *testing.T) {
 }
 
 // detach detaches one of our programs by force, as `bpftool link detach` does.
-func (b *bpfBed) detach(t *testing.T, name string) {
+func (b *bpfNode) detach(t *testing.T, name string) {
 	t.Helper()
 	l, err := link.LoadPinnedLink(filepath.Join(b.plan.BPFDir, ModeEBPF, name+"_link"), nil)
 	if err == nil {
@@ -182,7 +182,7 @@ func (b *bpfBed) detach(t *testing.T, name string) {
 
 // detached waits until no program of ours is attached: the kernel takes its time for those of which
 // the last pin went.
-func (b *bpfBed) detached(t *testing.T) {
+func (b *bpfNode) detached(t *testing.T) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -198,7 +198,7 @@ func (b *bpfBed) detached(t *testing.T) {
 }
 
 // viaNode has the neighbour route both addresses through the node.
-func (b *bpfBed) viaNode(t *testing.T) {
+func (b *bpfNode) viaNode(t *testing.T) {
 	t.Helper()
 	if out, err := b.neighbour.Command(t.Context(), "sh", "-ec",
 		"for a in 169.254.169.254 169.254.169.252; do ip route add $a/32 via "+b.Addr.String()+
@@ -211,7 +211,7 @@ func (b *bpfBed) viaNode(t *testing.T) {
 // flush of the guard; and another's program that comes or goes is nobody's business.
 func TestEBPFWatch(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	for _, c := range []struct {
@@ -221,7 +221,7 @@ func TestEBPFWatch(t *testing.T) {
 	}{
 		{"detached by force", func() { b.detach(t, "connect4") }, fault.EBPF, "ebpf"},
 		{"all pins", func() { b.must(os.RemoveAll(b.plan.BPFDir)) }, fault.EBPF, "ebpf"},
-		{"the doors", func() { b.sh("nft delete table ip gke-metadata-emulator") }, fault.NFTables, ""},
+		{"the chains", func() { b.sh("nft delete table ip gke-metadata-emulator") }, fault.NFTables, ""},
 	} {
 		was := w.state().Repairs.Total()
 		c.harm()
@@ -245,7 +245,7 @@ func TestEBPFWatch(t *testing.T) {
 	b.remove(b.plan)
 }
 
-func (b *bpfBed) must(err error) {
+func (b *bpfNode) must(err error) {
 	b.t.Helper()
 	if err != nil {
 		b.t.Fatal(err)
@@ -256,7 +256,7 @@ func (b *bpfBed) must(err error) {
 // and so its client's socket is found.
 func TestPortsAfterAnotherMode(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // a network plugin's: conntrack translates
 	none := b.plan
 	none.Mode = ModeNone

@@ -20,7 +20,7 @@ import (
 // host.
 func TestRewriting(t *testing.T) {
 	t.Parallel()
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
 	r.HostPods, r.Spared = true, []uint64{bpf.CgroupID(b.cgroups + "/system.slice")}
@@ -62,7 +62,7 @@ func TestRewriting(t *testing.T) {
 // without a trace.
 func TestPins(t *testing.T) {
 	t.Parallel()
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
 	foreign := b.attachForeign(t)
@@ -151,7 +151,7 @@ func TestPins(t *testing.T) {
 func TestPinsRefusals(t *testing.T) {
 	t.Parallel()
 	netnstest.Needs(t, "setpriv")
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	p, r := b.pins(), b.rewriting()
 	for _, c := range []struct {
 		name string
@@ -197,7 +197,7 @@ func TestPinsRefusals(t *testing.T) {
 }
 
 // program is one that does nothing.
-func (b *bpfBed) program(t *testing.T) *ebpf.Program {
+func (b *bpfNode) program(t *testing.T) *ebpf.Program {
 	t.Helper()
 	p, err := ebpf.NewProgram(
 		&ebpf.ProgramSpec{Name: "foreign", Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect,
@@ -211,7 +211,7 @@ func (b *bpfBed) program(t *testing.T) *ebpf.Program {
 }
 
 // attachForeign attaches another's program to connect4, as Cilium does, and returns its number.
-func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
+func (b *bpfNode) attachForeign(t *testing.T) ebpf.ProgramID {
 	t.Helper()
 	p := b.program(t)
 	l, err := link.AttachCgroup(link.CgroupOptions{Path: b.cgroups, Attach: ebpf.AttachCGroupInet4Connect, Program: p})
@@ -228,7 +228,7 @@ func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
 }
 
 // attached lists the programs at each hook in the order in which they run.
-func (b *bpfBed) attachedText(t *testing.T) string {
+func (b *bpfNode) attachedText(t *testing.T) string {
 	t.Helper()
 	var text strings.Builder
 	all, err := b.pins().Attached(bpf.RedirectHooks...)

@@ -10,7 +10,7 @@ import (
 
 func TestExamine(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		examine := func() (x Examination) {
 			t.Helper()
 			if err := b.Do(func() error {

@@ -36,7 +36,7 @@ func fill(t *testing.T, dir string, data bool) {
 // up.
 func TestFullRunDirectory(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	before := sorted(b.ruleset())
 	for name, data := range map[string]bool{"data": true, "files": false} {
 		p := b.plan
@@ -82,7 +82,7 @@ func TestFullRunDirectory(t *testing.T) {
 // by that repair, too.
 func TestRepairNamesAll(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		if err := b.Do(func() error {
 			r, err := newRouter(b.plan)

@@ -33,7 +33,7 @@ import (
 // TCP is prohibited; of IPv6, where headers can lie between the fragment's and TCP's, the rest of
 // everything.
 //
-// A rule of somebody else's with a lower preference walks round the guard (R-33: AWS's network has
+// A rule of somebody else's with a lower preference bypasses the guard (R-33: AWS's network has
 // 1, 10 and 20 for security groups of pods). So the guard stands before every rule that can match
 // what pods send to a guarded address, at 97 or lower: see place. Where it had to move, table local
 // may come later than others' rules, so the emulator's address is led there by a first rule:
@@ -86,7 +86,7 @@ func guardRules(p Plan, s nodeFacts) (rules []netobj.Rule) {
 		}
 	}
 	for _, g := range guarded {
-		for _, name := range append([]string{"lo"}, p.Spare...) {
+		for _, name := range append([]string{"lo"}, p.ExcludeInterfaces...) {
 			add(netobj.Rule{To: netobj.Host(g.Addr()), IIF: name, Action: unix.FR_ACT_GOTO})
 		}
 	}
@@ -244,7 +244,7 @@ func (g guard) before() (others []netobj.Rule) {
 	return others
 }
 
-// faults names the rules that are not there, and whose rule walks round the guard.
+// faults names the rules that are not there, and whose rule bypasses the guard.
 func (g guard) faults() (errs []error) {
 	lacks := func(want []netobj.Rule) []netobj.Object {
 		missing, _ := netobj.Diff(netobj.Objects(want), netobj.Objects(g.standing), ours)
@@ -259,7 +259,7 @@ func (g guard) faults() (errs []error) {
 		text := fmt.Sprintf("the guard at preference %d, not at %d", pref, stands[n-1].Pref-1)
 		for _, r := range g.before() {
 			if meets(r, g.want) {
-				text += ": it is walked round by " + r.String()
+				text += ": it is bypassed by " + r.String()
 			}
 		}
 		return []error{fault.Missing(fault.Rule, "%s: %s", command, text)}
@@ -276,7 +276,7 @@ func (g guard) faults() (errs []error) {
 	return errs
 }
 
-// bypasses are the rules of others that walk round the guard, and that it cannot be put before; and
+// bypasses are the rules of others that bypass the guard, and that it cannot be put before; and
 // the routes that lead what is guarded off the node by table local, where that is asked first.
 func bypasses(p Plan, s nodeFacts) (texts []string) {
 	have, _ := netobj.Read() // what cannot be read Check tells

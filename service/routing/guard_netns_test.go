@@ -17,7 +17,7 @@ import (
 // of which the kernel looks for ports when it decides where they go.
 func TestGuardFragments(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.serve(b.Cloud, "[fd00:ec2::254]:8053", cloud)
 	dns, err := b.Cloud.ListenPacket("udp4", "169.254.169.254:53")
 	if err != nil {

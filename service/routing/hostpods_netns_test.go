@@ -9,7 +9,7 @@ import (
 // TestAskCloud: what the host finds at 169.254.169.254.
 func TestAskCloud(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	found := func() (found string) {
 		t.Helper()
 		_ = b.Do(func() error { found = askCloud().answer(); return nil })
@@ -39,7 +39,7 @@ func TestAskCloud(t *testing.T) {
 // restart; where nobody is, they are ours.
 func TestHostPodsAuto(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	says := func(want string) {
 		t.Helper()
 		s, err := ReadState(b.plan.RunDir)

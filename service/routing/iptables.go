@@ -50,7 +50,7 @@ func openIPTables(p Plan, command string) (*iptablesMode, error) {
 	m.tables = []*xtables.Tables{x}
 	if netobj.HaveIPv6() {
 		if x, m.noIPv6 = xtables.Open(m.use, m.legacy, netobj.IPv6, metadataServer, metadataServer6); m.noIPv6 != nil {
-			p.Log.WithError(m.noIPv6).Debug("no IPv6 rules")
+			p.Log.WithError(m.noIPv6).Debug("routing: ip6tables cannot be used: no IPv6 rules")
 		} else {
 			m.tables = append(m.tables, x)
 		}
@@ -123,7 +123,7 @@ func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 	if m.other != "" { // where an earlier choice of the backend may have left something
 		if err := removeChains(ctx, openBackends(m.other), "nat", "filter", "raw"); err != nil {
 			m.plan.Log.WithError(err).WithField("command", m.other).
-				Warn("rules of ours may be left in the other iptables backend")
+				Warn("routing: chains GME-* of an earlier install may be left in the other iptables backend")
 		}
 	}
 	return nil
@@ -233,9 +233,9 @@ func iptablesText(p Plan, s nodeFacts, command string) string {
 		if chains[0].Absent {
 			continue
 		}
-		what, restore := "the way to the emulator", command+"-restore"
+		what, restore := "rules (IPv4)", command+"-restore"
 		if family == netobj.IPv6 {
-			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
+			what = map[bool]string{false: "guard (IPv6)", true: "rules (IPv6)"}[s.listen6.IsValid()]
 			restore = xtables.IP6Tables(command) + "-restore"
 		}
 		chains = slices.DeleteFunc(chains, func(c xtables.Chain) bool { return c.Absent })

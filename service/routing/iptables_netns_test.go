@@ -17,13 +17,13 @@ import (
 // repairs, remove leaves no trace.
 func TestStory(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		routed, err := b.AddRoutedPod("routed") // K-08: the node's end of its link has no address
 		if err != nil {
 			t.Fatal(err)
 		}
 		before := b.ruleset()
-		b.answers(b.pod, "169.254.169.254:80", cloud) // the bed would show a leak
+		b.answers(b.pod, "169.254.169.254:80", cloud) // the testNode would show a leak
 		b.install(b.plan)
 		b.green(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -156,7 +156,7 @@ func TestStory(t *testing.T) {
 // TestNftFlushRuleset is what a restart of nftables.service does.
 func TestNftFlushRuleset(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft flush ruleset")
@@ -173,7 +173,7 @@ func TestNftFlushRuleset(t *testing.T) {
 // TestShownTextIsWhatInstallDoes runs the shown commands by a shell and finds nothing missing.
 func TestShownTextIsWhatInstallDoes(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		var shown string
 		if err := b.Do(func() (err error) {
 			shown, err = Show(b.plan)
@@ -193,7 +193,7 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 // is told so at once.
 func TestEstablishedConnection(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		// As on any Kubernetes node connections are tracked: these are not redirected at their first
 		// packet.
 		b.sh(
@@ -232,7 +232,7 @@ func TestEstablishedConnection(t *testing.T) {
 // rules, is noticed and named all the same.
 func TestWrittenIsCounted(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		for _, c := range []struct{ harm, want string }{
 			{"true", ""},
 			{"iptables -t nat -D GME-PRE -i eth0 -j RETURN", "-A GME-PRE -i eth0 -j RETURN"},
@@ -270,7 +270,7 @@ func TestWrittenIsCounted(t *testing.T) {
 // TestUnlistableChain: a rule of nft's in a chain of ours, which iptables cannot list, is
 // named as a fault, and the next install takes it away.
 func TestUnlistableChain(t *testing.T) {
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")

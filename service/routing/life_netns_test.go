@@ -27,7 +27,7 @@ import (
 // TestRefusals: what belongs to somebody else is not touched, and the error says whose it is.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		refused := func(words ...string) {
 			t.Helper()
 			before := b.ruleset()
@@ -96,7 +96,7 @@ func TestRefusals(t *testing.T) {
 // TestClosedGuard is what stands while the configuration is broken.
 func TestClosedGuard(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()},
@@ -127,7 +127,7 @@ func TestClosedGuard(t *testing.T) {
 // connection was accepted or is in the backlog of a listener that nobody accepts from.
 func TestRemoveWhileServing(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		idle := netip.MustParseAddrPort("169.254.169.252:989")
 		if _, err := b.Listen("tcp", idle.String()); err != nil {
 			t.Fatal(err)
@@ -154,7 +154,7 @@ func TestRemoveWhileServing(t *testing.T) {
 // result.
 func TestInstallWhileServing(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		var asked, lost atomic.Int64
@@ -199,7 +199,7 @@ func TestInstallWhileServing(t *testing.T) {
 // lost.
 func TestReplaceWhileServing(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		var asked, lost atomic.Int64
@@ -237,7 +237,7 @@ func TestReplaceWhileServing(t *testing.T) {
 // TestConcurrentFirstInstalls converge from nothing.
 func TestConcurrentFirstInstalls(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		var installs sync.WaitGroup
 		for range 8 {
@@ -258,7 +258,7 @@ func TestConcurrentFirstInstalls(t *testing.T) {
 // TestWithoutPrivilege says plainly what is missing.
 func TestWithoutPrivilege(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "setpriv")
 		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set",
 			"-all", "--inh-caps", "-all").
@@ -277,7 +277,7 @@ func TestKubeletsBackend(t *testing.T) {
 		{"iptables-nft", "iptables-legacy"}} {
 		t.Run(c.kubelet, func(t *testing.T) {
 			netnstest.Needs(t, "iptables", c.other)
-			b := newBed(t, c.other)
+			b := newTestNode(t, c.other)
 			before := b.ruleset()
 			b.install(b.plan) // by the wrong backend
 			b.plan.Binary = c.kubelet
@@ -302,7 +302,7 @@ func TestKubeletsBackend(t *testing.T) {
 // after failure.
 func TestStateOnTheWay(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	read := func() State {
 		t.Helper()
 		s, err := ReadState(b.plan.RunDir)
@@ -342,7 +342,7 @@ func TestStateOnTheWay(t *testing.T) {
 // TestBusyIsTriedAgain: exit status 4 is no failure, and no reason to wait for ever.
 func TestBusyIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	dir := t.TempDir()
 	script := func(name string, busy int) {
 		t.Helper()
@@ -383,7 +383,7 @@ exec %[1]s "$@"
 // all its listener's.
 func TestResetSocket(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	at := netip.AddrPortFrom(b.Addr, 80)
 	b.serve(b.NS, at.String(), emulator)
 	c, err := b.pod.Dial(t.Context(), "tcp", at.String())

@@ -19,7 +19,7 @@ import (
 // trace.
 func TestLoopbackStory(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	served := func() {
 		t.Helper()
 		b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -43,13 +43,13 @@ func TestLoopbackStory(t *testing.T) {
 			"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel",
 			"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 		{
-			"a door outside netfilter",
+			"a check outside netfilter",
 			"ip rule del pref 97 iif eth0 to 169.254.169.254",
 			fault.Rule,
 			[]string{"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
 		},
 		{
-			"the doors",
+			"the chains",
 			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
 			fault.NFTables,
 			[]string{
@@ -61,7 +61,7 @@ func TestLoopbackStory(t *testing.T) {
 
 func TestNoneStory(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeNone)
+	b := modeNode(t, ModeNone)
 	served := func() {
 		t.Helper()
 		b.answers(b.pod, "169.254.169.254:80", "") // the guard
@@ -82,7 +82,7 @@ func TestNoneStory(t *testing.T) {
 			[]string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"},
 		},
 		{
-			"the doors",
+			"the chains",
 			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
 			fault.NFTables,
 			[]string{
@@ -96,7 +96,7 @@ func TestNoneStory(t *testing.T) {
 // us; where it has none that is said, and pods get no answer rather than the real server's.
 func TestLoopbackLink(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.plan.Link = "gme0"
 	before := b.ruleset()
 	err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) })
@@ -157,13 +157,13 @@ func TestLoopbackLink(t *testing.T) {
 // ports are nobody's business here.
 func TestNoneOnEveryAddress(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	b.plan.Mode, b.plan.Listen = ModeNone, netip.MustParseAddrPort("0.0.0.0:8988")
 	at, another := netip.AddrPortFrom(b.Addr, 8988).String(), netip.AddrPortFrom(b.Addr, 10250).String()
 	b.serve(b.NS, "0.0.0.0:8988", emulator)
 	b.serve(b.NS, another, "kubelet")
 	b.serve(b.Cloud, "198.51.100.1:8988", "another host")
-	b.answers(b.neighbour, at, emulator) // so that it is the doors that keep it out
+	b.answers(b.neighbour, at, emulator) // so that it is the chains that keep it out
 	before := b.ruleset()
 	b.install(b.plan)
 	b.green(b.plan)
@@ -181,7 +181,7 @@ type story struct {
 	want               []string // what Check names, exactly
 }
 
-func (b *bed) story(served func(), flushes []story) {
+func (b *testNode) story(served func(), flushes []story) {
 	t := b.t.(*testing.T)
 	before := b.ruleset()
 	b.install(b.plan)
@@ -232,11 +232,11 @@ func (b *bed) story(served func(), flushes []story) {
 		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route " +
 			"add default via 192.0.2.9 dev wan9 metric 900",
 	)
-	w.until("the doors at an uplink that comes", func() bool {
+	w.until("the chains at an uplink that comes", func() bool {
 		return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)
 	})
 	b.sh("ip link del wan9")
-	w.until("no doors at one that goes", func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
+	w.until("no chains at one that goes", func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
 	w.end()
 	b.remove(b.plan)
 	b.same("remove", b.ruleset(), before)
@@ -249,7 +249,7 @@ func (b *bed) story(served func(), flushes []story) {
 // has port 80 of every address.
 func TestLoopbackRefuses(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	b.plan.Mode, b.plan.Listen = ModeLoopback, metadataServer
 	before := b.ruleset()
 	install := func() error { return b.Do(func() error { return b.router(b.plan).Install(t.Context()) }) }
@@ -298,7 +298,7 @@ sys.stdin.read()`)
 // other takes over, or nobody does.
 func TestLoopbackEndsConnections(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 	loopback, dnat := b.plan, b.plan
 	dnat.Mode, dnat.Listen = ModeNFTables, netip.MustParseAddrPort("169.254.169.252:988")

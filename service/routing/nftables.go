@@ -176,9 +176,9 @@ func nftablesText(p Plan, s nodeFacts) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		what := "the way to the emulator"
+		what := "rules (IPv4)"
 		if family == netobj.IPv6 {
-			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
+			what = map[bool]string{false: "guard (IPv6)", true: "rules (IPv6)"}[s.listen6.IsValid()]
 		}
 		if len(chains) > 0 {
 			fmt.Fprintf(&b, "\n# %s\nnft -f - <<'END'\n%sEND\n", what, nft.Text(chains, family.NFT()))

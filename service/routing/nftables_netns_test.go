@@ -16,11 +16,11 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// nftBed is a bed in mode nftables.
-func nftBed(t testing.TB) *bed {
+// nftNode is a testNode in mode nftables.
+func nftNode(t testing.TB) *testNode {
 	t.Helper()
 	netnstest.Needs(t, "nft")
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.plan.Mode = ModeNFTables
 	return b
 }
@@ -47,7 +47,7 @@ func golden(t *testing.T, name, got string) {
 // nothing leaks, check names what is missing, the watcher repairs, remove leaves no trace.
 func TestNFTablesStory(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	routed, err := b.AddRoutedPod("routed") // K-08
 	if err != nil {
 		t.Fatal(err)
@@ -197,7 +197,7 @@ func sorted(s string) string {
 // no look at them.
 func TestNFTablesSurvivesIPTables(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	b.sh("iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
@@ -216,7 +216,7 @@ func TestNFTablesSurvivesIPTables(t *testing.T) {
 //
 func TestModeChanges(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	before := b.ruleset()
 	other := b.plan
 	other.Mode = ModeIPTables
@@ -267,7 +267,7 @@ func errText(err error) string {
 // so it is compared as nft lists it.
 func TestNFTablesShownText(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	var shown string
 	if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
 		t.Fatal(err)
@@ -285,7 +285,7 @@ func TestAnotherDNATKeepsConnections(t *testing.T) {
 	t.Parallel()
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
 		t.Run(binary, func(t *testing.T) {
-			b := newBed(t, binary)
+			b := newTestNode(t, binary)
 			plans := map[string]Plan{}
 			for _, mode := range []string{ModeIPTables, ModeNFTables, ModeNone} {
 				p := b.plan

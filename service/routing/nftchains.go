@@ -64,7 +64,7 @@ import (
 // what the node itself sends to the listener, which mode iptables has.
 func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain, err error) {
 	forward := nft.Chain{Name: "forward", Kind: "filter", Hook: "forward", Priority: nft.PriorityFilter}
-	for _, name := range p.Spare {
+	for _, name := range p.ExcludeInterfaces {
 		forward.Rules = append(forward.Rules, nft.NewRule(nft.ByInterface(name), nft.Return()))
 	}
 	guarded := false
@@ -84,15 +84,15 @@ func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain
 	if !p.dnats() {
 		// Modes loopback, none and ebpf redirect by other means. No clash of ports: all clients
 		// send to one address and port, so two of one source are one connection.
-		return append(doors(p, s, family), forward), nil
+		return append(keepOut(p, s, family), forward), nil
 	}
 	raw := nft.Chain{Name: "raw", Kind: "filter", Hook: "prerouting", Priority: nft.PriorityRaw}
 	input := nft.Chain{Name: "input", Kind: "filter", Hook: "input", Priority: nft.PriorityFilter}
 	local := nft.Chain{Name: "local", Kind: "filter", Hook: "output", Priority: nft.PriorityFilter}
-	// two doors, each of which holds alone. A-18 (port clash): see chainsFor.
+	// two checks, each of which is enough. A-18 (port clash): see chainsFor.
 	raw.Rules = []nft.Rule{nft.NewRule(nft.NotLoopback(), nft.ToServer(w.listen), nft.Drop())}
 	local.Rules = []nft.Rule{nft.NewRule(nft.FromServer(w.listen), nft.NotReset(), nft.SourceTranslated(), nft.Drop())}
-	for _, name := range p.Spare {
+	for _, name := range p.ExcludeInterfaces {
 		raw.Rules = append(raw.Rules, nft.NewRule(nft.ByInterface(name), nft.Return()))
 	}
 	raw.Rules = append(raw.Rules, nft.NewRule(nft.ToServer(w.server), nft.Tracked()),
@@ -128,9 +128,9 @@ func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain
 	return append(chains, prerouting), nil
 }
 
-// doors keep other hosts out where pods may send to the listen address themselves: two, of which
+// keepOut keeps other hosts out where pods may send to the listen address themselves: two, of which
 // each holds alone. What listens on 127.0.0.0/8 nobody reaches anyway.
-func doors(p Plan, s nodeFacts, family netobj.Family) []nft.Chain {
+func keepOut(p Plan, s nodeFacts, family netobj.Family) []nft.Chain {
 	raw := nft.Chain{Name: "raw", Kind: "filter", Hook: "prerouting", Priority: nft.PriorityRaw}
 	input := nft.Chain{Name: "input", Kind: "filter", Hook: "input", Priority: nft.PriorityFilter}
 	to := nft.ToServer(p.Listen)
@@ -166,7 +166,7 @@ func environmentText(p Plan) string {
 }
 
 // resetServers are the servers to which nothing is forwarded: those of the guard, and the metadata
-// server's other doors (H-25, H-26). DNS on 53 passes.
+// server's other ports (H-25, H-26). DNS on 53 passes.
 func resetServers(p Plan, s nodeFacts) []netip.AddrPort {
 	addresses := []netip.Addr{metadataServer.Addr()}
 	if s.listen6.IsValid() {

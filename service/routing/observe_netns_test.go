@@ -15,7 +15,7 @@ import (
 // TestObserve: it counts, and nobody notices.
 func TestObserve(t *testing.T) {
 	t.Parallel()
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	b.plan.Mode, b.plan.BPFDir, b.plan.CgroupRoot = ModeObserve, filepath.Join(b.bpffs, "gme"), b.cgroups
 	observed := func() []Observation {
 		t.Helper()

@@ -14,9 +14,9 @@ import (
 // that drops it is named, and what IPv4 is let through by is no word on it.
 func TestTrialSix(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "nft")
-		sixBed(b)
+		ipv6Node(b)
 		b.install(b.plan)
 		nft := b.plan.Binary == "iptables-nft"
 		for _, c := range []struct {
@@ -89,7 +89,7 @@ func TestTrialSix(t *testing.T) {
 // A node without IPv6 says so, and is tried by IPv4 all the same.
 func TestTrialSixNowhere(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 	before := b.ruleset()
@@ -122,8 +122,8 @@ func TestTrialSixNowhere(t *testing.T) {
 // that drop by their policy.
 func TestExamineSix(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
-		sixBed(b)
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
+		ipv6Node(b)
 		examine := func() (x Examination) {
 			t.Helper()
 			if err := b.Do(func() error {

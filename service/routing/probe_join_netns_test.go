@@ -12,7 +12,7 @@ import (
 // addresses, which one from a throw-away namespace does not.
 func TestJoinPod(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		addresses := []netip.Addr{netip.MustParseAddr("192.0.2.77"), b.pod.Addr}
 		if err := b.Do(func() error { _, err := probe.JoinPod(addresses); return err }); !errors.Is(err, probe.ErrNoPod) {

@@ -17,15 +17,15 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
-// try asks the metadata server from a throw-away pod on the bed's node, and returns who answered
+// try asks the metadata server from a throw-away pod on the testNode's node, and returns who answered
 // and who dropped.
-func (b *bed) try(t *testing.T) (answer string, dropped []string) {
+func (b *testNode) try(t *testing.T) (answer string, dropped []string) {
 	t.Helper()
 	return b.tryAt(t, metadataServer)
 }
 
 // tried is tryAt again and again, where a machine is too busy to answer and nobody is in the way.
-func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
+func (b *testNode) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
 	for end := time.Now().Add(long); answer == "" && len(dropped) == 0 && time.Now().Before(end); {
 		answer, dropped = b.tryAt(t, at)
@@ -34,7 +34,7 @@ func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 }
 
 // tryAt is try of that one of the server's addresses.
-func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
+func (b *testNode) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
 	ask := func(trial *probe.Pod, wait time.Duration) string {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
@@ -79,7 +79,7 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 // the chain, and leaves no trace.
 func TestTrial(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "nft")
 		b.install(b.plan)
 		nft := b.plan.Binary == "iptables-nft"
@@ -150,7 +150,7 @@ func TestTrial(t *testing.T) {
 // replaced, and then goes.
 func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	b.install(b.plan)
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
@@ -176,7 +176,7 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 // namespace.
 func TestTrialClosesWhileItDials(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
 		trial, err := probe.NewPod()
@@ -207,7 +207,7 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 // link and its table away.
 func TestTrialIsKilled(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	before := b.ruleset()
 	cmd := b.play("trial", "", b.self())
@@ -241,7 +241,7 @@ func TestTrialIsKilled(t *testing.T) {
 // may be in the way.
 func TestTrialIsForwarded(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		elsewhere, err := b.AddPod("emulator")
 		if err != nil {
 			t.Fatal(err)
@@ -264,7 +264,7 @@ func TestTrialIsForwarded(t *testing.T) {
 // process, or with Close.
 func TestTrialLeavesNothing(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	before := b.ruleset()
 	if err := b.Do(func() error {
 		for range 3 { // again and again

@@ -103,7 +103,7 @@ func (w *watcher) report(r *repair, by string, start time.Time) {
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
 		fields["by"] = by
 	}
-	w.Log.WithFields(fields).Warn("routing: repaired what was missing")
+	w.Log.WithFields(fields).Warn("routing: missing rules were put back")
 }
 
 // next is when the bucket has a token again.
@@ -228,7 +228,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	}
 	unlock, err := lock(ctx, w.RunDir, unix.LOCK_EX)
 	if err != nil {
-		w.Log.WithError(err).Warn("routing: what stands is not published")
+		w.Log.WithError(err).Warn("routing: the state file cannot be written")
 		return
 	}
 	defer unlock()
@@ -239,7 +239,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	if w.node != nil {
 		if m, counts := w.node.mode.(interface{ observed() ([]Observation, error) }); counts && !w.bad {
 			if s.Observed, err = m.observed(); err != nil {
-				w.Log.WithError(err).Warn("routing: what was observed is not published")
+				w.Log.WithError(err).Warn("routing: the counts of mode observe cannot be read")
 			}
 			s.Observed = s.Observed[:min(len(s.Observed), publishedAtMost)]
 		}
@@ -249,7 +249,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 		s.Standing.Faults = strings.Split(errors.Join(errs...).Error(), "\n")
 	}
 	if err := writeState(w.RunDir, s); err != nil {
-		w.Log.WithError(err).Warn("routing: what stands is not published")
+		w.Log.WithError(err).Warn("routing: the state file cannot be written")
 	}
 }
 
@@ -263,10 +263,10 @@ func (w *watcher) fail(err error) {
 	w.node = nil
 	if text := err.Error(); text != w.failed {
 		w.failed = text
-		w.Log.WithError(err).Error("routing: the rules may not stand")
+		w.Log.WithError(err).Error("routing: rules may be missing")
 	}
 	first, _, _ := strings.Cut(err.Error(), "\n")
-	w.announce("the rules may not stand: " + first)
+	w.announce("rules may be missing: " + first)
 }
 
 func (w *watcher) succeed() {

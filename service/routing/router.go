@@ -108,7 +108,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	again := plain && !r.plan.dnats() && !r.plan.traits().observes // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
 		if err := forgetServed(ctx, r.plan, n.nodeFacts, was); err != nil {
-			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
+			r.plan.Log.WithError(err).Warn("routing: conntrack entries of the previous mode cannot be deleted: " +
+				"new connections that reuse a source port may fail for up to 2 minutes")
 		}
 	}
 	if err := trimObjects(r.plan, n.nodeFacts, everything); err != nil {
@@ -130,12 +131,12 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 // cannot be put before.
 func (r *router) warnOvertaken(bypassing []string) {
 	for _, chain := range untracking(r.plan) {
-		r.plan.Log.Warn("pods may not be redirected: " + chain +
+		r.plan.Log.Warn("routing: pods may not be redirected: " + chain +
 			" comes before the rules and takes packets out of conntrack: " +
 			"set routing.mode to nftables, whose rules overrule that")
 	}
 	for _, rule := range bypassing {
-		r.plan.Log.Warn("the guard does not hold for what comes before it: " + rule +
+		r.plan.Log.Warn("routing: the guard is bypassed by: " + rule +
 			": delete that rule and add it again with a preference of 1 or more, or that route to table main")
 	}
 }
@@ -188,7 +189,8 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
 	} else if why == nil {
-		r.plan.Log.WithField("listen", listen).Info("the listen address is not this node's own: requests are forwarded there")
+		r.plan.Log.WithField("listen", listen).Info("routing: the listen address is not an address of this node: " +
+			"requests are forwarded there")
 	}
 	if why == nil {
 		r.surveySix(n, have)
@@ -294,7 +296,7 @@ func (r *router) Remove(ctx context.Context) error {
 }
 
 func (r *router) removeAll(ctx context.Context, state State) error {
-	errs := []error{trimObjects(Plan{}, nodeFacts{}, onLinks)} // else the doors were gone before the address
+	errs := []error{trimObjects(Plan{}, nodeFacts{}, onLinks)} // else the chains were gone before the address
 	for _, p := range removers {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
@@ -335,7 +337,8 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 			}
 		}
 		if len(s.uplinks) == 0 && say {
-			log.Warn("no uplink found: hosts behind an interface that comes later are kept out only after the next install")
+			log.Warn("routing: no uplinks found: hosts behind an interface that appears later are kept out " +
+				"after the next install")
 		}
 	}
 	s.six = reachesSix()
@@ -347,7 +350,7 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 		s.slices = nil // whichever comes and goes
 	}
 	if say {
-		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "spare": strings.Join(r.plan.Spare, " "),
+		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "exclude_interfaces": strings.Join(r.plan.ExcludeInterfaces, " "),
 			"host_pods": s.hostWhy}).Info("routing: installing")
 	}
 	return s, nil
@@ -359,7 +362,7 @@ func (r *router) state(desired string) (before, now State) {
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
 		Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+		s.Listen, s.Uplinks, s.ExcludeInterfaces, s.HostPods = p.Listen.String(), p.Uplinks, p.ExcludeInterfaces, p.InterceptHostPods
 		s.Link, s.Force = p.Link, p.Force
 		if p.Listen6.IsValid() {
 			s.Listen6 = p.Listen6.String()

@@ -70,7 +70,8 @@ type Plan struct {
 	Listen6 netip.AddrPort
 	// interfaces that are not the pods'; none: found out. A trailing + stands for any ending
 	Uplinks []string
-	Spare   []string // interfaces whose traffic is left alone altogether, such as docker0
+	// interfaces whose traffic is left alone altogether, such as docker0
+	ExcludeInterfaces []string
 	// auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
 	InterceptHostPods string
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
@@ -178,21 +179,22 @@ func (p Plan) checked() (Plan, error) {
 		strings.ContainsAny(p.Link, "+:"):
 		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
-	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
+	for _, name := range slices.Concat(p.Uplinks, p.ExcludeInterfaces) {
 		if !interfaceName.MatchString(name) {
 			errs = append(errs, fmt.Errorf("%q is no name of a network interface", name))
 		}
 	}
-	for _, name := range p.Spare {
+	for _, name := range p.ExcludeInterfaces {
 		if strings.HasSuffix(name, "+") {
-			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
+			errs = append(errs, fmt.Errorf("excludeInterfaces %q: policy rules have no patterns: name the interfaces one by one", name))
 		}
 	}
-	if p.traits().blindToLinks && len(p.Spare) > 0 {
+	if p.traits().blindToLinks && len(p.ExcludeInterfaces) > 0 {
 		errs = append(
 			errs,
-			fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
-				strings.Join(p.Spare, ", "), p.Mode, ModeIPTables),
+			fmt.Errorf("excludeInterfaces %s: mode %s sees who connects, and not by which interface: "+
+				"leave it empty, or use mode %s",
+				strings.Join(p.ExcludeInterfaces, ", "), p.Mode, ModeIPTables),
 		)
 	}
 	return p, errors.Join(errs...)

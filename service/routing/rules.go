@@ -45,9 +45,9 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 				to(w.listen) + " -j ACCEPT",
 			}
 		case c.Name == "GME-RAW":
-			// R-05, the second door: before DNAT nobody has a reason to send to the listen address.
+			// R-05, the second check: before DNAT nobody has a reason to send to the listen address.
 			c.Rules = []string{notLocal(w.listen) + " -j DROP"}
-			for _, name := range p.Spare {
+			for _, name := range p.ExcludeInterfaces {
 				c.Rules = append(c.Rules, "-i "+name+" -j RETURN")
 			}
 			c.Rules = append(c.Rules, to(w.server)+track, from(w.listen)+track)
@@ -80,7 +80,7 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 // container or machine of the node, and back; and reset what still talks to a real metadata server
 // connections that were opened before).
 func forwardRules(p Plan, w redirectTarget, family netobj.Family) (rules []string) {
-	for _, name := range p.Spare {
+	for _, name := range p.ExcludeInterfaces {
 		rules = append(rules, "-i "+name+" -j RETURN")
 	}
 	ports := map[netip.Addr][]uint16{}
@@ -89,7 +89,7 @@ func forwardRules(p Plan, w redirectTarget, family netobj.Family) (rules []strin
 		rules = append(rules,
 			to(w.listen)+" -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
 			from(w.listen)+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
-		// 443 and 8080 are the metadata server's other doors (H-25, H-26). DNS on 53 passes.
+		// 443 and 8080 are the metadata server's other ports (H-25, H-26). DNS on 53 passes.
 		ports[w.server.Addr()] = []uint16{80, 443, 8080}
 		guard = append([]netip.AddrPort{w.server}, guard...)
 	}
@@ -145,7 +145,7 @@ func (w redirectTarget) redirect() string {
 // spared are the interfaces from which no pod of this node speaks.
 func spared(p Plan, s nodeFacts) []string {
 	names := []string{"lo"}
-	for _, name := range slices.Concat(p.Spare, s.uplinks) {
+	for _, name := range slices.Concat(p.ExcludeInterfaces, s.uplinks) {
 		if !slices.Contains(names, name) {
 			names = append(names, name)
 		}

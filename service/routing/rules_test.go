@@ -38,8 +38,8 @@ func TestShownText(t *testing.T) {
 			nodeFacts{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"},
 				hostPods: true},
 		},
-		"node-address-spare-and-guards": {
-			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
+		"node-address-exclude-and-guards": {
+			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), ExcludeInterfaces: []string{"docker0", "eth0"},
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"),
 					at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
 			nodeFacts{uplinks: []string{"eth0"}, six: true},
@@ -48,8 +48,8 @@ func TestShownText(t *testing.T) {
 			nodeFacts{uplinks: []string{"bond0", "eth0"}, six: true}},
 		"ipv6": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"),
-				Spare: []string{"docker0"},
-				Guard: DefaultGuard(), InterceptHostPods: "on"},
+				ExcludeInterfaces: []string{"docker0"},
+				Guard:             DefaultGuard(), InterceptHostPods: "on"},
 			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"},
 				hostPods: true},
 		},
@@ -224,8 +224,8 @@ func TestNewRefuses(t *testing.T) {
 		change func(*Plan)
 		want   string
 	}{
-		{"no interface", func(p *Plan) { p.Mode, p.Spare = ModeEBPF, []string{"docker0"} },
-			"spare docker0: mode ebpf sees who connects, and not by which interface"},
+		{"no interface", func(p *Plan) { p.Mode, p.ExcludeInterfaces = ModeEBPF, []string{"docker0"} },
+			"excludeInterfaces docker0: mode ebpf sees who connects, and not by which interface"},
 		{"another mode", func(p *Plan) { p.Mode = "xdp" }, `routing mode "xdp" is not supported`},
 		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
 		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},
@@ -254,8 +254,8 @@ func TestNewRefuses(t *testing.T) {
 		}, "mode loopback cannot tell"},
 		{"a blank in an uplink", func(p *Plan) { p.Uplinks = []string{"eth0 -j ACCEPT"} }, "no name of a network interface"},
 		{"an uplink too long", func(p *Plan) { p.Uplinks = []string{"abcdefghijklmnop"} }, "no name of a network interface"},
-		{"a line in a spare", func(p *Plan) { p.Spare = []string{"a\nb"} }, "no name of a network interface"},
-		{"a pattern in spare", func(p *Plan) { p.Spare = []string{"br-+"} }, "one by one"},
+		{"a line in an excluded one", func(p *Plan) { p.ExcludeInterfaces = []string{"a\nb"} }, "no name of a network interface"},
+		{"a pattern in an excluded one", func(p *Plan) { p.ExcludeInterfaces = []string{"br-+"} }, "one by one"},
 		{"guard without port", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("1.2.3.4:0")} },
 			"guard 1.2.3.4:0"},
 		{"guard in disguise", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("[::ffff:1.2.3.4]:80")} },

@@ -28,19 +28,19 @@ const (
 // State is the file routing.json in the run directory. Whoever repairs rules obeys Desired (R-24);
 // whoever may not read the rules shows Standing (R-25).
 type State struct {
-	Desired  string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
-	Closed   bool             `json:"closed,omitempty"`
-	Mode     string           `json:"mode,omitempty"`
-	Reason   string           `json:"reason,omitempty"`  // why mode auto came to it
-	Command  string           `json:"command,omitempty"` // the iptables command that was used
-	Listen   string           `json:"listen,omitempty"`  // address:port
-	Listen6  string           `json:"listen6,omitempty"` // as configured, whether or not IPv6 says why it is not served
-	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
-	Spare    []string         `json:"spare,omitempty"`
-	HostPods string           `json:"interceptHostPods,omitempty"`
-	Link     string           `json:"link,omitempty"` // mode loopback's
-	Force    bool             `json:"force,omitempty"`
-	Guard    []netip.AddrPort `json:"guard,omitempty"`
+	Desired           string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
+	Closed            bool             `json:"closed,omitempty"`
+	Mode              string           `json:"mode,omitempty"`
+	Reason            string           `json:"reason,omitempty"`  // why mode auto came to it
+	Command           string           `json:"command,omitempty"` // the iptables command that was used
+	Listen            string           `json:"listen,omitempty"`  // address:port
+	Listen6           string           `json:"listen6,omitempty"` // as configured, whether or not IPv6 says why it is not served
+	Uplinks           []string         `json:"uplinks,omitempty"` // as configured; none: found out
+	ExcludeInterfaces []string         `json:"excludeInterfaces,omitempty"`
+	HostPods          string           `json:"interceptHostPods,omitempty"`
+	Link              string           `json:"link,omitempty"` // mode loopback's
+	Force             bool             `json:"force,omitempty"`
+	Guard             []netip.AddrPort `json:"guard,omitempty"`
 
 	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
 	// what becomes of pods on the host network, and why, for people
@@ -127,7 +127,7 @@ func (s *State) count(r *repair) {
 func (s State) sameDesired(o State) bool {
 	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen &&
 		s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
-		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) &&
+		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.ExcludeInterfaces, o.ExcludeInterfaces) &&
 		slices.Equal(s.Guard, o.Guard)
 }
 

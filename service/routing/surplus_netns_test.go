@@ -12,13 +12,13 @@ import (
 func TestRuleTooMany(t *testing.T) {
 	t.Parallel()
 	const left = "pref 96 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"
-	for mode, asks := range map[string]func(*bed, string){
-		ModeLoopback:   func(b *bed, who string) { b.answers(b.pod, "169.254.169.254:80", who) },
-		"iptables-nft": func(b *bed, who string) { b.answers(b.NS, "169.254.169.254:80", who) },
+	for mode, asks := range map[string]func(*testNode, string){
+		ModeLoopback:   func(b *testNode, who string) { b.answers(b.pod, "169.254.169.254:80", who) },
+		"iptables-nft": func(b *testNode, who string) { b.answers(b.NS, "169.254.169.254:80", who) },
 	} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			served := map[string]string{ModeLoopback: emulator, "iptables-nft": cloud}[mode]
 			b.install(b.plan)
 			asks(b, served)
@@ -42,7 +42,7 @@ func TestRuleTooMany(t *testing.T) {
 // them anew. Whichever way the two meet, pods are served as soon as check is content.
 func TestGuardDeletedOneByOne(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	for range 20 {

@@ -41,11 +41,11 @@ func FuzzRuleText(f *testing.F) {
 		}
 		for _, mode := range modes {
 			p := Plan{
-				Mode:    mode,
-				Listen:  at,
-				Uplinks: []string{uplink},
-				Spare:   []string{spare},
-				Guard:   []netip.AddrPort{guarded},
+				Mode:              mode,
+				Listen:            at,
+				Uplinks:           []string{uplink},
+				ExcludeInterfaces: []string{spare},
+				Guard:             []netip.AddrPort{guarded},
 			}
 			if mode == ModeLoopback {
 				p.Listen = metadataServer

@@ -20,9 +20,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// running is a watcher on a bed's node.
+// running is a watcher on a testNode's node.
 type running struct {
-	*bed
+	*testNode
 	reload chan os.Signal
 	log    *logtest.Hook
 	end    func()
@@ -35,16 +35,16 @@ type running struct {
 
 // watch starts a watcher that is over with the test at the latest, and waits until it has looked
 // for the first time.
-func (b *bed) watch(load Plan, sweep time.Duration) *running {
+func (b *testNode) watch(load Plan, sweep time.Duration) *running {
 	b.t.Helper()
 	return b.watchWith(Watch{sweep: sweep}, load)
 }
 
-func (b *bed) watchWith(w Watch, load Plan) *running {
+func (b *testNode) watchWith(w Watch, load Plan) *running {
 	b.t.Helper()
 	log, hook := logtest.NewNullLogger()
 	log.SetLevel(logrus.InfoLevel)
-	r := &running{bed: b, reload: make(chan os.Signal, 1), log: hook, load: load}
+	r := &running{testNode: b, reload: make(chan os.Signal, 1), log: hook, load: load}
 	w.RunDir, w.Log, w.Reload = load.RunDir, log, r.reload
 	w.read = func() { r.reads.Add(1) }
 	w.Load = func() Plan { r.mu.Lock(); defer r.mu.Unlock(); return r.load }
@@ -65,7 +65,7 @@ func (b *bed) watchWith(w Watch, load Plan) *running {
 
 // stands is a check without the lock: one that is asked for again and again would keep the watcher
 // out.
-func (b *bed) stands(p Plan) bool {
+func (b *testNode) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
 		if p.Closed {
@@ -181,7 +181,7 @@ var flushes = []struct {
 // and it is counted and said.
 func TestWatchRepairs(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		w := b.watch(b.plan, time.Second)
@@ -212,7 +212,7 @@ func TestWatchRepairs(t *testing.T) {
 					t.Errorf("want layer %s and cause %s in %v", c.layer, cause, line.Data)
 				}
 			})
-			w.bed.t = t
+			w.testNode.t = t
 		}
 		if got := w.state().Repairs; got[fault.IPTables] == nil || got[fault.Rule]["ip-rule"]+got[fault.Rule]["sweep"] < 2 {
 			t.Errorf("counted: %v", got)
@@ -226,7 +226,7 @@ func TestWatchRepairs(t *testing.T) {
 // names the process.
 func TestWatchSaysWho(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	b.sh("nft flush ruleset")
@@ -246,7 +246,7 @@ func TestWatchSaysWho(t *testing.T) {
 // stays closed.
 func TestWatchObeys(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		w := b.watch(b.plan, 100*time.Millisecond)
 		w.until("the rules", func() bool { return b.stands(b.plan) }) // nobody desired anything: the configuration does
@@ -281,14 +281,14 @@ func TestWatchObeys(t *testing.T) {
 
 		other := b.plan
 		other.Listen = b.plan.Listen
-		other.Spare = []string{"docker0"}
+		other.ExcludeInterfaces = []string{"docker0"}
 		b.install(other) // not what the watcher's configuration says, and yet what is desired now
 		w.until("to hear of it", func() bool { return w.last() == "the rules stand" })
 		b.sh("iptables -t nat -F")
 		w.until("the other rules", func() bool { return b.stands(other) })
 
 		w.reload <- os.Interrupt // now the configuration counts
-		w.until("the configuration's rules", func() bool { return b.stands(b.plan) && w.state().Spare == nil })
+		w.until("the configuration's rules", func() bool { return b.stands(b.plan) && w.state().ExcludeInterfaces == nil })
 		w.mu.Lock()
 		w.load = Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		w.mu.Unlock()
@@ -306,7 +306,7 @@ func TestWatchObeys(t *testing.T) {
 // nothing else.
 func TestWatchBrokenConfiguration(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	closed := Plan{Closed: true, RunDir: b.plan.RunDir}
 	w := b.watch(closed, time.Hour)
 	b.green(closed)
@@ -325,7 +325,7 @@ func TestWatchUplinks(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeEBPF} {
 		t.Run(mode, func(t *testing.T) {
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			named := func() bool {
 				if b.plan.Mode == ModeIPTables {
 					return strings.Contains(b.sh("iptables -t nat -S GME-PRE"), "-i wan9 -j RETURN")
@@ -353,7 +353,7 @@ func TestWatchUplinks(t *testing.T) {
 // TestWatchStorm: what others do to their own rules costs next to no run of iptables on nft, few on
 // legacy, and no repair.
 func TestWatchStorm(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.sh("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES")
 		b.install(b.plan)
 		w := b.watch(b.plan, time.Hour)
@@ -383,7 +383,7 @@ func TestWatchStorm(t *testing.T) {
 // TestWatchFighter: somebody flushes every 10 ms. We repair five times at once and then once a
 // second, no more.
 func TestWatchFighter(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		w := b.watch(b.plan, time.Second)
 		before := w.state().Installs
@@ -402,7 +402,7 @@ func TestWatchFighter(t *testing.T) {
 // TestWatchIsQuiet: its own repairs, and those of nobody, make it do nothing more.
 func TestWatchIsQuiet(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		w := b.watch(b.plan, 50*time.Millisecond) // many sweeps
 		b.sh("iptables -t nat -F; ip rule del pref 97 prohibit")
@@ -424,7 +424,7 @@ func TestWatchIsQuiet(t *testing.T) {
 // is said plainly.
 func TestWatchCapabilities(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "setpriv")
 		b.install(b.plan)
 		arg := filepath.Join(b.plan.RunDir, b.plan.Binary)
@@ -438,7 +438,7 @@ func TestWatchCapabilities(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		r := &running{bed: b, log: new(logtest.Hook)}
+		r := &running{testNode: b, log: new(logtest.Hook)}
 		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit",
 			"ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
 			b.sh(flush)

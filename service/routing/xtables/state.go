@@ -167,7 +167,7 @@ func (x *Tables) compare(ctx context.Context, c Chain, s ChainState) (errs []err
 	}
 	// Others insert before our jump and do so again and again (Calico): to insist on the first
 	// place is a fight that nobody wins. Install moves the jump up, Check does not complain. An
-	// ACCEPT before ours can open one of the two doors of R-05, not both, and the guard does not
+	// ACCEPT before ours can open one of the two checks of R-05, not both, and the guard does not
 	// depend on it.
 	switch n := len(s.Jumps); {
 	case n == 0:
