@@ -236,7 +236,8 @@ func (b *testNode) story(served func(), flushes []story) {
 		return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)
 	})
 	b.sh("ip link del wan9")
-	w.until("no chains at one that goes", func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
+	w.until("no chains at one that goes",
+		func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
 	w.end()
 	b.remove(b.plan)
 	b.same("remove", b.ruleset(), before)

@@ -17,8 +17,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
-// try asks the metadata server from a throw-away pod on the testNode's node, and returns who answered
-// and who dropped.
+// try asks the metadata server from a throw-away pod on the test node, and returns who
+// answered and who dropped.
 func (b *testNode) try(t *testing.T) (answer string, dropped []string) {
 	t.Helper()
 	return b.tryAt(t, metadataServer)

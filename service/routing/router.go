@@ -350,8 +350,9 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 		s.slices = nil // whichever comes and goes
 	}
 	if say {
-		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "exclude_interfaces": strings.Join(r.plan.ExcludeInterfaces, " "),
-			"host_pods": s.hostWhy}).Info("routing: installing")
+		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "),
+			"exclude_interfaces": strings.Join(r.plan.ExcludeInterfaces, " "),
+			"host_pods":          s.hostWhy}).Info("routing: installing")
 	}
 	return s, nil
 }

@@ -186,7 +186,8 @@ func (p Plan) checked() (Plan, error) {
 	}
 	for _, name := range p.ExcludeInterfaces {
 		if strings.HasSuffix(name, "+") {
-			errs = append(errs, fmt.Errorf("excludeInterfaces %q: policy rules have no patterns: name the interfaces one by one", name))
+			errs = append(errs, fmt.Errorf("excludeInterfaces %q: policy rules have no patterns: name the interfaces one by "+
+				"one", name))
 		}
 	}
 	if p.traits().blindToLinks && len(p.ExcludeInterfaces) > 0 {

@@ -28,13 +28,14 @@ const (
 // State is the file routing.json in the run directory. Whoever repairs rules obeys Desired (R-24);
 // whoever may not read the rules shows Standing (R-25).
 type State struct {
-	Desired           string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
-	Closed            bool             `json:"closed,omitempty"`
-	Mode              string           `json:"mode,omitempty"`
-	Reason            string           `json:"reason,omitempty"`  // why mode auto came to it
-	Command           string           `json:"command,omitempty"` // the iptables command that was used
-	Listen            string           `json:"listen,omitempty"`  // address:port
-	Listen6           string           `json:"listen6,omitempty"` // as configured, whether or not IPv6 says why it is not served
+	Desired string `json:"desired"` // Installed or Removed; "" when nobody ever installed
+	Closed  bool   `json:"closed,omitempty"`
+	Mode    string `json:"mode,omitempty"`
+	Reason  string `json:"reason,omitempty"`  // why mode auto came to it
+	Command string `json:"command,omitempty"` // the iptables command that was used
+	Listen  string `json:"listen,omitempty"`  // address:port
+	// as configured, whether or not IPv6 says why it is not served
+	Listen6           string           `json:"listen6,omitempty"`
 	Uplinks           []string         `json:"uplinks,omitempty"` // as configured; none: found out
 	ExcludeInterfaces []string         `json:"excludeInterfaces,omitempty"`
 	HostPods          string           `json:"interceptHostPods,omitempty"`

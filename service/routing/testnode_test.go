@@ -112,8 +112,8 @@ func (b *testNode) self() string {
 	return exe
 }
 
-// testNode is a node with a pod, a neighbour on the LAN, an emulator at the default listen address and a
-// fake cloud that must never be asked.
+// testNode is a node with a pod, a neighbour on the LAN, an emulator at the default listen address
+// and a fake cloud that must never be asked.
 type testNode struct {
 	*netnstest.Node
 	t         testing.TB
