@@ -363,7 +363,8 @@ func (r *router) state(desired string) (before, now State) {
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
 		Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.ExcludeInterfaces, s.HostPods = p.Listen.String(), p.Uplinks, p.ExcludeInterfaces, p.InterceptHostPods
+		s.Listen, s.HostPods = p.Listen.String(), p.InterceptHostPods
+		s.Uplinks, s.ExcludeInterfaces = p.Uplinks, p.ExcludeInterfaces
 		s.Link, s.Force = p.Link, p.Force
 		if p.Listen6.IsValid() {
 			s.Listen6 = p.Listen6.String()

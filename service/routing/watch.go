@@ -235,7 +235,8 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 func (s State) plan(base Plan) (Plan, error) {
 	p := base
 	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
-	p.Uplinks, p.ExcludeInterfaces, p.InterceptHostPods, p.Link, p.Force = s.Uplinks, s.ExcludeInterfaces, s.HostPods, s.Link, s.Force
+	p.Uplinks, p.ExcludeInterfaces = s.Uplinks, s.ExcludeInterfaces
+	p.InterceptHostPods, p.Link, p.Force = s.HostPods, s.Link, s.Force
 	if s.Closed {
 		return p, nil
 	}
