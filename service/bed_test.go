@@ -77,8 +77,10 @@ func newWorldAt(t testing.TB, kubernetes, google net.Listener) *bed {
 		unlinked:  {"plain", nil},
 		principal: {"principal", map[string]string{"iam.gke.io/return-principal-id-as-email": "true"}},
 		hostile:   {"hostile", map[string]string{"iam.gke.io/gcp-service-account": "../../x:signBlob?"}},
-		denied:    {"denied", map[string]string{"iam.gke.io/gcp-service-account": "denied@my-project.iam.gserviceaccount.com"}},
-		missing:   {"missing", map[string]string{"iam.gke.io/gcp-service-account": "missing@my-project.iam.gserviceaccount.com"}},
+		denied: {"denied",
+			map[string]string{"iam.gke.io/gcp-service-account": "denied@my-project.iam.gserviceaccount.com"}},
+		missing: {"missing",
+			map[string]string{"iam.gke.io/gcp-service-account": "missing@my-project.iam.gserviceaccount.com"}},
 	} {
 		b.addPod(sa.name, address, sa.annotations)
 	}
@@ -89,7 +91,8 @@ func newWorldAt(t testing.TB, kubernetes, google net.Listener) *bed {
 	}
 	t.Cleanup(b.google.Close)
 	b.google.Allow("system:serviceaccount:default:reader", gsa)
-	b.google.Account("denied@my-project.iam.gserviceaccount.com")
+	b.google.Account(
+		"denied@my-project.iam.gserviceaccount.com")
 	if err := b.google.WriteCA(filepath.Join(b.dir, "ca.pem")); err != nil {
 		t.Fatal(err)
 	}

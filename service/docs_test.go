@@ -85,8 +85,10 @@ func TestDocsMetrics(t *testing.T) {
 		t.Fatal(err)
 	}
 	between(t, metricsPage, string(page), table.String())
-	for _, m := range regexp.MustCompile("gke_metadata_emulator_[a-z0-9_]+|`[a-z0-9_]+_total`").FindAllString(string(page), -1) {
-		if name := "gke_metadata_emulator_" + strings.TrimPrefix(strings.Trim(m, "`"), "gke_metadata_emulator_"); rows[name] == "" {
+	named := regexp.MustCompile("gke_metadata_emulator_[a-z0-9_]+|`[a-z0-9_]+_total`")
+	for _, m := range named.FindAllString(string(page), -1) {
+		if name := "gke_metadata_emulator_" +
+			strings.TrimPrefix(strings.Trim(m, "`"), "gke_metadata_emulator_"); rows[name] == "" {
 			t.Errorf("%s names %s, which no registry has: correct it by hand, since make golden writes the table alone",
 				metricsPage, name)
 		}

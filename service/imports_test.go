@@ -25,17 +25,20 @@ var importRules = []struct {
 	why      string
 }{
 	{"k8s.io/", []string{"service/kube"}, "Kubernetes' libraries are large and change often: one package knows them"},
-	{"github.com/cilium/ebpf", []string{"service/routing"}, "one package changes the node"},
-	{"github.com/google/nftables", []string{"service/routing"}, "one package changes the node"},
-	{"github.com/coreos/go-iptables", []string{"service/routing"}, "it runs commands"},
-	{"os/exec", []string{"service/routing", "packaging/gen"},
+	{"github.com/cilium/ebpf", []string{"service/routing", "service/routing/bpf"},
+		"one package attaches programs; routing reads what mode observe counted"},
+	{"github.com/google/nftables", []string{"service/routing", "service/routing/nft"},
+		"one package changes nf_tables; routing puts its transactions in order"},
+	{"github.com/coreos/go-iptables", []string{"service/routing/xtables"}, "it runs commands"},
+	{"os/exec", []string{"service/routing", "service/routing/probe", "service/routing/xtables", "packaging/gen"},
 		"the serving process starts no other: it has no right to, once it runs in its sandbox"},
 	{"github.com/mdlayher/netlink", []string{"service/routing/netobj"},
 		"its decoder checks the bounds of attributes, where that of vishvananda/netlink panics"},
-	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj"},
+	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj", "service/routing/nft",
+		"service/routing/probe"},
 		"routing changes the node's network; attest asks the kernel on the path of every connection, " +
 			"and its own questions are 60 times as fast (A-02)"},
-	{"github.com/vishvananda/netns", []string{"service/routing"},
+	{"github.com/vishvananda/netns", []string{"service/routing/probe"},
 		"a thread that changes its network namespace is one package's care: doctor's throw-away one is the only reason to"},
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"},
 		"flags in, Config out: nothing below main knows how it was asked"},
@@ -58,19 +61,21 @@ var six = []string{"service/attest", "service/config", "service/kube", "service/
 //
 //	cmd → {service, doctor, status}
 //	service → {server, status, the six}
-//	doctor → {status, the six}
+//	doctor → {status, routing/probe, the six}
 //	server, status → the six
 //	the six → workload, messageid
 var layers = map[string][]string{
 	// Flags become a config.Config and a routing.Plan here, so cmd knows these two of the six.
-	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing", "service/status"},
-	"packaging":                 nil,
-	"packaging/gen":             nil, // not shipped
+	// The exit status of its commands depends on whether rules are missing or may not be changed.
+	"cmd/gke-metadata-emulator": {"service", "service/config", "service/doctor", "service/routing",
+		"service/routing/fault", "service/status"},
+	"packaging":     nil,
+	"packaging/gen": nil, // not shipped
 	// The life of the service puts everything together; doctor is another process, and no part of it.
 	"service": append([]string{"service/messageid", "service/server", "service/status"}, six...),
 	// doctor judges a node whose service may be dead, so it asks the service over its socket like
 	// anybody else.
-	"service/doctor": append([]string{"service/status"}, six...),
+	"service/doctor": append([]string{"service/routing/probe", "service/status"}, six...),
 	// server answers requests by what it is handed, and knows nothing of reloads, units and the
 	// status.
 	"service/server": {"service/attest", "service/config", "service/kube", "service/messageid", "service/metadata",
@@ -81,7 +86,19 @@ var layers = map[string][]string{
 	"service/config":   {"service/workload"},
 	"service/kube":     {"service/messageid", "service/workload"},
 	"service/metadata": {"service/workload"},
-	"service/routing":  {"service/messageid", "service/routing/netobj", "service/workload"},
+	// routing knows the Plan and which rules it makes. The packages below it know no Plan: each knows
+	// one interface of the kernel.
+	"service/routing": {"service/messageid", "service/routing/bpf", "service/routing/fault",
+		"service/routing/netobj", "service/routing/nft", "service/routing/probe", "service/routing/xtables", "service/workload"},
+	// doctor's connections: they know other people's rules, and none of ours.
+	"service/routing/probe": {"service/routing/fault", "service/routing/netobj", "service/routing/nft",
+		"service/routing/xtables"},
+	"service/routing/nft": {"service/routing/fault", "service/routing/netobj"},
+	// iptables-nft keeps its chains in nf_tables, which are read there without a command.
+	"service/routing/xtables": {"service/routing/fault", "service/routing/netobj", "service/routing/nft"},
+	"service/routing/bpf":     {"service/routing/fault", "service/routing/netobj"},
+	// the errors that all of them wrap
+	"service/routing/fault": nil,
 	// objects of the kernel that routing puts up; whose they are routing says.
 	"service/routing/netobj": nil,
 	"service/token":          {"service/workload"},

@@ -292,8 +292,10 @@ type podBed struct {
 	k *kernelBed
 	kubetest.Pod
 	container string
-	cgroup    string // from the node's root; "": one that the node does not have, as a sandbox's processes are none of its kernel's
-	ns        *netnstest.NS
+	// from the node's root; "": one that the node does not have, as a sandbox's processes are none of
+	// its kernel's
+	cgroup string
+	ns     *netnstest.NS
 
 	cmd *exec.Cmd
 	in  io.Writer
@@ -485,7 +487,8 @@ func podProcess() error {
 // dial connects to where pods ask ("fresh"), to the listen address ("direct"), or to
 // "ADDRESS:PORT,SOURCE,PATIENCE", of which SOURCE may be empty.
 func dial(how string) (net.Conn, error) {
-	if to := map[string]string{"fresh": "169.254.169.254:80", "kept": "169.254.169.254:80", "direct": "169.254.169.252:988"}[how]; to != "" {
+	if to := map[string]string{"fresh": "169.254.169.254:80", "kept": "169.254.169.254:80",
+		"direct": "169.254.169.252:988"}[how]; to != "" {
 		how = fmt.Sprint(to, ",,", testTimeout)
 	}
 	f := strings.Split(how, ",")

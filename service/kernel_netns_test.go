@@ -63,7 +63,8 @@ func TestKernelChurn(t *testing.T) {
 					close(told)
 				})
 				a, err := p.ask("fresh", accts+"default/token")
-				for asked := time.Now(); err == nil && a.Status == http.StatusServiceUnavailable && time.Since(asked) < testTimeout; {
+				for asked := time.Now(); err == nil && a.Status == http.StatusServiceUnavailable &&
+					time.Since(asked) < testTimeout; {
 					mu.Lock()
 					held++
 					mu.Unlock()
@@ -120,7 +121,8 @@ func TestKernelChurn(t *testing.T) {
 	wg.Wait()
 	news.Wait()
 	t.Logf(
-		"%d pods: %d wrong identities, %d never served, %d times not known after the hold, %d served when dead; the last answer %v after a death at most",
+		"%d pods: %d wrong identities, %d never served, %d times not known after the hold, %d served when dead; the last "+
+			"answer %v after a death at most",
 		slots*lives,
 		wrong,
 		unknown,
@@ -240,7 +242,8 @@ func TestKernel(t *testing.T) {
 
 	log := k.log.String()
 	for _, want := range []string{
-		`"evidence":"cgroup","expires"`, `"pod":"default/a"`, `"container":"` + pod.container, `"evidence":"source-ip","expires"`, `"pod":"default/sandbox"`, `"unit":"kubelet.service"`,
+		`"evidence":"cgroup","expires"`, `"pod":"default/a"`, `"container":"` + pod.container,
+		`"evidence":"source-ip","expires"`, `"pod":"default/sandbox"`, `"unit":"kubelet.service"`,
 	} {
 		if !strings.Contains(log, want) {
 			t.Errorf("the log has no %s", want)
@@ -252,9 +255,11 @@ func TestKernel(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		`attestation +by the kernel: \d+ cgroups and \d+ network namespaces`, `default +a +10\.244\.\S+ +cgroup +a\n`, `default +host +host network +cgroup +host\n`,
+		`attestation +by the kernel: \d+ cgroups and \d+ network namespaces`, `default +a +10\.244\.\S+ +cgroup +a\n`,
+		`default +host +host network +cgroup +host\n`,
 		`default +sandbox +10\.244\.\S+ +source-ip +sandbox\n`, `default +static +host network +nothing +\(static pod\)\n`,
-		`HOST IDENTITIES: 2\n`, `kubelet\.service +default/plain\n`, `/system\.slice/docker-\*\.scope +default/reader +` + gsa,
+		`HOST IDENTITIES: 2\n`, `kubelet\.service +default/plain\n`, `/system\.slice/docker-\*\.scope +default/reader +` +
+			gsa,
 	} {
 		if !regexp.MustCompile(want).MatchString(text.String()) {
 			t.Errorf("status has no %s:\n%s", want, &text)

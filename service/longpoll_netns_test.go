@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// TestWaitOutlivesNobody: a request that waits for a change (H-12) while its pod dies is not answered
-// when its time is over, though Kubernetes says that the pod lives: whoever holds the connection now
-// is another.
+// TestWaitOutlivesNobody: a request that waits for a change (H-12) while its pod dies is not
+// answered when its time is over, though Kubernetes says that the pod lives: whoever holds the
+// connection now is another.
 func TestWaitOutlivesNobody(t *testing.T) {
 	k := newKernelBed(t, "prefetch: none")
 	ns, err := k.node.AddPod("waiter")

@@ -24,7 +24,8 @@ func TestLoopbackListener(t *testing.T) {
 	at := netip.MustParseAddrPort("169.254.169.254:80")
 	var l net.Listener
 	if err := node.Do(func() error {
-		r, err := routing.New(routing.Plan{Mode: routing.ModeLoopback, Listen: at, Guard: routing.DefaultGuard(), RunDir: t.TempDir()})
+		r, err := routing.New(routing.Plan{Mode: routing.ModeLoopback, Listen: at, Guard: routing.DefaultGuard(),
+			RunDir: t.TempDir()})
 		if err == nil {
 			err = r.Install(t.Context())
 		}

@@ -86,10 +86,13 @@ off              metadata:80    cloud    cloud   cloud    ~        ~       cloud
 func planOf(column string) routing.Plan {
 	node := netip.MustParseAddrPort("198.51.100.10:988")
 	return map[string]routing.Plan{
-		"iptables": {Mode: routing.ModeIPTables, Binary: "iptables-nft"}, "legacy": {Mode: routing.ModeIPTables, Binary: "iptables-legacy"},
-		"nftables": {Mode: routing.ModeNFTables}, "loopback": {Mode: routing.ModeLoopback}, "linked": {Mode: routing.ModeLoopback, Link: "gme0"},
-		"ebpf": {Mode: routing.ModeEBPF}, "observe": {Mode: routing.ModeObserve}, "none": {Mode: routing.ModeNone},
-		"none-node": {Mode: routing.ModeNone, Listen: node}, "none-any": {Mode: routing.ModeNone, Listen: netip.AddrPortFrom(netip.IPv4Unspecified(), node.Port())},
+		"iptables": {Mode: routing.ModeIPTables, Binary: "iptables-nft"},
+		"legacy":   {Mode: routing.ModeIPTables, Binary: "iptables-legacy"},
+		"nftables": {Mode: routing.ModeNFTables}, "loopback": {Mode: routing.ModeLoopback},
+		"linked": {Mode: routing.ModeLoopback, Link: "gme0"},
+		"ebpf":   {Mode: routing.ModeEBPF}, "observe": {Mode: routing.ModeObserve}, "none": {Mode: routing.ModeNone},
+		"none-node": {Mode: routing.ModeNone, Listen: node},
+		"none-any":  {Mode: routing.ModeNone, Listen: netip.AddrPortFrom(netip.IPv4Unspecified(), node.Port())},
 	}[column]
 }
 
@@ -140,7 +143,8 @@ func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
 		served:    map[string]bool{},
 	}
 	for name, add := range map[string]func(string) (*netnstest.NS, error){
-		"pod": o.node.AddPod, "routed": o.node.AddRoutedPod, "thief": o.node.AddPod, "victim": o.node.AddPod, "neighbour": o.node.AddNeighbour, "lan": o.node.AddNeighbour,
+		"pod": o.node.AddPod, "routed": o.node.AddRoutedPod, "thief": o.node.AddPod, "victim": o.node.AddPod,
+		"neighbour": o.node.AddNeighbour, "lan": o.node.AddNeighbour,
 	} {
 		var err error
 		if o.spaces[name], err = add(name); err != nil {
@@ -163,14 +167,16 @@ func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
 		}
 		o.pods[name] = p
 	}
-	for _, at := range []string{"169.254.169.254:80", "169.254.169.254:53", "169.254.169.254:443", "[fd20:ce::254]:80", "[fd00:ec2::254]:80", "[fd00:c1::a9fe:a9fe]:80"} {
+	for _, at := range []string{"169.254.169.254:80", "169.254.169.254:53", "169.254.169.254:443", "[fd20:ce::254]:80",
+		"[fd00:ec2::254]:80", "[fd00:c1::a9fe:a9fe]:80"} {
 		o.standIn(o.node.Cloud, at, "cloud")
 	}
 	o.standIn(o.node.NS, o.where("node:kubelet"), "kubelet")
 	o.standIn(o.spaces["routed"], o.where("routed:kubelet"), "pod")
 	o.in(
 		"neighbour",
-		"for a in 169.254.169.254 169.254.169.252 10.244.0.0/16 10.245.0.0/16; do ip route add $a via %[1]s; done; for a in fd20:ce::254 fd20:ce::252; do ip -6 route add $a via %[2]s; done",
+		"for a in 169.254.169.254 169.254.169.252 10.244.0.0/16 10.245.0.0/16; do ip route add $a via %[1]s; done; for a "+
+			"in fd20:ce::254 fd20:ce::252; do ip -6 route add $a via %[2]s; done",
 		o.node.Addr,
 		o.node.Six,
 	)
@@ -253,7 +259,8 @@ func (o *outcomeBed) where(word string) string {
 // in runs shell commands in somebody's network namespace.
 func (o *outcomeBed) in(who, script string, args ...any) {
 	o.t.Helper()
-	if out, err := o.spaces[who].Command(o.t.Context(), "sh", "-ec", fmt.Sprintf(script, args...)).CombinedOutput(); err != nil {
+	if out, err := o.spaces[who].Command(o.t.Context(), "sh", "-ec",
+		fmt.Sprintf(script, args...)).CombinedOutput(); err != nil {
 		o.t.Fatalf("%s: %s: %v: %s", who, script, err, out)
 	}
 }
@@ -273,7 +280,8 @@ func (o *outcomeBed) take(ns *netnstest.NS, link, whose, hardware string) (end f
 			case hardware == "":
 				return address(l, &netlink.Addr{IPNet: netlink.NewIPNet(a.AsSlice())})
 			}
-			return neighbour(&netlink.Neigh{LinkIndex: l.Attrs().Index, IP: a.AsSlice(), State: netlink.NUD_PERMANENT, HardwareAddr: netnstest.Hardware(o.spaces[hardware].Addr)})
+			return neighbour(&netlink.Neigh{LinkIndex: l.Attrs().Index, IP: a.AsSlice(), State: netlink.NUD_PERMANENT,
+				HardwareAddr: netnstest.Hardware(o.spaces[hardware].Addr)})
 		}); err != nil {
 			o.t.Fatalf("%s of %s: %v", a, link, err)
 		}
@@ -354,7 +362,8 @@ func (o *outcomeBed) whole(t *testing.T) {
 			t.Fatal("an address was believed")
 		}
 		for name := range o.served {
-			if !regexp.MustCompile(`"container":"` + o.pods[name].container + `".*"evidence":"cgroup".*"pod":"default/` + name + `"`).
+			if !regexp.MustCompile(`"container":"` + o.pods[name].container + `".*"evidence":"cgroup".*"pod":"default/` + name +
+				`"`).
 				MatchString(log) {
 				return false
 			}
@@ -366,7 +375,9 @@ func (o *outcomeBed) whole(t *testing.T) {
 		if err := statusOf(t, o.dir).Text(&text, time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{fmt.Sprintf("requests so far, %d of them by IPv6", o.six), "169.254.169.252:988 and [fd20:ce::252]:988, ", "mode " + o.plan.Mode + " to 169.254.169.252:988 and [fd20:ce::252]:988"} {
+		for _, want := range []string{fmt.Sprintf("requests so far, %d of them by IPv6", o.six),
+			"169.254.169.252:988 and [fd20:ce::252]:988, ", "mode " + o.plan.Mode +
+				" to 169.254.169.252:988 and [fd20:ce::252]:988"} {
 			if !strings.Contains(text.String(), want) {
 				t.Errorf("status has no %q:\n%s", want, &text)
 			}

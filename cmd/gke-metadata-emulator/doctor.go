@@ -49,7 +49,8 @@ It requests and exchanges one token of one pod of this node, and discards it: no
 			return load()
 		}
 		r := doctor.Run(cmd.Context(), doctor.Options{
-			Load: read, File: configFile(cmd), FlagFile: flagFile, RunDir: runDir(), StatusSocket: statusSocket(), CredentialCopy: credentialCopy(), Version: buildVersion(),
+			Load: read, File: configFile(cmd), FlagFile: flagFile, RunDir: runDir(), StatusSocket: statusSocket(),
+			CredentialCopy: credentialCopy(), Version: buildVersion(),
 			Unit: service.AskUnit,
 			Plan: func(c config.Config, err error) routing.Plan { return planOf(c, err != nil).AsInstalled(cmd.Context()) },
 		})

@@ -267,8 +267,8 @@ func TestHelpOfEveryKey(t *testing.T) {
 	}
 }
 
-// Every flag reaches the configuration: each is given the text of an item that the key cannot take or, where any text
-// will do, its default.
+// Every flag reaches the configuration: each is given the text of an item that the key cannot take
+// or, where any text will do, its default.
 func TestEveryFlagIsRead(t *testing.T) {
 	for _, k := range config.Keys() {
 		var out, errs bytes.Buffer

@@ -16,6 +16,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
@@ -90,7 +91,7 @@ complete. Nothing is changed. With a missing or broken configuration only the gu
 		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
-			if errors.Is(err, routing.ErrMissing) {
+			if errors.Is(err, fault.ErrMissing) {
 				return fmt.Errorf("the rules are not complete:\n%w", err)
 			}
 			return err
@@ -107,7 +108,7 @@ func untilNil(ctx context.Context, wait time.Duration, ask func(context.Context)
 	defer tick.Stop()
 	for {
 		err := ask(ctx)
-		if err == nil || wait <= 0 || errors.Is(err, routing.ErrPermission) {
+		if err == nil || wait <= 0 || errors.Is(err, fault.ErrPermission) {
 			return err
 		}
 		select {
@@ -271,7 +272,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Listen6: c.Listen6, Uplinks: c.Routing.Uplinks,
-		Spare:             c.Routing.ExcludeInterfaces,
+		ExcludeInterfaces: c.Routing.ExcludeInterfaces,
 		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force,
 		Closed: closed, RunDir: runDir(),
 	}

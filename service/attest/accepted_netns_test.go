@@ -13,7 +13,8 @@ import (
 // nothing.
 func TestAcceptedSocket(t *testing.T) {
 	for _, listener := range []string{
-		"silent", "greets", "greets, and is not heard out", "ends its half", "greets once", "greets once, and is not heard out",
+		"silent", "greets", "greets, and is not heard out", "ends its half", "greets once",
+		"greets once, and is not heard out",
 		"greets once, and ends its half",
 	} {
 		t.Run(listener, func(t *testing.T) {
@@ -67,7 +68,8 @@ func TestRequestLost(t *testing.T) {
 	b.mustBe(pod, dial, podUID(1), containerIDOf(1))
 	b.in(
 		b.node.NS,
-		"iptables -t raw -A PREROUTING -p tcp -m string --algo bm --string lost -m statistic --mode nth --every 2 --packet 0 -j DROP",
+		"iptables -t raw -A PREROUTING -p tcp -m string --algo bm --string lost -m statistic --mode nth --every 2 "+
+			"--packet 0 -j DROP",
 	)
 	for _, listens := range []bool{false, true} {
 		end := netip.AddrPortFrom(ns.Addr, map[bool]uint16{false: 41000, true: 41001}[listens])

@@ -54,7 +54,8 @@ func (p *player) play(args []string) (string, error) {
 		return p.spoof(args[1], args[2], args[3], true)
 	case "try": // own end, address: sends a SYN and does not wait
 		return p.spoof(args[1], args[2], args[3], false)
-	// protocol and port id of a netlink socket, cgroup id, both ends: sends it an answer of our own to many questions to come
+	// protocol and port id of a netlink socket, cgroup id, both ends: sends it an answer of our own to
+	// many questions to come
 	case "forge":
 		return p.forge(args[1:])
 	case "bound": // device address: a socket that is bound to an interface
@@ -117,7 +118,9 @@ func (p *player) play(args []string) (string, error) {
 	case "say": // text: on the socket that was made last by spoof
 		_, err := unix.Write(p.raw[len(p.raw)-1], []byte(args[1]))
 		return "", err
-	case "enter": // path: this process goes into the network namespace, as a runtime's does before it becomes the container's
+	// path: this process goes into the network namespace, as a runtime's does before it becomes the
+	// container's
+	case "enter":
 		nsenter, err := exec.LookPath("nsenter")
 		if err != nil {
 			return "", err

@@ -53,19 +53,28 @@ func TestParseSocket(t *testing.T) {
 		fails     bool
 		want      socketFound
 	}{
-		"the socket":                            {answer: good, local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 42}},
-		"A-09: of AF_INET6, speaking IPv4":      {answer: mapped, local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 42}},
-		"A-08: a listener on the same port":     {answer: forgedAnswer(7, 10, 42, clientEnd, netip.MustParseAddrPort("0.0.0.0:0")), local: clientEnd, known: true},
-		"A-08: another address of its own":      {answer: good, local: netip.MustParseAddrPort("10.244.0.3:40000"), known: true},
-		"A-08: another port of its own":         {answer: good, local: netip.MustParseAddrPort("10.244.0.2:40001"), known: true},
-		"another family":                        {answer: good, local: six, known: true},
-		"an answer to another question":         {answer: change(8, 8), local: clientEnd},
-		"cut off":                               {answer: good[:20], local: clientEnd},
-		"too short for what it says it is":      {answer: append([]byte{headerLen + 8, 0, 0, 0}, good[4:headerLen+8]...), local: clientEnd, known: true, fails: true},
-		"A-13: no cgroup in a socket that ends": {answer: append([]byte{headerLen + diagAnswerLen, 0, 0, 0}, forgedAnswer(7, 6, 0, clientEnd, serverEnd)[4:headerLen+diagAnswerLen]...), local: clientEnd, ok: true, known: true, want: socketFound{state: 6, cgroup: 0}},
-		"an attribute that is longer than all":  {answer: change(headerLen+diagAnswerLen, 200), local: clientEnd, ok: true, known: true, want: socketFound{state: 1, cgroup: 0}},
-		"none":                                  {answer: netlinkError(7, unix.ENOENT), local: clientEnd, known: true},
-		"another error":                         {answer: netlinkError(7, unix.EPERM), local: clientEnd, known: true, fails: true},
+		"the socket": {answer: good, local: clientEnd, ok: true, known: true,
+			want: socketFound{state: 1, cgroup: 42}},
+		"A-09: of AF_INET6, speaking IPv4": {answer: mapped, local: clientEnd, ok: true, known: true,
+			want: socketFound{state: 1, cgroup: 42}},
+		"A-08: a listener on the same port": {answer: forgedAnswer(7, 10, 42, clientEnd,
+			netip.MustParseAddrPort("0.0.0.0:0")), local: clientEnd, known: true},
+		"A-08: another address of its own": {answer: good, local: netip.MustParseAddrPort("10.244.0.3:40000"),
+			known: true},
+		"A-08: another port of its own": {answer: good, local: netip.MustParseAddrPort("10.244.0.2:40001"),
+			known: true},
+		"another family":                {answer: good, local: six, known: true},
+		"an answer to another question": {answer: change(8, 8), local: clientEnd},
+		"cut off":                       {answer: good[:20], local: clientEnd},
+		"too short for what it says it is": {answer: append([]byte{headerLen + 8, 0, 0, 0}, good[4:headerLen+8]...),
+			local: clientEnd, known: true, fails: true},
+		"A-13: no cgroup in a socket that ends": {answer: append([]byte{headerLen + diagAnswerLen, 0, 0, 0},
+			forgedAnswer(7, 6, 0, clientEnd, serverEnd)[4:headerLen+diagAnswerLen]...), local: clientEnd, ok: true, known: true,
+			want: socketFound{state: 6, cgroup: 0}},
+		"an attribute that is longer than all": {answer: change(headerLen+diagAnswerLen, 200), local: clientEnd, ok: true,
+			known: true, want: socketFound{state: 1, cgroup: 0}},
+		"none":          {answer: netlinkError(7, unix.ENOENT), local: clientEnd, known: true},
+		"another error": {answer: netlinkError(7, unix.EPERM), local: clientEnd, known: true, fails: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f, ok, known, err := parseSocket(tt.answer, 7, tt.local, serverEnd)
@@ -139,18 +148,21 @@ func TestOpened(t *testing.T) {
 		f                 socketFound
 		opened, undecided bool
 	}{
-		"an old kernel":                    {socketFound{state: 1}, true, false},
-		"connected":                        {socketFound{state: 1, counted: true, acked: 1}, true, false},
-		"connected, and asked":             {socketFound{state: 1, counted: true, sent: 9, acked: 10}, true, false},
-		"connected, the request under way": {socketFound{state: 1, counted: true, sent: 9, acked: 1, unacked: 1}, false, true},
-		"connected, the request dropped":   {socketFound{state: 1, counted: true, sent: 9, acked: 1}, false, true},
-		"connected, and ended its half":    {socketFound{state: 5, counted: true, sent: 9, acked: 11}, true, false},
-		"connected, its end under way":     {socketFound{state: 4, counted: true, sent: 9, acked: 10, unacked: 1}, false, true},
+		"an old kernel":        {socketFound{state: 1}, true, false},
+		"connected":            {socketFound{state: 1, counted: true, acked: 1}, true, false},
+		"connected, and asked": {socketFound{state: 1, counted: true, sent: 9, acked: 10}, true, false},
+		"connected, the request under way": {socketFound{state: 1, counted: true, sent: 9, acked: 1, unacked: 1}, false,
+			true},
+		"connected, the request dropped": {socketFound{state: 1, counted: true, sent: 9, acked: 1}, false, true},
+		"connected, and ended its half":  {socketFound{state: 5, counted: true, sent: 9, acked: 11}, true, false},
+		"connected, its end under way": {socketFound{state: 4, counted: true, sent: 9, acked: 10, unacked: 1}, false,
+			true},
 		"accepted":                         {socketFound{state: 1, counted: true}, false, false},
 		"accepted, its greeting under way": {socketFound{state: 1, counted: true, sent: 9, unacked: 1}, false, false},
 		"accepted, and greeted":            {socketFound{state: 1, counted: true, sent: 9, acked: 9}, false, true},
-		"accepted, half of it under way":   {socketFound{state: 1, counted: true, sent: 9, acked: 5, unacked: 1}, false, true},
-		"accepted, and ended its half":     {socketFound{state: 5, counted: true, sent: 9, acked: 10}, false, true},
+		"accepted, half of it under way": {socketFound{state: 1, counted: true, sent: 9, acked: 5, unacked: 1}, false,
+			true},
+		"accepted, and ended its half": {socketFound{state: 5, counted: true, sent: 9, acked: 10}, false, true},
 	} {
 		if opened, undecided := tt.f.opened(), tt.f.undecided(); opened != tt.opened || undecided != tt.undecided {
 			t.Errorf("%s: opened = %v, undecided = %v", name, opened, undecided)

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
@@ -32,7 +32,7 @@ func (a attested) proven() bool {
 
 // attest asks for the project's ID, which is no secret, in a connection of its own. Once more where
 // it fails: a namespace that is new may take the helper longer than the service waits for it.
-func (t *trial) attest(ctx context.Context, pod *routing.PodProbe, at netip.AddrPort, inhabited error) {
+func (t *trial) attest(ctx context.Context, pod *probe.Pod, at netip.AddrPort, inhabited error) {
 	if !t.ours {
 		return // connection says why
 	}
@@ -46,7 +46,7 @@ func (t *trial) attest(ctx context.Context, pod *routing.PodProbe, at netip.Addr
 	}
 }
 
-func askProject(ctx context.Context, pod *routing.PodProbe, at netip.AddrPort) attested {
+func askProject(ctx context.Context, pod *probe.Pod, at netip.AddrPort) attested {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	client := http.Client{Transport: &http.Transport{DialContext: pod.Dial, DisableKeepAlives: true}}

@@ -18,6 +18,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
@@ -225,7 +226,7 @@ func askRoot(ctx context.Context, at netip.AddrPort, timeout time.Duration,
 // tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has
 // the connections attested.
 func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool) (t, t6 trial) {
-	pod, err := routing.NewPodProbe()
+	pod, err := probe.NewPod()
 	if err != nil {
 		return trial{impossible: err}, trial{impossible: err}
 	}
@@ -267,9 +268,9 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 		}
 	}
 	if len(names) == 0 {
-		return trial{impossible: routing.ErrNoPod}
+		return trial{impossible: probe.ErrNoPod}
 	}
-	pod, err := routing.JoinPod(slices.Collect(maps.Keys(names)))
+	pod, err := probe.JoinPod(slices.Collect(maps.Keys(names)))
 	if err != nil {
 		return trial{impossible: err}
 	}
@@ -281,7 +282,7 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 
 // tryConnection connects from that address of the pod's. What fails is done once more while it is
 // looked at who drops it.
-func tryConnection(ctx context.Context, pod *routing.PodProbe, from netip.Addr, at netip.AddrPort) (t trial) {
+func tryConnection(ctx context.Context, pod *probe.Pod, from netip.Addr, at netip.AddrPort) (t trial) {
 	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
 	const timeout = 3 * time.Second // a client's
 	if t.answered = askRoot(ctx, at, timeout, pod.Dial); t.err != nil {
@@ -295,7 +296,7 @@ func tryConnection(ctx context.Context, pod *routing.PodProbe, from netip.Addr, 
 func tryDirectly(ctx context.Context, at netip.AddrPort,
 	dial func(ctx context.Context, network, address string) (net.Conn, error)) (t trial) {
 	if t.answered = askRoot(ctx, at, 2*time.Second, dial); t.err != nil {
-		t.dropped, t.traceErr = routing.DroppedHere(ctx, at.Addr(),
+		t.dropped, t.traceErr = probe.DroppedHere(ctx, at.Addr(),
 			func() { t.answered = askRoot(ctx, at, time.Second, dial) })
 	}
 	return t

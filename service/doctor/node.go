@@ -233,8 +233,8 @@ func uplinksCheck(r *nodeReport) Finding {
 		names = append(names, fmt.Sprintf("%s (%s)", u.Name, u.Why))
 	}
 	text := "not pods' are " + strings.Join(names, ", ")
-	if len(r.plan.Spare) > 0 {
-		text += "; left alone: " + strings.Join(r.plan.Spare, ", ")
+	if len(r.plan.ExcludeInterfaces) > 0 {
+		text += "; left alone: " + strings.Join(r.plan.ExcludeInterfaces, ", ")
 	}
 	switch {
 	case len(names) == 0:

@@ -15,6 +15,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
@@ -108,10 +110,10 @@ var sickNodes = []sickNode{
 	{"rules", func(r *nodeReport) { r.node.Rules = unix.EPERM; r.state.Standing = routing.Standing{} }, Skip, "as root",
 		""},
 	{"rules", func(r *nodeReport) {
-		r.node.Rules = routing.ErrPermission
+		r.node.Rules = fault.ErrPermission
 		r.state.Standing = routing.Standing{Time: r.now.Add(-time.Minute), Faults: []string{"missing: a"}}
 	}, Fail, "1m0s before: missing: a", installRules},
-	{"rules", func(r *nodeReport) { r.node.Rules = routing.ErrPermission }, OK, "all stood 20s ago", ""},
+	{"rules", func(r *nodeReport) { r.node.Rules = fault.ErrPermission }, OK, "all stood 20s ago", ""},
 	{"rules", func(r *nodeReport) { r.state.Reason = "it fits" }, OK, "auto: it fits", ""},
 
 	{"rules", observing, OK, "nothing is redirected", ""},
@@ -140,7 +142,7 @@ var sickNodes = []sickNode{
 	{"uplinks", func(r *nodeReport) { r.node.Uplinks = nil }, Warn, "none was found", "routing.uplinks"},
 	{"uplinks", func(r *nodeReport) { r.node.Remarks = []string{"bridge br0 has both"} }, Warn, "bridge br0 has both",
 		"routing.uplinks"},
-	{"uplinks", func(r *nodeReport) { r.plan.Spare = []string{"docker0"} }, OK, "left alone: docker0", ""},
+	{"uplinks", func(r *nodeReport) { r.plan.ExcludeInterfaces = []string{"docker0"} }, OK, "left alone: docker0", ""},
 
 	{"network", func(r *nodeReport) { r.node.Facts.Cilium, r.node.Facts.CiliumHost = true, &yes }, Fail,
 		"mode iptables does not fit: Cilium routes", "bpf.hostLegacyRouting=true of Cilium"},
@@ -235,13 +237,13 @@ var sickNodes = []sickNode{
 	{"connection", func(r *nodeReport) {
 		r.trial.answered, r.state.Desired = answered{status: 200}, routing.Removed
 	}, Fail, "without a name (status 200) answered", installRules},
-	{"connection", func(r *nodeReport) { r.trial = trial{impossible: routing.ErrPermission}; r.root = false }, Skip,
+	{"connection", func(r *nodeReport) { r.trial = trial{impossible: fault.ErrPermission}; r.root = false }, Skip,
 		"as root", ""},
 	{"connection", func(r *nodeReport) { r.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists",
 		"another doctor"},
 	{"connection", func(r *nodeReport) { r.plan.Mode = routing.ModeNone }, OK,
 		"at 169.254.169.252:988 as GCE_METADATA_HOST says: answered", ""},
-	{"connection", func(r *nodeReport) { r.podTrial = trial{impossible: routing.ErrNoPod} }, OK,
+	{"connection", func(r *nodeReport) { r.podTrial = trial{impossible: probe.ErrNoPod} }, OK,
 		"rules for pods' own addresses and interfaces were not met: no process runs", ""},
 	{"connection", func(r *nodeReport) { r.podTrial.answered = answered{err: context.DeadlineExceeded} }, Fail,
 		"from pod ns/p, 10.244.0.2: no answer, while from a throw-away namespace", "names pods' addresses"},
@@ -290,7 +292,7 @@ var sickNodes = []sickNode{
 		Warn, "no IPv6 here", "default.disable_ipv6"},
 	{"connection6", func(r *nodeReport) {
 		dualStack(r)
-		r.trial = trial{impossible: routing.ErrPermission}
+		r.trial = trial{impossible: fault.ErrPermission}
 		r.trial6, r.root = r.trial, false
 	}, Skip, "as root", ""},
 	{"connection6", func(r *nodeReport) { dualStack(r); r.node.IPv6 = false }, Skip,

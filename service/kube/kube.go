@@ -92,8 +92,9 @@ func New(o Options) *Cluster {
 		o.Log = quiet()
 	}
 	c := &Cluster{
-		kubeconfig: o.Kubeconfig, copied: o.Copied, nodeName: o.NodeName, audience: o.Audience, userAgent: o.UserAgent, places: o.Places,
-		poll: o.Poll, refresh: refreshEvery, watchAgain: watchAgain, backoff: relist(),
+		kubeconfig: o.Kubeconfig, copied: o.Copied, nodeName: o.NodeName, audience: o.Audience, userAgent: o.UserAgent,
+		places: o.Places,
+		poll:   o.Poll, refresh: refreshEvery, watchAgain: watchAgain, backoff: relist(),
 		log: o.Log, codec: newCodec(), kick: make(chan struct{}, 1),
 		state: state{since: time.Now(), grants: map[string]*Grant{}},
 	}

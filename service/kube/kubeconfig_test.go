@@ -275,7 +275,8 @@ func TestNodeName(t *testing.T) {
 			return errors.As(err, &f) && strings.Contains(err.Error(), "set nodeName to the node of this credential") &&
 				f.Manifest() == ""
 		})
-		if n := strings.Count(b.logs.String(), `nodeName is \"node7\", but the credential belongs to node \"node1\"`); n != 1 {
+		if n := strings.Count(b.logs.String(),
+			`nodeName is \"node7\", but the credential belongs to node \"node1\"`); n != 1 {
 			t.Errorf("%d lines", n)
 		}
 		if st := b.Status(); st.NodeName != "node7" || !strings.Contains(st.NodeNameProblem, "node1") {

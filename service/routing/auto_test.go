@@ -7,7 +7,7 @@ import (
 )
 
 func TestAuto(t *testing.T) {
-	p := Plan{Mode: ModeAuto, Listen: bedPlan("", "").Listen, RunDir: t.TempDir()}
+	p := Plan{Mode: ModeAuto, Listen: testPlan("", "").Listen, RunDir: t.TempDir()}
 	if got := p.fit(Facts{IPTables: "1.8.9", Backend: "nf_tables"}); got.Mode != ModeIPTables ||
 		!strings.HasPrefix(got.Reason, "iptables 1.8.9 (nf_tables) sees") {
 		t.Errorf("%s: %s", got.Mode, got.Reason)
@@ -30,10 +30,14 @@ func TestAuto(t *testing.T) {
 	}{
 		{[]string{ModeIPTables}, Facts{NFTables: true}, ModeIPTables, "asks for mode nftables, and this version has none"},
 		{[]string{ModeIPTables, ModeNFTables}, Facts{NFTables: true}, ModeNFTables, "the kernel has nf_tables"},
-		{[]string{ModeIPTables, ModeLoopback, ModeEBPF}, Facts{Denied: true, CgroupV2: true, BPF: true}, ModeEBPF, "eBPF host routing"},
-		{[]string{ModeIPTables, ModeLoopback, ModeEBPF}, Facts{Denied: true}, ModeIPTables, "asks for routing.mode loopback: name it, for the listener to move to 169.254.169.254:80"},
-		{[]string{ModeIPTables, ModeLoopback}, Facts{Denied: true, CgroupV2: true, BPF: true}, ModeIPTables, "name it, for the listener to move to 169.254.169.254:80"},
-		{[]string{ModeIPTables, ModeLoopback}, Facts{Denied: true, CgroupV2: true, BPF: true, Port80: "nginx"}, ModeIPTables, "asks for mode ebpf, and this version has none"},
+		{[]string{ModeIPTables, ModeLoopback, ModeEBPF}, Facts{Denied: true, CgroupV2: true, BPF: true}, ModeEBPF,
+			"eBPF host routing"},
+		{[]string{ModeIPTables, ModeLoopback, ModeEBPF}, Facts{Denied: true}, ModeIPTables,
+			"asks for routing.mode loopback: name it, for the listener to move to 169.254.169.254:80"},
+		{[]string{ModeIPTables, ModeLoopback}, Facts{Denied: true, CgroupV2: true, BPF: true}, ModeIPTables,
+			"name it, for the listener to move to 169.254.169.254:80"},
+		{[]string{ModeIPTables, ModeLoopback}, Facts{Denied: true, CgroupV2: true, BPF: true, Port80: "nginx"}, ModeIPTables,
+			"asks for mode ebpf, and this version has none"},
 	} {
 		modes = c.modes
 		if got := p.fit(c.facts); got.Mode != c.mode || !strings.HasSuffix(got.Reason, c.reason) {
@@ -44,7 +48,8 @@ func TestAuto(t *testing.T) {
 
 	// A mode that serves IPv4 alone says so, and is no Plan that New refuses.
 	p.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
-	for mode, facts := range map[string]Facts{ModeNFTables: {NFTables: true}, ModeEBPF: {Denied: true, CgroupV2: true, BPF: true}} {
+	for mode, facts := range map[string]Facts{ModeNFTables: {NFTables: true},
+		ModeEBPF: {Denied: true, CgroupV2: true, BPF: true}} {
 		got := p.fit(facts)
 		if got.Mode != mode || got.Listen6.IsValid() != got.dnats() ||
 			strings.HasSuffix(got.Reason, "listen6 is not") == got.dnats() {

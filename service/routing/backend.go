@@ -2,8 +2,10 @@ package routing
 
 import (
 	"os/exec"
-	"path/filepath"
-	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
 // backends returns the command to use and, where the choice was ours, the other backend's if it may
@@ -21,15 +23,15 @@ func backends(p Plan) (use, other string) {
 	if _, err := exec.LookPath(use); err != nil {
 		return use, ""
 	}
-	if isLegacy(use) {
+	if xtables.IsLegacy(use) {
 		legacy, other = use, "iptables-nft"
 	}
 	if _, err := exec.LookPath(other); err != nil {
 		return use, ""
 	}
-	if kubelets := kubeletChains(legacy); kubelets[isLegacy(other)] && !kubelets[isLegacy(use)] {
+	if kubelets := kubeletChains(legacy); kubelets[xtables.IsLegacy(other)] && !kubelets[xtables.IsLegacy(use)] {
 		p.Log.WithFields(map[string]any{"command": other, "default": use}).
-			Info("kubelet's iptables rules are in the other backend: using that")
+			Info("routing: kubelet uses the other iptables backend: using that, too")
 		use, other = other, use
 	}
 	return use, other
@@ -40,41 +42,14 @@ func backends(p Plan) (use, other string) {
 func kubeletChains(legacy string) map[bool]bool {
 	found := map[bool]bool{}
 	for _, name := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
-		if yes, err := nftChainExists(ipv4, "mangle", name); err == nil && yes {
+		if yes, err := nft.ChainExists(netobj.IPv4, "mangle", name); err == nil && yes {
 			found[false] = true
 		}
-		if yes, err := legacyTable("mangle", ipv4); err == nil && yes && !found[true] {
-			if x, err := openXtables(legacy, true, ipv4); err == nil {
+		if yes, err := xtables.LegacyTable("mangle", netobj.IPv4); err == nil && yes && !found[true] {
+			if x, err := xtables.Open(legacy, true, netobj.IPv4); err == nil {
 				found[true], _ = x.ChainExists("mangle", name)
 			}
 		}
 	}
 	return found
-}
-
-// isLegacy says which backend a command is of. Its name tells, or that of the program behind its
-// links; else it is asked.
-func isLegacy(command string) bool {
-	for _, name := range []string{filepath.Base(command), program(command)} {
-		switch {
-		case strings.HasSuffix(name, "-legacy"), name == "xtables-legacy-multi":
-			return true
-		case strings.HasSuffix(name, "-nft"), name == "xtables-nft-multi":
-			return false
-		}
-	}
-	out, err := exec.Command(command, "--version").Output()
-	return err == nil && !strings.Contains(string(out), "nf_tables")
-}
-
-// program is the name of the file behind a command's links, "" if it cannot be found.
-func program(command string) string {
-	path, err := exec.LookPath(command)
-	if err == nil {
-		path, err = filepath.EvalSymlinks(path)
-	}
-	if err != nil {
-		return ""
-	}
-	return filepath.Base(path)
 }

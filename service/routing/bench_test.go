@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // serviceRules is a ruleset of kube-proxy's shape with n rules in table nat.
@@ -24,7 +26,8 @@ func serviceRules(n int) string {
 		fmt.Fprintf(
 			&rules,
 			"-A KUBE-SERVICES -d %s/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%08d\n-A KUBE-SVC-%08d -j KUBE-SEP-%08d\n"+
-				"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT --to-destination 10.200.0.1:80\n",
+				"-A KUBE-SEP-%08d -s 10.200.0.1/32 -j MARK --set-xmark 0x4000/0x4000\n-A KUBE-SEP-%08d -p tcp -m tcp -j DNAT "+
+				"--to-destination 10.200.0.1:80\n",
 			ip,
 			i,
 			i,
@@ -36,8 +39,8 @@ func serviceRules(n int) string {
 	return chains.String() + rules.String() + "COMMIT\n"
 }
 
-// addServices puts n rules of kube-proxy's shape on the node, by the bed's backend.
-func (b *bed) addServices(n int) {
+// addServices puts n rules of kube-proxy's shape on the node, by the testNode's backend.
+func (b *testNode) addServices(n int) {
 	b.t.Helper()
 	if n == 0 {
 		return
@@ -62,7 +65,7 @@ func memoryDir(b *testing.B) string {
 // settle waits until the kernel has let go of what was deleted.
 func settle() {
 	done := make(chan struct{})
-	closeLater(func() { close(done) })
+	nft.CloseLater(func() { close(done) })
 	<-done
 }
 
@@ -70,12 +73,12 @@ func settle() {
 func BenchmarkRouter(b *testing.B) {
 	for _, binary := range []string{"iptables-nft", "iptables-legacy", ModeNFTables} {
 		for _, n := range []int{0, 10000} {
-			bed := modeBed(b, binary)
-			bed.addServices(n)
-			bed.plan.RunDir = memoryDir(b)
-			r := bed.router(bed.plan)
+			testNode := modeNode(b, binary)
+			testNode.addServices(n)
+			testNode.plan.RunDir = memoryDir(b)
+			r := testNode.router(testNode.plan)
 			step := func(b *testing.B, f func(context.Context) error) {
-				if err := bed.Do(func() error { return f(context.Background()) }); err != nil {
+				if err := testNode.Do(func() error { return f(context.Background()) }); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -109,7 +112,7 @@ func BenchmarkRouter(b *testing.B) {
 					step(b, r.Remove)
 				}
 			})
-			if err := bed.Close(); err != nil {
+			if err := testNode.Close(); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -129,13 +132,13 @@ func BenchmarkWatch(b *testing.B) {
 				continue // which changes nothing of ours
 			}
 			b.Run(binary+"/"+c.name, func(b *testing.B) {
-				bed := modeBed(b, binary)
-				bed.install(bed.plan)
-				w := bed.watchWith(Watch{burst: 1 << 20}, bed.plan)
+				testNode := modeNode(b, binary)
+				testNode.install(testNode.plan)
+				w := testNode.watchWith(Watch{burst: 1 << 20}, testNode.plan)
 				for b.Loop() {
 					b.StopTimer()
 					before := w.state().Repairs.Total()
-					bed.sh(c.flush)
+					testNode.sh(c.flush)
 					b.StartTimer()
 					w.until("a repair", func() bool { s := w.state(); return s.Repairs.Total() > before && s.Standing.Good })
 				}
@@ -148,8 +151,8 @@ func BenchmarkWatch(b *testing.B) {
 // BenchmarkWatchChurn is the processor time that the watcher takes while a thousand interfaces come
 // and go, as those of pods do.
 func BenchmarkWatchChurn(b *testing.B) {
-	bed := newBed(b, "iptables-nft")
-	bed.install(bed.plan)
+	testNode := newTestNode(b, "iptables-nft")
+	testNode.install(testNode.plan)
 	var comes, goes strings.Builder
 	for i := range 500 {
 		fmt.Fprintf(&comes, "link add churn%d type veth peer name nruhc%d\n", i, i)
@@ -157,13 +160,13 @@ func BenchmarkWatchChurn(b *testing.B) {
 	}
 	var took, used time.Duration
 	for b.Loop() {
-		watcher := bed.play("watch", filepath.Join(bed.plan.RunDir, bed.plan.Binary), bed.self())
+		watcher := testNode.play("watch", filepath.Join(testNode.plan.RunDir, testNode.plan.Binary), testNode.self())
 		if err := watcher.Start(); err != nil {
 			b.Fatal(err)
 		}
 		start := time.Now()
 		for _, batch := range []string{comes.String(), goes.String()} {
-			ip := bed.Command(context.Background(), "ip", "-batch", "-")
+			ip := testNode.Command(context.Background(), "ip", "-batch", "-")
 			ip.Stdin = strings.NewReader(batch)
 			if out, err := ip.CombinedOutput(); err != nil {
 				b.Fatalf("%v: %s", err, out)
@@ -191,28 +194,28 @@ func BenchmarkConnect(b *testing.B) {
 			turns := map[string]func() float64{} // each gives nanoseconds for a connection
 			for _, name := range names {
 				to := metadataServer.String()
-				var bed *bed
+				var testNode *testNode
 				var pod func() *exec.Cmd
 				switch name {
 				case "direct":
-					bed, to = newBed(b, "iptables-nft"), "10.244.0.1:80"
-					bed.serve(bed.NS, to, emulator)
+					testNode, to = newTestNode(b, "iptables-nft"), "10.244.0.1:80"
+					testNode.serve(testNode.NS, to, emulator)
 				case ModeEBPF: // which knows pods by their cgroup, too
-					in := ebpfBed(b)
-					bed = in.bed
-					pod = func() *exec.Cmd { return in.in(podCgroup, bed.pod.Command(b.Context(), bed.self())) }
+					in := ebpfNode(b)
+					testNode = in.testNode
+					pod = func() *exec.Cmd { return in.in(podCgroup, testNode.pod.Command(b.Context(), testNode.self())) }
 				default:
-					bed = modeBed(b, name)
+					testNode = modeNode(b, name)
 				}
 				if pod == nil {
-					pod = func() *exec.Cmd { return bed.pod.Command(b.Context(), bed.self()) }
+					pod = func() *exec.Cmd { return testNode.pod.Command(b.Context(), testNode.self()) }
 				}
 				if name != "direct" {
-					bed.addServices(n)
-					bed.install(bed.plan)
+					testNode.addServices(n)
+					testNode.install(testNode.plan)
 				}
 				if name == ModeNone {
-					to = bed.plan.Listen.String()
+					to = testNode.plan.Listen.String()
 				}
 				turns[name] = func() float64 {
 					cmd := pod()

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // connectUntil connects and hangs up, until stop says so; with pauses, since what conntrack knows
@@ -43,7 +45,7 @@ func TestChangeLosesNoConnect(t *testing.T) {
 	t.Parallel()
 	for _, from := range []string{"iptables-nft", ModeNFTables} {
 		t.Run(from, func(t *testing.T) {
-			b := modeBed(t, ModeLoopback)
+			b := modeNode(t, ModeLoopback)
 			loopback, dnat := b.plan, b.plan
 			dnat.Mode, dnat.Listen = ModeNFTables, netip.MustParseAddrPort("169.254.169.252:988")
 			if from != ModeNFTables {
@@ -58,7 +60,8 @@ func TestChangeLosesNoConnect(t *testing.T) {
 				return string(out)
 			}
 			lan(
-				`nft 'table ip lan { chain lan { type filter hook prerouting priority raw; ip daddr 169.254.169.252 tcp flags & (syn | ack) == syn counter; }; }'`,
+				`nft 'table ip lan { chain lan { type filter hook prerouting priority raw; ip daddr 169.254.169.252 tcp flags & ` +
+					`(syn | ack) == syn counter; }; }'`,
 			)
 			b.install(dnat)
 			var stop atomic.Bool
@@ -102,16 +105,17 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{ModeNFTables, ModeLoopback, "linked"} {
 		t.Run(mode, func(t *testing.T) {
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			b.install(b.plan)
 			var told *nl.NetlinkSocket
 			var before uint32
 			if err := b.Do(func() (err error) {
 				if told, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
-					unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE); err != nil { // of links and IPv6 the kernel tells later, by itself
+					// of links and IPv6 the kernel tells later, by itself
+					unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE); err != nil {
 					return err
 				}
-				before, err = generation()
+				before, err = nft.Generation()
 				return err
 			}); err != nil {
 				t.Fatal(err)
@@ -139,7 +143,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 				t.Errorf("the kernel told of a change (%v): %x", err, message[:max(n, 0)])
 			}
 			if err := b.Do(func() error {
-				after, err := generation()
+				after, err := nft.Generation()
 				if after != before {
 					t.Errorf("nf_tables was changed %d times", after-before)
 				}
@@ -155,7 +159,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 // before: else redirection of the mode of before would go on, to an address that is gone.
 func TestChangeThatWasKilled(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	loopback, dnat := b.plan, b.plan
 	dnat.Mode, dnat.Listen, dnat.Binary = ModeIPTables, netip.MustParseAddrPort("169.254.169.252:988"), "iptables-nft"
 	before := b.ruleset()
@@ -182,7 +186,7 @@ func TestChangeThatWasKilled(t *testing.T) {
 // fails by what a router says. Install heals that, whoever left it.
 func TestInstallForgetsRedirections(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.install(b.plan)
 	connect := func() error {
 		t.Helper()
@@ -206,7 +210,8 @@ func TestInstallForgetsRedirections(t *testing.T) {
 	}
 	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 	b.sh(
-		`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.252:988; }; }'`,
+		`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp ` +
+			`dport 80 dnat to 169.254.169.252:988; }; }'`,
 	)
 	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
 		t.Fatalf("redirected to nobody: %v", err)
@@ -226,7 +231,7 @@ func TestInstallForgetsRedirections(t *testing.T) {
 // port, by which no client is found (A-01).
 func TestInstallForgetsWhatIsOver(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	dnat := b.plan
 	dnat.Mode = ModeNFTables
 	redirections := func() (n int) {
@@ -234,7 +239,7 @@ func TestInstallForgetsWhatIsOver(t *testing.T) {
 		if err := b.Do(func() error {
 			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 			for _, f := range flows {
-				if (served{redirectTarget: b.plan.target(nodeFacts{}, ipv4), redirected: true}).MatchConntrackFlow(f) {
+				if (served{redirectTarget: b.plan.target(nodeFacts{}, netobj.IPv4), redirected: true}).MatchConntrackFlow(f) {
 					n++
 				}
 			}

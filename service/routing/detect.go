@@ -50,7 +50,8 @@ var picks = []struct {
 	{func(f Facts) bool { return f.Cilium && f.CiliumHost != nil && *f.CiliumHost }, withoutNetfilter,
 		"Cilium routes pods' packets by BPF, past the node's netfilter (mode loopback wants routing.link there)"},
 	{func(f Facts) bool { return f.Cilium && f.CiliumHost == nil }, withoutNetfilter,
-		"this is Cilium, and whether it routes by BPF, past the node's netfilter, cannot be told (mode loopback wants routing.link there)"},
+		"this is Cilium, and whether it routes by BPF, past the node's netfilter, cannot be told (mode loopback wants " +
+			"routing.link there)"},
 	{func(f Facts) bool { return f.CalicoBPF }, withoutNetfilter,
 		"Calico's eBPF mode translates addresses before the node's netfilter does"},
 	{func(f Facts) bool { return f.IPTables == "" && f.NFTables }, ModeNFTables,

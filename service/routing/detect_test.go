@@ -52,7 +52,8 @@ func TestDetect(t *testing.T) {
 // to give way to it.
 func TestDetectByTheServer(t *testing.T) {
 	f := Facts{IPTables: "1.8.9", Backend: "nf_tables"}
-	for server, want := range map[string]string{"GKE Metadata Server": ModeNone, "Metadata Server for VM": ModeIPTables, "EC2ws": ModeIPTables, "": ModeIPTables} {
+	for server, want := range map[string]string{"GKE Metadata Server": ModeNone, "Metadata Server for VM": ModeIPTables,
+		"EC2ws": ModeIPTables, "": ModeIPTables} {
 		f.Server = server
 		if mode, reason := Detect(f); mode != want {
 			t.Errorf("%q: %s (%s), want %s", server, mode, reason, want)
@@ -79,7 +80,8 @@ func TestFactsOfNonsense(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(root, "etc/cni/net.d"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for name, text := range map[string]string{"etc/cni/net.d/00-x.conf": "{", "etc/cni/net.d/01-y.conf": `{"type":"bridge"}`} {
+	for name, text := range map[string]string{"etc/cni/net.d/00-x.conf": "{",
+		"etc/cni/net.d/01-y.conf": `{"type":"bridge"}`} {
 		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -16,12 +16,15 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
-// ebpfBed is a bed of mode ebpf.
-func ebpfBed(t testing.TB) *bpfBed {
+// ebpfNode is a testNode of mode ebpf.
+func ebpfNode(t testing.TB) *bpfNode {
 	t.Helper()
-	b := newBPFBed(t, nftBed(t))
+	b := newBPFNode(t, nftNode(t))
 	b.plan.Mode, b.plan.BPFDir, b.plan.CgroupRoot = ModeEBPF, filepath.Join(b.bpffs, "gme"), b.cgroups
 	return b
 }
@@ -29,7 +32,7 @@ func ebpfBed(t testing.TB) *bpfBed {
 // TestEBPFStory is TestStory in mode ebpf.
 func TestEBPFStory(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	routed, err := b.AddRoutedPod("routed")
 	if err != nil {
 		t.Fatal(err)
@@ -60,17 +63,19 @@ func TestEBPFStory(t *testing.T) {
 		harm func()
 		want []string
 	}{
-		{"the doors", func() {
+		{"the chains", func() {
 			b.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator raw")
 		}, []string{
-			`input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`, `raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
+			`input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
+			`raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
 		}},
 		{"a program by force", func() { b.detach(t, "connect6") }, []string{"eBPF program connect6 at " + b.cgroups + ": "}},
 		{"all programs", func() {
 			b.must(os.RemoveAll(b.plan.BPFDir))
 			b.detached(t)
 		}, []string{"program getpeername4 at ", "program getpeername6 at ", "program connect4 at ", "program connect6 at "}},
-		{"the guard", func() { b.sh("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") }, []string{"ip rule: pref 97", "ip address: 169.254.169.252"}},
+		{"the guard", func() { b.sh("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") },
+			[]string{"ip rule: pref 97", "ip address: 169.254.169.252"}},
 	} {
 		c.harm()
 		found := faults(t, b.check(b.plan))
@@ -98,7 +103,7 @@ func TestEBPFStory(t *testing.T) {
 // host's (R-06). Kubelet may make its cgroup later, and anew.
 func TestEBPFHostPods(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	b.plan.InterceptHostPods = "on"
 	b.install(b.plan)
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
@@ -131,11 +136,12 @@ func TestChangeOfMode(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{ModeIPTables, ModeNFTables} {
 		t.Run(mode, func(t *testing.T) {
-			b := ebpfBed(t)
+			b := ebpfNode(t)
 			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and
 			// translates nothing that it has begun to.
 			b.sh(
-				"nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'",
+				"nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add " +
+					"rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'",
 			)
 			before := b.ruleset() + b.attachedText(t)
 			programs, dnat := b.plan, b.plan
@@ -163,7 +169,7 @@ func TestChangeOfMode(t *testing.T) {
 }
 
 // detach detaches one of our programs by force, as `bpftool link detach` does.
-func (b *bpfBed) detach(t *testing.T, name string) {
+func (b *bpfNode) detach(t *testing.T, name string) {
 	t.Helper()
 	l, err := link.LoadPinnedLink(filepath.Join(b.plan.BPFDir, ModeEBPF, name+"_link"), nil)
 	if err == nil {
@@ -176,12 +182,12 @@ func (b *bpfBed) detach(t *testing.T, name string) {
 
 // detached waits until no program of ours is attached: the kernel takes its time for those of which
 // the last pin went.
-func (b *bpfBed) detached(t *testing.T) {
+func (b *bpfNode) detached(t *testing.T) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(long); ; <-tick.C {
-		all, err := b.pins().attached(redirectHooks...)
+		all, err := b.pins().Attached(bpf.RedirectHooks...)
 		if err != nil || time.Now().After(deadline) {
 			t.Fatalf("still attached: %v, %v", all, err)
 		}
@@ -192,9 +198,11 @@ func (b *bpfBed) detached(t *testing.T) {
 }
 
 // viaNode has the neighbour route both addresses through the node.
-func (b *bpfBed) viaNode(t *testing.T) {
+func (b *bpfNode) viaNode(t *testing.T) {
 	t.Helper()
-	if out, err := b.neighbour.Command(t.Context(), "sh", "-ec", "for a in 169.254.169.254 169.254.169.252; do ip route add $a/32 via "+b.Addr.String()+"; done").CombinedOutput(); err != nil {
+	if out, err := b.neighbour.Command(t.Context(), "sh", "-ec",
+		"for a in 169.254.169.254 169.254.169.252; do ip route add $a/32 via "+b.Addr.String()+
+			"; done").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 }
@@ -203,7 +211,7 @@ func (b *bpfBed) viaNode(t *testing.T) {
 // flush of the guard; and another's program that comes or goes is nobody's business.
 func TestEBPFWatch(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	for _, c := range []struct {
@@ -211,9 +219,9 @@ func TestEBPFWatch(t *testing.T) {
 		harm         func()
 		layer, cause string
 	}{
-		{"detached by force", func() { b.detach(t, "connect4") }, layerEBPF, "ebpf"},
-		{"all pins", func() { b.must(os.RemoveAll(b.plan.BPFDir)) }, layerEBPF, "ebpf"},
-		{"the doors", func() { b.sh("nft delete table ip gke-metadata-emulator") }, layerNFTables, ""},
+		{"detached by force", func() { b.detach(t, "connect4") }, fault.EBPF, "ebpf"},
+		{"all pins", func() { b.must(os.RemoveAll(b.plan.BPFDir)) }, fault.EBPF, "ebpf"},
+		{"the chains", func() { b.sh("nft delete table ip gke-metadata-emulator") }, fault.NFTables, ""},
 	} {
 		was := w.state().Repairs.Total()
 		c.harm()
@@ -237,7 +245,7 @@ func TestEBPFWatch(t *testing.T) {
 	b.remove(b.plan)
 }
 
-func (b *bpfBed) must(err error) {
+func (b *bpfNode) must(err error) {
 	b.t.Helper()
 	if err != nil {
 		b.t.Fatal(err)
@@ -248,7 +256,7 @@ func (b *bpfBed) must(err error) {
 // and so its client's socket is found.
 func TestPortsAfterAnotherMode(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // a network plugin's: conntrack translates
 	none := b.plan
 	none.Mode = ModeNone

@@ -11,6 +11,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -18,11 +20,11 @@ import (
 // host.
 func TestRewriting(t *testing.T) {
 	t.Parallel()
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
-	r.hostPods, r.spared = true, []uint64{cgroupID(b.cgroups + "/system.slice")}
-	if err := p.install(r); err != nil {
+	r.HostPods, r.Spared = true, []uint64{bpf.CgroupID(b.cgroups + "/system.slice")}
+	if err := p.Install(r); err != nil {
 		t.Fatal(err)
 	}
 	const real, other = "169.254.169.254:80", "169.254.169.252:988"
@@ -48,8 +50,8 @@ func TestRewriting(t *testing.T) {
 	}
 	b.answersIn(podCgroup, b.NS, real, emulator)
 	b.answersIn("system.slice", b.NS, real, cloud)
-	r.hostPods = false
-	if err := p.install(r); err != nil {
+	r.HostPods = false
+	if err := p.Install(r); err != nil {
 		t.Fatal(err)
 	}
 	b.answersIn(podCgroup, b.NS, real, cloud)
@@ -60,17 +62,17 @@ func TestRewriting(t *testing.T) {
 // without a trace.
 func TestPins(t *testing.T) {
 	t.Parallel()
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
 	foreign := b.attachForeign(t)
 	before := b.attachedText(t)
 	install := func() {
 		t.Helper()
-		if err := p.install(r); err != nil {
+		if err := p.Install(r); err != nil {
 			t.Fatal(err)
 		}
-		if errs := p.check(r); len(errs) > 0 {
+		if errs := p.Check(r); len(errs) > 0 {
 			t.Error(errs)
 		}
 		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
@@ -80,36 +82,39 @@ func TestPins(t *testing.T) {
 	if !strings.Contains(first, fmt.Sprintf("connect4 [%d ", foreign)) {
 		t.Errorf("another's program is not where it was: %s", first)
 	}
-	if got := p.order(); got != "connect4 2 of 2" {
+	if got := p.Order(); got != "connect4 2 of 2" {
 		t.Errorf("order: %q", got)
 	}
 	install()
 	b.same("second install", b.attachedText(t), first)
 
-	connect4 := observeHooks[0]
+	connect4 := bpf.ObserveHooks[0]
 	for _, c := range []struct {
 		name string
 		harm func() error
 		want string
 	}{
 		{"detached by force", func() error {
-			l, err := link.LoadPinnedLink(p.link(connect4), nil)
+			l, err := link.LoadPinnedLink(p.LinkPath(connect4), nil)
 			if err != nil {
 				return err
 			}
 			return errors.Join(l.Detach(), l.Close())
 		}, "connect4 at " + b.cgroups + ": "},
-		{"link's pin removed", func() error { return os.Remove(p.link(connect4)) }, "connect4 at " + b.cgroups + ", pinned as " + p.link(connect4)},
-		{"program's pin removed", func() error { return os.Remove(p.program(connect4)) }, "connect4: its pin " + p.program(connect4)},
-		{"everything removed", func() error { return os.RemoveAll(p.dir) }, "connect4 at " + b.cgroups + ", pinned as "},
+		{"link's pin removed", func() error { return os.Remove(p.LinkPath(connect4)) }, "connect4 at " + b.cgroups +
+			", pinned as " + p.LinkPath(connect4)},
+		{"program's pin removed", func() error { return os.Remove(p.ProgramPath(connect4)) }, "connect4: its pin " +
+			p.ProgramPath(connect4)},
+		{"everything removed", func() error { return os.RemoveAll(p.Dir) }, "connect4 at " + b.cgroups + ", pinned as "},
 		{"an install that broke off", func() error {
-			return errors.Join(os.Rename(p.program(connect4), p.program(connect4)+"_next"), os.Link(p.program(connect4)+"_next", p.program(connect4)))
+			return errors.Join(os.Rename(p.ProgramPath(connect4), p.ProgramPath(connect4)+"_next"),
+				os.Link(p.ProgramPath(connect4)+"_next", p.ProgramPath(connect4)))
 		}, ""},
 	} {
 		if err := c.harm(); err != nil {
 			t.Fatalf("%s: %v", c.name, err)
 		}
-		if got := fmt.Sprint(p.check(r)); !strings.Contains(got, c.want) {
+		if got := fmt.Sprint(p.Check(r)); !strings.Contains(got, c.want) {
 			t.Errorf("%s: %s, want %q in it", c.name, got, c.want)
 		}
 		install()
@@ -119,25 +124,25 @@ func TestPins(t *testing.T) {
 	b.serve(b.NS, "169.254.169.252:1988", emulator)
 	old, end := r, b.load(podCgroup, b.pod)
 	for i := range 100 {
-		r.listen = old.listen
+		r.Listen = old.Listen
 		if i%2 == 0 {
-			r.listen = b.at(1988)
+			r.Listen = b.at(1988)
 		}
-		if err := p.install(r); err != nil {
+		if err := p.Install(r); err != nil {
 			t.Error(err)
 		}
 	}
 	end()
 
-	if err := p.remove(); err != nil {
+	if err := p.Remove(); err != nil {
 		t.Fatal(err)
 	}
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 	b.same("remove", b.attachedText(t), before)
-	if _, err := os.Stat(p.dir); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(p.Dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the directory is left behind: %v", err)
 	}
-	if err := p.remove(); err != nil {
+	if err := p.Remove(); err != nil {
 		t.Errorf("second remove: %v", err)
 	}
 }
@@ -146,18 +151,18 @@ func TestPins(t *testing.T) {
 func TestPinsRefusals(t *testing.T) {
 	t.Parallel()
 	netnstest.Needs(t, "setpriv")
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	p, r := b.pins(), b.rewriting()
 	for _, c := range []struct {
 		name string
-		p    pins
+		p    bpf.Pins
 		want string
 	}{
-		{"cgroup v1", pins{dir: p.dir, hooks: p.hooks}, "use routing mode iptables"},
-		{"no bpf file system", pins{dir: t.TempDir() + "/x/ebpf", root: p.root}, "mount -t bpf"},
-		{"none at all", pins{dir: t.TempDir() + "/x/y/ebpf", root: p.root}, "mount -t bpf"},
+		{"cgroup v1", bpf.Pins{Dir: p.Dir, Hooks: p.Hooks}, "use routing mode iptables"},
+		{"no bpf file system", bpf.Pins{Dir: t.TempDir() + "/x/ebpf", Root: p.Root}, "mount -t bpf"},
+		{"none at all", bpf.Pins{Dir: t.TempDir() + "/x/y/ebpf", Root: p.Root}, "mount -t bpf"},
 	} {
-		if err := c.p.install(r); err == nil || !strings.Contains(err.Error(), c.want) {
+		if err := c.p.Install(r); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q in it", c.name, err, c.want)
 		}
 	}
@@ -168,16 +173,17 @@ func TestPinsRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cgroup.Close()
-	if err := link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(cgroup.Fd()), Program: alone, Attach: ebpf.AttachCGroupInet4Connect}); err != nil {
+	if err := link.RawAttachProgram(link.RawAttachProgramOptions{Target: int(cgroup.Fd()), Program: alone,
+		Attach: ebpf.AttachCGroupInet4Connect}); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.install(r); !errors.Is(err, ErrForeign) {
+	if err := p.Install(r); !errors.Is(err, fault.ErrForeign) {
 		t.Errorf("%v, want ErrForeign", err)
 	}
 
 	cmd := b.play(
 		"pins",
-		p.dir+" "+p.root,
+		p.Dir+" "+p.Root,
 		b.self(),
 		"setpriv",
 		"--bounding-set=-bpf,-sys_admin,-perfmon",
@@ -191,7 +197,7 @@ func TestPinsRefusals(t *testing.T) {
 }
 
 // program is one that does nothing.
-func (b *bpfBed) program(t *testing.T) *ebpf.Program {
+func (b *bpfNode) program(t *testing.T) *ebpf.Program {
 	t.Helper()
 	p, err := ebpf.NewProgram(
 		&ebpf.ProgramSpec{Name: "foreign", Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect,
@@ -205,7 +211,7 @@ func (b *bpfBed) program(t *testing.T) *ebpf.Program {
 }
 
 // attachForeign attaches another's program to connect4, as Cilium does, and returns its number.
-func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
+func (b *bpfNode) attachForeign(t *testing.T) ebpf.ProgramID {
 	t.Helper()
 	p := b.program(t)
 	l, err := link.AttachCgroup(link.CgroupOptions{Path: b.cgroups, Attach: ebpf.AttachCGroupInet4Connect, Program: p})
@@ -222,15 +228,15 @@ func (b *bpfBed) attachForeign(t *testing.T) ebpf.ProgramID {
 }
 
 // attached lists the programs at each hook in the order in which they run.
-func (b *bpfBed) attachedText(t *testing.T) string {
+func (b *bpfNode) attachedText(t *testing.T) string {
 	t.Helper()
 	var text strings.Builder
-	all, err := b.pins().attached(redirectHooks...)
+	all, err := b.pins().Attached(bpf.RedirectHooks...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, ids := range all {
-		fmt.Fprintf(&text, "%s %v\n", redirectHooks[i].name, ids)
+		fmt.Fprintf(&text, "%s %v\n", bpf.RedirectHooks[i].Name, ids)
 	}
 	return text.String()
 }

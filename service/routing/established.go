@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // Connections to the real server from before the rules. FORWARD resets them on the ports
@@ -29,7 +30,7 @@ import (
 // family that were not redirected, in the background: to walk through conntrack's table takes 10
 // ms, however few there are. Those of this host itself are left alone unless pods on the host
 // network are redirected too.
-func forgetEstablished(p Plan, s nodeFacts, family Family, background *sync.WaitGroup) {
+func forgetEstablished(p Plan, s nodeFacts, family netobj.Family, background *sync.WaitGroup) {
 	if noConnections() {
 		return
 	}
@@ -57,7 +58,7 @@ func forgetEstablished(p Plan, s nodeFacts, family Family, background *sync.Wait
 		return
 	}
 	background.Go(func() {
-		defer closeLater(conntrack.Close)
+		defer nft.CloseLater(conntrack.Close)
 		if _, err := conntrack.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), f); err != nil {
 			failed(fmt.Errorf("forget connections to %s: %w", f.server, err))
 		}
@@ -85,9 +86,9 @@ func forgetServed(ctx context.Context, p Plan, s nodeFacts, was Plan) error {
 	if err != nil {
 		return fmt.Errorf("forget connections: %w", err)
 	}
-	defer closeLater(conntrack.Close)
-	for _, family := range families {
-		if family == ipv6 && !s.listen6.IsValid() {
+	defer nft.CloseLater(conntrack.Close)
+	for _, family := range netobj.Families {
+		if family == netobj.IPv6 && !s.listen6.IsValid() {
 			continue
 		}
 		f := served{p.target(s, family), p.redirects() && (was.dnats() || was.Mode == p.Mode), was.Mode == p.Mode}

@@ -11,6 +11,9 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
@@ -63,7 +66,8 @@ func (c causes) String() string {
 
 // behind is the cause that is most likely behind a fault in the layer.
 func (c causes) behind(layer string) string {
-	own := map[string]causes{layerRule: causeRule, layerAddress: causeAddress, layerRoute: causeRoute, layerEBPF: causeEBPF}[layer]
+	own := map[string]causes{fault.Rule: causeRule, fault.Address: causeAddress, fault.Route: causeRoute,
+		fault.EBPF: causeEBPF}[layer]
 	if c&own != 0 {
 		return own.String()
 	}
@@ -92,7 +96,8 @@ func watchEvents(listen func() []netip.Addr) (*events, error) {
 		groups   []uint
 		read     func(kind uint16, data []byte) (causes, string)
 	}{
-		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+			unix.RTNLGRP_IPV4_ROUTE,
 			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE},
 			func(kind uint16, data []byte) (causes, string) { return routeEvent(kind, data, listen()...), "" }},
 		{unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, generationEvent},
@@ -103,7 +108,7 @@ func watchEvents(listen func() []netip.Addr) (*events, error) {
 		}
 		if err != nil {
 			e.close()
-			return nil, fmt.Errorf("listen to the kernel's events: %w", permission(err))
+			return nil, fmt.Errorf("listen to the kernel's events: %w", fault.Permission(err))
 		}
 		e.sockets = append(e.sockets, socket)
 		e.readers.Go(func() { e.read(socket, s.read) })
@@ -121,7 +126,7 @@ func (e *events) close() {
 // onlyGenerations has the kernel pass one message a transaction, not one a rule: somebody's restore
 // of 10,000 rules is one event.
 func onlyGenerations(s *nl.NetlinkSocket) error {
-	kind := binary.NativeEndian.AppendUint16(nil, subsysNFT|unix.NFT_MSG_NEWGEN)
+	kind := binary.NativeEndian.AppendUint16(nil, nft.Subsystem|unix.NFT_MSG_NEWGEN)
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: 4}, // nlmsg_type, which the filter reads as big endian
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(binary.BigEndian.Uint16(kind)), Jf: 1},
@@ -184,11 +189,11 @@ func (e *events) take() (c causes, by string) {
 
 // generationEvent reads who made the transaction: the name that the process gives itself.
 func generationEvent(kind uint16, data []byte) (causes, string) {
-	if kind != subsysNFT|unix.NFT_MSG_NEWGEN {
+	if kind != nft.Subsystem|unix.NFT_MSG_NEWGEN {
 		return 0, ""
 	}
-	by := unix.ByteSliceToString(attribute(data, unix.NFTA_GEN_PROC_NAME))
-	if pid := attribute(data, unix.NFTA_GEN_PROC_PID); len(pid) == 4 {
+	by := unix.ByteSliceToString(nft.Attribute(data, unix.NFTA_GEN_PROC_NAME))
+	if pid := nft.Attribute(data, unix.NFTA_GEN_PROC_PID); len(pid) == 4 {
 		by = strings.TrimSpace(fmt.Sprintf("%s (%d)", by, binary.BigEndian.Uint32(pid)))
 	}
 	return causeNFTables, by

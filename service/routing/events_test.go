@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 func routeMessage(bits byte, dst string) []byte {
@@ -43,7 +46,8 @@ func TestRouteEvent(t *testing.T) {
 		{"a pod's over IPv6", unix.RTM_NEWROUTE, routeMessage(128, "fd00:245::3"), 0},
 		{"a neighbour", unix.RTM_NEWNEIGH, nil, 0},
 		{"cut short", unix.RTM_NEWROUTE, []byte{2}, causeRoute},
-		{"an attribute that is longer than the message", unix.RTM_NEWROUTE, append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), causeRoute},
+		{"an attribute that is longer than the message", unix.RTM_NEWROUTE,
+			append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), causeRoute},
 	} {
 		if got := routeEvent(c.kind, c.data, listen); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
@@ -65,20 +69,21 @@ func TestGenerationEvent(t *testing.T) {
 	attr(unix.NFTA_GEN_ID, be.AppendUint32(nil, 7))
 	attr(unix.NFTA_GEN_PROC_PID, be.AppendUint32(nil, 42))
 	attr(unix.NFTA_GEN_PROC_NAME, []byte("nft\x00"))
-	if c, by := generationEvent(subsysNFT|unix.NFT_MSG_NEWGEN, m); c != causeNFTables || by != "nft (42)" {
+	if c, by := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWGEN, m); c != causeNFTables || by != "nft (42)" {
 		t.Errorf("%v, %q", c, by)
 	}
-	if c, _ := generationEvent(subsysNFT|unix.NFT_MSG_NEWRULE, m); c != 0 {
+	if c, _ := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWRULE, m); c != 0 {
 		t.Errorf("a rule: %v", c)
 	}
 	for cut := range m { // a message that is cut short is no reason to fall over
-		generationEvent(subsysNFT|unix.NFT_MSG_NEWGEN, m[:cut])
+		generationEvent(nft.Subsystem|unix.NFT_MSG_NEWGEN, m[:cut])
 	}
 }
 
 func TestCauses(t *testing.T) {
 	c := causeNFTables | causeRule | causeSweep
-	for layer, want := range map[string]string{layerIPTables: "nftables", layerRule: "ip-rule", layerAddress: "nftables"} {
+	for layer, want := range map[string]string{fault.IPTables: "nftables", fault.Rule: "ip-rule",
+		fault.Address: "nftables"} {
 		if got := c.behind(layer); got != want {
 			t.Errorf("%s: %s, want %s", layer, got, want)
 		}
@@ -96,7 +101,8 @@ func TestDue(t *testing.T) {
 		pending causes
 		want    time.Time
 	}{
-		{causeLink, rest}, {causeLink | causeAddress | causeRoute, rest}, {causeLink | causeNFTables, bucket}, {causeRule, bucket}, {causeSweep | causeLink, bucket},
+		{causeLink, rest}, {causeLink | causeAddress | causeRoute, rest}, {causeLink | causeNFTables, bucket},
+		{causeRule, bucket}, {causeSweep | causeLink, bucket},
 	} {
 		w := &watcher{pending: c.pending, notBefore: bucket, rest: rest}
 		if got := w.due(); got != c.want {

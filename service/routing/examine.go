@@ -11,7 +11,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // Examination is what is to be seen of a Plan on this node, by whoever looks. Nothing is changed by
@@ -52,7 +55,7 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	}
 	s, _ := r.look(false) // what it could not read, whyUplinks says
 	for _, err := range checkGuard(p, s) {
-		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
+		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), fault.ErrMissing.Error()+": "))
 	}
 	x.Bypass, x.Untrack = bypasses(p, s), untracking(p)
 	x.Uplinks, x.Remarks = whyUplinks(p)
@@ -63,15 +66,15 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 		x.Local = isLocal(p.Listen.Addr(), have) || p.traits().localServer // there it is for pods alone
 	}
 	x.Holder = Listener(p.Listen)
-	served := []Family{ipv4}
+	served := []netobj.Family{netobj.IPv4}
 	if p.Listen6.IsValid() {
-		served = families
+		served = netobj.Families
 		x.Holder6 = Listener(p.Listen6)
 	}
 	if m, err := openMode(ctx, p, state.Command); err == nil {
-		x.Redirected = m.redirected(ipv4)
-		if slices.Contains(served, ipv6) {
-			x.Redirected6 = m.redirected(ipv6)
+		x.Redirected = m.redirected(netobj.IPv4)
+		if slices.Contains(served, netobj.IPv6) {
+			x.Redirected6 = m.redirected(netobj.IPv6)
 		}
 	}
 	x.Policies = dropPolicies(ctx, x.Local, served)
@@ -113,32 +116,33 @@ func (d device) why() string {
 // dropPolicies names the base chains, of nf_tables (those of iptables-nft among them) and of legacy
 // iptables, that drop by their policy what goes to an emulator of this node, or is forwarded to one
 // elsewhere, in the families that are served.
-func dropPolicies(ctx context.Context, local bool, served []Family) (names []string) {
+func dropPolicies(ctx context.Context, local bool, served []netobj.Family) (names []string) {
 	hook, legacy := uint32(unix.NF_INET_FORWARD), "FORWARD"
 	if local {
 		hook, legacy = unix.NF_INET_LOCAL_IN, "INPUT"
 	}
-	chains, err := askNFT(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, unix.NFT_MSG_NEWCHAIN, unix.AF_UNSPEC)
+	chains, err := nft.Ask(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, unix.NFT_MSG_NEWCHAIN, unix.AF_UNSPEC)
 	if err != nil {
 		return nil
 	}
 	names = []string{}
 	for _, c := range chains {
-		policy := attribute(c, unix.NFTA_CHAIN_POLICY)
-		family := nftFamily(c)
-		if len(policy) != 4 || be32(policy) != 0 || family != "ip" && family != "inet" &&
-			(family != "ip6" || !slices.Contains(served, ipv6)) {
+		policy := nft.Attribute(c, unix.NFTA_CHAIN_POLICY)
+		family := nft.FamilyWord(c)
+		if len(policy) != 4 || nft.Uint32(policy) != 0 || family != "ip" && family != "inet" &&
+			(family != "ip6" || !slices.Contains(served, netobj.IPv6)) {
 			continue
 		}
-		if n := within(attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 || be32(n) != hook {
+		if n := nft.Within(nft.Attribute(c, unix.NFTA_CHAIN_HOOK), unix.NFTA_HOOK_HOOKNUM); len(n) != 4 ||
+			nft.Uint32(n) != hook {
 			continue
 		}
-		table, name := attribute(c, unix.NFTA_CHAIN_TABLE), attribute(c, unix.NFTA_CHAIN_NAME)
+		table, name := nft.Attribute(c, unix.NFTA_CHAIN_TABLE), nft.Attribute(c, unix.NFTA_CHAIN_NAME)
 		names = append(names, fmt.Sprintf("%s %s %s", family, unix.ByteSliceToString(table), unix.ByteSliceToString(name)))
 	}
 	drops := map[string]uint64{}
 	for _, f := range served {
-		maps.Copy(drops, legacyDrops(ctx, f))
+		maps.Copy(drops, probe.LegacyDrops(ctx, f))
 	}
 	for name := range drops {
 		if strings.Contains(name, "tables chain "+legacy+" ") && strings.HasSuffix(name, " (policy DROP)") {
@@ -155,14 +159,14 @@ func Faults(err error) (lines []string) {
 		return nil
 	}
 	for line := range strings.SplitSeq(err.Error(), "\n") {
-		lines = append(lines, strings.TrimPrefix(line, ErrMissing.Error()+": "))
+		lines = append(lines, strings.TrimPrefix(line, fault.ErrMissing.Error()+": "))
 	}
 	return lines
 }
 
 // NotPermitted says whether the error is that of a process without the privilege.
 func NotPermitted(err error) bool {
-	return errors.Is(err, ErrPermission) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
+	return errors.Is(err, fault.ErrPermission) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
 }
 
 // MetadataServer is where clients send their requests.

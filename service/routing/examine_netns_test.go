@@ -10,7 +10,7 @@ import (
 
 func TestExamine(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		examine := func() (x Examination) {
 			t.Helper()
 			if err := b.Do(func() error {
@@ -47,7 +47,8 @@ func TestExamine(t *testing.T) {
 		}
 
 		b.sh(
-			"ip rule del pref 97 prohibit; iptables -P INPUT DROP; iptables -P FORWARD DROP; nft 'add table inet late; add chain inet late c { type filter hook input priority 10; policy drop; }'",
+			"ip rule del pref 97 prohibit; iptables -P INPUT DROP; iptables -P FORWARD DROP; nft 'add table inet late; add " +
+				"chain inet late c { type filter hook input priority 10; policy drop; }'",
 		)
 		if x = examine(); len(x.Guard) != 1 || !strings.Contains(x.Guard[0], "pref 97 to 169.254.169.254/32") ||
 			!slices.Equal(Faults(x.Rules), x.Guard) {

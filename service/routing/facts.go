@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 // ReadFacts looks at the node: files below /etc, /proc, /run and /sys, the names of network
@@ -209,7 +211,7 @@ func field(line string, i int) string {
 
 // haveNFTables asks the kernel, which tells only those who may change rules.
 func haveNFTables() bool {
-	_, err := generation()
+	_, err := nft.Generation()
 	return err == nil
 }
 

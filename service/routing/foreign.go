@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -57,14 +58,14 @@ func foreignListener(l netip.AddrPort) error {
 		return nil
 	case by.PID == "":
 		return fmt.Errorf("%s %w: a process of another namespace listens on %s; choose another listen address or stop it",
-			l, ErrForeign, by.At)
+			l, fault.ErrForeign, by.At)
 	}
 	if l == metadataServer { // mode loopback
 		return fmt.Errorf("%s %w: %s listens on %s; stop it, or have it listen on an address of its own",
-			l, ErrForeign, by, by.At)
+			l, fault.ErrForeign, by, by.At)
 	}
 	return fmt.Errorf("%s %w: %s listens on %s; this may be GKE's own metadata server; "+
-		"choose another listen address or stop it", l, ErrForeign, by, by.At)
+		"choose another listen address or stop it", l, fault.ErrForeign, by, by.At)
 }
 
 // listener finds the socket that gets connections to l in this network namespace, by its inode. The

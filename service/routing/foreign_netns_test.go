@@ -176,7 +176,7 @@ END`},
 
 // foreignCase is one of them on a node of its own.
 type foreignCase struct {
-	*bed
+	*testNode
 	foreignRuleset
 	label  string
 	before string // what is to be left after a removal
@@ -208,7 +208,7 @@ func testForeign(t *testing.T, rulesets []foreignRuleset) {
 				}
 				left := ""
 				for _, order := range []string{"before", "after"} {
-					c := &foreignCase{bed: foreignBed(t, kind), foreignRuleset: ruleset, label: ruleset.name + ", put " + order}
+					c := &foreignCase{testNode: foreignNode(t, kind), foreignRuleset: ruleset, label: ruleset.name + ", put " + order}
 					cases = append(cases, c)
 					c.up(order == "before", &left)
 				}
@@ -228,15 +228,15 @@ func testForeign(t *testing.T, rulesets []foreignRuleset) {
 	}
 }
 
-// foreignBed is a node for one of the modes, or one backend of mode iptables.
-func foreignBed(t *testing.T, kind string) *bed {
+// foreignNode is a node for one of the modes, or one backend of mode iptables.
+func foreignNode(t *testing.T, kind string) *testNode {
 	switch kind {
 	case ModeNFTables:
-		return nftBed(t)
+		return nftNode(t)
 	case ModeLoopback, ModeNone:
-		return modeBed(t, kind)
+		return modeNode(t, kind)
 	}
-	return newBed(t, kind)
+	return newTestNode(t, kind)
 }
 
 func (c *foreignCase) fault(format string, args ...any) {
@@ -268,7 +268,7 @@ func (c *foreignCase) up(first bool, left *string) {
 	}
 	c.before = *left
 	c.install(c.plan)
-	c.watch = c.bed.watch(c.plan, time.Hour)
+	c.watch = c.testNode.watch(c.plan, time.Hour)
 	if !first {
 		put()
 	}

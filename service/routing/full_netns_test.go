@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -35,7 +36,7 @@ func fill(t *testing.T, dir string, data bool) {
 // up.
 func TestFullRunDirectory(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	before := sorted(b.ruleset())
 	for name, data := range map[string]bool{"data": true, "files": false} {
 		p := b.plan
@@ -81,7 +82,7 @@ func TestFullRunDirectory(t *testing.T) {
 // by that repair, too.
 func TestRepairNamesAll(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		if err := b.Do(func() error {
 			r, err := newRouter(b.plan)
@@ -101,20 +102,21 @@ func TestRepairNamesAll(t *testing.T) {
 				return err
 			}
 			seen := n.check(t.Context(), n.nodeFacts)
-			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo")
+			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; " +
+				"ip address del 169.254.169.252/32 dev lo")
 			why := &repair{of: state, why: causeNFTables, faults: seen, node: n, mode: true}
 			if _, err = r.install(t.Context(), why); err != nil {
 				return err
 			}
 			wanted := []string{"ip rule: pref 97 to 169.254.169.254/32", "ip address: 169.254.169.252/32"}
-			layers := []string{layerRule, layerAddress}
+			layers := []string{fault.Rule, fault.Address}
 			switch b.plan.Mode {
 			case ModeNFTables:
 				wanted = append(wanted, "ip6 gke-metadata-emulator forward")
-				layers = append(layers, layerNFTables)
+				layers = append(layers, fault.NFTables)
 			default:
 				wanted = append(wanted, "ip6tables", "-I FORWARD 1")
-				layers = append(layers, layerIPTables, layerIP6Tables)
+				layers = append(layers, fault.IPTables, fault.IP6Tables)
 			}
 			for _, text := range wanted {
 				if all := strings.Join(texts(why.faults), "\n"); !strings.Contains(all, text) {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -32,7 +33,7 @@ import (
 // TCP is prohibited; of IPv6, where headers can lie between the fragment's and TCP's, the rest of
 // everything.
 //
-// A rule of somebody else's with a lower preference walks round the guard (R-33: AWS's network has
+// A rule of somebody else's with a lower preference bypasses the guard (R-33: AWS's network has
 // 1, 10 and 20 for security groups of pods). So the guard stands before every rule that can match
 // what pods send to a guarded address, at 97 or lower: see place. Where it had to move, table local
 // may come later than others' rules, so the emulator's address is led there by a first rule:
@@ -85,7 +86,7 @@ func guardRules(p Plan, s nodeFacts) (rules []netobj.Rule) {
 		}
 	}
 	for _, g := range guarded {
-		for _, name := range append([]string{"lo"}, p.Spare...) {
+		for _, name := range append([]string{"lo"}, p.ExcludeInterfaces...) {
 			add(netobj.Rule{To: netobj.Host(g.Addr()), IIF: name, Action: unix.FR_ACT_GOTO})
 		}
 	}
@@ -217,10 +218,10 @@ type guard struct {
 
 // guards are those of the families that the Plan has something to guard in.
 func guards(p Plan, s nodeFacts, have netobj.Snapshot) (both []guard) {
-	for _, family := range families {
-		other := func(r netobj.Rule) bool { return !family.has(r.To.Addr()) }
+	for _, family := range netobj.Families {
+		other := func(r netobj.Rule) bool { return !family.Has(r.To.Addr()) }
 		g := guard{standing: have.Rules(uint8(family)), usual: slices.DeleteFunc(guardRules(p, s), other)}
-		if len(g.usual) == 0 || family == ipv6 && !netobj.HaveIPv6() {
+		if len(g.usual) == 0 || family == netobj.IPv6 && !netobj.HaveIPv6() {
 			continue // nothing can leak where there is no IPv6
 		}
 		g.want = place(g.usual, slices.DeleteFunc(reachRules(p, s), other), g.standing)
@@ -243,7 +244,7 @@ func (g guard) before() (others []netobj.Rule) {
 	return others
 }
 
-// faults names the rules that are not there, and whose rule walks round the guard.
+// faults names the rules that are not there, and whose rule bypasses the guard.
 func (g guard) faults() (errs []error) {
 	lacks := func(want []netobj.Rule) []netobj.Object {
 		missing, _ := netobj.Diff(netobj.Objects(want), netobj.Objects(g.standing), ours)
@@ -258,24 +259,24 @@ func (g guard) faults() (errs []error) {
 		text := fmt.Sprintf("the guard at preference %d, not at %d", pref, stands[n-1].Pref-1)
 		for _, r := range g.before() {
 			if meets(r, g.want) {
-				text += ": it is walked round by " + r.String()
+				text += ": it is bypassed by " + r.String()
 			}
 		}
-		return []error{missing(layerRule, "%s: %s", command, text)}
+		return []error{fault.Missing(fault.Rule, "%s: %s", command, text)}
 	}
 	for _, r := range g.want {
 		if !slices.Contains(stands, r) {
-			errs = append(errs, missing(layerRule, "%s: %s", command, r))
+			errs = append(errs, fault.Missing(fault.Rule, "%s: %s", command, r))
 		}
 	}
 	if len(errs) == 0 {
 		const text = "%s: the rules of the guard at preference %d are not in order"
-		errs = append(errs, missing(layerRule, text, command, pref))
+		errs = append(errs, fault.Missing(fault.Rule, text, command, pref))
 	}
 	return errs
 }
 
-// bypasses are the rules of others that walk round the guard, and that it cannot be put before; and
+// bypasses are the rules of others that bypass the guard, and that it cannot be put before; and
 // the routes that lead what is guarded off the node by table local, where that is asked first.
 func bypasses(p Plan, s nodeFacts) (texts []string) {
 	have, _ := netobj.Read() // what cannot be read Check tells

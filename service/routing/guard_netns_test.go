@@ -17,7 +17,7 @@ import (
 // of which the kernel looks for ports when it decides where they go.
 func TestGuardFragments(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.serve(b.Cloud, "[fd00:ec2::254]:8053", cloud)
 	dns, err := b.Cloud.ListenPacket("udp4", "169.254.169.254:53")
 	if err != nil {
@@ -125,7 +125,8 @@ func sendSYN(
 		}
 		buf := make([]byte, 256)
 		for over := time.Now().Add(wait); ; {
-			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(in), Events: unix.POLLIN}}, int(max(0, time.Until(over)).Milliseconds())); err != nil && err != unix.EINTR {
+			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(in), Events: unix.POLLIN}},
+				int(max(0, time.Until(over)).Milliseconds())); err != nil && err != unix.EINTR {
 				return err
 			} else if n < 1 && !time.Now().Before(over) {
 				return nil
@@ -135,7 +136,8 @@ func sendSYN(
 				continue
 			}
 			// SYN and ACK, from the port to ours.
-			if tcp := buf[headers:]; tcp[13]&0x12 == 0x12 && binary.BigEndian.Uint16(tcp) == to.Port() && binary.BigEndian.Uint16(tcp[2:]) == synPort {
+			if tcp := buf[headers:]; tcp[13]&0x12 == 0x12 && binary.BigEndian.Uint16(tcp) == to.Port() &&
+				binary.BigEndian.Uint16(tcp[2:]) == synPort {
 				answered = true
 				return nil
 			}

@@ -13,6 +13,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // Pods on the host network are the cloud's own as often as not: its network plugin, its disk
@@ -139,7 +141,8 @@ func (q question) answer() (found string) {
 	case errno != 0:
 		return cloudUnknown
 	}
-	if _, err := unix.Write(fd, fmt.Appendf(nil, "GET / HTTP/1.0\r\nHost: %s\r\n\r\n", metadataServer.Addr())); err != nil {
+	if _, err := unix.Write(fd, fmt.Appendf(nil, "GET / HTTP/1.0\r\nHost: %s\r\n\r\n",
+		metadataServer.Addr())); err != nil {
 		return cloudNone
 	}
 	head := make([]byte, 64)
@@ -192,7 +195,7 @@ func (r *router) realServer() error {
 		"%s %w: a metadata server answers this host there, and in mode %s policy rules alone keep pods from it; "+
 			"use another mode, or set routing.force to true",
 		metadataServer,
-		ErrForeign,
+		fault.ErrForeign,
 		ModeLoopback,
 	)
 }

@@ -10,7 +10,7 @@ import (
 // TestAskCloud: what the host finds at 169.254.169.254.
 func TestAskCloud(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	found := func() (found string) {
 		t.Helper()
 		_ = b.Do(func() error { found = askCloud().answer(); return nil })
@@ -18,11 +18,15 @@ func TestAskCloud(t *testing.T) {
 	}
 	for _, c := range []struct{ name, before, after, want string }{
 		{"it answers", "true", "true", cloudAnswers},
-		{"nobody listens", "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with tcp-reset", "iptables -F OUTPUT", cloudNone},
-		{"no route beyond the router", "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with icmp-host-unreachable", "iptables -F OUTPUT", cloudSilent},
+		{"nobody listens", "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with tcp-reset",
+			"iptables -F OUTPUT", cloudNone},
+		{"no route beyond the router",
+			"iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with icmp-host-unreachable", "iptables -F OUTPUT",
+			cloudSilent},
 		{"silence", "iptables -A INPUT -s 169.254.169.254 -j DROP", "iptables -F INPUT", cloudSilent},
 		{"no network yet", "ip route del default", "ip route add default via 198.51.100.1", cloudUnknown},
-		{"the address is the node's own", "ip address add 169.254.169.254/32 dev lo", "ip address del 169.254.169.254/32 dev lo", cloudUnknown},
+		{"the address is the node's own", "ip address add 169.254.169.254/32 dev lo",
+			"ip address del 169.254.169.254/32 dev lo", cloudUnknown},
 	} {
 		b.sh(c.before)
 		if got := found(); got != c.want {
@@ -36,7 +40,7 @@ func TestAskCloud(t *testing.T) {
 // restart; where nobody is, they are ours.
 func TestHostPodsAuto(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	says := func(want string) {
 		t.Helper()
 		s, err := ReadState(b.plan.RunDir)
@@ -85,7 +89,7 @@ func TestHostPodsAuto(t *testing.T) {
 // an answer, and where it was the wrong one because the cloud's server came late, it is corrected.
 func TestHostPodsSilence(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	const silent = "iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP"
 	b.sh("ip route del default; " + silent)
 	b.plan.RunDir = t.TempDir()
@@ -128,7 +132,7 @@ func TestHostPodsSilence(t *testing.T) {
 // said before.
 func TestHostPodsSilentForLong(t *testing.T) {
 	t.Parallel()
-	b := ebpfBed(t)
+	b := ebpfNode(t)
 	b.plan.RunDir = t.TempDir()
 	b.sh("iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP")
 	b.install(b.plan)

@@ -35,7 +35,8 @@ func TestCloudServer(t *testing.T) {
 }
 
 func TestHostPodsDecision(t *testing.T) {
-	if yes, why := hostPods(Plan{Mode: ModeLoopback, InterceptHostPods: "auto"}, CloudServer{Found: cloudNone}, []string{"system.slice"}); yes ||
+	if yes, why := hostPods(Plan{Mode: ModeLoopback, InterceptHostPods: "auto"}, CloudServer{Found: cloudNone},
+		[]string{"system.slice"}); yes ||
 		why != "left alone: mode loopback redirects nobody" {
 		t.Errorf("mode loopback: %v, %s", yes, why)
 	}

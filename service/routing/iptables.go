@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
 // iptablesMode is mode iptables: DNAT by whichever backend the node uses.
@@ -21,10 +22,10 @@ type iptablesMode struct {
 	use    string // the iptables command
 	other  string // the other backend's, if rules of ours may be there
 	legacy bool
-	tables []*xtables // IPv4's, and IPv6's where they can be had
-	noIPv6 error      // why they cannot
+	tables []*xtables.Tables // IPv4's, and IPv6's where they can be had
+	noIPv6 error             // why they cannot
 
-	surveyed map[Family]map[string]chainState
+	surveyed map[netobj.Family]map[string]xtables.ChainState
 	standing string // the fingerprint when check found nothing missing; "": it did, or has not looked
 
 	background sync.WaitGroup // what put began and check waits for
@@ -40,16 +41,16 @@ func openIPTables(p Plan, command string) (*iptablesMode, error) {
 	if m.use == "" {
 		m.use, m.other = backends(p)
 	}
-	m.legacy = isLegacy(m.use)
-	x, err := openXtables(m.use, m.legacy, ipv4)
+	m.legacy = xtables.IsLegacy(m.use)
+	x, err := xtables.Open(m.use, m.legacy, netobj.IPv4, metadataServer, metadataServer6)
 	if err != nil {
 		return nil, fmt.Errorf("mode %s: %w: install it, or use routing mode %s, which needs no command",
 			ModeIPTables, err, ModeNFTables)
 	}
-	m.tables = []*xtables{x}
+	m.tables = []*xtables.Tables{x}
 	if netobj.HaveIPv6() {
-		if x, m.noIPv6 = openXtables(m.use, m.legacy, ipv6); m.noIPv6 != nil {
-			p.Log.WithError(m.noIPv6).Debug("no IPv6 rules")
+		if x, m.noIPv6 = xtables.Open(m.use, m.legacy, netobj.IPv6, metadataServer, metadataServer6); m.noIPv6 != nil {
+			p.Log.WithError(m.noIPv6).Debug("routing: ip6tables cannot be used: no IPv6 rules")
 		} else {
 			m.tables = append(m.tables, x)
 		}
@@ -75,7 +76,7 @@ func (m *iptablesMode) changed() bool {
 func (m *iptablesMode) fingerprint() string {
 	var b strings.Builder
 	for _, x := range m.tables {
-		if x.fingerprint(&b) != nil {
+		if x.Fingerprint(&b) != nil {
 			return ""
 		}
 	}
@@ -85,17 +86,17 @@ func (m *iptablesMode) fingerprint() string {
 // survey reads what stands, and refuses chains and redirections of others.
 func (m *iptablesMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
 	var foreign []error
-	m.surveyed = map[Family]map[string]chainState{}
+	m.surveyed = map[netobj.Family]map[string]xtables.ChainState{}
 	for _, x := range m.tables {
-		chains := chainsFor(m.plan, s, x.family)
-		states, err := x.read(ctx, chains)
+		chains := chainsFor(m.plan, s, x.Family)
+		states, err := x.Read(ctx, chains)
 		if err != nil {
 			return nil, err
 		}
-		m.surveyed[x.family] = states
+		m.surveyed[x.Family] = states
 		for _, c := range chains {
-			faults = append(faults, states[c.name].faults...)
-			foreign = append(foreign, states[c.name].foreign, states[c.name].redirection)
+			faults = append(faults, states[c.Name].Faults...)
+			foreign = append(foreign, states[c.Name].Foreign, states[c.Name].Redirection)
 		}
 	}
 	return faults, errors.Join(foreign...)
@@ -107,21 +108,22 @@ func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 		return fmt.Errorf("install the IPv6 rules: %w", m.noIPv6)
 	}
 	for _, x := range slices.Backward(m.tables) {
-		states := m.surveyed[x.family]
-		chains := slices.DeleteFunc(chainsFor(m.plan, s, x.family), func(c chain) bool { return states[c.name].right(c) })
-		if err := x.restore(ctx, restoreText(chains, states)); err != nil {
-			return fmt.Errorf("install the %s rules: %w", x.family, err)
+		states := m.surveyed[x.Family]
+		chains := slices.DeleteFunc(chainsFor(m.plan, s, x.Family),
+			func(c xtables.Chain) bool { return states[c.Name].Right(c) })
+		if err := x.Restore(ctx, xtables.RestoreText(chains, states)); err != nil {
+			return fmt.Errorf("install the %s rules: %w", x.Family, err)
 		}
 	}
 	for _, x := range m.tables {
-		if m.plan.target(s, x.family).listen.IsValid() && len(m.surveyed[x.family]["GME-PRE"].jumps) == 0 {
-			forgetEstablished(m.plan, s, x.family, &m.background) // for some time pods were not redirected
+		if m.plan.target(s, x.Family).listen.IsValid() && len(m.surveyed[x.Family]["GME-PRE"].Jumps) == 0 {
+			forgetEstablished(m.plan, s, x.Family, &m.background) // for some time pods were not redirected
 		}
 	}
 	if m.other != "" { // where an earlier choice of the backend may have left something
 		if err := removeChains(ctx, openBackends(m.other), "nat", "filter", "raw"); err != nil {
 			m.plan.Log.WithError(err).WithField("command", m.other).
-				Warn("rules of ours may be left in the other iptables backend")
+				Warn("routing: chains GME-* of an earlier install may be left in the other iptables backend")
 		}
 	}
 	return nil
@@ -132,13 +134,13 @@ func (m *iptablesMode) check(ctx context.Context, s nodeFacts) (errs []error) {
 	defer m.background.Wait()
 	before := m.fingerprint()
 	for _, x := range m.tables {
-		chains := chainsFor(m.plan, s, x.family)
-		states, err := x.read(ctx, chains)
+		chains := chainsFor(m.plan, s, x.Family)
+		states, err := x.Read(ctx, chains)
 		if err != nil {
 			errs = append(errs, err)
 		}
 		for _, c := range chains {
-			errs = append(errs, states[c.name].faults...)
+			errs = append(errs, states[c.Name].Faults...)
 		}
 	}
 	m.standing = ""
@@ -150,9 +152,9 @@ func (m *iptablesMode) check(ctx context.Context, s nodeFacts) (errs []error) {
 
 var counter = regexp.MustCompile(` -c (\d+) \d+`)
 
-func (m *iptablesMode) redirected(family Family) *uint64 {
+func (m *iptablesMode) redirected(family netobj.Family) *uint64 {
 	for _, x := range m.tables {
-		if exists, err := x.has("nat"); x.family != family || err != nil || !exists {
+		if exists, err := x.Has("nat"); x.Family != family || err != nil || !exists {
 			continue
 		}
 		rules, err := x.ListWithCounters("nat", "GME-PRE")
@@ -172,7 +174,7 @@ func (m *iptablesMode) redirected(family Family) *uint64 {
 
 // backend is a backend's tables of one family, or why they cannot be had.
 type backend struct {
-	*xtables
+	*xtables.Tables
 	err error
 }
 
@@ -180,8 +182,8 @@ type backend struct {
 // rules.
 func openBackends(commands ...string) (all []backend) {
 	for _, command := range commands {
-		for _, family := range families {
-			x, err := openXtables(command, isLegacy(command), family)
+		for _, family := range netobj.Families {
+			x, err := xtables.Open(command, xtables.IsLegacy(command), family, metadataServer, metadataServer6)
 			if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) { // the second where the command is a path
 				continue
 			}
@@ -197,7 +199,7 @@ func removeChains(ctx context.Context, from []backend, tables ...string) error {
 	var errs []error
 	for _, b := range from {
 		if b.err == nil {
-			b.err = b.remove(ctx, tables...)
+			b.err = b.Remove(ctx, tables...)
 		}
 		errs = append(errs, b.err)
 	}
@@ -226,18 +228,18 @@ func removeIPTables(ctx context.Context, p Plan, instead bool) error {
 // iptablesText is what iptables-restore gets on a node that has nothing of ours.
 func iptablesText(p Plan, s nodeFacts, command string) string {
 	var b strings.Builder
-	for _, family := range slices.Backward(families) {
+	for _, family := range slices.Backward(netobj.Families) {
 		chains := chainsFor(p, s, family)
-		if chains[0].absent {
+		if chains[0].Absent {
 			continue
 		}
-		what, restore := "the way to the emulator", command+"-restore"
-		if family == ipv6 {
-			what = map[bool]string{false: "the guard of the other family", true: "the way by IPv6"}[s.listen6.IsValid()]
-			restore = ip6tables(command) + "-restore"
+		what, restore := "rules (IPv4)", command+"-restore"
+		if family == netobj.IPv6 {
+			what = map[bool]string{false: "guard (IPv6)", true: "rules (IPv6)"}[s.listen6.IsValid()]
+			restore = xtables.IP6Tables(command) + "-restore"
 		}
-		chains = slices.DeleteFunc(chains, func(c chain) bool { return c.absent })
-		fmt.Fprintf(&b, "\n# %s\n%s --wait --noflush <<'END'\n%sEND\n", what, restore, restoreText(chains, nil))
+		chains = slices.DeleteFunc(chains, func(c xtables.Chain) bool { return c.Absent })
+		fmt.Fprintf(&b, "\n# %s\n%s --wait --noflush <<'END'\n%sEND\n", what, restore, xtables.RestoreText(chains, nil))
 	}
 	return b.String()
 }

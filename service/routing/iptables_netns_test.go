@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -16,13 +17,13 @@ import (
 // repairs, remove leaves no trace.
 func TestStory(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		routed, err := b.AddRoutedPod("routed") // K-08: the node's end of its link has no address
 		if err != nil {
 			t.Fatal(err)
 		}
 		before := b.ruleset()
-		b.answers(b.pod, "169.254.169.254:80", cloud) // the bed would show a leak
+		b.answers(b.pod, "169.254.169.254:80", cloud) // the testNode would show a leak
 		b.install(b.plan)
 		b.green(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -43,15 +44,21 @@ func TestStory(t *testing.T) {
 		}{
 			{"filter", "iptables -F", []string{
 				"-t filter -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD",
-				"-t filter -A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate NEW,RELATED,ESTABLISHED -j ACCEPT",
-				"-t filter -A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
-				"-t filter -A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with tcp-reset",
+				"-t filter -A GME-FWD -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate " +
+					"NEW,RELATED,ESTABLISHED -j ACCEPT",
+				"-t filter -A GME-FWD -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -m conntrack --ctstate " +
+					"RELATED,ESTABLISHED -j ACCEPT",
+				"-t filter -A GME-FWD -d 169.254.169.254/32 -p tcp -m multiport --dports 80,443,8080 -j REJECT --reject-with " +
+					"tcp-reset",
 				"-t filter -I INPUT 1 -m comment --comment gke-metadata-emulator -j GME-IN",
-				"-t filter -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate SNAT -j REJECT --reject-with tcp-reset",
-				"-t filter -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst 169.254.169.254 -j ACCEPT",
+				"-t filter -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctstate SNAT -j REJECT " +
+					"--reject-with tcp-reset",
+				"-t filter -A GME-IN -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -m conntrack --ctorigdst 169.254.169.254 " +
+					"-j ACCEPT",
 				"-t filter -A GME-IN -d 169.254.169.252/32 ! -i lo -p tcp -m tcp --dport 988 -j DROP",
 				"-t filter -I OUTPUT 1 -m comment --comment gke-metadata-emulator -j GME-LOCAL",
-				"-t filter -A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 ! --tcp-flags RST RST -m conntrack --ctstate SNAT -j DROP",
+				"-t filter -A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 ! --tcp-flags RST RST -m conntrack " +
+					"--ctstate SNAT -j DROP",
 				"-t filter -A GME-LOCAL -s 169.254.169.252/32 -p tcp -m tcp --sport 988 -j ACCEPT",
 				"-t filter -A GME-LOCAL -d 169.254.169.252/32 -p tcp -m tcp --dport 988 -j ACCEPT",
 			}},
@@ -79,23 +86,27 @@ func TestStory(t *testing.T) {
 				"-t nat -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE",
 			}},
 			{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", []string{"-t nat -A GME-PRE -i eth0 -j RETURN"}},
-			{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", []string{"-t nat -A GME-PRE -p tcp -j ACCEPT should not be there"}},
+			{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT",
+				[]string{"-t nat -A GME-PRE -p tcp -j ACCEPT should not be there"}},
 			{"a second jump", "iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE", []string{
 				"-t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE should be there once, not 2 times",
 			}},
 			{"order", "iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN", []string{
 				"-t nat the rules of GME-PRE are doubled or not in order",
 			}},
-			{"guard", "ip rule del pref 97 prohibit", []string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
-			{"guard of IPv6", "for n in 1 2 3; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done", []string{
-				"ip -6 rule: pref 97 iif lo to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel",
-				"ip -6 rule: pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel",
-				"ip -6 rule: pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel",
-				"ip -6 rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip -6 rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
-				"ip -6 rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
-			}},
-			{"address", "ip address del 169.254.169.252/32 dev lo", []string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
+			{"guard", "ip rule del pref 97 prohibit",
+				[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
+			{"guard of IPv6", "for n in 1 2 3; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
+				[]string{
+					"ip -6 rule: pref 97 iif lo to fd00:c1::a9fe:a9fe/128 goto 98 protocol kernel",
+					"ip -6 rule: pref 97 iif lo to fd00:ec2::254/128 goto 98 protocol kernel",
+					"ip -6 rule: pref 97 iif lo to fd20:ce::254/128 goto 98 protocol kernel",
+					"ip -6 rule: pref 97 to fd00:c1::a9fe:a9fe/128 ipproto tcp dport 80 prohibit protocol kernel",
+					"ip -6 rule: pref 97 to fd00:ec2::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+					"ip -6 rule: pref 97 to fd20:ce::254/128 ipproto tcp dport 80 prohibit protocol kernel",
+				}},
+			{"address", "ip address del 169.254.169.252/32 dev lo",
+				[]string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"}},
 			{"IPv6 filter", "ip6tables -F; ip6tables -X", []string{
 				"-t filter -I FORWARD 1 -m comment --comment gke-metadata-emulator -j GME-FWD",
 				"-t filter -A GME-FWD -d fd00:c1::a9fe:a9fe/128 -p tcp -m multiport --dports 80 -j REJECT --reject-with tcp-reset",
@@ -145,7 +156,7 @@ func TestStory(t *testing.T) {
 // TestNftFlushRuleset is what a restart of nftables.service does.
 func TestNftFlushRuleset(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft flush ruleset")
@@ -162,7 +173,7 @@ func TestNftFlushRuleset(t *testing.T) {
 // TestShownTextIsWhatInstallDoes runs the shown commands by a shell and finds nothing missing.
 func TestShownTextIsWhatInstallDoes(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		var shown string
 		if err := b.Do(func() (err error) {
 			shown, err = Show(b.plan)
@@ -182,11 +193,12 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 // is told so at once.
 func TestEstablishedConnection(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		// As on any Kubernetes node connections are tracked: these are not redirected at their first
 		// packet.
 		b.sh(
-			"iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT",
+			"iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate " +
+				"ESTABLISHED -j ACCEPT",
 		)
 		open := func(ns *netnstest.NS, at string) net.Conn {
 			c, err := ns.Dial(t.Context(), "tcp", at)
@@ -220,7 +232,7 @@ func TestEstablishedConnection(t *testing.T) {
 // rules, is noticed and named all the same.
 func TestWrittenIsCounted(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		for _, c := range []struct{ harm, want string }{
 			{"true", ""},
 			{"iptables -t nat -D GME-PRE -i eth0 -j RETURN", "-A GME-PRE -i eth0 -j RETURN"},
@@ -258,11 +270,11 @@ func TestWrittenIsCounted(t *testing.T) {
 // TestUnlistableChain: a rule of nft's in a chain of ours, which iptables cannot list, is
 // named as a fault, and the next install takes it away.
 func TestUnlistableChain(t *testing.T) {
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
 	b.sh("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")
-	if err := b.check(b.plan); !errors.Is(err, ErrMissing) ||
+	if err := b.check(b.plan); !errors.Is(err, fault.ErrMissing) ||
 		!strings.Contains(err.Error(), "-t nat the rules of GME-PRE are not ours alone") {
 		t.Errorf("check: %v", err)
 	}

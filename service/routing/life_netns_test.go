@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,18 +21,19 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
 // TestRefusals: what belongs to somebody else is not touched, and the error says whose it is.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		refused := func(words ...string) {
 			t.Helper()
 			before := b.ruleset()
 			err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) })
-			if !errors.Is(err, ErrForeign) {
+			if !errors.Is(err, fault.ErrForeign) {
 				t.Fatalf("install: %v, want ErrForeign", err)
 			}
 			for _, w := range words {
@@ -45,12 +47,13 @@ func TestRefusals(t *testing.T) {
 			}
 		}
 		b.sh(
-			"iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination 169.254.169.252:988",
+			"iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination " +
+				"169.254.169.252:988",
 		) // K-07
 		refused("169.254.169.254:80", "PREROUTING", "GKE")
 		b.sh("iptables -t nat -F PREROUTING; iptables -N GME-FWD; iptables -A FORWARD -j GME-FWD")
 		refused("GME-FWD", "-A FORWARD -j GME-FWD")
-		if err := b.Do(func() error { return b.router(b.plan).Remove(t.Context()) }); !errors.Is(err, ErrForeign) {
+		if err := b.Do(func() error { return b.router(b.plan).Remove(t.Context()) }); !errors.Is(err, fault.ErrForeign) {
 			t.Errorf("remove: %v, want ErrForeign", err)
 		}
 		b.sh("iptables -F FORWARD; iptables -X GME-FWD")
@@ -94,10 +97,11 @@ func TestRefusals(t *testing.T) {
 // TestClosedGuard is what stands while the configuration is broken.
 func TestClosedGuard(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
-		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()}, nodeFacts{})); got != want {
+		if got, want := len(faults(t, b.check(closed))), len(guardRules(Plan{Guard: DefaultGuard()},
+			nodeFacts{})); got != want {
 			t.Errorf("%d faults named, want %d", got, want)
 		}
 		b.install(closed)
@@ -124,7 +128,7 @@ func TestClosedGuard(t *testing.T) {
 // connection was accepted or is in the backlog of a listener that nobody accepts from.
 func TestRemoveWhileServing(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		idle := netip.MustParseAddrPort("169.254.169.252:989")
 		if _, err := b.Listen("tcp", idle.String()); err != nil {
 			t.Fatal(err)
@@ -151,7 +155,7 @@ func TestRemoveWhileServing(t *testing.T) {
 // result.
 func TestInstallWhileServing(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		var asked, lost atomic.Int64
@@ -196,7 +200,7 @@ func TestInstallWhileServing(t *testing.T) {
 // lost.
 func TestReplaceWhileServing(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		var asked, lost atomic.Int64
@@ -234,7 +238,7 @@ func TestReplaceWhileServing(t *testing.T) {
 // TestConcurrentFirstInstalls converge from nothing.
 func TestConcurrentFirstInstalls(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		var installs sync.WaitGroup
 		for range 8 {
@@ -255,9 +259,10 @@ func TestConcurrentFirstInstalls(t *testing.T) {
 // TestWithoutPrivilege says plainly what is missing.
 func TestWithoutPrivilege(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "setpriv")
-		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set", "-all", "--inh-caps", "-all").
+		out, err := b.play("install", filepath.Join(t.TempDir(), b.plan.Binary), b.self(), "setpriv", "--bounding-set",
+			"-all", "--inh-caps", "-all").
 			Output()
 		if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN") {
 			t.Errorf("%v: %s", err, out)
@@ -269,10 +274,11 @@ func TestWithoutPrivilege(t *testing.T) {
 // earlier choice.
 func TestKubeletsBackend(t *testing.T) {
 	t.Parallel()
-	for _, c := range []struct{ kubelet, other string }{{"iptables-legacy", "iptables-nft"}, {"iptables-nft", "iptables-legacy"}} {
+	for _, c := range []struct{ kubelet, other string }{{"iptables-legacy", "iptables-nft"},
+		{"iptables-nft", "iptables-legacy"}} {
 		t.Run(c.kubelet, func(t *testing.T) {
 			netnstest.Needs(t, "iptables", c.other)
-			b := newBed(t, c.other)
+			b := newTestNode(t, c.other)
 			before := b.ruleset()
 			b.install(b.plan) // by the wrong backend
 			b.plan.Binary = c.kubelet
@@ -297,7 +303,7 @@ func TestKubeletsBackend(t *testing.T) {
 // after failure.
 func TestStateOnTheWay(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	read := func() State {
 		t.Helper()
 		s, err := ReadState(b.plan.RunDir)
@@ -337,7 +343,7 @@ func TestStateOnTheWay(t *testing.T) {
 // TestBusyIsTriedAgain: exit status 4 is no failure, and no reason to wait for ever.
 func TestBusyIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	dir := t.TempDir()
 	script := func(name string, busy int) {
 		t.Helper()
@@ -366,8 +372,19 @@ exec %[1]s "$@"
 
 	b.sh("iptables -t nat -F")
 	script("iptables-nft-restore", 1<<30)
-	ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("enough"))
-	defer cancel()
+	tries := filepath.Join(dir, "iptables-nft-restore.n")
+	if err := os.Remove(tries); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	go func() { // until it was tried a few times
+		for n := 0; n < 3 && ctx.Err() == nil; <-time.After(time.Millisecond) {
+			text, _ := os.ReadFile(tries)
+			n, _ = strconv.Atoi(strings.TrimSpace(string(text)))
+		}
+		cancel(errors.New("enough"))
+	}()
 	err := b.Do(func() error { return b.router(b.plan).Install(ctx) })
 	if err == nil || !strings.Contains(err.Error(), "Resource temporarily unavailable (enough)") {
 		t.Errorf("installed by a command that is always busy: %v", err)
@@ -378,7 +395,7 @@ exec %[1]s "$@"
 // all its listener's.
 func TestResetSocket(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	at := netip.AddrPortFrom(b.Addr, 80)
 	b.serve(b.NS, at.String(), emulator)
 	c, err := b.pod.Dial(t.Context(), "tcp", at.String())

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -18,7 +19,7 @@ import (
 // trace.
 func TestLoopbackStory(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	served := func() {
 		t.Helper()
 		b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -29,28 +30,28 @@ func TestLoopbackStory(t *testing.T) {
 		{
 			"the way",
 			"ip rule del pref 97 lookup 988",
-			layerRule,
+			fault.Rule,
 			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"},
 		},
 		{
 			"the way's end",
 			"ip route flush table 988",
-			layerRoute,
+			fault.Route,
 			[]string{"ip route: local 169.254.169.254 dev lo table 988 protocol kernel"},
 		},
-		{"the guard behind", "ip rule del pref 97 prohibit; ip rule del pref 97 prohibit", layerRule, []string{
+		{"the guard behind", "ip rule del pref 97 prohibit; ip rule del pref 97 prohibit", fault.Rule, []string{
 			"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel",
 			"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"}},
 		{
-			"a door outside netfilter",
+			"a check outside netfilter",
 			"ip rule del pref 97 iif eth0 to 169.254.169.254",
-			layerRule,
+			fault.Rule,
 			[]string{"ip rule: pref 97 iif eth0 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
 		},
 		{
-			"the doors",
+			"the chains",
 			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
-			layerNFTables,
+			fault.NFTables,
 			[]string{
 				`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`,
 				`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.254 tcp dport 80 drop`},
@@ -60,7 +61,7 @@ func TestLoopbackStory(t *testing.T) {
 
 func TestNoneStory(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeNone)
+	b := modeNode(t, ModeNone)
 	served := func() {
 		t.Helper()
 		b.answers(b.pod, "169.254.169.254:80", "") // the guard
@@ -71,19 +72,19 @@ func TestNoneStory(t *testing.T) {
 		{
 			"the guard",
 			"ip rule del pref 97 prohibit",
-			layerRule,
+			fault.Rule,
 			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel"},
 		},
 		{
 			"the address",
 			"ip address del 169.254.169.252/32 dev lo",
-			layerAddress,
+			fault.Address,
 			[]string{"ip address: 169.254.169.252/32 dev lo scope host label lo:gme"},
 		},
 		{
-			"the doors",
+			"the chains",
 			"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
-			layerNFTables,
+			fault.NFTables,
 			[]string{
 				`nft add rule ip gke-metadata-emulator raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
 				`nft add rule ip gke-metadata-emulator input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`},
@@ -95,7 +96,7 @@ func TestNoneStory(t *testing.T) {
 // us; where it has none that is said, and pods get no answer rather than the real server's.
 func TestLoopbackLink(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.plan.Link = "gme0"
 	before := b.ruleset()
 	err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) })
@@ -147,7 +148,7 @@ func TestLoopbackLink(t *testing.T) {
 	b.same("remove", b.ruleset(), before)
 
 	b.sh("ip address add 169.254.169.254/32 dev lo") // somebody else's
-	if err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) }); !errors.Is(err, ErrForeign) {
+	if err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) }); !errors.Is(err, fault.ErrForeign) {
 		t.Errorf("%v, want ErrForeign", err)
 	}
 }
@@ -156,13 +157,13 @@ func TestLoopbackLink(t *testing.T) {
 // ports are nobody's business here.
 func TestNoneOnEveryAddress(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	b.plan.Mode, b.plan.Listen = ModeNone, netip.MustParseAddrPort("0.0.0.0:8988")
 	at, another := netip.AddrPortFrom(b.Addr, 8988).String(), netip.AddrPortFrom(b.Addr, 10250).String()
 	b.serve(b.NS, "0.0.0.0:8988", emulator)
 	b.serve(b.NS, another, "kubelet")
 	b.serve(b.Cloud, "198.51.100.1:8988", "another host")
-	b.answers(b.neighbour, at, emulator) // so that it is the doors that keep it out
+	b.answers(b.neighbour, at, emulator) // so that it is the chains that keep it out
 	before := b.ruleset()
 	b.install(b.plan)
 	b.green(b.plan)
@@ -180,7 +181,7 @@ type story struct {
 	want               []string // what Check names, exactly
 }
 
-func (b *bed) story(served func(), flushes []story) {
+func (b *testNode) story(served func(), flushes []story) {
 	t := b.t.(*testing.T)
 	before := b.ruleset()
 	b.install(b.plan)
@@ -191,7 +192,8 @@ func (b *bed) story(served func(), flushes []story) {
 		t,
 		"nft/"+b.plan.Mode+".nft",
 		b.sh(
-			"ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator",
+			"ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip "+
+				"gke-metadata-emulator; nft list table ip6 gke-metadata-emulator",
 		),
 	)
 	b.install(b.plan)
@@ -227,13 +229,15 @@ func (b *bed) story(served func(), flushes []story) {
 	}
 	w := b.watch(b.plan, time.Hour)
 	b.sh(
-		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900",
+		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route " +
+			"add default via 192.0.2.9 dev wan9 metric 900",
 	)
-	w.until("the doors at an uplink that comes", func() bool {
+	w.until("the chains at an uplink that comes", func() bool {
 		return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)
 	})
 	b.sh("ip link del wan9")
-	w.until("no doors at one that goes", func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
+	w.until("no chains at one that goes",
+		func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
 	w.end()
 	b.remove(b.plan)
 	b.same("remove", b.ruleset(), before)
@@ -246,11 +250,11 @@ func (b *bed) story(served func(), flushes []story) {
 // has port 80 of every address.
 func TestLoopbackRefuses(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	b.plan.Mode, b.plan.Listen = ModeLoopback, metadataServer
 	before := b.ruleset()
 	install := func() error { return b.Do(func() error { return b.router(b.plan).Install(t.Context()) }) }
-	if err := install(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "routing.force") {
+	if err := install(); !errors.Is(err, fault.ErrForeign) || !strings.Contains(err.Error(), "routing.force") {
 		t.Errorf("a metadata server answers: %v", err)
 	}
 	b.same("refused", b.ruleset(), before)
@@ -282,7 +286,7 @@ sys.stdin.read()`)
 	if _, err := stdout.Read(make([]byte, 9)); err != nil {
 		t.Fatal(err)
 	}
-	if err := install(); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), "python3") ||
+	if err := install(); !errors.Is(err, fault.ErrForeign) || !strings.Contains(err.Error(), "python3") ||
 		!strings.Contains(err.Error(), "0.0.0.0:80") {
 		t.Errorf("a wildcard listener: %v", err)
 	}
@@ -295,7 +299,7 @@ sys.stdin.read()`)
 // other takes over, or nobody does.
 func TestLoopbackEndsConnections(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 	loopback, dnat := b.plan, b.plan
 	dnat.Mode, dnat.Listen = ModeNFTables, netip.MustParseAddrPort("169.254.169.252:988")

@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"slices"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // mode is what one way of bringing requests to the emulator has that the others have not: a
@@ -29,7 +32,7 @@ type mode interface {
 	put(ctx context.Context, s nodeFacts) error
 	// redirected is how many connections the rule that redirects pods has counted in one family;
 	// nil: that cannot be read, or the mode counts none.
-	redirected(Family) *uint64
+	redirected(netobj.Family) *uint64
 	// check returns a fault (see missing) for whatever is not as the Plan wants it, and an error
 	// for what cannot be read.
 	check(ctx context.Context, s nodeFacts) []error
@@ -103,10 +106,10 @@ var removers = []struct {
 	remove func(ctx context.Context, p Plan, instead bool) error
 }{
 	{[]string{ModeEBPF}, func(_ context.Context, p Plan, _ bool) error {
-		return p.pins(ModeEBPF, redirectHooks).remove()
+		return p.pins(ModeEBPF, bpf.RedirectHooks).Remove()
 	}},
 	{[]string{ModeObserve}, func(_ context.Context, p Plan, _ bool) error {
-		return p.pins(ModeObserve, observeHooks).remove()
+		return p.pins(ModeObserve, bpf.ObserveHooks).Remove()
 	}},
 	{[]string{ModeIPTables}, removeIPTables},
 	{[]string{ModeNFTables, ModeLoopback, ModeNone, ModeEBPF}, removeNFTables},
@@ -126,7 +129,7 @@ func modeText(p Plan, s nodeFacts, command string) (string, error) {
 		return ebpfText(p, s)
 	case ModeObserve:
 		return fmt.Sprintf("\n# Programs at %s, pinned below %s, which count who connects to %s. No command can type them.\n",
-			p.CgroupRoot, p.pins(ModeObserve, nil).dir, metadataServer), nil
+			p.CgroupRoot, p.pins(ModeObserve, nil).Dir, metadataServer), nil
 	}
 	return "", nil
 }

@@ -12,14 +12,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// nftBed is a bed in mode nftables.
-func nftBed(t testing.TB) *bed {
+// nftNode is a testNode in mode nftables.
+func nftNode(t testing.TB) *testNode {
 	t.Helper()
 	netnstest.Needs(t, "nft")
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.plan.Mode = ModeNFTables
 	return b
 }
@@ -46,13 +47,14 @@ func golden(t *testing.T, name, got string) {
 // nothing leaks, check names what is missing, the watcher repairs, remove leaves no trace.
 func TestNFTablesStory(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	routed, err := b.AddRoutedPod("routed") // K-08
 	if err != nil {
 		t.Fatal(err)
 	}
 	b.sh(
-		"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+		"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule " +
+			"inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 	)
 	before := b.ruleset()
 	b.answers(b.pod, "169.254.169.254:80", cloud)
@@ -94,15 +96,19 @@ func TestNFTablesStory(t *testing.T) {
 			"add rule ip gke-metadata-emulator forward ip daddr 169.254.169.254 tcp dport 443 reject with tcp reset",
 			"add rule ip gke-metadata-emulator forward ip daddr 169.254.169.254 tcp dport 8080 reject with tcp reset",
 			"add chain ip gke-metadata-emulator input { type filter hook input priority -10; policy accept; }",
-			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct status snat reject with tcp reset",
-			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct original ip daddr 169.254.169.254 accept",
+			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct status snat reject with tcp " +
+				"reset",
+			"add rule ip gke-metadata-emulator input ip daddr 169.254.169.252 tcp dport 988 ct original ip daddr " +
+				"169.254.169.254 accept",
 			"add rule ip gke-metadata-emulator input iifname != \"lo\" ip daddr 169.254.169.252 tcp dport 988 drop",
 			"add chain ip gke-metadata-emulator local { type filter hook output priority -10; policy accept; }",
-			"add rule ip gke-metadata-emulator local ip saddr 169.254.169.252 tcp sport 988 tcp flags & rst == 0 ct status snat drop",
+			"add rule ip gke-metadata-emulator local ip saddr 169.254.169.252 tcp sport 988 tcp flags & rst == 0 ct status " +
+				"snat drop",
 			"add chain ip gke-metadata-emulator prerouting { type nat hook prerouting priority -110; policy accept; }",
 			"add rule ip gke-metadata-emulator prerouting iifname \"lo\" return",
 			"add rule ip gke-metadata-emulator prerouting iifname \"eth0\" return",
-			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to 169.254.169.252:988",
+			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to " +
+				"169.254.169.252:988",
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:c1::a9fe:a9fe tcp dport 80 reject with tcp reset",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:ec2::254 tcp dport 80 reject with tcp reset",
@@ -111,14 +117,18 @@ func TestNFTablesStory(t *testing.T) {
 		{"the table's rules", "nft flush chain ip gke-metadata-emulator prerouting", []string{
 			"add rule ip gke-metadata-emulator prerouting iifname \"lo\" return",
 			"add rule ip gke-metadata-emulator prerouting iifname \"eth0\" return",
-			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to 169.254.169.252:988",
+			"add rule ip gke-metadata-emulator prerouting ip daddr 169.254.169.254 tcp dport 80 counter dnat to " +
+				"169.254.169.252:988",
 		}},
 		{"a rule too much", "nft insert rule ip gke-metadata-emulator prerouting accept", nil},
-		{"a rule replaced", "nft replace rule ip gke-metadata-emulator prerouting handle $(nft -a list chain ip gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p') iifname eth9 return", nil},
-		{"order", "nft insert rule ip gke-metadata-emulator raw accept; nft delete rule ip gke-metadata-emulator raw handle $(nft -a list chain ip gke-metadata-emulator raw | sed -n 's/.*drop.*handle //p')", nil},
+		{"a rule replaced", "nft replace rule ip gke-metadata-emulator prerouting handle $(nft -a list chain ip " +
+			"gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p') iifname eth9 return", nil},
+		{"order", "nft insert rule ip gke-metadata-emulator raw accept; nft delete rule ip gke-metadata-emulator raw " +
+			"handle $(nft -a list chain ip gke-metadata-emulator raw | sed -n 's/.*drop.*handle //p')", nil},
 		{"another policy", "nft 'add chain ip gke-metadata-emulator forward { policy drop; }'", []string{
 			"add chain ip gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }"}},
-		{"a chain too much", "nft add chain ip gke-metadata-emulator x; nft add rule ip gke-metadata-emulator x drop", []string{"chain ip gke-metadata-emulator x should not be there"}},
+		{"a chain too much", "nft add chain ip gke-metadata-emulator x; nft add rule ip gke-metadata-emulator x drop",
+			[]string{"chain ip gke-metadata-emulator x should not be there"}},
 		{"IPv6", "nft delete table ip6 gke-metadata-emulator", []string{
 			"add chain ip6 gke-metadata-emulator forward { type filter hook forward priority -10; policy accept; }",
 			"add rule ip6 gke-metadata-emulator forward ip6 daddr fd00:c1::a9fe:a9fe tcp dport 80 reject with tcp reset",
@@ -145,7 +155,8 @@ func TestNFTablesStory(t *testing.T) {
 			}
 			if c.name == "the ruleset" { // with what others had in it
 				b.sh(
-					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add " +
+						"rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 				)
 			}
 			w = b.watch(b.plan, time.Hour) // finds it when it starts
@@ -155,13 +166,14 @@ func TestNFTablesStory(t *testing.T) {
 			said := len(w.repaired())
 			b.sh(c.flush) // and when it runs
 			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
-			if line := w.repaired()[said]; line.Data["layer"] != layerNFTables || line.Data["cause"] != "nftables" ||
+			if line := w.repaired()[said]; line.Data["layer"] != fault.NFTables || line.Data["cause"] != "nftables" ||
 				!strings.HasPrefix(fmt.Sprint(line.Data["by"]), "nft (") {
 				t.Errorf("%v", line.Data)
 			}
 			if c.name == "the ruleset" {
 				b.sh(
-					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
+					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add " +
+						"rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 				)
 			}
 		})
@@ -185,7 +197,7 @@ func sorted(s string) string {
 // no look at them.
 func TestNFTablesSurvivesIPTables(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	b.sh("iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
@@ -204,7 +216,7 @@ func TestNFTablesSurvivesIPTables(t *testing.T) {
 //
 func TestModeChanges(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	before := b.ruleset()
 	other := b.plan
 	other.Mode = ModeIPTables
@@ -255,7 +267,7 @@ func errText(err error) string {
 // so it is compared as nft lists it.
 func TestNFTablesShownText(t *testing.T) {
 	t.Parallel()
-	b := nftBed(t)
+	b := nftNode(t)
 	var shown string
 	if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
 		t.Fatal(err)
@@ -273,7 +285,7 @@ func TestAnotherDNATKeepsConnections(t *testing.T) {
 	t.Parallel()
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
 		t.Run(binary, func(t *testing.T) {
-			b := newBed(t, binary)
+			b := newTestNode(t, binary)
 			plans := map[string]Plan{}
 			for _, mode := range []string{ModeIPTables, ModeNFTables, ModeNone} {
 				p := b.plan

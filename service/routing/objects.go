@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -39,6 +40,7 @@ import (
 const (
 	loopbackLabel  = "lo" + linkLabelEnd
 	linkLabelEnd   = ":gme"
+	linkAlias      = "gke-metadata-emulator"
 	listenProtocol = 252
 )
 
@@ -88,7 +90,7 @@ func linkAddress(link string) netobj.Address {
 
 // ownLink is the link that is made where there is none of that name.
 func ownLink(name string) netobj.Link {
-	return netobj.Link{Name: name, Kind: "dummy", Alias: comment, Up: true}
+	return netobj.Link{Name: name, Kind: "dummy", Alias: linkAlias, Up: true}
 }
 
 // ours says whether any Install can have made the object.
@@ -99,7 +101,7 @@ func ours(o netobj.Object) bool {
 	case netobj.Address:
 		return o.Label == loopbackLabel || strings.HasSuffix(o.Label, linkLabelEnd) && o.Prefix == serverPrefix
 	case netobj.Link:
-		return o.Kind == "dummy" && o.Alias == comment
+		return o.Kind == "dummy" && o.Alias == linkAlias
 	case netobj.Route:
 		listens := o.Protocol == listenProtocol && o.Table == unix.RT_TABLE_LOCAL && o.Type == unix.RTN_LOCAL &&
 			o.Dst.Addr().Is6() && o.Dst.IsSingleIP()
@@ -209,7 +211,7 @@ func addAll(objects []netobj.Object) error {
 		}
 		if err := netobj.Add(o); err != nil {
 			failed[kind] = true
-			errs = append(errs, fmt.Errorf("%s add %s: %w", o.Command(), o, permission(err)))
+			errs = append(errs, fmt.Errorf("%s add %s: %w", o.Command(), o, fault.Permission(err)))
 		}
 	}
 	return errors.Join(errs...)
@@ -239,7 +241,7 @@ func trimObjects(p Plan, s nodeFacts, of selection) error {
 				resetAt(o)
 			}
 			if err := netobj.Delete(o); err != nil {
-				errs = append(errs, fmt.Errorf("%s del %s: %w", o.Command(), o, permission(err)))
+				errs = append(errs, fmt.Errorf("%s del %s: %w", o.Command(), o, fault.Permission(err)))
 			}
 		}
 		if err := errors.Join(errs...); err != nil || len(surplus) == 0 {
@@ -272,12 +274,12 @@ func checkObjects(p Plan, s nodeFacts) (errs []error) {
 	absent, surplus := netobj.Diff(wantObjects(p, s, have), have, ours)
 	for _, o := range absent {
 		if !onlyRules(o) {
-			errs = append(errs, missing(layerOf(o), "%s: %s", o.Command(), o))
+			errs = append(errs, fault.Missing(layerOf(o), "%s: %s", o.Command(), o))
 		}
 	}
 	for _, o := range surplus {
 		if whole || !onlyRules(o) {
-			errs = append(errs, missing(layerOf(o), "%s: %s should not be there any more", o.Command(), o))
+			errs = append(errs, fault.Missing(layerOf(o), "%s: %s should not be there any more", o.Command(), o))
 		}
 	}
 	return errs
@@ -293,11 +295,11 @@ func guardFaults(both []guard) (errs []error) {
 func layerOf(o netobj.Object) string {
 	switch o.(type) {
 	case netobj.Rule:
-		return layerRule
+		return fault.Rule
 	case netobj.Route:
-		return layerRoute
+		return fault.Route
 	}
-	return layerAddress
+	return fault.Address
 }
 
 // isLocal says whether the node takes packets to the address as its own, or will by us.
@@ -313,7 +315,7 @@ func foreignAddress(have netobj.Snapshot) error {
 		return nil
 	}
 	return fmt.Errorf("%s %w: it is an address of this node, as on GKE, or with another metadata server; "+
-		"remove that first", metadataServer.Addr(), ErrForeign)
+		"remove that first", metadataServer.Addr(), fault.ErrForeign)
 }
 
 // resetListeners ends what is open at all addresses that Install made this node's.
@@ -344,7 +346,7 @@ func resetAt(o netobj.Object) {
 	default:
 		return
 	}
-	family := uint8(familyOf(at))
+	family := uint8(netobj.FamilyOf(at))
 	sockets, err := netlink.SocketDiagTCP(family)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return

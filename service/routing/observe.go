@@ -14,13 +14,17 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // observeMode is mode observe (U-36): mode ebpf's programs count who connects to
 // 169.254.169.254:80, by cgroup, and change nothing. Of what all modes share there is the listen
 // address only, so that the service finds itself; no guard.
 type observeMode struct {
-	pins
+	bpf.Pins
 	plan Plan
 }
 
@@ -43,26 +47,29 @@ const publishedAtMost = 200
 type count struct{ Cgroup, Network uint64 }
 
 func openObserve(p Plan) (*observeMode, error) {
-	m := &observeMode{pins: p.pins(ModeObserve, observeHooks), plan: p}
-	return m, m.usable()
+	m := &observeMode{Pins: p.pins(ModeObserve, bpf.ObserveHooks), plan: p}
+	return m, m.Usable()
 }
 
 func (m *observeMode) command() string { return "" }
 func (m *observeMode) wakes() (c causes, silent string) {
 	return causeEBPF, detaching
 }
-func (m *observeMode) redirected(Family) *uint64 { return nil }
-func (m *observeMode) table() string             { return filepath.Join(m.dir, "counts") }
+func (m *observeMode) redirected(netobj.Family) *uint64 { return nil }
+func (m *observeMode) table() string                    { return filepath.Join(m.Dir, "counts") }
+
+func (m *observeMode) changed() bool { return m.Pins.Changed() }
 
 // counting is what the programs do here; without the table, which is nil, they cannot.
-func (m *observeMode) counting(s nodeFacts, table *ebpf.Map) (r rewriting, err error) {
-	r = rewriting{counts: table, hostPods: len(s.slices) > 0, spared: cgroupIDs(m.root, s.slices)}
-	r.hostNet, err = hostNetwork()
+func (m *observeMode) counting(s nodeFacts, table *ebpf.Map) (r bpf.Rewriting, err error) {
+	r = bpf.Rewriting{Server: metadataServer, Counts: table, HostPods: len(s.slices) > 0,
+		Spared: bpf.CgroupIDs(m.Root, s.slices)}
+	r.HostNet, err = bpf.HostNetwork()
 	return r, err
 }
 
 func (m *observeMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
-	return flushed(m.check(ctx, s)), nil
+	return fault.Flushed(m.check(ctx, s)), nil
 }
 
 func (m *observeMode) put(_ context.Context, s nodeFacts) error {
@@ -71,18 +78,18 @@ func (m *observeMode) put(_ context.Context, s nodeFacts) error {
 		table, err = m.newTable()
 	}
 	if err != nil {
-		return fmt.Errorf("table of mode observe: %w", bpfPermission(err))
+		return fmt.Errorf("table of mode observe: %w", bpf.Permission(err))
 	}
 	defer table.Close()
 	r, err := m.counting(s, table)
 	if err != nil {
 		return err
 	}
-	return m.install(r)
+	return m.Install(r)
 }
 
 func (m *observeMode) newTable() (*ebpf.Map, error) {
-	if err := os.MkdirAll(m.dir, 0o700); err != nil {
+	if err := os.MkdirAll(m.Dir, 0o700); err != nil {
 		return nil, err
 	}
 	table, err := ebpf.NewMap(&ebpf.MapSpec{Name: "gme_counts", Type: ebpf.LRUHash,
@@ -97,20 +104,20 @@ func (m *observeMode) newTable() (*ebpf.Map, error) {
 }
 
 func (m *observeMode) check(_ context.Context, s nodeFacts) []error {
-	m.verified = nil
+	m.Verified = nil
 	table, err := ebpf.LoadPinnedMap(m.table(), nil)
 	if errors.Is(err, fs.ErrNotExist) {
-		return []error{missing(layerEBPF, "eBPF table, pinned as %s", m.table())}
+		return []error{fault.Missing(fault.EBPF, "eBPF table, pinned as %s", m.table())}
 	}
 	if err != nil {
-		return []error{fmt.Errorf("%s: %w", m.table(), bpfPermission(err))}
+		return []error{fmt.Errorf("%s: %w", m.table(), bpf.Permission(err))}
 	}
 	defer table.Close()
 	r, err := m.counting(s, table)
 	if err != nil {
 		return []error{err}
 	}
-	return m.verify(r)
+	return m.Verify(r)
 }
 
 // Observed reads what mode observe has counted, the most first. It needs the right to read the
@@ -130,17 +137,17 @@ func Observed(p Plan) ([]Observation, error) {
 func (m *observeMode) observed() (all []Observation, err error) {
 	table, err := ebpf.LoadPinnedMap(m.table(), &ebpf.LoadPinOptions{ReadOnly: true})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("nothing is counted: %w: mode %s is not installed", ErrMissing, ModeObserve)
+		return nil, fmt.Errorf("nothing is counted: %w: mode %s is not installed", fault.ErrMissing, ModeObserve)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", m.table(), bpfPermission(err))
+		return nil, fmt.Errorf("%s: %w", m.table(), bpf.Permission(err))
 	}
 	defer table.Close()
-	host, err := hostNetwork()
+	host, err := bpf.HostNetwork()
 	if err != nil {
 		return nil, err
 	}
-	names := cgroupNames(m.root)
+	names := cgroupNames(m.Root)
 	found := map[Observation]uint64{} // a pod has several network namespaces if it makes them
 	var key count
 	var times uint64

@@ -8,12 +8,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // TestObserve: it counts, and nobody notices.
 func TestObserve(t *testing.T) {
 	t.Parallel()
-	b := newBPFBed(t, newBed(t, "iptables-nft"))
+	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
 	b.plan.Mode, b.plan.BPFDir, b.plan.CgroupRoot = ModeObserve, filepath.Join(b.bpffs, "gme"), b.cgroups
 	observed := func() []Observation {
 		t.Helper()
@@ -22,7 +24,7 @@ func TestObserve(t *testing.T) {
 		return all
 	}
 	before, programs := b.ruleset(), b.attachedText(t)
-	if _, err := Observed(b.plan); !errors.Is(err, ErrMissing) {
+	if _, err := Observed(b.plan); !errors.Is(err, fault.ErrMissing) {
 		t.Errorf("%v, want ErrMissing", err)
 	}
 	b.install(b.plan)

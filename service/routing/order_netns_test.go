@@ -17,7 +17,7 @@ import (
 // that is gone, and the repair names the rule.
 func TestGuardFollows(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	at := func(pref uint32) func() bool {
@@ -27,7 +27,7 @@ func TestGuardFollows(t *testing.T) {
 				t.Fatal(err)
 			}
 			guard := func(r netobj.Rule) bool { return ourRule(r) && r.Pref == pref }
-			return slices.ContainsFunc(have.Rules(uint8(ipv4)), guard) && b.stands(b.plan)
+			return slices.ContainsFunc(have.Rules(uint8(netobj.IPv4)), guard) && b.stands(b.plan)
 		}
 	}
 	for _, step := range []struct {
@@ -35,9 +35,11 @@ func TestGuardFollows(t *testing.T) {
 		pref uint32
 		says string
 	}{
-		{"ip rule add pref 10 iif cni0 lookup 101", 8, "the guard at preference 8, not at 97: it is walked round by pref 10 from all iif cni0 lookup 101"},
+		{"ip rule add pref 10 iif cni0 lookup 101", 8,
+			"the guard at preference 8, not at 97: it is bypassed by pref 10 from all iif cni0 lookup 101"},
 		{"ip rule add pref 5 to 192.0.2.0/24 lookup 101; ip rule add pref 6 iif lo lookup 101", 8, ""}, // neither can match
-		{"ip rule add pref 2 fwmark 0x1/0xff lookup 101", 0, "not at 8: it is walked round by pref 2 from all fwmark 0x1/0xff lookup 101"},
+		{"ip rule add pref 2 fwmark 0x1/0xff lookup 101", 0,
+			"not at 8: it is bypassed by pref 2 from all fwmark 0x1/0xff lookup 101"},
 		{"ip rule del pref 2", 8, "the guard at preference 8, not at 0"},
 		{"ip rule del pref 10", 97, "the guard at preference 97, not at 8"},
 	} {
@@ -58,7 +60,7 @@ func TestGuardFollows(t *testing.T) {
 // and check say so, and whoever examines sees it.
 func TestGuardBypassed(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh("ip rule add pref 0 iif cni0 lookup 101")
 	log, hook := logtest.NewNullLogger()
 	p := b.plan
@@ -73,7 +75,7 @@ func TestGuardBypassed(t *testing.T) {
 			return e.Level == logrus.WarnLevel &&
 				strings.Contains(e.Message, "ip rule: pref 0 from all iif cni0 lookup 101: delete that rule")
 		}) {
-			t.Errorf("%s does not say that the guard is walked round", step.what)
+			t.Errorf("%s does not say that the guard is bypassed", step.what)
 		}
 	}
 	_ = b.Do(func() error {
@@ -90,7 +92,7 @@ func TestGuardBypassed(t *testing.T) {
 // elsewhere, or nowhere, is no fault.
 func TestLocalRoute(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh(
 		"ip route add 192.0.2.0/24 via 198.51.100.1 dev eth0 table local; ip route add prohibit 169.254.170.2/32 table local",
 	)
@@ -109,7 +111,7 @@ func TestLocalRoute(t *testing.T) {
 		if !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
 			return e.Level == logrus.WarnLevel && strings.Contains(e.Message, route+": delete")
 		}) {
-			t.Errorf("%s does not say that the guard is walked round", name)
+			t.Errorf("%s does not say that the guard is bypassed", name)
 		}
 	}
 	_ = b.Do(func() error {
@@ -126,7 +128,7 @@ func TestLocalRoute(t *testing.T) {
 // check fails and names the rule.
 func TestLoopbackBypassed(t *testing.T) {
 	t.Parallel()
-	b := modeBed(t, ModeLoopback)
+	b := modeNode(t, ModeLoopback)
 	b.sh("ip route add default via 198.51.100.1 dev eth0 table 101; ip rule add pref 0 iif cni0 lookup 101")
 	b.install(b.plan)
 	if who, _ := ask(b.pod, "169.254.169.254:80", short); who == emulator {
@@ -142,7 +144,7 @@ func TestLoopbackBypassed(t *testing.T) {
 // with an install and with a removal.
 func TestEarlierGuard(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	before := b.ruleset()
 	put := func() {
 		b.sh(`add() { ip $1 rule add $2 protocol kernel; }
@@ -167,15 +169,16 @@ func TestEarlierGuard(t *testing.T) {
 // TestGuardOrder: rules in any state come to stand once and in their order.
 func TestGuardOrder(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	p := b.plan
-	p.Spare = []string{"docker0", "virbr0"}
+	p.ExcludeInterfaces = []string{"docker0", "virbr0"}
 	b.install(b.plan)
 	fresh := b.ruleset()
 	for _, change := range []string{
 		"ip rule del pref 98", "ip rule del pref 97 iif lo", "ip rule del pref 97 prohibit",
 		"ip rule del pref 97 prohibit; ip rule add pref 97 to 169.254.169.254 ipproto tcp dport 80 prohibit protocol kernel",
-		"ip rule add pref 96 to 169.254.169.254 ipproto tcp prohibit protocol kernel; ip rule add pref 50 to 169.254.169.254 prohibit protocol kernel",
+		"ip rule add pref 96 to 169.254.169.254 ipproto tcp prohibit protocol kernel; ip rule add pref 50 to " +
+			"169.254.169.254 prohibit protocol kernel",
 		"while ip rule del protocol kernel pref 97 2>/dev/null; do :; done",
 	} {
 		b.sh(change)
@@ -192,14 +195,15 @@ func TestGuardOrder(t *testing.T) {
 // and named; who stands there and does not is left alone.
 func TestRawOrder(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		b.sh("iptables -t raw -N OTHER; iptables -t raw -A OTHER -p udp -j ACCEPT; iptables -t raw -I PREROUTING 1 -j OTHER")
 		b.green(b.plan)
 		b.sh("iptables -t raw -A OTHER -s 10.244.0.0/16 -j CT --notrack")
 		b.answers(b.pod, "169.254.169.254:80", "")
 		err := fmt.Sprint(b.check(b.plan))
-		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before -A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(
+		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before " +
+			"-A OTHER -s 10.244.0.0/16 -j CT --notrack"; !strings.Contains(
 			err,
 			want,
 		) {
@@ -215,9 +219,10 @@ func TestRawOrder(t *testing.T) {
 // overruled in mode nftables, and named in mode iptables.
 func TestUntracking(t *testing.T) {
 	t.Parallel()
-	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr 10.244.0.0/16 notrack; }; }",
+	const early, late = "table inet net { chain raw { type filter hook prerouting priority -350; ip saddr " +
+		"10.244.0.0/16 notrack; }; }",
 		"table ip net { chain raw { type filter hook prerouting priority -290; ip saddr 10.244.0.0/16 notrack; }; }"
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		for _, rules := range []string{early, late} {
 			b.sh("nft '" + rules + "'")
 			log, hook := logtest.NewNullLogger()

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 var (
@@ -51,7 +52,7 @@ func (w *watcher) round(ctx context.Context) {
 		w.publish(ctx, why, nil)
 		w.succeed()
 		return
-	case len(layers(errs)) == 0: // what could not be read
+	case len(fault.Layers(errs)) == 0: // what could not be read
 		w.publish(ctx, why, errs)
 		w.fail(errors.Join(errs...))
 		return
@@ -63,15 +64,15 @@ func (w *watcher) round(ctx context.Context) {
 	}
 	start := time.Now()
 	r := &repair{of: w.desired, why: why, faults: errs, node: w.node, mode: w.unread}
-	for _, layer := range layers(errs) {
-		r.mode = r.mode || !slices.Contains(sharedLayers, layer)
+	for _, layer := range fault.Layers(errs) {
+		r.mode = r.mode || !slices.Contains(fault.Shared, layer)
 	}
 	w.node, err = w.router.install(ctx, r)
 	switch {
 	case errors.Is(err, errOutdated):
 		w.pending |= why
 		return
-	case errors.Is(err, ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
+	case errors.Is(err, fault.ErrMissing) && !w.disturbed: // somebody went on flushing meanwhile
 		w.report(r, by, start)
 		w.bad, w.unread, w.disturbed = true, true, true
 		w.pending |= why
@@ -93,13 +94,14 @@ func (w *watcher) round(ctx context.Context) {
 func (w *watcher) report(r *repair, by string, start time.Time) {
 	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
-	fields := logrus.Fields{messageid.Field: string(messageid.RulesRepaired), "layer": strings.Join(layers(r.faults), ","),
+	fields := logrus.Fields{messageid.Field: string(messageid.RulesRepaired),
+		"layer": strings.Join(fault.Layers(r.faults), ","),
 		"cause": strings.Join(slices.Compact(found), ","), "missing": strings.Join(texts(r.faults), "; "),
 		"took": time.Since(start).Round(100 * time.Microsecond).String()}
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
 		fields["by"] = by
 	}
-	w.Log.WithFields(fields).Warn("routing: repaired what was missing")
+	w.Log.WithFields(fields).Warn("routing: missing rules were put back")
 }
 
 // next is when the bucket has a token again.
@@ -224,7 +226,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	}
 	unlock, err := lock(ctx, w.RunDir, unix.LOCK_EX)
 	if err != nil {
-		w.Log.WithError(err).Warn("routing: what stands is not published")
+		w.Log.WithError(err).Warn("routing: the state file cannot be written")
 		return
 	}
 	defer unlock()
@@ -235,7 +237,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 	if w.node != nil {
 		if m, counts := w.node.mode.(interface{ observed() ([]Observation, error) }); counts && !w.bad {
 			if s.Observed, err = m.observed(); err != nil {
-				w.Log.WithError(err).Warn("routing: what was observed is not published")
+				w.Log.WithError(err).Warn("routing: the counts of mode observe cannot be read")
 			}
 			s.Observed = s.Observed[:min(len(s.Observed), publishedAtMost)]
 		}
@@ -245,7 +247,7 @@ func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
 		s.Standing.Faults = strings.Split(errors.Join(errs...).Error(), "\n")
 	}
 	if err := writeState(w.RunDir, s); err != nil {
-		w.Log.WithError(err).Warn("routing: what stands is not published")
+		w.Log.WithError(err).Warn("routing: the state file cannot be written")
 	}
 }
 
@@ -259,10 +261,10 @@ func (w *watcher) fail(err error) {
 	w.node = nil
 	if text := err.Error(); text != w.failed {
 		w.failed = text
-		messageid.RulesNotInstalled.In(w.Log).WithError(err).Error("routing: the rules may not stand")
+		messageid.RulesNotInstalled.In(w.Log).WithError(err).Error("routing: rules may be missing")
 	}
 	first, _, _ := strings.Cut(err.Error(), "\n")
-	w.announce("the rules may not stand: " + first)
+	w.announce("rules may be missing: " + first)
 }
 
 func (w *watcher) succeed() {
@@ -290,7 +292,7 @@ func (w *watcher) announce(text string) {
 
 func texts(errs []error) (all []string) {
 	for _, err := range errs {
-		all = append(all, strings.TrimPrefix(err.Error(), ErrMissing.Error()+": "))
+		all = append(all, strings.TrimPrefix(err.Error(), fault.ErrMissing.Error()+": "))
 	}
 	return all
 }

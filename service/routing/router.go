@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
@@ -57,7 +58,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			return why.node, r.repairLight(why, state)
 		}
 		var faults []error
-		if n, faults, err = r.survey(ctx, why); errors.Is(err, ErrForeign) {
+		if n, faults, err = r.survey(ctx, why); errors.Is(err, fault.ErrForeign) {
 			return n, err // nothing was changed, and nothing is
 		}
 		if n.mode != nil {
@@ -67,7 +68,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
 			why = &repair{why: causeInstall}
 			for _, err := range faults {
-				if f, ok := err.(*fault); ok && f.flushed {
+				if f, ok := err.(*fault.Fault); ok && f.Flushed {
 					why.faults = append(why.faults, f)
 				}
 			}
@@ -107,14 +108,16 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	again := plain && !r.plan.dnats() && !r.plan.traits().observes // which leaves other people's redirections be
 	if was := (Plan{Mode: before.Mode}); was.Mode != "" && (changed && !(was.dnats() && r.plan.dnats()) || again) {
 		if err := forgetServed(ctx, r.plan, n.nodeFacts, was); err != nil {
-			r.plan.Log.WithError(err).Warn("for two minutes requests of pods may fail that use a port anew")
+			r.plan.Log.WithError(err).Warn("routing: conntrack entries of the previous mode cannot be deleted: " +
+				"new connections that reuse a source port may fail for up to 2 minutes")
 		}
 	}
 	if err := trimObjects(r.plan, n.nodeFacts, everything); err != nil {
 		return n, r.readBack(state, err)
 	}
 	errs := r.check(ctx, n)
-	if plain && len(layers(errs)) > 0 { // somebody flushed in between, and what was right, and so left alone, with it
+	// somebody flushed in between, and what was right, and so left alone, with it
+	if plain && len(fault.Layers(errs)) > 0 {
 		if err := r.putAgain(ctx, n); err != nil {
 			return n, r.readBack(state, err)
 		}
@@ -128,12 +131,12 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 // cannot be put before.
 func (r *router) warnOvertaken(bypassing []string) {
 	for _, chain := range untracking(r.plan) {
-		r.plan.Log.Warn("pods may not be redirected: " + chain +
+		r.plan.Log.Warn("routing: pods may not be redirected: " + chain +
 			" comes before the rules and takes packets out of conntrack: " +
 			"set routing.mode to nftables, whose rules overrule that")
 	}
 	for _, rule := range bypassing {
-		r.plan.Log.Warn("the guard does not hold for what comes before it: " + rule +
+		r.plan.Log.Warn("routing: the guard is bypassed by: " + rule +
 			": delete that rule and add it again with a preference of 1 or more, or that route to table main")
 	}
 }
@@ -164,7 +167,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 		return n, nil, err
 	}
 	var foreign error
-	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, ErrForeign) {
+	if faults, err = n.survey(ctx, n.nodeFacts); errors.Is(err, fault.ErrForeign) {
 		foreign = err
 	} else if err != nil {
 		return n, nil, err
@@ -186,7 +189,8 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 			foreign = errors.Join(foreign, foreignListener(listen))
 		}
 	} else if why == nil {
-		r.plan.Log.WithField("listen", listen).Info("the listen address is not this node's own: requests are forwarded there")
+		r.plan.Log.WithField("listen", listen).Info("routing: the listen address is not an address of this node: " +
+			"requests are forwarded there")
 	}
 	if why == nil {
 		r.surveySix(n, have)
@@ -295,7 +299,7 @@ func (r *router) Remove(ctx context.Context) error {
 }
 
 func (r *router) removeAll(ctx context.Context, state State) error {
-	errs := []error{trimObjects(Plan{}, nodeFacts{}, onLinks)} // else the doors were gone before the address
+	errs := []error{trimObjects(Plan{}, nodeFacts{}, onLinks)} // else the chains were gone before the address
 	for _, p := range removers {
 		errs = append(errs, p.remove(ctx, r.plan, false))
 	}
@@ -339,7 +343,8 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 			}
 		}
 		if len(s.uplinks) == 0 && say {
-			log.Warn("no uplink found: hosts behind an interface that comes later are kept out only after the next install")
+			log.Warn("routing: no uplinks found: hosts behind an interface that appears later are kept out " +
+				"after the next install")
 		}
 	}
 	s.six = reachesSix()
@@ -351,8 +356,9 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 		s.slices = nil // whichever comes and goes
 	}
 	if say {
-		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "), "spare": strings.Join(r.plan.Spare, " "),
-			"host_pods": s.hostWhy}).Info("routing: installing")
+		log.WithFields(map[string]any{"uplinks": strings.Join(s.uplinks, " "),
+			"exclude_interfaces": strings.Join(r.plan.ExcludeInterfaces, " "),
+			"host_pods":          s.hostWhy}).Info("routing: installing")
 	}
 	return s, nil
 }
@@ -363,7 +369,8 @@ func (r *router) state(desired string) (before, now State) {
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
 		Since: time.Now().UTC().Truncate(time.Second)}
 	if !p.Closed && p.Listen.IsValid() {
-		s.Listen, s.Uplinks, s.Spare, s.HostPods = p.Listen.String(), p.Uplinks, p.Spare, p.InterceptHostPods
+		s.Listen, s.HostPods = p.Listen.String(), p.InterceptHostPods
+		s.Uplinks, s.ExcludeInterfaces = p.Uplinks, p.ExcludeInterfaces
 		s.Link, s.Force = p.Link, p.Force
 		if p.Listen6.IsValid() {
 			s.Listen6 = p.Listen6.String()

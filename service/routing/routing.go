@@ -46,20 +46,6 @@ const (
 // DefaultRunDir is where the desired state and the lock lie.
 const DefaultRunDir = "/run/gke-metadata-emulator"
 
-var (
-	// ErrMissing is wrapped by what Check returns when something that the Plan wants is not in the
-	// kernel, or not as it should be. An error of Check that does not wrap it says that the kernel
-	// could not be read.
-	ErrMissing = errors.New("missing")
-	// ErrForeign is wrapped when the address, the port, the chains or the redirection belong to
-	// somebody else, as on GKE itself.
-	ErrForeign = errors.New("belongs to somebody else")
-	// ErrPermission is wrapped when the kernel does not let this process change the rules.
-	ErrPermission = errors.New(
-		"needs root with CAP_NET_ADMIN (on AKS with eBPF host routing a security module denies it even then: use another routing mode)",
-	)
-)
-
 // Router puts one Plan into the kernel of the network namespace in which it is called.
 type Router interface {
 	// Install makes what the Plan wants stand, closed things before open ones, writes the desired
@@ -84,7 +70,8 @@ type Plan struct {
 	Listen6 netip.AddrPort
 	// interfaces that are not the pods'; none: found out. A trailing + stands for any ending
 	Uplinks []string
-	Spare   []string // interfaces whose traffic is left alone altogether, such as docker0
+	// interfaces whose traffic is left alone altogether, such as docker0
+	ExcludeInterfaces []string
 	// auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
 	InterceptHostPods string
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
@@ -188,24 +175,27 @@ func (p Plan) checked() (Plan, error) {
 	case p.Link == "":
 	case !p.traits().localServer:
 		errs = append(errs, fmt.Errorf("link %s: mode %s needs none: remove it", p.Link, p.Mode))
-	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) || strings.ContainsAny(p.Link, "+:"):
+	case len(p.Link) > unix.IFNAMSIZ-1-len(linkLabelEnd) || p.Link == "lo" || !interfaceName.MatchString(p.Link) ||
+		strings.ContainsAny(p.Link, "+:"):
 		errs = append(errs, fmt.Errorf("link %q: use the name of a dummy link of 11 letters at most, such as gme0", p.Link))
 	}
-	for _, name := range slices.Concat(p.Uplinks, p.Spare) {
+	for _, name := range slices.Concat(p.Uplinks, p.ExcludeInterfaces) {
 		if !interfaceName.MatchString(name) {
 			errs = append(errs, fmt.Errorf("%q is no name of a network interface", name))
 		}
 	}
-	for _, name := range p.Spare {
+	for _, name := range p.ExcludeInterfaces {
 		if strings.HasSuffix(name, "+") {
-			errs = append(errs, fmt.Errorf("spare %q: name the interfaces one by one, policy rules know no pattern", name))
+			errs = append(errs, fmt.Errorf("excludeInterfaces %q: policy rules have no patterns: name the interfaces one by "+
+				"one", name))
 		}
 	}
-	if p.traits().blindToLinks && len(p.Spare) > 0 {
+	if p.traits().blindToLinks && len(p.ExcludeInterfaces) > 0 {
 		errs = append(
 			errs,
-			fmt.Errorf("spare %s: mode %s sees who connects, and not by which interface: leave it empty, or use mode %s",
-				strings.Join(p.Spare, ", "), p.Mode, ModeIPTables),
+			fmt.Errorf("excludeInterfaces %s: mode %s sees who connects, and not by which interface: "+
+				"leave it empty, or use mode %s",
+				strings.Join(p.ExcludeInterfaces, ", "), p.Mode, ModeIPTables),
 		)
 	}
 	return p, errors.Join(errs...)

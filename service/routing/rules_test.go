@@ -3,7 +3,6 @@ package routing
 import (
 	"errors"
 	"flag"
-	"golang.org/x/sys/unix"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -13,7 +12,10 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
 var update = flag.Bool("update", os.Getenv("UPDATE_GOLDEN") != "", "write the golden files anew")
@@ -33,24 +35,31 @@ func TestShownText(t *testing.T) {
 		"no-ipv6": {plain, nodeFacts{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
-			nodeFacts{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"}, hostPods: true},
+			nodeFacts{uplinks: []string{"bond0", "eth1"}, slices: []string{"system.slice", "user.slice", "init.scope"},
+				hostPods: true},
 		},
-		"node-address-spare-and-guards": {
-			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), Spare: []string{"docker0", "eth0"},
-				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"), at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
+		"node-address-exclude-and-guards": {
+			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), ExcludeInterfaces: []string{"docker0", "eth0"},
+				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"),
+					at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
 			nodeFacts{uplinks: []string{"eth0"}, six: true},
 		},
 		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
 			nodeFacts{uplinks: []string{"bond0", "eth0"}, six: true}},
 		"ipv6": {
-			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), Spare: []string{"docker0"},
-				Guard: DefaultGuard(), InterceptHostPods: "on"},
-			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"}, hostPods: true},
+			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"),
+				ExcludeInterfaces: []string{"docker0"},
+				Guard:             DefaultGuard(), InterceptHostPods: "on"},
+			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"},
+				hostPods: true},
 		},
-		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer}, Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, six: true}},
-		"none":          {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}}, nodeFacts{uplinks: []string{"eth0"}}},
-		"observe":       {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"}, nodeFacts{}},
-		"closed":        {Plan{Closed: true}, nodeFacts{}},
+		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer},
+			Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+		"none": {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}},
+			nodeFacts{uplinks: []string{"eth0"}}},
+		"observe": {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(),
+			CgroupRoot: "/sys/fs/cgroup"}, nodeFacts{}},
+		"closed": {Plan{Closed: true}, nodeFacts{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := c.plan.checked()
@@ -80,40 +89,43 @@ func TestShownText(t *testing.T) {
 }
 
 func TestRestoreTextMovesJumps(t *testing.T) {
-	chains := []chain{
-		{table: "nat", base: "OUTPUT", name: "GME-OUT", absent: true},
-		{table: "nat", base: "PREROUTING", name: "GME-PRE", rules: []string{"-i lo -j RETURN"}},
+	chains := []xtables.Chain{
+		{Table: "nat", Base: "OUTPUT", Name: "GME-OUT", Absent: true},
+		{Table: "nat", Base: "PREROUTING", Name: "GME-PRE", Rules: []string{"-i lo -j RETURN"}},
 	}
-	stands := func(name, rule string, positions ...int) map[string]chainState {
-		g := chainState{exists: true}
+	stands := func(name, rule string, positions ...int) map[string]xtables.ChainState {
+		g := xtables.ChainState{Exists: true}
 		for _, at := range positions {
-			g.jumps = append(g.jumps, jumpAt{position: at, rule: rule})
+			g.Jumps = append(g.Jumps, xtables.JumpAt{Position: at, Rule: rule})
 		}
-		return map[string]chainState{name: g}
+		return map[string]xtables.ChainState{name: g}
 	}
-	pre := func(positions ...int) map[string]chainState { return stands("GME-PRE", chains[1].jump(), positions...) }
-	out := func(positions ...int) map[string]chainState {
-		m := stands("GME-OUT", chains[0].jump(), positions...)
+	pre := func(positions ...int) map[string]xtables.ChainState {
+		return stands("GME-PRE", chains[1].Jump(), positions...)
+	}
+	out := func(positions ...int) map[string]xtables.ChainState {
+		m := stands("GME-OUT", chains[0].Jump(), positions...)
 		m["GME-PRE"] = pre(1)["GME-PRE"]
 		return m
 	}
 	const flushOut = ":GME-OUT - [0:0]\n"
 	for _, c := range []struct {
 		name   string
-		stands map[string]chainState
+		stands map[string]xtables.ChainState
 		flush  string
 		want   string
 	}{
 		{"none", nil, "", "-I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-PRE\n"},
 		{"in place", pre(1), "", ""},
-		{"displaced", pre(3), "", "-D PREROUTING " + chains[1].jump() + "\n-I PREROUTING 1 " + chains[1].jump() + "\n"},
-		{"doubled", pre(1, 2), "", strings.Repeat("-D PREROUTING "+chains[1].jump()+"\n", 2) + "-I PREROUTING 1 " + chains[1].jump() + "\n"},
-		{"no longer wanted", out(1), flushOut, "-D OUTPUT " + chains[0].jump() + "\n-X GME-OUT\n"},
+		{"displaced", pre(3), "", "-D PREROUTING " + chains[1].Jump() + "\n-I PREROUTING 1 " + chains[1].Jump() + "\n"},
+		{"doubled", pre(1, 2), "", strings.Repeat("-D PREROUTING "+chains[1].Jump()+"\n", 2) + "-I PREROUTING 1 " +
+			chains[1].Jump() + "\n"},
+		{"no longer wanted", out(1), flushOut, "-D OUTPUT " + chains[0].Jump() + "\n-X GME-OUT\n"},
 		{"left over", out(), flushOut, "-X GME-OUT\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			want := "*nat\n" + c.flush + ":GME-PRE - [0:0]\n-A GME-PRE -i lo -j RETURN\n" + c.want + "COMMIT\n"
-			if got := restoreText(chains, c.stands); got != want {
+			if got := xtables.RestoreText(chains, c.stands); got != want {
 				t.Errorf("got\n%swant\n%s", got, want)
 			}
 		})
@@ -131,23 +143,37 @@ func TestUplinks(t *testing.T) {
 		remark  string
 	}{
 		{"a cloud machine", []device{lo, {name: "ens5", index: 2, defaultRoute: true}, pod}, []string{"ens5"}, ""},
-		{"hardware without a route", []device{lo, {name: "eth0", index: 2, defaultRoute: true}, {name: "eth1", index: 3}}, []string{"eth0", "eth1"}, ""},
-		{"bond and vlan", []device{{name: "eth0", index: 2, master: 4}, {name: "bond0", index: 4, kind: "bond"}, {name: "bond0.7", index: 5, kind: "vlan"}},
+		{"hardware without a route", []device{lo, {name: "eth0", index: 2, defaultRoute: true}, {name: "eth1", index: 3}},
+			[]string{"eth0", "eth1"}, ""},
+		{"bond and vlan", []device{{name: "eth0", index: 2, master: 4}, {name: "bond0", index: 4, kind: "bond"},
+			{name: "bond0.7", index: 5, kind: "vlan"}},
 			[]string{"bond0", "bond0.7", "eth0"}, ""},
-		{"a node in a container", []device{lo, {name: "eth0", index: 2, kind: "veth", defaultRoute: true}, pod}, []string{"eth0"}, ""},
-		{"the pods' bridge", []device{{name: "cni0", index: 4, kind: "bridge"}, {name: "veth7", index: 5, master: 4, kind: "veth"}}, nil, ""},
-		{"a bridge to the LAN", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"}}, []string{"br0", "eth0"}, ""},
-		{"a bridge to the LAN with pods", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge", defaultRoute: true},
-			{name: "veth7", index: 5, master: 4, kind: "veth"}}, []string{"eth0"}, "bridge br0 has the physical port eth0 and pods or machines at veth7"},
-		{"a bridge with the default route", []device{{name: "br0", index: 4, kind: "bridge", defaultRoute: true}}, []string{"br0"}, ""},
-		{"the node's address elsewhere", []device{{name: "dummy0", index: 4, kind: "dummy", nodeAddress: true}, {name: "nodelocaldns", index: 5, kind: "dummy"}}, []string{"dummy0"}, ""},
-		{"overlays", []device{{name: "flannel.1", index: 4, kind: "vxlan"}, {name: "tunl0", index: 5, kind: "ipip"}, {name: "wg0", index: 6, kind: "wireguard"}},
+		{"a node in a container", []device{lo, {name: "eth0", index: 2, kind: "veth", defaultRoute: true}, pod},
+			[]string{"eth0"}, ""},
+		{"the pods' bridge", []device{{name: "cni0", index: 4, kind: "bridge"},
+			{name: "veth7", index: 5, master: 4, kind: "veth"}}, nil, ""},
+		{"a bridge to the LAN", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"}},
+			[]string{"br0", "eth0"}, ""},
+		{"a bridge to the LAN with pods",
+			[]device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge", defaultRoute: true},
+				{name: "veth7", index: 5, master: 4, kind: "veth"}}, []string{"eth0"},
+			"bridge br0 has the physical port eth0 and pods or machines at veth7"},
+		{"a bridge with the default route", []device{{name: "br0", index: 4, kind: "bridge", defaultRoute: true}},
+			[]string{"br0"}, ""},
+		{"the node's address elsewhere",
+			[]device{{name: "dummy0", index: 4, kind: "dummy", nodeAddress: true},
+				{name: "nodelocaldns", index: 5, kind: "dummy"}}, []string{"dummy0"}, ""},
+		{"overlays", []device{{name: "flannel.1", index: 4, kind: "vxlan"}, {name: "tunl0", index: 5, kind: "ipip"},
+			{name: "wg0", index: 6, kind: "wireguard"}},
 			[]string{"flannel.1", "tunl0", "wg0"}, ""},
-		{"a VPN", []device{{name: "tun0", index: 4, kind: "tun"}, {name: "tap0", index: 5, kind: "tuntap"}}, []string{"tun0"}, ""},
-		{"links on a link", []device{{name: "mv0", index: 4, kind: "macvlan"}, {name: "ipv0", index: 5, kind: "ipvlan"}, {name: "sec0", index: 6, kind: "macsec"}},
+		{"a VPN", []device{{name: "tun0", index: 4, kind: "tun"}, {name: "tap0", index: 5, kind: "tuntap"}},
+			[]string{"tun0"}, ""},
+		{"links on a link", []device{{name: "mv0", index: 4, kind: "macvlan"}, {name: "ipv0", index: 5, kind: "ipvlan"},
+			{name: "sec0", index: 6, kind: "macsec"}},
 			[]string{"ipv0", "mv0", "sec0"}, ""},
-		{"a bridge to the LAN with machines", []device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"},
-			{name: "vnet0", index: 5, master: 4, kind: "tuntap"}}, []string{"eth0"}, "machines at vnet0"},
+		{"a bridge to the LAN with machines",
+			[]device{{name: "eth0", index: 2, master: 4}, {name: "br0", index: 4, kind: "bridge"},
+				{name: "vnet0", index: 5, master: 4, kind: "tuntap"}}, []string{"eth0"}, "machines at vnet0"},
 		{"a name like a pattern", []device{{name: "eth+", index: 4}, {name: `a"b`, index: 5}}, nil, "no rule can say"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -198,7 +224,8 @@ func TestNewRefuses(t *testing.T) {
 		change func(*Plan)
 		want   string
 	}{
-		{"no interface", func(p *Plan) { p.Mode, p.Spare = ModeEBPF, []string{"docker0"} }, "spare docker0: mode ebpf sees who connects, and not by which interface"},
+		{"no interface", func(p *Plan) { p.Mode, p.ExcludeInterfaces = ModeEBPF, []string{"docker0"} },
+			"excludeInterfaces docker0: mode ebpf sees who connects, and not by which interface"},
 		{"another mode", func(p *Plan) { p.Mode = "xdp" }, `routing mode "xdp" is not supported`},
 		{"no mode", func(p *Plan) { p.Mode = "" }, `routing mode "" is not supported`},
 		{"no listen", func(p *Plan) { p.Listen = netip.AddrPort{} }, "an address and a port are needed"},
@@ -206,7 +233,9 @@ func TestNewRefuses(t *testing.T) {
 		{"every address", listen("0.0.0.0:988"), "cannot redirect to every address"},
 		{"loopback, R-04", listen("127.0.0.1:988"), "127.0.0.0/8"},
 		{"IPv6", listen("[fd20:ce::254]:80"), "IPv4"},
-		{"IPv6 in another mode", func(p *Plan) { p.Mode, p.Listen6 = ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988") }, "mode ebpf serves IPv4 alone"},
+		{"IPv6 in another mode", func(p *Plan) {
+			p.Mode, p.Listen6 = ModeEBPF, netip.MustParseAddrPort("[fd20:ce::252]:988")
+		}, "mode ebpf serves IPv4 alone"},
 		{"IPv4 for IPv6", listen6("169.254.169.252:988"), "an IPv6 address and a port are needed"},
 		{"no port for IPv6", listen6("[fd20:ce::252]:0"), "an IPv6 address and a port are needed"},
 		{"a link's own", listen6("[fe80::1]:988"), "a unicast address that reaches beyond a link"},
@@ -217,15 +246,21 @@ func TestNewRefuses(t *testing.T) {
 		{"multicast", listen("224.0.0.1:80"), "cannot be redirected there"},
 		{"host pods", func(p *Plan) { p.InterceptHostPods = "yes" }, `interceptHostPods "yes"`},
 		{"a link in another mode", func(p *Plan) { p.Link = "gme0" }, "mode iptables needs none"},
-		{"a link's name too long", func(p *Plan) { p.Mode, p.Listen, p.Link = ModeLoopback, metadataServer, "abcdefghijkl" }, "11 letters at most"},
+		{"a link's name too long", func(p *Plan) { p.Mode, p.Listen, p.Link = ModeLoopback, metadataServer, "abcdefghijkl" },
+			"11 letters at most"},
 		{"loopback elsewhere", func(p *Plan) { p.Mode = ModeLoopback }, "listens where pods ask"},
-		{"host pods in loopback", func(p *Plan) { p.Mode, p.Listen, p.InterceptHostPods = ModeLoopback, metadataServer, "on" }, "mode loopback cannot tell"},
+		{"host pods in loopback", func(p *Plan) {
+			p.Mode, p.Listen, p.InterceptHostPods = ModeLoopback, metadataServer, "on"
+		}, "mode loopback cannot tell"},
 		{"a blank in an uplink", func(p *Plan) { p.Uplinks = []string{"eth0 -j ACCEPT"} }, "no name of a network interface"},
 		{"an uplink too long", func(p *Plan) { p.Uplinks = []string{"abcdefghijklmnop"} }, "no name of a network interface"},
-		{"a line in a spare", func(p *Plan) { p.Spare = []string{"a\nb"} }, "no name of a network interface"},
-		{"a pattern in spare", func(p *Plan) { p.Spare = []string{"br-+"} }, "one by one"},
-		{"guard without port", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("1.2.3.4:0")} }, "guard 1.2.3.4:0"},
-		{"guard in disguise", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("[::ffff:1.2.3.4]:80")} }, "guard"},
+		{"a line in an excluded one", func(p *Plan) { p.ExcludeInterfaces = []string{"a\nb"} },
+			"no name of a network interface"},
+		{"a pattern in an excluded one", func(p *Plan) { p.ExcludeInterfaces = []string{"br-+"} }, "one by one"},
+		{"guard without port", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("1.2.3.4:0")} },
+			"guard 1.2.3.4:0"},
+		{"guard in disguise", func(p *Plan) { p.Guard = []netip.AddrPort{netip.MustParseAddrPort("[::ffff:1.2.3.4]:80")} },
+			"guard"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := good
@@ -249,7 +284,8 @@ func TestEnvironmentText(t *testing.T) {
 		"0.0.0.0:8988":        {"{fieldPath: status.hostIP}}\n", "$(NODE_IP):8988"},
 		"198.51.100.10:8988":  {"", "$(NODE_IP):8988"},
 		"[fd00:51::10]:8988":  {"", "[$(NODE_IP)]:8988"},
-		"127.0.0.1:988":       {"# what pods on the host network, who alone reach it, need in their environment\n#   env:\n", "127.0.0.1:988"},
+		"127.0.0.1:988": {"# what pods on the host network, who alone reach it, need in their environment\n#   env:\n",
+			"127.0.0.1:988"},
 	} {
 		text := want.before
 		for _, name := range []string{"GCE_METADATA_HOST", "GCE_METADATA_IP", "GCE_METADATA_ROOT"} {
@@ -276,13 +312,13 @@ func TestJumps(t *testing.T) {
 		"-m comment --comment gke-metadata-emulator -j GME-PREX",
 		"-d 192.0.2.1/32 -m comment --comment gke-metadata-emulator -j GME-PRE",
 	}
-	ours, foreign := jumps(base, "GME-PRE")
-	if want := []jumpAt{{position: 2, rule: base[1]}, {position: 4, rule: base[3]}}; !slices.Equal(ours, want) ||
+	ours, foreign := xtables.Jumps(base, "GME-PRE")
+	if want := []xtables.JumpAt{{Position: 2, Rule: base[1]}, {Position: 4, Rule: base[3]}}; !slices.Equal(ours, want) ||
 		foreign != "" {
 		t.Errorf("%v, %q", ours, foreign)
 	}
 	for _, rule := range []string{"-j GME-PRE", "-g GME-PRE", "-m comment --comment mine -j GME-PRE"} {
-		if ours, foreign := jumps([]string{rule}, "GME-PRE"); len(ours) != 0 || foreign != rule {
+		if ours, foreign := xtables.Jumps([]string{rule}, "GME-PRE"); len(ours) != 0 || foreign != rule {
 			t.Errorf("%q: %v, %q", rule, ours, foreign)
 		}
 	}

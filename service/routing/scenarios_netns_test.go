@@ -19,11 +19,12 @@ import (
 // the operator said.
 func TestUplinksThatAreConfigured(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.plan.Uplinks = []string{"wan+"}
 	b.install(b.plan)
 	b.green(b.plan)
-	if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", "169.254.169.254/32", "via", b.Addr.String()).CombinedOutput(); err != nil {
+	if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", "169.254.169.254/32", "via",
+		b.Addr.String()).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	b.answers(b.neighbour, "169.254.169.254:80", emulator)
@@ -39,19 +40,19 @@ func TestUplinksThatAreConfigured(t *testing.T) {
 // server.
 func TestSparedInterface(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		container, err := b.AddRoutedPod("container")
 		if err != nil {
 			t.Fatal(err)
 		}
 		before := b.ruleset()
-		b.plan.Spare = []string{"veth2"}
+		b.plan.ExcludeInterfaces = []string{"veth2"}
 		b.install(b.plan)
 		b.green(b.plan)
 		b.answers(container, "169.254.169.254:80", cloud)
 		b.answers(container, "[fd00:ec2::254]:80", cloud)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
-		b.plan.Spare = nil // Remove needs no memory of the Plan
+		b.plan.ExcludeInterfaces = nil // Remove needs no memory of the Plan
 		b.remove(b.plan)
 		b.same("remove", b.ruleset(), before)
 	})
@@ -61,7 +62,7 @@ func TestSparedInterface(t *testing.T) {
 // take away.
 func TestListenOnNodeAddress(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.plan.Listen = netip.AddrPortFrom(b.Addr, 988)
 		b.serve(b.NS, b.plan.Listen.String(), "emulator on the node's address")
 		b.serve(b.NS, netip.AddrPortFrom(b.Addr, 10250).String(), "kubelet")
@@ -81,7 +82,7 @@ func TestListenOnNodeAddress(t *testing.T) {
 // go.
 func TestAddressOfSomebodyElse(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh("ip address add 169.254.169.252/32 dev lo")
 	before := b.ruleset()
 	b.install(b.plan)
@@ -94,7 +95,7 @@ func TestAddressOfSomebodyElse(t *testing.T) {
 // TestReadDevices compares what the kernel calls its links with what the table of R-05 calls them.
 func TestReadDevices(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh(
 		`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0; ip tuntap add dev tun0 mode tun
 		ip link add mv0 link eth0 type macvlan; ip link set mv0 up; ip link add br0 type bridge
@@ -104,7 +105,8 @@ func TestReadDevices(t *testing.T) {
 	if err := b.Do(func() error {
 		devices, err := readDevices()
 		for _, d := range devices {
-			want := map[string]string{"flannel.1": "vxlan", "tap0": "tuntap", "tun0": "tun", "cni0": "bridge", "veth1": "veth", "eth0": "veth", "mv0": "macvlan"}[d.name]
+			want := map[string]string{"flannel.1": "vxlan", "tap0": "tuntap", "tun0": "tun", "cni0": "bridge", "veth1": "veth",
+				"eth0": "veth", "mv0": "macvlan"}[d.name]
 			if want != "" && d.kind != want {
 				t.Errorf("%s is a %q, want %q", d.name, d.kind, want)
 			}
@@ -126,11 +128,14 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", ModeNFTables, ModeLoopback, ModeNone} {
 		t.Run(mode, func(t *testing.T) {
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			b.sh(
-				"ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl -qw net.ipv4.conf.eth0.arp_ignore=1",
+				"ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl " +
+					"-qw net.ipv4.conf.eth0.arp_ignore=1",
 			)
-			if out, err := b.neighbour.Command(t.Context(), "sh", "-c", "ip route add 169.254.169.254 via 198.51.100.99; ip route add 169.254.169.252 via 198.51.100.99").CombinedOutput(); err != nil {
+			if out, err := b.neighbour.Command(t.Context(), "sh", "-c",
+				"ip route add 169.254.169.254 via 198.51.100.99; ip route add 169.254.169.252 via "+
+					"198.51.100.99").CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 			b.install(b.plan)
@@ -147,7 +152,7 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 // unless told to.
 func TestListenElsewhere(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		box, err := b.AddRoutedPod("box")
 		if err != nil {
 			t.Fatal(err)
@@ -169,14 +174,14 @@ func TestListenElsewhere(t *testing.T) {
 // TestPlanChanges: Install converges from another Plan's rules, Remove from any.
 func TestPlanChanges(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		b.install(b.plan)
 		whole := b.ruleset()
 		other := b.plan
 		other.Listen = netip.MustParseAddrPort("169.254.7.7:1988")
 		other.Guard = []netip.AddrPort{netip.MustParseAddrPort("168.63.129.16:80")}
-		other.Spare = []string{"docker0"}
+		other.ExcludeInterfaces = []string{"docker0"}
 		b.serve(b.NS, other.Listen.String(), "the other")
 		b.install(other)
 		b.green(other)
@@ -199,7 +204,7 @@ func TestPlanChanges(t *testing.T) {
 // else's rule moves.
 func TestForeignRulesAreLeftAlone(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.sh(
 			`iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES; iptables -A FORWARD -s 10.1.0.0/16 -j DROP; iptables -P INPUT DROP
 			iptables -A INPUT -i lo -j ACCEPT; ip rule add pref 97 to 192.0.2.1 lookup main; ip rule add pref 98 to 169.254.169.254 lookup main
@@ -224,7 +229,7 @@ func TestForeignRulesAreLeftAlone(t *testing.T) {
 // (R-06); and it works on a node without a default route (R-07).
 func TestHostPods(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		root := cgroup2()
 		if root == "" {
 			netnstest.Lacks(t, errors.New("no cgroup v2 hierarchy (R-22)"))
@@ -241,7 +246,7 @@ func TestHostPods(t *testing.T) {
 				}
 			})
 		}
-		sixBed(b)
+		ipv6Node(b)
 		askAt := func(cgroup, at string) string {
 			t.Helper()
 			dir, err := os.Open(filepath.Join(root, cgroup))
@@ -318,7 +323,7 @@ func TestHostPods(t *testing.T) {
 // TestNoDefaultRoute: pods are served, and the node is given no route that it does not need (R-07).
 func TestNoDefaultRoute(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.sh("ip route del default; ip -6 route del default")
 		before := b.ruleset()
 		b.install(b.plan)

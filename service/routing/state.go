@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // What the last Install or Remove wanted.
@@ -26,31 +28,35 @@ const (
 // State is the file routing.json in the run directory. Whoever repairs rules obeys Desired (R-24);
 // whoever may not read the rules shows Standing (R-25).
 type State struct {
-	Desired  string           `json:"desired"` // Installed or Removed; "" when nobody ever installed
-	Closed   bool             `json:"closed,omitempty"`
-	Mode     string           `json:"mode,omitempty"`
-	Reason   string           `json:"reason,omitempty"`  // why mode auto came to it
-	Command  string           `json:"command,omitempty"` // the iptables command that was used
-	Listen   string           `json:"listen,omitempty"`  // address:port
-	Listen6  string           `json:"listen6,omitempty"` // as configured, whether or not IPv6 says why it is not served
-	Uplinks  []string         `json:"uplinks,omitempty"` // as configured; none: found out
-	Spare    []string         `json:"spare,omitempty"`
-	HostPods string           `json:"interceptHostPods,omitempty"`
-	Link     string           `json:"link,omitempty"` // mode loopback's
-	Force    bool             `json:"force,omitempty"`
-	Guard    []netip.AddrPort `json:"guard,omitempty"`
+	Desired string `json:"desired"` // Installed or Removed; "" when nobody ever installed
+	Closed  bool   `json:"closed,omitempty"`
+	Mode    string `json:"mode,omitempty"`
+	Reason  string `json:"reason,omitempty"`  // why mode auto came to it
+	Command string `json:"command,omitempty"` // the iptables command that was used
+	Listen  string `json:"listen,omitempty"`  // address:port
+	// as configured, whether or not IPv6 says why it is not served
+	Listen6           string           `json:"listen6,omitempty"`
+	Uplinks           []string         `json:"uplinks,omitempty"` // as configured; none: found out
+	ExcludeInterfaces []string         `json:"excludeInterfaces,omitempty"`
+	HostPods          string           `json:"interceptHostPods,omitempty"`
+	Link              string           `json:"link,omitempty"` // mode loopback's
+	Force             bool             `json:"force,omitempty"`
+	Guard             []netip.AddrPort `json:"guard,omitempty"`
 
 	CloudServer CloudServer `json:"cloudMetadataServer,omitzero"` // where HostPods is auto: what was found out
-	HostNetwork string      `json:"hostNetworkPods,omitempty"`    // what becomes of pods on the host network, and why, for people
+	// what becomes of pods on the host network, and why, for people
+	HostNetwork string `json:"hostNetworkPods,omitempty"`
 
 	IPv6 string `json:"ipv6,omitempty"` // why requests by IPv6 are not redirected though Listen6 is set
 
-	Observed []Observation `json:"observed,omitempty"` // of mode observe, as of Standing.Time; no more than publishedAtMost
+	// of mode observe, as of Standing.Time; no more than publishedAtMost
+	Observed []Observation `json:"observed,omitempty"`
 
 	Since    time.Time `json:"since"`              // of Desired
 	Installs int       `json:"installs,omitempty"` // since the node booted, for metrics
-	Repairs  Repairs   `json:"repairs,omitempty"`  // those of them that found something of an earlier one gone, for metrics
-	Standing Standing  `json:"standing"`
+	// those of them that found something of an earlier one gone, for metrics
+	Repairs  Repairs  `json:"repairs,omitempty"`
+	Standing Standing `json:"standing"`
 }
 
 // Repairs counts what was found missing and put back: by layer, then by the cause that had somebody
@@ -70,7 +76,7 @@ func (r Repairs) Total() (n int) {
 // Each calls f with every layer and cause: 0 times for what was not counted, so that a rate over time
 // sees the first repair.
 func (r Repairs) Each(f func(layer, cause string, times int)) {
-	for _, layer := range everyLayer {
+	for _, layer := range fault.All {
 		for _, cause := range causeNames {
 			f(layer, cause, r[layer][cause])
 		}
@@ -96,7 +102,7 @@ func (r *repair) add(faults ...error) {
 		return
 	}
 	for _, err := range faults {
-		if f, ok := err.(*fault); ok && !slices.Contains(texts(r.faults), f.text) {
+		if f, ok := err.(*fault.Fault); ok && !slices.Contains(texts(r.faults), f.Text) {
 			r.faults = append(r.faults, f)
 		}
 	}
@@ -105,14 +111,14 @@ func (r *repair) add(faults ...error) {
 // causes are why somebody looked, by the layer in which something was found.
 func (r *repair) causes() map[string]string {
 	causes := map[string]string{}
-	for _, layer := range layers(r.faults) {
+	for _, layer := range fault.Layers(r.faults) {
 		causes[layer] = r.why.behind(layer)
 	}
 	return causes
 }
 
 func (s *State) count(r *repair) {
-	if r == nil || len(layers(r.faults)) == 0 {
+	if r == nil || len(fault.Layers(r.faults)) == 0 {
 		return
 	}
 	counted := Repairs{} // the old one is somebody else's too
@@ -130,8 +136,9 @@ func (s *State) count(r *repair) {
 
 // sameDesired reports whether s and o desire the same.
 func (s State) sameDesired(o State) bool {
-	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen && s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
-		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.Spare, o.Spare) &&
+	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen &&
+		s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
+		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.ExcludeInterfaces, o.ExcludeInterfaces) &&
 		slices.Equal(s.Guard, o.Guard)
 }
 
@@ -264,7 +271,7 @@ func lock(ctx context.Context, runDir string, how int) (unlock func(), err error
 		return func() {}, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the routing lock: %w", full(runDir, permission(err)))
+		return nil, fmt.Errorf("open the routing lock: %w", full(runDir, fault.Permission(err)))
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)

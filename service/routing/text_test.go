@@ -5,15 +5,22 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
 // Lines that iptables-restore and nft may get, whatever an operator writes.
 var (
 	restoreLine = regexp.MustCompile(
-		`^(\*(filter|raw|nat)|COMMIT|:GME-[-A-Z]+ - \[0:0\]|-A GME-[-A-Z]+ [-!a-zA-Z0-9./:,_@+\[\] ]+|-I (FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[-A-Z]+)$`,
+		`^(\*(filter|raw|nat)|COMMIT|:GME-[-A-Z]+ - \[0:0\]|-A GME-[-A-Z]+ [-!a-zA-Z0-9./:,_@+\[\] ]+|-I ` +
+			`(FORWARD|INPUT|PREROUTING|OUTPUT) 1 -m comment --comment gke-metadata-emulator -j GME-[-A-Z]+)$`,
 	)
 	nftLine = regexp.MustCompile(
-		`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [-a-z]+ \{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= )?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:.\[\] ]+( tcp flags & rst == 0 ct status snat drop)?)$`,
+		`^((add|delete) table ip6? gke-metadata-emulator|table ip6? gke-metadata-emulator \{|\tchain [-a-z]+ ` +
+			`\{|\t\}|\}|\t\ttype [a-z]+ hook [a-z]+ priority -?[0-9]+; policy accept;|\t\t(iifname (!= ` +
+			`)?"[-a-zA-Z0-9_.:@]*\*?" )?[a-z0-9:.\[\] ]+( tcp flags & rst == 0 ct status snat drop)?)$`,
 	)
 )
 
@@ -34,11 +41,11 @@ func FuzzRuleText(f *testing.F) {
 		}
 		for _, mode := range modes {
 			p := Plan{
-				Mode:    mode,
-				Listen:  at,
-				Uplinks: []string{uplink},
-				Spare:   []string{spare},
-				Guard:   []netip.AddrPort{guarded},
+				Mode:              mode,
+				Listen:            at,
+				Uplinks:           []string{uplink},
+				ExcludeInterfaces: []string{spare},
+				Guard:             []netip.AddrPort{guarded},
 			}
 			if mode == ModeLoopback {
 				p.Listen = metadataServer
@@ -50,8 +57,8 @@ func FuzzRuleText(f *testing.F) {
 			if p.dnats() {
 				s.listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 			}
-			for _, family := range families {
-				for line := range strings.Lines(restoreText(chainsFor(p, s, family), nil)) {
+			for _, family := range netobj.Families {
+				for line := range strings.Lines(xtables.RestoreText(chainsFor(p, s, family), nil)) {
 					if p.redirects() && !restoreLine.MatchString(strings.TrimSuffix(line, "\n")) {
 						t.Errorf("%q", line)
 					}
@@ -60,7 +67,7 @@ func FuzzRuleText(f *testing.F) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for line := range strings.Lines(nftText(chains, "ip")) {
+				for line := range strings.Lines(nft.Text(chains, "ip")) {
 					if !nftLine.MatchString(strings.TrimSuffix(line, "\n")) {
 						t.Errorf("%q", line)
 					}
@@ -77,12 +84,12 @@ func FuzzJumps(f *testing.F) {
 	f.Add("-g GME-PRE\n-m comment --comment mine -j GME-PRE\n-j")
 	f.Fuzz(func(t *testing.T, text string) {
 		base := lines(text)
-		ours, foreign := jumps(base, "GME-PRE")
+		ours, foreign := xtables.Jumps(base, "GME-PRE")
 		for _, j := range ours {
-			if base[j.position-1] != j.rule || !strings.Contains(j.rule, comment) || j.rule == foreign {
+			if base[j.Position-1] != j.Rule || !strings.Contains(j.Rule, xtables.Comment) || j.Rule == foreign {
 				t.Errorf("%+v", j)
 			}
 		}
-		redirection(base)
+		(&xtables.Tables{Servers: []netip.AddrPort{metadataServer}}).Redirection(base)
 	})
 }

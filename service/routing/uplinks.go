@@ -85,7 +85,8 @@ func uplinks(devices []device) (names, remarks []string) {
 				remarks = append(
 					remarks,
 					fmt.Sprintf(
-						"bridge %s has the physical port %s and pods or machines at %s: requests that come over it are redirected, from the LAN too; "+
+						"bridge %s has the physical port %s and pods or machines at %s: requests that come over it are redirected, "+
+							"from the LAN too; "+
 							"name it in routing.uplinks if no pod is served by it",
 						d.name,
 						strings.Join(hardware, ", "),

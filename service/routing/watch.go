@@ -198,7 +198,7 @@ func (w *watcher) begin(ctx context.Context) {
 		return
 	}
 	if err := w.apply(ctx, w.base, State{}); err != nil {
-		w.Log.WithError(err).Error("routing: what the configuration says cannot be installed: only the guard goes up")
+		w.Log.WithError(err).Error("routing: the configured rules cannot be installed: only the guard is installed")
 		closed := w.base
 		closed.Closed = true
 		w.fail(w.apply(ctx, closed, State{}))
@@ -243,7 +243,8 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 func (s State) plan(base Plan) (Plan, error) {
 	p := base
 	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
-	p.Uplinks, p.Spare, p.InterceptHostPods, p.Link, p.Force = s.Uplinks, s.Spare, s.HostPods, s.Link, s.Force
+	p.Uplinks, p.ExcludeInterfaces = s.Uplinks, s.ExcludeInterfaces
+	p.InterceptHostPods, p.Link, p.Force = s.HostPods, s.Link, s.Force
 	if s.Closed {
 		return p, nil
 	}

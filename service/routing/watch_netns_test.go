@@ -17,12 +17,13 @@ import (
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// running is a watcher on a bed's node.
+// running is a watcher on a testNode's node.
 type running struct {
-	*bed
+	*testNode
 	reload chan os.Signal
 	log    *logtest.Hook
 	end    func()
@@ -35,16 +36,16 @@ type running struct {
 
 // watch starts a watcher that is over with the test at the latest, and waits until it has looked
 // for the first time.
-func (b *bed) watch(load Plan, sweep time.Duration) *running {
+func (b *testNode) watch(load Plan, sweep time.Duration) *running {
 	b.t.Helper()
 	return b.watchWith(Watch{sweep: sweep}, load)
 }
 
-func (b *bed) watchWith(w Watch, load Plan) *running {
+func (b *testNode) watchWith(w Watch, load Plan) *running {
 	b.t.Helper()
 	log, hook := logtest.NewNullLogger()
 	log.SetLevel(logrus.InfoLevel)
-	r := &running{bed: b, reload: make(chan os.Signal, 1), log: hook, load: load}
+	r := &running{testNode: b, reload: make(chan os.Signal, 1), log: hook, load: load}
 	w.RunDir, w.Log, w.Reload = load.RunDir, log, r.reload
 	w.read = func() { r.reads.Add(1) }
 	w.Load = func() Plan { r.mu.Lock(); defer r.mu.Unlock(); return r.load }
@@ -65,7 +66,7 @@ func (b *bed) watchWith(w Watch, load Plan) *running {
 
 // stands is a check without the lock: one that is asked for again and again would keep the watcher
 // out.
-func (b *bed) stands(p Plan) bool {
+func (b *testNode) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
 		if p.Closed {
@@ -142,46 +143,46 @@ var flushes = []struct {
 	name, flush, layer string
 	cause              [2]string // on nft, on legacy; "" where none can be told in advance
 }{
-	{"filter", "iptables -F", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"nat", "iptables -t nat -F", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"filter", "iptables -F", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"nat", "iptables -t nat -F", fault.IPTables, [2]string{"nftables", "xtables"}},
 	{
 		"nat and its chains",
 		"iptables -t nat -F; iptables -t nat -X || true",
-		layerIPTables,
+		fault.IPTables,
 		[2]string{"nftables", "xtables"},
 	},
-	{"raw", "iptables -t raw -F", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"base chain only", "iptables -t nat -F PREROUTING", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", layerIPTables, [2]string{"nftables", "xtables"}},
-	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", layerIPTables, [2]string{"nftables", "xtables"}},
+	{"raw", "iptables -t raw -F", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"base chain only", "iptables -t nat -F PREROUTING", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"one rule", "iptables -t nat -D GME-PRE -i eth0 -j RETURN", fault.IPTables, [2]string{"nftables", "xtables"}},
+	{"a rule too much", "iptables -t nat -I GME-PRE -p tcp -j ACCEPT", fault.IPTables, [2]string{"nftables", "xtables"}},
 	{
 		"a second jump",
 		"iptables -t nat -A PREROUTING -m comment --comment gke-metadata-emulator -j GME-PRE",
-		layerIPTables,
+		fault.IPTables,
 		[2]string{"nftables", "xtables"},
 	},
 	{
 		"order",
 		"iptables -t nat -D GME-PRE -i eth0 -j RETURN; iptables -t nat -A GME-PRE -i eth0 -j RETURN",
-		layerIPTables,
+		fault.IPTables,
 		[2]string{"nftables", ""},
 	},
-	{"guard", "ip rule del pref 97 prohibit", layerRule, [2]string{"ip-rule", "ip-rule"}},
+	{"guard", "ip rule del pref 97 prohibit", fault.Rule, [2]string{"ip-rule", "ip-rule"}},
 	{
 		"guard of IPv6",
 		"ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit",
-		layerRule,
+		fault.Rule,
 		[2]string{"ip-rule", "ip-rule"},
 	},
-	{"address", "ip address del 169.254.169.252/32 dev lo", layerAddress, [2]string{"ip-address", "ip-address"}},
-	{"IPv6 filter", "ip6tables -F; ip6tables -X", layerIP6Tables, [2]string{"nftables", "xtables"}},
+	{"address", "ip address del 169.254.169.252/32 dev lo", fault.Address, [2]string{"ip-address", "ip-address"}},
+	{"IPv6 filter", "ip6tables -F; ip6tables -X", fault.IP6Tables, [2]string{"nftables", "xtables"}},
 }
 
 // TestWatchRepairs: whatever others flush stands again, no pod gets to the real server meanwhile,
 // and it is counted and said.
 func TestWatchRepairs(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		w := b.watch(b.plan, time.Second)
@@ -212,9 +213,9 @@ func TestWatchRepairs(t *testing.T) {
 					t.Errorf("want layer %s and cause %s in %v", c.layer, cause, line.Data)
 				}
 			})
-			w.bed.t = t
+			w.testNode.t = t
 		}
-		if got := w.state().Repairs; got[layerIPTables] == nil || got[layerRule]["ip-rule"]+got[layerRule]["sweep"] < 2 {
+		if got := w.state().Repairs; got[fault.IPTables] == nil || got[fault.Rule]["ip-rule"]+got[fault.Rule]["sweep"] < 2 {
 			t.Errorf("counted: %v", got)
 		}
 		w.end()
@@ -226,7 +227,7 @@ func TestWatchRepairs(t *testing.T) {
 // names the process.
 func TestWatchSaysWho(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	b.sh("nft flush ruleset")
@@ -246,7 +247,7 @@ func TestWatchSaysWho(t *testing.T) {
 // stays closed (R-23, R-24).
 func TestWatchObeys(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		before := b.ruleset()
 		w := b.watch(b.plan, 100*time.Millisecond)
 		w.until("the rules", func() bool { return b.stands(b.plan) }) // nobody desired anything: the configuration does
@@ -257,7 +258,8 @@ func TestWatchObeys(t *testing.T) {
 		b.remove(b.plan)
 		w.until("to hear of the removal", func() bool { return strings.Contains(w.last(), "removed") })
 		b.sh(
-			"ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 prohibit; iptables -N X; iptables -X X",
+			"ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 " +
+				"prohibit; iptables -N X; iptables -X X",
 		)
 		w.reload <- os.Interrupt // whatever the signal: a removal is no fault of the configuration
 		w.until("the reload", func() bool { return len(w.reload) == 0 })
@@ -271,7 +273,7 @@ func TestWatchObeys(t *testing.T) {
 		w.until("to hear of the guard", func() bool { return strings.Contains(w.last(), "closed guard") })
 		b.sh("ip rule del pref 97 prohibit")
 		w.until("the guard", func() bool { return b.stands(closed) })
-		if s := w.state(); !s.Closed || s.Repairs[layerRule] == nil {
+		if s := w.state(); !s.Closed || s.Repairs[fault.Rule] == nil {
 			t.Errorf("after a flush of the guard: %+v", s)
 		}
 		if strings.Contains(b.ruleset(), "GME-") {
@@ -280,14 +282,14 @@ func TestWatchObeys(t *testing.T) {
 
 		other := b.plan
 		other.Listen = b.plan.Listen
-		other.Spare = []string{"docker0"}
+		other.ExcludeInterfaces = []string{"docker0"}
 		b.install(other) // not what the watcher's configuration says, and yet what is desired now
 		w.until("to hear of it", func() bool { return w.last() == "the rules stand" })
 		b.sh("iptables -t nat -F")
 		w.until("the other rules", func() bool { return b.stands(other) })
 
 		w.reload <- os.Interrupt // now the configuration counts
-		w.until("the configuration's rules", func() bool { return b.stands(b.plan) && w.state().Spare == nil })
+		w.until("the configuration's rules", func() bool { return b.stands(b.plan) && w.state().ExcludeInterfaces == nil })
 		w.mu.Lock()
 		w.load = Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		w.mu.Unlock()
@@ -305,7 +307,7 @@ func TestWatchObeys(t *testing.T) {
 // nothing else (R-23).
 func TestWatchBrokenConfiguration(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	closed := Plan{Closed: true, RunDir: b.plan.RunDir}
 	w := b.watch(closed, time.Hour)
 	b.green(closed)
@@ -324,7 +326,7 @@ func TestWatchUplinks(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeEBPF} {
 		t.Run(mode, func(t *testing.T) {
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			named := func() bool {
 				if b.plan.Mode == ModeIPTables {
 					return strings.Contains(b.sh("iptables -t nat -S GME-PRE"), "-i wan9 -j RETURN")
@@ -335,7 +337,8 @@ func TestWatchUplinks(t *testing.T) {
 			whole := b.ruleset()
 			w := b.watch(b.plan, time.Hour)
 			b.sh(
-				"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route add default via 192.0.2.9 dev wan9 metric 900",
+				"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip " +
+					"route add default via 192.0.2.9 dev wan9 metric 900",
 			)
 			w.until("the uplink to be spared", named)
 			w.until("all", func() bool { return b.stands(b.plan) })
@@ -351,14 +354,15 @@ func TestWatchUplinks(t *testing.T) {
 // TestWatchStorm: what others do to their own rules costs next to no run of iptables on nft, few on
 // legacy, and no repair.
 func TestWatchStorm(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.sh("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES")
 		b.install(b.plan)
 		w := b.watch(b.plan, time.Hour)
 		start := time.Now()
 		before, reads := w.state(), w.reads.Load()
 		b.sh(
-			`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i -j RETURN; done`,
+			`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i ` +
+				`-j RETURN; done`,
 		)
 		b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 		w.until("the repair", func() bool { return b.stands(b.plan) && w.state().Repairs.Total() > before.Repairs.Total() })
@@ -380,7 +384,7 @@ func TestWatchStorm(t *testing.T) {
 // TestWatchFighter: somebody flushes every 10 ms. We repair five times at once and then once a
 // second, no more.
 func TestWatchFighter(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		w := b.watch(b.plan, time.Second)
 		before := w.state().Installs
@@ -399,7 +403,7 @@ func TestWatchFighter(t *testing.T) {
 // TestWatchIsQuiet: its own repairs, and those of nobody, make it do nothing more.
 func TestWatchIsQuiet(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		w := b.watch(b.plan, 50*time.Millisecond) // many sweeps
 		b.sh("iptables -t nat -F; ip rule del pref 97 prohibit")
@@ -421,7 +425,7 @@ func TestWatchIsQuiet(t *testing.T) {
 // is said plainly.
 func TestWatchCapabilities(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "setpriv")
 		b.install(b.plan)
 		arg := filepath.Join(b.plan.RunDir, b.plan.Binary)
@@ -435,8 +439,9 @@ func TestWatchCapabilities(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		r := &running{bed: b, log: new(logtest.Hook)}
-		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit", "ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
+		r := &running{testNode: b, log: new(logtest.Hook)}
+		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit",
+			"ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
 			b.sh(flush)
 			flushed := time.Now()
 			r.until("a repair", func() bool {

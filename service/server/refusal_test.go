@@ -18,7 +18,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// The table of refusals, row by row (T-07, T-09, H-22). What clients must not give up on is a 5xx (T-09).
+// The table of refusals, row by row (T-07, T-09, H-22). What clients must not give up on is a 5xx
+// (T-09).
 func TestRefusals(t *testing.T) {
 	google := func(step string, status int) error {
 		return &token.GoogleError{Step: step, Status: status, Message: "m"}

@@ -93,7 +93,8 @@ func (c *cluster) populate(ctx context.Context) (err error) {
 		return err
 	}
 	for _, o := range []struct{ path, name string }{{"nodes", "node1"}, {"nodes", "node2"}, {"namespaces", "ns1"}} {
-		if err := c.admin.Post(ctx, "/api/v1/"+o.path, map[string]any{"metadata": map[string]any{"name": o.name}}, nil); err != nil {
+		if err := c.admin.Post(ctx, "/api/v1/"+o.path, map[string]any{"metadata": map[string]any{"name": o.name}},
+			nil); err != nil {
 			return err
 		}
 	}

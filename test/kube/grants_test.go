@@ -229,7 +229,8 @@ func TestOptionalGrants(t *testing.T) {
 	g.apply(t)
 	defer g.remove(t)
 	changed := compare(t, casesOf(t, "node+audience"), theCluster.target(t, nodeCredential), stand)
-	for _, want := range []string{"watch ns1/serviceaccounts fields=metadata.name=ksa", "get ns1/serviceaccounts/ksa-unused"} {
+	for _, want := range []string{"watch ns1/serviceaccounts fields=metadata.name=ksa",
+		"get ns1/serviceaccounts/ksa-unused"} {
 		if !slices.ContainsFunc(changed, func(c kubetest.Case) bool { return c.Ask == want }) {
 			t.Errorf("%s is answered as without the optional lines", want)
 		}

@@ -83,7 +83,8 @@ func addressChangesHands(t *testing.T, c *kube.Cluster) {
 		tokenOf(t, c, workload.ServiceAccount{Namespace: "ns1", Name: owner})
 		if owner == "ksa-node1b" { // it keeps its address in its status
 			status := map[string]any{"status": map[string]any{"phase": "Succeeded"}}
-			if err := theCluster.admin.Patch(t.Context(), "/api/v1/namespaces/ns1/pods/again/status", api.Merge, status); err != nil {
+			if err := theCluster.admin.Patch(t.Context(), "/api/v1/namespaces/ns1/pods/again/status", api.Merge,
+				status); err != nil {
 				t.Fatal(err)
 			}
 			at(t, c, address)

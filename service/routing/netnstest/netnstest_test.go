@@ -30,7 +30,8 @@ func TestNodeReachesItsSurroundings(t *testing.T) {
 		for _, to := range []struct {
 			ns *NS
 			at netip.Addr
-		}{{n.Cloud, Metadata}, {n.Cloud, MetadataSix}, {n.NS, n.Addr}, {n.NS, n.Six}, {bridged, bridged.Addr}, {routed, routed.Addr}, {routed, routed.Six}} {
+		}{{n.Cloud, Metadata}, {n.Cloud, MetadataSix}, {n.NS, n.Addr}, {n.NS, n.Six}, {bridged, bridged.Addr},
+			{routed, routed.Addr}, {routed, routed.Six}} {
 			t.Run(fmt.Sprintf("%s to %s", from.Name, to.at), func(t *testing.T) {
 				saw := greet(t, from, to.ns, netip.AddrPortFrom(to.at, 80))
 				if want := from.Addr; to.at.Is4() && from != n.NS && saw != want {
@@ -182,7 +183,8 @@ func TestNewHereBeside(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	for to, link := range map[string]string{"192.0.2.1": "eth0", Metadata.String(): "uplink0", cloudAddr.String(): "uplink0"} {
+	for to, link := range map[string]string{"192.0.2.1": "eth0", Metadata.String(): "uplink0",
+		cloudAddr.String(): "uplink0"} {
 		out, err := pod.Command(t.Context(), "ip", "route", "get", to).CombinedOutput()
 		if err != nil || !strings.Contains(string(out), " dev "+link+" ") {
 			t.Errorf("to %s, and not by %s: %v %s", to, link, err, out)

@@ -92,8 +92,10 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 	if err := n.Cloud.Do(func() error {
 		return run(
 			bridge("lan0"),
-			address("lan0", netip.PrefixFrom(cloudAddr, 24)), address("lan0", netip.PrefixFrom(cloudSix, 64)), address("lan0", linkLocal(cloudSix)),
-			address("lo", netip.PrefixFrom(Metadata, 32)), address("lo", netip.PrefixFrom(MetadataSix, 128)), address("lo", netip.PrefixFrom(GoogleSix, 128)),
+			address("lan0", netip.PrefixFrom(cloudAddr, 24)), address("lan0", netip.PrefixFrom(cloudSix, 64)),
+			address("lan0", linkLocal(cloudSix)),
+			address("lo", netip.PrefixFrom(Metadata, 32)), address("lo", netip.PrefixFrom(MetadataSix, 128)),
+			address("lo", netip.PrefixFrom(GoogleSix, 128)),
 			address("lo", netip.PrefixFrom(OracleSix, 128)),
 			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
 		)
@@ -106,8 +108,10 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 	if err := n.NS.Do(func() error {
 		return run(
 			bridge("cni0"),
-			address("cni0", netip.PrefixFrom(bridgeAddr, 16)), address("cni0", netip.PrefixFrom(bridgeSix, 64)), address("cni0", linkLocal(bridgeSix)),
-			n.defaultRoute(netip.MustParsePrefix("0.0.0.0/0"), Metadata, cloudAddr), n.defaultRoute(netip.MustParsePrefix("::/0"), MetadataSix, cloudSix),
+			address("cni0", netip.PrefixFrom(bridgeAddr, 16)), address("cni0", netip.PrefixFrom(bridgeSix, 64)),
+			address("cni0", linkLocal(bridgeSix)),
+			n.defaultRoute(netip.MustParsePrefix("0.0.0.0/0"), Metadata, cloudAddr),
+			n.defaultRoute(netip.MustParsePrefix("::/0"), MetadataSix, cloudSix),
 			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
 		)
 	}); err != nil {
@@ -232,12 +236,15 @@ func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 		err = errors.Join(
 			n.NS.Do(func() error {
 				return run(sysctl("ipv4/conf/"+host+"/proxy_arp", "1"), sysctl("ipv4/neigh/"+host+"/proxy_delay", "0"),
-					route(netip.PrefixFrom(pod.Addr, 32), netip.Addr{}, host), route(netip.PrefixFrom(pod.Six, 128), netip.Addr{}, host),
+					route(netip.PrefixFrom(pod.Addr, 32), netip.Addr{}, host),
+					route(netip.PrefixFrom(pod.Six, 128), netip.Addr{}, host),
 					address(host, linkLocal(bridgeSix)))
 			}),
 			pod.Do(func() error {
-				return run(address("eth0", netip.PrefixFrom(pod.Addr, 32)), address("eth0", netip.PrefixFrom(pod.Six, 128)), address("eth0", linkLocal(pod.Six)),
-					route(netip.PrefixFrom(routedGateway, 32), netip.Addr{}, "eth0"), route(netip.MustParsePrefix("0.0.0.0/0"), routedGateway, "eth0"),
+				return run(address("eth0", netip.PrefixFrom(pod.Addr, 32)), address("eth0", netip.PrefixFrom(pod.Six, 128)),
+					address("eth0", linkLocal(pod.Six)),
+					route(netip.PrefixFrom(routedGateway, 32), netip.Addr{}, "eth0"),
+					route(netip.MustParsePrefix("0.0.0.0/0"), routedGateway, "eth0"),
 					route(netip.MustParsePrefix("::/0"), linkLocal(bridgeSix).Addr(), "eth0"))
 			}))
 	}
@@ -266,7 +273,8 @@ func (n *Node) AddNeighbour(name string) (*NS, error) {
 		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
 	}
 	if err := ns.Do(func() error {
-		return run(route(netip.MustParsePrefix("0.0.0.0/0"), cloudAddr, "eth0"), route(netip.MustParsePrefix("::/0"), cloudSix, "eth0"))
+		return run(route(netip.MustParsePrefix("0.0.0.0/0"), cloudAddr, "eth0"),
+			route(netip.MustParsePrefix("::/0"), cloudSix, "eth0"))
 	}); err != nil {
 		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
 	}

@@ -24,8 +24,9 @@ type Route struct {
 // them.
 var (
 	routeTypes = map[uint8]string{unix.RTN_LOCAL: "local ", unix.RTN_BROADCAST: "broadcast ",
-		unix.RTN_ANYCAST: "anycast ", unix.RTN_MULTICAST: "multicast ", unix.RTN_BLACKHOLE: "blackhole ", unix.RTN_UNREACHABLE: "unreachable ",
-		unix.RTN_PROHIBIT: "prohibit ", unix.RTN_THROW: "throw "}
+		unix.RTN_ANYCAST: "anycast ", unix.RTN_MULTICAST: "multicast ", unix.RTN_BLACKHOLE: "blackhole ",
+		unix.RTN_UNREACHABLE: "unreachable ",
+		unix.RTN_PROHIBIT:    "prohibit ", unix.RTN_THROW: "throw "}
 	protocolNames = map[uint8]string{unix.RTPROT_KERNEL: "kernel", unix.RTPROT_BOOT: "boot",
 		unix.RTPROT_STATIC: "static"}
 )
@@ -94,7 +95,8 @@ func readRoutes(family uint8) (all []Object, err error) {
 	for _, r := range routes {
 		src, _ := netip.AddrFromSlice(r.Src)
 		all = append(all, Route{Dst: prefixOf(r.Dst, family), Type: uint8(r.Type),
-			Loopback: r.LinkIndex == loopbackIndex, Table: r.Table, Scope: uint8(r.Scope), Protocol: uint8(r.Protocol), Src: src})
+			Loopback: r.LinkIndex == loopbackIndex, Table: r.Table, Scope: uint8(r.Scope), Protocol: uint8(r.Protocol),
+			Src: src})
 	}
 	return all, nil
 }

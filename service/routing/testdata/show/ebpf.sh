@@ -55,7 +55,7 @@ table ip gke-metadata-emulator {
 }
 END
 
-# the guard of the other family
+# guard (IPv6)
 nft -f - <<'END'
 add table ip6 gke-metadata-emulator
 delete table ip6 gke-metadata-emulator

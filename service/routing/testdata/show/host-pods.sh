@@ -2,7 +2,7 @@
 ip address add 169.254.169.252/32 dev lo scope host label lo:gme
 
 
-# the way to the emulator
+# rules (IPv4)
 iptables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]

@@ -16,7 +16,7 @@ ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 1-79 goto 98 protoco
 ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 81-65534 goto 98 protocol kernel
 ip rule add pref 97 to 169.254.169.254/32 ipproto tcp prohibit protocol kernel
 
-# the way to the emulator
+# rules (IPv4)
 nft -f - <<'END'
 add table ip gke-metadata-emulator
 delete table ip gke-metadata-emulator

@@ -31,7 +31,7 @@ ip -6 rule add pref 97 to fd20:ce::254/128 ipproto tcp dport 1-79 goto 98 protoc
 ip -6 rule add pref 97 to fd20:ce::254/128 ipproto tcp dport 81-65534 goto 98 protocol kernel
 ip -6 rule add pref 97 to fd20:ce::254/128 prohibit protocol kernel
 
-# the way to the emulator
+# rules (IPv4)
 iptables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]

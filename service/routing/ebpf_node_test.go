@@ -13,21 +13,22 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// bpfBed is a root of cgroups and a bpf file system of the test's own. Nothing is ever attached to
+// bpfNode is a root of cgroups and a bpf file system of the test's own. Nothing is ever attached to
 // the machine's root of cgroups, and the file system is mounted nowhere: both are gone with the
 // test, and the programs with them.
-type bpfBed struct {
-	*bed
+type bpfNode struct {
+	*testNode
 	cgroups string // below the machine's hierarchy; stands for its root
 	bpffs   string
 }
 
-func newBPFBed(t testing.TB, b *bed) *bpfBed {
+func newBPFNode(t testing.TB, b *testNode) *bpfNode {
 	t.Helper()
-	return &bpfBed{bed: b, cgroups: testCgroups(t), bpffs: netnstest.MountBPF(t)}
+	return &bpfNode{testNode: b, cgroups: testCgroups(t), bpffs: netnstest.MountBPF(t)}
 }
 
 // testCgroups makes a cgroup with the host's slices and a pod's below it.
@@ -64,8 +65,8 @@ func removeCgroup(t testing.TB, dir string) {
 	}
 }
 
-// in has the command start in a cgroup of the bed.
-func (b *bpfBed) in(cgroup string, cmd *exec.Cmd) *exec.Cmd {
+// in has the command start in a cgroup of the testNode.
+func (b *bpfNode) in(cgroup string, cmd *exec.Cmd) *exec.Cmd {
 	b.t.Helper()
 	dir, err := os.Open(filepath.Join(b.cgroups, cgroup))
 	if err != nil {
@@ -77,7 +78,7 @@ func (b *bpfBed) in(cgroup string, cmd *exec.Cmd) *exec.Cmd {
 }
 
 // asks has a process of the cgroup ask from the network namespace.
-func (b *bpfBed) asks(cgroup string, ns *netnstest.NS, at string) (string, error) {
+func (b *bpfNode) asks(cgroup string, ns *netnstest.NS, at string) (string, error) {
 	b.t.Helper()
 	cmd := b.in(cgroup, ns.Command(b.t.Context(), b.self()))
 	cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=ask", "ROUTING_TEST_ARG="+at)
@@ -91,7 +92,7 @@ func (b *bpfBed) asks(cgroup string, ns *netnstest.NS, at string) (string, error
 }
 
 // answersIn fails unless who answers a process of the cgroup.
-func (b *bpfBed) answersIn(cgroup string, ns *netnstest.NS, at, who string) {
+func (b *bpfNode) answersIn(cgroup string, ns *netnstest.NS, at, who string) {
 	b.t.Helper()
 	got, err := b.asks(cgroup, ns, at)
 	if who == "" && err == nil || who != "" && got != who {
@@ -101,7 +102,7 @@ func (b *bpfBed) answersIn(cgroup string, ns *netnstest.NS, at, who string) {
 
 // load has a process of the cgroup ask again and again until end, which fails if a request was not
 // answered by an emulator.
-func (b *bpfBed) load(cgroup string, ns *netnstest.NS) (end func()) {
+func (b *bpfNode) load(cgroup string, ns *netnstest.NS) (end func()) {
 	b.t.Helper()
 	cmd := b.in(cgroup, ns.Command(b.t.Context(), b.self()))
 	cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=load", "ROUTING_TEST_ARG=169.254.169.254:80")
@@ -124,27 +125,27 @@ func (b *bpfBed) load(cgroup string, ns *netnstest.NS) (end func()) {
 	}
 }
 
-func (b *bpfBed) pins() pins {
+func (b *bpfNode) pins() bpf.Pins {
 	return Plan{
 		BPFDir:     filepath.Join(b.bpffs, "gke-metadata-emulator"),
 		CgroupRoot: b.cgroups,
 	}.pins(
 		ModeEBPF,
-		redirectHooks,
+		bpf.RedirectHooks,
 	)
 }
 
-func (b *bpfBed) at(port uint16) netip.AddrPort {
+func (b *bpfNode) at(port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr("169.254.169.252"), port)
 }
 
 // nothing is a program that lets everything pass.
 func nothing() asm.Instructions { return asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()} }
 
-func (b *bpfBed) rewriting() rewriting {
+func (b *bpfNode) rewriting() bpf.Rewriting {
 	b.t.Helper()
-	r := rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")}
-	if err := b.Do(func() (err error) { r.hostNet, err = hostNetwork(); return err }); err != nil {
+	r := bpf.Rewriting{Server: metadataServer, Listen: netip.MustParseAddrPort("169.254.169.252:988")}
+	if err := b.Do(func() (err error) { r.HostNet, err = bpf.HostNetwork(); return err }); err != nil {
 		b.t.Fatal(err)
 	}
 	return r

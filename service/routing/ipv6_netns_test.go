@@ -16,20 +16,22 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // threeProhibits opens the three servers of DefaultGuard's that are IPv6.
 const threeProhibits = "for n in 1 2 3; do ip -6 rule del pref 97 prohibit; done"
 
-// sixBed is a bed that serves IPv6 too.
-func sixBed(b *bed) {
+// ipv6Node is a testNode that serves IPv6 too.
+func ipv6Node(b *testNode) {
 	b.t.Helper()
 	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 	b.serveAnywhere(b.plan.Listen6.String())
 }
 
 // serveAnywhere answers at an address that the node has not yet.
-func (b *bed) serveAnywhere(at string) {
+func (b *testNode) serveAnywhere(at string) {
 	b.t.Helper()
 	b.sh("sysctl -qw net.ipv6.ip_nonlocal_bind=1")
 	b.serve(b.NS, at, emulator)
@@ -41,14 +43,14 @@ func (b *bed) serveAnywhere(at string) {
 // what is missing, the watcher repairs, remove leaves no trace.
 func TestSixStory(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		routed, err := b.AddRoutedPod("routed")
 		if err != nil {
 			t.Fatal(err)
 		}
-		sixBed(b)
+		ipv6Node(b)
 		before := b.ruleset()
-		b.answers(b.pod, "[fd20:ce::254]:80", cloud) // the bed would show a leak
+		b.answers(b.pod, "[fd20:ce::254]:80", cloud) // the testNode would show a leak
 		ctx, cancel := context.WithTimeout(t.Context(), long)
 		defer cancel()
 		open, err := b.pod.Dial(ctx, "tcp", "[fd20:ce::254]:80")
@@ -79,7 +81,7 @@ func TestSixStory(t *testing.T) {
 		b.same("second install", sorted(b.ruleset()), sorted(first))
 
 		// a neighbour that takes the node for a router is served by neither address, nor by either
-		// door alone.
+		// check alone.
 		b.neighbourRoutes("fd20:ce::254", "fd20:ce::252")
 		outside := func(what string) {
 			t.Helper()
@@ -123,7 +125,7 @@ func TestSixStory(t *testing.T) {
 			if got, err := ask(b.pod, "[fd20:ce::254]:80", short); got == cloud {
 				t.Errorf("%s: the real server answered (%v)", c.name, err)
 			}
-			if c.name != "all" { // with both doors
+			if c.name != "all" { // with both chains
 				outside(c.name)
 			}
 			w = b.watch(b.plan, time.Hour) // finds it when it starts
@@ -154,44 +156,47 @@ func TestSixStory(t *testing.T) {
 	})
 }
 
-func (b *bed) neighbourRoutes(to ...string) {
+func (b *testNode) neighbourRoutes(to ...string) {
 	b.t.Helper()
 	for _, a := range to {
-		if out, err := b.neighbour.Command(b.t.Context(), "ip", "-6", "route", "add", a, "via", b.Six.String()).CombinedOutput(); err != nil {
+		if out, err := b.neighbour.Command(b.t.Context(), "ip", "-6", "route", "add", a, "via",
+			b.Six.String()).CombinedOutput(); err != nil {
 			b.t.Fatalf("%v: %s", err, out)
 		}
 	}
 }
 
-// TestSixDoors: each of the two doors keeps a neighbour out by itself.
-func TestSixDoors(t *testing.T) {
+// TestIPv6Checks: each of the two chains keeps a neighbour out by itself.
+func TestIPv6Checks(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
-		sixBed(b)
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
+		ipv6Node(b)
 		b.install(b.plan)
 		b.neighbourRoutes("fd20:ce::252")
-		for door, open := range map[string][2]string{
+		for check, open := range map[string][2]string{
 			"input": {"ip6tables -t raw -F GME-RAW", "nft flush chain ip6 gke-metadata-emulator raw"},
 			"raw":   {"ip6tables -F GME-IN", "nft flush chain ip6 gke-metadata-emulator input"},
 		} {
 			b.install(b.plan)
 			b.sh(open[map[bool]int{true: 1}[b.plan.Mode == ModeNFTables]])
 			if got, _ := ask(b.neighbour, "[fd20:ce::252]:988", short); got != "" {
-				t.Errorf("the door %s alone: %s answered the neighbour", door, got)
+				t.Errorf("the check %s alone: %s answered the neighbour", check, got)
 			}
 		}
 		b.sh(
-			map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW", true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator raw"}[b.plan.Mode == ModeNFTables],
+			map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW",
+				true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator " +
+					"raw"}[b.plan.Mode == ModeNFTables],
 		)
-		b.answers(b.neighbour, "[fd20:ce::252]:988", emulator) // the bed would show an open door
+		b.answers(b.neighbour, "[fd20:ce::252]:988", emulator) // the testNode would show an open check
 	})
 }
 
 // TestSixShownText runs the shown commands by a shell, as TestNFTablesShownText does.
 func TestSixShownText(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
-		sixBed(b)
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
+		ipv6Node(b)
 		var shown string
 		if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
 			t.Fatal(err)
@@ -212,14 +217,14 @@ func TestSixIsGuarded(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone, ModeEBPF} {
 		t.Run(mode, func(t *testing.T) {
-			b := modeBed(t, mode)
+			b := modeNode(t, mode)
 			routed, err := b.AddRoutedPod("routed")
 			if err != nil {
 				t.Fatal(err)
 			}
 			servers := []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80"}
 			for _, at := range servers {
-				b.answers(b.pod, at, cloud) // the bed would show a leak
+				b.answers(b.pod, at, cloud) // the testNode would show a leak
 			}
 			b.install(b.plan)
 			b.green(b.plan)
@@ -252,7 +257,7 @@ func TestSixIsGuarded(t *testing.T) {
 // same, says why once, and Check is content.
 func TestSixNowhere(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 		b.install(b.plan)
@@ -282,10 +287,11 @@ func TestSixWithoutTables(t *testing.T) {
 	t.Parallel()
 	for name, six := range map[string]string{
 		"no command": "",
-		"no nat":     "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho \"$text\" | exec ip6tables-nft-restore \"$@\"\n",
+		"no nat": "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho " +
+			"\"$text\" | exec ip6tables-nft-restore \"$@\"\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := newBed(t, "iptables-nft")
+			b := newTestNode(t, "iptables-nft")
 			dir := t.TempDir()
 			for _, command := range []string{"iptables-nft", "iptables-nft-restore", "ip6tables-nft"} {
 				path, err := exec.LookPath(command)
@@ -303,7 +309,7 @@ func TestSixWithoutTables(t *testing.T) {
 			}
 			before := b.ruleset()
 			b.plan.Binary = filepath.Join(dir, "iptables-nft")
-			sixBed(b)
+			ipv6Node(b)
 			b.install(b.plan)
 			b.green(b.plan)
 			b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -332,8 +338,8 @@ func TestSixWithoutTables(t *testing.T) {
 // TestSixRefused: where somebody else listens there, nothing is redirected to him.
 func TestSixRefused(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
-	sixBed(b)
+	b := newTestNode(t, "iptables-nft")
+	ipv6Node(b)
 	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::253]:1988")
 	cmd := b.play("listen", "[::]:1988", b.copyOfSelf())
 	in, err := cmd.StdinPipe()
@@ -364,7 +370,7 @@ func TestSixRefused(t *testing.T) {
 }
 
 // copyOfSelf is another program.
-func (b *bed) copyOfSelf() string {
+func (b *testNode) copyOfSelf() string {
 	b.t.Helper()
 	to := b.t.TempDir() + "/other"
 	if out, err := exec.Command("cp", b.self(), to).CombinedOutput(); err != nil {
@@ -400,7 +406,8 @@ var sixFlushes = []struct {
 	{
 		"one rule",
 		"ip6tables -t nat -D GME-PRE -i eth0 -j RETURN",
-		"nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator prerouting | sed -n 's/.*\"eth0\".*handle //p')",
+		"nft delete rule ip6 gke-metadata-emulator prerouting handle $(nft -a list chain ip6 gke-metadata-emulator " +
+			"prerouting | sed -n 's/.*\"eth0\".*handle //p')",
 		"",
 		"",
 	},
@@ -429,14 +436,14 @@ var sixFlushes = []struct {
 		"guard",
 		"for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
 		"for n in 1 2; do ip -6 rule del pref 97 iif lo; ip -6 rule del pref 97 prohibit; done",
-		layerRule,
+		fault.Rule,
 		"ip-rule",
 	},
 	{
 		"listen route",
 		"ip -6 route del table local fd20:ce::252",
 		"ip -6 route del table local fd20:ce::252",
-		layerRoute,
+		fault.Route,
 		"ip-route",
 	},
 }
@@ -445,14 +452,14 @@ var sixFlushes = []struct {
 // puts it back; no pod gets to the real server by IPv6 meanwhile.
 func TestSixWatchRepairs(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
-		sixBed(b)
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
+		ipv6Node(b)
 		b.install(b.plan)
 		whole := sorted(b.ruleset())
-		layer, cause := layerIP6Tables, "nftables"
+		layer, cause := fault.IP6Tables, "nftables"
 		switch {
 		case b.plan.Mode == ModeNFTables:
-			layer = layerNFTables
+			layer = fault.NFTables
 		case b.plan.Binary == "iptables-legacy":
 			cause = "xtables"
 		}
@@ -484,7 +491,7 @@ func TestSixWatchRepairs(t *testing.T) {
 				b.answers(b.pod, "[fd20:ce::254]:80", emulator)
 				b.answers(b.pod, "169.254.169.254:80", emulator)
 			})
-			w.bed.t = t
+			w.testNode.t = t
 		}
 		b.t = t
 		if asked, answered := leaks(); answered > 0 || asked == 0 {
@@ -497,7 +504,7 @@ func TestSixWatchRepairs(t *testing.T) {
 
 // asking has the pod ask without pause until it is told to end; then it says how often, and how
 // often the real server answered.
-func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
+func (b *testNode) asking(at string) (end func() (asked, cloudAnswered int)) {
 	ctx, cancel := context.WithCancel(b.t.Context())
 	over := make(chan struct{})
 	asked, leaked := 0, 0
@@ -520,7 +527,7 @@ func (b *bed) asking(at string) (end func() (asked, cloudAnswered int)) {
 // legacy backend's tables, and that keeps nobody from removing IPv4's.
 func TestRemoveWithoutSix(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-legacy")
+	b := newTestNode(t, "iptables-legacy")
 	b.sh("iptables -t nat -N GME-PRE")
 	out, err := b.play("remove without IPv6", filepath.Join(b.plan.RunDir, b.plan.Binary), b.self()).CombinedOutput()
 	if err != nil {

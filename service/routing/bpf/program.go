@@ -1,4 +1,4 @@
-package routing
+package bpf
 
 import (
 	"encoding/binary"
@@ -8,6 +8,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // Mode ebpf changes where a connect() goes, before there is a packet: a program at the root of the
@@ -24,39 +26,40 @@ import (
 // Namespaces and cgroups are named by numbers that the kernel never uses twice until the machine is
 // booted again.
 
-// hook is one place where a program is attached.
-type hook struct {
-	name   string
+// Hook is one place where a program is attached.
+type Hook struct {
+	Name   string
 	attach ebpf.AttachType
-	family Family // of the socket. To one of ipv6 the address is IPv4, mapped (clients in Java have no other)
-	back   bool   // getpeername(): the client sees the address that it asked for
+	family netobj.Family // of the socket. To one of ipv6 the address is IPv4, mapped (clients in Java have no other)
+	back   bool          // getpeername(): the client sees the address that it asked for
 }
 
-// program is the name that bpftool shows; the kernel takes 15 characters.
-func (h hook) program() string { return ("gme_" + h.name)[:min(len(h.name)+4, 15)] }
+// shownName is the name that bpftool shows; the kernel takes 15 characters.
+func (h Hook) shownName() string { return ("gme_" + h.Name)[:min(len(h.Name)+4, 15)] }
 
-// redirectHooks are mode ebpf's, in the order in which they are put up; observeHooks are mode
+// RedirectHooks are mode ebpf's, in the order in which they are put up; ObserveHooks are mode
 // observe's.
 var (
-	redirectHooks = []hook{
-		{name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, family: ipv4, back: true},
-		{name: "getpeername6", attach: ebpf.AttachCgroupInet6GetPeername, family: ipv6, back: true},
-		observeHooks[0], observeHooks[1],
+	RedirectHooks = []Hook{
+		{Name: "getpeername4", attach: ebpf.AttachCgroupInet4GetPeername, family: netobj.IPv4, back: true},
+		{Name: "getpeername6", attach: ebpf.AttachCgroupInet6GetPeername, family: netobj.IPv6, back: true},
+		ObserveHooks[0], ObserveHooks[1],
 	}
-	observeHooks = []hook{
-		{name: "connect4", attach: ebpf.AttachCGroupInet4Connect, family: ipv4},
-		{name: "connect6", attach: ebpf.AttachCGroupInet6Connect, family: ipv6},
+	ObserveHooks = []Hook{
+		{Name: "connect4", attach: ebpf.AttachCGroupInet4Connect, family: netobj.IPv4},
+		{Name: "connect6", attach: ebpf.AttachCGroupInet6Connect, family: netobj.IPv6},
 	}
 )
 
-// rewriting is what the programs are made of. The same values make the same instructions, and so
+// Rewriting is what the programs are made of. The same values make the same instructions, and so
 // the same tag: the kernel tells by it whether what stands is what is wanted.
-type rewriting struct {
-	listen   netip.AddrPort // IPv4
-	hostNet  uint64         // the cookie of the host's network namespace
-	hostPods bool           // rewrite in the host's namespace too, but for
-	spared   []uint64       // these cgroups and what is below them, by id
-	counts   *ebpf.Map      // observe: count who connects by cgroup, and rewrite nothing; nil: rewrite
+type Rewriting struct {
+	Server   netip.AddrPort // where clients send their requests: IPv4
+	Listen   netip.AddrPort // where they are to go: IPv4
+	HostNet  uint64         // the cookie of the host's network namespace
+	HostPods bool           // rewrite in the host's namespace too, but for
+	Spared   []uint64       // these cgroups and what is below them, by id
+	Counts   *ebpf.Map      // observe: count who connects by cgroup, and rewrite nothing; nil: rewrite
 }
 
 // Offsets in the kernel's struct bpf_sock_addr, of which all fields are 32 bits wide and addresses
@@ -74,9 +77,9 @@ const (
 const sparedDepth = 6
 
 // instructions are the program of one hook. It always returns 1: the call goes on.
-func (r rewriting) instructions(h hook) asm.Instructions {
+func (r Rewriting) instructions(h Hook) asm.Instructions {
 	const leave, take = "leave", "take"
-	from, to := metadataServer, r.listen
+	from, to := r.Server, r.Listen
 	if h.back {
 		from, to = to, from
 	}
@@ -86,13 +89,13 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 		insns = append(insns, asm.LoadMem(asm.R1, asm.R6, offset, asm.Word), asm.JNE.Imm32(asm.R1, int32(value), leave))
 	}
 	// The likeliest to differ first: nearly all of a machine's connections are somebody else's.
-	if h.family == ipv6 {
+	if h.family == netobj.IPv6 {
 		ip = sockAddrIP6 + 12
 	}
 	unless(ip, word(from.Addr()))
 	unless(sockAddrPort, port(from))
 	unless(sockAddrType, unix.SOCK_STREAM) // TCP and MPTCP
-	if h.family == ipv6 {
+	if h.family == netobj.IPv6 {
 		mapped := netip.AddrFrom16(from.Addr().As16()).As16()
 		for i := range 3 {
 			unless(sockAddrIP6+4*int16(i), binary.NativeEndian.Uint32(mapped[4*i:]))
@@ -103,13 +106,13 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 		insns,
 		asm.Mov.Reg(asm.R1, asm.R6),
 		asm.FnGetNetnsCookie.Call(),
-		asm.LoadImm(asm.R1, int64(r.hostNet), asm.DWord),
+		asm.LoadImm(asm.R1, int64(r.HostNet), asm.DWord),
 	)
-	if r.hostPods {
+	if r.HostPods {
 		insns = append(insns, asm.JNE.Reg(asm.R0, asm.R1, take))
 		for level := range sparedDepth {
 			insns = append(insns, asm.Mov.Imm(asm.R1, int32(level+1)), asm.FnGetCurrentAncestorCgroupId.Call())
-			for _, id := range r.spared {
+			for _, id := range r.Spared {
 				insns = append(insns, asm.LoadImm(asm.R1, int64(id), asm.DWord), asm.JEq.Reg(asm.R0, asm.R1, leave))
 			}
 		}
@@ -118,7 +121,7 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 	}
 
 	taken := len(insns)
-	if r.counts != nil {
+	if r.Counts != nil {
 		insns = append(insns, r.count(leave)...)
 	} else {
 		insns = append(insns,
@@ -130,17 +133,17 @@ func (r rewriting) instructions(h hook) asm.Instructions {
 }
 
 // count adds one to the caller's cgroup. Two first calls at once count as one.
-func (r rewriting) count(leave string) asm.Instructions {
+func (r Rewriting) count(leave string) asm.Instructions {
 	const known = "known"
 	return asm.Instructions{
 		asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetNetnsCookie.Call(), asm.StoreMem(asm.R10, -8, asm.R0, asm.DWord),
 		asm.FnGetCurrentCgroupId.Call(), asm.StoreMem(asm.R10, -16, asm.R0, asm.DWord),
-		asm.LoadMapPtr(asm.R1, r.counts.FD()),
+		asm.LoadMapPtr(asm.R1, r.Counts.FD()),
 		asm.Mov.Reg(asm.R2, asm.R10), asm.Add.Imm(asm.R2, -16),
 		asm.FnMapLookupElem.Call(),
 		asm.JNE.Imm(asm.R0, 0, known),
 		asm.Mov.Imm(asm.R1, 1), asm.StoreMem(asm.R10, -24, asm.R1, asm.DWord),
-		asm.LoadMapPtr(asm.R1, r.counts.FD()),
+		asm.LoadMapPtr(asm.R1, r.Counts.FD()),
 		asm.Mov.Reg(asm.R2, asm.R10), asm.Add.Imm(asm.R2, -16),
 		asm.Mov.Reg(asm.R3, asm.R10), asm.Add.Imm(asm.R3, -24),
 		asm.Mov.Imm(asm.R4, unix.BPF_NOEXIST),
@@ -151,8 +154,8 @@ func (r rewriting) count(leave string) asm.Instructions {
 	}
 }
 
-// spec is the program of one hook.
-func (r rewriting) spec(h hook) (*ebpf.ProgramSpec, error) {
+// Spec is the program of one hook.
+func (r Rewriting) Spec(h Hook) (*ebpf.ProgramSpec, error) {
 	insns := r.instructions(h)
 	// Jumps get their distances as they are written down, and the tag is that of what was written.
 	var order binary.ByteOrder = binary.LittleEndian
@@ -163,7 +166,7 @@ func (r rewriting) spec(h hook) (*ebpf.ProgramSpec, error) {
 		return nil, err
 	}
 	return &ebpf.ProgramSpec{
-		Name:         h.program(),
+		Name:         h.shownName(),
 		Type:         ebpf.CGroupSockAddr,
 		AttachType:   h.attach,
 		Instructions: insns,

@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"context"
@@ -9,25 +9,28 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
-// legacyDrops counts the packets of one family that each rule and each policy of the legacy tables
+// LegacyDrops counts the packets of one family that each rule and each policy of the legacy tables
 // has dropped in this network namespace. Without such tables it is empty: asking for one would make
 // it.
-func legacyDrops(ctx context.Context, family Family) map[string]uint64 {
+func LegacyDrops(ctx context.Context, family netobj.Family) map[string]uint64 {
 	drops, command := map[string]uint64{}, "iptables"
-	if family == ipv6 {
-		command = ip6tables(command)
+	if family == netobj.IPv6 {
+		command = xtables.IP6Tables(command)
 	}
 	save := command + "-legacy-save"
 	if _, err := exec.LookPath(save); err != nil {
 		save = command + "-save" // a node that has the legacy backend alone
-		if !isLegacy(command) {
+		if !xtables.IsLegacy(command) {
 			return drops
 		}
 	}
 	for _, table := range []string{"raw", "mangle", "nat", "filter", "security"} {
-		if exists, _ := legacyTable(table, family); !exists {
+		if exists, _ := xtables.LegacyTable(table, family); !exists {
 			continue
 		}
 		out, err := exec.CommandContext(ctx, save, "-c", "-t", table).Output()

@@ -11,28 +11,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// modeBed is a bed whose emulator listens where the mode has it.
-func modeBed(t testing.TB, name string) *bed {
+// modeNode is a testNode whose emulator listens where the mode has it.
+func modeNode(t testing.TB, name string) *testNode {
 	t.Helper()
-	var b *bed
+	var b *testNode
 	switch name {
 	case "iptables-nft", "iptables-legacy":
-		return newBed(t, name)
+		return newTestNode(t, name)
 	case ModeNFTables:
-		return nftBed(t)
+		return nftNode(t)
 	case ModeLoopback:
-		b = nftBed(t)
-		b.plan.Mode, b.plan.Listen, b.plan.Force = ModeLoopback, metadataServer, true // the bed's cloud answers the host
+		b = nftNode(t)
+		b.plan.Mode, b.plan.Listen, b.plan.Force = ModeLoopback, metadataServer, true // the testNode's cloud answers the host
 		b.serveTransparent(emulator)
 	case "linked":
-		b = modeBed(t, ModeLoopback)
+		b = modeNode(t, ModeLoopback)
 		b.sh("ip link add gme0 type bridge") // whether the kernel has dummy links or not
 		b.plan.Link = "gme0"
 	case ModeNone:
-		b = nftBed(t)
+		b = nftNode(t)
 		b.plan.Mode = ModeNone
 	case ModeEBPF:
-		return ebpfBed(t).bed
+		return ebpfNode(t).testNode
 	default:
 		t.Fatal(name)
 	}
@@ -40,7 +40,7 @@ func modeBed(t testing.TB, name string) *bed {
 }
 
 // serveTransparent has an emulator listen at the metadata server's own address.
-func (b *bed) serveTransparent(who string) {
+func (b *testNode) serveTransparent(who string) {
 	b.t.Helper()
 	if err := b.Do(func() error {
 		lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
@@ -58,28 +58,34 @@ func (b *bed) serveTransparent(who string) {
 	}
 }
 
-// TestTwoDoors: in every mode each of two doors alone keeps a neighbour out, and without
+// TestTwoChecks: in every mode each of two chains alone keeps a neighbour out, and without
 // both it gets in: so they are what kept it.
-func TestTwoDoors(t *testing.T) {
+func TestTwoChecks(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		mode string
-		open []string // each opens one door
+		open []string // each opens one check
 	}{
 		{"iptables-nft", []string{"iptables -t raw -F", "iptables -F"}},
 		{"iptables-legacy", []string{"iptables -t raw -F", "iptables -F"}},
-		{ModeNFTables, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
-		{ModeLoopback, []string{"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator input",
+		{ModeNFTables, []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
+		{ModeLoopback, []string{"nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator " +
+			"input",
 			"ip rule del pref 97 iif eth0 to 169.254.169.254"}},
-		{"linked", []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
-		{ModeNone, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
-		{ModeEBPF, []string{"nft flush chain ip gke-metadata-emulator raw", "nft flush chain ip gke-metadata-emulator input"}},
+		{"linked", []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
+		{ModeNone, []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
+		{ModeEBPF, []string{"nft flush chain ip gke-metadata-emulator raw",
+			"nft flush chain ip gke-metadata-emulator input"}},
 	} {
 		t.Run(c.mode, func(t *testing.T) {
-			b := modeBed(t, c.mode)
+			b := modeNode(t, c.mode)
 			b.install(b.plan)
 			for _, to := range []string{"169.254.169.254", "169.254.169.252"} {
-				if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", to+"/32", "via", b.Addr.String()).CombinedOutput(); err != nil {
+				if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", to+"/32", "via",
+					b.Addr.String()).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
 			}

@@ -29,7 +29,7 @@ ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 1-79 goto 98 proto
 ip -6 rule add pref 97 to fd00:ec2::254/128 ipproto tcp dport 81-65534 goto 98 protocol kernel
 ip -6 rule add pref 97 to fd00:ec2::254/128 prohibit protocol kernel
 
-# the guard of the other family
+# guard (IPv6)
 ip6tables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]
@@ -40,7 +40,7 @@ ip6tables-restore --wait --noflush <<'END'
 COMMIT
 END
 
-# the way to the emulator
+# rules (IPv4)
 iptables-restore --wait --noflush <<'END'
 *filter
 :GME-FWD - [0:0]

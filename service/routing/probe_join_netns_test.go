@@ -4,16 +4,18 @@ import (
 	"errors"
 	"net/netip"
 	"testing"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // TestJoinPod: a connection from a pod's own network namespace meets the rules that name pods'
 // addresses, which one from a throw-away namespace does not.
 func TestJoinPod(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		addresses := []netip.Addr{netip.MustParseAddr("192.0.2.77"), b.pod.Addr}
-		if err := b.Do(func() error { _, err := JoinPod(addresses); return err }); !errors.Is(err, ErrNoPod) {
+		if err := b.Do(func() error { _, err := probe.JoinPod(addresses); return err }); !errors.Is(err, probe.ErrNoPod) {
 			t.Errorf("without a process in the pod: %v", err)
 		}
 		process := b.pod.Command(t.Context(), "sleep", "60")
@@ -31,7 +33,7 @@ func TestJoinPod(t *testing.T) {
 		} {
 			b.sh(step.rules)
 			if err := b.Do(func() error {
-				pod, err := JoinPod(addresses)
+				pod, err := probe.JoinPod(addresses)
 				if err != nil {
 					return err
 				}
@@ -42,7 +44,7 @@ func TestJoinPod(t *testing.T) {
 				if who := dialled(t, pod); who != step.fromPod {
 					t.Errorf("%q: %q answered the pod", step.rules, who)
 				}
-				trial, err := NewPodProbe()
+				trial, err := probe.NewPod()
 				if err != nil {
 					return err
 				}
@@ -59,8 +61,8 @@ func TestJoinPod(t *testing.T) {
 	})
 }
 
-// dialled is who answers the PodProbe; "" is nobody.
-func dialled(t *testing.T, trial *PodProbe) string {
+// dialled is who answers the Pod; "" is nobody.
+func dialled(t *testing.T, trial *probe.Pod) string {
 	c, err := trial.Dial(t.Context(), "tcp", "169.254.169.254:80")
 	if err != nil {
 		return ""

@@ -1,9 +1,12 @@
-package routing
+// Package xtables answers: what stands of our chains of iptables, in one backend and one family,
+// and does it differ from the chains that are wanted?
+package xtables
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -12,6 +15,10 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
 const (
@@ -23,20 +30,21 @@ const (
 	lockTimeout = 15 * time.Second
 )
 
-// xtables are the tables of one family in one backend. go-iptables lists them and changes single
+// Tables are the tables of one family in one backend. go-iptables lists them and changes single
 // rules. Several changes at once are applied by iptables-restore, which that library has not.
-type xtables struct {
+type Tables struct {
 	*iptables.IPTables
 	command string // such as iptables-nft
 	legacy  bool
-	family  Family
+	Family  netobj.Family
+	Servers []netip.AddrPort // who redirects one of these by a rule of its own is found
 }
 
-// openXtables finds the command, or returns an error that wraps exec.ErrNotFound.
-func openXtables(command string, legacy bool, family Family) (*xtables, error) {
+// Open finds the command, or returns an error that wraps exec.ErrNotFound.
+func Open(command string, legacy bool, family netobj.Family, servers ...netip.AddrPort) (*Tables, error) {
 	protocol := iptables.ProtocolIPv4
-	if family == ipv6 {
-		command, protocol = ip6tables(command), iptables.ProtocolIPv6
+	if family == netobj.IPv6 {
+		command, protocol = IP6Tables(command), iptables.ProtocolIPv6
 	}
 	if _, err := exec.LookPath(command + "-restore"); err != nil {
 		return nil, err // says which
@@ -45,17 +53,17 @@ func openXtables(command string, legacy bool, family Family) (*xtables, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", command, err)
 	}
-	return &xtables{IPTables: t, command: command, legacy: legacy, family: family}, nil
+	return &Tables{IPTables: t, command: command, legacy: legacy, Family: family, Servers: servers}, nil
 }
 
-// ip6tables is the command of the same backend for IPv6.
-func ip6tables(command string) string {
+// IP6Tables is the command of the same backend for IPv6.
+func IP6Tables(command string) string {
 	dir, name := filepath.Split(command)
 	return dir + strings.Replace(name, "iptables", "ip6tables", 1)
 }
 
-// restore applies the text by one iptables-restore: --noflush leaves everybody else's rules alone.
-func (x *xtables) restore(ctx context.Context, text string) error {
+// Restore applies the text by one iptables-restore: --noflush leaves everybody else's rules alone.
+func (x *Tables) Restore(ctx context.Context, text string) error {
 	if text == "" {
 		return nil
 	}
@@ -69,27 +77,27 @@ func (x *xtables) restore(ctx context.Context, text string) error {
 	})
 }
 
-// has says whether there is such a table.
-func (x *xtables) has(table string) (bool, error) {
+// Has says whether there is such a table.
+func (x *Tables) Has(table string) (bool, error) {
 	text, err := x.tablePrint(table)
 	return text != "", err
 }
 
 // hasChain says whether there is such a chain.
-func (x *xtables) hasChain(ctx context.Context, table, chain string) (yes bool, err error) {
+func (x *Tables) hasChain(ctx context.Context, table, chain string) (yes bool, err error) {
 	if !x.legacy { // iptables-nft says of a chain that is not there what it says of one that it cannot list
-		return nftChainExists(x.family, table, chain)
+		return nft.ChainExists(x.Family, table, chain)
 	}
-	if yes, err = x.has(table); err == nil && yes {
+	if yes, err = x.Has(table); err == nil && yes {
 		err = retry(ctx, func() (err error) { yes, err = x.ChainExists(table, chain); return err })
 	}
 	return yes, err
 }
 
-// list returns the rules of a chain, without "-A CHAIN ", and whether there is such a chain.
-func (x *xtables) list(ctx context.Context, table, chain string) (rules []string, exists bool, err error) {
+// ListRules returns the rules of a chain, without "-A CHAIN ", and whether there is such a chain.
+func (x *Tables) ListRules(ctx context.Context, table, chain string) (rules []string, exists bool, err error) {
 	if x.legacy {
-		exists, err = x.has(table) // iptables-legacy makes the table that it is to list
+		exists, err = x.Has(table) // iptables-legacy makes the table that it is to list
 	} else {
 		exists, err = x.hasChain(ctx, table, chain)
 	}
@@ -112,7 +120,7 @@ func (x *xtables) list(ctx context.Context, table, chain string) (rules []string
 
 // hasRule asks the kernel for one rule whose text was not found in the list: another version may
 // print it in other words.
-func (x *xtables) hasRule(ctx context.Context, table, chain, rule string) (yes bool, err error) {
+func (x *Tables) hasRule(ctx context.Context, table, chain, rule string) (yes bool, err error) {
 	err = retry(ctx, func() (err error) { yes, err = x.Exists(table, chain, strings.Fields(rule)...); return err })
 	if exitStatus(err) == 2 { // it cannot even be said, such as an interface or a cgroup that is not there
 		return false, nil
@@ -128,19 +136,21 @@ func retry(ctx context.Context, f func() error) error {
 		if ctx.Err() != nil { // a command of go-iptables is not ended by it, so none is begun
 			return context.Cause(ctx)
 		}
-		err := permission(oneLine(f()))
-		if exitStatus(err) != 4 || errors.Is(err, ErrPermission) || errors.Is(err, errRefused) {
+		err := classify(oneLine(f()))
+		if exitStatus(err) != 4 || errors.Is(err, fault.ErrPermission) || errors.Is(err, errRefused) {
 			return err
 		}
-		if over := pause(ctx, wait); over != nil {
-			return fmt.Errorf("%w (%w)", err, over)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return fmt.Errorf("%w (%w)", err, context.Cause(ctx))
 		}
 	}
 }
 
-// errIncompatible is wrapped by errors of iptables-nft that cannot list a chain: it holds a rule
+// ErrIncompatible is wrapped by errors of iptables-nft that cannot list a chain: it holds a rule
 // that nft wrote. The rules of our own chains can still be changed and deleted.
-var errIncompatible = errors.New("the chain holds rules that iptables cannot list")
+var ErrIncompatible = errors.New("the chain holds rules that iptables cannot list")
 
 // errRefused is wrapped by errors that status 4 brings and that waiting does not cure.
 var errRefused = errors.New("the kernel refuses the rule")
@@ -171,11 +181,11 @@ func exitStatus(err error) int {
 	return -1
 }
 
-// permission is the one place that reads error texts: iptables tells a lock that is held, a rule
-// that the kernel does not take and a missing privilege by the same exit status, and only its words
+// classify is the one place that reads error texts: iptables tells a lock that is held, a rule that
+// the kernel does not take and a missing privilege by the same exit status, and only its words
 // differ.
-func permission(err error) error {
-	if err == nil || errors.Is(err, ErrPermission) {
+func classify(err error) error {
+	if err == nil || errors.Is(err, fault.ErrPermission) {
 		return err
 	}
 	text := err.Error()
@@ -183,14 +193,43 @@ func permission(err error) error {
 		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(text, w) })
 	}
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), says("Permission denied", "Operation not permitted"):
-		return fmt.Errorf("%w: %w", ErrPermission, err)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fault.Permission(err)
+	case says("Permission denied", "Operation not permitted"):
+		return fmt.Errorf("%w: %w", fault.ErrPermission, err)
 	case says("Read-only file system"): // /run/xtables.lock, under ProtectSystem=strict
 		return fmt.Errorf("%w: the file system is read-only here (a unit runs this by ExecStartPre=+): %w", errRefused, err)
 	case exitStatus(err) == 1 && says("is incompatible, use 'nft' tool"):
-		return fmt.Errorf("%w: %w", errIncompatible, err)
+		return fmt.Errorf("%w: %w", ErrIncompatible, err)
 	case exitStatus(err) == 4 && says("Invalid argument", "No such file"):
 		return fmt.Errorf("%w: %w", errRefused, err)
 	}
 	return err
+}
+
+// IsLegacy says which backend a command is of. Its name tells, or that of the program behind its
+// links; else it is asked.
+func IsLegacy(command string) bool {
+	for _, name := range []string{filepath.Base(command), program(command)} {
+		switch {
+		case strings.HasSuffix(name, "-legacy"), name == "xtables-legacy-multi":
+			return true
+		case strings.HasSuffix(name, "-nft"), name == "xtables-nft-multi":
+			return false
+		}
+	}
+	out, err := exec.Command(command, "--version").Output()
+	return err == nil && !strings.Contains(string(out), "nf_tables")
+}
+
+// program is the name of the file behind a command's links, "" if it cannot be found.
+func program(command string) string {
+	path, err := exec.LookPath(command)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
+	if err != nil {
+		return ""
+	}
+	return filepath.Base(path)
 }

@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"context"
@@ -11,20 +11,21 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
 // ErrNoPod is returned where no network namespace has one of the addresses.
 var ErrNoPod = errors.New("no process runs in the network namespace of a pod")
 
-// JoinPod returns a PodProbe that connects from the network namespace of a pod, which has one of
+// JoinPod returns a Pod that connects from the network namespace of a pod, which has one of
 // the addresses. Nothing is made, and the rules that name pods' addresses or interfaces are met,
-// which the throw-away namespace of NewPodProbe may not meet.
-func JoinPod(addresses []netip.Addr) (_ *PodProbe, err error) {
-	t := &PodProbe{node: netns.None(), pod: netns.None()}
+// which the throw-away namespace of NewPod may not meet.
+func JoinPod(addresses []netip.Addr) (_ *Pod, err error) {
+	t := &Pod{node: netns.None(), pod: netns.None()}
 	t.closing, t.close = context.WithCancel(context.Background())
 	if t.node, err = netns.Get(); err != nil {
-		return nil, errors.Join(permission(err), t.Close())
+		return nil, errors.Join(fault.Permission(err), t.Close())
 	}
 	own, _ := os.Readlink("/proc/thread-self/ns/net")
 	seen := map[string]bool{own: true}

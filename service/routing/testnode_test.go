@@ -16,7 +16,10 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // TestMain lets the test program stand for other programs: one that asks, one that listens, one
@@ -42,8 +45,8 @@ func TestMain(m *testing.M) {
 	case "pins":
 		dir, root, _ := strings.Cut(arg, " ")
 		end(
-			(pins{dir: dir, root: root, hooks: redirectHooks}).install(
-				rewriting{listen: netip.MustParseAddrPort("169.254.169.252:988")},
+			(bpf.Pins{Dir: dir, Root: root, Hooks: bpf.RedirectHooks}).Install(
+				bpf.Rewriting{Server: metadataServer, Listen: netip.MustParseAddrPort("169.254.169.252:988")},
 			),
 		)
 	case "connect":
@@ -51,12 +54,12 @@ func TestMain(m *testing.M) {
 	case "watch":
 		log := logrus.New()
 		log.SetOutput(os.Stdout)
-		p := bedPlan(filepath.Dir(arg), filepath.Base(arg))
+		p := testPlan(filepath.Dir(arg), filepath.Base(arg))
 		end(Watch{RunDir: p.RunDir, Log: log, Load: func() Plan { return p }}.Run(context.Background()))
-	case "watch by programs": // in mode ebpf, whose beds have cgroups of their own
+	case "watch by programs": // in mode ebpf, whose test nodes have cgroups of their own
 		log := logrus.New()
 		log.SetOutput(os.Stdout)
-		p := bedPlan("", "")
+		p := testPlan("", "")
 		p.Mode = ModeEBPF
 		_, err := fmt.Sscan(arg, &p.RunDir, &p.BPFDir, &p.CgroupRoot)
 		end(errors.Join(err, Watch{RunDir: p.RunDir, Log: log, Load: func() Plan { return p }}.Run(context.Background())))
@@ -66,21 +69,22 @@ func TestMain(m *testing.M) {
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
 		end(err)
 	case "trial": // which is killed in the middle of it
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err == nil {
-			_, err = startTrace(trial.Addr, trial.Link)
+			_, err = trial.Dropped(context.Background(), trial.Addr, func() {
+				fmt.Println("on trial")
+				_, _ = io.Copy(io.Discard, os.Stdin)
+			})
 		}
-		fmt.Println("on trial", err)
-		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
 	case "remove without IPv6":
 		err := denySix()
 		if err == nil {
-			err = removeIPTables(context.Background(), bedPlan(filepath.Dir(arg), filepath.Base(arg)), false)
+			err = removeIPTables(context.Background(), testPlan(filepath.Dir(arg), filepath.Base(arg)), false)
 		}
 		end(err)
 	case "install":
-		r, err := New(bedPlan(filepath.Dir(arg), filepath.Base(arg)))
+		r, err := New(testPlan(filepath.Dir(arg), filepath.Base(arg)))
 		if err == nil {
 			err = r.Install(context.Background())
 		}
@@ -97,7 +101,7 @@ func end(err error) {
 }
 
 // play is the command that makes this program play a role on the node, after the words of prefix.
-func (b *bed) play(role, arg, program string, prefix ...string) *exec.Cmd {
+func (b *testNode) play(role, arg, program string, prefix ...string) *exec.Cmd {
 	b.t.Helper()
 	args := append(prefix, program)
 	cmd := b.Command(context.Background(), args[0], args[1:]...)
@@ -106,7 +110,7 @@ func (b *bed) play(role, arg, program string, prefix ...string) *exec.Cmd {
 }
 
 // self is this program's file.
-func (b *bed) self() string {
+func (b *testNode) self() string {
 	b.t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
@@ -115,9 +119,9 @@ func (b *bed) self() string {
 	return exe
 }
 
-// bed is a node with a pod, a neighbour on the LAN, an emulator at the default listen address and a
-// fake cloud that must never be asked.
-type bed struct {
+// testNode is a node with a pod, a neighbour on the LAN, an emulator at the default listen address
+// and a fake cloud that must never be asked.
+type testNode struct {
 	*netnstest.Node
 	t         testing.TB
 	pod       *netnstest.NS
@@ -131,34 +135,34 @@ const (
 )
 
 // onBothBackends runs the test on a node of its own for each backend, side by side.
-func onBothBackends(t *testing.T, f func(t *testing.T, b *bed)) {
+func onBothBackends(t *testing.T, f func(t *testing.T, b *testNode)) {
 	for _, binary := range []string{"iptables-nft", "iptables-legacy"} {
 		t.Run(binary, func(t *testing.T) {
 			t.Parallel()
-			f(t, newBed(t, binary))
+			f(t, newTestNode(t, binary))
 		})
 	}
 }
 
 // onEveryDNAT runs the test on a node of its own for each backend of mode iptables, and in mode
 // nftables.
-func onEveryDNAT(t *testing.T, f func(t *testing.T, b *bed)) {
+func onEveryDNAT(t *testing.T, f func(t *testing.T, b *testNode)) {
 	onBothBackends(t, f)
 	t.Run("nftables", func(t *testing.T) {
 		t.Parallel()
-		f(t, nftBed(t))
+		f(t, nftNode(t))
 	})
 }
 
-func bedPlan(runDir, binary string) Plan {
+func testPlan(runDir, binary string) Plan {
 	return Plan{Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"), Guard: DefaultGuard(),
 		InterceptHostPods: "auto", RunDir: runDir, Binary: binary}
 }
 
-func newBed(t testing.TB, binary string) *bed {
+func newTestNode(t testing.TB, binary string) *testNode {
 	t.Helper()
 	netnstest.Needs(t, binary, binary+"-restore", "ip", "nsenter")
-	b := &bed{Node: netnstest.Start(t, "routing"), t: t}
+	b := &testNode{Node: netnstest.Start(t, "routing"), t: t}
 	var err error
 	if b.pod, err = b.AddPod("pod"); err != nil {
 		t.Fatal(err)
@@ -166,7 +170,7 @@ func newBed(t testing.TB, binary string) *bed {
 	if b.neighbour, err = b.AddNeighbour("neighbour"); err != nil {
 		t.Fatal(err)
 	}
-	b.plan = bedPlan(t.TempDir(), binary)
+	b.plan = testPlan(t.TempDir(), binary)
 	b.serve(b.NS, b.plan.Listen.String(), emulator)
 	for _, at := range []string{"169.254.169.254:80", "[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80",
 		"169.254.169.254:53", "169.254.169.254:443"} {
@@ -176,7 +180,7 @@ func newBed(t testing.TB, binary string) *bed {
 }
 
 // serve answers every line that a client sends with who it is.
-func (b *bed) serve(ns *netnstest.NS, at, who string) {
+func (b *testNode) serve(ns *netnstest.NS, at, who string) {
 	b.t.Helper()
 	l, err := ns.Listen("tcp", at)
 	if err != nil {
@@ -239,7 +243,7 @@ func talk(c net.Conn, wait time.Duration) (string, error) {
 }
 
 // answers fails unless who answers ns at the address; "" stands for nobody.
-func (b *bed) answers(ns *netnstest.NS, at, who string) {
+func (b *testNode) answers(ns *netnstest.NS, at, who string) {
 	b.t.Helper()
 	wait := long
 	if who == "" {
@@ -251,7 +255,7 @@ func (b *bed) answers(ns *netnstest.NS, at, who string) {
 	}
 }
 
-func (b *bed) router(p Plan) Router {
+func (b *testNode) router(p Plan) Router {
 	b.t.Helper()
 	r, err := New(p)
 	if err != nil {
@@ -260,36 +264,36 @@ func (b *bed) router(p Plan) Router {
 	return r
 }
 
-func (b *bed) install(p Plan) {
+func (b *testNode) install(p Plan) {
 	b.t.Helper()
 	if err := b.Do(func() error { return b.router(p).Install(context.Background()) }); err != nil {
 		b.t.Fatalf("install: %v", err)
 	}
 }
 
-func (b *bed) check(p Plan) error {
+func (b *testNode) check(p Plan) error {
 	b.t.Helper()
 	return b.Do(func() error { return b.router(p).Check(context.Background()) })
 }
 
 // green fails unless Check finds nothing.
-func (b *bed) green(p Plan) {
+func (b *testNode) green(p Plan) {
 	b.t.Helper()
 	if err := b.check(p); err != nil {
 		b.t.Errorf("check: %v", err)
 	}
 }
 
-func (b *bed) remove(p Plan) {
+func (b *testNode) remove(p Plan) {
 	b.t.Helper()
 	if err := b.Do(func() error { return b.router(p).Remove(context.Background()) }); err != nil {
 		b.t.Fatalf("remove: %v", err)
 	}
 }
 
-// sh runs shell commands on the node, with iptables and ip6tables being the bed's backend. All
+// sh runs shell commands on the node, with iptables and ip6tables being the testNode's backend. All
 // namespaces share the lock of legacy iptables.
-func (b *bed) sh(script string) string {
+func (b *testNode) sh(script string) string {
 	b.t.Helper()
 	six := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
 	script = fmt.Sprintf(
@@ -305,7 +309,7 @@ func (b *bed) sh(script string) string {
 	return string(out)
 }
 
-func (b *bed) ruleset() string {
+func (b *testNode) ruleset() string {
 	b.t.Helper()
 	s, err := b.Ruleset()
 	if err != nil {
@@ -315,7 +319,7 @@ func (b *bed) ruleset() string {
 }
 
 // same fails and shows the lines that differ.
-func (b *bed) same(what, got, want string) {
+func (b *testNode) same(what, got, want string) {
 	b.t.Helper()
 	if got == want {
 		return
@@ -352,7 +356,7 @@ func faults(t testing.TB, err error) []string {
 	if err == nil {
 		return nil
 	}
-	if !errors.Is(err, ErrMissing) {
+	if !errors.Is(err, fault.ErrMissing) {
 		t.Errorf("not a fault: %v", err)
 	}
 	return strings.Split(err.Error(), "\n")

@@ -7,15 +7,16 @@ import (
 	"testing"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
 // R-30 for IPv6: the trial connection goes its own way through the other family's rules, the chain
 // that drops it is named, and what IPv4 is let through by is no word on it.
 func TestTrialSix(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "nft")
-		sixBed(b)
+		ipv6Node(b)
 		b.install(b.plan)
 		nft := b.plan.Binary == "iptables-nft"
 		for _, c := range []struct {
@@ -23,18 +24,31 @@ func TestTrialSix(t *testing.T) {
 			nft, legacy       string // who drops; "" is nobody
 		}{
 			{name: "nothing is in the way"},
-			{"a later chain with policy drop", "nft 'add table ip6 foreign; add chain ip6 foreign late { type filter hook input priority filter + 10; policy drop; }'", "nft delete table ip6 foreign",
+			{"a later chain with policy drop",
+				"nft 'add table ip6 foreign; add chain ip6 foreign late { type filter hook input priority filter + 10; policy " +
+					"drop; }'", "nft delete table ip6 foreign",
 				"nft chain ip6 foreign late (policy drop)", "nft chain ip6 foreign late (policy drop)"},
-			{"a rule of a later chain", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late meta nfproto ipv6 tcp dport 988 drop'", "nft delete table inet foreign",
-				"nft chain inet foreign late (rule: meta nfproto ipv6 tcp dport 988 drop)", "nft chain inet foreign late (rule: meta nfproto ipv6 tcp dport 988 drop)"},
-			{"the way back", "nft 'add table ip6 foreign; add chain ip6 foreign back { type filter hook output priority filter; }; add rule ip6 foreign back oifname gme-doctor drop'", "nft delete table ip6 foreign",
-				`nft chain ip6 foreign back (rule: oifname "gme-doctor" drop)`, `nft chain ip6 foreign back (rule: oifname "gme-doctor" drop)`},
-			{"ip6tables INPUT before ours", "ip6tables -I INPUT -i gme-doctor -j DROP", "ip6tables -D INPUT -i gme-doctor -j DROP",
-				`nft chain ip6 filter INPUT (rule: iifname "gme-doctor" drop)`, "ip6tables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"},
-			{"a table that IPv4 does not have", "ip6tables -t mangle -I PREROUTING -i gme-doctor -j DROP", "ip6tables -t mangle -D PREROUTING -i gme-doctor -j DROP",
-				`nft chain ip6 mangle PREROUTING (rule: iifname "gme-doctor" drop)`, "ip6tables chain PREROUTING of table mangle (rule: -A PREROUTING -i gme-doctor -j DROP)"},
-			{"ip6tables OUTPUT before ours", "ip6tables -I OUTPUT -o gme-doctor -j DROP", "ip6tables -D OUTPUT -o gme-doctor -j DROP",
-				`nft chain ip6 filter OUTPUT (rule: oifname "gme-doctor" drop)`, "ip6tables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"},
+			{"a rule of a later chain",
+				"nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add " +
+					"rule inet foreign late meta nfproto ipv6 tcp dport 988 drop'", "nft delete table inet foreign",
+				"nft chain inet foreign late (rule: meta nfproto ipv6 tcp dport 988 drop)",
+				"nft chain inet foreign late (rule: meta nfproto ipv6 tcp dport 988 drop)"},
+			{"the way back", "nft 'add table ip6 foreign; add chain ip6 foreign back { type filter hook output priority " +
+				"filter; }; add rule ip6 foreign back oifname gme-doctor drop'", "nft delete table ip6 foreign",
+				`nft chain ip6 foreign back (rule: oifname "gme-doctor" drop)`,
+				`nft chain ip6 foreign back (rule: oifname "gme-doctor" drop)`},
+			{"ip6tables INPUT before ours", "ip6tables -I INPUT -i gme-doctor -j DROP",
+				"ip6tables -D INPUT -i gme-doctor -j DROP",
+				`nft chain ip6 filter INPUT (rule: iifname "gme-doctor" drop)`,
+				"ip6tables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"},
+			{"a table that IPv4 does not have", "ip6tables -t mangle -I PREROUTING -i gme-doctor -j DROP",
+				"ip6tables -t mangle -D PREROUTING -i gme-doctor -j DROP",
+				`nft chain ip6 mangle PREROUTING (rule: iifname "gme-doctor" drop)`,
+				"ip6tables chain PREROUTING of table mangle (rule: -A PREROUTING -i gme-doctor -j DROP)"},
+			{"ip6tables OUTPUT before ours", "ip6tables -I OUTPUT -o gme-doctor -j DROP",
+				"ip6tables -D OUTPUT -o gme-doctor -j DROP",
+				`nft chain ip6 filter OUTPUT (rule: oifname "gme-doctor" drop)`,
+				"ip6tables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
@@ -75,12 +89,12 @@ func TestTrialSix(t *testing.T) {
 // A node without IPv6 says so, and is tried by IPv4 all the same.
 func TestTrialSixNowhere(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 	before := b.ruleset()
 	if err := b.Do(func() error {
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
@@ -108,8 +122,8 @@ func TestTrialSixNowhere(t *testing.T) {
 // that drop by their policy.
 func TestExamineSix(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
-		sixBed(b)
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
+		ipv6Node(b)
 		examine := func() (x Examination) {
 			t.Helper()
 			if err := b.Do(func() error {
@@ -134,7 +148,8 @@ func TestExamineSix(t *testing.T) {
 			t.Errorf("redirected: %v and %v, want 1 and 2", x.Redirected, x.Redirected6)
 		}
 		b.sh(
-			"ip6tables -P INPUT DROP; nft 'add table ip6 late; add chain ip6 late c { type filter hook input priority 10; policy drop; }'",
+			"ip6tables -P INPUT DROP; nft 'add table ip6 late; add chain ip6 late c { type filter hook input priority 10; " +
+				"policy drop; }'",
 		)
 		want := []string{"ip6 filter INPUT", "ip6 late c"}
 		if b.plan.Binary == "iptables-legacy" {

@@ -1,10 +1,12 @@
-package routing
+package probe
 
 import (
 	"errors"
 	"fmt"
 	"io"
 	"os/exec"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 )
 
 // inhabitant is a process that lives in the pod's network namespace, and does nothing.
@@ -15,14 +17,14 @@ type inhabitant struct {
 
 // Inhabit has a process live in the pod: a network namespace without one is found by nobody who
 // looks for those of processes. It ends with Close, or with this process.
-func (t *PodProbe) Inhabit() error {
+func (t *Pod) Inhabit() error {
 	cmd := exec.Command("cat")
 	stdin, err := cmd.StdinPipe()
 	if err == nil {
 		err = t.in(t.pod, cmd.Start) // from this thread, so into its namespace
 	}
 	if err != nil {
-		return fmt.Errorf("start a process in the throw-away network namespace: %w", permission(err))
+		return fmt.Errorf("start a process in the throw-away network namespace: %w", fault.Permission(err))
 	}
 	t.inhabitant = &inhabitant{cmd, stdin}
 	return nil

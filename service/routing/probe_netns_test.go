@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
@@ -12,21 +13,19 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
-
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
-// try asks the metadata server from a throw-away pod on the bed's node, and returns who answered
-// and who dropped.
-func (b *bed) try(t *testing.T) (answer string, dropped []string) {
+// try asks the metadata server from a throw-away pod on the test node, and returns who
+// answered and who dropped.
+func (b *testNode) try(t *testing.T) (answer string, dropped []string) {
 	t.Helper()
 	return b.tryAt(t, metadataServer)
 }
 
 // tried is tryAt again and again, where a machine is too busy to answer and nobody is in the way.
-func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
+func (b *testNode) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
 	for end := time.Now().Add(long); answer == "" && len(dropped) == 0 && time.Now().Before(end); {
 		answer, dropped = b.tryAt(t, at)
@@ -35,9 +34,9 @@ func (b *bed) tried(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 }
 
 // tryAt is try of that one of the server's addresses.
-func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
+func (b *testNode) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
-	ask := func(trial *PodProbe, wait time.Duration) string {
+	ask := func(trial *probe.Pod, wait time.Duration) string {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		defer cancel()
 		c, err := trial.Dial(ctx, "tcp", at.String())
@@ -49,7 +48,7 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 		return answer
 	}
 	if err := b.Do(func() error {
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
@@ -80,7 +79,7 @@ func (b *bed) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []s
 // the chain, and leaves no trace.
 func TestTrial(t *testing.T) {
 	t.Parallel()
-	onEveryDNAT(t, func(t *testing.T, b *bed) {
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "nft")
 		b.install(b.plan)
 		nft := b.plan.Binary == "iptables-nft"
@@ -89,18 +88,30 @@ func TestTrial(t *testing.T) {
 			want              []string // of the nft backend, and of the legacy one
 		}{
 			{name: "nothing is in the way"},
-			{"a later chain with policy drop", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; policy drop; }'", "nft delete table inet foreign",
+			{"a later chain with policy drop",
+				"nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; policy " +
+					"drop; }'", "nft delete table inet foreign",
 				[]string{"nft chain inet foreign late (policy drop)", "nft chain inet foreign late (policy drop)"}},
-			{"a rule of a later chain", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late tcp dport 988 counter drop'", "nft delete table inet foreign",
-				[]string{"nft chain inet foreign late (rule: tcp dport 988 drop)", "nft chain inet foreign late (rule: tcp dport 988 drop)"}},
-			{"a rejection", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add rule inet foreign late tcp dport 988 reject with tcp reset'", "nft delete table inet foreign",
-				[]string{"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)", "nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)"}},
-			{"the way back", "nft 'add table inet foreign; add chain inet foreign back { type filter hook output priority filter; }; add rule inet foreign back oifname gme-doctor drop'", "nft delete table inet foreign",
-				[]string{`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`, `nft chain inet foreign back (rule: oifname "gme-doctor" drop)`}},
+			{"a rule of a later chain",
+				"nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority filter + 10; }; add " +
+					"rule inet foreign late tcp dport 988 counter drop'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (rule: tcp dport 988 drop)",
+					"nft chain inet foreign late (rule: tcp dport 988 drop)"}},
+			{"a rejection", "nft 'add table inet foreign; add chain inet foreign late { type filter hook input priority " +
+				"filter + 10; }; add rule inet foreign late tcp dport 988 reject with tcp reset'", "nft delete table inet foreign",
+				[]string{"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)",
+					"nft chain inet foreign late (rule: tcp dport 988 reject with tcp reset)"}},
+			{"the way back", "nft 'add table inet foreign; add chain inet foreign back { type filter hook output priority " +
+				"filter; }; add rule inet foreign back oifname gme-doctor drop'", "nft delete table inet foreign",
+				[]string{`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`,
+					`nft chain inet foreign back (rule: oifname "gme-doctor" drop)`}},
 			{"iptables INPUT before ours", "iptables -I INPUT -i gme-doctor -j DROP", "iptables -D INPUT -i gme-doctor -j DROP",
-				[]string{`nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`, "iptables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"}},
-			{"iptables OUTPUT before ours", "iptables -I OUTPUT -o gme-doctor -j DROP", "iptables -D OUTPUT -o gme-doctor -j DROP",
-				[]string{`nft chain ip filter OUTPUT (rule: oifname "gme-doctor" drop)`, "iptables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"}},
+				[]string{`nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`,
+					"iptables chain INPUT of table filter (rule: -A INPUT -i gme-doctor -j DROP)"}},
+			{"iptables OUTPUT before ours", "iptables -I OUTPUT -o gme-doctor -j DROP",
+				"iptables -D OUTPUT -o gme-doctor -j DROP",
+				[]string{`nft chain ip filter OUTPUT (rule: oifname "gme-doctor" drop)`,
+					"iptables chain OUTPUT of table filter (rule: -A OUTPUT -o gme-doctor -j DROP)"}},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
@@ -139,23 +150,19 @@ func TestTrial(t *testing.T) {
 // replaced, and then goes.
 func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	b.install(b.plan)
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	before := b.ruleset()
-	if err := b.Do(func() error {
-		s, err := nl.Subscribe(unix.NETLINK_NETFILTER)
-		if err != nil {
-			return err
-		}
-		defer s.Close()
-		left := &trace{socket: s}
-		return left.transaction(left.rules(trialLink, 0))
-	}); err != nil {
-		t.Fatal(err)
+	const table = "gke-metadata-emulator-doctor"
+	for chain, match := range map[string]string{"from-pod": "prerouting iifname", "to-pod": "output oifname"} {
+		hook, way, _ := strings.Cut(match, " ")
+		b.sh(fmt.Sprintf("nft 'add table ip %[1]s; "+
+			"add chain ip %[1]s %[2]s { type filter hook %[3]s priority -2147483648; }; "+
+			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, way))
 	}
-	if text := b.sh("nft list ruleset"); !strings.Contains(text, traceTable) ||
+	if text := b.sh("nft list ruleset"); !strings.Contains(text, table) ||
 		!strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
 		t.Fatal(text)
 	}
@@ -169,10 +176,10 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 // namespace.
 func TestTrialClosesWhileItDials(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
-		trial, err := NewPodProbe()
+		trial, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
@@ -200,7 +207,7 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 // link and its table away.
 func TestTrialIsKilled(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	before := b.ruleset()
 	cmd := b.play("trial", "", b.self())
@@ -216,10 +223,10 @@ func TestTrialIsKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial <nil>\n" {
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial\n" {
 		t.Errorf("%q, %v", line, err)
 	}
-	if during := b.ruleset(); !strings.Contains(during, traceTable) || !strings.Contains(during, trialLink) {
+	if during := b.ruleset(); !strings.Contains(during, probe.TraceTable) || !strings.Contains(during, probe.LinkName) {
 		t.Errorf("no trial:\n%s", during)
 	}
 	_ = cmd.Process.Kill()
@@ -234,7 +241,7 @@ func TestTrialIsKilled(t *testing.T) {
 // may be in the way.
 func TestTrialIsForwarded(t *testing.T) {
 	t.Parallel()
-	onBothBackends(t, func(t *testing.T, b *bed) {
+	onBothBackends(t, func(t *testing.T, b *testNode) {
 		elsewhere, err := b.AddPod("emulator")
 		if err != nil {
 			t.Fatal(err)
@@ -257,15 +264,15 @@ func TestTrialIsForwarded(t *testing.T) {
 // process, or with Close.
 func TestTrialLeavesNothing(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "iptables-nft")
+	b := newTestNode(t, "iptables-nft")
 	before := b.ruleset()
 	if err := b.Do(func() error {
 		for range 3 { // again and again
-			trial, err := NewPodProbe()
+			trial, err := probe.NewPod()
 			if err != nil {
 				return err
 			}
-			if _, err := NewPodProbe(); err == nil {
+			if _, err := probe.NewPod(); err == nil {
 				t.Error("two trials at once")
 			}
 			if _, err := net.InterfaceByName(trial.Link); err != nil {
@@ -284,9 +291,9 @@ func TestTrialLeavesNothing(t *testing.T) {
 	}
 	b.same("after three trials", b.ruleset(), before)
 	if err := b.Do(func() error {
-		_, err := net.InterfaceByName(trialLink)
+		_, err := net.InterfaceByName(probe.LinkName)
 		if err == nil {
-			t.Error(trialLink + " is left")
+			t.Error(probe.LinkName + " is left")
 		}
 		return nil
 	}); err != nil {

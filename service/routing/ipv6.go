@@ -28,8 +28,8 @@ const noIPv6Here = "IPv6 is not there or disabled on lo"
 // is.
 type redirectTarget struct{ server, listen netip.AddrPort }
 
-func (p Plan) target(s nodeFacts, family Family) redirectTarget {
-	if family == ipv6 {
+func (p Plan) target(s nodeFacts, family netobj.Family) redirectTarget {
+	if family == netobj.IPv6 {
 		return redirectTarget{metadataServer6, s.listen6}
 	}
 	return redirectTarget{metadataServer, p.Listen}

@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"encoding/binary"
@@ -13,9 +13,13 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
-// trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
+// Trace has nf_tables tell what becomes of one pod's packets, as `nft monitor trace` shows it.
 // Whether a packet is traced says a table of ours, in front of all others:
 //
 //	table ip gke-metadata-emulator-doctor {       (or ip6)
@@ -26,36 +30,36 @@ import (
 // It belongs to the socket (flags owner): the kernel takes it away with the process. Kernels before
 // 5.12 know no owners, and there a process that is killed leaves the table behind, which traces
 // nothing, since its interface is gone, and is replaced by the next.
-type trace struct {
+type Trace struct {
 	socket *nl.NetlinkSocket
 	addr   netip.Addr
 	owned  bool
 }
 
 const (
-	traceTable = "gke-metadata-emulator-doctor"
+	TraceTable = "gke-metadata-emulator-doctor"
 	tableOwner = 2 // NFT_TABLE_F_OWNER of linux/netfilter/nf_tables.h
 )
 
-func startTrace(addr netip.Addr, link string) (*trace, error) {
+func StartTrace(addr netip.Addr, link string) (*Trace, error) {
 	s, err := nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTRACE)
 	if err != nil {
-		return nil, fmt.Errorf("listen to the traces of nf_tables: %w", permission(err))
+		return nil, fmt.Errorf("listen to the traces of nf_tables: %w", fault.Permission(err))
 	}
-	t := &trace{socket: s, addr: addr, owned: true}
+	t := &Trace{socket: s, addr: addr, owned: true}
 	if err := t.transaction(t.rules(link, tableOwner)); err != nil {
 		t.owned = false
 		_ = t.transaction(t.remove()) // left behind on a kernel without owners
 		err = t.transaction(t.rules(link, 0))
 		if err != nil {
 			s.Close()
-			return nil, fmt.Errorf("have nf_tables trace packets: %w", permission(err))
+			return nil, fmt.Errorf("have nf_tables trace packets: %w", fault.Permission(err))
 		}
 	}
 	return t, nil
 }
 
-func (t *trace) close() error {
+func (t *Trace) close() error {
 	var err error
 	if !t.owned {
 		err = t.transaction(t.remove())
@@ -66,7 +70,7 @@ func (t *trace) close() error {
 
 // drops reads what was traced, until nothing comes for as long as quiet, and names who dropped a
 // packet, each once.
-func (t *trace) drops(quiet time.Duration) (by []string, err error) {
+func (t *Trace) drops(quiet time.Duration) (by []string, err error) {
 	wait := unix.NsecToTimeval(quiet.Nanoseconds())
 	if err := t.socket.SetReceiveTimeout(&wait); err != nil {
 		return nil, err
@@ -85,7 +89,7 @@ func (t *trace) drops(quiet time.Duration) (by []string, err error) {
 			continue
 		}
 		for _, m := range messages {
-			if m.Header.Type != subsysNFT|unix.NFT_MSG_TRACE || len(m.Data) < nl.SizeofNfgenmsg {
+			if m.Header.Type != nft.Subsystem|unix.NFT_MSG_TRACE || len(m.Data) < nl.SizeofNfgenmsg {
 				continue
 			}
 			e := parseTrace(m.Data)
@@ -110,44 +114,31 @@ type traced struct {
 }
 
 func parseTrace(message []byte) (e traced) {
-	e.family = nftFamily(message)
-	e.table = unix.ByteSliceToString(attribute(message, unix.NFTA_TRACE_TABLE))
-	e.chain = unix.ByteSliceToString(attribute(message, unix.NFTA_TRACE_CHAIN))
-	e.packet = be32(attribute(message, unix.NFTA_TRACE_ID))
-	if h := attribute(message, unix.NFTA_TRACE_RULE_HANDLE); len(h) == 8 {
+	e.family = nft.FamilyWord(message)
+	e.table = unix.ByteSliceToString(nft.Attribute(message, unix.NFTA_TRACE_TABLE))
+	e.chain = unix.ByteSliceToString(nft.Attribute(message, unix.NFTA_TRACE_CHAIN))
+	e.packet = nft.Uint32(nft.Attribute(message, unix.NFTA_TRACE_ID))
+	if h := nft.Attribute(message, unix.NFTA_TRACE_RULE_HANDLE); len(h) == 8 {
 		e.rule = binary.BigEndian.Uint64(h)
 	}
-	if h := attribute(message, unix.NFTA_TRACE_NETWORK_HEADER); len(h) >= 20 && h[0]>>4 == 4 {
+	if h := nft.Attribute(message, unix.NFTA_TRACE_NETWORK_HEADER); len(h) >= 20 && h[0]>>4 == 4 {
 		e.from, e.to = netip.AddrFrom4([4]byte(h[12:])), netip.AddrFrom4([4]byte(h[16:]))
 	} else if len(h) >= 40 && h[0]>>4 == 6 {
 		e.from, e.to = netip.AddrFrom16([16]byte(h[8:])), netip.AddrFrom16([16]byte(h[24:]))
 	}
-	switch be32(attribute(message, unix.NFTA_TRACE_TYPE)) {
+	switch nft.Uint32(nft.Attribute(message, unix.NFTA_TRACE_TYPE)) {
 	case unix.NFT_TRACETYPE_POLICY:
-		p := attribute(message, unix.NFTA_TRACE_POLICY)
-		e.rule, e.dropped = 0, len(p) == 4 && be32(p) == 0 // NF_DROP
+		p := nft.Attribute(message, unix.NFTA_TRACE_POLICY)
+		e.rule, e.dropped = 0, len(p) == 4 && nft.Uint32(p) == 0 // NF_DROP
 	case unix.NFT_TRACETYPE_RULE:
-		v := within(attribute(message, unix.NFTA_TRACE_VERDICT), nftaVerdictCode)
-		e.dropped = len(v) == 4 && be32(v) == 0
+		v := nft.Within(nft.Attribute(message, unix.NFTA_TRACE_VERDICT), nftaVerdictCode)
+		e.dropped = len(v) == 4 && nft.Uint32(v) == 0
 	}
 	return e
 }
 
-// nftFamily is the word for the family that a message is about.
-func nftFamily(message []byte) string {
-	return map[uint8]string{unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6", unix.NFPROTO_INET: "inet", unix.NFPROTO_ARP: "arp",
-		unix.NFPROTO_BRIDGE: "bridge", unix.NFPROTO_NETDEV: "netdev"}[message[0]]
-}
-
 // nftaVerdictCode is NFTA_VERDICT_CODE.
 const nftaVerdictCode = 1
-
-func be32(b []byte) uint32 {
-	if len(b) != 4 {
-		return 0
-	}
-	return binary.BigEndian.Uint32(b)
-}
 
 // String names the chain as nft(8) takes it, and the rule in nft's words where there is an nft to
 // tell them.
@@ -178,7 +169,7 @@ func ruleText(family, table, chain string, handle uint64) string {
 }
 
 // transaction sends the messages as one, and returns the kernel's first refusal.
-func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
+func (t *Trace) transaction(messages []*nl.NetlinkRequest) error {
 	batch := func(kind int) *nl.NetlinkRequest {
 		r := nl.NewNetlinkRequest(kind, 0)
 		r.AddData(
@@ -188,7 +179,8 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 	}
 	waiting := map[uint32]bool{}
 	var text []byte
-	for _, m := range slices.Concat([]*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_BEGIN)}, messages, []*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_END)}) {
+	for _, m := range slices.Concat([]*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_BEGIN)}, messages,
+		[]*nl.NetlinkRequest{batch(unix.NFNL_MSG_BATCH_END)}) {
 		if m.Flags&unix.NLM_F_ACK != 0 {
 			waiting[m.Seq] = true
 		}
@@ -223,26 +215,27 @@ func (t *trace) transaction(messages []*nl.NetlinkRequest) error {
 	return nil
 }
 
-func (t *trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
-	r := nl.NewNetlinkRequest(subsysNFT|kind, unix.NLM_F_ACK|flags)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(familyOf(t.addr)), Version: nl.NFNETLINK_V0})
+func (t *Trace) request(kind, flags int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
+	r := nl.NewNetlinkRequest(nft.Subsystem|kind, unix.NLM_F_ACK|flags)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(netobj.FamilyOf(t.addr)), Version: nl.NFNETLINK_V0})
 	for _, a := range attrs {
 		r.AddData(a)
 	}
 	return r
 }
 
-func (t *trace) remove() []*nl.NetlinkRequest {
-	return []*nl.NetlinkRequest{t.request(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, traceTable))}
+func (t *Trace) remove() []*nl.NetlinkRequest {
+	return []*nl.NetlinkRequest{t.request(unix.NFT_MSG_DELTABLE, 0, textAttr(unix.NFTA_TABLE_NAME, TraceTable))}
 }
 
-func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
+func (t *Trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest) {
 	messages = []*nl.NetlinkRequest{t.request(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
-		textAttr(unix.NFTA_TABLE_NAME, traceTable), numberAttr(unix.NFTA_TABLE_FLAGS, flags))}
+		textAttr(unix.NFTA_TABLE_NAME, TraceTable), numberAttr(unix.NFTA_TABLE_FLAGS, flags))}
 	for _, c := range []struct {
 		name       string
 		hook, meta uint32
-	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME}, {"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
+	}{{"from-pod", unix.NF_INET_PRE_ROUTING, unix.NFT_META_IIFNAME},
+		{"to-pod", unix.NF_INET_LOCAL_OUT, unix.NFT_META_OIFNAME}} {
 		const first = 1 << 31 // the lowest priority: -2147483648
 		messages = append(messages,
 			t.request(
@@ -250,7 +243,7 @@ func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest)
 				unix.NLM_F_CREATE,
 				textAttr(
 					unix.NFTA_CHAIN_TABLE,
-					traceTable,
+					TraceTable,
 				),
 				textAttr(unix.NFTA_CHAIN_NAME, c.name),
 				textAttr(unix.NFTA_CHAIN_TYPE, "filter"),
@@ -261,7 +254,7 @@ func (t *trace) rules(link string, flags uint32) (messages []*nl.NetlinkRequest)
 				),
 			),
 			t.request(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
-				textAttr(unix.NFTA_RULE_TABLE, traceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
+				textAttr(unix.NFTA_RULE_TABLE, TraceTable), textAttr(unix.NFTA_RULE_CHAIN, c.name),
 				nested(
 					unix.NFTA_RULE_EXPRESSIONS,
 					expression("meta", numberAttr(unix.NFTA_META_KEY, c.meta), numberAttr(unix.NFTA_META_DREG, unix.NFT_REG_1)),

@@ -1,4 +1,9 @@
-package routing
+// Package probe answers: does what a pod sends arrive, and who drops it if not?
+//
+// It connects from a pod's network namespace, or from a throw-away one beside the node's, and asks
+// nf_tables' tracing and the counters of legacy iptables who drops the packets. It knows nothing of
+// our rules.
+package probe
 
 import (
 	"context"
@@ -14,17 +19,18 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// PodProbe is a pod that is none: a network namespace without a name, connected to the node as
+// Pod is a pod that is none: a network namespace without a name, connected to the node as
 // Calico and the cloud CNIs connect pods (K-08). What connects from it goes the way of a pod's
 // packets, through everybody's rules.
 //
 // The node gets an interface and a route to one address of each family, and no address, sysctl or
 // rule. The namespace lives as long as this process holds it; with it the kernel takes away all the
 // rest, also when the process is killed.
-type PodProbe struct {
+type Pod struct {
 	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddSix
 	Link        string     // the node's end
 
@@ -37,28 +43,28 @@ type PodProbe struct {
 	close    context.CancelFunc
 }
 
-// trialLink is the interface's name. Two trials at once are one too many.
-const trialLink = "gme-doctor"
+// LinkName is the interface's name. Two trials at once are one too many.
+const LinkName = "gme-doctor"
 
 var (
-	// trialAddr is of the range for benchmarks (RFC 2544), which nobody routes.
-	trialAddr = netip.AddrFrom4([4]byte{198, 18, 169, 254})
-	// trialGateway is nobody's: the pod knows its hardware address, so no sysctl has to make the node
+	// podAddr is of the range for benchmarks (RFC 2544), which nobody routes.
+	podAddr = netip.AddrFrom4([4]byte{198, 18, 169, 254})
+	// gateway is nobody's: the pod knows its hardware address, so no sysctl has to make the node
 	// answer for it.
-	trialGateway = netip.AddrFrom4([4]byte{169, 254, 1, 1})
+	gateway = netip.AddrFrom4([4]byte{169, 254, 1, 1})
 	// The same of IPv6 (RFC 5180).
-	trialAddr6    = netip.MustParseAddr("2001:2::a9fe:a9fe")
-	trialGateway6 = netip.MustParseAddr("fe80::1")
+	podAddr6 = netip.MustParseAddr("2001:2::a9fe:a9fe")
+	gateway6 = netip.MustParseAddr("fe80::1")
 )
 
-// NewPodProbe makes one beside the network namespace of the calling thread. ErrPermission is
+// NewPod makes one beside the network namespace of the calling thread. ErrPermission is
 // wrapped where that is not allowed.
-func NewPodProbe() (_ *PodProbe, err error) {
-	t := &PodProbe{Addr: trialAddr, Link: trialLink, node: netns.None(), pod: netns.None()}
+func NewPod() (_ *Pod, err error) {
+	t := &Pod{Addr: podAddr, Link: LinkName, node: netns.None(), pod: netns.None()}
 	t.closing, t.close = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("make a throw-away network namespace: %w", permission(err)), t.Close())
+			err = errors.Join(fmt.Errorf("make a throw-away network namespace: %w", fault.Permission(err)), t.Close())
 		}
 	}()
 	runtime.LockOSThread()
@@ -78,7 +84,7 @@ func NewPodProbe() (_ *PodProbe, err error) {
 }
 
 // connect makes the two ends of the pod's link.
-func (t *PodProbe) connect() error {
+func (t *Pod) connect() error {
 	la := netlink.NewLinkAttrs()
 	la.Name = t.Link
 	veth := &netlink.Veth{LinkAttrs: la, PeerName: "eth0", PeerNamespace: netlink.NsFd(t.pod)}
@@ -93,22 +99,22 @@ func (t *PodProbe) connect() error {
 	if err := netlink.LinkSetUp(here); err != nil {
 		return fmt.Errorf("ip link set %s up: %w", t.Link, err)
 	}
-	return t.address(t.Addr, trialGateway)
+	return t.address(t.Addr, gateway)
 }
 
 // AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
 // error.
-func (t *PodProbe) AddSix() error {
-	if err := t.in(t.node, func() error { return t.address(trialAddr6, trialGateway6) }); err != nil {
+func (t *Pod) AddSix() error {
+	if err := t.in(t.node, func() error { return t.address(podAddr6, gateway6) }); err != nil {
 		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
 	}
-	t.Addr6 = trialAddr6
+	t.Addr6 = podAddr6
 	return nil
 }
 
 // address has both ends find each other at the address without a question: the first packet is to
 // get through, too.
-func (t *PodProbe) address(a, gateway netip.Addr) error {
+func (t *Pod) address(a, gateway netip.Addr) error {
 	here, err := netlink.LinkByName(t.Link)
 	if err != nil {
 		return err
@@ -133,16 +139,19 @@ func (t *PodProbe) address(a, gateway netip.Addr) error {
 			return pod.AddrAdd(there, &netlink.Addr{IPNet: netobj.IPNet(netobj.Host(a)), Flags: flags})
 		},
 		func() error {
-			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: gateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+			return pod.NeighSet(&netlink.Neigh{LinkIndex: index, IP: gateway.AsSlice(), HardwareAddr: here.Attrs().HardwareAddr,
+				State: unix.NUD_PERMANENT})
 		},
 		func() error {
 			return pod.RouteAdd(&netlink.Route{LinkIndex: index, Gw: gateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)})
 		},
 		func() error {
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: netobj.IPNet(netobj.Host(a)), Scope: netlink.SCOPE_LINK})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: here.Attrs().Index, Dst: netobj.IPNet(netobj.Host(a)),
+				Scope: netlink.SCOPE_LINK})
 		},
 		func() error {
-			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: a.AsSlice(), HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
+			return netlink.NeighSet(&netlink.Neigh{LinkIndex: here.Attrs().Index, IP: a.AsSlice(),
+				HardwareAddr: there.Attrs().HardwareAddr, State: unix.NUD_PERMANENT})
 		},
 	} {
 		if err := step(); err != nil {
@@ -153,7 +162,7 @@ func (t *PodProbe) address(a, gateway netip.Addr) error {
 }
 
 // Dial connects from the pod. The address is an IP address and a port.
-func (t *PodProbe) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+func (t *Pod) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
 	t.dialling.RLock()
 	defer t.dialling.RUnlock()
 	if !t.pod.IsOpen() {
@@ -170,7 +179,7 @@ func (t *PodProbe) Dial(ctx context.Context, network, address string) (conn net.
 }
 
 // in runs f with this thread in the namespace.
-func (t *PodProbe) in(there netns.NsHandle, f func() error) error {
+func (t *Pod) in(there netns.NsHandle, f func() error) error {
 	runtime.LockOSThread()
 	home, err := netns.Get()
 	if err != nil {
@@ -193,7 +202,7 @@ func (t *PodProbe) in(there netns.NsHandle, f func() error) error {
 // Dropped says who drops what the pod sends from one of its addresses, or what is sent back there,
 // while try runs: nf_tables' tracing tells for its chains, those of iptables-nft among them, and
 // counters tell for the legacy ones, which may be others' packets on a busy node. "" is nobody.
-func (t *PodProbe) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
+func (t *Pod) Dropped(ctx context.Context, from netip.Addr, try func()) (by []string, err error) {
 	err = t.in(t.node, func() error {
 		by, err = dropped(ctx, from, t.Link, try)
 		return err
@@ -202,7 +211,7 @@ func (t *PodProbe) Dropped(ctx context.Context, from netip.Addr, try func()) (by
 }
 
 // DroppedHere says who drops what processes of the node itself send to the node's address, or what
-// is sent back, while try runs, as [PodProbe.Dropped] does. It looks in the network namespace of
+// is sent back, while try runs, as [Pod.Dropped] does. It looks in the network namespace of
 // the calling thread.
 func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, err error) {
 	runtime.LockOSThread()
@@ -211,14 +220,14 @@ func DroppedHere(ctx context.Context, to netip.Addr, try func()) (by []string, e
 }
 
 func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by []string, err error) {
-	before := legacyDrops(ctx, familyOf(addr))
-	trace, err := startTrace(addr, link)
+	before := LegacyDrops(ctx, netobj.FamilyOf(addr))
+	trace, err := StartTrace(addr, link)
 	try()
 	if err == nil {
 		by, err = trace.drops(200 * time.Millisecond)
 		err = errors.Join(err, trace.close())
 	}
-	by = append(by, risen(before, legacyDrops(ctx, familyOf(addr)))...)
+	by = append(by, risen(before, LegacyDrops(ctx, netobj.FamilyOf(addr)))...)
 	if len(by) > 0 || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) ||
 		errors.Is(err, unix.EPROTONOSUPPORT) {
 		return by, nil // a kernel without nf_tables has none of its chains
@@ -227,7 +236,7 @@ func dropped(ctx context.Context, addr netip.Addr, link string, try func()) (by 
 }
 
 // Close takes all away, and ends what dials.
-func (t *PodProbe) Close() error {
+func (t *Pod) Close() error {
 	errs := []error{t.inhabitant.end()}
 	t.inhabitant = nil
 	if t.linked { // at once, where the kernel would take its time to free the namespace

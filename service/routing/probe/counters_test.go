@@ -1,4 +1,4 @@
-package routing
+package probe
 
 import (
 	"slices"
@@ -31,7 +31,8 @@ COMMIT
 	savedDrops("iptables", "filter", before, was)
 	savedDrops("iptables", "filter", after, is)
 	want := []string{
-		"iptables chain FORWARD of table filter (rule: -A FORWARD -d 10.1.0.0/16 -p tcp -j REJECT --reject-with icmp-port-unreachable)",
+		"iptables chain FORWARD of table filter (rule: -A FORWARD -d 10.1.0.0/16 -p tcp -j REJECT --reject-with " +
+			"icmp-port-unreachable)",
 		"iptables chain INPUT of table filter (policy DROP)",
 	}
 	if got := risen(was, is); !slices.Equal(got, want) {
