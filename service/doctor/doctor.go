@@ -135,9 +135,8 @@ func (r Report) summary() string {
 	for _, f := range r.Checks {
 		n[f.Verdict]++
 	}
-	return fmt.Sprintf("%d checks: %d ok, %d %s, %d failed%s", len(r.Checks), n[OK], n[Warn],
-		map[bool]string{true: "warning", false: "warnings"}[n[Warn] == 1], n[Fail],
-		textIf(n[Skip] > 0, fmt.Sprintf(", %d skipped", n[Skip])))
+	return fmt.Sprintf("%d checks: %d ok, %d warning%s, %d failed%s", len(r.Checks), n[OK], n[Warn],
+		textIf(n[Warn] != 1, "s"), n[Fail], textIf(n[Skip] > 0, fmt.Sprintf(", %d skipped", n[Skip])))
 }
 
 // Text writes a line for each check, below them the manifests that are missing, each once, and last
