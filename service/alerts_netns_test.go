@@ -175,7 +175,8 @@ func (b *alertsBed) everyAlertHasAState(t *testing.T, rules string) {
 		if !is {
 			continue
 		}
-		provoked := name == "ConnectionsRefused" // TestMadeUpAddresses provokes its series; here 10,000 connections would be needed
+		// 10,000 connections would be needed here; TestMadeUpAddresses provokes the series.
+		provoked := name == "ConnectionsRefused"
 		for _, s := range states {
 			provoked = provoked || slices.Contains(s.alerts, name)
 		}

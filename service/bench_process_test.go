@@ -120,7 +120,8 @@ var statusSchema = sync.OnceValues(func() (*jsonschema.Resolved, error) {
 	return s.Resolve(nil)
 })
 
-// fitsSchema holds every status that a test reads to the schema that operators' programs read it by.
+// fitsSchema holds every status that a test reads to the schema that operators' programs read it
+// by.
 func fitsSchema(b testing.TB, text []byte) {
 	b.Helper()
 	schema, err := statusSchema()

@@ -89,7 +89,8 @@ var layers = map[string][]string{
 	// routing knows the Plan and which rules it makes. The packages below it know no Plan: each knows
 	// one interface of the kernel.
 	"service/routing": {"service/messageid", "service/routing/bpf", "service/routing/fault",
-		"service/routing/netobj", "service/routing/nft", "service/routing/probe", "service/routing/xtables", "service/workload"},
+		"service/routing/netobj", "service/routing/nft", "service/routing/probe", "service/routing/xtables",
+		"service/workload"},
 	// doctor's connections: they know other people's rules, and none of ours.
 	"service/routing/probe": {"service/routing/fault", "service/routing/netobj", "service/routing/nft",
 		"service/routing/xtables"},

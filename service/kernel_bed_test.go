@@ -193,7 +193,8 @@ func routingProcess() error {
 		return err
 	}
 	watch := routing.Watch{Load: func() routing.Plan { return p }, RunDir: p.RunDir, Log: logrus.New()}
-	do := map[string]func(context.Context) error{"install": r.Install, "check": r.Check, "remove": r.Remove, "watch": watch.Run}
+	do := map[string]func(context.Context) error{"install": r.Install, "check": r.Check, "remove": r.Remove,
+		"watch": watch.Run}
 	for _, verb := range strings.Fields(os.Getenv(routingVerbs)) {
 		if err := do[verb](context.Background()); err != nil {
 			return fmt.Errorf("%s: %w", verb, err)

@@ -37,8 +37,8 @@ func configureLog(log *logrus.Logger, c config.Log, stderr io.Writer) {
 	}
 }
 
-// CommandLog is the log of a command that ends, such as `routing install`. It is the journal's where
-// a unit runs it, else what the configuration says, and text for a person.
+// CommandLog is the log of a command that ends, such as `routing install`. It is the journal's
+// where a unit runs it, else what the configuration says, and text for a person.
 func CommandLog(c config.Log, stderr io.Writer) *logrus.Logger {
 	log := logrus.New()
 	if c.Format == "auto" || c.Format == "" {

@@ -46,7 +46,8 @@ func TestLogFormat(t *testing.T) {
 // What a command such as `routing install` says is text for a person, unless the configuration asks
 // for another format.
 func TestCommandLog(t *testing.T) {
-	for format, want := range map[string]string{"auto": "level=info msg=hello", "text": "level=info msg=hello", "json": `"msg":"hello"`} {
+	for format, want := range map[string]string{"auto": "level=info msg=hello", "text": "level=info msg=hello",
+		"json": `"msg":"hello"`} {
 		var out bytes.Buffer
 		CommandLog(config.Log{Level: "info", Format: format}, &out).Info("hello")
 		if !strings.Contains(out.String(), want) {

@@ -161,9 +161,11 @@ func TestMetricsOfState(t *testing.T) {
 	is("config_last_reload_successful", one)
 	is("config_last_reload_success_timestamp_seconds", recent)
 	is("node_credential_expiry_timestamp_seconds", later)
-	b.eventually(t, "a token is held", func() bool { _, ok := b.gauge(t, "token_earliest_expiry_timestamp_seconds"); return ok })
+	b.eventually(t, "a token is held",
+		func() bool { _, ok := b.gauge(t, "token_earliest_expiry_timestamp_seconds"); return ok })
 	is("token_earliest_expiry_timestamp_seconds", later)
-	if built := b.scrape(t)["build_info"].String(); !strings.Contains(built, `"commit"`) || !strings.Contains(built, `"c0ffee"`) {
+	if built := b.scrape(t)["build_info"].String(); !strings.Contains(built, `"commit"`) ||
+		!strings.Contains(built, `"c0ffee"`) {
 		t.Error(built)
 	}
 
@@ -173,7 +175,8 @@ func TestMetricsOfState(t *testing.T) {
 	}
 	b.write(t, "config.yaml", "projectID: [")
 	b.hangUp()
-	b.eventually(t, "the reload failed", func() bool { v, _ := b.gauge(t, "config_last_reload_successful"); return v == 0 })
+	b.eventually(t, "the reload failed",
+		func() bool { v, _ := b.gauge(t, "config_last_reload_successful"); return v == 0 })
 	is("configured", one) // the one before is in force
 	b.write(t, "config.yaml", string(good))
 	b.hangUp()

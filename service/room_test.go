@@ -156,7 +156,8 @@ func TestScrapesTakeTurns(t *testing.T) {
 	}
 }
 
-// A reload brings what healthAllow says. The node's own loopback may always ask: doctor and probes do.
+// A reload brings what healthAllow says. The node's own loopback may always ask: doctor and probes
+// do.
 func TestHealthAllow(t *testing.T) {
 	b := newBed(t)
 	is := func(address string, want bool) {
@@ -169,7 +170,8 @@ func TestHealthAllow(t *testing.T) {
 	b.configure(t, "healthAllow: [10.0.0.0/8, 'fd00::/8', 192.0.2.7]")
 	b.reload <- os.Interrupt
 	b.eventually(t, "it is in force", func() bool { return !b.mayAskHealth(netip.MustParseAddr("203.0.113.9")) })
-	for address, want := range map[string]bool{"10.1.2.3": true, "fd12::1": true, "192.0.2.7": true, "127.0.0.1": true, "::1": true,
+	for address, want := range map[string]bool{"10.1.2.3": true, "fd12::1": true, "192.0.2.7": true, "127.0.0.1": true,
+		"::1":       true,
 		"192.0.2.8": false, "fe80::1": false, "169.254.169.254": false} {
 		is(address, want)
 	}

@@ -151,7 +151,8 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	return s.server.ServeHealth(ctx, l, s.readiness, s.gather(), s.mayAskHealth)
 }
 
-// mayAskHealth says whether healthListen answers a client at a. This node's own loopback may ask always: doctor does.
+// mayAskHealth says whether healthListen answers a client at a. This node's own loopback may ask
+// always: doctor does.
 func (s *Service) mayAskHealth(a netip.Addr) bool {
 	allow := s.active().config.HealthAllow
 	return len(allow) == 0 || a.IsLoopback() || slices.ContainsFunc(allow, func(network string) bool {

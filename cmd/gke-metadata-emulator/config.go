@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"net"
+	"net/netip"
 
 	"github.com/spf13/cobra"
 )
@@ -26,13 +28,24 @@ print ok. Warnings, on standard error, are about settings that are valid but rar
 		if err != nil {
 			return err
 		}
-		for _, w := range c.Warnings {
+		for _, w := range append(c.Warnings, c.NodeWarnings(localAddresses())...) {
 			fmt.Fprintf(cmd.ErrOrStderr(), "%s: warning: %s\n", program, w)
 		}
 		fmt.Fprintln(cmd.OutOrStdout(), "ok")
 		return nil
 	}
 	return cmd
+}
+
+// localAddresses are the addresses of this node's interfaces.
+func localAddresses() (all []netip.Addr) {
+	addrs, _ := net.InterfaceAddrs() // without them there are more warnings, and no fault
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			all = append(all, p.Addr())
+		}
+	}
+	return all
 }
 
 func configShowCommand() *cobra.Command {

@@ -200,9 +200,9 @@ func cluster(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Check(os.WriteFile(ts.MkAbs("kubeconfig"), kubeconfig, 0o600))
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), fmt.Appendf(nil,
-		"workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: kubeconfig\n"+
-			"google: {stsURL: %s, iamCredentialsURL: %s, caFile: ca.pem}\nhealthListen: 127.0.0.1:16322\n", testProvider,
-		google.STSURL(), google.URL()), 0o600))
+		"workloadIdentityProvider: %s\nprojectID: my-project\nkubeconfig: %s\n"+
+			"google: {stsURL: %s, iamCredentialsURL: %s, caFile: %s}\nhealthListen: 127.0.0.1:16322\n", testProvider,
+		ts.MkAbs("kubeconfig"), google.STSURL(), google.URL(), ts.MkAbs("ca.pem")), 0o600))
 	world[ts.Getenv("WORK")] = standIns{kube, google}
 }
 

@@ -414,8 +414,8 @@ func (k *Kernel) register(r prometheus.Registerer) {
 	)
 }
 
-// helperGauge is absent where nobody asks the kernel, because attestation.mode is source-ip or there is
-// no configuration: no helper is missed then.
+// helperGauge is absent where nobody asks the kernel, because attestation.mode is source-ip or
+// there is no configuration: no helper is missed then.
 type helperGauge struct{ *Kernel }
 
 var helperDesc = prometheus.NewDesc("gke_metadata_emulator_attest_helper_connected",

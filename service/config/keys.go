@@ -63,7 +63,8 @@ var keys = []Key{
 		Usage: "address and port of /healthz, /readyz and /metrics",
 		field: func(r *raw) any { return &r.HealthListen }},
 	{Path: "healthAllow", check: network,
-		Usage: "networks whose hosts healthListen answers, such as 10.0.0.0/8, besides this node's loopback; default: every host",
+		Usage: "networks whose hosts healthListen answers, such as 10.0.0.0/8, besides this node's loopback; " +
+			"default: every host",
 		field: func(r *raw) any { return &r.HealthAllow }},
 
 	{Path: "routing.mode", Default: "iptables", Values: []string{"auto", "iptables", "nftables", "loopback", "ebpf",

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 )
 
 // maxBytes bounds every file that is read. A configuration has a few kilobytes.
@@ -131,6 +132,7 @@ func (l *loader) absolute(key string, name *string) {
 	if *name == "" || filepath.IsAbs(*name) {
 		return
 	}
+	original := *name
 	if v := l.given[key]; !v.flag {
 		*name = filepath.Join(filepath.Dir(l.file), *name)
 	}
@@ -139,5 +141,18 @@ func (l *loader) absolute(key string, name *string) {
 		l.complain(key, 0, bad("write an absolute path", "%s", err))
 		return
 	}
+	switch {
+	case strings.HasPrefix(original, "~"):
+		l.warning("%s: %s is not expanded to a home directory, the path means %s: write an absolute path", key,
+			quote(original), quote(abs))
+	case !l.given[key].flag:
+		l.warning("%s: %s is relative to the directory of the configuration file, the path means %s: write an absolute path",
+			key, quote(original), quote(abs))
+	}
 	*name = abs
+}
+
+// warning records a setting that is valid but rarely intended.
+func (l *loader) warning(format string, args ...any) {
+	l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...))
 }

@@ -2,7 +2,6 @@ package config
 
 import (
 	"crypto/x509"
-	"fmt"
 	"maps"
 	"net/netip"
 	"path"
@@ -254,7 +253,7 @@ func (l *loader) checkProxies() {
 
 // warn records settings that are valid but rarely intended.
 func (l *loader) warn() {
-	say := func(format string, args ...any) { l.Warnings = append(l.Warnings, fmt.Sprintf(format, args...)) }
+	say := l.warning
 	if l.Attestation.Mode == "source-ip" {
 		say("attestation.mode is source-ip: a dead pod and the next pod with its address cannot be distinguished")
 		if l.Routing.InterceptHostPods == "on" {

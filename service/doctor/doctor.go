@@ -129,7 +129,18 @@ func (r Report) Failed() (n int) {
 	return n
 }
 
-// Text writes a line for each check and below them the manifests that are missing, each once.
+// summary counts the checks by verdict.
+func (r Report) summary() string {
+	n := map[Verdict]int{}
+	for _, f := range r.Checks {
+		n[f.Verdict]++
+	}
+	return fmt.Sprintf("%d checks: %d ok, %d warning%s, %d failed%s", len(r.Checks), n[OK], n[Warn],
+		textIf(n[Warn] != 1, "s"), n[Fail], textIf(n[Skip] > 0, fmt.Sprintf(", %d skipped", n[Skip])))
+}
+
+// Text writes a line for each check, below them the manifests that are missing, each once, and last
+// how many checks came to what.
 func (r Report) Text(w io.Writer) error {
 	var b strings.Builder
 	var manifests []string
@@ -148,6 +159,7 @@ func (r Report) Text(w io.Writer) error {
 	for _, m := range manifests {
 		fmt.Fprintf(&b, "\nMISSING GRANT: apply this to the cluster (kubectl apply -f -):\n%s", m)
 	}
+	fmt.Fprintf(&b, "\n%s\n", r.summary())
 	_, err := io.WriteString(w, b.String())
 	return err
 }

@@ -171,3 +171,20 @@ func TestReportText(t *testing.T) {
 		t.Error(text)
 	}
 }
+
+// The last line is the count.
+func TestReportEndsWithACount(t *testing.T) {
+	r := Report{Checks: []Finding{{Verdict: OK}, {Verdict: OK}, {Verdict: Warn}, {Verdict: Fail}}}
+	for want, more := range map[string]Verdict{
+		"5 checks: 2 ok, 1 warning, 1 failed, 1 skipped": Skip,
+		"5 checks: 2 ok, 2 warnings, 1 failed":           Warn,
+	} {
+		var b strings.Builder
+		if err := (Report{Checks: append(slices.Clone(r.Checks), Finding{Verdict: more})}).Text(&b); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(b.String(), "\n\n"+want+"\n") {
+			t.Errorf("%s\ndoes not end with %q", &b, want)
+		}
+	}
+}

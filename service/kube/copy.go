@@ -18,7 +18,8 @@ const copyLine = "# The copy of %q that gke-metadata-emulator reads, for kubecon
 // Copy returns a self-contained kubeconfig: the current context alone, with the contents of the
 // files that it names. The source is the given file, or with "" the first of Places that exists.
 // Root makes the copy for the service's unprivileged user (R-27, copy of the credential). Where no
-// kubeconfig exists yet, text is nil and err is nil. Where it is not complete, err is an ErrIncomplete.
+// kubeconfig exists yet, text is nil and err is nil. Where it is not complete, err is an
+// ErrIncomplete.
 func Copy(kubeconfig string) (text []byte, path string, err error) {
 	return copyOf(kubeconfig, Places())
 }

@@ -1,6 +1,6 @@
 // Package messageid has the kinds of log lines that somebody alerts on or audits. Each has a
-// MESSAGE_ID, by which `journalctl MESSAGE_ID=…` finds it whatever its text becomes, and an entry in
-// the catalogue (systemd/catalog), which `journalctl -x` shows.
+// MESSAGE_ID, by which `journalctl MESSAGE_ID=…` finds it whatever its text becomes, and an entry
+// in the catalogue (systemd/catalog), which `journalctl -x` shows.
 package messageid
 
 import "github.com/sirupsen/logrus"

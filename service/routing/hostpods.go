@@ -156,8 +156,8 @@ func (q question) answer() (found string) {
 	return cloudAnswers
 }
 
-// inOneOf says whether this process is in one of the cgroups, which lie below the root of the cgroup
-// v2 hierarchy.
+// inOneOf says whether this process is in one of the cgroups, which lie below the root of the
+// cgroup v2 hierarchy.
 func inOneOf(root string, cgroups []string) bool {
 	own, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {

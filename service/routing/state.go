@@ -73,8 +73,8 @@ func (r Repairs) Total() (n int) {
 	return n
 }
 
-// Each calls f with every layer and cause: 0 times for what was not counted, so that a rate over time
-// sees the first repair.
+// Each calls f with every layer and cause: 0 times for what was not counted, so that a rate over
+// time sees the first repair.
 func (r Repairs) Each(f func(layer, cause string, times int)) {
 	for _, layer := range fault.All {
 		for _, cause := range causeNames {

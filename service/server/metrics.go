@@ -78,8 +78,8 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 // passthroughPath is the path of requests that another cloud's server answers.
 const passthroughPath = "passthrough"
 
-// expect makes the counters of the tree's paths, so that a rate over time sees the first request. Of
-// the statuses there are those that a pod may have to do without its token for.
+// expect makes the counters of the tree's paths, so that a rate over time sees the first request.
+// Of the statuses there are those that a pod may have to do without its token for.
 func (m *metrics) expect(tree *metadata.Tree) {
 	for _, path := range append(tree.Labels(), metadata.Unknown, passthroughPath) {
 		for _, status := range []int{http.StatusOK, http.StatusForbidden, http.StatusNotFound,

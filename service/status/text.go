@@ -118,8 +118,12 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 		line("rules", "mode observe: nothing is redirected, those who would be are counted, installed %s ago",
 			Age(now, r.Since))
 	default:
-		line("rules", "mode %s to %s%s, installed %s ago", r.Mode, r.Listen,
-			textIf(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), Age(now, r.Since))
+		done := "installed"
+		if s.LastInstall != nil {
+			done = "NOT installed (the last install failed), wanted since"
+		}
+		line("rules", "mode %s to %s%s, %s %s ago", r.Mode, r.Listen,
+			textIf(r.Listen6 != "" && r.IPv6 == "", " and "+r.Listen6), done, Age(now, r.Since))
 		if r.Reason != "" {
 			line("", "auto: %s", r.Reason)
 		}

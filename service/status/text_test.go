@@ -79,3 +79,19 @@ CONNECTS  NETWORK  WHO
 		}
 	}
 }
+
+// Rules of a mode whose install failed are not called installed.
+func TestFailedInstallText(t *testing.T) {
+	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+	s := Status{LastInstall: &routing.Failure{Error: "no bpf", Last: now, Times: 1},
+		Routing: &routing.State{Desired: routing.Installed, Mode: routing.ModeEBPF, Listen: "169.254.169.252:988",
+			Since: now.Add(-time.Minute)}}
+	var text strings.Builder
+	if err := s.Text(&text, now); err != nil {
+		t.Fatal(err)
+	}
+	const want = "mode ebpf to 169.254.169.252:988, NOT installed (the last install failed), wanted since 1m0s ago\n"
+	if !strings.Contains(text.String(), want) {
+		t.Errorf("no %q in\n%s", want, &text)
+	}
+}

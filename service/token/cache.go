@@ -2,7 +2,6 @@ package token
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -173,7 +172,7 @@ func (c *Cache) wait(ctx context.Context, m *call, old Token, r Request) (Token,
 	case <-enough:
 	case <-ctx.Done():
 		if old.Value == "" {
-			return Token{}, fmt.Errorf("%w in time: %w", ErrUnavailable, ctx.Err())
+			return Token{}, &lateError{ctx.Err()}
 		}
 	}
 	c.count(r, c.metrics.stale)

@@ -17,6 +17,13 @@ var (
 	ErrAccountChanged = errors.New("the ServiceAccount's annotations have changed")
 )
 
+// lateError is an ErrUnavailable of a mint that ended before its last step: perhaps Google was
+// never asked.
+type lateError struct{ err error }
+
+func (e *lateError) Error() string   { return "no new token in time: " + e.err.Error() }
+func (e *lateError) Unwrap() []error { return []error{ErrUnavailable, e.err} }
+
 // GoogleError is a refusal with Google's message (T-07, texts of refusals).
 type GoogleError struct {
 	Step       string        // the service that refused: "STS" or "IAM"

@@ -103,7 +103,7 @@ func (c *Cache) start(ctx context.Context, e *entry, plan call, now time.Time) *
 		defer cancel()
 		m.token, m.err = c.o.Source.Token(ctx, e.request)
 		if errors.Is(m.err, context.DeadlineExceeded) && !errors.Is(m.err, ErrUnavailable) {
-			m.err = fmt.Errorf("%w: %w", ErrUnavailable, m.err)
+			m.err = &lateError{m.err}
 		}
 		c.finish(e, m)
 	}()
