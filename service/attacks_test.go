@@ -49,7 +49,8 @@ func TestHostileRequests(t *testing.T) {
 		{"HTTP/0.9", "GET /\r\n", []string{"400"}, false},
 		{"HTTP/0.9 with a version", "GET / HTTP/0.9\r\n\r\n", []string{"505"}, false},
 		{"HTTP/3.0", "GET / HTTP/3.0\r\n" + attackHost + "\r\n", []string{"505"}, false},
-		{"header of 1 MB", attackLine + attackHost + "X: " + strings.Repeat("x", 1<<20) + "\r\n" + attackEnd, []string{"431"}, true},
+		{"header of 1 MB", attackLine + attackHost + "X: " + strings.Repeat("x", 1<<20) + "\r\n" + attackEnd,
+			[]string{"431"}, true},
 		{"10,000 headers", attackLine + attackHost + headers(10_000) + attackEnd, []string{"431"}, true},
 		{"two Content-Length", attackLine + attackHost + "Content-Length: 1\r\nContent-Length: 2\r\n" + attackEnd + "ab",
 			[]string{"400"}, false},
@@ -57,11 +58,14 @@ func TestHostileRequests(t *testing.T) {
 		{"Content-Length of 2^64", attackLine + attackHost + "Content-Length: 18446744073709551616\r\n" + attackEnd,
 			[]string{"400"}, false},
 		{"Content-Length hides a request", attackLine + attackHost +
-			fmt.Sprintf("Content-Length: %d\r\nMetadata-Flavor: Google\r\n\r\n", len(smuggled)) + smuggled, []string{"200"}, false},
+			fmt.Sprintf("Content-Length: %d\r\nMetadata-Flavor: Google\r\n\r\n", len(smuggled)) + smuggled,
+			[]string{"200"}, false},
 		{"Content-Length and Transfer-Encoding", attackLine + attackHost + "Content-Length: 5\r\n" + chunked +
 			"Metadata-Flavor: Google\r\n\r\n0\r\n\r\n" + smuggled, []string{"200"}, false},
-		{"Transfer-Encoding twice", attackLine + attackHost + chunked + chunked + attackEnd + "0\r\n\r\n", []string{"501"}, false},
-		{"Transfer-Encoding with HTTP/1.0", "GET / HTTP/1.0\r\n" + chunked + "\r\n0\r\n\r\n" + smuggled, []string{"200"}, false},
+		{"Transfer-Encoding twice", attackLine + attackHost + chunked + chunked + attackEnd + "0\r\n\r\n",
+			[]string{"501"}, false},
+		{"Transfer-Encoding with HTTP/1.0", "GET / HTTP/1.0\r\n" + chunked + "\r\n0\r\n\r\n" + smuggled,
+			[]string{"200"}, false},
 		{"obs-fold", attackLine + attackHost + "X: a\r\n b\r\n" + attackEnd, []string{"200"}, false},
 		{"obs-fold in Metadata-Flavor", attackLine + attackHost + "Metadata-Flavor: Goo\r\n gle\r\nConnection: close\r\n\r\n",
 			[]string{"403"}, false},
@@ -79,7 +83,8 @@ func TestHostileRequests(t *testing.T) {
 		{"Expect: 100-continue without the body", attackLine + attackHost +
 			"Expect: 100-continue\r\nContent-Length: 2\r\n" + attackEnd, []string{"200"}, false},
 		{"CONNECT", "CONNECT 169.254.169.254:80 HTTP/1.1\r\n" + attackHost + attackEnd, []string{"405"}, false},
-		{"CONNECT to another", "CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\n" + attackEnd, []string{"405"}, false},
+		{"CONNECT to another", "CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\n" + attackEnd,
+			[]string{"405"}, false},
 		{"absolute form", "GET http://169.254.169.254" + accts + "default/email HTTP/1.1\r\n" + attackHost + attackEnd,
 			[]string{"200"}, false},
 		{"absolute form of another server", "GET http://evil.example" + accts + "default/email HTTP/1.1\r\n" + attackHost +
@@ -93,8 +98,8 @@ func TestHostileRequests(t *testing.T) {
 		{"chunk extension of 100 KB", attackLine + attackHost + chunked + attackEnd + "1;x=" + strings.Repeat("y", 100<<10) +
 			"\r\na\r\n0\r\n\r\n", []string{"200"}, true},
 		{"chunk of 2^64", attackLine + attackHost + chunked + attackEnd + "fffffffffffffffff\r\n", []string{"200"}, false},
-		{"trailer of a refused header", attackLine + attackHost + chunked + "Trailer: Metadata-Flavor\r\nConnection: close\r\n\r\n" +
-			"0\r\nMetadata-Flavor: Google\r\n\r\n", []string{"403"}, false},
+		{"trailer of a refused header", attackLine + attackHost + chunked +
+			"Trailer: Metadata-Flavor\r\nConnection: close\r\n\r\n0\r\nMetadata-Flavor: Google\r\n\r\n", []string{"403"}, false},
 		{"Upgrade: h2c", attackLine + attackHost + "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n" +
 			"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nMetadata-Flavor: Google\r\n\r\n", []string{"200"}, false},
 		{"Upgrade: websocket", attackLine + attackHost + "Connection: Upgrade, close\r\nUpgrade: websocket\r\n" +
