@@ -89,7 +89,7 @@ func TestPortClash(t *testing.T) {
 // somebody else's reload: what the kernel counts of the stale sockets is not of these connections.
 func TestPortClashWithoutRules(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
-		k := newKernelBedIn(t, plan)
+		k := newKernelBedIn(t, plan, "limits: {requestsPerPod: 1000000}") // an answer that waits would not be seen
 		thief := k.holdStale(stales[0], k.node.Addr)
 		if plan.Mode == routing.ModeNFTables {
 			k.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator local")

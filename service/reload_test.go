@@ -323,15 +323,17 @@ func TestReloadKeepsCounters(t *testing.T) {
 	}
 
 	backend := b.active().backend
-	b.replace(t, "config.yaml", "listen: 127.0.0.1:0", "limits: {connectionsPerPod: 300}\nlisten: 127.0.0.1:0")
+	b.replace(t, "config.yaml", "listen: 127.0.0.1:0", "limits: {connectionsPerPod: 300, "+
+		"requestsPerPod: 500}\nlisten: 127.0.0.1:0")
 	b.hangUp()
-	b.eventually(t, "the limit is in force", func() bool { return b.active().ConnectionsPerPod == 300 })
+	b.eventually(t, "the limits are in force",
+		func() bool { return b.active().ConnectionsPerPod == 300 && b.active().RequestsPerPod == 500 })
 	if b.active().backend != backend {
 		t.Error("another number of connections made another backend")
 	}
 	notFallen()
 
-	b.replace(t, "config.yaml", "connectionsPerPod: 300", "connectionsPerPod: 300, mintsPerPod: 3")
+	b.replace(t, "config.yaml", "connectionsPerPod: 300,", "connectionsPerPod: 300, mintsPerPod: 3,")
 	b.hangUp()
 	b.eventually(t, "another backend serves", func() bool { return b.active().backend != backend })
 	b.ask(t, linked, "GET", accts+"default/token", "")

@@ -358,8 +358,7 @@ func populated(file string) (bool, error) {
 }
 
 // lookup returns what the cgroup with this id says. The first time it costs four system calls,
-// later none. The pod's owner is read then, for the kernel's event of a change may not be taken
-// yet.
+// later none. The pod's owner is read then: the kernel's event of a change may not be taken yet.
 func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -62,6 +63,8 @@ func (p *player) play(args []string) (string, error) {
 		return p.socket(unix.AF_INET, unix.IPPROTO_TCP, args[2], args[1])
 	case "mapped": // address: a socket of AF_INET6 that speaks IPv4
 		return p.socket(unix.AF_INET6, unix.IPPROTO_TCP, args[1], "")
+	case "thread": // cgroup address: a thread of this process goes there, and makes the socket
+		return p.thread(args[1], args[2])
 	case "mptcp": // address
 		return p.socket(unix.AF_INET, unix.IPPROTO_MPTCP, args[1], "")
 	case "bench": // address, how many connections: the median of every second one's time, and of the others'
@@ -198,6 +201,20 @@ func (p *player) socket(family, protocol int, address, device string) (string, e
 		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port)).String(), nil
 	}
 	return "", fmt.Errorf("%T", sa)
+}
+
+func (p *player) thread(cgroup, address string) (own string, err error) {
+	done := make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		if err = os.WriteFile(cgroup+"/cgroup.threads", []byte("0"), 0); err == nil {
+			own, err = p.socket(unix.AF_INET, unix.IPPROTO_TCP, address, "")
+		}
+		close(done)
+		select {} // the thread lives as long as the process: its cgroup is empty without it
+	}()
+	<-done
+	return own, err
 }
 
 func (p *player) pass(own, path string) error {
