@@ -382,7 +382,10 @@ func (r *router) state(desired string) (before, now State) {
 	}
 	s.Installs, s.Repairs, s.CloudServer = old.Installs, old.Repairs, old.CloudServer
 	if old.Desired == desired {
-		s.Since, s.HostNetwork, s.IPv6 = old.Since, old.HostNetwork, old.IPv6
+		s.HostNetwork, s.IPv6 = old.HostNetwork, old.IPv6
+		if old.Mode == s.Mode && old.Closed == s.Closed {
+			s.Since = old.Since
+		}
 	}
 	if p.traits().observes {
 		s.Observed = old.Observed

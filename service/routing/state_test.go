@@ -113,3 +113,25 @@ func TestLock(t *testing.T) {
 		t.Errorf("%d of 8 got the lock", had.Load())
 	}
 }
+
+// TestStateSince: a mode is installed since it was changed to, not since another one was installed.
+func TestStateSince(t *testing.T) {
+	hourAgo := time.Now().Add(-time.Hour).UTC().Truncate(time.Second)
+	for name, c := range map[string]struct {
+		plan Plan
+		kept bool
+	}{
+		"the same mode": {Plan{Mode: ModeIPTables}, true},
+		"another mode":  {Plan{Mode: ModeNFTables}, false},
+		"closed":        {Plan{Mode: ModeIPTables, Closed: true}, false},
+	} {
+		c.plan.RunDir = t.TempDir()
+		if err := writeState(c.plan.RunDir, State{Desired: Installed, Mode: ModeIPTables, Since: hourAgo}); err != nil {
+			t.Fatal(err)
+		}
+		_, now := (&router{plan: c.plan}).state(Installed)
+		if now.Since.Equal(hourAgo) != c.kept {
+			t.Errorf("%s: since %s, want it kept: %t", name, now.Since, c.kept)
+		}
+	}
+}
