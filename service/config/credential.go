@@ -22,8 +22,20 @@ type credential struct {
 	Impersonation    struct {
 		Lifetime int `json:"token_lifetime_seconds"`
 	} `json:"service_account_impersonation"`
-	QuotaProject     string `json:"quota_project_id"`
-	WorkforceProject string `json:"workforce_pool_user_project"`
+	QuotaProject     textOrNumber `json:"quota_project_id"`
+	WorkforceProject string       `json:"workforce_pool_user_project"`
+}
+
+// textOrNumber is a JSON string, or a number as it is written.
+type textOrNumber string
+
+func (t *textOrNumber) UnmarshalJSON(b []byte) error {
+	var n json.Number // which takes both, but of strings only numbers
+	if err := json.Unmarshal(b, &n); err == nil {
+		*t = textOrNumber(n)
+		return nil
+	}
+	return json.Unmarshal(b, (*string)(t))
 }
 
 var impersonation = regexp.MustCompile(`^(https://[^/]+)/v1/projects/-/serviceAccounts/([^/]+):generateAccessToken$`)
@@ -50,6 +62,7 @@ func (l *loader) resolveCredential() {
 			reason(err)))
 		return
 	}
+	data = bytes.TrimPrefix(data, []byte("\ufeff")) // editors of other systems write a byte order mark
 	var c credential
 	if err := json.Unmarshal(data, &c); err != nil {
 		t, line := badJSON(data, err)
@@ -80,7 +93,7 @@ func (l *loader) resolveCredential() {
 	l.take("audience", c.Audience, "workloadIdentityProvider", provider, &l.provider)
 	l.take("token_url", c.TokenURL, "google.stsURL", stsURL, &l.Google.STSURL)
 	l.take("universe_domain", c.UniverseDomain, "google.universeDomain", domain, &l.Google.UniverseDomain)
-	l.take("quota_project_id", c.QuotaProject, "", projectID, &l.Google.QuotaProject)
+	l.take("quota_project_id", string(c.QuotaProject), "", quotaProject, &l.Google.QuotaProject)
 	if n := c.Impersonation.Lifetime; n != 0 {
 		lifetime := duration(l.Google.TokenLifetime)
 		l.take("service_account_impersonation.token_lifetime_seconds", duration(time.Duration(n)*time.Second),

@@ -120,3 +120,20 @@ func TestCredentialFaultsG18(t *testing.T) {
 		mustLoad(t, base+extra, nil, files{"/credential.json": credentialText})
 	})
 }
+
+// What is written by hand, or by an editor of another system, is taken as it is meant.
+func TestCredentialByHandG18(t *testing.T) {
+	for name, tt := range map[string]struct{ file, want string }{
+		"a number":               {strings.Replace(credentialText, `"paying-project"`, "123456789012", 1), "123456789012"},
+		"a number in quotes":     {strings.Replace(credentialText, `"paying-project"`, `"123456789012"`, 1), "123456789012"},
+		"with a byte order mark": {"\ufeff" + credentialText, "paying-project"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := load("projectID: my-project\ncredentialConfigFile: /credential.json\n", nil,
+				files{"/credential.json": tt.file})
+			if err != nil || c.Google.QuotaProject != tt.want {
+				t.Errorf("%q, %v", c.Google.QuotaProject, err)
+			}
+		})
+	}
+}

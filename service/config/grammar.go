@@ -96,6 +96,14 @@ func projectID(s string) (string, *trouble) {
 	return match(s, project, "the ID of a project", "it has 6 to 30 of a-z, 0-9 and -, and begins with a letter")
 }
 
+// quotaProject takes what Google takes in X-Goog-User-Project: an ID or a number.
+func quotaProject(s string) (string, *trouble) {
+	if digits.MatchString(s) {
+		return s, nil
+	}
+	return projectID(s)
+}
+
 func projectNumber(s string) (string, *trouble) {
 	if project.MatchString(s) {
 		return "", bad("gcloud projects describe "+s+" --format='value(projectNumber)'",

@@ -182,7 +182,8 @@ var keys = []Key{
 		Usage: "tokens that may be minted for one pod at the same time",
 		field: func(r *raw) any { return &r.Limits.MintsPerPod }},
 	{Path: "limits.keysPerPod", Default: "64",
-		Usage: "different tokens, by scopes and audience, that may be cached for one pod",
+		Usage: "different tokens, by scopes and audience, that may be cached for one pod; one more takes the place of its " +
+			"oldest",
 		field: func(r *raw) any { return &r.Limits.KeysPerPod }},
 
 	{Path: "hostCheck", Default: "true",

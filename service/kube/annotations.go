@@ -43,7 +43,7 @@ var (
 
 // ParseAccount reads a ServiceAccount's annotations. They are hostile input, since everybody who
 // may edit the ServiceAccount writes them (K-00, untrusted annotations). An absent annotation, and
-// an empty email or project as templates leave it, means "not set". A bad annotation is an
+// an empty one as templates leave it, means "not set". A bad annotation is an
 // *AnnotationError.
 func ParseAccount(sa workload.ServiceAccount, annotations map[string]string) (workload.Account, error) {
 	var a workload.Account
@@ -60,7 +60,7 @@ func ParseAccount(sa workload.ServiceAccount, annotations map[string]string) (wo
 		}
 		a.GoogleEmail = v
 	}
-	if v, is := annotations[AnnotationPrincipal]; is {
+	if v := annotations[AnnotationPrincipal]; v != "" {
 		if v != "true" && v != "false" {
 			return bad(AnnotationPrincipal, `"true" or "false"`)
 		}

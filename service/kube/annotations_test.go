@@ -56,7 +56,7 @@ func TestParseAccount(t *testing.T) {
 		{"not principal", p, "false", workload.Account{}, false},
 		{"principal?", p, "True", workload.Account{}, true},
 		{"principal??", p, "1", workload.Account{}, true},
-		{"principal???", p, "", workload.Account{}, true},
+		{"principal, empty", p, "", workload.Account{}, false},
 		{"project", q, "my-project", workload.Account{QuotaProject: "my-project"}, false},
 		{"project number", q, "123456789012", workload.Account{QuotaProject: "123456789012"}, false},
 		{"project of a domain", q, "example.com:proj", workload.Account{QuotaProject: "example.com:proj"}, false},

@@ -25,7 +25,7 @@ type CacheOptions struct {
 	Source Source
 
 	// MintsPerPod bounds the mints in flight for one pod, and KeysPerPod the entries that are held for
-	// it. 0 means no limit.
+	// it: one more takes the place of its oldest token. 0 means no limit.
 	MintsPerPod, KeysPerPod int
 
 	// Terminal reports refusals of the Source that are final, such as a bad annotation, beside those
@@ -294,7 +294,7 @@ func (c *Cache) reserve(owner string, entry bool) error {
 	if n := c.o.MintsPerPod; n > 0 && u.mints >= n {
 		return &LimitError{"mintsPerPod", n}
 	}
-	if n := c.o.KeysPerPod; n > 0 && entry && u.keys >= n {
+	if n := c.o.KeysPerPod; n > 0 && entry && u.keys >= n && !c.dropOldest(owner) {
 		return &LimitError{"keysPerPod", n}
 	}
 	u.mints++
@@ -303,6 +303,23 @@ func (c *Cache) reserve(owner string, entry bool) error {
 	}
 	c.usage[owner] = u
 	return nil
+}
+
+// dropOldest drops that token of the owner that nobody has asked for for the longest time, and
+// reports whether there was one. Refusals stay: who makes up scopes that Google refuses does not have
+// Google asked without end. c.mu is held.
+func (c *Cache) dropOldest(owner string) bool {
+	var oldest *entry
+	for _, e := range c.entries {
+		if e.owner == owner && e.call == nil && e.token.Value != "" && (oldest == nil || e.asked.Before(oldest.asked)) {
+			oldest = e
+		}
+	}
+	if oldest == nil {
+		return false
+	}
+	c.drop(oldest)
+	return true
 }
 
 // release undoes reserve. c.mu is held.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
@@ -75,20 +76,42 @@ func TestKeysPerPod(t *testing.T) {
 		for i := range 3 {
 			ask(t, c, "pod", audience(i))
 		}
-		limited(t, c, "pod", audience(3), "keysPerPod", 3)
-		for i := range 3 {
+		later(time.Second)
+		ask(t, c, "pod", audience(0))
+		ask(t, c, "pod", audience(2))
+		ask(t, c, "pod", audience(3)) // in the place of 1, which nobody asked for again
+		if n := s.count(); n != 4 || len(c.Status()) != 3 || c.usage["pod"].keys != 3 {
+			t.Errorf("%d mints and %d tokens, want 4 and 3", n, len(c.Status()))
+		}
+		for _, i := range []int{0, 2, 3} {
 			ask(t, c, "pod", audience(i))
 		}
-		ask(t, c, "another", audience(3))
-		ask(t, c, "pod", audience(3)) // which another pays for
-		if n := s.count(); n != 4 {
-			t.Errorf("%d mints, want 4", n)
+		ask(t, c, "another", audience(4))
+		ask(t, c, "pod", audience(4)) // which another pays for
+		if n := s.count(); n != 5 || len(c.Status()) != 4 {
+			t.Errorf("%d mints and %d tokens, want 5 and 4", n, len(c.Status()))
 		}
-		later(idTokenLife + time.Second) // the entries are gone, and the keys are free
-		for i := range 3 {
+		for i := range 100 { // more and more, and no more are held
 			ask(t, c, "pod", audience(10+i))
 		}
-		limited(t, c, "pod", audience(13), "keysPerPod", 3)
+		if n := len(c.Status()); n != 4 || c.usage["pod"].keys != 3 {
+			t.Errorf("%d tokens and %d keys, want 4 and 3", n, c.usage["pod"].keys)
+		}
+	})
+}
+
+// A token that is being minted is nobody's place.
+func TestKeysInFlight(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour, takes: time.Second}
+	inBubble(t, CacheOptions{Source: s, KeysPerPod: 2}, func(t *testing.T, c *Cache) {
+		var g sync.WaitGroup
+		for i := range 2 {
+			g.Go(func() { ask(t, c, "pod", audience(i)) })
+		}
+		synctest.Wait()
+		limited(t, c, "pod", audience(2), "keysPerPod", 2)
+		g.Wait()
+		ask(t, c, "pod", audience(2))
 	})
 }
 
