@@ -175,7 +175,8 @@ var flushes = []struct {
 		[2]string{"ip-rule", "ip-rule"},
 	},
 	{"address", "ip address del 169.254.169.252/32 dev lo", fault.Address, [2]string{"ip-address", "ip-address"}},
-	// The address that the repair before has put back is an event too, and may have somebody look first.
+	// The address that the repair before has put back is an event too, and may have somebody look
+	// first.
 	{"IPv6 filter", "ip6tables -F; ip6tables -X", fault.IP6Tables, [2]string{"", ""}},
 }
 

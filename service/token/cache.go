@@ -306,8 +306,8 @@ func (c *Cache) reserve(owner string, entry bool) error {
 }
 
 // dropOldest drops that token of the owner that nobody has asked for for the longest time, and
-// reports whether there was one. Refusals stay: who makes up scopes that Google refuses does not have
-// Google asked without end. c.mu is held.
+// reports whether there was one. Refusals stay: who makes up scopes that Google refuses does not
+// have Google asked without end. c.mu is held.
 func (c *Cache) dropOldest(owner string) bool {
 	var oldest *entry
 	for _, e := range c.entries {
