@@ -64,13 +64,11 @@ func TestRefusals(t *testing.T) {
 		// Another program on the port, by a copy of this one: this one itself is taken for the
 		// emulator.
 		b.plan.Listen = netip.MustParseAddrPort("169.254.169.252:1988")
-		program, err := os.ReadFile(b.self())
-		if err != nil {
-			t.Fatal(err)
-		}
 		lustre := filepath.Join(t.TempDir(), "lustre")
-		if err := os.WriteFile(lustre, program, 0o755); err != nil {
-			t.Fatal(err)
+		// Not by this process: a child of another test could inherit the descriptor that writes, and the
+		// copy then be busy.
+		if out, err := exec.CommandContext(t.Context(), "cp", b.self(), lustre).CombinedOutput(); err != nil {
+			t.Fatalf("cp: %v: %s", err, out)
 		}
 		cmd := b.play("listen", "0.0.0.0:1988", lustre)
 		stdin, err := cmd.StdinPipe()
