@@ -32,8 +32,9 @@ type GoogleError struct {
 	Hint       string        // what to do, or ""
 	RetryAfter time.Duration // Google's Retry-After, or 0
 
-	code string // Google's code: of STS such as "invalid_grant", of IAM such as "PERMISSION_DENIED"
-	what string // "access token" or "ID token"
+	code   string // Google's code: of STS such as "invalid_grant", of IAM such as "PERMISSION_DENIED"
+	reason string // what IAM says beside the code, such as "SERVICE_DISABLED"; it is compared, and never shown
+	what   string // "access token" or "ID token"
 }
 
 // Error returns the text of Google's own metadata server, which tools match (T-07, texts of

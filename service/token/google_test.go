@@ -250,6 +250,24 @@ func TestGooglesRefusalsInGooglesWords(t *testing.T) {
 			"Unable to generate access token; IAM returned 404 Not Found: Not found; Gaia id not found for email " +
 				"who@p.iam.gserviceaccount.com Hint: create the Google service account, or correct annotation " +
 				"iam.gke.io/gcp-service-account of ServiceAccount team/ana."},
+		{"T-07 the API is not enabled", func(w *world) {
+			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 403, Body: `{"error": {"code": 403, ` +
+				`"message": "The API is off.", "status": "PERMISSION_DENIED", "details": [{"@type": ` +
+				`"type.googleapis.com/google.rpc.ErrorInfo", "reason": "SERVICE_DISABLED", "domain": "googleapis.com"}]}}`})
+		}, AccessToken(ana, gana, nil), "IAM", 403,
+			"Unable to generate access token; IAM returned 403 Forbidden: The API is off."},
+		{"T-07 the API is not enabled, nothing beside it", func(w *world) {
+			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 403,
+				Message: "IAM Service Account Credentials API has not been used in project 1 before or it is disabled."})
+		}, AccessToken(ana, gana, nil), "IAM", 403,
+			"Unable to generate access token; IAM returned 403 Forbidden: IAM Service Account Credentials API has not been " +
+				"used in project 1 before or it is disabled."},
+		{"T-07 VPC Service Controls", func(w *world) {
+			w.google.Break(googletest.GenerateAccessToken, googletest.Fault{Status: 403,
+				Message: "Request is prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: x"})
+		}, AccessToken(ana, gana, nil), "IAM", 403,
+			"Unable to generate access token; IAM returned 403 Forbidden: Request is prohibited by organization's policy. " +
+				"vpcServiceControlsUniqueIdentifier: x"},
 		{"G-05 wrong audience", func(w *world) { w.claims = map[string]any{"aud": "other"} }, AccessToken(ana, gana, nil),
 			"STS", 400,
 			"Unable to generate access token; STS returned 400 Bad Request: The audience in ID Token [other] does not match " +

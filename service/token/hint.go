@@ -28,6 +28,15 @@ func (g *Google) bindingHint(r Request, status int) string {
 	return ""
 }
 
+// ofProject reports whether IAM refuses for the project's sake: its API is not enabled, or a
+// perimeter of VPC Service Controls keeps the node out. No binding changes that, and Google's message
+// says what does.
+func (e *GoogleError) ofProject() bool {
+	return e.reason == "SERVICE_DISABLED" || e.reason == "SECURITY_POLICY_VIOLATED" ||
+		strings.Contains(e.Message, "has not been used in project") || // where nothing is said beside it
+		strings.Contains(e.Message, "prohibited by organization's policy")
+}
+
 // plain matches a text that can be pasted into a shell. The email is an untrusted annotation.
 var plain = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9.:_@-]*$`)
 

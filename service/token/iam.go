@@ -85,7 +85,9 @@ func (g *Google) askIAM(ctx context.Context, r Request, federated, method string
 	}
 	if a.status != http.StatusOK {
 		e := a.refusal("IAM", federated).of(r)
-		e.Hint = g.bindingHint(r, a.status)
+		if !e.ofProject() {
+			e.Hint = g.bindingHint(r, a.status)
+		}
 		return answer{}, e.orUnavailable()
 	}
 	return a, nil

@@ -19,8 +19,9 @@ const (
 
 // refusalMessage returns the message in the body of a refusal, in either of its two forms (G-05,
 // forms of errors; T-07, texts of refusals), and its code: of STS such as "invalid_grant", of IAM
-// such as "PERMISSION_DENIED". It removes all secrets, which the body may repeat.
-func refusalMessage(body []byte, secrets ...string) (message, code string) {
+// such as "PERMISSION_DENIED". reason is what IAM says beside it, such as "SERVICE_DISABLED"
+// (google.rpc.ErrorInfo). It removes all secrets, which the body may repeat.
+func refusalMessage(body []byte, secrets ...string) (message, code, reason string) {
 	var oauth struct {
 		Error       json.RawMessage `json:"error"`
 		Description string          `json:"error_description"`
@@ -28,17 +29,23 @@ func refusalMessage(body []byte, secrets ...string) (message, code string) {
 	var status struct {
 		Message string `json:"message"`
 		Status  string `json:"status"`
+		Details []struct {
+			Reason string `json:"reason"`
+		} `json:"details"`
 	}
 	if json.Unmarshal(body, &oauth) != nil {
-		return notGoogles, ""
+		return notGoogles, "", ""
 	}
 	if json.Unmarshal(oauth.Error, &code) != nil {
 		_ = json.Unmarshal(oauth.Error, &status)
 		code = status.Status
 	}
+	for _, d := range status.Details {
+		reason = cmp.Or(reason, d.Reason)
+	}
 	code = sanitize(code, secrets...)
 	message = sanitize(cmp.Or(oauth.Description, status.Message, code), secrets...)
-	return cmp.Or(message, notGoogles), code
+	return cmp.Or(message, notGoogles), code, reason
 }
 
 var looksSecret = regexp.MustCompile(`eyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|ya29\.[A-Za-z0-9._-]+`)

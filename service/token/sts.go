@@ -106,8 +106,9 @@ func (s *seconds) UnmarshalJSON(b []byte) error {
 
 // refusal returns the answer as an error, without the secrets.
 func (a answer) refusal(step string, secrets ...string) *GoogleError {
-	message, code := refusalMessage(a.body, secrets...)
-	return &GoogleError{Step: step, Status: a.status, Message: message, RetryAfter: retryAfter(a.header), code: code}
+	message, code, reason := refusalMessage(a.body, secrets...)
+	return &GoogleError{Step: step, Status: a.status, Message: message, RetryAfter: retryAfter(a.header), code: code,
+		reason: reason}
 }
 
 // orUnavailable returns e, or for a status below 400 the error of a server that is not Google's.
