@@ -29,8 +29,8 @@ func (g *Google) bindingHint(r Request, status int) string {
 }
 
 // ofProject reports whether IAM refuses for the project's sake: its API is not enabled, or a
-// perimeter of VPC Service Controls keeps the node out. No binding changes that, and Google's message
-// says what does.
+// perimeter of VPC Service Controls keeps the node out. No binding changes that, and Google's
+// message says what does.
 func (e *GoogleError) ofProject() bool {
 	return e.reason == "SERVICE_DISABLED" || e.reason == "SECURITY_POLICY_VIOLATED" ||
 		strings.Contains(e.Message, "has not been used in project") || // where nothing is said beside it
