@@ -80,7 +80,7 @@ func (s *Service) attestation(active *activeConfig, c *kube.Status) status.Attes
 	for i := range c.Pods {
 		p := &c.Pods[i]
 		p.Evidence = kind
-		if active.Attestor.BelievesAddress(p.RuntimeClass) {
+		if active.Attestor.AddressAlone(p.RuntimeClass) {
 			p.Evidence = attest.ByAddress
 		}
 		if p.ServiceAccount == "" || p.HostNetwork && p.Evidence != attest.ByCgroup {

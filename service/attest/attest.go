@@ -72,9 +72,11 @@ type Witness interface {
 
 // Options say what an Attestor goes by.
 type Options struct {
-	Pods      Pods
-	Kernel    Witness  // nil: the address is all that is looked at
-	ByAddress []string // RuntimeClasses of pods that only their address can name
+	Pods   Pods
+	Kernel Witness // nil: the address is all that is looked at
+	// RuntimeClasses of pods that only their address can name; and NAMESPACE/NAME or NAMESPACE/*,
+	// ServiceAccounts of pods whose address counts where the kernel finds no socket of theirs
+	ByAddress []string
 	// ServiceAccounts, NAMESPACE/NAME, of pods that ask for the pod whose network namespace they are
 	// in
 	Proxies  []string
@@ -133,7 +135,7 @@ func (a *Attestor) Vouched(p *Peer) bool {
 	}
 	pods, _, err := a.Pods.At(p.Client.Addr())
 	return err == nil && slices.ContainsFunc(pods,
-		func(c workload.Caller) bool { return a.BelievesAddress(c.RuntimeClass) })
+		func(c workload.Caller) bool { return a.believesAddress(c) })
 }
 
 // Attest returns who is behind p, and waits up to [Hold] for a pod that is not known yet. The first
@@ -182,7 +184,7 @@ func (a *Attestor) Check(ctx context.Context, p *Peer) error {
 func (a *Attestor) check(p *Peer, b *binding) (changed <-chan struct{}, err error) {
 	switch {
 	case b.evidence == nil:
-		if !a.BelievesAddress(b.caller.RuntimeClass) {
+		if !a.believesAddress(b.caller) {
 			return nil, ErrChanged
 		}
 		pods, changed, err := a.Pods.At(p.Client.Addr())
@@ -245,7 +247,7 @@ func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}
 }
 
 // find looks once at what there is. An address counts only where nothing else can be had: where the
-// operator wants no other evidence, and for pods of the RuntimeClasses that he named.
+// operator wants no other evidence, and for pods that he named.
 func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error) {
 	if p.evidence == nil && a.Kernel != nil && !isFinal(p.err) {
 		if p.search == 0 {
@@ -320,33 +322,50 @@ func (a *Attestor) isProxy(pod workload.Caller) bool {
 	return slices.Contains(a.Proxies, pod.ServiceAccount.String())
 }
 
-// sandbox returns the one live pod that has the client's address, if it is of a RuntimeClass whose
-// sockets the node's kernel does not have (A-14), and if no namespace has the address (gVisor), or
-// only the pod's own (Kata), or that of a process of no pod, as Kata's virtual machine is where it
-// has a cgroup of its own. A search that began after the client came must have come to its end: the
-// address may be another pod's already, whose namespace was not known yet.
+// sandbox returns the one live pod that has the client's address, if the operator named it: its
+// RuntimeClass, since the node's kernel does not have such sandboxes' sockets (A-14), or its
+// ServiceAccount, since containers that a pod runs itself are behind NAT in it. And if no namespace
+// has the address (gVisor), or only the pod's own (Kata), or that of a process of no pod, as Kata's
+// virtual machine is where it has a cgroup of its own. A search that began after the client came
+// must have come to its end: the address may be another pod's already, whose namespace was not
+// known yet.
 func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
 	pods, changed, err := a.Pods.At(p.Client.Addr())
 	var held *NoSocketError
 	switch {
 	case err != nil && len(a.ByAddress) > 0:
 		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
-	case err != nil || len(pods) != 1 || pods[0].RuntimeClass == "" || errors.As(p.err, &held) && !held.Others &&
-		held.Holder != pods[0].PodUID:
+	case err != nil || len(pods) != 1 || errors.As(p.err, &held) && !held.Others && held.Holder != pods[0].PodUID:
 		return workload.Caller{}, changed, p.err
-	case !a.BelievesAddress(pods[0].RuntimeClass):
+	case !a.believesAddress(pods[0]) && pods[0].RuntimeClass == "":
+		if held != nil {
+			return workload.Caller{}, changed, fmt.Errorf("%w; if the client is a container that a pod runs itself, such as "+
+				"Docker's: name the pod's ServiceAccount in attestation.byAddress", p.err)
+		}
+		return workload.Caller{}, changed, p.err
+	case !a.believesAddress(pods[0]):
 		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is "+
 			"that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0],
 			pods[0].RuntimeClass)
+	case !a.AddressAlone(pods[0].RuntimeClass) && (held == nil || held.Holder != pods[0].PodUID):
+		return workload.Caller{}, changed, p.err // such a pod has a namespace on this node, with the address
 	case !a.Kernel.Searched(p.search):
 		return workload.Caller{}, changed, p.err
 	}
 	return pods[0], changed, nil
 }
 
-// BelievesAddress reports whether pods of the RuntimeClass are known by their address alone.
-func (a *Attestor) BelievesAddress(runtimeClass string) bool {
+// AddressAlone reports whether pods of the RuntimeClass are known by their address and nothing
+// else.
+func (a *Attestor) AddressAlone(runtimeClass string) bool {
 	return a.Kernel == nil || runtimeClass != "" && slices.Contains(a.ByAddress, runtimeClass)
+}
+
+// believesAddress reports whether the address can be evidence for the pod.
+func (a *Attestor) believesAddress(pod workload.Caller) bool {
+	return a.AddressAlone(pod.RuntimeClass) || slices.ContainsFunc(a.ByAddress, func(named string) bool {
+		return named == pod.ServiceAccount.String() || named == pod.ServiceAccount.Namespace+"/*"
+	})
 }
 
 // byAddress returns the one live pod that has the address.

@@ -86,6 +86,12 @@ func pod(uid, runtimeClass string) workload.Caller {
 		ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "sa-" + uid}}
 }
 
+func inNamespace(namespace, uid string) workload.Caller {
+	c := pod(uid, "")
+	c.ServiceAccount.Namespace = namespace
+	return c
+}
+
 var puller = workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}
 
 const podClient = "10.1.0.1:1000"
@@ -182,6 +188,26 @@ func TestKernelEvidence(t *testing.T) {
 			look: ErrNoNamespace, at: []workload.Caller{pod("a", "gvisor")}, index: away, later: searched, err: away,
 			took: Hold},
 
+		"A-14: a container that a pod runs itself": {
+			look: &NoSocketError{Holder: "dind"}, at: []workload.Caller{pod("dind", "")}, later: searched, want: "dind",
+			took: time.Second},
+		"A-14: one in a namespace whose pods are named": {
+			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{inNamespace("builds", "a")}, later: searched, want: "a",
+			took: time.Second},
+		"A-14: one of a pod that is not named": {
+			look: &NoSocketError{Holder: "a"}, at: []workload.Caller{pod("a", "")}, later: searched, err: ErrNoSocket,
+			says: "attestation.byAddress", took: Hold},
+		"A-14: a named pod's address that another pod's namespace has": {
+			look: &NoSocketError{Holder: "b"}, at: []workload.Caller{pod("dind", "")}, later: searched, err: ErrNoSocket,
+			took: Hold},
+		"A-14: a named pod's address that no pod's namespace has": {
+			look: &NoSocketError{Others: true}, at: []workload.Caller{pod("dind", "")}, later: searched, err: ErrNoSocket,
+			took: Hold},
+		"A-14: a named pod whose namespace is not found": {
+			look: ErrNoNamespace, at: []workload.Caller{pod("dind", "")}, later: searched, err: ErrNoNamespace, took: Hold},
+		"A-14: a named pod whose own process asks": {evidence: inPod("b"), at: []workload.Caller{pod("dind", "")},
+			pods: []workload.Caller{pod("b", "")}, want: "b"},
+
 		"a unit that is named": {evidence: inCgroup("/system.slice/kubelet.service"), want: "kubelet.service",
 			account: puller},
 		"a cgroup that is named": {evidence: inCgroup("/system.slice/docker-0abc.scope/init"),
@@ -206,7 +232,7 @@ func TestKernelEvidence(t *testing.T) {
 				if tt.later != nil {
 					time.AfterFunc(time.Second, func() { tt.later(x, w) })
 				}
-				a := New(Options{Pods: x, Kernel: w, ByAddress: []string{"gvisor"}, Hosts: []Host{
+				a := New(Options{Pods: x, Kernel: w, ByAddress: []string{"gvisor", "ns/sa-dind", "builds/*"}, Hosts: []Host{
 					{Unit: "kubelet.service", ServiceAccount: puller},
 					{Cgroup: "/system.slice/docker-*.scope", ServiceAccount: workload.ServiceAccount{Namespace: "ns", Name: "docker"}},
 				}})

@@ -74,8 +74,10 @@ type Routing struct {
 
 // Attestation says what identifies the caller.
 type Attestation struct {
-	Mode      string   // kernel | source-ip
-	ByAddress []string // RuntimeClasses of pods that are identified by address in any mode (A-14, sandboxes)
+	Mode string // kernel | source-ip
+	// RuntimeClasses, NAMESPACE/NAME and NAMESPACE/* of pods that are identified by address in any
+	// mode (A-14, sandboxes)
+	ByAddress []string
 	Proxies   []string // NAMESPACE/NAME of proxies that act for the pod of their network namespace (A-20, node proxies)
 }
 

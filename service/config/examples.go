@@ -24,7 +24,7 @@ var examples = map[string]string{
 	"routing.force":            "true",
 	"routing.onStop":           "keep",
 	"attestation.mode":         "source-ip",
-	"attestation.byAddress":    "[gvisor, kata]",
+	"attestation.byAddress":    "[gvisor, ci/runner, builds/*]",
 	"attestation.proxies":      "[istio-system/ztunnel]",
 	"hostIdentities":           "[{unit: backup.service, serviceAccount: kube-system/backup}]",
 	"passthrough":              "[kube-system/aws-node, kube-system/ebs-csi-node-sa]",

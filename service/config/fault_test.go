@@ -252,9 +252,13 @@ config.yaml:16: hostIdentities: "g2.service" is given twice: keep one of them`},
 			`config.yaml:3: healthAllow: "10.0.0.0/33" is not a network
 config.yaml:3: healthAllow: "prometheus" is not a network
 config.yaml:3: healthAllow: "::ffff:10.0.0.0/104" is an IPv4 network written as IPv6`},
-		{"attestation", minimal + "attestation: {mode: address, byAddress: [a b]}", nil,
+		{"attestation", minimal + "attestation: {mode: address, byAddress: [a b, a/, A/b, a/b/c, '*/b', kube-system/*]}", nil,
 			`config.yaml:3: attestation.mode: "address" is not one of kernel, source-ip
-config.yaml:3: attestation.byAddress: "a b" is not a name`},
+config.yaml:3: attestation.byAddress: "a b" is not a name
+config.yaml:3: attestation.byAddress: "a/" is not a ServiceAccount
+config.yaml:3: attestation.byAddress: "A/b" is not a ServiceAccount
+config.yaml:3: attestation.byAddress: "a/b/c" is not a ServiceAccount
+config.yaml:3: attestation.byAddress: "*/b" is not a ServiceAccount`},
 		{"G-18 nobody to impersonate", minimal + "impersonateUnlinked: true", nil,
 			`config.yaml:3: impersonateUnlinked: no account to impersonate is configured`},
 

@@ -137,6 +137,23 @@ func label(s string) (string, *trouble) {
 	return match(s, plainWord, "a name", "write letters, digits, dots, - and _")
 }
 
+// byAddress reads a RuntimeClass, or a ServiceAccount, which has a slash in it.
+func byAddress(s string) (string, *trouble) {
+	namespace, name, account := strings.Cut(s, "/")
+	switch {
+	case !account:
+		return label(s)
+	case name == "*":
+		if _, t := accountName(namespace + "/default"); t == nil {
+			return s, nil
+		}
+	}
+	if _, t := accountName(s); t != nil {
+		return "", bad("write a RuntimeClass, NAMESPACE/NAME or NAMESPACE/*", "%s is not a ServiceAccount", quote(s))
+	}
+	return s, nil
+}
+
 func zone(s string) (string, *trouble) {
 	if i := strings.LastIndexByte(s, '/'); i >= 0 {
 		return "", bad("write the part after the last slash, such as europe-west4-a", "%s is not the short form of a zone",

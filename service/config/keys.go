@@ -101,9 +101,10 @@ var keys = []Key{
 		Usage: "what identifies the caller: the kernel's record of the client's socket, or only the client's address, " +
 			"which a new pod may get from a dead one",
 		field: func(r *raw) any { return &r.Attestation.Mode }},
-	{Path: "attestation.byAddress", check: label,
-		Usage: "RuntimeClasses of sandboxes, such as gvisor, whose sockets are not in the node's kernel: their pods are " +
-			"identified by address",
+	{Path: "attestation.byAddress", check: byAddress,
+		Usage: "pods that are identified by address where the kernel does not have the client's socket: RuntimeClasses of " +
+			"sandboxes, such as gvisor; ServiceAccounts as NAMESPACE/NAME or NAMESPACE/* of pods that run containers " +
+			"themselves, such as Docker in a pod",
 		field: func(r *raw) any { return &r.Attestation.ByAddress }},
 	{Path: "attestation.proxies", check: accountName,
 		Usage: "ServiceAccounts, NAMESPACE/NAME, of a service mesh's node proxies, such as istio-system/ztunnel: their " +

@@ -20,7 +20,7 @@ listen: 169.254.169.254:80
 healthListen: "[::1]:9000"
 healthAllow: [10.0.0.0/8, "fd00::/8"]
 routing: {mode: loopback, uplinks: [eth0], excludeInterfaces: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}
-attestation: {mode: kernel, byAddress: [gvisor, kata], proxies: [istio-system/ztunnel]}
+attestation: {mode: kernel, byAddress: [gvisor, ci/runner, builds/*], proxies: [istio-system/ztunnel]}
 hostIdentities:
 - {unit: "docker-[0-9]*.scope", serviceAccount: kube-system/image-puller}
 - {cgroup: /docker/*, serviceAccount: ns/docker}
