@@ -60,6 +60,7 @@ func build(tree, version string, env ...string) (string, error) {
 	}
 	cmd := exec.Command(filepath.Join(tree, "packaging/build"), out, runtime.GOARCH)
 	cmd.Env = append(os.Environ(), "VERSION=v"+version, "SOURCE_DATE_EPOCH=1700000000",
+		"COMMIT=0123456789abcdef0123456789abcdef01234567", // the other checkout is none of git's
 		"FORMATS=deb rpm apk archlinux tar", "GPG_KEY=")
 	cmd.Env = append(cmd.Env, env...)
 	if text, err := cmd.CombinedOutput(); err != nil {
@@ -250,7 +251,7 @@ func TestContents(t *testing.T) {
 		}
 	}
 	want = append(want, "/etc/"+program, "/usr/share/doc/"+program, "/usr/share/doc/"+program+"/docs",
-		"/usr/share/doc/"+program+"/examples",
+		"/usr/share/doc/"+program+"/examples", "/usr/share/doc/"+program+"/monitoring",
 		"/usr/share/doc/"+program+"/recipes", "/usr/share/doc/"+program+"/recipes/ansible",
 		"/usr/share/doc/"+program+"/recipes/ansible/roles",
 		"/usr/share/doc/"+program+"/recipes/ansible/roles/gke_metadata_emulator",
