@@ -81,7 +81,7 @@
 //
 //	cmd     → {service, doctor, status}
 //	service → {server, status, the six}
-//	doctor  → {status, the six}
+//	doctor  → {status, routing/probe, the six}
 //	server  → the six
 //	the six = {attest, kube, token, metadata, routing, config} → {workload, messageid}
 //
