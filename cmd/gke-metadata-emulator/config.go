@@ -28,7 +28,7 @@ print ok. Warnings, on standard error, are about settings that are valid but rar
 		if err != nil {
 			return err
 		}
-		for _, w := range append(c.Warnings, c.NodeWarnings(localAddresses())...) {
+		for _, w := range append(c.Warnings, c.NodeWarnings(localAddresses(), planOf(c, false).Makes)...) {
 			fmt.Fprintf(cmd.ErrOrStderr(), "%s: warning: %s\n", program, w)
 		}
 		fmt.Fprintln(cmd.OutOrStdout(), "ok")

@@ -77,6 +77,12 @@ func listenObject(a netip.Addr) netobj.Object {
 	return nil
 }
 
+// Makes reports whether Install makes the address this node's own, if the node does not have it:
+// the address that the emulator listens at.
+func (p Plan) Makes(listen netip.Addr) bool {
+	return listenObject(listen) != nil || p.traits().localServer && listen == metadataServer.Addr()
+}
+
 // wantsListen says whether the address is to be made this node's own by us.
 func wantsListen(a netip.Addr, have netobj.Snapshot) bool {
 	o := listenObject(a)

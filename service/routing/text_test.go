@@ -93,3 +93,23 @@ func FuzzJumps(f *testing.F) {
 		(&xtables.Tables{Servers: []netip.AddrPort{metadataServer}}).Redirection(base)
 	})
 }
+
+// TestMakes: what config check is told of listen addresses is what install does.
+func TestMakes(t *testing.T) {
+	for _, tt := range []struct {
+		mode, listen string
+		want         bool
+	}{
+		{ModeIPTables, "169.254.169.252", true},
+		{ModeNone, "169.254.169.252", true},
+		{ModeIPTables, "fd20:ce::252", true},
+		{ModeIPTables, "169.254.169.254", false}, // the metadata server's own
+		{ModeLoopback, "169.254.169.254", true},
+		{ModeIPTables, "192.0.2.1", false},
+		{ModeIPTables, "fd00::1", false},
+	} {
+		if got := (Plan{Mode: tt.mode}).Makes(netip.MustParseAddr(tt.listen)); got != tt.want {
+			t.Errorf("mode %s makes %s: %t", tt.mode, tt.listen, got)
+		}
+	}
+}
