@@ -337,13 +337,10 @@ func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
 		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
 	case err != nil || len(pods) != 1 || errors.As(p.err, &held) && !held.Others && held.Holder != pods[0].PodUID:
 		return workload.Caller{}, changed, p.err
-	case !a.believesAddress(pods[0]) && pods[0].RuntimeClass == "":
-		if held != nil {
-			return workload.Caller{}, changed, fmt.Errorf("%w; if the client is a container that a pod runs itself, such as "+
-				"Docker's: name the pod's ServiceAccount in attestation.byAddress", p.err)
-		}
-		return workload.Caller{}, changed, p.err
 	case !a.believesAddress(pods[0]):
+		if pods[0].RuntimeClass == "" {
+			return workload.Caller{}, changed, p.err
+		}
 		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is "+
 			"that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0],
 			pods[0].RuntimeClass)

@@ -20,7 +20,7 @@ type refusal struct {
 	Retry  bool   // Retry-After: 1
 	Allow  string // with 405
 	Close  bool   // the connection is of no more use
-	Metric string // its reason in metrics, where the table of reasons does not know it
+	Metric string // its reason in metrics; "": see reasonOf
 }
 
 func (r refusal) Error() string { return r.Reason }
@@ -32,8 +32,9 @@ var (
 
 // sandbox is the remedy for clients whose sockets the node's kernel does not have, or has
 // with another address.
-const sandbox = "a container behind NAT inside the pod (Docker in a pod) needs the pod's own network; " +
-	"a sandbox with a network of its own (gVisor, Kata) needs its RuntimeClass in attestation.byAddress"
+const sandbox = "a container behind NAT inside the pod (Docker in a pod) needs the pod's own network, or the pod's " +
+	"ServiceAccount in attestation.byAddress; a sandbox with a network of its own (gVisor, Kata) needs its " +
+	"RuntimeClass there"
 
 // wait refuses for now: the client asks again on the same connection.
 func wait(reason string) refusal {
@@ -50,53 +51,69 @@ func forbid(reason string) refusal { return refusal{Status: http.StatusForbidden
 
 // refusals says what is answered when something is wrong. The first row that fits decides; an error
 // that fits none is ours, and 503: clients retry it, while a 4xx ends them (T-09).
+//
+// reason is the value of a metric's label: what is to be looked at where requests are refused.
 var refusals = []struct {
 	when    func(error) bool
+	reason  string
 	refusal refusal
 }{
-	{is(metadata.ErrNotFound), refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
-	{is(metadata.ErrBadQuery), refusal{Status: http.StatusBadRequest}},
-	{is(errNoAudience), refusal{Status: http.StatusBadRequest}},                                       // I-02
-	{is(errNotLinked), refusal{Status: http.StatusNotFound}},                                          // I-04
-	{is(attest.ErrUnknown), wait("Kubernetes has named no such pod on this node yet; ask again")},     // H-22
-	{is(attest.ErrAmbiguous), wait("more than one live pod of this node has the address; ask again")}, // U-06
-	{is(attest.ErrChanged), reconnect(attest.ErrChanged.Error())},
-	{is(attest.ErrNoNamespace), wait("no known network namespace has the client's address; ask again; " + sandbox)},
-	{is(attest.ErrHelperAway), wait("no known network namespace has the client's address, and " +
+	{is(metadata.ErrNotFound), "not-found", refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
+	{is(metadata.ErrBadQuery), reasonRequest, refusal{Status: http.StatusBadRequest}},
+	{is(errNoAudience), reasonRequest, refusal{Status: http.StatusBadRequest}},                                    // I-02
+	{is(errNotLinked), "not-linked", refusal{Status: http.StatusNotFound}},                                        // I-04
+	{is(attest.ErrUnknown), "unknown-pod", wait("Kubernetes has named no such pod on this node yet; ask again")},  // H-22
+	{is(attest.ErrAmbiguous), "evidence", wait("more than one live pod of this node has the address; ask again")}, // U-06
+	{is(attest.ErrChanged), "evidence", reconnect(attest.ErrChanged.Error())},
+	{is(attest.ErrNoNamespace), "unknown-pod",
+		wait("no known network namespace has the client's address; ask again; " + sandbox)},
+	{is(attest.ErrHelperAway), "helper-away", wait("no known network namespace has the client's address, and " +
 		"gke-metadata-emulator-attest.service, which finds them, is not there")},
-	{is(attest.ErrUnknownCgroup), wait("the cgroup of the client's socket is not known; ask again")},
-	{is(attest.ErrNotRead), wait("the cgroups of the node are being read anew; ask again")},
-	{is(attest.ErrNotPod), forbid("not a pod of this node, nor a process that hostIdentities names")},
-	{is(attest.ErrNoAccount), forbid(attest.ErrNoAccount.Error())},
+	{is(attest.ErrUnknownCgroup), "unknown-pod", wait("the cgroup of the client's socket is not known; ask again")},
+	{is(attest.ErrNotRead), "unknown-pod", wait("the cgroups of the node are being read anew; ask again")},
+	{is(attest.ErrNotPod), "no-pod", forbid("not a pod of this node, nor a process that hostIdentities names")},
+	{is(attest.ErrNoAccount), "no-pod", forbid(attest.ErrNoAccount.Error())},
 	// Of a client whose own filter dropped what it sent, another connection is found.
-	{is(attest.ErrNoSocket),
+	{is(attest.ErrNoSocket), "evidence",
 		reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
-	{is(attest.ErrEmptyCgroup), reconnect("no process is left in the cgroup of the client's socket; connect again")},
-	{is(attest.ErrOwner), forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
+	{is(attest.ErrEmptyCgroup), "evidence",
+		reconnect("no process is left in the cgroup of the client's socket; connect again")},
+	{is(attest.ErrOwner), "evidence",
+		forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
 	// others can bring it about; another port may be nobody else's.
-	{is(attest.ErrSockets), reconnect("two sockets could be the other end of this connection; connect again")},
-	{is(attest.ErrSpared), reconnect("the client's socket is of a process of the node that is not redirected, " +
-		"and the connection was; connect again")},
-	{is(attest.ErrNamespaceOwner), wait("the owner of the client's network namespace is not known yet; ask again")},
-	{is(attest.ErrOtherNamespace), forbid("the client's socket is in the network namespace of another pod than that " +
-		"of the process that made it: name the mesh's node proxy in attestation.proxies")},
-	{is(attest.ErrNoCgroup), forbid("the kernel names no cgroup of the client's socket that is a pod's")},
-	{is(attest.ErrPods), forbid("the kernel's record of the client's socket names two pods")},
-	{as[*kube.AnnotationError], refusal{Status: http.StatusBadRequest}},                       // K-00
-	{as[*kube.ForbiddenError], refusal{Status: http.StatusServiceUnavailable}},                // the operator can mend it
-	{is(kube.ErrNotConfigured), refusal{Status: http.StatusServiceUnavailable}},
-	{as[*kube.AwayError], refusal{Status: http.StatusServiceUnavailable}},
-	{as[*token.LimitError], refusal{Status: http.StatusServiceUnavailable, Retry: true}},
-	{is(token.ErrUnavailable), refusal{Status: http.StatusServiceUnavailable}},         // T-09, and 429 of Google
-	{googleSays("IAM", http.StatusBadRequest), refusal{Status: http.StatusBadRequest}}, // T-07
-	{googleSays("IAM", http.StatusForbidden), refusal{Status: http.StatusForbidden}},   // T-07
-	{googleSays("IAM", http.StatusNotFound), refusal{Status: http.StatusNotFound}},     // T-07
-	{googleSays("STS", anyStatus), refusal{Status: http.StatusForbidden}},
-	{is(kube.ErrNoPod), refusal{Status: http.StatusServiceUnavailable}},
-	{is(kube.ErrNotFound), refusal{Status: http.StatusServiceUnavailable}},
-	{func(error) bool { return true }, refusal{Status: http.StatusServiceUnavailable,
-		Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}},
+	{is(attest.ErrSockets), "evidence", reconnect("two sockets could be the other end of this connection; connect again")},
+	{is(attest.ErrSpared), "evidence",
+		reconnect("the client's socket is of a process of the node that is not redirected, " +
+			"and the connection was; connect again")},
+	{is(attest.ErrNamespaceOwner), "unknown-pod",
+		wait("the owner of the client's network namespace is not known yet; ask again")},
+	{is(attest.ErrOtherNamespace), "evidence",
+		forbid("the client's socket is in the network namespace of another pod than that " +
+			"of the process that made it: name the mesh's node proxy in attestation.proxies")},
+	{is(attest.ErrNoCgroup), "evidence", forbid("the kernel names no cgroup of the client's socket that is a pod's")},
+	{is(attest.ErrPods), "evidence", forbid("the kernel's record of the client's socket names two pods")},
+	{as[*kube.AnnotationError], "annotation", refusal{Status: http.StatusBadRequest}},                     // K-00
+	// the operator can mend it
+	{as[*kube.ForbiddenError], "kubernetes-refused",
+		refusal{Status: http.StatusServiceUnavailable}},
+	{is(kube.ErrNotConfigured), "kubernetes-unavailable", refusal{Status: http.StatusServiceUnavailable}},
+	{as[*kube.AwayError], "kubernetes-unavailable", refusal{Status: http.StatusServiceUnavailable}},
+	{as[*token.LimitError], reasonLimit, refusal{Status: http.StatusServiceUnavailable, Retry: true}},
+	// T-09, and 429 of Google
+	{is(token.ErrUnavailable), "google-unavailable",
+		refusal{Status: http.StatusServiceUnavailable}},
+	{googleSays("IAM", http.StatusBadRequest), "google-refused", refusal{Status: http.StatusBadRequest}}, // T-07
+	{googleSays("IAM", http.StatusForbidden), "google-refused", refusal{Status: http.StatusForbidden}},   // T-07
+	{googleSays("IAM", http.StatusNotFound), "google-refused", refusal{Status: http.StatusNotFound}},     // T-07
+	{googleSays("STS", anyStatus), "google-refused", refusal{Status: http.StatusForbidden}},
+	{is(kube.ErrNoPod), "kubernetes-unavailable", refusal{Status: http.StatusServiceUnavailable}},
+	{is(kube.ErrNotFound), "kubernetes-unavailable", refusal{Status: http.StatusServiceUnavailable}},
+	{as[*token.GoogleError], "google-refused", ours},
+	{func(error) bool { return true }, reasonOther, ours},
 }
+
+var ours = refusal{Status: http.StatusServiceUnavailable,
+	Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}
 
 // refusalOf returns what a pod is told of err.
 func refusalOf(err error) refusal {
@@ -106,7 +123,7 @@ func refusalOf(err error) refusal {
 	}
 	for _, row := range refusals {
 		if row.when(err) {
-			r = row.refusal
+			r, r.Metric = row.refusal, row.reason
 			break
 		}
 	}

@@ -64,6 +64,9 @@ func TestRefusals(t *testing.T) {
 			}
 		})
 	}
+	if r := refusalOf(attest.ErrNoSocket); !strings.Contains(r.Reason, "ServiceAccount in attestation.byAddress") {
+		t.Errorf("A-14: no way out for containers that a pod runs itself: %q", r.Reason)
+	}
 	if r := refusalOf(metadata.ErrNotFound); r.Reason != "Not Found" {
 		t.Errorf("H-15: %q", r.Reason)
 	}
