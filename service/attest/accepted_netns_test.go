@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
 // A-24 (accepted sockets): a pod that only listens opens no connection to the metadata server, so
@@ -18,26 +20,10 @@ func TestAcceptedSocket(t *testing.T) {
 		"greets once, and ends its half",
 	} {
 		t.Run(listener, func(t *testing.T) {
-			b := newBed(t)
-			victimNS, attackerNS, serverNS := b.pod("victim"), b.pod("attacker"), b.pod("server")
-			victim := b.client(containerPath(1, 1), victimNS)
-			attacker, server := b.client(containerPath(2, 2), attackerNS), b.client(containerPath(3, 3), serverNS)
-			b.startHelper()
-			b.mustBe(victim, dial, podUID(1), containerIDOf(1))
-			// Where bridged packets pass netfilter, conntrack takes what the listener sends for answers, and
-			// redirects none of it.
-			b.in(b.node.NS, "sysctl -eqw net.bridge.bridge-nf-call-iptables=0")
-			b.in(b.node.NS, "ip neigh flush dev cni0")
-			b.in(b.node.NS, "ip neigh replace %s lladdr %s dev cni0 nud permanent", victimNS.Addr, hardware(t, attackerNS, ""))
-			b.in(victimNS, "ip route replace 169.254.169.254/32 dev eth0")
-			b.in(victimNS, "ip neigh replace 169.254.169.254 lladdr %s dev eth0 nud permanent", hardware(t, serverNS, ""))
-			b.in(attackerNS, "ip route add local %s/32 dev lo", victimNS.Addr)
-			b.in(serverNS, "ip route add local 169.254.169.254/32 dev lo")
-			b.in(serverNS, "ip route replace %s/32 dev eth0", victimNS.Addr)
-			b.in(serverNS, "ip neigh replace %s lladdr %s dev eth0 nud permanent", victimNS.Addr, hardware(t, victimNS, ""))
-
-			b.in(serverNS, "iptables -A INPUT -p tcp --sport 41000 -m string --algo bm --string more -j DROP")
-			end := netip.AddrPortFrom(victimNS.Addr, 41000)
+			b := newBridge(t)
+			victim, attacker, server := b.victim, b.attacker, b.server
+			b.in(b.serverNS, "iptables -A INPUT -p tcp --sport 41000 -m string --algo bm --string more -j DROP")
+			end := netip.AddrPortFrom(b.victimNS.Addr, 41000)
 			victim.do(map[bool]string{true: "listen %s", false: "greet %s"}[listener == "silent"], end)
 			server.do("spoof %s %s", metadataAddr, end)
 			if listener != "silent" {
@@ -56,6 +42,36 @@ func TestAcceptedSocket(t *testing.T) {
 			b.refused("the victim was connected to", accepted(b.accept(end.String())), ErrNoSocket)
 		})
 	}
+}
+
+// bridge is a node on whose bridge a neighbour of the victim's plays the metadata server for it,
+// and another one sends from the victim's address.
+type bridge struct {
+	*bed
+	victimNS, attackerNS, serverNS *netnstest.NS
+	victim, attacker, server       *client
+}
+
+func newBridge(t *testing.T) *bridge {
+	t.Helper()
+	b := &bridge{bed: newBed(t)}
+	b.victimNS, b.attackerNS, b.serverNS = b.pod("victim"), b.pod("attacker"), b.pod("server")
+	b.victim = b.client(containerPath(1, 1), b.victimNS)
+	b.attacker, b.server = b.client(containerPath(2, 2), b.attackerNS), b.client(containerPath(3, 3), b.serverNS)
+	b.startHelper()
+	b.mustBe(b.victim, dial, podUID(1), containerIDOf(1))
+	// Where bridged packets pass netfilter, conntrack takes what the listener sends for answers, and
+	// redirects none of it.
+	b.in(b.node.NS, "sysctl -eqw net.bridge.bridge-nf-call-iptables=0")
+	b.in(b.node.NS, "ip neigh flush dev cni0")
+	b.in(b.node.NS, "ip neigh replace %s lladdr %s dev cni0 nud permanent", b.victimNS.Addr, hardware(t, b.attackerNS, ""))
+	b.in(b.victimNS, "ip route replace 169.254.169.254/32 dev eth0")
+	b.in(b.victimNS, "ip neigh replace 169.254.169.254 lladdr %s dev eth0 nud permanent", hardware(t, b.serverNS, ""))
+	b.in(b.attackerNS, "ip route add local %s/32 dev lo", b.victimNS.Addr)
+	b.in(b.serverNS, "ip route add local 169.254.169.254/32 dev lo")
+	b.in(b.serverNS, "ip route replace %s/32 dev eth0", b.victimNS.Addr)
+	b.in(b.serverNS, "ip neigh replace %s lladdr %s dev eth0 nud permanent", b.victimNS.Addr, hardware(t, b.victimNS, ""))
+	return b
 }
 
 // A client whose request is lost on the way, and has to be sent again, is found all the same; also

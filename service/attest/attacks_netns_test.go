@@ -116,28 +116,15 @@ func TestConntrackZones(t *testing.T) {
 // sent shows it: whoever asks as if from the pod's port is refused then. Without that the
 // condition of SECURITY.md holds, as for any connection that the pod opens at that moment.
 func TestSimultaneousOpen(t *testing.T) {
-	b := newBed(t)
-	victimNS, attackerNS, serverNS := b.pod("victim"), b.pod("attacker"), b.pod("server")
-	victim := b.client(containerPath(1, 1), victimNS)
-	attacker, server := b.client(containerPath(2, 2), attackerNS), b.client(containerPath(3, 3), serverNS)
-	b.startHelper()
-	b.mustBe(victim, dial, podUID(1), containerIDOf(1))
-	b.in(b.node.NS, "sysctl -eqw net.bridge.bridge-nf-call-iptables=0")
-	b.in(b.node.NS, "ip neigh flush dev cni0")
-	b.in(b.node.NS, "ip neigh replace %s lladdr %s dev cni0 nud permanent", victimNS.Addr, hardware(t, attackerNS, ""))
-	b.in(victimNS, "ip route replace 169.254.169.254/32 dev eth0")
-	b.in(victimNS, "ip neigh replace 169.254.169.254 lladdr %s dev eth0 nud permanent", hardware(t, serverNS, ""))
-	b.in(attackerNS, "ip route add local %s/32 dev lo", victimNS.Addr)
-	b.in(serverNS, "ip route add local 169.254.169.254/32 dev lo")
-	b.in(serverNS, "ip route replace %s/32 dev eth0", victimNS.Addr)
-	b.in(serverNS, "ip neigh replace %s lladdr %s dev eth0 nud permanent", victimNS.Addr, hardware(t, victimNS, ""))
+	b := newBridge(t)
+	victim, attacker, server := b.victim, b.attacker, b.server
 	// No RST answers the first SYN.
-	b.in(serverNS, "iptables -A INPUT -p tcp --tcp-flags SYN,ACK SYN -j DROP")
-	end := netip.AddrPortFrom(victimNS.Addr, 41000)
+	b.in(b.serverNS, "iptables -A INPUT -p tcp --tcp-flags SYN,ACK SYN -j DROP")
+	end := netip.AddrPortFrom(b.victimNS.Addr, 41000)
 	victim.do("try %s %s", end, metadataAddr)
 	server.do("spoof %s %s", metadataAddr, end)
 	server.do("say x")
-	h := b.holder(victimNS.Addr)
+	h := b.holder(b.victimNS.Addr)
 	eventually(t, "both ends opened it, and the pod received a byte", func() bool {
 		f, ok, err := h.socket(end, netip.MustParseAddrPort(metadataAddr), h.device)
 		return err == nil && ok && f.live() && f.opened() && f.received == 1
