@@ -1,13 +1,10 @@
 package service
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,8 +26,6 @@ import (
 
 // promtool is the variable that names promtool; `make test` sets it.
 const promtool = "GME_TEST_PROMTOOL"
-
-const alertsHealth = "127.0.0.1:16322"
 
 // alertsBed is a node whose metrics are scraped, and whose rules are read back for every scrape
 // while they are watched.
@@ -192,30 +187,10 @@ func (b *alertsBed) everyAlertHasAState(t *testing.T, rules string) {
 func newAlertsBed(t *testing.T) *alertsBed {
 	t.Helper()
 	b := &alertsBed{kernelBed: newKernelBed(t), watched: true}
-	b.kill(b.server)
-	b.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+alertsHealth)
-	b.serve(t)
-	ns, err := b.node.AddPod("asker")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.asker = b.newPod("asker", ns)
-	b.asker.tell()
-	if err := b.asker.start(); err != nil {
-		t.Fatal(err)
-	}
+	b.scraped(t)
+	b.asker = b.newAsker(t)
 	b.served(t)
 	return b
-}
-
-func (b *alertsBed) serve(t *testing.T) {
-	t.Helper()
-	b.server = b.process(filepath.Join(b.dir, "config.yaml"), "/system.slice/gke-metadata-emulator.service")
-	b.eventually(t, "it serves", func() bool {
-		st := statusOf(t, b.dir)
-		return st.Cluster != nil && st.Cluster.Watching && st.Attestation.Kernel.Helper
-	})
-	b.eventually(t, "it answers Prometheus", func() bool { return b.scrape(t) != nil })
 }
 
 // useKubeconfig has the service ask the Kubernetes API with another credential.
@@ -278,11 +253,7 @@ func (b *alertsBed) scrape(t *testing.T) map[string]*dto.MetricFamily {
 	if b.other != nil {
 		return b.other.families(t)
 	}
-	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, to string) (net.Conn, error) {
-			return b.node.NS.Dial(ctx, network, to)
-		}}}
-	res, err := client.Get("http://" + alertsHealth + "/metrics")
+	res, err := b.getHealth("/metrics")
 	if err != nil {
 		return nil
 	}
@@ -355,7 +326,8 @@ func (b *alertsBed) look(t *testing.T, while func(*alertsBed, *testing.T)) look 
 func (b *alertsBed) scrapeTwice(t *testing.T, while func(*alertsBed, *testing.T)) [2]look {
 	t.Helper()
 	first := b.look(t, while)
-	time.Sleep(1100 * time.Millisecond) // times are whole seconds: what follows the clock has changed
+	// Times are whole seconds: what follows the clock has changed then.
+	b.eventually(t, "the next second has begun", func() bool { return time.Since(first.at) > 1100*time.Millisecond })
 	return [2]look{first, b.look(t, while)}
 }
 

@@ -141,7 +141,7 @@ func (b *chaosBed) audiences(t *testing.T) func() {
 }
 
 func (b *chaosBed) metricsFlood(t *testing.T) func() {
-	return b.flooding(t, "/system.slice/exporter.service", chaosHealth, 32, "/metrics")
+	return b.flooding(t, "/system.slice/exporter.service", nodeHealth, 32, "/metrics")
 }
 
 // churn has pods come and go while eight network namespaces have the asker's address.

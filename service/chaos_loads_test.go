@@ -83,7 +83,7 @@ func anywhere(int) string { return "" }
 
 // idleHealth stays below the 20,000 descriptors that this process may have.
 func (b *chaosBed) idleHealth(t *testing.T) func() {
-	return b.floods(t, b.node.NS, 19_000/b.scale, chaosHealth, anywhere, nil)
+	return b.floods(t, b.node.NS, 19_000/b.scale, nodeHealth, anywhere, nil)
 }
 
 func (b *chaosBed) madeUpAddresses(t *testing.T) func() {

@@ -1,12 +1,9 @@
 package service
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -27,8 +24,6 @@ import (
 // chaosLong has TestChaos apply every load for as long as figures need, and tell them; `make chaos`
 // sets it.
 const chaosLong = "GME_CHAOS"
-
-const chaosHealth = "127.0.0.1:16322"
 
 // chaosBed is a node whose pods ask while something else puts a load on the service, which is a
 // process of its own.
@@ -88,18 +83,8 @@ func TestChaos(t *testing.T) {
 	if long {
 		b.scale, measure = 1, 2000
 	}
-	k.kill(k.server)
-	k.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+chaosHealth)
-	b.serve(t)
-	ns, err := k.node.AddPod("asker")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.asker = k.newPod("asker", ns)
-	b.asker.tell()
-	if err := b.asker.start(); err != nil {
-		t.Fatal(err)
-	}
+	k.scraped(t)
+	b.asker = k.newAsker(t)
 	b.eventually(t, "the asker is served", func() bool { return b.asks(t).Status == 200 })
 	b.serveBare(t)
 	var table strings.Builder
@@ -171,16 +156,6 @@ func TestChaos(t *testing.T) {
 
 func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
 
-// serve starts the service as its unit does.
-func (b *chaosBed) serve(t *testing.T) {
-	t.Helper()
-	b.server = b.process(filepath.Join(b.dir, "config.yaml"), "/system.slice/gke-metadata-emulator.service")
-	b.eventually(t, "it serves", func() bool {
-		st := statusOf(t, b.dir)
-		return st.Cluster != nil && st.Cluster.Watching && st.Attestation.Kernel.Helper
-	})
-}
-
 func (b *chaosBed) asks(t *testing.T) said {
 	t.Helper()
 	a, err := b.asker.ask("fresh", accts+"default/token")
@@ -240,16 +215,7 @@ func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 
 // health asks healthListen as Prometheus does.
 func (b *chaosBed) health(path string) string {
-	client := http.Client{
-		Timeout: testTimeout,
-		Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return b.node.NS.Dial(ctx, "tcp", chaosHealth)
-			},
-		},
-	}
-	res, err := client.Get("http://" + chaosHealth + path)
+	res, err := b.getHealth(path)
 	if err != nil {
 		return "no answer"
 	}
