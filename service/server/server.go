@@ -316,7 +316,7 @@ func (s *Server) answerCaller(
 		if err == nil {
 			err = s.check(ctx, req.peer)
 		}
-		if err != nil || wait.Over(a.ETag) {
+		if err != nil || wait.Over(a.ETag) || isClosed(timeout) { // even if changes come without end
 			return a, err
 		}
 		select {
@@ -334,6 +334,16 @@ func (s *Server) answerCaller(
 			return metadata.Answer{}, ctx.Err()
 		}
 		return a, s.check(ctx, req.peer) // the answer was made before the wait
+	}
+}
+
+// isClosed says whether c is closed. One that is nil never is.
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 
