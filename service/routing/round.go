@@ -138,7 +138,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	w.router.remember(state)
 	p := w.router.plan
 	read := all || w.unread
-	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
+	around := !p.guardAlone() && (all || why&causeKernel&^causeRule != 0)
 	moved := false
 	if around && w.node != nil {
 		if moved, err = w.router.lookAgain(w.node); err != nil {
@@ -147,13 +147,13 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		read = read || moved
 	}
 	if all || moved || why&causeKernel != 0 {
-		if p.Closed || w.node == nil { // the rest is looked at when the node is opened
+		if p.guardAlone() || w.node == nil { // the rest is looked at when the node is opened
 			errs = append(errs, checkGuard(p, w.node.around())...)
 		} else {
 			errs = append(errs, checkObjects(p, w.node.nodeFacts)...)
 		}
 	}
-	if p.Closed {
+	if p.guardAlone() {
 		return errs, nil
 	}
 	read = read || w.node == nil
@@ -269,11 +269,14 @@ func (w *watcher) fail(err error) {
 
 func (w *watcher) succeed() {
 	w.failures, w.retry, w.failed, w.disturbed = 0, time.Time{}, "", false
-	if w.desired.Closed {
-		w.tell("the closed guard stands: the configuration was broken")
-		return
+	switch {
+	case w.desired.Closed && w.desired.Listen == "":
+		w.tell("the closed guard stands alone: there is no valid configuration")
+	case w.desired.Closed:
+		w.tell("the rules stand: there is no valid configuration: pods are answered 503 with the reason")
+	default:
+		w.tell("the rules stand")
 	}
-	w.tell("the rules stand")
 }
 
 func (w *watcher) tell(text string) {

@@ -200,7 +200,7 @@ func (w *watcher) begin(ctx context.Context) {
 	if err := w.apply(ctx, w.base, State{}); err != nil {
 		w.Log.WithError(err).Error("routing: the configured rules cannot be installed: only the guard is installed")
 		closed := w.base
-		closed.Closed = true
+		closed.Closed, closed.Listen, closed.Listen6 = true, netip.AddrPort{}, netip.AddrPort{}
 		w.fail(w.apply(ctx, closed, State{}))
 		return
 	}
@@ -242,17 +242,17 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 // plan makes the Plan of what the last Install wanted.
 func (s State) plan(base Plan) (Plan, error) {
 	p := base
-	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
+	p.Mode, p.Reason, p.Closed, p.Guard = s.Mode, s.Reason, s.Closed, s.Guard
 	p.Uplinks, p.ExcludeInterfaces = s.Uplinks, s.ExcludeInterfaces
 	p.InterceptHostPods, p.Link, p.Force = s.HostPods, s.Link, s.Force
-	if s.Closed {
+	p.Listen, p.Listen6 = netip.AddrPort{}, netip.AddrPort{}
+	if s.Closed && s.Listen == "" {
 		return p, nil
 	}
 	var err error
 	if p.Listen, err = netip.ParseAddrPort(s.Listen); err != nil {
 		return p, fmt.Errorf("routing state: listen: %w", err)
 	}
-	p.Listen6 = netip.AddrPort{}
 	if s.Listen6 != "" {
 		if p.Listen6, err = netip.ParseAddrPort(s.Listen6); err != nil {
 			return p, fmt.Errorf("routing state: listen6: %w", err)

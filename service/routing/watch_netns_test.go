@@ -69,7 +69,7 @@ func (b *testNode) watchWith(w Watch, load Plan) *running {
 func (b *testNode) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
-		if p.Closed {
+		if r.plan.guardAlone() {
 			return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
 		n, err := r.open(context.Background(), p.Binary, false)
