@@ -159,8 +159,8 @@ func TestBrokenKeeps(t *testing.T) {
 	}
 }
 
-// TestUnconfiguredWatch: the watcher puts up the same at boot, keeps it, and follows a configuration
-// that comes.
+// TestUnconfiguredWatch: the watcher puts up the same at boot, keeps it, and installs what a
+// configuration says that comes.
 func TestUnconfiguredWatch(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {

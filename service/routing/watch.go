@@ -72,10 +72,12 @@ type watcher struct {
 
 	base    Plan // the configuration's, for what the state does not tell
 	router  *router
-	desired State // what the router's Plan was made of
-	node    *node // what the router knows of its surroundings; nil: open it anew
-	unread  bool  // the mode's part has to be read, whether or not it says that it changed
-	bad     bool  // the last verdict
+	desired State      // what the router's Plan was made of
+	node    *node      // what the router knows of its surroundings; nil: open it anew
+	unread  bool       // the mode's part has to be read, whether or not it says that it changed
+	bad     bool       // the last verdict
+	was     *nodeFacts // of the node for which the rules were put; nil: it is as it was
+	follows bool       // all that is missing is wanted since the node is not as it was
 
 	asking   bool        // the cloud's metadata server
 	answers  chan string // of it
@@ -232,9 +234,16 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 	if _, now := r.state(Installed); before.sameDesired(now) {
 		return nil
 	}
-	_, err = r.install(ctx, &repair{of: before})
+	n, err := r.install(ctx, &repair{of: before})
 	if errors.Is(err, errOutdated) {
 		return nil // whoever desired it has installed it
+	}
+	if s, failed := ReadState(w.RunDir); err == nil && failed == nil {
+		if _, now := r.state(Installed); s.sameDesired(now) {
+			w.router, w.desired = r, s // so that what changes around the rules from now on is seen as that
+			w.hear(r.plan)
+			w.know(n)
+		}
 	}
 	return err
 }
