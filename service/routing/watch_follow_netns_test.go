@@ -15,8 +15,8 @@ const addUplink = "ip link add wan9 type veth peer name wan9p; ip link set wan9 
 	"wan9; ip route add default via 192.0.2.9 dev wan9 metric 900"
 
 // TestWatchFollows: rules that follow interfaces are no repair, which is what somebody's flush
-// needs: not counted, and no warning. That holds for an interface too that appears between the first
-// install and the first look, as a node boots.
+// needs: not counted, and no warning. The same holds for an interface that appears between the
+// first install and the first look, as a node boots.
 func TestWatchFollows(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback} {
