@@ -180,7 +180,7 @@ func newTestNode(t testing.TB, binary string) *testNode {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go answerAll(leaks{l, b}, cloud)
+		go answerAll(leaks{l, b.pod, &b.leaked}, cloud)
 	}
 	return b
 }
@@ -188,15 +188,16 @@ func newTestNode(t testing.TB, binary string) *testNode {
 // leaks counts the pod's connections that the cloud accepts.
 type leaks struct {
 	net.Listener
-	of *testNode
+	of    *netnstest.NS
+	count *atomic.Int64
 }
 
 func (l leaks) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err == nil {
 		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-		if from == l.of.pod.Addr || from == l.of.pod.Six {
-			l.of.leaked.Add(1)
+		if from == l.of.Addr || from == l.of.Six {
+			l.count.Add(1)
 		}
 	}
 	return c, err
