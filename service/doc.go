@@ -41,8 +41,8 @@
 // # A life on a node
 //
 //  1. ExecStartPre runs `routing install`: the rules stand before anything is served. Where there
-//     is no configuration, or a broken one, only the guard stands: no pod reaches the cloud's own
-//     metadata server.
+//     is no configuration, or a broken one, pods are sent to the service by the rules of the last
+//     valid one, or the default ones, and the guard keeps them from the cloud's own server.
 //  2. serve takes the listener from systemd, or binds it. A configuration that is missing or broken
 //     is a state and not an end: pods get 503 with the reason until the file is mended.
 //  3. READY=1 when a real GET through our own listener was answered; where the closed guard stands

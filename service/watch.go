@@ -29,7 +29,7 @@ func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error
 				configureLog(log, c.Log, o.Stderr)
 			} else {
 				log.WithError(err).Error("routing: the configuration is missing or broken: what stands stays, and where " +
-					"nothing does the guard alone goes up")
+					"nothing does pods are sent to the service, which answers 503 with the reason")
 			}
 			p := plan(c, err)
 			if p.Reason != "" {

@@ -32,8 +32,9 @@ func routingInstallCommand() *cobra.Command {
 		Use:   "install",
 		Short: "Install the rules, from any earlier state",
 		Long: `Install the rules, from any earlier state, and read them back.
-With a missing or broken configuration only the guard is installed, so that no pod reaches the cloud's own metadata
-server. This is reported on standard error and is not a failure.`,
+With a broken configuration the rules of the last valid one are installed. Without one since the node booted pods are
+redirected as by default, to the service, which answers 503 with the reason; where that cannot be had, only the guard
+is installed. Both are reported on standard error and are no failure.`,
 		Example: `  sudo gke-metadata-emulator routing install`,
 		Args:    arguments,
 	}
@@ -49,7 +50,7 @@ server. This is reported on standard error and is not a failure.`,
 	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard is installed").ResolveAuto(cmd.Context())
+		p := plan(cmd, load, "pods are answered 503 with the reason").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
@@ -80,7 +81,8 @@ func routingCheckCommand() *cobra.Command {
 		Use:   "check",
 		Short: "Print what is missing of the rules",
 		Long: `Print what is missing of the rules, one item a line, and exit with status 1. Print nothing when the rules are
-complete. Nothing is changed. With a missing or broken configuration only the guard is checked.`,
+complete. Nothing is changed. With a missing or broken configuration the rules of the last install are
+checked.`,
 		Example: `  sudo gke-metadata-emulator routing check
   sudo gke-metadata-emulator routing check --wait=30s`,
 		Args: arguments,
@@ -88,7 +90,8 @@ complete. Nothing is changed. With a missing or broken configuration only the gu
 	cmd.Flags().DurationVar(&wait, "wait", 0, "check again until the rules are complete, for this long at most")
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard is checked").AsInstalled(cmd.Context())
+		const consequence = "without a valid configuration, the rules of the last install are checked"
+		p := plan(cmd, load, consequence).AsInstalled(cmd.Context())
 		return withRouter(cmd, p, func(r routing.Router, ctx context.Context) error {
 			err := untilNil(ctx, wait, r.Check)
 			if errors.Is(err, fault.ErrMissing) {
@@ -185,7 +188,7 @@ func routingShowCommand() *cobra.Command {
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "only the guard would be installed").ResolveAuto(cmd.Context())
+		p := plan(cmd, load, "pods would be answered 503 with the reason").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
 		}
@@ -234,8 +237,8 @@ func routingWatchCommand() *cobra.Command {
 		Short: "Restore rules that other programs remove, until SIGTERM",
 		Long: `Restore rules that other programs remove, until SIGTERM. The desired state is that of the last install or
 remove, whoever ran it. Without either since the node booted, the desired state is the configuration's, and
-with a missing or broken configuration the guard alone. SIGHUP reads the configuration again; a broken one
-changes nothing.`,
+with a missing or broken configuration that of an unconfigured node, see routing install. SIGHUP reads the
+configuration again; a broken one changes nothing.`,
 		Example: `  sudo gke-metadata-emulator routing watch`,
 		Args:    arguments,
 	}
@@ -254,7 +257,7 @@ changes nothing.`,
 }
 
 // plan returns the configuration's routing. Without a valid configuration it returns the closed
-// guard (R-23, broken configuration), and prints the consequence.
+// Plan (R-23, broken configuration), and prints the consequence.
 func plan(cmd *cobra.Command, load func() (config.Config, error), consequence string) routing.Plan {
 	c, err := load()
 	if err != nil {

@@ -53,13 +53,16 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	if err == nil {
 		x.Rules = r.Check(ctx)
 	}
+	if in, err := r.inForce(state); err == nil {
+		r, p = in, in.plan
+	}
 	s, _ := r.look(false) // what it could not read, whyUplinks says
 	for _, err := range checkGuard(p, s) {
 		x.Guard = append(x.Guard, strings.TrimPrefix(err.Error(), fault.ErrMissing.Error()+": "))
 	}
 	x.Bypass, x.Untrack = bypasses(p, s), untracking(p)
 	x.Uplinks, x.Remarks = whyUplinks(p)
-	if p.Closed {
+	if p.guardAlone() {
 		return x
 	}
 	if have, err := netobj.Read(); err == nil {

@@ -66,7 +66,7 @@ const (
 // first of each family is the end of the guard, to which others go: it is added first and deleted
 // last. Mode loopback needs the uplinks.
 func guardRules(p Plan, s nodeFacts) (rules []netobj.Rule) {
-	loopback := p.traits().localServer && !p.Closed
+	loopback := p.traits().localServer
 	guarded := p.Guard
 	if loopback {
 		guarded = append(slices.Clone(guarded), metadataServer) // else the host's own requests came to us too
@@ -163,7 +163,7 @@ func place(usual, reach, standing []netobj.Rule) []netobj.Rule {
 func reachRules(p Plan, s nodeFacts) (rules []netobj.Rule) {
 	for _, l := range []netip.AddrPort{p.Listen, s.listen6} {
 		a := l.Addr()
-		if p.Closed || p.traits().localServer || !l.IsValid() || a.IsUnspecified() || a.IsLoopback() {
+		if p.traits().localServer || !l.IsValid() || a.IsUnspecified() || a.IsLoopback() {
 			continue
 		}
 		rules = append(rules, netobj.Rule{Pref: usualPref, To: netobj.Host(a), Port: l.Port(),

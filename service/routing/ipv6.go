@@ -22,6 +22,9 @@ import (
 // metadataServer6 is where clients that prefer IPv6 send their requests.
 var metadataServer6 = netip.AddrPortFrom(netip.MustParseAddr("fd20:ce::254"), 80)
 
+// closedListen6 is where requests by IPv6 go while there is no valid configuration.
+var closedListen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
+
 const noIPv6Here = "IPv6 is not there or disabled on lo"
 
 // redirectTarget is what is redirected in one family, and where to; without a valid listen nothing
@@ -38,7 +41,7 @@ func (p Plan) target(s nodeFacts, family netobj.Family) redirectTarget {
 // sixAround says where IPv6 requests go on this node, or why nowhere.
 func (r *router) sixAround() (listen6 netip.AddrPort, why string) {
 	switch {
-	case r.plan.Closed || !r.plan.Listen6.IsValid():
+	case !r.plan.Listen6.IsValid():
 		return netip.AddrPort{}, ""
 	case !sixEnabled():
 		return netip.AddrPort{}, noIPv6Here

@@ -121,7 +121,7 @@ func ours(o netobj.Object) bool {
 func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object) {
 	listen := p.Listen.Addr()
 	switch {
-	case p.Closed:
+	case p.guardAlone():
 	case p.traits().localServer:
 		all = append(all, loopbackRoute)
 		if p.Link != "" {
@@ -137,7 +137,7 @@ func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object
 	for _, g := range guards(p, s, have) {
 		all = append(all, netobj.Objects(g.want)...)
 	}
-	if p.Closed {
+	if p.guardAlone() {
 		return all
 	}
 	if a := s.listen6.Addr(); wantsListen(a, have) {

@@ -64,6 +64,9 @@ func (w *watcher) round(ctx context.Context) {
 	}
 	start := time.Now()
 	r := &repair{of: w.desired, why: why, faults: errs, node: w.node, mode: w.unread}
+	if w.follows {
+		r.follows = fault.Layers(errs)
+	}
 	for _, layer := range fault.Layers(errs) {
 		r.mode = r.mode || !slices.Contains(fault.Shared, layer)
 	}
@@ -90,14 +93,19 @@ func (w *watcher) round(ctx context.Context) {
 	w.succeed()
 }
 
-// report logs what a repair put back.
+// report logs what a repair put back, or what it had follow the node's interfaces and cgroups.
 func (w *watcher) report(r *repair, by string, start time.Time) {
 	found := slices.Collect(maps.Values(r.causes()))
 	slices.Sort(found)
-	fields := logrus.Fields{messageid.Field: string(messageid.RulesRepaired),
-		"layer": strings.Join(fault.Layers(r.faults), ","),
-		"cause": strings.Join(slices.Compact(found), ","), "missing": strings.Join(texts(r.faults), "; "),
+	fields := logrus.Fields{"layer": strings.Join(fault.Layers(r.faults), ","),
 		"took": time.Since(start).Round(100 * time.Microsecond).String()}
+	if len(found) == 0 {
+		fields["changed"] = strings.Join(texts(r.faults), "; ")
+		w.Log.WithFields(fields).Info("routing: the rules follow the interfaces and cgroups of the node")
+		return
+	}
+	fields[messageid.Field] = string(messageid.RulesRepaired)
+	fields["cause"], fields["missing"] = strings.Join(slices.Compact(found), ","), strings.Join(texts(r.faults), "; ")
 	if by != "" && slices.Contains(found, causeNFTables.String()) {
 		fields["by"] = by
 	}
@@ -128,6 +136,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		w.forget(state)
 		return nil, nil
 	}
+	w.follows = false
 	all := why&causeEverything != 0 || w.bad
 	if w.router == nil || !w.desired.sameDesired(state) || w.desired.Command != state.Command {
 		all = true
@@ -138,22 +147,26 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	w.router.remember(state)
 	p := w.router.plan
 	read := all || w.unread
-	around := !p.Closed && (all || why&causeKernel&^causeRule != 0)
+	around := !p.guardAlone() && (all || why&causeKernel&^causeRule != 0)
 	moved := false
 	if around && w.node != nil {
+		was := w.node.nodeFacts
 		if moved, err = w.router.lookAgain(w.node); err != nil {
 			return nil, err
+		}
+		if moved && w.was == nil {
+			w.was = &was
 		}
 		read = read || moved
 	}
 	if all || moved || why&causeKernel != 0 {
-		if p.Closed || w.node == nil { // the rest is looked at when the node is opened
+		if p.guardAlone() || w.node == nil { // the rest is looked at when the node is opened
 			errs = append(errs, checkGuard(p, w.node.around())...)
 		} else {
 			errs = append(errs, checkObjects(p, w.node.nodeFacts)...)
 		}
 	}
-	if p.Closed {
+	if p.guardAlone() {
 		return errs, nil
 	}
 	read = read || w.node == nil
@@ -179,13 +192,11 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		if err != nil {
 			return errs, err
 		}
-		if w.node = n; n.silent() != "" && n.silent() != w.silent {
-			w.silent = n.silent()
-			w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
-				n.silent(), pollSilent, w.sweep)
-		}
+		w.know(n)
 		errs = checkObjects(p, n.nodeFacts) // all of it, with what is known now
 	}
+	// nothing has gone where all stands that was wanted for the node as it was
+	w.follows = w.was != nil && len(checkObjects(p, *w.was)) == 0 && len(w.node.check(ctx, *w.was)) == 0
 	errs = append(errs, w.node.check(ctx, w.node.nodeFacts)...)
 	w.unread = false
 	return errs, nil
@@ -193,7 +204,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 
 // follow makes a router of what is desired now.
 func (w *watcher) follow(state State) error {
-	w.router, w.node, w.desired = nil, nil, state
+	w.router, w.node, w.desired, w.was = nil, nil, state, nil
 	p, err := state.plan(w.base)
 	if err != nil {
 		return err
@@ -202,10 +213,24 @@ func (w *watcher) follow(state State) error {
 	if w.router, err = newRouter(p); err != nil {
 		return err
 	}
+	w.hear(p)
+	return nil
+}
+
+// hear has the events of the addresses read where the Plan redirects to.
+func (w *watcher) hear(p Plan) {
 	if p.Listen.IsValid() {
 		w.listen.Store([]netip.Addr{p.Listen.Addr(), p.Listen6.Addr()})
 	}
-	return nil
+}
+
+// know takes over what was found out of the node.
+func (w *watcher) know(n *node) {
+	if w.node = n; n.silent() != "" && n.silent() != w.silent {
+		w.silent = n.silent()
+		w.Log.Infof("routing: %s sends no change events: polling every %v, full check every %v",
+			n.silent(), pollSilent, w.sweep)
+	}
 }
 
 // forget lets everything be: it was removed, or is not there yet.
@@ -258,7 +283,7 @@ func (w *watcher) fail(err error) {
 	}
 	w.retry = time.Now().Add(min(refill<<min(w.failures, 10), maxRepairWait))
 	w.failures++
-	w.node = nil
+	w.node, w.was = nil, nil
 	if text := err.Error(); text != w.failed {
 		w.failed = text
 		messageid.RulesNotInstalled.In(w.Log).WithError(err).Error("routing: rules may be missing")
@@ -268,12 +293,15 @@ func (w *watcher) fail(err error) {
 }
 
 func (w *watcher) succeed() {
-	w.failures, w.retry, w.failed, w.disturbed = 0, time.Time{}, "", false
-	if w.desired.Closed {
-		w.tell("the closed guard stands: the configuration was broken")
-		return
+	w.failures, w.retry, w.failed, w.disturbed, w.was = 0, time.Time{}, "", false, nil
+	switch {
+	case w.desired.Closed && w.desired.Listen == "":
+		w.tell("the closed guard stands alone: there is no valid configuration")
+	case w.desired.Closed:
+		w.tell("the rules stand: there is no valid configuration: pods are answered 503 with the reason")
+	default:
+		w.tell("the rules stand")
 	}
-	w.tell("the rules stand")
 }
 
 func (w *watcher) tell(text string) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -23,9 +24,29 @@ type router struct {
 	sixRefused  string      // why IPv6 cannot be redirected, which was found out
 }
 
+// Install of a closed Plan does not fail for what only the redirection needs: a configuration that
+// is missing or broken is a state, and then the guard alone is closed enough.
 func (r *router) Install(ctx context.Context) error {
 	_, err := r.install(ctx, nil)
+	if err != nil && r.plan.Closed && !r.plan.guardAlone() {
+		r.plan.Log.WithError(err).Warn("routing: requests of pods cannot be redirected to the service, " +
+			"which answers them 503 with the reason: only the guard is installed: connections of pods may hang")
+		r.plan.Listen, r.plan.Listen6 = netip.AddrPort{}, netip.AddrPort{}
+		_, err = r.install(ctx, nil)
+	}
 	return err
+}
+
+// inForce is the Router of what was installed, for a Plan without a valid configuration.
+func (r *router) inForce(s State) (*router, error) {
+	if !r.plan.Closed || r.plan.guardAlone() || s.Desired != Installed {
+		return r, nil
+	}
+	p, err := s.plan(r.plan)
+	if err != nil {
+		return nil, err
+	}
+	return newRouter(p)
 }
 
 // install is Install. With a repair it is the watcher's: then it changes nothing if meanwhile
@@ -42,11 +63,23 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	defer unlock()
 	plain := why == nil
 	before, state := r.state(Installed)
+	if before.Desired == Installed && !before.Closed && r.plan.Closed {
+		// A configuration that broke changes nothing: rules of the last valid one go on leading pods to
+		// the service, which tells them the reason.
+		if r, err = r.inForce(before); err != nil {
+			return nil, err
+		}
+		if _, state = r.state(Installed); r.plan.Closed {
+			state = before
+		}
+	}
 	if why != nil && before.Desired != "" && !before.sameDesired(why.of) {
 		return nil, errOutdated
 	}
 	r.cloud = state.CloudServer
-	if !r.plan.Closed {
+	same := before.Desired == Installed && before.Closed == r.plan.Closed && before.Listen != "" &&
+		before.Mode == r.plan.Mode
+	if !r.plan.guardAlone() {
 		if why != nil {
 			r.cloud = r.cloud.with(why.found, time.Now())
 		} else if r.asksCloud() {
@@ -65,7 +98,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			state.Command = n.command()
 			state.HostNetwork, state.IPv6 = n.hostWhy, n.whyNot6
 		}
-		if why == nil && err == nil && before.Desired == Installed && !before.Closed && before.Mode == r.plan.Mode {
+		if why == nil && err == nil && same {
 			why = &repair{why: causeInstall}
 			for _, err := range faults {
 				if f, ok := err.(*fault.Fault); ok && f.Flushed {
@@ -79,10 +112,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	state.count(why)
 	state.Installs++
 	// The state first: whoever repairs must not take what follows for a flush, nor undo it.
-	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.Closed {
-		// Closed leaves alone what stands besides the guard: rules that a good configuration
-		// installed still lead pods to the emulator, which tells them the reason. And a node
-		// whose rules cannot be made is closed too.
+	if err := errors.Join(err, writeState(r.plan.RunDir, state)); err != nil || r.plan.guardAlone() {
+		// A node whose rules cannot be made is closed too, and what stands besides the guard stays.
 		if err = errors.Join(err, addObjects(r.plan, nodeFacts{}, onlyRules)); err == nil {
 			err = errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
@@ -92,7 +123,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 	if state.IPv6 = n.whyNot6; err != nil {
 		return n, r.readBack(state, err)
 	}
-	changed := before.Desired != Installed || before.Closed || before.Mode != r.plan.Mode || plain && !before.Standing.Good
+	changed := !same || plain && !before.Standing.Good
 	if changed {
 		// Of another mode something may stand, or may still where a change did not come to its end.
 		// It goes last: until then requests had a way, by whichever of the two.
@@ -251,12 +282,15 @@ func (r *router) Check(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if r.plan.Closed {
-		return errors.Join(checkGuard(r.plan, nodeFacts{})...)
-	}
 	state, err := ReadState(r.plan.RunDir)
+	if err == nil {
+		r, err = r.inForce(state)
+	}
 	if err != nil {
 		return err
+	}
+	if r.plan.guardAlone() {
+		return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 	}
 	r.remember(state)
 	n, err := r.open(ctx, state.Command, false)
@@ -314,7 +348,7 @@ func (r *router) removeAll(ctx context.Context, state State) error {
 // pods on the host network are redirected, a process outside the node's own cgroups is too: its
 // question would get the emulator's answer.
 func (r *router) asksCloud() bool {
-	return !r.plan.Closed && r.plan.InterceptHostPods == "auto" && !r.plan.traits().observes && !r.cloud.known() &&
+	return !r.plan.guardAlone() && r.plan.InterceptHostPods == "auto" && !r.plan.traits().observes && !r.cloud.known() &&
 		(r.cloud.Found == cloudUnknown || inOneOf(r.plan.CgroupRoot, r.hostCgroups))
 }
 
@@ -348,7 +382,7 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 		}
 	}
 	s.six = reachesSix()
-	if s.listen6, s.whyNot6 = r.sixAround(); s.whyNot6 != "" && say {
+	if s.listen6, s.whyNot6 = r.sixAround(); s.whyNot6 != "" && say && !r.plan.Closed {
 		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
 	}
 	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
@@ -368,7 +402,7 @@ func (r *router) state(desired string) (before, now State) {
 	p := r.plan
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
 		Since: time.Now().UTC().Truncate(time.Second)}
-	if !p.Closed && p.Listen.IsValid() {
+	if p.Listen.IsValid() {
 		s.Listen, s.HostPods = p.Listen.String(), p.InterceptHostPods
 		s.Uplinks, s.ExcludeInterfaces = p.Uplinks, p.ExcludeInterfaces
 		s.Link, s.Force = p.Link, p.Force

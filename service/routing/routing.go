@@ -12,10 +12,12 @@
 package routing
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
@@ -75,7 +77,9 @@ type Plan struct {
 	// auto, on or off: redirect pods on the host network too. auto: where no cloud's server answers
 	InterceptHostPods string
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
-	// the guard alone: the configuration is broken. What stands besides is left as it is
+	// There is no valid configuration. What the last valid one installed stays in force.
+	// Without one pods are redirected to Listen, where the service tells them the reason. Without
+	// Listen the guard stands alone, and what stands besides is left as it is.
 	Closed bool
 	RunDir string // "" is DefaultRunDir
 	// mode loopback: a link that gets the metadata server's address, made as a dummy if it is not
@@ -131,10 +135,7 @@ func (p Plan) checked() (Plan, error) {
 	}
 	p.Guard = slices.Clone(p.Guard)
 	if p.Closed {
-		p.Mode = ModeIPTables
-		if len(p.Guard) == 0 {
-			p.Guard = DefaultGuard()
-		}
+		p = p.closed()
 	}
 	if p.traits().observes {
 		p.Guard, p.InterceptHostPods = nil, "off"
@@ -150,7 +151,7 @@ func (p Plan) checked() (Plan, error) {
 			)
 		}
 	}
-	if p.Closed {
+	if p.guardAlone() {
 		return p, errors.Join(errs...)
 	}
 	if !slices.Contains(modes, p.Mode) {
@@ -199,6 +200,31 @@ func (p Plan) checked() (Plan, error) {
 		)
 	}
 	return p, errors.Join(errs...)
+}
+
+// guardAlone reports whether the Plan wants the guard and nothing else.
+func (p Plan) guardAlone() bool { return p.Closed && !p.Listen.IsValid() }
+
+// closed fills in what a Plan without a valid configuration lacks. By IPv6 the service listens
+// nowhere unless it is told to, so the kernel resets what is redirected to closedListen6: unlike
+// ICMP, which says that the guard prohibits a connection, it does so as often as somebody asks.
+func (p Plan) closed() Plan {
+	if len(p.Guard) == 0 {
+		p.Guard = DefaultGuard()
+	}
+	if !p.dnats() {
+		p.Mode = ModeIPTables
+	}
+	if p.guardAlone() {
+		return p
+	}
+	if _, err := exec.LookPath(cmp.Or(p.Binary, "iptables")); err != nil {
+		p.Mode = ModeNFTables // which needs no command
+	}
+	if !p.Listen6.IsValid() {
+		p.Listen6 = closedListen6
+	}
+	return p
 }
 
 // interfaceName is stricter than the kernel, which takes anything without / and blanks: these go

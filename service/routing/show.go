@@ -15,7 +15,7 @@ func Show(p Plan) (string, error) {
 		return "", err
 	}
 	var s nodeFacts
-	if !p.Closed {
+	if !p.guardAlone() {
 		if s, err = (&router{plan: p, hostCgroups: HostCgroups()}).look(false); err != nil {
 			return "", err
 		}
@@ -29,7 +29,7 @@ func Show(p Plan) (string, error) {
 
 func text(p Plan, s nodeFacts, command string) (string, error) {
 	var b strings.Builder
-	if p.traits().localServer && !p.Closed {
+	if p.traits().localServer {
 		fmt.Fprintf(&b, "# the metadata server's address is this node's own, "+
 			"for those whom the rules below send to that table\n%s\n",
 			netobj.Commands(loopbackRoute))
@@ -37,7 +37,7 @@ func text(p Plan, s nodeFacts, command string) (string, error) {
 			fmt.Fprintf(&b, "# and everybody's, by a link\n%s%s\n",
 				netobj.Commands(ownLink(p.Link)), netobj.Commands(linkAddress(p.Link)))
 		}
-	} else if a := p.Listen.Addr(); !p.Closed && a.Is4() && listenObject(a) != nil {
+	} else if a := p.Listen.Addr(); a.Is4() && listenObject(a) != nil {
 		fmt.Fprintf(&b, "# the emulator's address, unless the node has it already\n%s\n",
 			netobj.Commands(listenObject(a)))
 	}
@@ -51,7 +51,7 @@ func text(p Plan, s nodeFacts, command string) (string, error) {
 			b.WriteString(netobj.Commands(r))
 		}
 	}
-	if p.Closed {
+	if p.guardAlone() {
 		return b.String(), nil
 	}
 	rules, err := modeText(p, s, command)

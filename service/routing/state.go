@@ -91,6 +91,8 @@ type repair struct {
 	node   *node   // where it was found; may be nil
 	mode   bool    // the mode's part may be among it
 	found  string  // no repair at all: this was found out of the cloud's metadata server
+	// layers in which nothing had gone: the node's interfaces or cgroups are others
+	follows []string
 }
 
 // light says whether the mode's part is known to be as it should be.
@@ -108,17 +110,20 @@ func (r *repair) add(faults ...error) {
 	}
 }
 
-// causes are why somebody looked, by the layer in which something was found.
+// causes are why somebody looked, by the layer in which something had gone. None had where the
+// rules only follow the node's interfaces and cgroups.
 func (r *repair) causes() map[string]string {
 	causes := map[string]string{}
 	for _, layer := range fault.Layers(r.faults) {
-		causes[layer] = r.why.behind(layer)
+		if !slices.Contains(r.follows, layer) || layer == fault.Address || layer == fault.Route {
+			causes[layer] = r.why.behind(layer)
+		}
 	}
 	return causes
 }
 
 func (s *State) count(r *repair) {
-	if r == nil || len(fault.Layers(r.faults)) == 0 {
+	if r == nil || len(r.causes()) == 0 {
 		return
 	}
 	counted := Repairs{} // the old one is somebody else's too

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -127,6 +128,7 @@ type testNode struct {
 	pod       *netnstest.NS
 	neighbour *netnstest.NS
 	plan      Plan
+	leaked    atomic.Int64 // connections of the pod that the cloud accepted
 }
 
 const (
@@ -174,9 +176,31 @@ func newTestNode(t testing.TB, binary string) *testNode {
 	b.serve(b.NS, b.plan.Listen.String(), emulator)
 	for _, at := range []string{"169.254.169.254:80", "[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80",
 		"169.254.169.254:53", "169.254.169.254:443"} {
-		b.serve(b.Cloud, at, cloud)
+		l, err := b.Cloud.Listen("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go answerAll(leaks{l, b.pod, &b.leaked}, cloud)
 	}
 	return b
+}
+
+// leaks counts the pod's connections that the cloud accepts.
+type leaks struct {
+	net.Listener
+	of    *netnstest.NS
+	count *atomic.Int64
+}
+
+func (l leaks) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+		if from == l.of.Addr || from == l.of.Six {
+			l.count.Add(1)
+		}
+	}
+	return c, err
 }
 
 // serve answers every line that a client sends with who it is.

@@ -13,7 +13,7 @@ import (
 // Those of iptables-nft's table raw are put in order by install, and mode nftables overrules all of
 // them: the kernel has a packet tracked that is given a zone, whatever was said of it before.
 func untracking(p Plan) (names []string) {
-	if !p.traits().firstTargetCT || p.Closed {
+	if !p.traits().firstTargetCT || p.guardAlone() {
 		return nil
 	}
 	const ours = -300 // of table raw

@@ -72,10 +72,12 @@ type watcher struct {
 
 	base    Plan // the configuration's, for what the state does not tell
 	router  *router
-	desired State // what the router's Plan was made of
-	node    *node // what the router knows of its surroundings; nil: open it anew
-	unread  bool  // the mode's part has to be read, whether or not it says that it changed
-	bad     bool  // the last verdict
+	desired State      // what the router's Plan was made of
+	node    *node      // what the router knows of its surroundings; nil: open it anew
+	unread  bool       // the mode's part has to be read, whether or not it says that it changed
+	bad     bool       // the last verdict
+	was     *nodeFacts // of the node for which the rules were put; nil: it is as it was
+	follows bool       // all that is missing is wanted since the node is not as it was
 
 	asking   bool        // the cloud's metadata server
 	answers  chan string // of it
@@ -200,7 +202,7 @@ func (w *watcher) begin(ctx context.Context) {
 	if err := w.apply(ctx, w.base, State{}); err != nil {
 		w.Log.WithError(err).Error("routing: the configured rules cannot be installed: only the guard is installed")
 		closed := w.base
-		closed.Closed = true
+		closed.Closed, closed.Listen, closed.Listen6 = true, netip.AddrPort{}, netip.AddrPort{}
 		w.fail(w.apply(ctx, closed, State{}))
 		return
 	}
@@ -232,9 +234,16 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 	if _, now := r.state(Installed); before.sameDesired(now) {
 		return nil
 	}
-	_, err = r.install(ctx, &repair{of: before})
+	n, err := r.install(ctx, &repair{of: before})
 	if errors.Is(err, errOutdated) {
 		return nil // whoever desired it has installed it
+	}
+	if s, failed := ReadState(w.RunDir); err == nil && failed == nil {
+		if _, now := r.state(Installed); s.sameDesired(now) {
+			w.router, w.desired = r, s // so that what changes around the rules from now on is seen as that
+			w.hear(r.plan)
+			w.know(n)
+		}
 	}
 	return err
 }
@@ -242,17 +251,17 @@ func (w *watcher) apply(ctx context.Context, p Plan, before State) error {
 // plan makes the Plan of what the last Install wanted.
 func (s State) plan(base Plan) (Plan, error) {
 	p := base
-	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
+	p.Mode, p.Reason, p.Closed, p.Guard = s.Mode, s.Reason, s.Closed, s.Guard
 	p.Uplinks, p.ExcludeInterfaces = s.Uplinks, s.ExcludeInterfaces
 	p.InterceptHostPods, p.Link, p.Force = s.HostPods, s.Link, s.Force
-	if s.Closed {
+	p.Listen, p.Listen6 = netip.AddrPort{}, netip.AddrPort{}
+	if s.Closed && s.Listen == "" {
 		return p, nil
 	}
 	var err error
 	if p.Listen, err = netip.ParseAddrPort(s.Listen); err != nil {
 		return p, fmt.Errorf("routing state: listen: %w", err)
 	}
-	p.Listen6 = netip.AddrPort{}
 	if s.Listen6 != "" {
 		if p.Listen6, err = netip.ParseAddrPort(s.Listen6); err != nil {
 			return p, fmt.Errorf("routing state: listen6: %w", err)

@@ -49,7 +49,15 @@ func (b *testNode) watchWith(w Watch, load Plan) *running {
 	w.RunDir, w.Log, w.Reload = load.RunDir, log, r.reload
 	w.read = func() { r.reads.Add(1) }
 	w.Load = func() Plan { r.mu.Lock(); defer r.mu.Unlock(); return r.load }
-	w.Told = func(text string) { r.mu.Lock(); defer r.mu.Unlock(); r.told = append(r.told, text) }
+	also := w.Told
+	w.Told = func(text string) {
+		if also != nil {
+			also(text)
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.told = append(r.told, text)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	over := make(chan error, 1)
 	go func() { over <- b.Do(func() error { return w.Run(ctx) }) }()
@@ -69,7 +77,7 @@ func (b *testNode) watchWith(w Watch, load Plan) *running {
 func (b *testNode) stands(p Plan) bool {
 	r := b.router(p).(*router)
 	return nil == b.Do(func() error {
-		if p.Closed {
+		if r.plan.guardAlone() {
 			return errors.Join(checkGuard(r.plan, nodeFacts{})...)
 		}
 		n, err := r.open(context.Background(), p.Binary, false)
