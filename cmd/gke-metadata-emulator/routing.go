@@ -49,6 +49,11 @@ server. This is reported on standard error and is not a failure.`,
 	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if c, err := load(); onStart && err == nil { // the service's user does not see whose a socket is
+			if text := held("healthListen", c.HealthListen); text != "" {
+				say(cmd, "%s", text)
+			}
+		}
 		p := plan(cmd, load, "only the guard is installed").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
