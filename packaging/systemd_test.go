@@ -58,7 +58,7 @@ var values = map[string]string{
 	"Description": `.*`, "Documentation": `(man:[a-z-]+\([58]\) )+https://\S+`, // man: 201
 	"ExecStart": `/[^%]+`, // a name without a path is 239's; 247's `systemd-analyze verify` calls it a mistake
 	// + is full rights for one command: 231
-	"ExecStartPre": `\+?/[^%]+`, "ExecReload": `\+?/[^%]+`, "ExecStopPost": `\+?/[^%]+`,
+	"ExecStartPre": `[+-]?/[^%]+`, "ExecReload": `\+?/[^%]+`, "ExecStopPost": `\+?/[^%]+`,
 	"Environment": `[A-Z_]+=[^%]*`, "EnvironmentFile": `-/[^%]+`, "Group": `[a-z-]+`, "User": `[a-z-]+`,
 	"ListenStream": `[0-9.:]+`, "PathChanged": `/[^%]+`, "ReadWritePaths": `/[^%]+`,
 	"RuntimeDirectory": `[a-z-]+(/[a-z-]+)?`, // one in another: 235

@@ -70,7 +70,7 @@ it answers pods' requests to 169.254.169.254:80 as GKE's own metadata server doe
 		return &usageError{fmt.Sprintf("%v; see %s --help", err, cmd.CommandPath())}
 	})
 	root.AddCommand(serveCommand(), attestCommand(), doctorCommand(unitFlagFiles), routingCommand(), configCommand(),
-		statusCommand(), credentialCommand(), versionCommand())
+		statusCommand(), credentialCommand(), socketCommand(), versionCommand())
 	return root
 }
 

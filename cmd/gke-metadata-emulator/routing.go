@@ -50,6 +50,11 @@ is installed. Both are reported on standard error and are no failure.`,
 	})
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if c, err := load(); onStart && err == nil { // the service's user does not see whose a socket is
+			if text := held("healthListen", c.HealthListen); text != "" {
+				say(cmd, "%s", text)
+			}
+		}
 		p := plan(cmd, load, "pods are answered 503 with the reason").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)

@@ -45,7 +45,8 @@ type nodeReport struct {
 	state     routing.State
 	stateErr  error
 	node      routing.Examination
-	cloud     answered // from the node itself
+	health    routing.ListenedBy // who listens on healthListen
+	cloud     answered           // from the node itself
 	trial     trial
 	trial6    trial        // by IPv6, where its requests are redirected
 	direct    trial        // of the node itself, to the listen address
@@ -123,6 +124,7 @@ func newReport(ctx context.Context, o Options) *nodeReport {
 // was read.
 func (r *nodeReport) askNode(ctx context.Context) {
 	r.node = routing.Examine(ctx, r.plan, r.state)
+	r.health = routing.Listener(r.config.HealthListen)
 	r.cloud = askRoot(ctx, routing.MetadataServer(), time.Second, nil)
 	if r.node.Local && !r.plan.Closed && r.plan.Mode != routing.ModeLoopback && !r.plan.Listen.Addr().IsUnspecified() {
 		r.direct = tryDirectly(ctx, r.plan.Listen, nil)

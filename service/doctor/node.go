@@ -20,6 +20,7 @@ const (
 	installRules   = "gke-metadata-emulator routing install"
 	restartService = "systemctl restart gke-metadata-emulator"
 	restartSocket  = "systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket"
+	restartAll     = "systemctl daemon-reload && " + restartService // the socket with it, where that failed
 )
 
 func configurationCheck(r *nodeReport) Finding {
@@ -79,9 +80,9 @@ func listenerCheck(r *nodeReport) Finding {
 		adopted = r.status.Listen
 	}
 	switch {
-	case r.plan.Closed:
+	case r.plan.Closed && (by.Own || by.PID == ""):
 		return skip("without a configuration no address is known")
-	case !r.node.Local:
+	case !r.node.Local && !r.plan.Closed:
 		return good("%s is not this node's: requests are forwarded there", want)
 	case !by.At.IsValid() && adopted != "":
 		return fail(restartSocket, "nobody listens on %s, where pods are sent: the service listens on %s", want, adopted)
@@ -101,19 +102,24 @@ func listenerCheck(r *nodeReport) Finding {
 	case by.Own:
 		return good("%s holds %s", by, by.At)
 	case by.At.Addr().IsUnspecified() && want.Port() == 988:
-		return fail("name one address for the other program to listen on, or choose another listen address",
+		return fail("stop it, have it listen on one address, or choose another listen address; then "+restartAll,
 			"%s listens on %s: port 988 of every address is Lustre's as well", by, by.At)
 	case want == routing.MetadataServer(): // mode loopback, which listens nowhere else
 		return fail("stop it, or have it listen on an address of its own", "%s listens on %s, and mode loopback needs %s",
 			by, by.At, want)
 	}
-	return fail("choose another listen address, or stop it; this may be GKE's own metadata server", "%s listens on %s",
-		by, by.At)
+	return fail("stop it or choose another listen address, then "+restartAll+"; this may be GKE's own metadata server",
+		"%s listens on %s", by, by.At)
 }
 
 // portsCheck: a port that the kernel gives to connections may be taken when the service starts
-//
+// . Who has taken that of listen, listenerCheck says.
 func portsCheck(r *nodeReport) Finding {
+	if by := r.health; by.PID != "" && !by.Own {
+		return fail("stop it or choose another healthListen, then "+restartService,
+			"healthListen %s is held by %s at %s: /healthz, /readyz and /metrics are not served", r.config.HealthListen, by,
+			by.At)
+	}
 	for key, a := range map[string]netip.AddrPort{"listen": r.config.Listen, "healthListen": r.config.HealthListen} {
 		if a.Port() != 0 && a.Port() >= r.ports[0] && a.Port() <= r.ports[1] {
 			return warn(fmt.Sprintf("choose another port, or reserve it: sysctl net.ipv4.ip_local_reserved_ports=%d", a.Port()),

@@ -87,10 +87,19 @@ var sickNodes = []sickNode{
 		r.direct.err, r.direct.dropped = context.DeadlineExceeded, []string{"nft chain ip filter OUTPUT (policy drop)"}
 	}, Warn, "systemd (process 1); but what the node itself sends there is dropped by nft chain ip filter OUTPUT " +
 		"(policy drop)", "have it accept what the node sends to 169.254.169.252:988"},
+	{"listener", func(r *nodeReport) { // at a first boot the socket unit fails, and there is no configuration yet
+		r.plan.Closed, r.node.Local = true, false
+		r.node.Holder = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:988"), PID: "7", Exe: "/x/nginx",
+			Unit: "nginx.service"}
+		r.status = nil
+	}, Fail, "nginx (process 7, nginx.service) listens on 0.0.0.0:988", "systemctl restart gke-metadata-emulator"},
 	{"listener", func(r *nodeReport) { r.plan.Closed = true }, Skip, "without a configuration", ""},
 	{"listener", func(r *nodeReport) { r.node.Local = false }, OK, "forwarded", ""},
 	{"listener", func(r *nodeReport) { r.status = nil }, OK, "systemd (process 1) holds", ""},
 
+	{"ports", func(r *nodeReport) {
+		r.health = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:16322"), PID: "7", Exe: "/x/nginx"}
+	}, Fail, "healthListen 127.0.0.1:16322 is held by nginx (process 7) at 0.0.0.0:16322", "systemctl restart"},
 	{"ports", func(r *nodeReport) { r.config.Listen = netip.MustParseAddrPort("169.254.169.252:40000") }, Warn,
 		"listen: port 40000 lies in the ephemeral range 32768-60999", "ip_local_reserved_ports=40000"},
 	{"ports", func(r *nodeReport) { r.config.HealthListen = netip.MustParseAddrPort("127.0.0.1:60999") }, Warn,

@@ -16,6 +16,7 @@ const (
 
 	Ready             Kind = "1b9c4187bbe24b40a0172fad18df2b45"
 	ListenerSilent    Kind = "5fa3265f61214b1e918ee08aabfe96b0"
+	ListenHeld        Kind = "434526578a0c4b6f9b0da7da32a7dc90"
 	ConfigRefused     Kind = "7013973bc473401b9dd1549ffb9807ee"
 	HelperAway        Kind = "82979ca8b04d45619d18709e478ddce1"
 	APIAway           Kind = "ee9e8da5cef94fb7a36d472223371c38"

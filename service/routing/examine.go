@@ -62,13 +62,13 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	}
 	x.Bypass, x.Untrack = bypasses(p, s), untracking(p)
 	x.Uplinks, x.Remarks = whyUplinks(p)
+	x.Holder = Listener(p.Listen) // of the closed guard's too: the socket unit listens there at once
 	if p.guardAlone() {
 		return x
 	}
 	if have, err := netobj.Read(); err == nil {
 		x.Local = isLocal(p.Listen.Addr(), have) || p.traits().localServer // there it is for pods alone
 	}
-	x.Holder = Listener(p.Listen)
 	served := []netobj.Family{netobj.IPv4}
 	if p.Listen6.IsValid() {
 		served = netobj.Families

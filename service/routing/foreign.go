@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -22,16 +23,31 @@ type ListenedBy struct {
 	At  netip.AddrPort // the address that it listens on; the zero AddrPort: nobody listens
 	PID string         // "" = a process of another namespace, or of another user where we are not root
 	Exe string         // the program; "systemd" for process 1
-	Own bool           // systemd in the emulator's name, or the emulator itself
+	// the systemd unit of the process; "" = none, or process 1, whose socket may be of any unit
+	Unit string
+	Own  bool // systemd in the emulator's name, or the emulator itself
 }
 
-// String names the program.
+// String names the program, the process and the unit. It has no argument of the command line, which
+// may be a secret.
 func (l ListenedBy) String() string {
 	if l.PID == "" {
 		return "a process that cannot be seen from here"
 	}
-	return fmt.Sprintf("%s (process %s)", filepath.Base(l.Exe), l.PID)
+	unit := ""
+	if l.Unit != "" {
+		unit = ", " + l.Unit
+	}
+	return strings.Map(func(r rune) rune { // a file name may hold anything
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, fmt.Sprintf("%s (process %s%s)", filepath.Base(programFile(l.Exe)), l.PID, unit))
 }
+
+// programFile is the file name of a program. An upgrade may have replaced the file since its start.
+func programFile(exe string) string { return strings.TrimSuffix(exe, " (deleted)") }
 
 // Listener finds out who gets connections to l in this network namespace.
 func Listener(l netip.AddrPort) ListenedBy {
@@ -40,11 +56,12 @@ func Listener(l netip.AddrPort) ListenedBy {
 		return ListenedBy{}
 	}
 	by := ListenedBy{At: at}
-	by.PID, by.Exe = owner(inode)
+	if by.PID, by.Exe = owner(inode); by.PID != "" && by.PID != "1" {
+		cgroups, _ := os.ReadFile("/proc/" + by.PID + "/cgroup")
+		by.Unit = unitOf(string(cgroups))
+	}
 	self, err := os.Readlink("/proc/self/exe")
-	// An upgrade may have replaced the file of a program that still runs.
-	running := func(exe string) string { return strings.TrimSuffix(exe, " (deleted)") }
-	by.Own = by.PID == "1" || err == nil && running(by.Exe) == running(self)
+	by.Own = by.PID == "1" || err == nil && programFile(by.Exe) == programFile(self)
 	return by
 }
 
@@ -82,8 +99,7 @@ func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
 			return req.Execute(unix.NETLINK_INET_DIAG, 0)
 		})
 		for _, s := range sockets {
-			a, inode := parseSocket(s)
-			if a.Port() == l.Port() && (a.Addr() == l.Addr() || a.Addr().IsUnspecified()) {
+			if a, only6, inode := parseSocket(s); holds(a, only6, l) {
 				return inode, a
 			}
 		}
@@ -91,37 +107,68 @@ func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
 	return "", netip.AddrPort{}
 }
 
-// parseSocket reads the local address and the inode of a struct inet_diag_msg; the zero AddrPort if
-// it is cut short.
-func parseSocket(b []byte) (at netip.AddrPort, inode string) {
+// holds says whether a socket that listens on a keeps others from listening on l. One that listens
+// on every IPv6 address does so on every IPv4 address too, unless it is only6.
+func holds(a netip.AddrPort, only6 bool, l netip.AddrPort) bool {
+	every := a.Addr().IsUnspecified() && (a.Addr().Is4() == l.Addr().Is4() || a.Addr().Is6() && !only6)
+	return a.Port() == l.Port() && (a.Addr() == l.Addr() || every)
+}
+
+// parseSocket reads the local address, IPV6_V6ONLY and the inode of a struct inet_diag_msg and its
+// attributes; the zero AddrPort if it is cut short.
+func parseSocket(b []byte) (at netip.AddrPort, only6 bool, inode string) {
 	if len(b) < 72 {
-		return at, ""
+		return at, false, ""
 	}
 	size := 4
 	if b[0] == unix.AF_INET6 {
 		size = 16
 	}
 	a, _ := netip.AddrFromSlice(b[8 : 8+size])
-	return netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(b[4:])), fmt.Sprint(binary.NativeEndian.Uint32(b[68:]))
+	attributes, _ := nl.ParseRouteAttr(b[72:])
+	for _, r := range attributes {
+		only6 = only6 || r.Attr.Type == netlink.INET_DIAG_SKV6ONLY && len(r.Value) > 0 && r.Value[0] != 0
+	}
+	return netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(b[4:])), only6,
+		fmt.Sprint(binary.NativeEndian.Uint32(b[68:]))
+}
+
+// unitOf finds the systemd unit in a text of /proc/PID/cgroup: the innermost name of a service or a
+// scope in the hierarchy of systemd, which is version 2, or beside version 1 either.
+func unitOf(cgroups string) (unit string) {
+	for line := range strings.Lines(cgroups) {
+		path, v2 := strings.CutPrefix(strings.TrimSpace(line), "0::")
+		if _, v1, is := strings.Cut(line, ":name=systemd:"); is && !v2 {
+			path = strings.TrimSpace(v1)
+		} else if !v2 {
+			continue
+		}
+		for name := range strings.SplitSeq(path, "/") {
+			if strings.HasSuffix(name, ".service") || strings.HasSuffix(name, ".scope") {
+				unit = name
+			}
+		}
+	}
+	return unit
 }
 
 // owner finds a process that holds the socket, systemd before others. It is asked only when
 // somebody listens.
 func owner(inode string) (pid, exe string) {
-	holds := func(process string) bool {
+	has := func(process string) bool {
 		descriptors, _ := filepath.Glob("/proc/" + process + "/fd/*")
 		return slices.ContainsFunc(descriptors, func(d string) bool {
 			link, err := os.Readlink(d)
 			return err == nil && link == "socket:["+inode+"]"
 		})
 	}
-	if holds("1") {
+	if has("1") {
 		return "1", "systemd"
 	}
 	processes, _ := filepath.Glob("/proc/[0-9]*")
 	self, _ := os.Readlink("/proc/self") // first, since it is seen even where others are hidden
 	for _, p := range append([]string{self}, processes...) {
-		if p = filepath.Base(p); holds(p) {
+		if p = filepath.Base(p); has(p) {
 			exe, _ = os.Readlink("/proc/" + p + "/exe")
 			return p, exe
 		}

@@ -336,14 +336,14 @@ func FuzzParseSocket(f *testing.F) {
 	for _, s := range [][]byte{four, six, make([]byte, 72), four[:71], nil} {
 		f.Add(s)
 	}
-	if at, inode := parseSocket(four); at.String() != "169.254.169.252:988" || inode != "1234" {
+	if at, _, inode := parseSocket(four); at.String() != "169.254.169.252:988" || inode != "1234" {
 		f.Errorf("%v, %s", at, inode)
 	}
-	if at, _ := parseSocket(six); at.String() != "[fd20:ce::252]:988" {
+	if at, _, _ := parseSocket(six); at.String() != "[fd20:ce::252]:988" {
 		f.Errorf("%v", at)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if at, inode := parseSocket(b); at.IsValid() != (inode != "") {
+		if at, _, inode := parseSocket(b); at.IsValid() != (inode != "") {
 			t.Errorf("%x: %v, %q", b, at, inode)
 		}
 	})
