@@ -18,7 +18,7 @@ VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
 # It tests the alerting rules.
 PROMTOOL ?= $(shell .ci/promtool --name)
 
-.PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-clients test-booted test-vm test-vagrant lint bench chaos fuzz clean deps-demo deps-repo deps-vm deps-vagrant
+.PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-clients test-booted test-vm test-vagrant lint bench chaos sizing fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
@@ -127,6 +127,9 @@ bench: ## cached tokens against a bare net/http server, and the benchmarks of ev
 
 chaos: ## a table of what others notice of each load that a pod can put on the service: latency, memory, stop, recovery
 	GME_CHAOS=1 $(GO) test -count=1 -timeout 30m -v $(AS_ROOT) -run '^TestChaos$$' ./service
+
+sizing: ## the table of docs/sizing.md: memory and CPU of the three processes with 10, 110 and 500 pods, and 10,000 connections
+	GME_SIZING=1 $(GO) test -timeout 20m $(AS_ROOT) -run '^$$' -bench '^BenchmarkSizing$$' -benchtime 1x ./service
 
 fuzz: ## each fuzz target for FUZZTIME
 	@.ci/fuzz $(or $(FUZZTIME),30s)

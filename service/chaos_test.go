@@ -230,15 +230,6 @@ var skmem = regexp.MustCompile(`skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),`)
 // connections hold in the kernel, orphans included, in MB.
 func (b *chaosBed) memory(t *testing.T) float64 {
 	t.Helper()
-	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", b.server.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, after, _ := strings.Cut(string(rollup), "\nPss:")
-	kB, err := strconv.ParseFloat(strings.Fields(after)[0], 64)
-	if err != nil {
-		t.Fatal(err)
-	}
 	out, err := b.node.Command(t.Context(), "ss", "-Htanm", "( sport = :988 or sport = :16322 )").Output()
 	if err != nil {
 		t.Fatal(err)
@@ -250,7 +241,23 @@ func (b *chaosBed) memory(t *testing.T) float64 {
 			bytes += n
 		}
 	}
-	return kB/1024 + float64(bytes)/(1<<20)
+	return pss(t, b.server.Process.Pid) + float64(bytes)/(1<<20)
+}
+
+// pss is what a process has for itself, and its part of what it shares with others, in MB
+// (proc_pid_smaps(5)).
+func pss(t testing.TB, pid int) float64 {
+	t.Helper()
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(rollup), "\nPss:")
+	kB, err := strconv.ParseFloat(strings.Fields(after)[0], 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kB / 1024
 }
 
 // chaosMemoryHigh is what the unit allows, in MB.
