@@ -27,7 +27,8 @@ import (
 // reload puts another one in its place.
 type activeConfig struct {
 	server.Active
-	config config.Config
+	config       config.Config
+	unconfigured error // why there is no configuration, as config.NotConfigured says; nil: there is one
 	*backend
 	superseded chan struct{} // closed when another one took over
 }
@@ -100,7 +101,8 @@ func needsOf(c config.Config) (needs, error) {
 
 // brokenConfig is in force while there is no configuration, for that reason.
 func brokenConfig(reason error) *activeConfig {
-	a := &activeConfig{config: config.Default(), superseded: make(chan struct{})}
+	a := &activeConfig{config: config.Default(), superseded: make(chan struct{}),
+		unconfigured: errors.New(config.NotConfigured(reason))}
 	a.Active = server.Unconfigured(reason, a.config.Limits)
 	a.Superseded = a.superseded
 	return a
@@ -216,9 +218,9 @@ func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend,
 	if tokens != nil {
 		switch taken, err := b.cache.Restore(tokens); {
 		case err != nil:
-			s.log.WithError(err).Warn("the tokens that were left are dropped")
+			s.log.WithError(err).Warn("tokens of the previous process are discarded")
 		case taken > 0:
-			s.log.WithField("tokens", taken).Info("tokens taken over")
+			s.log.WithField("tokens", taken).Info("tokens of the previous process are used")
 		}
 	}
 	b.attestor = attest.New(s.attestOptions(c, b))
@@ -231,7 +233,7 @@ func (s *Service) newBackend(n needs, c config.Config, tokens []byte) (*backend,
 	b.end = func() {
 		cancel()
 		if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
-			s.log.WithError(err).Error("stopping the backend")
+			s.log.WithError(err).Error("the previous backend ended with an error")
 		}
 	}
 	return b, nil

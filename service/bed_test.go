@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -34,7 +35,8 @@ type bed struct {
 	google *googletest.Server
 	dir    string
 	log    *syncBuffer
-	left   []*os.File // what the process before left in systemd's hands
+	left   []*os.File     // what the process before left in systemd's hands
+	health netip.AddrPort // healthListen where there is no configuration
 
 	*Service
 	reload chan os.Signal
@@ -166,6 +168,9 @@ func (b *bed) start(t testing.TB) {
 	first, err := b.Service.load(nil)
 	if err != nil {
 		first = brokenConfig(err)
+		if b.health.IsValid() {
+			first.config.HealthListen = b.health
+		}
 	}
 	go func() {
 		defer close(b.ended)

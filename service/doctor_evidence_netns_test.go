@@ -88,7 +88,7 @@ func TestDoctorEvidence(t *testing.T) {
 		t.Errorf("another program rewrites who asks: %+v", f)
 	}
 	k.sh("iptables -t nat -D INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")
-	is("and no longer", doctor.OK, "doctor's own socket")
+	is("and no longer", doctor.OK, "the socket of doctor's connection")
 
 	k.kill(k.helper)
 	k.eventually(t, "the helper is away", func() bool { return !statusOf(t, k.dir).Attestation.Kernel.Helper })

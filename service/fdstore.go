@@ -81,7 +81,7 @@ func (f *fdstore) inherit(files []*os.File) {
 			f.left = append(f.left, snapshot{h, file})
 			continue
 		}
-		f.log.WithError(err).Warnf("the descriptor %q that was handed over is dropped", file.Name())
+		f.log.WithError(err).Warnf("file descriptor %q from systemd is discarded", file.Name())
 		_ = file.Close()
 		if f.remove(file.Name()) != nil {
 			f.names = append(f.names, file.Name()) // for put to try again
@@ -104,7 +104,7 @@ func (f *fdstore) tokens(digest [sha256.Size]byte) []byte {
 		// the offset is everybody's
 		b, err := io.ReadAll(io.NewSectionReader(s.file, int64(headerLength), token.LongestSnapshot))
 		if err != nil {
-			f.log.WithError(err).Warn("the tokens of the process before cannot be read")
+			f.log.WithError(err).Warn("tokens of the previous process cannot be read")
 			continue
 		}
 		return b
@@ -123,7 +123,7 @@ func (s *Service) handOver(ctx context.Context) error {
 		err := s.leaveTokens(now)
 		if err != nil && err.Error() != said {
 			said = err.Error()
-			s.log.WithError(err).Warn("the tokens could not be left for the next process: trying again")
+			s.log.WithError(err).Warn("tokens cannot be handed over to systemd for the next process: trying again")
 		}
 		if !sleep(ctx, time.Second) {
 			return nil
@@ -207,7 +207,7 @@ func (f *fdstore) send(state string, fds ...int) error {
 	}
 	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return fmt.Errorf("a socket to systemd: %w", err)
+		return fmt.Errorf("open a socket to systemd: %w", err)
 	}
 	defer func() { _ = unix.Close(s) }()
 	var rights []byte
@@ -236,7 +236,7 @@ func seal(b []byte) (*os.File, error) {
 		_, err = unix.FcntlInt(file.Fd(), unix.F_ADD_SEALS, allSeals)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("sealing the tokens: %w", err), file.Close())
+		return nil, errors.Join(fmt.Errorf("seal the tokens: %w", err), file.Close())
 	}
 	return file, nil
 }
@@ -250,23 +250,23 @@ func inspect(file *os.File) (h header, err error) {
 	seals, err := unix.FcntlInt(file.Fd(), unix.F_GET_SEALS, 0)
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
-		return h, errors.New("it is not a regular file")
+		return h, errors.New("not a regular file")
 	case int(st.Uid) != os.Geteuid():
-		return h, fmt.Errorf("it is uid %d's and not ours", st.Uid)
+		return h, fmt.Errorf("owned by uid %d, not by this user", st.Uid)
 	case err != nil || seals&allSeals != allSeals:
-		return h, errors.New("it is not sealed: somebody can still write to it")
+		return h, errors.New("not sealed: another process can still write to it")
 	case st.Size > int64(headerLength+token.LongestSnapshot):
-		return h, fmt.Errorf("its %d bytes are more than a snapshot has", st.Size)
+		return h, fmt.Errorf("%d bytes, more than a snapshot has", st.Size)
 	}
 	b := make([]byte, headerLength)
 	if _, err := file.ReadAt(b, 0); err != nil || !bytes.HasPrefix(b, []byte(snapshotForm)) {
-		return h, errors.New("it is not a snapshot of this version's")
+		return h, errors.New("not a token snapshot of this version")
 	}
 	if _, err := binary.Decode(b[len(snapshotForm):], binary.BigEndian, &h); err != nil {
 		return h, err
 	}
 	if h.Written > bootTime() {
-		return h, errors.New("it is from the future")
+		return h, errors.New("its time is later than now")
 	}
 	return h, nil
 }

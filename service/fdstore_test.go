@@ -247,16 +247,18 @@ func TestR16WhatIsHandedOverIsChecked(t *testing.T) {
 		warm  bool
 		says  string // in the log
 	}{
-		{"as it was left", sealed(good), true, "tokens taken over"},
-		{"with an older one after it", sealed(good, stamped(empty, written-1)), true, "tokens taken over"},
-		{"with an older one before it", sealed(stamped(empty, written-1), good), true, "tokens taken over"},
+		{"as it was left", sealed(good), true, "tokens of the previous process are used"},
+		{"with an older one after it", sealed(good, stamped(empty, written-1)), true,
+			"tokens of the previous process are used"},
+		{"with an older one before it", sealed(stamped(empty, written-1), good), true,
+			"tokens of the previous process are used"},
 		{"with a newer one after it", sealed(good, stamped(empty, written+1)), false, ""},
 		{"with a newer one of another configuration", sealed(good, stamped(edit(len(snapshotForm), 'x'), written+1)), true,
-			"tokens taken over"},
+			"tokens of the previous process are used"},
 		{"with three that are not ours", func(t *testing.T) []*os.File {
 			return []*os.File{memfd(t, []byte("x"), allSeals), memfd(t, nil, allSeals), memfd(t, good, allSeals),
 				memfd(t, good, 0)}
-		}, true, "tokens taken over"},
+		}, true, "tokens of the previous process are used"},
 		{"another configuration", sealed(edit(len(snapshotForm), good[len(snapshotForm)]^1)), false, ""},
 		{"not sealed", with(0), false, "not sealed"},
 		{"can be written to", with(allSeals &^ unix.F_SEAL_WRITE), false, "not sealed"},

@@ -100,7 +100,7 @@ func TestKernelChurn(t *testing.T) {
 				}
 				mu.Lock()
 				window = max(window, time.Since(died))
-				if after.Status != 503 || !after.Close || !strings.Contains(after.Body, "not there any more") {
+				if after.Status != 503 || !after.Close || !strings.Contains(after.Body, "process or pod has ended") {
 					dead++
 					t.Logf("%s is dead: %+v", name, after)
 				}
@@ -257,7 +257,7 @@ func TestKernel(t *testing.T) {
 	for _, want := range []string{
 		`attestation +by the kernel: \d+ cgroups and \d+ network namespaces`, `default +a +10\.244\.\S+ +cgroup +a\n`,
 		`default +host +host network +cgroup +host\n`,
-		`default +sandbox +10\.244\.\S+ +source-ip +sandbox\n`, `default +static +host network +nothing +\(static pod\)\n`,
+		`default +sandbox +10\.244\.\S+ +source-ip +sandbox\n`, `default +static +host network +none +\(static pod\)\n`,
 		`HOST IDENTITIES: 2\n`, `kubelet\.service +default/plain\n`, `/system\.slice/docker-\*\.scope +default/reader +` +
 			gsa,
 	} {

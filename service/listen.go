@@ -27,8 +27,8 @@ func inherited() (all []net.Listener, others []*os.File, err error) {
 		_ = f.Close() // l has a duplicate
 		all = append(all, l)
 		if l.Addr().Network() != "tcp" || len(all) > 2 {
-			return nil, nil, fmt.Errorf("systemd handed over %s %s: the socket unit must have one ListenStream= of TCP, "+
-				"and one more for listen6", l.Addr().Network(), l.Addr())
+			return nil, nil, fmt.Errorf("systemd passed a socket that is not expected: %s %s: the socket unit needs "+
+				"one ListenStream= of TCP, and one more for listen6", l.Addr().Network(), l.Addr())
 		}
 	}
 	slices.SortStableFunc(all, func(a, b net.Listener) int { return addrPortOf(a).Compare(addrPortOf(b)) })

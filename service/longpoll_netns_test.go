@@ -37,7 +37,7 @@ func TestWaitOutlivesNobody(t *testing.T) {
 	}()
 	<-time.After(200 * time.Millisecond) // it waits by now; where it does not, it is refused all the same
 	p.die()
-	if a := receive(t, heard); a.Status != 503 || !strings.Contains(a.Body, "not there any more") {
+	if a := receive(t, heard); a.Status != 503 || !strings.Contains(a.Body, "process or pod has ended") {
 		t.Errorf("%+v", a)
 	}
 }

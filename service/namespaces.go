@@ -55,16 +55,18 @@ func HandOverNamespaces(ctx context.Context, o Options) error {
 	})
 }
 
+const rootOnly = "attest: the service's user is unknown: only a service that runs as root gets network namespaces"
+
 // userID is the service's user. Where the packages did not make it, root serves.
 func userID(log logrus.FieldLogger) int {
 	u, err := user.Lookup(serviceUser)
 	if err != nil {
-		log.WithError(err).Warn("only root may be handed network namespaces")
+		log.WithError(err).Warn(rootOnly)
 		return 0
 	}
 	id, err := strconv.Atoi(u.Uid)
 	if err != nil {
-		log.WithError(err).Warn("only root may be handed network namespaces")
+		log.WithError(err).Warn(rootOnly)
 		return 0
 	}
 	return id

@@ -13,7 +13,7 @@ import (
 // notify tells systemd something; where there is no systemd, nobody listens.
 func notify(log logrus.FieldLogger, state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		log.WithError(err).Warn("sd_notify")
+		log.WithError(err).Warn("systemd cannot be notified")
 	}
 }
 
@@ -24,7 +24,7 @@ func notify(log logrus.FieldLogger, state string) {
 func (s *Service) tellSystemd(ctx context.Context) error {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		s.log.WithError(err).Error("the watchdog's interval is not to be understood, so there is no watchdog")
+		s.log.WithError(err).Error("WATCHDOG_USEC of systemd is invalid: the watchdog is not used")
 	}
 	for logged := false; ; logged = true {
 		err := s.server.Alive(ctx)
@@ -32,15 +32,15 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 			break
 		}
 		if !logged && ctx.Err() == nil {
-			messageid.ListenerSilent.In(s.log).WithError(err).Error("our own listener does not answer yet: is its " +
-				"address there (`gke-metadata-emulator routing check`)?")
+			messageid.ListenerSilent.In(s.log).WithError(err).Error("the service's own listener does not answer yet: " +
+				"trying again: `gke-metadata-emulator routing check` says whether its address is missing")
 		}
 		if !sleep(ctx, 100*time.Millisecond) {
 			return nil
 		}
 	}
 	messageid.Ready.In(s.log).WithFields(logrus.Fields{"listen": s.listener.Addr().String(),
-		"after": time.Since(s.started).Round(time.Millisecond).String()}).Info("ready")
+		"after": time.Since(s.started).Round(time.Millisecond).String()}).Info("ready: the listener answers requests")
 	close(s.ready)
 	notify(s.log, daemon.SdNotifyReady+"\nSTATUS="+s.summary())
 	tick := interval / 3
@@ -50,7 +50,8 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 	for told := s.summary(); sleep(ctx, tick); {
 		if err := s.server.Alive(ctx); err != nil {
 			if ctx.Err() == nil {
-				messageid.ListenerSilent.In(s.log).WithError(err).Error("our own listener does not answer")
+				messageid.ListenerSilent.In(s.log).WithError(err).Error("the service's own listener does not answer: " +
+					"find the cause with `gke-metadata-emulator doctor`")
 			}
 			continue
 		}

@@ -23,6 +23,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/server"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // Options are what Run needs to know that is not in the configuration.
@@ -214,7 +215,7 @@ func (s *Service) drain() {
 	sleep(ctx, 200*time.Millisecond) // of 64 busy connections this loses none, and no wait loses all
 	s.active().drain(ctx)
 	if err := s.leaveTokens(s.active()); err != nil {
-		s.log.WithError(err).Warn("the next process does not get the latest tokens")
+		s.log.WithError(err).Warn("the latest tokens are not handed over: the next process mints them again")
 	}
 	s.listening.leave()
 	s.server.Shutdown(ctx)
@@ -268,8 +269,7 @@ func (s *Service) lookAtFile() {
 	case err == nil:
 		s.log.Info("the configuration on disk loads again")
 	default:
-		messageid.ConfigRefused.In(s.log).WithError(err).Error("the configuration on disk does not load: the one " +
-			"before stays in force, and a restart would refuse pods: correct " + s.options.File)
+		messageid.ConfigRefused.In(s.log).Error(config.Outdated(err))
 	}
 }
 
@@ -289,9 +289,9 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 	switch {
 	case err != nil && old.Broken == nil:
 		s.metrics.reloads.WithLabelValues("error").Inc()
-		messageid.ConfigRefused.In(s.log).WithError(err).Error("the configuration could not be read anew: the one " +
-			"before stays in force")
-		notify(s.log, "STATUS=the last reload failed, the configuration before stays in force: "+firstLine(err))
+		text := "reload failed: the previous configuration stays in force: " + status.OneLine(err.Error())
+		messageid.ConfigRefused.In(s.log).Error(text)
+		notify(s.log, "STATUS="+text)
 		return
 	case err != nil:
 		if next = brokenConfig(err); !asked && next.Broken.Error() == old.Broken.Error() {
@@ -316,17 +316,17 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 
 // describe logs what the configuration came to.
 func (s *Service) describe(now *activeConfig) {
-	if now.Broken != nil {
-		messageid.ConfigRefused.In(s.log).Error(now.Broken.Error() + "; pods are answered 503 with the reason until " +
-			s.options.File + " is mended")
+	if now.unconfigured != nil {
+		messageid.ConfigRefused.In(s.log).Error(now.unconfigured.Error() + "; until then pods are answered 503 with this " +
+			"reason")
 		return
 	}
 	for _, w := range now.config.Warnings {
 		s.log.Warn(w)
 	}
 	if s.listening.health.IsValid() && s.listening.health != now.config.HealthListen {
-		s.log.Warnf("healthListen is %s now, which a restart brings: until then it is %s", now.config.HealthListen,
-			s.listening.health)
+		s.log.Warnf("healthListen is now %s: the service listens on %s until it is restarted: "+
+			"systemctl restart gke-metadata-emulator", now.config.HealthListen, s.listening.health)
 	}
 }
 
@@ -358,7 +358,7 @@ func (s *Service) listenIPv6(ctx context.Context, a netip.AddrPort) {
 	}
 	l, err := listen(ctx, "listen6", a)
 	if err != nil {
-		s.log.WithError(err).Error(s.elsewhere("listen6", a) + "; IPv4 is served meanwhile")
+		s.log.WithError(err).Error(s.elsewhere("listen6", a) + "; IPv4 is served")
 		return
 	}
 	s.serve(l)
@@ -366,7 +366,7 @@ func (s *Service) listenIPv6(ctx context.Context, a netip.AddrPort) {
 
 // elsewhere says that no listener is where the configuration's key wants it, and what to do.
 func (s *Service) elsewhere(key string, want netip.AddrPort) string {
-	return fmt.Sprintf("%s is %s in the configuration, and the listener is at %s (systemctl daemon-reload && "+
-		"systemctl restart gke-metadata-emulator.socket for it to follow, or change %[1]s back)", key, want,
+	return fmt.Sprintf("%s is %s in the configuration, but the service listens on %s: restart the socket (systemctl "+
+		"daemon-reload && systemctl restart gke-metadata-emulator.socket), or change %[1]s back", key, want,
 		s.listening.String())
 }

@@ -149,7 +149,7 @@ func bindError(key string, a netip.AddrPort, err error) error {
 		remedy = fmt.Sprintf("find the process with `ss -tanp 'sport = :%d'` as root, and stop it, or choose another %s",
 			a.Port(), key)
 	case errors.Is(err, fs.ErrPermission):
-		remedy = fmt.Sprintf("no right to port %d: start the service by its unit, or as root", a.Port())
+		remedy = fmt.Sprintf("port %d needs root or the unit: systemctl start gke-metadata-emulator", a.Port())
 	}
 	return fmt.Errorf("%s %s: %w: %s", key, a, err, remedy)
 }

@@ -3,7 +3,6 @@ package service
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,11 +10,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
@@ -34,14 +35,14 @@ func (s *Service) Status() status.Status {
 	}
 	st.LastInstall, _ = routing.ReadFailure(s.options.RunDir) // one that cannot be read tells nothing
 	active := s.active()
-	if active.Broken != nil {
-		st.State, st.Reason = "not configured", active.Broken.Error()
+	if active.unconfigured != nil {
+		st.State, st.Reason = "not configured", active.unconfigured.Error()
 	} else {
 		if a := active.config.Listen6; a.IsValid() && s.listening.on(a) {
 			st.Listen6 = a.String()
 		}
 		if err := s.onDisk.Load(); err != nil {
-			st.ConfigFile = (*err).Error()
+			st.ConfigFile = config.Outdated(*err)
 		}
 		c := active.cluster.Status()
 		st.Cluster, st.Tokens, st.Proxy = &c, active.cache.Status(), active.proxy
@@ -50,6 +51,19 @@ func (s *Service) Status() status.Status {
 	}
 	if s.server.Draining() {
 		st.State = "stopping"
+	}
+	return st
+}
+
+// statusNow is Status with what /readyz says.
+func (s *Service) statusNow(ctx context.Context) status.Status {
+	st := s.Status()
+	if st.State == "serving" {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second) // where our own listener hangs
+		defer cancel()
+		if err := s.readiness(ctx); err != nil {
+			st.Reason = err.Error()
+		}
 	}
 	return st
 }
@@ -99,34 +113,29 @@ func (s *Service) attestation(active *activeConfig, c *kube.Status) status.Attes
 func (s *Service) summary() string {
 	st := s.Status()
 	if st.State != "serving" {
-		return firstLine(errors.New(st.State + ": " + st.Reason))
+		return cmp.Or(st.Reason, st.State)
 	}
 	if st.ConfigFile != "" {
-		return firstLine(errors.New("serving what was configured before; the configuration on disk does not load: " +
-			st.ConfigFile))
+		return "serving; " + st.ConfigFile
 	}
 	if !st.Cluster.Synced {
-		return firstLine(errors.New("serving; pods are not known yet: " + st.Cluster.Problem))
+		return "serving no pods yet: " + st.Cluster.Problem
 	}
 	if k := st.Attestation.Kernel; k != nil && !k.Helper {
-		return firstLine(errors.New("serving known pods; the helper that knows new ones is away: " + k.Problem))
+		return "serving known pods only: " + k.Problem
 	}
 	return fmt.Sprintf("serving %d pods with %d tokens cached", len(st.Cluster.Pods), len(st.Tokens))
-}
-
-func firstLine(err error) string {
-	line, _, _ := strings.Cut(err.Error(), "\n")
-	return line
 }
 
 // serveStatus answers `gke-metadata-emulator status` over a Unix socket that the service's group
 // may use.
 func (s *Service) serveStatus(ctx context.Context) error {
 	if err := s.listenStatus(ctx); err != nil {
-		s.log.WithError(err).Error("the status socket could not be made, so `status` does not work; pods are served")
+		s.log.WithError(err).Error("the status socket cannot be made: `gke-metadata-emulator status` does not work, " +
+			"pods are served")
 		return nil
 	}
-	return s.server.ServeStatus(ctx, s.status, func() any { return s.Status() })
+	return s.server.ServeStatus(ctx, s.status, func() any { return s.statusNow(ctx) })
 }
 
 // listenStatus makes the status socket, unless it is there already.
@@ -145,7 +154,7 @@ func (s *Service) serveHealth(ctx context.Context, a netip.AddrPort) error {
 	lc.SetMultipathTCP(false) // whose sockets have not all options
 	l, err := lc.Listen(ctx, "tcp", a.String())
 	if err != nil {
-		s.log.WithError(bindError("healthListen", a, err)).Error("/healthz, /readyz and /metrics are not served; pods are")
+		s.log.WithError(bindError("healthListen", a, err)).Error("/healthz, /readyz and /metrics are not served, pods are")
 		return nil
 	}
 	return s.server.ServeHealth(ctx, l, s.readiness, s.gather(), s.mayAskHealth)
@@ -178,11 +187,12 @@ func (s *Service) gather() prometheus.Gatherer {
 }
 
 // readiness is stricter than READY=1: a pod that asks now gets its token, as far as this node can
-// tell.
+// tell. Its error is on one line, and the only text for each state that is not ready: /readyz,
+// `status` and doctor show it.
 func (s *Service) readiness(ctx context.Context) error {
 	active := s.active()
-	if active.Broken != nil {
-		return active.Broken
+	if active.unconfigured != nil {
+		return active.unconfigured
 	}
 	if err := s.attests(active); err != nil {
 		return err
@@ -194,8 +204,8 @@ func (s *Service) readiness(ctx context.Context) error {
 		}
 		for _, text := range to {
 			if a, err := netip.ParseAddrPort(text); err == nil && !s.listening.on(a) {
-				return fmt.Errorf("the rules send pods to %s, and we listen on %s: restart gke-metadata-emulator", a,
-					s.listening.String())
+				return fmt.Errorf("the rules redirect pods to %s, but the service listens on %s: "+
+					"systemctl restart gke-metadata-emulator", a, s.listening.String())
 			}
 		}
 	}
@@ -209,7 +219,7 @@ func (s *Service) attests(active *activeConfig) error {
 		return err
 	}
 	if k := s.kernel.Status(); !k.Helper {
-		return fmt.Errorf("%w: %s", attest.ErrHelperAway, k.Problem)
+		return fmt.Errorf("gke-metadata-emulator-attest.service is not connected: %s", k.Problem)
 	}
 	_, err := active.cluster.Known()
 	return err

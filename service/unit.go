@@ -32,7 +32,7 @@ func StoppedForGood(ctx context.Context) (bool, error) {
 	defer cancel()
 	c, err := connectToSystemd(ctx)
 	if err != nil {
-		return false, fmt.Errorf("asking systemd why we stop: %w", err)
+		return false, fmt.Errorf("ask systemd why the service stops: %w", err)
 	}
 	defer c.Close()
 	return stoppedForGood(ctx, c)
@@ -50,7 +50,7 @@ func StopListening(ctx context.Context) error {
 		_, err = c.StopUnitContext(ctx, socket, "replace", nil)
 	}
 	if err != nil {
-		return fmt.Errorf("asking systemd to stop %s: %w", socket, err)
+		return fmt.Errorf("ask systemd to stop %s: %w", socket, err)
 	}
 	return nil
 }
@@ -68,11 +68,11 @@ func connectToSystemd(ctx context.Context) (*dbus.Conn, error) {
 func stoppedForGood(ctx context.Context, s systemd) (bool, error) {
 	jobs, err := s.ListJobsContext(ctx)
 	if err != nil {
-		return false, fmt.Errorf("asking systemd for its jobs: %w", err)
+		return false, fmt.Errorf("ask systemd for its jobs: %w", err)
 	}
 	state, err := s.SystemStateContext(ctx)
 	if err != nil {
-		return false, fmt.Errorf("asking systemd for its state: %w", err)
+		return false, fmt.Errorf("ask systemd for its state: %w", err)
 	}
 	stop := slices.ContainsFunc(jobs, func(j dbus.JobStatus) bool { return j.Unit == unit && j.JobType == "stop" })
 	return stop && state.Value.Value() != "stopping", nil

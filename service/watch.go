@@ -28,8 +28,9 @@ func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error
 			if err == nil {
 				configureLog(log, c.Log, o.Stderr)
 			} else {
-				log.WithError(err).Error("routing: the configuration is missing or broken: what stands stays, and where " +
-					"nothing does pods are sent to the service, which answers 503 with the reason")
+				// The service logs the faults, once; this unit comes before it at a boot.
+				log.Info("routing: there is no valid configuration: installed rules stay: without any, pods are sent to the " +
+					"service, which answers 503 with the reason: `gke-metadata-emulator config check` prints the faults")
 			}
 			p := plan(c, err)
 			if p.Reason != "" {
@@ -56,7 +57,7 @@ func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error
 func alive(log logrus.FieldLogger) func() {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		log.WithError(err).Error("the watchdog's interval is not to be understood, so there is no watchdog")
+		log.WithError(err).Error("WATCHDOG_USEC of systemd is invalid: the watchdog is not used")
 	}
 	var told time.Time
 	return func() {

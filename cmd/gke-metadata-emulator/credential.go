@@ -35,13 +35,12 @@ and is not a failure.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		c, err := load()
 		if err != nil {
-			say(cmd, "no credential copied: %s", explain(err))
+			say(cmd, "no credential copied: there is no valid configuration") // the service logs the faults
 			return nil
 		}
 		from, err := service.CopyCredential(c.Kubeconfig, credentialCopy())
 		if errors.Is(err, service.ErrIncomplete) {
-			say(cmd, "no credential copied: %v: the next change of these files starts %s again", err,
-				"gke-metadata-emulator-credential.service")
+			say(cmd, "no credential copied: %v: the next change of these files starts this unit again", err)
 			return nil
 		}
 		if err != nil {

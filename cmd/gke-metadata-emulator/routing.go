@@ -266,7 +266,11 @@ configuration again; a broken one changes nothing.`,
 func plan(cmd *cobra.Command, load func() (config.Config, error), consequence string) routing.Plan {
 	c, err := load()
 	if err != nil {
-		say(cmd, "%s: %s", consequence, explain(err))
+		why := explain(err)
+		if onStart := cmd.Flags().Lookup("on-start"); onStart != nil && onStart.Changed {
+			why = "there is no valid configuration" // the service starts next, and logs the faults
+		}
+		say(cmd, "%s: %s", consequence, why)
 		c.Log = config.Default().Log
 	}
 	p := planOf(c, err != nil)

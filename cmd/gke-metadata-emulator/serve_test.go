@@ -95,7 +95,7 @@ func TestServeWithSystemdsListener(t *testing.T) {
 	expect("STATUS=serving")
 	// Without a cluster nobody is known.
 	if status, body := get("/computeMetadata/v1/project/project-id"); status != 503 ||
-		!strings.Contains(body, "no kubeconfig: /absent") {
+		!strings.Contains(body, "no usable kubeconfig: /absent") {
 		t.Errorf("configured: %d %s", status, body)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {

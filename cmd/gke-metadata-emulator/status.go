@@ -4,12 +4,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
@@ -27,6 +30,15 @@ func runDir() string {
 // statusSocket is in the unit's RuntimeDirectory=, the only directory that the service's user may
 // write to.
 func statusSocket() string { return filepath.Join(runDir(), "serve", "status.sock") }
+
+// healthListen is where a service with the configuration on disk answers /readyz.
+func healthListen(cmd *cobra.Command) netip.AddrPort {
+	c, err := config.Load(configFile(cmd), nil)
+	if err != nil {
+		c = config.Default()
+	}
+	return c.HealthListen
+}
 
 func statusCommand() *cobra.Command {
 	var socket, output string
@@ -49,6 +61,9 @@ func statusCommand() *cobra.Command {
 					return fmt.Errorf("%w; %s", err, status.FailureText(failed, time.Now()))
 				}
 			}
+			if errors.Is(err, fs.ErrPermission) {
+				return status.Denied(cmd.Context(), err, healthListen(cmd))
+			}
 			if err != nil {
 				return err
 			}
@@ -58,7 +73,7 @@ func statusCommand() *cobra.Command {
 			}
 			var s status.Status
 			if err := json.Unmarshal(text, &s); err != nil {
-				return fmt.Errorf("reading the answer of %s: %w", socket, err)
+				return fmt.Errorf("the answer of %s cannot be read: %w: restart the service if it has another version", socket, err)
 			}
 			return s.Text(cmd.OutOrStdout(), time.Now())
 		},

@@ -12,8 +12,8 @@ import (
 // not known: their clients are refused.
 const maxAddresses = 256
 
-var errTooMany = fmt.Errorf("the network namespace has more than %d addresses: those beyond are not known, nor what "+
-	"becomes of them", maxAddresses)
+var errTooMany = fmt.Errorf("the network namespace has more than %d addresses: clients with the others "+
+	"are refused", maxAddresses)
 
 // subscribeAddresses has the socket become readable when an address of its namespace comes or goes.
 func (s *netlinkSocket) subscribeAddresses() error {

@@ -23,7 +23,7 @@ import (
 // Why there is no caller, beside what [Kernel.Look] says.
 var (
 	// ErrUnknown says that Kubernetes has named no such pod on this node, or not yet (N-11).
-	ErrUnknown = errors.New("no pod of this node is known to be there yet")
+	ErrUnknown = errors.New("the pod is not known yet")
 	// ErrAmbiguous says that two live pods have the address: a refusal, never a guess (U-06).
 	ErrAmbiguous = errors.New("more than one live pod of this node has the address")
 	// ErrNotPod says that the client is known to be no pod, nor a process that hostIdentities name.
@@ -31,10 +31,10 @@ var (
 	// ErrNoAccount says that the pod is a static one: those have no ServiceAccount.
 	ErrNoAccount = errors.New("a static pod has no ServiceAccount, and so no identity")
 	// ErrReplaced says that the attestor that was asked is out of use: another one is to be asked.
-	ErrReplaced = errors.New("the configuration changed meanwhile")
+	ErrReplaced = errors.New("the configuration changed during the request")
 	// ErrChanged says that the evidence no longer names the caller that it named when the connection
 	// was attested.
-	ErrChanged = errors.New("whoever opened this connection is not there any more; connect again")
+	ErrChanged = errors.New("the client's process or pod has ended; connect again")
 )
 
 // final are the errors that waiting does not mend.
@@ -272,7 +272,8 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 	case e.PodUID == "":
 		var named bool
 		if b.caller, named = a.host(e); !named {
-			err = fmt.Errorf("%w: a process of the node asks, of %s, and hostIdentities do not name it", ErrNotPod, unitOf(e))
+			err = fmt.Errorf("%w: the client is a process of the node in %s, which hostIdentities does not list", ErrNotPod,
+				unitOf(e))
 		}
 		b.evidence = e
 	default:
@@ -305,7 +306,7 @@ func (a *Attestor) proxied(other *OtherNamespaceError) (b binding, changed <-cha
 	}
 	b.evidence = &Evidence{Kind: ByProxy, PodUID: other.Pod, life: other.life, proxy: other.Cgroup}
 	if b.caller, known, changed, err = a.Pods.Of(other.Pod); err == nil && !known {
-		err = fmt.Errorf("%w: a proxy asks in the network namespace of pod %s", ErrUnknown, other.Pod)
+		err = fmt.Errorf("%w: the client is a proxy in the network namespace of pod %s", ErrUnknown, other.Pod)
 	}
 	switch {
 	case err != nil:
@@ -334,15 +335,15 @@ func (a *Attestor) sandbox(p *Peer) (workload.Caller, <-chan struct{}, error) {
 	var held *NoSocketError
 	switch {
 	case err != nil && len(a.ByAddress) > 0:
-		return workload.Caller{}, changed, fmt.Errorf("%w, and addresses are believed of nobody: %w", p.err, err)
+		return workload.Caller{}, changed, fmt.Errorf("%w; the address is no evidence now: %w", p.err, err)
 	case err != nil || len(pods) != 1 || errors.As(p.err, &held) && !held.Others && held.Holder != pods[0].PodUID:
 		return workload.Caller{}, changed, p.err
 	case !a.believesAddress(pods[0]):
 		if pods[0].RuntimeClass == "" {
 			return workload.Caller{}, changed, p.err
 		}
-		return workload.Caller{}, changed, fmt.Errorf("%w; Kubernetes says that it is pod %s's, of RuntimeClass %s: is "+
-			"that a sandbox with a network of its own, it belongs into attestation.byAddress", p.err, pods[0],
+		return workload.Caller{}, changed, fmt.Errorf("%w; it is the address of pod %s with RuntimeClass %s: "+
+			"if this is a sandbox with its own network stack, add it to attestation.byAddress", p.err, pods[0],
 			pods[0].RuntimeClass)
 	case !a.AddressAlone(pods[0].RuntimeClass) && (held == nil || held.Holder != pods[0].PodUID):
 		return workload.Caller{}, changed, p.err // such a pod has a namespace on this node, with the address
@@ -376,10 +377,10 @@ func (a *Attestor) byAddress(client netip.Addr) (workload.Caller, <-chan struct{
 	case len(pods) > 1:
 		return workload.Caller{}, changed, fmt.Errorf("%w: %s belongs to %s and %s", ErrAmbiguous, client, pods[0], pods[1])
 	case a.own(client):
-		return workload.Caller{}, changed, fmt.Errorf("%w: %s is an address of the node itself, so a process of the node "+
-			"or a pod on the host network asks, and by address they cannot be told apart", ErrNotPod, client)
+		return workload.Caller{}, changed, fmt.Errorf("%w: %s is an address of the node: its processes and pods on the "+
+			"host network cannot be distinguished by address", ErrNotPod, client)
 	}
-	return workload.Caller{}, changed, fmt.Errorf("%w: none has the address %s", ErrUnknown, client)
+	return workload.Caller{}, changed, fmt.Errorf("%w: no pod has the address %s", ErrUnknown, client)
 }
 
 // own reports whether the address is one of the node's (N-14). Asked only of addresses that no pod

@@ -72,7 +72,7 @@ type cgroup struct {
 func newCgroups(root string, log logrus.FieldLogger) (*cgroups, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
-		return nil, fmt.Errorf("inotify: %w (fs.inotify.max_user_instances may be too small)", err)
+		return nil, fmt.Errorf("inotify: %w (raise fs.inotify.max_user_instances)", err)
 	}
 	return &cgroups{
 		root: root, node: findNode(root), log: log, fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
@@ -164,7 +164,7 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 		return nil
 	}
 	if err != nil { // nobody would tell when it goes: it is not known
-		g.problemIs(fmt.Errorf("cgroup %s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", c.path, err))
+		g.problemIs(fmt.Errorf("cgroup %s cannot be watched: %w (raise fs.inotify.max_user_watches)", c.path, err))
 		return nil
 	}
 	c.watch = int32(watch)
@@ -236,11 +236,11 @@ func (g *cgroups) full(c *cgroup) error {
 	case c.party == nil || c.party == c:
 		return nil
 	case c.party.below >= maxCgroupsPerParty:
-		return fmt.Errorf("too many cgroups below %s, of which %d are known: what asks from the others is refused",
-			c.party.path, maxCgroupsPerParty)
+		return fmt.Errorf("more than %d cgroups below %s: clients in the others are refused",
+			maxCgroupsPerParty, c.party.path)
 	case c.isDeep() && g.deep >= maxCgroups:
-		return fmt.Errorf("too many cgroups below pods and units, of which %d are known: what asks from the others is "+
-			"refused, the first in %s", maxCgroups, c.path)
+		return fmt.Errorf("more than %d cgroups below pods and units: clients in the others are refused, such as those in "+
+			"%s", maxCgroups, c.path)
 	}
 	return nil
 }
@@ -317,7 +317,7 @@ func (g *cgroups) dieAll() {
 func (g *cgroups) problemIs(err error) {
 	if !g.warned { // a workload could make it happen again and again
 		g.warned = true
-		g.log.WithError(err).Error("attest: not all cgroups are followed")
+		g.log.WithError(err).Error("attest: some cgroups are not watched: clients in them are refused")
 	}
 	g.problem = err
 }
@@ -330,7 +330,7 @@ func (g *cgroups) watchProcesses(c *cgroup) (bool, error) {
 		w, err := unix.InotifyAddWatch(g.fd, file, unix.IN_MODIFY)
 		if err != nil {
 			if !errors.Is(err, unix.ENOENT) {
-				g.problemIs(fmt.Errorf("%s cannot be watched: %w (fs.inotify.max_user_watches may be too small)", file, err))
+				g.problemIs(fmt.Errorf("%s cannot be watched: %w (raise fs.inotify.max_user_watches)", file, err))
 			}
 			return c.parent == nil, nil
 		}
@@ -365,7 +365,7 @@ func (g *cgroups) lookup(id uint64) (*Evidence, error) {
 	c := g.byID[id]
 	switch {
 	case c == nil && g.problem != nil:
-		return nil, fmt.Errorf("%w: its id is %d, and not all cgroups are followed: %w", ErrUnknownCgroup, id, g.problem)
+		return nil, fmt.Errorf("%w: its id is %d, and some cgroups are not watched: %w", ErrUnknownCgroup, id, g.problem)
 	case c == nil:
 		return nil, fmt.Errorf("%w: its id is %d", ErrUnknownCgroup, id)
 	case c.fault != nil:

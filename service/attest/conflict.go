@@ -31,7 +31,7 @@ func (k *Kernel) conflict(c Conn, a, b *namespace) error {
 	between := [2]string{a.owner(), b.owner()}
 	if client := c.Client.Addr(); k.noteConflict(client, between) {
 		k.options.Log.WithFields(logrus.Fields{"address": client.String(), "first": between[0], "second": between[1]}).
-			Warn("connections from an address are refused: two network namespaces have sockets of it: " +
+			Warn("attest: connections from an address are refused: two network namespaces have sockets with it: " +
 				"remove the address from the one that does not own it")
 	}
 	return fmt.Errorf("%w: from %s", ErrSockets, c.Client)

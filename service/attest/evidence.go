@@ -15,7 +15,7 @@ var (
 	// ErrHelperAway is ErrNoNamespace while gke-metadata-emulator-attest.service does not run: nobody
 	// looks for new namespaces.
 	ErrHelperAway = errors.New("no known network namespace has the address, and gke-metadata-emulator-attest.service, " +
-		"which finds them, is not there")
+		"which finds them, is not connected")
 	// ErrNoSocket says that nobody has a socket that is this connection's other end: the client is
 	// gone, or forged its address, or is behind a NAT of the pod's own, or in a sandbox
 	// with a network stack of its own; or the address is another pod's already, whose namespace
@@ -26,30 +26,30 @@ var (
 	ErrUnknownCgroup = errors.New("the cgroup of the client's socket is not known")
 	// ErrNamespaceOwner says that no process of a pod was found yet in the network namespace that a
 	// pod's process made the socket in. The helper was asked to look again.
-	ErrNamespaceOwner = errors.New("whose network namespace the client's socket is in is not known yet")
+	ErrNamespaceOwner = errors.New("the owner of the network namespace of the client's socket is not known yet")
 	// ErrOtherNamespace says that the socket was made by a process of one pod in the network namespace
 	// of another.
-	ErrOtherNamespace = errors.New("the client's socket is in the network namespace of another pod than that of the " +
-		"process that made it")
+	ErrOtherNamespace = errors.New("the client's socket is in another pod's network namespace than the process that " +
+		"created it")
 	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that
 	// all are read anew.
-	ErrNotRead = errors.New("the cgroups of the node are being read anew")
+	ErrNotRead = errors.New("the cgroups of the node are being read again")
 	// ErrSockets says that there are two sockets that could be the other end. Others can bring
 	// that about: KernelStatus names them.
-	ErrSockets = errors.New("two sockets could be the other end")
+	ErrSockets = errors.New("two sockets match the other end of the connection")
 	// ErrNoCgroup says that the kernel's record of the socket names no cgroup: a kernel without it, or
 	// a node with cgroup v1.
-	ErrNoCgroup = errors.New("the kernel names no cgroup of the client's socket")
+	ErrNoCgroup = errors.New("the kernel reports no cgroup for the client's socket")
 	// ErrSpared says that the connection was redirected, and that the socket it seems to come from is
 	// of a process of the node that nobody redirects. Conntrack gives a connection another port where
 	// two of one port come to the same address, and at that one the process has a connection to the
 	// real metadata server.
-	ErrSpared = errors.New("the client's socket is of a process of the node that is not redirected, and the connection " +
-		"was")
+	ErrSpared = errors.New("the connection was redirected, but the client's socket belongs to a process of the node " +
+		"that is not redirected")
 	// ErrEmptyCgroup says that no process is left where the socket was made.
 	ErrEmptyCgroup = errors.New("no process is left in the cgroup of the client's socket")
 	// ErrOwner says that a cgroup has a pod's name and is not root's, as kubelet's are.
-	ErrOwner = errors.New("the cgroup has a pod's name and was not made by kubelet")
+	ErrOwner = errors.New("the cgroup has a pod's name and was not created by kubelet")
 	// ErrPods says that the evidence names two pods: one below the other in a cgroup's path, or
 	// two in one namespace (cgroup v1).
 	ErrPods = errors.New("the evidence names two pods")
@@ -78,7 +78,7 @@ type OtherNamespaceError struct {
 }
 
 func (e *OtherNamespaceError) Error() string {
-	return fmt.Sprintf("%s: a process of %s made it in %s (a mesh's node proxy belongs into attestation.proxies)",
+	return fmt.Sprintf("%s: a process of %s created it in %s: for a mesh's node proxy, set attestation.proxies",
 		ErrOtherNamespace, e.Cgroup.Cgroup, e.namespace)
 }
 

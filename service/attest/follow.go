@@ -31,7 +31,7 @@ func (k *Kernel) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		k.options.Log.WithError(err).Error("attest: the kernel cannot be asked; trying again")
+		k.options.Log.WithError(err).Error("attest: the kernel cannot be queried: trying again in 5s")
 		k.mu.Lock()
 		k.status.Lacks = []string{err.Error()}
 		k.mu.Unlock()
@@ -105,21 +105,21 @@ func (k *Kernel) openOwn(groups *cgroups) error {
 	named, err := tryOut(own)
 	if err != nil {
 		own.close(k.poller)
-		return fmt.Errorf("ask for a connection of our own (with the module tcp_diag): %w", err)
+		return fmt.Errorf("query an own connection by sock_diag (kernel module tcp_diag): %w", err)
 	}
 	s := KernelStatus{Hierarchy: "cgroup2", Evidence: ByCgroup}
-	const without = ": pods are told by their network namespaces, the containers of one are not told apart, and pods on " +
-		"the host network are not told at all"
+	const without = ": pods are identified by their network namespace only: pods on the host network are refused: boot " +
+		"with cgroup v2 and Linux 5.9 or later"
 	switch {
 	case groups == nil:
 		s.Hierarchy, s.Evidence = "cgroup1", ByNamespace
-		s.Lacks = []string{"cgroup v2" + without}
+		s.Lacks = []string{"no cgroup v2" + without}
 	case !named:
 		s.Evidence = ByNamespace
-		s.Lacks = []string{"the cgroup in what sock_diag says (Linux 5.9)" + without}
+		s.Lacks = []string{"sock_diag reports no cgroups" + without}
 	}
 	for _, l := range s.Lacks {
-		k.options.Log.Warn("attest: the kernel lacks " + l)
+		k.options.Log.Warn("attest: " + l)
 	}
 	k.mu.Lock()
 	k.own, k.cgroups, k.unified, k.status = own, groups, groups != nil && named, s
@@ -299,8 +299,8 @@ func (k *Kernel) helperLoop(ctx context.Context) error {
 		k.helperIs(false, err.Error())
 		if err.Error() != said {
 			said = err.Error()
-			messageid.HelperAway.In(k.options.Log).WithError(err).Warn("attest: the helper is away: known pods are " +
-				"served, new ones wait for it")
+			messageid.HelperAway.In(k.options.Log).WithError(err).Warn("attest: gke-metadata-emulator-attest.service is " +
+				"not connected: known pods are served, new ones wait")
 		}
 		select {
 		case <-ctx.Done():
@@ -333,7 +333,7 @@ func (k *Kernel) listenToHelper(ctx context.Context) error {
 			return err
 		case m.Complete:
 			if first {
-				k.options.Log.Info("attest: the helper is there")
+				k.options.Log.Info("attest: gke-metadata-emulator-attest.service is connected")
 				k.dropOlder(k.generation)
 				first = false
 			}

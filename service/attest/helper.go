@@ -145,7 +145,7 @@ func (h *Helper) accept(l *net.UnixListener) error {
 			return nil
 		}
 		if short(err) { // of descriptors or of memory: others' fault maybe, and it passes
-			h.options.Log.WithError(err).Warnf("attest: no connection can be accepted; trying again in %s", acceptAgain)
+			h.options.Log.WithError(err).Warnf("attest: accept failed: trying again in %s", acceptAgain)
 			select {
 			case <-h.over:
 				return nil
@@ -163,7 +163,8 @@ func (h *Helper) accept(l *net.UnixListener) error {
 		}
 		peer, err := peerOf(c)
 		if err != nil || peer.Uid != 0 && int64(peer.Uid) != int64(h.options.User) {
-			h.options.Log.WithError(err).Warnf("attest: refused a connection that is not the service's: %+v", peer)
+			h.options.Log.WithError(err).Warnf("attest: connection refused: its user is neither root nor the service's: %+v",
+				peer)
 			h.connected.Add(-1)
 			_ = c.Close()
 			continue
@@ -244,7 +245,7 @@ func (h *Helper) loop() error {
 			h.sweep()
 		}
 		timer.Reset(next)
-		text := fmt.Sprintf("%d network namespaces, handed over to %d servers", len(h.found), len(h.servers))
+		text := fmt.Sprintf("%d network namespaces, passed to %d services", len(h.found), len(h.servers))
 		if h.problem != "" {
 			text = h.problem
 		}

@@ -278,7 +278,7 @@ func TestPeers(t *testing.T) {
 		}
 		defer own.Close()
 		if c, err := dialHelper(context.Background(), own.Addr().String()); err == nil ||
-			!strings.Contains(err.Error(), "and not root") {
+			!strings.Contains(err.Error(), "and not to root") {
 			t.Errorf("a helper that is not root: %v, %v", c, err)
 		}
 	})

@@ -26,7 +26,7 @@ func podHierarchy(root string) (string, error) {
 			return filepath.Join(root, controller), nil
 		}
 	}
-	return "", fmt.Errorf("%s is no cgroup v2 hierarchy, and below it is none of v1 with the memory, cpu or pids "+
+	return "", fmt.Errorf("%s has neither a cgroup v2 hierarchy nor one of v1 with the memory, cpu or pids "+
 		"controller", root)
 }
 
@@ -190,7 +190,7 @@ func (h *Helper) send(s *server, m helperMessage, fds ...int) bool {
 	_ = s.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
 	err := sendMessage(s.conn, m, fds...)
 	if err != nil {
-		h.options.Log.WithError(err).Info("attest: the server is gone")
+		h.options.Log.WithError(err).Info("attest: the service disconnected")
 		delete(h.servers, s)
 		_ = s.conn.Close()
 	}
@@ -205,14 +205,15 @@ func (h *Helper) cannot(err error) {
 	case err == nil:
 		return
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		problem = "network namespaces cannot be asked: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and no security module " +
-			"that forbids it"
+		problem = "network namespaces cannot be entered: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and a security " +
+			"module " +
+			"may forbid it"
 	case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL):
-		problem = "network namespaces cannot be asked: a kernel with setns(2) by pidfd is needed (Linux 5.8)"
+		problem = "network namespaces cannot be entered: setns(2) by pidfd needs Linux 5.8"
 	case errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist):
 		return
 	default:
-		problem = "network namespaces cannot be asked"
+		problem = "network namespaces cannot be entered"
 	}
 	h.problemIs(problem + ": " + err.Error())
 }

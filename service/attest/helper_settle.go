@@ -134,8 +134,8 @@ func (h *Helper) room() bool {
 		}
 	}
 	if n >= maxOthers {
-		h.problemIs(fmt.Sprintf("there are more than %d network namespaces of no pod: the clients in those beyond are not "+
-			"known", maxOthers))
+		h.problemIs(fmt.Sprintf("more than %d network namespaces belong to no pod: clients in the others are refused",
+			maxOthers))
 	}
 	return n < maxOthers
 }

@@ -105,7 +105,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 	k.mu.RUnlock()
 	asked := askable(holders)
 	if own == nil {
-		return nil, fmt.Errorf("%w: we are starting", ErrNoNamespace)
+		return nil, fmt.Errorf("%w: the service is starting", ErrNoNamespace)
 	}
 	n, f, redirected, err := k.client(c, own, asked)
 	switch {
@@ -123,7 +123,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		return nil, fmt.Errorf("%w: %s", ErrNoNamespace, c.Client.Addr())
 	case !unified && n == own:
 		return nil, fmt.Errorf(
-			"%w: a process of the node or a pod on the host network asks, and the node has cgroup v1",
+			"%w: the client is on the host network, and the node has no cgroup v2",
 			ErrNoCgroup,
 		)
 	case !unified:
@@ -132,7 +132,7 @@ func (k *Kernel) look(c Conn) (*Evidence, error) {
 		}
 		return n.evidence, n.fault
 	case f.cgroup == 0:
-		return nil, fmt.Errorf("%w: it is in state %d", ErrNoCgroup, f.state)
+		return nil, fmt.Errorf("%w: the socket is in state %d", ErrNoCgroup, f.state)
 	}
 	e, err := cgroups.lookup(f.cgroup)
 	switch {
@@ -162,7 +162,7 @@ func (k *Kernel) within(n *namespace, e *Evidence) (*Evidence, error) {
 	switch {
 	case len(n.uids) == 0:
 		signal(k.scan)
-		return nil, fmt.Errorf("%w: a process of %s made it in %s", ErrNamespaceOwner, e.Cgroup, n)
+		return nil, fmt.Errorf("%w: a process of %s created it in %s", ErrNamespaceOwner, e.Cgroup, n)
 	case len(others) == 0:
 		return e, nil
 	}
@@ -320,7 +320,7 @@ func (k *Kernel) Status() KernelStatus {
 		s.Lacks = append(
 			s.Lacks,
 			fmt.Sprintf(
-				"%d addresses are in more than %d network namespaces of no pod, or of one pod: clients in those beyond are refused",
+				"%d addresses are in more than %d network namespaces of no pod, or of one pod: clients in the others are refused",
 				crowded,
 				maxAskedOfOne,
 			),

@@ -104,7 +104,7 @@ func (n *namespace) pods(node nodeRoot, cgroups []string) {
 		case err != nil:
 			n.uids[""], n.fault, n.ofNode = true, err, false
 		case p.pod == "":
-			n.fault = fmt.Errorf("%w: a process of %s, which is no pod's, is in %s", ErrNoCgroup, path, n)
+			n.fault = fmt.Errorf("%w: a process of %s, which belongs to no pod, is in %s", ErrNoCgroup, path, n)
 		default:
 			n.uids[p.pod], n.pod, n.ofNode = true, p.pod, false
 		}

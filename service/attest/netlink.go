@@ -31,7 +31,7 @@ func openNetlink(protocol int) (int, error) {
 // sender besides.
 func newNetlink(fd int, buffer []byte) (*netlinkSocket, error) {
 	if err := unix.Connect(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, fmt.Errorf("tie a netlink socket to the kernel: %w", err)
+		return nil, fmt.Errorf("connect a netlink socket to the kernel: %w", err)
 	}
 	return &netlinkSocket{fd: fd, buffer: buffer}, nil
 }

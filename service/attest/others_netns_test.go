@@ -108,7 +108,8 @@ func TestTooManyOthers(t *testing.T) {
 		t.Errorf("%q when there is room", h.problem)
 	}
 	h.found[maxOthers+1] = &anchor{others: map[string]bool{"/x": true}}
-	if h.room() || !strings.Contains(h.problem, fmt.Sprintf("more than %d network namespaces of no pod", maxOthers)) {
+	want := fmt.Sprintf("more than %d network namespaces belong to no pod", maxOthers)
+	if h.room() || !strings.Contains(h.problem, want) {
 		t.Errorf("%q when there is none", h.problem)
 	}
 }

@@ -43,12 +43,12 @@ func (m helperMessage) descriptors() int {
 func dialHelper(ctx context.Context, socket string) (*net.UnixConn, error) {
 	c, err := new(net.Dialer).DialContext(ctx, "unixpacket", socket)
 	if err != nil {
-		return nil, fmt.Errorf("connect to gke-metadata-emulator-attest.service: %w", err)
+		return nil, fmt.Errorf("connect to %s: %w", socket, err)
 	}
 	u := c.(*net.UnixConn)
 	peer, err := peerOf(u)
 	if err == nil && peer.Uid != 0 {
-		err = fmt.Errorf("user %d listens at %s, and not root", peer.Uid, socket)
+		err = fmt.Errorf("%s belongs to user %d and not to root", socket, peer.Uid)
 	}
 	if err != nil {
 		return nil, errors.Join(err, u.Close())
@@ -123,7 +123,7 @@ func parseMessage(b, control []byte, flags int) (m helperMessage, fds []int, err
 	case len(b) == 0:
 		return m, fds, fmt.Errorf("gke-metadata-emulator-attest.service: %w", io.EOF)
 	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-		return m, fds, errors.New("gke-metadata-emulator-attest.service: a message did not fit")
+		return m, fds, errors.New("gke-metadata-emulator-attest.service: a message is too long")
 	}
 	if err := json.Unmarshal(b, &m); err != nil {
 		return m, fds, fmt.Errorf("gke-metadata-emulator-attest.service: %w", err)

@@ -111,7 +111,7 @@ func TestCgroupV1(t *testing.T) {
 	conn = b.accept(a.do(dial))
 	eventually(t, "the namespace is ambiguous", func() bool {
 		_, err := b.kernel.Look(accepted(conn))
-		return errors.Is(err, ErrNoCgroup) && strings.Contains(err.Error(), "guest.service, which is no pod's") &&
+		return errors.Is(err, ErrNoCgroup) && strings.Contains(err.Error(), "guest.service, which belongs to no pod") &&
 			!evidence.Alive()
 	})
 	kill(guest.cmd)

@@ -2,6 +2,7 @@ package config
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -46,6 +47,25 @@ func (e *Error) Error() string {
 		lines[i] = f.String()
 	}
 	return strings.Join(lines, "\n")
+}
+
+// NotConfigured says that no configuration is in force, and why. It is the one text for this state:
+// of status, doctor, /readyz, the log, and answers to pods.
+func NotConfigured(reason error) string { return "not configured: " + oneLine(reason) }
+
+// Outdated says that the configuration on disk does not load while an earlier one is in force.
+func Outdated(reason error) string {
+	return "the configuration on disk does not load: the previous one stays in force, and a restart would refuse pods: " +
+		oneLine(reason)
+}
+
+// oneLine puts the faults on one line, and says how many there are if there are several.
+func oneLine(err error) string {
+	text := strings.ReplaceAll(err.Error(), "\n", "; ")
+	if e := (*Error)(nil); errors.As(err, &e) && len(e.Faults) > 1 {
+		text = fmt.Sprintf("%d faults: %s", len(e.Faults), text)
+	}
+	return text
 }
 
 func sortFaults(faults []Fault, file string) {

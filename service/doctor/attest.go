@@ -18,22 +18,22 @@ func attestationCheck(r *nodeReport) Finding {
 	const helper = "gke-metadata-emulator-attest"
 	switch {
 	case r.status == nil:
-		return skip("the service would tell, and does not answer: %v", r.statusErr)
+		return skip("the service does not answer: see check service")
 	case r.status.Cluster == nil:
-		return skip("the service would tell, and does not serve: %s", r.status.Reason)
+		return skip(notServing)
 	}
 	a, pods := r.status.Attestation, knownPods(r.status)
 	k := a.Kernel
 	switch {
 	case k == nil:
-		return warn("attestation.mode: kernel", "mode %s: an address says who asks, which a dead pod shares with the "+
-			"next owner; %s", a.Mode, pods)
+		return warn("set attestation.mode: kernel", "mode %s: the source address identifies a pod, and a dead pod shares it "+
+			"with the address's next owner; %s", a.Mode, pods)
 	case k.Hierarchy == "":
-		return fail("journalctl -u gke-metadata-emulator", "mode %s, and the kernel cannot be asked: %s", a.Mode,
+		return fail("journalctl -u gke-metadata-emulator", "mode %s, but the kernel cannot be queried: %s", a.Mode,
 			cmp.Or(strings.Join(k.Lacks, "; "), "the service is starting"))
 	case !k.Helper:
 		return fail("systemctl restart "+helper+"; journalctl -u "+helper,
-			"mode %s, but pods that start now are refused, since %s.service is away: %s; %s", a.Mode, helper, k.Problem, pods)
+			"mode %s, but %s.service is not connected, and new pods are refused: %s; %s", a.Mode, helper, k.Problem, pods)
 	}
 	var wrong, remedies []string
 	if k.Problem != "" {
@@ -42,24 +42,24 @@ func attestationCheck(r *nodeReport) Finding {
 	if len(k.Lacks) > 0 {
 		remedy := "boot with cgroup v2 and Linux 5.9 or later"
 		if k.Evidence == attest.ByCgroup { // then it is a limit
-			remedy = "raise the limit that it names, or find who makes so many cgroups"
+			remedy = "raise the named limit, or find the program that makes so many cgroups"
 		}
-		wrong, remedies = append(wrong, "lacking: "+strings.Join(k.Lacks, "; ")), append(remedies, remedy)
+		wrong, remedies = append(wrong, "limited: "+strings.Join(k.Lacks, "; ")), append(remedies, remedy)
 	}
 	for _, c := range k.Conflicts {
-		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets of %s, and %d connections were refused for it",
+		wrong = append(wrong, fmt.Sprintf("%s and %s have sockets with address %s: %d connections were refused",
 			r.status.PodName(c.Between[0]), r.status.PodName(c.Between[1]), c.Address, c.Refused))
 		remedies = append(remedies, fmt.Sprintf("remove %s from the one that does not own it", c.Address))
 	}
 	if classes, refused := sandboxes(r.status.Cluster.Pods); len(classes) > 0 {
-		wrong = append(wrong, fmt.Sprintf("RuntimeClass %s looks like a sandbox with a network of its own, whose pods "+
-			"are refused then: %s", strings.Join(classes, ", "), some(refused)))
-		remedies = append(remedies, fmt.Sprintf("if it is one: attestation.byAddress: [%s]", strings.Join(classes, ", ")))
+		wrong = append(wrong, fmt.Sprintf("RuntimeClass %s may be a sandbox with its own network stack, whose pods are "+
+			"refused: %s", strings.Join(classes, ", "), some(refused)))
+		remedies = append(remedies, fmt.Sprintf("if so, set attestation.byAddress: [%s]", strings.Join(classes, ", ")))
 	}
 	if len(wrong) > 0 {
 		return warn(strings.Join(remedies, "; "), "mode %s: %s; %s", a.Mode, strings.Join(wrong, "; "), pods)
 	}
-	return good("mode %s, by %s, and %s.service is connected; %s", a.Mode, k.Evidence, helper, pods)
+	return good("mode %s, by %s; %s.service is connected; %s", a.Mode, k.Evidence, helper, pods)
 }
 
 // knownPods says by what how many pods are known, and which of them by no more than their address,
@@ -71,9 +71,9 @@ func knownPods(s *status.Status) string {
 		k := kind{evidence: q.Evidence}
 		switch {
 		case q.ServiceAccount == "":
-			k = kind{"nothing", "static, without a ServiceAccount"}
+			k = kind{"nothing", "static pod, no ServiceAccount"}
 		case q.Evidence == "":
-			k = kind{"nothing", "on the host network, where only a cgroup tells who asks: they are refused"}
+			k = kind{"nothing", "on the host network, which needs cgroup v2: refused"}
 		case q.Evidence != attest.ByAddress:
 		case s.Attestation.Kernel == nil:
 			k.why = "attestation.mode is " + s.Attestation.Mode
@@ -92,7 +92,7 @@ func knownPods(s *status.Status) string {
 		}
 		texts = append(texts, text)
 	}
-	return "pods are known: " + cmp.Or(strings.Join(texts, ", "), "none")
+	return "evidence of pods: " + cmp.Or(strings.Join(texts, ", "), "none")
 }
 
 // sandboxes returns the RuntimeClasses that have the name of a sandbox whose sockets the node's

@@ -17,7 +17,10 @@ import (
 // credentialCheck says with what the API server is asked, and whether it answers: the service's
 // word where it runs, and doctor's own try.
 func credentialCheck(r *nodeReport) Finding {
-	const seeCopy = "systemctl restart gke-metadata-emulator-credential"
+	const (
+		checkNodeName = "correct or remove nodeName"
+		checkServer   = "check that the API server runs, that this node reaches it, and that the credential is valid"
+	)
 	a := r.cluster
 	var away *kube.AwayError
 	errors.As(a.Reach, &away)
@@ -25,46 +28,51 @@ func credentialCheck(r *nodeReport) Finding {
 		c := r.status.Cluster
 		switch {
 		case c.NodeNameProblem != "":
-			return fail("correct or remove nodeName", "%s", c.NodeNameProblem)
+			return fail(checkNodeName, "%s", c.NodeNameProblem)
 		case c.Watching && away != nil: // it may hang, and its connections stay open meanwhile
-			return fail("is the API server up, and can this node reach it?",
-				"%s does not answer doctor: %v; the service's watch is open still, and pods that it knows are served", a.Server,
-				away.Err)
+			return fail(checkServer, "%s: %s does not answer doctor: %v; the service's watch is still open, and known pods are "+
+				"served", kube.Unavailable, a.Server, away.Err)
 		case c.Watching:
-			return good("the service watches this node's pods at %s as %s, with %s", c.Server, cmp.Or(c.User, "somebody"),
-				c.Kubeconfig)
+			return good("the service watches this node's pods at %s as %s, with %s", c.Server, identity(c.User), c.Kubeconfig)
 		case c.Problem != "" && a.Reach == nil:
-			return fail("is the credential the service's user's to read? "+seeCopy,
-				"the service says: %s; doctor itself gets an answer of %s with %s", c.Problem, a.Server, a.Kubeconfig)
+			return fail("let the service's user read the credential: systemctl restart gke-metadata-emulator-credential",
+				"%s; doctor as root reaches %s with %s", c.Problem, a.Server, a.Kubeconfig)
+		case c.Problem != "" && away != nil:
+			return fail(checkServer, "%s", c.Problem)
+		case c.Problem != "":
+			return fail(waitForKubelet, "%s", c.Problem)
 		case a.Reach == nil:
-			return warn("run doctor again; if it stays so: journalctl -u gke-metadata-emulator",
-				"the service does not watch this node's pods now; doctor itself gets an answer of %s with %s", a.Server,
-				a.Kubeconfig)
+			return warn("run doctor again; if this lasts: journalctl -u gke-metadata-emulator",
+				"the service does not watch this node's pods now; doctor reaches %s with %s", a.Server, a.Kubeconfig)
 		}
 	}
 	switch {
 	case away != nil:
-		return fail("can this node reach it, is it up, and is the credential still valid?", "%s with %s of %s: %v",
-			a.Server, a.Credential, a.Kubeconfig, away.Err)
+		return fail(checkServer, "%s: %s with %s of %s: %v", kube.Unavailable, a.Server, a.Credential, a.Kubeconfig, away.Err)
 	case errors.Is(a.Reach, kube.ErrNotConfigured) && !r.root:
 		return skip("%v: %s", a.Reach, asRoot)
 	case a.Reach != nil:
-		return fail("kubelet writes it when it joins the cluster; else set kubeconfig", "%v", a.Reach)
+		return fail(waitForKubelet, "%v", a.Reach)
 	case a.Mismatch != "":
-		return fail("correct or remove nodeName", "%s", a.Mismatch)
+		return fail(checkNodeName, "%s", a.Mismatch)
 	}
-	return good("%s answers to %s, the %s of %s", a.Server, cmp.Or(a.User, "somebody"), a.Credential, a.Kubeconfig)
+	return good("%s answers to %s, with the %s of %s", a.Server, identity(a.User), a.Credential, a.Kubeconfig)
 }
+
+const waitForKubelet = "wait until kubelet has joined the cluster, or set kubeconfig"
+
+// identity is a user of the API server.
+func identity(user string) string { return cmp.Or(user, "an unknown user") }
 
 // untried says why a grant was not tried.
 func untried(a kube.Attempt) (Finding, bool) {
 	switch {
 	case a.Reach != nil:
-		return skip("the API server could not be asked: see credential"), true
+		return skip("the API server does not answer: see check credential"), true
 	case a.List != nil:
-		return skip("this node's pods are not known: see pods"), true
+		return skip("this node's pods are unknown: see check pods"), true
 	case a.Pod == "":
-		return skip("no pod runs on this node to try it with"), true
+		return skip("no pod with a ServiceAccount runs on this node"), true
 	}
 	return Finding{}, false
 }
@@ -77,13 +85,13 @@ func refused(err error, remedy string) Finding {
 	}
 	m := f.Manifest()
 	if m == "" {
-		return fail("does nodeName name the node of this credential?", "%s %s: %s", f.Verb, f.Resource, f.Message)
+		return fail("set nodeName to the node of this credential, or remove it", "%s %s: %s", f.Verb, f.Resource, f.Message)
 	}
 	name := "rbac.yaml"
 	if !strings.Contains(m, "system:nodes") {
 		name = "rbac-dedicated.yaml"
 	}
-	r := fail("apply "+name+" as printed below (it lies in /usr/share/doc/gke-metadata-emulator too)",
+	r := fail("apply "+name+" as printed below (also in /usr/share/doc/gke-metadata-emulator)",
 		"missing grant: %s %s: %s", f.Verb, f.Resource, f.Message)
 	r.Manifest = m
 	return r
@@ -93,13 +101,13 @@ func podsCheck(r *nodeReport) Finding {
 	a := r.cluster
 	switch {
 	case a.Reach != nil:
-		return skip("the API server could not be asked: see credential")
+		return skip("the API server does not answer: see check credential")
 	case a.List != nil:
-		return refused(a.List, "can this node list its pods?")
+		return refused(a.List, "check that the API server lets this node list its pods")
 	case a.Watch != nil:
-		return refused(a.Watch, "can this node watch its pods?")
+		return refused(a.Watch, "check that the API server lets this node watch its pods")
 	}
-	text := fmt.Sprintf("%d of this node, and %d on the host network, listed and watched", a.Pods, a.HostPods)
+	text := fmt.Sprintf("%d on the pod network, %d on the host network", a.Pods, a.HostPods)
 	if r.status == nil || r.status.Cluster == nil {
 		return good("%s", text)
 	}
@@ -121,11 +129,11 @@ func serviceAccountsCheck(r *nodeReport) Finding {
 	case errors.As(a.Get, &annotation):
 		return warn("correct the annotation", "%v", a.Get)
 	case a.Get != nil:
-		return refused(a.Get, "does it exist?")
+		return refused(a.Get, "create the ServiceAccount, or correct the pod")
 	case a.Account.Linked():
-		return good("%s can be read, and is linked to %s", a.ServiceAccount, a.Account.GoogleEmail)
+		return good("%s is readable, and linked to %s", a.ServiceAccount, a.Account.GoogleEmail)
 	}
-	return good("%s can be read, and is not linked to a Google service account", a.ServiceAccount)
+	return good("%s is readable, and not linked to a Google service account", a.ServiceAccount)
 }
 
 func tokenRequestCheck(r *nodeReport) Finding {
@@ -135,13 +143,14 @@ func tokenRequestCheck(r *nodeReport) Finding {
 	}
 	switch {
 	case r.config.TokenAudience == "":
-		return skip("without a configuration no audience is known")
+		return skip("no valid configuration, so no audience")
 	case errors.Is(a.Mint, kube.ErrNoPod):
-		return skip("pod %s/%s went away meanwhile", a.ServiceAccount.Namespace, a.Pod)
+		return skip("pod %s/%s was deleted during the check", a.ServiceAccount.Namespace, a.Pod)
 	case a.Mint != nil:
-		return refused(a.Mint, "can the API server be reached, and does it issue tokens?")
+		return refused(a.Mint, "check that the API server issues tokens")
 	}
-	return good("a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod, r.config.TokenAudience)
+	return good("the API server issued a token of %s, bound to pod %s, for %s", a.ServiceAccount, a.Pod,
+		r.config.TokenAudience)
 }
 
 func stsCheck(r *nodeReport) Finding { return r.believeService(reached(r.sts, "google.stsURL")) }
@@ -160,8 +169,8 @@ func (r *nodeReport) believeService(f Finding) Finding {
 	if r.status.Proxy != "" {
 		route = "by proxy " + r.status.Proxy
 	}
-	return warn("run doctor with the HTTPS_PROXY of the service's unit, and see tokens below",
-		"the service goes there %s; doctor itself fails: %s", route, f.Finding)
+	return warn("run doctor with the HTTPS_PROXY of the service's unit; see check tokens below",
+		"the service connects %s; doctor's own connection fails: %s", route, f.Finding)
 }
 
 // reached judges whether one of Google's services is there.
@@ -178,14 +187,14 @@ func reached(r token.Reached, key string) Finding {
 	case r.Err == nil:
 		return good("%s answers, %s", r.URL, by)
 	case errors.As(r.Err, &invalid) && invalid.Reason == x509.Expired:
-		return fail("is this node's clock right (see clock)?", "%s: %v", r.URL, r.Err)
+		return fail("set this node's clock: see check clock", "%s: %v", r.URL, r.Err)
 	case errors.As(r.Err, &authority), errors.As(r.Err, &host):
-		return fail("install ca-certificates; if a proxy opens TLS, name its authority in google.caFile", "%s: %v, %s",
+		return fail("install ca-certificates; if a proxy intercepts TLS, set google.caFile to its CA", "%s: %v, %s",
 			r.URL, r.Err, by)
 	case errors.As(r.Err, &record):
 		return fail("correct "+key, "%s does not speak TLS: %v", r.URL, r.Err)
 	}
-	return fail("let this node reach it: routes, firewalls, DNS, or a proxy in HTTPS_PROXY of the service's unit",
+	return fail("check routes, firewalls and DNS of this node, or set HTTPS_PROXY in the service's unit",
 		"%s: %v, %s", cmp.Or(r.URL, key), r.Err, by)
 }
 
@@ -193,23 +202,23 @@ func reached(r token.Reached, key string) Finding {
 // cluster's tokens.
 func exchangeCheck(r *nodeReport) Finding {
 	if r.exchange == nil {
-		return skip("there is no token to exchange: see tokenrequest")
+		return skip("no token to exchange: see check tokenrequest")
 	}
 	sa, provider := r.cluster.ServiceAccount, r.config.WorkloadIdentity.Audience
 	var e *token.GoogleError
 	switch err := r.exchange.err; {
 	case err == nil && r.exchange.email != "":
-		return good("STS takes the token of %s for %s, and IAM gives it those of %s", sa, provider, r.exchange.email)
+		return good("STS accepts the token of %s for %s, and IAM issues tokens of %s for it", sa, provider, r.exchange.email)
 	case err == nil:
-		return good("STS takes the token of %s for %s", sa, provider)
+		return good("STS accepts the token of %s for %s", sa, provider)
 	case errors.As(err, &e) && e.Step == "STS" && !e.Temporary():
 		return fail("compare issuer, keys, allowed audiences and condition of the provider: gcloud iam "+
 			"workload-identity-pools providers describe", "%v (audience %s)", err, r.config.TokenAudience)
 	case errors.As(err, &e) && e.Step == "IAM" && !e.Temporary():
-		return warn("this concerns one ServiceAccount; the node itself is well", "STS takes the token of %s for %s; %v", sa,
+		return warn("correct this one ServiceAccount; others are not affected", "STS accepts the token of %s for %s; %v", sa,
 			provider, err)
 	default:
-		return r.believeService(fail("see sts and iam", "%v", err))
+		return r.believeService(fail("see checks sts and iam", "%v", err))
 	}
 }
 
@@ -235,12 +244,12 @@ func clockCheck(r *nodeReport) Finding {
 		}
 	}
 	if len(clocks) == 0 {
-		return skip("neither the API server nor STS says what time it is")
+		return skip("neither the API server nor STS sent its time")
 	}
 	if len(clocks) == 2 { // where both are off by the same, it is this node that is
 		if d := clocks[1].skew - clocks[0].skew; d.Abs() > clockFail && clocks[0].skew.Abs() > clockWarn {
-			return fail("have the API server's machine keep its time (NTP): Google refuses its tokens",
-				"%s's clock and %s's are %s apart", clocks[0].name, clocks[1].name, d.Abs())
+			return fail("synchronize the clock of the API server's machine by NTP: Google refuses its tokens",
+				"the clocks of %s and %s are %s apart", clocks[0].name, clocks[1].name, d.Abs())
 		}
 	}
 	worst := clocks[0]
@@ -251,20 +260,20 @@ func clockCheck(r *nodeReport) Finding {
 		}
 		texts = append(texts, c.name)
 	}
-	const ntp = "have this node keep its time: chrony or systemd-timesyncd"
+	const ntp = "synchronize this node's clock by NTP: chrony or systemd-timesyncd"
 	switch {
 	case worst.skew.Abs() > clockFail:
-		return fail(ntp, "%s off from %s's", worst.skew.Abs(), worst.name)
+		return fail(ntp, "this node's clock is %s off that of %s", worst.skew.Abs(), worst.name)
 	case worst.skew.Abs() > clockWarn:
-		return warn(ntp, "%s off from %s's", worst.skew.Abs(), worst.name)
+		return warn(ntp, "this node's clock is %s off that of %s", worst.skew.Abs(), worst.name)
 	}
-	return good("within %s of that of %s", clockWarn, strings.Join(texts, " and "))
+	return good("this node's clock is within %s of that of %s", clockWarn, strings.Join(texts, " and "))
 }
 
 // tokensCheck is the service's own word on what it minted.
 func tokensCheck(r *nodeReport) Finding {
 	if r.status == nil {
-		return skip("the service could not be asked: see service")
+		return skip("the service does not answer: see check service")
 	}
 	bad, last := 0, ""
 	for _, t := range r.status.Tokens {
@@ -274,8 +283,8 @@ func tokensCheck(r *nodeReport) Finding {
 		}
 	}
 	if bad > 0 {
-		return warn("gke-metadata-emulator status shows all", "%d of %d could not be minted or refreshed the last time, "+
-			"such as that of %s", bad, len(r.status.Tokens), last)
+		return warn("gke-metadata-emulator status shows each error", "%d of %d tokens could not be minted or refreshed at "+
+			"the last attempt, such as that of %s", bad, len(r.status.Tokens), last)
 	}
-	return good("%d are cached, and the last mint of each went well", len(r.status.Tokens))
+	return good("cached tokens: %d, each minted without an error", len(r.status.Tokens))
 }

@@ -188,4 +188,7 @@ func skip(format string, args ...any) Finding {
 	return Finding{Verdict: Skip, Finding: fmt.Sprintf(format, args...)}
 }
 
-const asRoot = "run doctor as root"
+const (
+	asRoot     = "run doctor as root"
+	notServing = "the service does not serve: see check service"
+)

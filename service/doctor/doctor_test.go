@@ -164,8 +164,8 @@ func TestReportText(t *testing.T) {
 	if r.Failed() != 3 || strings.Count(text, "MISSING GRANT") != 1 || !strings.Contains(text, "\nkind: ClusterRole\n") {
 		t.Errorf("%d failed, and\n%s", r.Failed(), text)
 	}
-	const begin = "fail  configuration    a; b; the service runs on with what it read before, and would refuse pods " +
-		"after a restart → correct it before anything restarts the service\n" +
+	const begin = "fail  configuration    the configuration on disk does not load: the previous one stays in force, and " +
+		"a restart would refuse pods: a; b → correct the file, and check it: gke-metadata-emulator config check\n" +
 		"ok    service          serving, version 1.2.3, up 1h0m0s, 0 connections\n"
 	if !strings.HasPrefix(text, begin) {
 		t.Error(text)

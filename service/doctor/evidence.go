@@ -69,9 +69,9 @@ func askProject(ctx context.Context, pod *probe.Pod, at netip.AddrPort) attested
 func (r *nodeReport) noEvidence() string {
 	switch {
 	case r.status == nil || r.status.State != "serving":
-		return "the service does not serve: see service"
+		return notServing
 	case r.status.Attestation.Mode != "kernel":
-		return fmt.Sprintf("attestation.mode is %s, and an address is no evidence", r.status.Attestation.Mode)
+		return fmt.Sprintf("attestation.mode is %s: there is no evidence besides the address", r.status.Attestation.Mode)
 	}
 	return ""
 }
@@ -79,13 +79,13 @@ func (r *nodeReport) noEvidence() string {
 // evidenceCheck: a connection is attested as a pod's is, so what leaves the connection alone and
 // breaks only the evidence is seen.
 func evidenceCheck(r *nodeReport) Finding {
-	const remedy = "systemctl restart gke-metadata-emulator-attest (see attestation); " +
-		"if that does not help, look for rules that rewrite what pods send: iptables-save; nft list ruleset"
+	const remedy = "systemctl restart gke-metadata-emulator-attest (see check attestation); " +
+		"if that does not help, find rules that rewrite packets of pods: iptables-save; nft list ruleset"
 	switch why := r.noEvidence(); {
 	case why != "":
 		return skip("%s", why)
 	case !r.trial.ours && !r.trial6.ours:
-		return skip("no connection reached the service: see connection")
+		return skip("no connection reached the service: see check connection")
 	}
 	var proven []string
 	for _, t := range []trial{r.trial, r.trial6} {
@@ -95,11 +95,11 @@ func evidenceCheck(r *nodeReport) Finding {
 		case a.proven():
 			proven = append(proven, t.from)
 		case a.status == 0:
-			return warn("run doctor again", "from %s: the connection could not be attested: %v", t.from, inner(a.err))
+			return warn("run doctor again", "from %s: the connection was not identified: %v", t.from, inner(a.err))
 		default:
-			return fail(remedy, "from %s: the service does not find whose socket that is, so it refuses pods: %d %s",
+			return fail(remedy, "from %s: the service does not find the socket of the connection, and refuses pods: %d %s",
 				t.from, a.status, a.reason)
 		}
 	}
-	return good("the service found doctor's own socket from %s", strings.Join(proven, " and from "))
+	return good("the service found the socket of doctor's connection from %s", strings.Join(proven, " and from "))
 }

@@ -3,7 +3,9 @@ package doctor
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"net/http"
@@ -39,6 +41,7 @@ type nodeReport struct {
 
 	status    *status.Status // of the running service
 	statusErr error
+	notReady  string      // as /readyz says, where status may not be asked for; "": it is ready, or not known
 	unit      status.Unit // what systemd says of the service,
 	watcher   string      // and of the watcher: active, failed, …; "" = it could not be asked
 	install   *routing.Failure
@@ -111,11 +114,15 @@ func newReport(ctx context.Context, o Options) *nodeReport {
 	r.plan = o.Plan(r.config, r.broken)
 	r.state, r.stateErr = routing.ReadState(o.RunDir)
 	r.install, _ = routing.ReadFailure(o.RunDir) // one that cannot be read tells nothing
-	if text, err := status.Fetch(ctx, o.StatusSocket); err != nil {
+	if text, err := status.Fetch(ctx, o.StatusSocket); errors.Is(err, fs.ErrPermission) {
+		r.statusErr = err
+		r.notReady, _ = status.FetchReadiness(ctx, r.config.HealthListen)
+	} else if err != nil {
 		r.statusErr = err
 	} else if err := json.Unmarshal(text, &r.status); err != nil {
-		r.status, r.statusErr = nil, fmt.Errorf("the answer of %s cannot be read (another version's?): %w", o.StatusSocket,
-			err)
+		r.status, r.statusErr = nil, fmt.Errorf("the answer of %s cannot be read: %w: restart the service if it has "+
+			"another version",
+			o.StatusSocket, err)
 	}
 	return r
 }
@@ -234,7 +241,7 @@ func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool)
 	}
 	defer func() {
 		if err := pod.Close(); err != nil && t.impossible == nil {
-			t.impossible = fmt.Errorf("the throw-away namespace could not be cleaned up: %w", err)
+			t.impossible = fmt.Errorf("the temporary namespace cannot be removed: %w", err)
 		}
 	}()
 	var inhabited error

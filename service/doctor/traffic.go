@@ -26,14 +26,14 @@ func policiesCheck(r *nodeReport) Finding {
 	}
 	switch {
 	case r.node.Policies == nil:
-		return skip("to read the chains of others, %s", asRoot)
+		return skip("to read the chains of other programs, %s", asRoot)
 	case len(r.node.Policies) == 0:
-		return good("no chain at hook %s drops by its policy", hook)
+		return good("no chain at hook %s has policy drop", hook)
 	case r.trial.ours && (r.trial6.ours || !r.plan.Listen6.IsValid() || r.notIPv6() != ""):
-		return good("%s at hook %s drop by their policy, and let requests through", strings.Join(r.node.Policies, ", "), hook)
+		return good("%s at hook %s have policy drop, and accept requests of pods", strings.Join(r.node.Policies, ", "), hook)
 	}
-	return warn("have them accept what goes to "+r.plan.Listen.String(),
-		"%s at hook %s drop by their policy what they do not accept", strings.Join(r.node.Policies, ", "), hook)
+	return warn("accept packets to "+r.plan.Listen.String()+" in these chains",
+		"%s at hook %s have policy drop, and may drop requests of pods", strings.Join(r.node.Policies, ", "), hook)
 }
 
 // connectionCheck is a real connection by way of everybody's rules.
@@ -43,18 +43,18 @@ func connectionCheck(r *nodeReport) Finding {
 	case f.Verdict != OK:
 		return f
 	case t.impossible != nil:
-		return good("%s; rules for pods' own addresses and interfaces were not met: %v", f.Finding, t.impossible)
+		return good("%s; not tried from a pod: %v", f.Finding, t.impossible)
 	case t.ours:
 		return good("%s, and from pod %s", f.Finding, t.from)
 	case t.err == nil:
-		return fail(installRules, "from pod %s: %s answered in the emulator's place", t.from, answeredBy(t.answered))
+		return fail(installRules, "from pod %s: %s answered instead of this service", t.from, answeredBy(t.answered))
 	}
 	if chains := r.node.Untrack; len(chains) > 0 {
-		return fail("set routing.mode to nftables, whose rules overrule that",
-			"from pod %s: %v: %s takes packets out of conntrack before the rules", t.from, inner(t.err), some(chains))
+		return fail("set routing.mode: nftables, whose rules come first",
+			"from pod %s: %v: %s excludes packets from conntrack before the rules", t.from, inner(t.err), some(chains))
 	}
-	return fail("find the rule that names pods' addresses or interfaces: iptables-save; nft list ruleset; ip rule",
-		"from pod %s: %v, while %s", t.from, inner(t.err), f.Finding)
+	return fail("find the rule for pods' addresses or interfaces: iptables-save; nft list ruleset; ip rule",
+		"from pod %s: %v, but %s", t.from, inner(t.err), f.Finding)
 }
 
 // connection6Check is one by IPv6.
@@ -65,48 +65,47 @@ func connection6Check(r *nodeReport) Finding {
 	case why != "":
 		return skip("requests by IPv6 are not redirected: %s", why)
 	case r.trial6.impossible != nil && r.trial.impossible == nil:
-		return warn("do new interfaces get no IPv6 (sysctl net.ipv6.conf.default.disable_ipv6)?", "%v", r.trial6.impossible)
+		return warn("if new interfaces get no IPv6: sysctl net.ipv6.conf.default.disable_ipv6=0", "%v", r.trial6.impossible)
 	}
 	return r.connection(r.trial6, r.plan.Listen6)
 }
 
 // connection judges a trial of what should end at the listen address.
 func (r *nodeReport) connection(t trial, listen netip.AddrPort) Finding {
-	from := "from a throw-away namespace, " + t.from
+	from := "from a temporary namespace, " + t.from
 	if r.plan.Mode == routing.ModeNone {
-		from += fmt.Sprintf(", at %s as GCE_METADATA_HOST says", r.entry())
+		from += fmt.Sprintf(", to %s, the value of GCE_METADATA_HOST", r.entry())
 	}
 	switch {
 	case r.plan.Closed:
-		return skip("without a configuration nothing leads to the service")
+		return skip("no valid configuration: see check configuration")
 	case r.observes():
-		return skip("mode observe redirects nobody")
+		return skip("mode observe redirects no connections")
 	case routing.NotPermitted(t.impossible) || t.impossible != nil && !r.root:
-		return skip("a throw-away namespace needs root: %s", asRoot)
+		return skip("a temporary namespace needs root: %s", asRoot)
 	case t.impossible != nil:
-		return warn("is another doctor running, or has the kernel no veth?", "%v", t.impossible)
+		return warn("wait for another doctor to end; load the kernel module veth", "%v", t.impossible)
 	case r.state.Mode == routing.ModeEBPF && !t.ours:
-		return skip("mode ebpf serves the processes of pods, of which doctor is none: see traffic")
+		return skip("mode ebpf redirects only processes of pods: see check traffic")
 	case t.ours:
-		return good("%s: answered as GKE's metadata server", from)
+		return good("%s: this service answered", from)
 	case t.err == nil && r.state.Desired != routing.Installed:
 		return fail(installRules, "%s: %s answered", from, answeredBy(t.answered))
 	case t.err == nil:
-		return fail(installRules, "%s: %s answered in the emulator's place", from, answeredBy(t.answered))
+		return fail(installRules, "%s: %s answered instead of this service", from, answeredBy(t.answered))
 	case len(t.dropped) > 0:
-		return fail(fmt.Sprintf("have it accept what pods send to %s; where pods' interfaces or addresses are trusted "+
-			"there already, this one is not", listen),
+		return fail(fmt.Sprintf("accept packets of pods to %s in that chain, unless a rule there accepts the interfaces or "+
+			"addresses of pods already", listen),
 			"%s: dropped by %s", from, strings.Join(t.dropped, "; "))
 	case isRefused(t.err):
-		return fail("is somebody listening (see listener), and do the rules stand (see rules)?",
-			"%s: refused, by no chain that can be seen", from)
+		return fail("see checks listener and rules",
+			"%s: connection refused, and no chain was seen to reject it", from)
 	}
 	reason := fmt.Sprintf("%v, and no chain was seen to drop it", inner(t.err))
 	if t.traceErr != nil {
-		reason = fmt.Sprintf("%v; who drops it could not be seen: %v", inner(t.err), t.traceErr)
+		reason = fmt.Sprintf("%v; tracing the packet failed: %v", inner(t.err), t.traceErr)
 	}
-	return fail("do the rules stand (see rules), does the network go past netfilter (see network)?", "%s: %s", from,
-		reason)
+	return fail("see check rules, and check network for one that bypasses netfilter", "%s: %s", from, reason)
 }
 
 // inner is what went wrong, without what was asked.
@@ -127,8 +126,8 @@ func isRefused(err error) bool {
 }
 
 // countedNothing is what to do where nobody's requests arrive.
-const countedNothing = "does the network go past netfilter (see network)? Ask for a token in a pod, and see " +
-	"whether this changes"
+const countedNothing = "request a token in a pod and run doctor again; if nothing arrives, see check network for one " +
+	"that bypasses netfilter"
 
 // podsOn counts the pods on the pod network that have such addresses, as far as the service knows
 // of pods.
@@ -144,6 +143,16 @@ func (r *nodeReport) podsOn(such func([]netip.Addr) bool) (n int, known bool) {
 	return n, true
 }
 
+// count is a number of pods.
+func count(pods int) string { return fmt.Sprintf("%d pod%s", pods, textIf(pods != 1, "s")) }
+
+func have(pods int) string {
+	if pods == 1 {
+		return "has"
+	}
+	return "have"
+}
+
 // trafficCheck is the truth signal: pods run, and nothing of what they send was ever redirected, or
 // none has ever asked the service for anything. Doctor's own connections are counted by the rule,
 // and not by the service.
@@ -155,24 +164,24 @@ func trafficCheck(r *nodeReport) Finding {
 	n := r.node.Redirected
 	switch {
 	case r.plan.Closed || r.state.Desired != routing.Installed:
-		return skip("nothing leads to the service")
+		return skip("no rules redirect pods to the service: see check rules")
 	case r.observes():
-		return skip("mode observe redirects nobody; whom it would is told by gke-metadata-emulator routing observe")
+		return skip("mode observe redirects no connections: gke-metadata-emulator routing observe prints what it counted")
 	case r.status != nil && r.status.Requests > 0:
 		return good("%d requests since the service started %s ago", r.status.Requests, status.Age(r.now, r.status.Started))
 	case pods == 0 && (r.status != nil || r.cluster.List == nil && r.cluster.Reach == nil):
-		return good("no pod runs here")
+		return good("no pod runs on this node")
 	case n != nil && *n == 0:
-		return warn(countedNothing, "of the pods that run here (%d) no connection was ever redirected", pods)
+		return warn(countedNothing, "no connection was ever redirected, with %s on this node", count(pods))
 	case r.status != nil:
-		return warn(countedNothing, "of the pods that run here (%d) none has asked for anything since the service "+
-			"started %s ago", pods, status.Age(r.now, r.status.Started))
+		return warn(countedNothing, "no request since the service started %s ago, with %s on this node",
+			status.Age(r.now, r.status.Started), count(pods))
 	case n != nil:
-		return good("%d connections were redirected since the rules were put up, doctor's own among them", *n)
+		return good("%d connections were redirected since the rules were installed, including doctor's own", *n)
 	case !r.root:
 		return skip("to read the counter of the rule that redirects, %s", asRoot)
 	}
-	return skip("mode %s counts no connections, and the service could not be asked: see service", r.state.Mode)
+	return skip("mode %s counts no connections, and the service does not answer: see check service", r.state.Mode)
 }
 
 // traffic6Check is the same of IPv6. Clients ask by it where there is no IPv4: that pods which have
@@ -186,21 +195,24 @@ func traffic6Check(r *nodeReport) Finding {
 	case why != "":
 		return skip("requests by IPv6 are not redirected: %s", why)
 	case r.state.Desired != routing.Installed:
-		return skip("nothing leads to the service")
+		return skip("no rules redirect pods to the service: see check rules")
 	case r.status != nil && r.status.Requests6 > 0:
 		return good("%d requests by IPv6 since the service started %s ago", r.status.Requests6,
 			status.Age(r.now, r.status.Started))
 	case known && pods == 0:
-		return good("none by IPv6, and no pod that runs here has IPv6 alone")
+		return good("no requests by IPv6, and no pod of this node has only IPv6")
 	case known && n != nil && *n == 0:
-		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) no connection was ever redirected", pods)
+		return warn(countedNothing, "no connection by IPv6 was ever redirected, with %s on this node that %s only IPv6",
+			count(pods),
+			have(pods))
 	case known:
-		return warn(countedNothing, "of the pods that run here with IPv6 alone (%d) none has asked for anything by IPv6 "+
-			"since the service started %s ago", pods, status.Age(r.now, r.status.Started))
+		return warn(countedNothing, "no request by IPv6 since the service started %s ago, with %s on this node that %s only "+
+			"IPv6", status.Age(r.now, r.status.Started), count(pods), have(pods))
 	case n != nil:
-		return good("%d connections by IPv6 were redirected since the rules were put up, doctor's own among them", *n)
+		return good("%d connections by IPv6 were redirected since the rules were installed, including doctor's own", *n)
 	case !r.root:
 		return skip("to read the counter of the rule that redirects requests by IPv6, %s", asRoot)
 	}
-	return skip("the rule that redirects requests by IPv6 has no counter, and the service could not be asked: see service")
+	return skip("the rule that redirects requests by IPv6 has no counter, and the service does not answer: see check " +
+		"service")
 }

@@ -374,7 +374,7 @@ func (c *Cluster) watchAccount(ctx context.Context, sa workload.ServiceAccount) 
 		c.accounts.mayWatch.Store(false)
 		c.accounts.watchDeniedAt.Store(time.Now().UnixNano())
 		c.log.Debug(
-			"ServiceAccounts cannot be watched; they are read every ten minutes, for each new pod, and before each mint",
+			"ServiceAccounts cannot be watched: they are read every 10 minutes, for each new pod, and before each mint",
 		)
 	}
 	if probes {

@@ -171,7 +171,7 @@ func (c *Cluster) identify(ctx context.Context, k *client, cred *credential) (na
 		c.mismatch.Store(nil)
 		return c.nodeName, user, nil
 	case isNode && own != "":
-		c.log.WithField("source", source).Infof("this node is %q", own)
+		c.log.WithField("source", source).Infof("node name %q", own)
 		return own, user, nil
 	}
 	h, err := os.Hostname()
@@ -179,7 +179,7 @@ func (c *Cluster) identify(ctx context.Context, k *client, cred *credential) (na
 		return "", "", fmt.Errorf("node name unknown: nodeName is not set and the host has no name: %w", err)
 	}
 	h = strings.ToLower(strings.TrimSpace(h)) // as kubelet does
-	c.log.WithField("source", "host name").Infof("this node is %q", h)
+	c.log.WithField("source", "host name").Infof("node name %q", h)
 	return h, user, nil
 }
 

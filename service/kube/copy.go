@@ -40,7 +40,7 @@ func copyOf(kubeconfig string, places []string) (text []byte, path string, err e
 	}
 	body, err := clientcmd.Write(*k.config)
 	if err != nil {
-		return nil, k.path, unusable(k.path, errors.New("it cannot be written as a kubeconfig"))
+		return nil, k.path, unusable(k.path, errors.New("cannot be written as a kubeconfig"))
 	}
 	return append(fmt.Appendf(nil, copyLine, k.path, kubeconfig), body...), k.path, nil
 }
@@ -64,7 +64,7 @@ func loadCopy(path, kubeconfig string, need error) (*contents, error) {
 		return nil, unusable(path, errors.New("not a kubeconfig (YAML or JSON of kind Config)"))
 	}
 	if err := inline(k, func(name string) ([]byte, error) {
-		return nil, fmt.Errorf("not a copy that this service made: a copy names no file: it names the file %s", name)
+		return nil, fmt.Errorf("not a copy that this service made: it names the file %s", name)
 	}); err != nil {
 		return nil, unusable(path, err)
 	}

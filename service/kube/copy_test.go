@@ -139,7 +139,7 @@ func TestCopyThatIsNone(t *testing.T) {
 		"another setting": {head + conf(`{"token":"t"}`), "/etc/other.conf", "permission"},
 		"no copy":         {conf(`{"token":"t"}`), "", "permission"},
 		"garbage":         {head + "\x00", "", "not a kubeconfig"},
-		"names a file":    {head + conf(`{"tokenFile":"/etc/shadow"}`), "", "a copy names no file"},
+		"names a file":    {head + conf(`{"tokenFile":"/etc/shadow"}`), "", "it names the file /etc/shadow"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if err := os.WriteFile(to, []byte(c.text), 0o600); err != nil {

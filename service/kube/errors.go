@@ -17,7 +17,7 @@ import (
 var (
 	// ErrNotConfigured: there is no usable kubeconfig. On a first boot kubelet has not written its
 	// kubeconfig yet; Run waits for it.
-	ErrNotConfigured = errors.New("no kubeconfig")
+	ErrNotConfigured = errors.New("no usable kubeconfig")
 
 	// ErrNoPod: no live pod of this node uses the ServiceAccount. So its state is not kept (K-04, only
 	// accounts in use), and no token can be bound to a pod (N-07, unbound requests).
@@ -33,8 +33,11 @@ type AwayError struct {
 	Err   error     // of the last attempt
 }
 
+// Unavailable is how the text of every AwayError begins.
+const Unavailable = "the Kubernetes API is unavailable"
+
 func (e *AwayError) Error() string {
-	return fmt.Sprintf("the Kubernetes API is unavailable since %s: %v", e.Since.UTC().Format(time.RFC3339), e.Err)
+	return fmt.Sprintf("%s since %s: %v", Unavailable, e.Since.UTC().Format(time.RFC3339), e.Err)
 }
 
 func (e *AwayError) Unwrap() error { return e.Err }
@@ -63,7 +66,7 @@ func (e *ForbiddenError) Error() string {
 		return s + ": " + e.Message + ": set nodeName to the node of this credential, or remove nodeName"
 	case e.nodeUnbound():
 		return "missing grant: " + s + " for a process of the node: " + e.Message +
-			": name a kubeconfig of another identity than the node's; `gke-metadata-emulator status` prints its manifest"
+			": set kubeconfig to an identity other than the node's: `gke-metadata-emulator status` prints its manifest"
 	}
 	return "missing grant: " + s + ": " + e.Message + ": apply the manifest that `gke-metadata-emulator status` prints"
 }

@@ -61,7 +61,7 @@ func TestHostsNeedAnotherIdentity_N07(t *testing.T) {
 	refused := func(what string, ask func() error) {
 		t.Helper()
 		var f *ForbiddenError
-		if err := ask(); !errors.As(err, &f) || !strings.Contains(err.Error(), "name a kubeconfig of another identity") ||
+		if err := ask(); !errors.As(err, &f) || !strings.Contains(err.Error(), "set kubeconfig to an identity other than") ||
 			f.Manifest() != rbacDedicated {
 			t.Errorf("%s: %v", what, err)
 		}

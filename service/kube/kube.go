@@ -10,7 +10,9 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -66,7 +68,7 @@ type Cluster struct {
 type state struct {
 	path, kind, server, identity, node string
 	expires                            time.Time // the client certificate; zero: there is none
-	trouble                            error     // why pods cannot be seen; nil when they can
+	unseen                             error     // why pods cannot be seen; nil when they can
 	since                              time.Time // of the last contact
 	away                               bool
 	awaySaid                           time.Time
@@ -159,10 +161,15 @@ func (c *Cluster) next(ctx context.Context, present *session) *session {
 		case said != err.Error():
 			// Without a credential this is the state; otherwise the old credential stays in use.
 			said = err.Error()
-			c.log.WithError(err).Warn("no usable kubeconfig: looking again until there is one")
+			say, then := c.log.Warn, "the previous credential stays in use"
 			if present == nil {
+				then = "trying again"
 				c.setProblem(err)
 			}
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNowhere) || errors.Is(err, ErrIncomplete) {
+				say = c.log.Info // normal until kubelet has joined the cluster, and while it writes a new certificate
+			}
+			say(fmt.Sprintf("%v: %s", err, then))
 		}
 		select {
 		case <-ctx.Done():

@@ -87,13 +87,17 @@ func locate(kubeconfig string, places []string) (*contents, error) {
 		}
 		return k, err
 	}
-	return nil, fmt.Errorf("%w: none of %s exists: set kubeconfig", errNowhere, strings.Join(places, ", "))
+	return nil, fmt.Errorf("%w: none of %s exists: kubelet writes its kubeconfig when it joins the cluster, "+
+		"else set kubeconfig", errNowhere, strings.Join(places, ", "))
 }
 
 // errNowhere: none of the places exists.
 var errNowhere = fmt.Errorf("%w", ErrNotConfigured)
 
 var errReferenced = errors.New("named in the kubeconfig")
+
+// errAbsent is fs.ErrNotExist of a file that kubelet writes after its kubeconfig.
+var errAbsent = fmt.Errorf("%w: kubelet writes it when its certificate is signed", fs.ErrNotExist)
 
 // ErrIncomplete: the kubeconfig or a file that it names is empty, or that file does not exist. At a
 // TLS bootstrap kubelet writes the kubeconfig first, and the certificate when it is signed.
@@ -110,20 +114,27 @@ func unusable(path string, err error) error {
 	return fmt.Errorf("%w: %s: %w", ErrNotConfigured, path, err)
 }
 
+// waitForCopy is the remedy for a kubeconfig that this user may not read (R-27, copy of the
+// credential). At a TLS bootstrap there is no copy before kubelet's certificate, which is normal.
+const waitForCopy = "waiting for the copy that gke-metadata-emulator-credential.service makes once kubelet has its " +
+	"certificate: systemctl status gke-metadata-emulator-credential.service"
+
 func load(path string) (*contents, error) {
 	wrong := func(err error) (*contents, error) {
 		if errors.Is(err, fs.ErrPermission) {
-			err = fmt.Errorf("%w: no copy of it for the service's user: systemctl enable --now "+
-				"gke-metadata-emulator-credential.path", err)
+			err = fmt.Errorf("%w: %s", fs.ErrPermission, waitForCopy)
 		}
 		return nil, unusable(path, err)
 	}
 	raw, err := os.ReadFile(path)
+	if p := (*fs.PathError)(nil); errors.As(err, &p) {
+		return wrong(p.Err) // unusable names the path
+	}
 	if err != nil {
 		return wrong(err)
 	}
 	if len(bytes.TrimSpace(raw)) == 0 {
-		return wrong(fmt.Errorf("the file is empty: %w", ErrIncomplete))
+		return wrong(fmt.Errorf("%w: the file is empty", ErrIncomplete))
 	}
 	sum := sha256.New()
 	sum.Write(raw)
@@ -144,7 +155,7 @@ func load(path string) (*contents, error) {
 	if err := inline(k, func(name string) ([]byte, error) {
 		b, err := os.ReadFile(name)
 		if errors.Is(err, fs.ErrNotExist) {
-			err = fmt.Errorf("%w: %w", err, ErrIncomplete)
+			return nil, fmt.Errorf("%w: %s, %w, %w", ErrIncomplete, name, errReferenced, errAbsent)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%w, %w", err, errReferenced)
@@ -190,7 +201,7 @@ func inline(k *clientcmdapi.Config, load func(string) ([]byte, error)) error {
 				return err
 			}
 			if len(bytes.TrimSpace(b)) == 0 {
-				return fmt.Errorf("%s is empty: %w, %w", *name, ErrIncomplete, errReferenced)
+				return fmt.Errorf("%w: %s, %w, is empty", ErrIncomplete, *name, errReferenced)
 			}
 			*data = b
 		}

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -58,7 +60,7 @@ func TestKubeconfigAppearsLate(t *testing.T) {
 	if _, err := b.Account(t.Context(), ksa, -1); !errors.Is(err, ErrNotConfigured) {
 		t.Errorf("Account: %v", err)
 	}
-	if p := b.Status().Problem; !strings.Contains(p, "no kubeconfig") {
+	if p := b.Status().Problem; !strings.Contains(p, "no usable kubeconfig") {
 		t.Errorf("status says %q", p)
 	}
 	// As it happens: first a file that is not finished, then a certificate that is not there, then all
@@ -76,6 +78,34 @@ func TestKubeconfigAppearsLate(t *testing.T) {
 	if st := b.Status(); st.Kubeconfig != late || st.NodeName != "node1" || st.User != "system:node:node1" ||
 		st.Credential != "client certificate" || st.Problem != "" || !st.Synced {
 		t.Errorf("status %+v", st)
+	}
+}
+
+// At a TLS bootstrap kubelet's kubeconfig is there before its certificate, and root's copy after
+// it. Until then the service's user may not read the one and finds no other, which is no fault of a
+// unit.
+func TestCopyIsAwaited(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "kubelet.conf")
+	write(t, file, []byte("apiVersion: v1\nkind: Config\n"))
+	if err := os.Chmod(file, 0); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()      // never unlocked: the thread ends, and its user with it
+		_ = syscall.Setfsuid(65534) // without CAP_DAC_OVERRIDE where this is root
+		_, err := load(file)
+		done <- err
+	}()
+	err := <-done
+	if !errors.Is(err, ErrNotConfigured) || !errors.Is(err, fs.ErrPermission) {
+		t.Fatalf("got %v", err)
+	}
+	want := "no usable kubeconfig: " + file + ": permission denied: waiting for the copy that " +
+		"gke-metadata-emulator-credential.service makes once kubelet has its certificate: " +
+		"systemctl status gke-metadata-emulator-credential.service"
+	if err.Error() != want {
+		t.Errorf("got  %s\nwant %s", err, want)
 	}
 }
 
@@ -103,7 +133,7 @@ func TestUnusableKubeconfigs(t *testing.T) {
 	}
 	write(t, at("empty.pem"), []byte("\n"))
 	for name, c := range map[string]struct{ text, says string }{
-		"empty":      {"", "the file is empty: not complete yet"},
+		"empty":      {"", "not complete yet: the file is empty"},
 		"garbage":    {"\x00\x01 secret: hunter2", "not a kubeconfig"},
 		"no-context": {`{"apiVersion":"v1","kind":"Config","current-context":"x"}`, `current-context "x" does not exist`},
 		"no-cert":    {conf(`{"client-certificate":"absent.pem","client-key":"absent.pem"}`), at("absent.pem")},

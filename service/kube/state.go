@@ -34,7 +34,7 @@ func (c *Cluster) lost(err error) error {
 	c.away, c.lastError, c.lastErrorAt = true, err.Error(), now
 	c.mu.Unlock()
 	if say {
-		messageid.APIAway.In(c.log).WithError(err).Warn("the Kubernetes API is unavailable")
+		messageid.APIAway.In(c.log).WithError(err).Warn(Unavailable + ": cached tokens are served, new ones wait")
 	}
 	return e
 }
@@ -42,7 +42,7 @@ func (c *Cluster) lost(err error) error {
 func (c *Cluster) setProblem(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.trouble = err
+	c.unseen = err
 	if err != nil {
 		c.lastError, c.lastErrorAt = err.Error(), time.Now()
 	}
@@ -54,10 +54,25 @@ var errNotListed = errors.New("the pods of this node have not been listed yet")
 func (c *Cluster) problem() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.trouble != nil {
-		return c.trouble
+	if c.unseen != nil {
+		return c.unseen
 	}
 	return &AwayError{Since: c.since, Err: errNotListed}
+}
+
+// trouble returns why the pods of this node are not followed, in the words of At and Known. It
+// returns nil while they are, and for the moment until an ended watch is opened again.
+func (c *Cluster) trouble() error {
+	if !c.pods.current.Load().synced {
+		return c.problem()
+	}
+	c.mu.Lock()
+	failed := c.unseen != nil
+	c.mu.Unlock()
+	if since, lost := c.pods.outOfTouch(); lost && failed {
+		return c.lostTouch(since)
+	}
+	return nil
 }
 
 // lostTouch returns the error for an index that is too old.
@@ -65,14 +80,14 @@ func (c *Cluster) lostTouch(since time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var away *AwayError
-	if c.trouble == nil || errors.As(c.trouble, &away) {
+	if c.unseen == nil || errors.As(c.unseen, &away) {
 		e := &AwayError{Since: since, Err: errors.New("no watch of this node's pods is open")}
 		if away != nil {
 			e.Err = away.Err
 		}
 		return e
 	}
-	return c.trouble
+	return c.unseen
 }
 
 func (c *Cluster) user() string {

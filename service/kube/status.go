@@ -20,7 +20,7 @@ type Status struct {
 	Synced          bool         `json:"synced"`                // the pods were listed
 	Watching        bool         `json:"watching"`              // a watch is open and current
 	LastContact     *time.Time   `json:"lastContact,omitempty"` // of the pod watch
-	Problem         string       `json:"problem,omitempty"`     // why pods cannot be listed
+	Problem         string       `json:"problem,omitempty"`     // why pods are not followed now
 	Pods            []PodStatus  `json:"pods"`
 	Hosts           []HostStatus `json:"hosts,omitempty"` // of Options.Hosts
 	LastError       string       `json:"lastError,omitempty"`
@@ -79,10 +79,11 @@ func (c *Cluster) Status() Status {
 		s.Hosts = append(s.Hosts, HostStatus{sa.String(), c.accounts.known[sa].status()})
 	}
 	c.accounts.mu.Unlock()
+	problem := errorText(c.trouble())
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.Kubeconfig, s.Credential, s.Server, s.User, s.NodeName = c.path, c.kind, c.server, c.identity, c.node
-	s.Problem, s.LastError, s.LastErrorAt = errorText(c.trouble), c.lastError, timeOrNil(c.lastErrorAt)
+	s.Problem, s.LastError, s.LastErrorAt = problem, c.lastError, timeOrNil(c.lastErrorAt)
 	for _, g := range c.grants {
 		s.MissingGrants = append(s.MissingGrants, *g)
 	}

@@ -32,7 +32,7 @@ func (s *Server) Alive(ctx context.Context) error {
 		return err
 	}
 	if inside := s.aliveInside(ctx); inside != nil {
-		return errors.Join(err, inside)
+		return fmt.Errorf("%w; %w", err, inside)
 	}
 	reason := err.Error()
 	if s.unreachable.Swap(&reason) == nil {
@@ -71,7 +71,7 @@ func (s *Server) aliveInside(ctx context.Context) error {
 	}
 	var w statusWriter
 	if s.ServeHTTP(&w, req); w != http.StatusOK {
-		return fmt.Errorf("our own server answered / with status %d", w)
+		return fmt.Errorf("the service answered / with status %d", w)
 	}
 	return nil
 }
@@ -81,7 +81,7 @@ func (s *Server) aliveInside(ctx context.Context) error {
 func accepting(l net.Listener) error {
 	c, ok := l.(syscall.Conn)
 	if !ok {
-		return errors.New("the listener is no socket")
+		return errors.New("the listener is not a socket")
 	}
 	raw, err := c.SyscallConn()
 	if err != nil {

@@ -56,7 +56,7 @@ func onlyFrom(allowed func(netip.Addr) bool, h http.Handler) http.Handler {
 		if err != nil || !allowed(from.Addr().Unmap()) {
 			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 			w.WriteHeader(http.StatusForbidden)
-			_, _ = fmt.Fprintf(w, "%s is in no network of healthAllow\n", who)
+			_, _ = fmt.Fprintf(w, "%s is not in healthAllow\n", who)
 			return
 		}
 		h.ServeHTTP(w, r)

@@ -16,9 +16,9 @@ func TestHealthAnswersWhomItMay(t *testing.T) {
 	}{
 		"192.0.2.7:40000":          {200, "ok\n"},
 		"[::ffff:192.0.2.7]:40000": {200, "ok\n"},
-		"192.0.2.8:40000":          {403, "192.0.2.8 is in no network of healthAllow\n"},
-		"[fe80::1]:40000":          {403, "fe80::1 is in no network of healthAllow\n"},
-		"@":                        {403, "the client is in no network of healthAllow\n"},
+		"192.0.2.8:40000":          {403, "192.0.2.8 is not in healthAllow\n"},
+		"[fe80::1]:40000":          {403, "fe80::1 is not in healthAllow\n"},
+		"@":                        {403, "the client is not in healthAllow\n"},
 	} {
 		r := httptest.NewRequest("GET", "/metrics", nil)
 		r.RemoteAddr = from

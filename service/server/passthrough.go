@@ -83,7 +83,7 @@ func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer
 	if by := req.caller.ServiceAccount; !slices.Contains(active.Passthrough, by.String()) {
 		s.skipped.count(by)
 		return metadata.Answer{}, refusal{Status: http.StatusNotFound, Reason: fmt.Sprintf(
-			"this is not the cloud's metadata server; for ServiceAccount %s to ask that one, name it in passthrough, or "+
+			"this is not the cloud's metadata server: to let ServiceAccount %s use that one, add it to passthrough, or "+
 				"set routing.interceptHostPods to off", by)}
 	}
 	req.place.Node = passthroughPath
@@ -152,13 +152,13 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 		return nil, refusal{Status: http.StatusRequestEntityTooLarge, Close: true,
 			Reason: fmt.Sprintf("the request has more than %d bytes", maxRequestBytes)}
 	case err != nil:
-		return nil, refusal{Status: http.StatusBadRequest, Close: true, Reason: "the request did not come in whole"}
+		return nil, refusal{Status: http.StatusBadRequest, Close: true, Reason: "the request is incomplete"}
 	}
 	done, ok := c.turns.wait(ctx, by)
 	if !ok {
 		return nil, cmp.Or(r.Context().Err(),
 			error(refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cloud's metadata server is " +
-				"slow, and others wait for it"}))
+				"slow, and too many requests wait for it"}))
 	}
 	defer done()
 	to := &http.Request{Method: r.Method, URL: &url.URL{Scheme: "http", Host: c.at, Path: path,
@@ -177,12 +177,12 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 	}
 	defer func() { _ = res.Body.Close() }()
 	if res.Header.Get("Server") == serverName[0] {
-		return nil, refusal{Status: http.StatusBadGateway, Reason: "the cloud's metadata server: the rules lead us to " +
-			"ourselves, since this process is in none of the host's own slices: start it by its unit"}
+		return nil, refusal{Status: http.StatusBadGateway, Reason: "loop: the service's own request to the cloud's " +
+			"metadata server was redirected back to it: start the service by its unit: systemctl start gke-metadata-emulator"}
 	}
 	a := &passed{status: res.StatusCode, header: endToEnd(res.Header)}
 	if res.StatusCode < http.StatusOK {
-		err = errors.New("it is about to speak another protocol")
+		err = errors.New("the answer changes the protocol")
 	} else {
 		a.body, err = atMost(res.Body, maxResponseBytes)
 	}
@@ -194,13 +194,13 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 
 // unanswered says why there is no answer. An error of net/http's may quote what was read.
 func unanswered(err error) error {
-	reason := "what it answered cannot be read"
+	reason := "the answer is invalid"
 	var op *net.OpError
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		reason = "no answer"
 	case errors.Is(err, errTooLong):
-		reason = fmt.Sprintf("its answer has more than %d bytes", maxResponseBytes)
+		reason = fmt.Sprintf("the answer has more than %d bytes", maxResponseBytes)
 	case errors.As(err, &op):
 		reason = op.Err.Error()
 	}

@@ -201,18 +201,18 @@ func TestPassed(t *testing.T) {
 		"it breaks off": {says: func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "10")
 			_, _ = io.WriteString(w, "secret")
-		}, status: 502, body: "cannot be read", ours: true},
+		}, status: 502, body: "the answer is invalid", ours: true},
 		"no HTTP": {says: func(w http.ResponseWriter, _ *http.Request) {
 			c, _, _ := http.NewResponseController(w).Hijack()
 			_, _ = io.WriteString(c, "secret\r\n\r\n")
 			_ = c.Close()
-		}, status: 502, body: "cannot be read", ours: true},
+		}, status: 502, body: "the answer is invalid", ours: true},
 		"another protocol": {says: func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(http.StatusSwitchingProtocols)
-		}, status: 502, body: "cannot be read", ours: true},
+		}, status: 502, body: "the answer is invalid", ours: true},
 		"ourselves": {says: func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Server", "GKE Metadata Server")
-		}, status: 502, body: "to ourselves", ours: true},
+		}, status: 502, body: "loop: the service's own request", ours: true},
 		"a request that is too long": {request: "POST /metadata/scheduledevents HTTP/1.1|Host: metadata|Content-Length: " +
 			"65537||" + strings.Repeat("x", 65537), status: 413, body: "65536", ours: true},
 	} {

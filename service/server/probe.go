@@ -98,7 +98,7 @@ func (p *probe) ask(ctx context.Context) error {
 	}
 	res, err := p.client.Do(req)
 	if errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("%s is not an address of this node: `gke-metadata-emulator routing install` brings it",
+		return fmt.Errorf("%s is not an address of this node: run `gke-metadata-emulator routing install`, which adds it",
 			strings.TrimSuffix(strings.TrimPrefix(p.url, "http://"), "/"))
 	}
 	if err != nil {
@@ -106,7 +106,7 @@ func (p *probe) ask(ctx context.Context) error {
 	}
 	defer func() { _ = res.Body.Close() }()
 	if res.StatusCode != http.StatusOK || res.Header.Get("Metadata-Flavor") != "Google" {
-		return fmt.Errorf("%s answered %s, and it is not us", p.url, res.Status)
+		return fmt.Errorf("%s answered %s: another program listens there", p.url, res.Status)
 	}
 	return nil
 }

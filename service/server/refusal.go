@@ -33,8 +33,8 @@ var (
 // sandbox is the remedy for clients whose sockets the node's kernel does not have, or has
 // with another address.
 const sandbox = "a container behind NAT inside the pod (Docker in a pod) needs the pod's own network, or the pod's " +
-	"ServiceAccount in attestation.byAddress; a sandbox with a network of its own (gVisor, Kata) needs its " +
-	"RuntimeClass there"
+	"ServiceAccount in attestation.byAddress; a sandbox with its own network stack (gVisor, Kata) needs its " +
+	"RuntimeClass in attestation.byAddress"
 
 // wait refuses for now: the client asks again on the same connection.
 func wait(reason string) refusal {
@@ -60,18 +60,19 @@ var refusals = []struct {
 }{
 	{is(metadata.ErrNotFound), "not-found", refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
 	{is(metadata.ErrBadQuery), reasonRequest, refusal{Status: http.StatusBadRequest}},
-	{is(errNoAudience), reasonRequest, refusal{Status: http.StatusBadRequest}},                                    // I-02
-	{is(errNotLinked), "not-linked", refusal{Status: http.StatusNotFound}},                                        // I-04
-	{is(attest.ErrUnknown), "unknown-pod", wait("Kubernetes has named no such pod on this node yet; ask again")},  // H-22
+	{is(errNoAudience), reasonRequest, refusal{Status: http.StatusBadRequest}}, // I-02
+	{is(errNotLinked), "not-linked", refusal{Status: http.StatusNotFound}},     // I-04
+	{is(attest.ErrUnknown), "unknown-pod", // H-22
+		wait("the pod is not known yet: the Kubernetes API has not listed it for this node; ask again")},
 	{is(attest.ErrAmbiguous), "evidence", wait("more than one live pod of this node has the address; ask again")}, // U-06
 	{is(attest.ErrChanged), "evidence", reconnect(attest.ErrChanged.Error())},
 	{is(attest.ErrNoNamespace), "unknown-pod",
 		wait("no known network namespace has the client's address; ask again; " + sandbox)},
 	{is(attest.ErrHelperAway), "helper-away", wait("no known network namespace has the client's address, and " +
-		"gke-metadata-emulator-attest.service, which finds them, is not there")},
+		"gke-metadata-emulator-attest.service, which finds them, is not connected")},
 	{is(attest.ErrUnknownCgroup), "unknown-pod", wait("the cgroup of the client's socket is not known; ask again")},
-	{is(attest.ErrNotRead), "unknown-pod", wait("the cgroups of the node are being read anew; ask again")},
-	{is(attest.ErrNotPod), "no-pod", forbid("not a pod of this node, nor a process that hostIdentities names")},
+	{is(attest.ErrNotRead), "unknown-pod", wait("the cgroups of the node are being read again; ask again")},
+	{is(attest.ErrNotPod), "no-pod", forbid("not a pod of this node, nor a process that hostIdentities lists")},
 	{is(attest.ErrNoAccount), "no-pod", forbid(attest.ErrNoAccount.Error())},
 	// Of a client whose own filter dropped what it sent, another connection is found.
 	{is(attest.ErrNoSocket), "evidence",
@@ -79,18 +80,18 @@ var refusals = []struct {
 	{is(attest.ErrEmptyCgroup), "evidence",
 		reconnect("no process is left in the cgroup of the client's socket; connect again")},
 	{is(attest.ErrOwner), "evidence",
-		forbid("the cgroup of the client's socket has a pod's name and was not made by kubelet")},
+		forbid("the cgroup of the client's socket has a pod's name and was not created by kubelet")},
 	// others can bring it about; another port may be nobody else's.
-	{is(attest.ErrSockets), "evidence", reconnect("two sockets could be the other end of this connection; connect again")},
+	{is(attest.ErrSockets), "evidence", reconnect("two sockets match the other end of this connection; connect again")},
 	{is(attest.ErrSpared), "evidence",
-		reconnect("the client's socket is of a process of the node that is not redirected, " +
-			"and the connection was; connect again")},
+		reconnect("the connection was redirected, but the client's socket belongs to a process of the node that is " +
+			"not redirected; connect again")},
 	{is(attest.ErrNamespaceOwner), "unknown-pod",
 		wait("the owner of the client's network namespace is not known yet; ask again")},
 	{is(attest.ErrOtherNamespace), "evidence",
-		forbid("the client's socket is in the network namespace of another pod than that " +
-			"of the process that made it: name the mesh's node proxy in attestation.proxies")},
-	{is(attest.ErrNoCgroup), "evidence", forbid("the kernel names no cgroup of the client's socket that is a pod's")},
+		forbid("the client's socket is in another pod's network namespace than the process that created it: add the " +
+			"mesh's node proxy to attestation.proxies")},
+	{is(attest.ErrNoCgroup), "evidence", forbid("the kernel reports no cgroup of a pod for the client's socket")},
 	{is(attest.ErrPods), "evidence", forbid("the kernel's record of the client's socket names two pods")},
 	{as[*kube.AnnotationError], "annotation", refusal{Status: http.StatusBadRequest}},                     // K-00
 	// the operator can mend it
@@ -113,7 +114,7 @@ var refusals = []struct {
 }
 
 var ours = refusal{Status: http.StatusServiceUnavailable,
-	Reason: "no answer can be given now; the log of gke-metadata-emulator.service on the node says why"}
+	Reason: "internal error: the log of gke-metadata-emulator.service on the node has the cause"}
 
 // refusalOf returns what a pod is told of err.
 func refusalOf(err error) refusal {

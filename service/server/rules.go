@@ -19,7 +19,7 @@ type rule struct {
 // one's methods and headers (passthrough.go).
 var rules = []rule{
 	// H-14
-	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Reason: "method not allowed: GET and HEAD are",
+	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Reason: "method not allowed: use GET or HEAD",
 		Allow: "GET, HEAD"}},
 	// H-13
 	{forwarded, refusal{Status: http.StatusForbidden, Reason: "X-Forwarded-For is present: requests must not come " +

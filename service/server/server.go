@@ -64,7 +64,7 @@ func Unconfigured(reason error, l config.Limits) Active {
 	}
 	return Active{Tree: tree, ConnectionsPerPod: l.ConnectionsPerPod, RequestsPerPod: l.RequestsPerPod,
 		Broken: refusal{Status: http.StatusServiceUnavailable,
-			Reason: "gke-metadata-emulator is not configured: " + reason.Error(), Metric: reasonUnconfigured}}
+			Reason: "gke-metadata-emulator is " + config.NotConfigured(reason), Metric: reasonUnconfigured}}
 }
 
 // Server answers pods. Its package is the only one that sees a ResponseWriter.
@@ -202,7 +202,7 @@ func (s *Server) Shutdown(ctx context.Context) {
 	}
 	x.each(false, func(c *connection) { reset(c.conn) })
 	if err := s.web.Shutdown(ctx); err != nil {
-		s.log.Warnf("stopping: %d connections are closed in the middle of an answer: it was not there in time",
+		s.log.Warnf("stopping: %d connections are closed without an answer: the time limit is reached",
 			x.answering.Load())
 		_ = s.web.Close()
 	}

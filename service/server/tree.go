@@ -219,8 +219,8 @@ func (a identity) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	t, of, err := a.issue(ctx, q, func(acct workload.Account) (token.Request, error) {
 		if !acct.Linked() {
 			return token.Request{},
-				fmt.Errorf("ServiceAccount %s is %w: it lacks the annotation iam.gke.io/gcp-service-account, without which "+
-					"Google issues no identity tokens",
+				fmt.Errorf("ServiceAccount %s is %w, which ID tokens need: add the annotation "+
+					"iam.gke.io/gcp-service-account",
 					q.Caller.ServiceAccount, errNotLinked) // I-04
 		}
 		return token.IDToken(q.Caller.ServiceAccount, acct, audience), nil

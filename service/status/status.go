@@ -11,8 +11,11 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
+	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
@@ -25,8 +28,8 @@ type Status struct {
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
 	State   string    `json:"state"`            // serving | not configured | stopping
-	Reason  string    `json:"reason,omitempty"` // why it is not serving
-	// why the configuration on disk does not load; what was read before is in force
+	Reason  string    `json:"reason,omitempty"` // why it is not ready, in the words of /readyz; "" = it is
+	// that the configuration on disk does not load, and why; what was read before is in force
 	ConfigFile string `json:"configFileProblem,omitempty"`
 	Listen     string `json:"listen"`
 	Listen6    string `json:"listen6,omitempty"` // "" = IPv6 is not served
@@ -73,6 +76,50 @@ const SkippedRemedy = "name it in passthrough, or set routing.interceptHostPods 
 // ErrNotRunning is wrapped by Fetch where there is no service to ask.
 var ErrNotRunning = errors.New("the service is not running")
 
+// Denied adds to Fetch's error, for a user who may not use the socket, what /readyz says to every
+// user.
+func Denied(ctx context.Context, err error, healthListen netip.AddrPort) error {
+	reason, answered := FetchReadiness(ctx, healthListen)
+	switch {
+	case !answered:
+		return err
+	case reason == "":
+		reason = "ok"
+	}
+	return fmt.Errorf("%w; /readyz says: %s", err, reason)
+}
+
+// FetchReadiness asks a running service for /readyz at healthListen, as every user of the node may.
+// It returns why the service is not ready, "" where it is, and whether there was an answer. Another
+// process may listen there: the text is for a person's eyes alone.
+func FetchReadiness(ctx context.Context, healthListen netip.AddrPort) (reason string, answered bool) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+healthListen.String()+"/readyz", nil)
+	if err != nil {
+		return "", false
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}} // and never by a proxy
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", false
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	switch {
+	case err != nil:
+		return "", false
+	case resp.StatusCode == http.StatusOK:
+		return "", true
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, strings.TrimSpace(string(text))), resp.StatusCode == http.StatusServiceUnavailable
+}
+
 // Fetch asks the running service over its Unix socket for its Status, as JSON.
 func Fetch(ctx context.Context, socket string) ([]byte, error) {
 	const most = 64 << 20 // thousands of pods and their tokens' ages
@@ -92,19 +139,19 @@ func Fetch(ctx context.Context, socket string) ([]byte, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("%w: there is no %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("%w: nobody answers at %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
+		return nil, fmt.Errorf("%w: no process answers at %s: systemctl restart gke-metadata-emulator", ErrNotRunning, socket)
 	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%s is for root and the service's group: %w", socket, fs.ErrPermission)
+		return nil, fmt.Errorf("%s: %w: run as root or as a member of the service's group", socket, fs.ErrPermission)
 	case err != nil:
-		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+		return nil, fmt.Errorf("ask the service at %s: %w", socket, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
 	text, err := io.ReadAll(io.LimitReader(resp.Body, most))
 	if err != nil {
-		return nil, fmt.Errorf("asking the service at %s: %w", socket, err)
+		return nil, fmt.Errorf("ask the service at %s: %w", socket, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("asking the service at %s: %s", socket, resp.Status)
+		return nil, fmt.Errorf("ask the service at %s: %s", socket, resp.Status)
 	}
 	return text, nil
 }

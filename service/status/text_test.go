@@ -25,7 +25,7 @@ func TestRulesText(t *testing.T) {
 	}
 	want := `(?m)^rules +mode iptables to 169\.254\.169\.252:988, installed 1h0m0s ago
  +auto: it fits
- +read back 1s ago: NOT as they should be
+ +checked 1s ago: NOT as desired
  +missing: a
 host pods +left alone$`
 	if !regexp.MustCompile(want).MatchString(text.String()) {
@@ -45,8 +45,8 @@ func TestConflictText(t *testing.T) {
 	if err := s.Text(&text, now); err != nil {
 		t.Fatal(err)
 	}
-	const want = "conflict     10.0.0.7: ns/p and network namespace 7 of /x have sockets of this address; 3 " +
-		"connections refused, the last 1m0s ago: remove it from the one that does not own it\n"
+	const want = "conflict     10.0.0.7: ns/p and network namespace 7 of /x have sockets with this address: 3 " +
+		"connections refused, the last 1m0s ago: remove the address from the one that does not own it\n"
 	if !strings.Contains(text.String(), want) {
 		t.Errorf("no %q in\n%s", want, &text)
 	}
@@ -67,12 +67,12 @@ func TestObservedText(t *testing.T) {
 	if err := st.Text(&text, time.Date(2026, 1, 1, 0, 1, 0, 0, time.UTC)); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"mode observe: nothing is redirected", `
+	for _, want := range []string{"connections are counted and not redirected", `
 OBSERVED: 3
-CONNECTS  NETWORK  WHO
+CONNECTS  NETWORK  POD OR CGROUP
 7         pod      default/reader
 3         host     /kubepods/besteffort/podbeefbeef-2222-3333-4444-555555555555/b
-2         pod      a cgroup that is gone
+2         pod      a cgroup that was removed
 `} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("%s\ndoes not say %s", text.String(), want)

@@ -240,11 +240,21 @@ type EntryStatus struct {
 	LastErrorAt          time.Time `json:"lastErrorAt,omitzero"`
 }
 
-// Status returns the entries, sorted, without token values.
+// Status returns the entries, sorted, without token values. The access token of an unlinked
+// ServiceAccount is the federated token, so both are one entry.
 func (c *Cache) Status() []EntryStatus {
 	c.mu.Lock()
+	shown := map[Request]bool{} // federated tokens that an unlinked ServiceAccount's entry shows
+	for r := range c.entries {
+		if !r.federated && r.Audience == "" && !r.Account.Linked() {
+			shown[federatedToken(r.ServiceAccount, r.Scopes)] = true
+		}
+	}
 	all := make([]EntryStatus, 0, len(c.entries))
 	for r, e := range c.entries {
+		if shown[r] {
+			continue
+		}
 		s := EntryStatus{
 			ServiceAccount:       r.ServiceAccount.String(),
 			GoogleServiceAccount: sanitize(r.Account.GoogleEmail),

@@ -95,6 +95,6 @@ type LimitError struct {
 }
 
 func (e *LimitError) Error() string {
-	return fmt.Sprintf("this pod has reached limits.%s (%d): ask for fewer different tokens, or have limits.%[1]s raised",
+	return fmt.Sprintf("this pod has reached limits.%s (%d): request fewer different tokens, or raise limits.%[1]s",
 		e.Limit, e.Value)
 }

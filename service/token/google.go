@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -51,6 +52,9 @@ type Google struct {
 	client  *http.Client
 	metrics mintMetrics
 	warn    *rate.Limiter
+
+	mu     sync.Mutex
+	failed map[workload.ServiceAccount]failure // what was logged last for each
 }
 
 // NewGoogle returns a Google. The error is about o.CAFile.
@@ -153,7 +157,7 @@ func (g *Google) report(r Request, began time.Time, t Token, err error) {
 	case err != nil && (r.federated || errors.Is(err, ErrAccountChanged)):
 		log.WithError(err).Debug("token not minted")
 	case err != nil:
-		if g.warn.Allow() {
+		if g.news(r.ServiceAccount, err) && g.warn.Allow() {
 			log.WithError(err).Warn("token not minted")
 		}
 	case r.federated:
@@ -162,6 +166,33 @@ func (g *Google) report(r Request, began time.Time, t Token, err error) {
 		log.WithField("expires", t.Expires.UTC().Format(time.RFC3339)).Info("token minted")
 	}
 }
+
+// sayAgain is the shortest time between two log lines about one failure of one ServiceAccount,
+// whose tokens fail one by one.
+const sayAgain = time.Minute
+
+// news reports whether the failure is not the one that was logged last for the ServiceAccount.
+func (g *Google) news(sa workload.ServiceAccount, err error) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	if last := g.failed[sa]; last.text == err.Error() && now.Sub(last.at) < sayAgain {
+		return false
+	}
+	if g.failed == nil || len(g.failed) >= maxFailed {
+		g.failed = map[workload.ServiceAccount]failure{}
+	}
+	g.failed[sa] = failure{err.Error(), now}
+	return true
+}
+
+// failure is what was logged, and when.
+type failure struct {
+	text string
+	at   time.Time
+}
+
+const maxFailed = 256 // ServiceAccounts whose failures are remembered
 
 func fields(r Request) logrus.Fields {
 	f := logrus.Fields{"service_account": r.ServiceAccount.String()}

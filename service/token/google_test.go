@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -529,8 +530,9 @@ func TestG03MemberOfAnIdentityNamespace(t *testing.T) {
 func TestRefusalsAreLoggedAtABoundedRate(t *testing.T) {
 	w := newWorld(t)
 	w.err = errors.New("no")
-	for range 200 {
-		_, _ = w.minter.Token(context.Background(), AccessToken(ana, workload.Account{}, nil))
+	for i := range 200 { // one ServiceAccount's are one line
+		sa := workload.ServiceAccount{Namespace: ana.Namespace, Name: fmt.Sprintf("a%d", i)}
+		_, _ = w.minter.Token(context.Background(), AccessToken(sa, workload.Account{}, nil))
 	}
 	if n := strings.Count(w.lines.String(), "level=warning"); n < 20 || n > 30 {
 		t.Errorf("%d lines for 200 refusals", n)

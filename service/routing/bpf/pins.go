@@ -49,7 +49,7 @@ func (p Pins) Install(r Rewriting) error {
 	}
 	for _, h := range p.Hooks {
 		if err := p.installHook(h, r); err != nil {
-			return fmt.Errorf("eBPF program %s: %w", h.Name, Permission(err))
+			return fmt.Errorf("eBPF program %s: %w", h.Name, remedied(Permission(err)))
 		}
 	}
 	return nil
@@ -350,14 +350,24 @@ func Permission(err error) error {
 	return &deniedError{err}
 }
 
+// remedied adds what to do about a program that cannot be installed, for another reason than a
+// missing right.
+func remedied(err error) error {
+	if errors.Is(err, fault.ErrPermission) {
+		return err // which has its own remedy
+	}
+	return fmt.Errorf("%w: mode ebpf needs Linux 5.14 or later: set routing.mode: iptables", err)
+}
+
 // deniedError is ErrPermission in the words of mode ebpf.
 type deniedError struct{ error }
 
 func (e *deniedError) Is(target error) bool { return target == fault.ErrPermission }
 func (e *deniedError) Unwrap() error        { return e.error }
 func (e *deniedError) Error() string {
-	return "needs root with CAP_BPF and CAP_NET_ADMIN (a security module or a sandbox may deny it even then: use " +
-		"another routing mode): " + e.error.Error()
+	return e.error.Error() + ": needs root with CAP_BPF and CAP_NET_ADMIN: install /usr/share/doc/gke-metadata-emulator/" +
+		"examples/routing-ebpf.conf as a drop-in of gke-metadata-emulator-routing.service; where a security module or a " +
+		"sandbox denies eBPF, set routing.mode: iptables"
 }
 
 // HostNetwork is the cookie of the calling thread's network namespace.

@@ -1,0 +1,120 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/doctor"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
+)
+
+// A state in which pods get nothing has one text: of /readyz, of status, of doctor, of systemctl
+// status, and, to those who may not ask for the status, of all of them too.
+func TestOneTextForEachState(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		sick   func(*testing.T, *bed)
+		begins string
+		check  string // of doctor, beside service
+	}{
+		"unconfigured": {func(*testing.T, *bed) {}, "not configured: ", "configuration"},
+		"broken": {func(t *testing.T, b *bed) {
+			b.write(t, "config.yaml", "projectID: my-project\nroutign: {}\nworkloadIdentityProvider: x\n")
+		}, "not configured: 2 faults: ", "configuration"},
+		"the API server is away": {func(t *testing.T, b *bed) {
+			b.configure(t)
+			b.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+b.health.String())
+			b.kube.Close()
+		}, "the Kubernetes API is unavailable since ", "credential"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newWorld(t)
+			b.health = freeAddress(t)
+			c.sick(t, b)
+			b.start(t)
+
+			var words string
+			b.eventually(t, "the state, and /readyz has it", func() bool {
+				err := b.readiness(t.Context())
+				read, answered := status.FetchReadiness(t.Context(), b.health)
+				if err == nil || !answered {
+					return false
+				}
+				words = lastTry(err.Error())
+				return words == lastTry(read) && strings.HasPrefix(words, c.begins) &&
+					!strings.Contains(words, errNotYetTried)
+			})
+			if strings.Contains(words, "\n") {
+				t.Errorf("more than a line: %q", words)
+			}
+			st := statusOf(t, b.dir)
+			if lastTry(st.Reason) != words {
+				t.Errorf("status: %q, and /readyz says %q", st.Reason, words)
+			}
+			var text strings.Builder
+			if err := st.Text(&text, time.Now()); err != nil || !strings.Contains(lastTry(text.String()), words+"\n") ||
+				strings.Count(lastTry(text.String()), words) != 1 {
+				t.Errorf("status does not say %q once (%v):\n%s", words, err, &text)
+			}
+			if s := lastTry(b.summary()); !strings.HasSuffix(s, words) {
+				t.Errorf("STATUS=%s, and /readyz says %q", s, words)
+			}
+			err := status.Denied(t.Context(), fs.ErrPermission, b.health)
+			if !errors.Is(err, fs.ErrPermission) || !strings.HasSuffix(lastTry(err.Error()), words) {
+				t.Errorf("status of another user: %v", err)
+			}
+
+			report := doctor.Run(t.Context(), doctor.Options{Load: b.read, RunDir: b.dir,
+				StatusSocket: filepath.Join(b.dir, "status.sock"),
+				Unit:         func(context.Context, string) status.Unit { return status.Unit{} },
+				Plan:         func(config.Config, error) routing.Plan { return routing.Plan{Closed: true} }})
+			for _, check := range []string{"service", c.check} {
+				for _, f := range report.Checks {
+					if f.Check == check && (f.Verdict != doctor.Fail || !strings.HasSuffix(lastTry(f.Finding), words)) {
+						t.Errorf("%+v, and /readyz says %q", f, words)
+					}
+				}
+			}
+			if c.check == "configuration" { // it is what pods are told, and said once in the log
+				if body := b.ask(t, linked, "GET", accts+"default/token", "").body; !strings.Contains(body, words) {
+					t.Errorf("a pod is told %q, and /readyz says %q", body, words)
+				}
+				quoted := strings.ReplaceAll(words, `"`, `\"`)
+				if log := b.log.String(); strings.Count(log, "not configured") != strings.Count(log, `"level":"error"`)+
+					strings.Count(log, `"msg":"refused: `) || !strings.Contains(log, quoted+"; until then pods are answered 503") {
+					t.Errorf("the log:\n%s", log)
+				}
+			}
+		})
+	}
+}
+
+// errNotYetTried is the text until the first answer, or none, of an API server.
+const errNotYetTried = "have not been listed yet"
+
+// lastTry leaves out the URL of the last try, which has another timeout each time.
+func lastTry(text string) string { return urls.ReplaceAllString(text, "Get URL") }
+
+var urls = regexp.MustCompile(`Get "[^"]*"`)
+
+// freeAddress returns an address of loopback at which nothing listened a moment ago.
+func freeAddress(t *testing.T) netip.AddrPort {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return addrPortOf(l)
+}
