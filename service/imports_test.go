@@ -49,7 +49,8 @@ var importRules = []struct {
 		"server serves, and the others are clients (TestResponseWriter); " +
 			"service, metadata, attest, routing and config speak no HTTP"},
 	{"go.yaml.in/", []string{"service/config"}, "one package reads the operator's YAML"},
-	{"golang.org/x/net/", []string{"service/dns"}, "one package reads and writes DNS messages; the rest has the standard library"},
+	{"golang.org/x/net/", []string{"service/dns"},
+		"one package reads and writes DNS messages; the rest has the standard library"},
 }
 
 // six are the packages that do the work. They never import each other: each says in an interface of

@@ -1,8 +1,8 @@
 // Package dns answers: what is the address of metadata.google.internal?
 //
 // On GKE the name resolves by itself. With `dns: answer` rules of package routing send here what
-// pods of this node ask any name server for the name. The answer is the same for everybody and holds
-// public constants alone, so nobody is attested.
+// pods of this node ask any name server for the name. The answer is the same for everybody and
+// holds public constants alone, so nobody is attested.
 package dns
 
 import (
@@ -14,8 +14,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// Name is the name that is answered for. Names below which it stands, as those that a resolver makes
-// of its search list (metadata.google.internal.default.svc.cluster.local), do not exist.
+// Name is the name that is answered for. Names below which it stands, as those that a resolver
+// makes of its search list (metadata.google.internal.default.svc.cluster.local), do not exist.
 const Name = "metadata.google.internal."
 
 var (
@@ -52,12 +52,13 @@ var Outcomes = []Outcome{Address, Empty, NXDomain, Refused, Malformed, Limited}
 // Answer returns the answer to a query, nil if there is none. ipv6 says whether the metadata server
 // is served by IPv6 too.
 //
-// What is no query is never answered: a response above all, so that two responders never answer each
-// other. The answer's packet is at most 1.5 times as large as the query's, so nothing is won by a
-// query in somebody else's name.
+// What is no query is never answered: a response above all, so that two responders never answer
+// each other. The answer's packet is at most 1.5 times as large as the query's, so nothing is won
+// by a query in somebody else's name.
 //
-// There is no SOA in an empty answer. No stub resolver needs one: it is authoritative, and glibc and
-// Go go on to the next server only where an empty answer is neither that nor of a recursive server.
+// There is no SOA in an empty answer. No stub resolver needs one: it is authoritative, and glibc
+// and Go go on to the next server only where an empty answer is neither that nor of a recursive
+// server.
 func Answer(query []byte, ipv6 bool) (answer []byte, o Outcome) {
 	if !oneQuestion(query) {
 		return nil, Malformed
@@ -109,8 +110,8 @@ func Answer(query []byte, ipv6 bool) (answer []byte, o Outcome) {
 	return answer, o
 }
 
-// oneQuestion says whether the message is a query of one question, whose name is written out. A name
-// with a pointer, which no resolver sends there, could be much longer in the answer.
+// oneQuestion says whether the message is a query of one question, whose name is written out. A
+// name with a pointer, which no resolver sends there, could be much longer in the answer.
 func oneQuestion(b []byte) bool {
 	if len(b) < headerLength || b[2]&0x80 != 0 { // QR
 		return false

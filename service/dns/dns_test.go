@@ -79,7 +79,8 @@ func TestAnswer(t *testing.T) {
 		{"another name", "example.com.", dnsmessage.TypeA, true, nil, dnsmessage.RCodeRefused, "", Refused},
 		{"a name below it", "x.metadata.google.internal.", dnsmessage.TypeA, true, nil, dnsmessage.RCodeRefused, "", Refused},
 		{"its beginning", "metadata.google.", dnsmessage.TypeA, true, nil, dnsmessage.RCodeRefused, "", Refused},
-		{"a longer last label", "metadata.google.internals.", dnsmessage.TypeA, true, nil, dnsmessage.RCodeRefused, "", Refused},
+		{"a longer last label", "metadata.google.internals.", dnsmessage.TypeA, true, nil, dnsmessage.RCodeRefused, "",
+			Refused},
 		{"the root", ".", dnsmessage.TypeNS, true, nil, dnsmessage.RCodeRefused, "", Refused},
 		{"class CHAOS", Name, dnsmessage.TypeA, true, class(dnsmessage.ClassCHAOS), dnsmessage.RCodeRefused, "", Refused},
 		{"class ANY", Name, dnsmessage.TypeA, true, class(dnsmessage.ClassANY), dnsmessage.RCodeRefused, "", Refused},
@@ -282,7 +283,7 @@ func TestRateLimit(t *testing.T) {
 	if limited := counted(t, r, Limited); answered < burst || limited == 0 || answered+int(limited) != 100*burst {
 		t.Errorf("%d were answered, and %.0f were not", answered, limited)
 	}
-	for s.answer(q, other) == nil { // one in 4096 of the seeds has both in one bucket
+	for s.answer(q, other) == nil { // one in 1024 of the seeds has both in one bucket
 		s.seed = maphash.MakeSeed()
 	}
 	if s.answer(q, flood) != nil && answered > 100*burst/2 {
@@ -290,8 +291,8 @@ func TestRateLimit(t *testing.T) {
 	}
 }
 
-// The sockets of a node: what is asked is answered, what is no query is not, and Serve ends when the
-// socket is closed.
+// The sockets of a node: what is asked is answered, what is no query is not, and Serve ends when
+// the socket is closed.
 func TestServe(t *testing.T) {
 	s, r := newServer(true)
 	at, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})

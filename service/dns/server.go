@@ -15,7 +15,7 @@ import (
 const (
 	// buckets bound the memory of the rate limit, whatever source addresses packets have. Clients
 	// share them by a hash that nobody can guess.
-	buckets = 4096
+	buckets = 1024
 	// One look-up of a client is ten queries with a search list of four domains, and 64 programs of a
 	// pod may start at once.
 	perSecond = 200
@@ -58,8 +58,8 @@ func New(o Options) *Server {
 	return s
 }
 
-// Serve answers what arrives on the socket until that is closed. An error of one packet is no reason
-// to leave the others without an answer.
+// Serve answers what arrives on the socket until that is closed. An error of one packet is no
+// reason to leave the others without an answer.
 func (s *Server) Serve(c *net.UDPConn) {
 	query := make([]byte, longestQuery)
 	told := ""

@@ -244,7 +244,7 @@ func (s State) plan(base Plan) (Plan, error) {
 	p := base
 	p.Mode, p.Closed, p.Guard = s.Mode, s.Closed, s.Guard
 	p.Uplinks, p.ExcludeInterfaces = s.Uplinks, s.ExcludeInterfaces
-	p.InterceptHostPods, p.Link, p.Force = s.HostPods, s.Link, s.Force
+	p.InterceptHostPods, p.Link, p.Force, p.DNS = s.HostPods, s.Link, s.Force, s.DNS
 	if s.Closed {
 		return p, nil
 	}
