@@ -176,7 +176,10 @@ func TestDNSDetection(t *testing.T) {
 		"cluster.local\noptions ndots:5\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	const processes = 200
+	processes := 25
+	if os.Getenv("GME_DNS_LONG") != "" { // the figures of docs/clients.md
+		processes = 200
+	}
 	found := func(resolver string) (n int) {
 		t.Helper()
 		for range processes {
