@@ -145,6 +145,8 @@ func rulesCheck(r *nodeReport) Finding {
 		return warn("correct the configuration", "the closed guard, which is all that can stand without one")
 	case r.state.Desired == routing.Installed && r.state.Listen != r.plan.Listen.String():
 		return fail(installRules, "they lead to %s, and listen is %s", r.state.Listen, r.plan.Listen)
+	case r.state.Desired == routing.Installed && r.state.DNS != r.plan.DNS && routing.NoDNS(r.plan.Mode) == "":
+		return fail(installRules, "dns is %s, and was not when they were put up", r.config.DNS)
 	case r.state.Desired == routing.Installed && r.state.Listen6 != addressText(r.plan.Listen6):
 		return fail(installRules, "listen6 is %q, and they were put up for %q", addressText(r.plan.Listen6), r.state.Listen6)
 	case routing.NotPermitted(r.node.Rules) && r.state.Standing.Time.IsZero():
@@ -432,8 +434,24 @@ func passthroughCheck(r *nodeReport) Finding {
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
 func dnsCheck(r *nodeReport) Finding {
-	const remedy = "give the name that address in the cluster's DNS (docs/clients.md), for Go's, Python's and Java's " +
-		"clients"
+	const name = "metadata.google.internal"
+	remedy := "give the name that address in the cluster's DNS (docs/clients.md), for Go's, Python's and Java's clients"
+	if routing.NoDNS(r.plan.Mode) == "" && !r.plan.DNS {
+		remedy = "set dns to answer, or " + remedy
+	}
+	switch {
+	case !r.plan.DNS || r.plan.Closed:
+	case routing.NoDNS(r.plan.Mode) != "":
+		return warn(routing.DNSRemedy, "mode %s does not see the name in a DNS query, so this node does not answer for %s",
+			r.plan.Mode, name)
+	case r.state.DNSRefused != "":
+		return warn(routing.DNSRemedy, "this node does not answer for %s: %s", name, r.state.DNSRefused)
+	case r.node.Local && !r.node.Queries:
+		return fail("systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket",
+			"DNS queries for %s are redirected to UDP %s, and nobody listens there", name, r.plan.Listen)
+	default:
+		return good("this node answers its pods for %s, whichever name server they ask over UDP", name)
+	}
 	switch {
 	case slices.Contains(r.names, routing.MetadataServer().Addr()):
 		return good("metadata.google.internal is %s for this node; pods ask the cluster's DNS",

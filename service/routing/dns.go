@@ -6,8 +6,12 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
+	"github.com/vishvananda/netlink"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
@@ -101,6 +105,14 @@ func (r *router) putAll(ctx context.Context, n *node) error {
 	r.plan.Log.WithError(err).Warn("routing: DNS queries for " + dnsName + " cannot be redirected on this node: " +
 		DNSRemedy)
 	return nil
+}
+
+// queriesBound says whether somebody has UDP of the very address, which the socket unit binds.
+func queriesBound(a netip.AddrPort) bool {
+	sockets, err := netlink.SocketDiagUDP(uint8(netobj.FamilyOf(a.Addr())))
+	return err == nil && slices.ContainsFunc(sockets, func(s *netlink.Socket) bool {
+		return s.ID.SourcePort == a.Port() && s.ID.Source.Equal(a.Addr().AsSlice())
+	})
 }
 
 // asksDNS matches queries for the name as iptables -S prints it.

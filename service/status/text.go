@@ -130,6 +130,12 @@ func (s Status) rulesText(line func(string, string, ...any), now time.Time) {
 		if r.IPv6 != "" {
 			line("", "IPv6 is not redirected to %s: %s", r.Listen6, r.IPv6)
 		}
+		switch {
+		case r.DNSRefused != "":
+			line("", "DNS queries for metadata.google.internal are not answered: %s", r.DNSRefused)
+		case r.DNS:
+			line("", "DNS queries for metadata.google.internal are answered")
+		}
 	}
 	verdict := "all stand"
 	if r.Desired == routing.Removed {
