@@ -17,6 +17,7 @@ import (
 	"cloud.google.com/go/compute/metadata"
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/dns"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
@@ -153,11 +154,48 @@ func TestDNSWithoutBPF(t *testing.T) {
 	b.same("remove", b.ruleset(), before)
 }
 
+// podCommand returns what makes a command of a pod, whose resolver asks the cluster's name server
+// as kubelet has it.
+func (b *testNode) podCommand() func(words ...string) *exec.Cmd {
+	b.t.Helper()
+	netnstest.Needs(b.t, "unshare", "mount")
+	resolv := filepath.Join(b.t.TempDir(), "resolv.conf")
+	host, _, _ := strings.Cut(clusterDNS, ":")
+	if err := os.WriteFile(resolv, []byte("nameserver "+host+"\nsearch default.svc.cluster.local svc.cluster.local "+
+		"cluster.local\noptions ndots:5\n"), 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+	return func(words ...string) *exec.Cmd {
+		return b.pod.Command(b.t.Context(), "unshare", append([]string{"-m", "sh", "-c",
+			`mount --bind "$0" /etc/resolv.conf && exec "$@"`, resolv}, words...)...)
+	}
+}
+
+// TestDNSOfTheCLibrary: glibc finds the address, by way of the search list and without it, and asks
+// the name server for none of the names below ours.
+func TestDNSOfTheCLibrary(t *testing.T) {
+	t.Parallel()
+	netnstest.Needs(t, "getent")
+	onEveryDNAT(t, func(t *testing.T, b *testNode) {
+		servers, answered := dnsNode(b)
+		podCommand := b.podCommand()
+		b.install(b.plan)
+		for _, name := range []string{dnsName, dnsName + "."} {
+			out, err := podCommand("getent", "ahosts", name).CombinedOutput()
+			if err != nil || !strings.HasPrefix(string(out), "169.254.169.254 ") {
+				t.Errorf("%s: %s (%v)", name, out, err)
+			}
+		}
+		if n := servers.was(dnsName + "."); n != 0 || answered(dns.NXDomain) == 0 {
+			t.Errorf("%d queries came to the name server, and %d of the search list's to us", n, answered(dns.NXDomain))
+		}
+	})
+}
+
 // TestDNSDetection: in a pod whose name server says NXDOMAIN at once, fresh processes of Google's
 // Go library all find that they are on Google Cloud, by Go's resolver and by the C library's.
 func TestDNSDetection(t *testing.T) {
 	t.Parallel()
-	netnstest.Needs(t, "unshare", "mount")
 	b := newTestNode(t, "iptables-nft")
 	b.plan.Listen = netip.MustParseAddrPort("169.254.169.251:988") // beside the testNode's, which speaks no HTTP
 	servers, _ := dnsNode(b)
@@ -170,12 +208,7 @@ func TestDNSDetection(t *testing.T) {
 			w.Header().Set("Metadata-Flavor", "Google")
 		}))
 	}()
-	resolv := filepath.Join(t.TempDir(), "resolv.conf")
-	host, _, _ := strings.Cut(clusterDNS, ":")
-	if err := os.WriteFile(resolv, []byte("nameserver "+host+"\nsearch default.svc.cluster.local svc.cluster.local "+
-		"cluster.local\noptions ndots:5\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	podCommand := b.podCommand()
 	processes := 25
 	if os.Getenv("GME_DNS_LONG") != "" { // the figures of docs/clients.md
 		processes = 200
@@ -183,8 +216,7 @@ func TestDNSDetection(t *testing.T) {
 	found := func(resolver string) (n int) {
 		t.Helper()
 		for range processes {
-			cmd := b.pod.Command(t.Context(), "unshare", "-m", "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$1"`,
-				resolv, b.self())
+			cmd := podCommand(b.self())
 			cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=detect", "GODEBUG=netdns="+resolver)
 			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 			out, err := cmd.CombinedOutput()
