@@ -19,11 +19,13 @@ const oldest = 239
 // (src/core/load-fragment-gperf.gperf.m4).
 var since = map[string]int{
 	// [Unit]
-	"After": 0, "Before": 0, "DefaultDependencies": 0, "Description": 0, "Documentation": 0, "ReloadPropagatedFrom": 0,
+	"After": 0, "Before": 0, "ConditionPathExists": 0, "DefaultDependencies": 0, "Description": 0,
+	"Documentation": 0, "PartOf": 0, "ReloadPropagatedFrom": 0,
 	"Requires": 0, "StartLimitIntervalSec": 229, "Wants": 0,
 	// [Install], [Path], [Socket]
 	"Also": 0, "WantedBy": 0, "PathChanged": 0,
-	"Backlog": 0, "FreeBind": 0, "ListenStream": 0, "NoDelay": 216, "TriggerLimitIntervalSec": 230,
+	"Backlog": 0, "FreeBind": 0, "ListenDatagram": 0, "ListenStream": 0, "NoDelay": 216, "Service": 0,
+	"TriggerLimitIntervalSec": 230,
 	// [Service]: how it runs
 	"Environment": 0, "EnvironmentFile": 0, "ExecReload": 0, "ExecStart": 0, "ExecStartPre": 0, "ExecStopPost": 0,
 	"FileDescriptorStoreMax": 219, "Group": 0, "KillMode": 187, "NotifyAccess": 0, "Restart": 0, "RestartSec": 0,
@@ -60,6 +62,7 @@ var values = map[string]string{
 	// + is full rights for one command: 231
 	"ExecStartPre": `[+-]?/[^%]+`, "ExecReload": `\+?/[^%]+`, "ExecStopPost": `\+?/[^%]+`,
 	"Environment": `[A-Z_]+=[^%]*`, "EnvironmentFile": `-/[^%]+`, "Group": `[a-z-]+`, "User": `[a-z-]+`,
+	"ListenDatagram": `[0-9.:]+`, "ConditionPathExists": `/[^%]+`, "PartOf": unitNames, "Service": unitNames,
 	"ListenStream": `[0-9.:]+`, "PathChanged": `/[^%]+`, "ReadWritePaths": `/[^%]+`,
 	"RuntimeDirectory": `[a-z-]+(/[a-z-]+)?`, // one in another: 235
 	"KillMode":         `mixed`,              // 209
@@ -165,6 +168,15 @@ for sh in dash bash 'busybox sh'; do
 	{ cat /tmp/mine.yaml; echo "listen6: '[fd20:ce::252]:988'"; } >$etc/config.yaml; generate
 	six=; [ ! -e /proc/net/if_inet6 ] || six='ListenStream=[fd20:ce::252]:988\n'
 	printf "[Socket]\nListenStream=\nListenStream=169.254.169.252:988\n${six}Transparent=no\n" | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
+	test ! -e /tmp/out/gke-metadata-emulator.socket.wants
+	{ cat /tmp/mine.yaml; echo 'dns: answer'; } >$etc/config.yaml; generate
+	printf '[Socket]\nListenDatagram=\nListenDatagram=169.254.169.252:988\n' | cmp - /tmp/out/gke-metadata-emulator-dns.socket.d/10-listen.conf
+	cmp /tmp/out/gke-metadata-emulator.socket.wants/gke-metadata-emulator-dns.socket /usr/lib/systemd/system/gke-metadata-emulator-dns.socket
+	echo "listen6: '[fd20:ce::252]:988'" >>$etc/config.yaml; generate
+	[ -z "$six" ] || six='ListenDatagram=[fd20:ce::252]:988\n'
+	printf "[Socket]\nListenDatagram=\nListenDatagram=169.254.169.252:988\n$six" | cmp - /tmp/out/gke-metadata-emulator-dns.socket.d/10-listen.conf
+	{ cat /tmp/mine.yaml; printf 'dns: answer\nrouting: {mode: loopback}\n'; } >$etc/config.yaml; generate
+	test ! -e /tmp/out/gke-metadata-emulator.socket.wants
 	mv $bin /tmp; nothing; mv /tmp/gke-metadata-emulator $bin
 	cp /tmp/mine.yaml $etc/config.yaml; nothing
 	rm $etc/config.yaml; nothing

@@ -15,10 +15,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inherited returns what systemd handed over: the listeners, IPv4's first, and the descriptors that
-// are none.
-func inherited() (all []net.Listener, others []*os.File, err error) {
+// inherited returns what systemd handed over: the listeners, IPv4's first, the sockets for DNS
+// queries, and the descriptors that are neither.
+func inherited() (all []net.Listener, queries []*net.UDPConn, others []*os.File, err error) {
 	for _, f := range activation.Files(true) {
+		if c, err := net.FilePacketConn(f); err == nil {
+			if udp, ok := c.(*net.UDPConn); ok {
+				_ = f.Close() // udp has a duplicate
+				queries = append(queries, udp)
+				continue
+			}
+			_ = c.Close()
+		}
 		l, err := net.FileListener(f)
 		if err != nil {
 			others = append(others, f)
@@ -27,12 +35,12 @@ func inherited() (all []net.Listener, others []*os.File, err error) {
 		_ = f.Close() // l has a duplicate
 		all = append(all, l)
 		if l.Addr().Network() != "tcp" || len(all) > 2 {
-			return nil, nil, fmt.Errorf("systemd passed a socket that is not expected: %s %s: the socket unit needs "+
+			return nil, nil, nil, fmt.Errorf("systemd passed a socket that is not expected: %s %s: the socket unit needs "+
 				"one ListenStream= of TCP, and one more for listen6", l.Addr().Network(), l.Addr())
 		}
 	}
 	slices.SortStableFunc(all, func(a, b net.Listener) int { return addrPortOf(a).Compare(addrPortOf(b)) })
-	return all, others, nil
+	return all, queries, others, nil
 }
 
 // sortListeners puts the one first that listens where listen says, if there is one.

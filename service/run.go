@@ -19,6 +19,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/dns"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
@@ -52,6 +53,7 @@ type Service struct {
 	inForce   atomic.Pointer[activeConfig] // never nil once serving
 	listener  net.Listener                 // the first
 	listening listening
+	queries   queries
 	onDisk    atomic.Pointer[error] // why the configuration on disk does not load; nil: it does, as far as is known
 	status    *unixListener         // where `status` asks; nil until it is made
 	serve     func(net.Listener)
@@ -67,10 +69,14 @@ type Service struct {
 // systemd's it is a state: READY, and 503 with the reason (R-23).
 func Run(ctx context.Context, o Options) error {
 	s := newService(o)
-	all, left, err := inherited()
+	all, queries, left, err := inherited()
 	if err != nil {
 		return err
 	}
+	for _, c := range queries {
+		s.queries.add(c)
+	}
+	defer s.queries.leave()
 	s.fdstore.inherit(left)
 	if len(all) == 0 { // started by hand: beside a running service that is a mistake
 		if err := s.listenStatus(ctx); errors.Is(err, errSocketInUse) {
@@ -119,6 +125,7 @@ func newService(o Options) *Service {
 		Redirected: []netip.AddrPort{routing.MetadataServer(), routing.MetadataServer6()}, Log: s.log,
 		Registerer: s.registry})
 	s.metrics = newMetrics(s.registry, o)
+	s.queries.Server = dns.New(dns.Options{IPv6: s.servesIPv6, Log: s.log, Registerer: s.registry})
 	return s
 }
 
@@ -170,6 +177,7 @@ func (s *Service) run(ctx context.Context, first *activeConfig, all ...net.Liste
 	}
 	if first.Broken == nil {
 		s.listenIPv6(ctx, first.config.Listen6)
+		s.listenDNS(ctx, first.config)
 	}
 	g.Go(func() error { return s.tellSystemd(gctx) })
 	g.Go(func() error { return s.server.Run(gctx) })
@@ -217,6 +225,7 @@ func (s *Service) drain() {
 	if err := s.leaveTokens(s.active()); err != nil {
 		s.log.WithError(err).Warn("the latest tokens are not handed over: the next process mints them again")
 	}
+	s.queries.leave()
 	s.listening.leave()
 	s.server.Shutdown(ctx)
 }
@@ -302,6 +311,7 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 		s.metrics.reloads.WithLabelValues("ok").Inc()
 		s.startAttestation(next)
 		s.listenIPv6(ctx, next.config.Listen6)
+		s.listenDNS(ctx, next.config)
 		if next.backend != old.backend && next.backend != nil {
 			next.settle(ctx) // until then the old one serves the pods that it knows
 		}

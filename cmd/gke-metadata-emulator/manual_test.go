@@ -70,6 +70,9 @@ var sections = map[string]string{
 **gke-metadata-emulator.socket**
 : Holds the listener, so that a restart of the service refuses no connection.
 
+**gke-metadata-emulator-dns.socket**
+: Holds the sockets for DNS queries, with **dns: answer**.
+
 **gke-metadata-emulator.service**
 : Installs the rules, serves, and removes the rules when it is stopped for good. Runs without any capability.
 

@@ -29,8 +29,8 @@ projectID: my-project
 - ` + "`gke-metadata-emulator config check`" + ` names every fault at once, with file, line and remedy.
   ` + "`gke-metadata-emulator config show`" + ` prints what is in force.
 - ` + "`systemctl reload gke-metadata-emulator`" + ` takes a change over without a restart. A file that is broken
-  changes nothing, and the reload fails. A change of ` + "`listen`, `listen6`" + ` or of routing.mode to or from
-  loopback also needs ` + "`systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket`" + `.
+  changes nothing, and the reload fails. A change of ` + "`listen`, `listen6`, `dns`" + ` or of routing.mode to or
+  from loopback also needs ` + "`systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket`" + `.
 - Without a valid file pods get 503 with the reason, and the guard against the cloud's own metadata server stands.
 
 The same text is in gke-metadata-emulator(5), in ` + "`gke-metadata-emulator serve --help`" + ` and in the file that

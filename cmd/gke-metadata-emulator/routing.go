@@ -284,6 +284,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Listen6: c.Listen6, Uplinks: c.Routing.Uplinks,
+		DNS:               c.DNS == "answer",
 		ExcludeInterfaces: c.Routing.ExcludeInterfaces,
 		InterceptHostPods: c.Routing.InterceptHostPods, Guard: c.Routing.Guard, Link: c.Routing.Link, Force: c.Routing.Force,
 		Closed: closed, RunDir: runDir(),

@@ -24,6 +24,7 @@ type Config struct {
 	TokenAudience        string // `aud` of the ServiceAccount's token (G-17, the token's audience); never ""
 	Listen               netip.AddrPort
 	Listen6              netip.AddrPort // invalid = IPv6 is not served (H-24, IPv6)
+	DNS                  string         // off | answer: whether the node answers for the metadata server's name
 	HealthListen         netip.AddrPort
 	HealthAllow          []string // networks in CIDR notation that may ask HealthListen; none = whoever reaches it
 	Routing              Routing

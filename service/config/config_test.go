@@ -63,6 +63,7 @@ func TestMinimal(t *testing.T) {
 		Project:       Project{ID: "my-project", Number: "123456789"},
 		TokenAudience: "//iam.googleapis.com/" + testProvider, // G-17
 		Listen:        netip.MustParseAddrPort("169.254.169.252:988"),
+		DNS:           "off",
 		HealthListen:  netip.MustParseAddrPort("127.0.0.1:16322"),
 		Routing: Routing{Mode: "iptables", InterceptHostPods: "auto", OnStop: "remove",
 			//
@@ -193,6 +194,23 @@ func TestListen6(t *testing.T) {
 	}
 	if c := mustLoad(t, minimal, map[string]string{"listen6": "[fd20:ce::252]:988"}, nil); !c.Listen6.IsValid() {
 		t.Error("the flag is not heard")
+	}
+}
+
+// TestDNS: off by default, and worth a word in a mode that does not see names.
+func TestDNS(t *testing.T) {
+	if c := mustLoad(t, minimal, nil, nil); c.DNS != "off" {
+		t.Error(c.DNS)
+	}
+	for mode, warned := range map[string]bool{"iptables": false, "nftables": false, "auto": false, "loopback": true,
+		"ebpf": true, "none": true, "observe": true} {
+		c := mustLoad(t, minimal+"dns: answer\nrouting: {mode: "+mode+"}", nil, nil)
+		said := slices.ContainsFunc(c.Warnings, func(w string) bool {
+			return strings.HasPrefix(w, "dns: routing.mode "+mode)
+		})
+		if c.DNS != "answer" || said != warned {
+			t.Errorf("%s: %s, %q", mode, c.DNS, c.Warnings)
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ var examples = map[string]string{
 	"tokenAudience":             "my-audience",
 	"listen":                    "169.254.169.252:1988",
 	"listen6":                   `"[fd20:ce::252]:988"`,
+	"dns":                       "answer",
 	"healthListen":              "127.0.0.1:9988",
 	"healthAllow":               "[10.0.0.0/8]",
 	"routing.mode":              "nftables",

@@ -162,6 +162,7 @@ config.yaml: workloadIdentityProvider: is not set`},
 			`config.yaml:3: listen: routing.mode iptables redirects to one address`},
 		{"H-24 IPv6", minimal + "listen: '[fd20:ce::254]:988'", nil,
 			`config.yaml:3: listen: routing.mode iptables redirects IPv4 packets, so listen must be an IPv4 address`},
+		{"DNS", minimal + "dns: on", nil, `config.yaml:3: dns: "on"`},
 		{"H-24 another mode", minimal + "routing: {mode: ebpf}\nlisten6: '[fd20:ce::252]:988'", nil,
 			`config.yaml:4: listen6: routing.mode ebpf serves IPv4 alone: remove it, or set routing.mode to iptables or ` +
 				`nftables`},

@@ -59,6 +59,10 @@ var keys = []Key{
 		Usage: "address and port that requests to [fd20:ce::254]:80 are redirected to in routing.mode iptables and " +
 			"nftables, such as [fd20:ce::252]:988; default: IPv6 is not served",
 		field: func(r *raw) any { return &r.Listen6 }},
+	{Path: "dns", Default: "off", Values: []string{"off", "answer"},
+		Usage: "whether this node answers what its pods ask any name server over UDP for metadata.google.internal, in " +
+			"routing.mode iptables and nftables; no other name is touched",
+		field: func(r *raw) any { return &r.DNS }},
 	{Path: "healthListen", Default: "127.0.0.1:16322",
 		Usage: "address and port of /healthz, /readyz and /metrics",
 		field: func(r *raw) any { return &r.HealthListen }},

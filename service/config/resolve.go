@@ -273,6 +273,12 @@ func (l *loader) warn() {
 		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no " +
 			"metadata server of a cloud answers: set it to on")
 	}
+	switch mode := l.Routing.Mode; {
+	case l.DNS != "answer" || mode == "auto": // then `routing install` says it
+	case mode != "iptables" && mode != "nftables":
+		say("dns: routing.mode %s does not see the name in a DNS query, so metadata.google.internal is not answered by this "+
+			"node: add a record to the cluster's DNS, hostAliases or GCE_METADATA_HOST to the pods", mode)
+	}
 	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07, unbound requests
 		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; " +
 			"set kubeconfig to one of another identity")

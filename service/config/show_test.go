@@ -17,6 +17,7 @@ kubeconfig: /etc/node.conf
 nodeName: node-1
 tokenAudience: "https://example.com/a#b"
 listen: 169.254.169.254:80
+dns: answer
 healthListen: "[::1]:9000"
 healthAllow: [10.0.0.0/8, "fd00::/8"]
 routing: {mode: loopback, uplinks: [eth0], excludeInterfaces: [docker0, virbr0], interceptHostPods: off, link: gme0, guard: ["169.254.169.254:80"], force: true, onStop: keep}

@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -75,6 +76,12 @@ func dualStack(r *nodeReport) {
 	r.trial6 = trial{answered: r.trial.answered, attested: r.trial.attested,
 		from: "2001:2::a9fe:a9fe by interface gme-doctor"}
 	r.node.Redirected6, r.status.Requests6 = new(uint64), 2
+}
+
+// answering has it answer for metadata.google.internal, which its own DNS does not know.
+func answering(r *nodeReport) {
+	r.config.DNS, r.plan.DNS, r.state.DNS, r.node.Queries = "answer", true, true, true
+	r.names, r.namesErr = nil, &net.DNSError{IsNotFound: true}
 }
 
 // ipv6Alone has the pod on the pod network have no IPv4.

@@ -157,6 +157,8 @@ func rulesCheck(r *nodeReport) Finding {
 		return warn("correct the configuration", "no valid configuration: %s", pods)
 	case r.state.Desired == routing.Installed && r.state.Listen != r.plan.Listen.String():
 		return fail(installRules, "installed for listen %s, but listen is %s", r.state.Listen, r.plan.Listen)
+	case r.state.Desired == routing.Installed && r.state.DNS != r.plan.DNS && routing.NoDNS(r.plan.Mode) == "":
+		return fail(installRules, "installed for another value of dns, but dns is %s", r.config.DNS)
 	case r.state.Desired == routing.Installed && r.state.Listen6 != addressText(r.plan.Listen6):
 		return fail(installRules, "installed for listen6 %q, but listen6 is %q", r.state.Listen6, addressText(r.plan.Listen6))
 	case routing.NotPermitted(r.node.Rules) && r.state.Standing.Time.IsZero():
@@ -448,9 +450,25 @@ func passthroughCheck(r *nodeReport) Finding {
 
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
 func dnsCheck(r *nodeReport) Finding {
-	const remedy = "add the record metadata.google.internal A 169.254.169.254 to the cluster's DNS, which Go's, " +
-		"Python's " +
-		"and Java's clients need (docs/clients.md)"
+	const name = "metadata.google.internal"
+	remedy := "add the record " + name + " A 169.254.169.254 to the cluster's DNS, which Go's, Python's and Java's clients " +
+		"need (docs/clients.md)"
+	if routing.NoDNS(r.plan.Mode) == "" && !r.plan.DNS {
+		remedy = "set dns to answer, or " + remedy
+	}
+	switch {
+	case !r.plan.DNS || r.plan.Closed:
+	case routing.NoDNS(r.plan.Mode) != "":
+		return warn(routing.DNSRemedy, "mode %s does not see the name in a DNS query, so this node does not answer for %s",
+			r.plan.Mode, name)
+	case r.state.DNSRefused != "":
+		return warn(routing.DNSRemedy, "this node does not answer for %s: %s", name, r.state.DNSRefused)
+	case r.node.Local && !r.node.Queries:
+		return fail("systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket",
+			"DNS queries for %s are redirected to UDP %s, where no process listens", name, r.plan.Listen)
+	default:
+		return good("this node answers its pods for %s, whichever name server they ask over UDP", name)
+	}
 	switch {
 	case slices.Contains(r.names, routing.MetadataServer().Addr()):
 		return good("metadata.google.internal resolves to %s on this node; pods ask the cluster's DNS",

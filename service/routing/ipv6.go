@@ -58,7 +58,7 @@ func sixEnabled() bool {
 
 // remember takes over why the last Install redirects no IPv6: only another Install tries again.
 func (r *router) remember(s State) {
-	r.cloud, r.sixRefused = s.CloudServer, s.IPv6
+	r.cloud, r.sixRefused, r.dnsRefused = s.CloudServer, s.IPv6, s.DNSRefused
 	if s.IPv6 == noIPv6Here { // that is seen anew
 		r.sixRefused = ""
 	}

@@ -52,11 +52,12 @@ type traits struct {
 	blindToLinks  bool // the mode sees who connects, and not by which interface
 	firstTargetCT bool // whether a packet is tracked is said by the first rule that it meets
 	runsIPTables  bool // the kernel is changed by commands
+	readsQueries  bool // rules see for which name a DNS query asks
 }
 
 var modeTraits = []traits{
-	{mode: ModeIPTables, dnat: true, redirects: true, firstTargetCT: true, runsIPTables: true},
-	{mode: ModeNFTables, dnat: true, redirects: true},
+	{mode: ModeIPTables, dnat: true, redirects: true, firstTargetCT: true, runsIPTables: true, readsQueries: true},
+	{mode: ModeNFTables, dnat: true, redirects: true, readsQueries: true},
 	{mode: ModeLoopback, localServer: true},
 	{mode: ModeEBPF, redirects: true, blindToLinks: true},
 	{mode: ModeNone, anyListener: true},

@@ -125,7 +125,15 @@ func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain
 		prerouting.Rules = append(prerouting.Rules, nft.NewRule(nft.ByInterface(name), nft.Return()))
 	}
 	prerouting.Rules = append(prerouting.Rules, nft.NewRule(nft.ToServer(w.server), nft.DNAT(w.listen)))
-	return append(chains, prerouting), nil
+	chains = append(chains, prerouting)
+	for i, c := range chains {
+		more, err := dnsParts(p, s, w, c.Name)
+		if err != nil {
+			return nil, err
+		}
+		chains[i].Rules = append(c.Rules, more...)
+	}
+	return chains, nil
 }
 
 // keepOut keeps other hosts out where pods may send to the listen address themselves: two, of which

@@ -22,6 +22,7 @@ type router struct {
 	cloud       CloudServer // as State has it
 	asked       string      // what came of asking the cloud's metadata server
 	sixRefused  string      // why IPv6 cannot be redirected, which was found out
+	dnsRefused  string      // the same of DNS queries
 }
 
 // Install of a closed Plan does not fail for what only the redirection needs: a configuration that
@@ -96,7 +97,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		if n.mode != nil {
 			state.Command = n.command()
-			state.HostNetwork, state.IPv6 = n.hostWhy, n.whyNot6
+			state.HostNetwork, state.IPv6, state.DNSRefused = n.hostWhy, n.whyNot6, n.whyNotDNS
 		}
 		if why == nil && err == nil && same {
 			why = &repair{why: causeInstall}
@@ -119,8 +120,8 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		}
 		return n, r.readBack(state, err)
 	}
-	err = r.putSix(ctx, n)
-	if state.IPv6 = n.whyNot6; err != nil {
+	err = r.putAll(ctx, n)
+	if state.IPv6, state.DNSRefused = n.whyNot6, n.whyNotDNS; err != nil {
 		return n, r.readBack(state, err)
 	}
 	changed := !same || plain && !before.Standing.Good
@@ -385,6 +386,9 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 	if s.listen6, s.whyNot6 = r.sixAround(); s.whyNot6 != "" && say && !r.plan.Closed {
 		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
 	}
+	if s.dns, s.whyNotDNS = r.dnsAround(); s.whyNotDNS != "" && say {
+		log.Warn("routing: DNS queries for " + dnsName + " are not answered by this node: " + s.whyNotDNS)
+	}
 	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)
 	if s.hostPods, s.hostWhy = hostPods(r.plan, r.cloud, s.slices); !s.hostPods && !r.plan.traits().observes {
 		s.slices = nil // whichever comes and goes
@@ -409,6 +413,7 @@ func (r *router) state(desired string) (before, now State) {
 		if p.Listen6.IsValid() {
 			s.Listen6 = p.Listen6.String()
 		}
+		s.DNS = p.DNS
 	}
 	old, err := ReadState(p.RunDir)
 	if err != nil {
@@ -416,7 +421,7 @@ func (r *router) state(desired string) (before, now State) {
 	}
 	s.Installs, s.Repairs, s.CloudServer = old.Installs, old.Repairs, old.CloudServer
 	if old.Desired == desired {
-		s.HostNetwork, s.IPv6 = old.HostNetwork, old.IPv6
+		s.HostNetwork, s.IPv6, s.DNSRefused = old.HostNetwork, old.IPv6, old.DNSRefused
 		if old.Mode == s.Mode && old.Closed == s.Closed {
 			s.Since = old.Since
 		}

@@ -70,6 +70,9 @@ type Plan struct {
 	// modes iptables and nftables: where it listens for what is sent to [fd20:ce::254]:80; invalid:
 	// nowhere
 	Listen6 netip.AddrPort
+	// modes iptables and nftables: DNS queries for metadata.google.internal are redirected to UDP of
+	// the same addresses and ports
+	DNS bool
 	// interfaces that are not the pods'; none: found out. A trailing + stands for any ending
 	Uplinks []string
 	// interfaces whose traffic is left alone altogether, such as docker0

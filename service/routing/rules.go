@@ -21,6 +21,9 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 		case c.Name == "GME-FWD":
 			if family == netobj.IPv4 || s.six || w.listen.IsValid() {
 				c.Rules = forwardRules(p, w, family)
+				if w.listen.IsValid() { // behind what is excluded, before what is reset
+					c.Rules = slices.Insert(c.Rules, len(p.ExcludeInterfaces), dnsRules(p, s, w, c.Name)...)
+				}
 			}
 		case !w.listen.IsValid():
 		case c.Name == "GME-IN":
@@ -70,6 +73,9 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 				c.Rules = append(c.Rules, "-i "+name+" -j RETURN")
 			}
 			c.Rules = append(c.Rules, w.redirect())
+		}
+		if w.listen.IsValid() && c.Name != "GME-FWD" {
+			c.Rules = append(c.Rules, dnsRules(p, s, w, c.Name)...)
 		}
 		c.Absent = len(c.Rules) == 0
 	}

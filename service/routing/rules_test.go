@@ -53,6 +53,17 @@ func TestShownText(t *testing.T) {
 			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"},
 				hostPods: true},
 		},
+		"dns": {
+			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), DNS: true,
+				Guard: []netip.AddrPort{metadataServer}, ExcludeInterfaces: []string{"docker0"}, InterceptHostPods: "on"},
+			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), dns: true,
+				slices: []string{"system.slice"}, hostPods: true},
+		},
+		"dns-nftables": {
+			Plan{Mode: ModeNFTables, Listen: at("169.254.169.252:988"), DNS: true, Guard: []netip.AddrPort{metadataServer},
+				ExcludeInterfaces: []string{"docker0"}},
+			nodeFacts{uplinks: []string{"eth0"}, dns: true},
+		},
 		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer},
 			Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, six: true}},
 		"none": {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}},

@@ -36,6 +36,7 @@ type State struct {
 	Listen  string `json:"listen,omitempty"`  // address:port
 	// as configured, whether or not IPv6 says why it is not served
 	Listen6           string           `json:"listen6,omitempty"`
+	DNS               bool             `json:"dns,omitempty"`
 	Uplinks           []string         `json:"uplinks,omitempty"` // as configured; none: found out
 	ExcludeInterfaces []string         `json:"excludeInterfaces,omitempty"`
 	HostPods          string           `json:"interceptHostPods,omitempty"`
@@ -48,6 +49,8 @@ type State struct {
 	HostNetwork string `json:"hostNetworkPods,omitempty"`
 
 	IPv6 string `json:"ipv6,omitempty"` // why requests by IPv6 are not redirected though Listen6 is set
+	// why DNS queries for the metadata server's name are not, though DNS is set
+	DNSRefused string `json:"dnsRefused,omitempty"`
 
 	// of mode observe, as of Standing.Time; no more than publishedAtMost
 	Observed []Observation `json:"observed,omitempty"`
@@ -142,7 +145,7 @@ func (s *State) count(r *repair) {
 // sameDesired reports whether s and o desire the same.
 func (s State) sameDesired(o State) bool {
 	return s.Desired == o.Desired && s.Closed == o.Closed && s.Mode == o.Mode && s.Listen == o.Listen &&
-		s.Listen6 == o.Listen6 && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
+		s.Listen6 == o.Listen6 && s.DNS == o.DNS && s.HostPods == o.HostPods && s.Link == o.Link && s.Force == o.Force &&
 		slices.Equal(s.Uplinks, o.Uplinks) && slices.Equal(s.ExcludeInterfaces, o.ExcludeInterfaces) &&
 		slices.Equal(s.Guard, o.Guard)
 }

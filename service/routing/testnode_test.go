@@ -64,6 +64,10 @@ func TestMain(m *testing.M) {
 		p.Mode = ModeEBPF
 		_, err := fmt.Sscan(arg, &p.RunDir, &p.BPFDir, &p.CgroupRoot)
 		end(errors.Join(err, Watch{RunDir: p.RunDir, Log: log, Load: func() Plan { return p }}.Run(context.Background())))
+	case "resolve":
+		end(resolveAs(arg))
+	case "detect":
+		end(detect())
 	case "listen":
 		_, err := net.Listen("tcp", arg)
 		fmt.Println("listening", err)

@@ -23,6 +23,9 @@ type nodeFacts struct {
 	six     bool
 	listen6 netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
 	whyNot6 string         // though the Plan wants it
+
+	dns       bool   // DNS queries for the metadata server's name are redirected
+	whyNotDNS string // though the Plan wants it
 }
 
 // device is a network interface as far as it matters for the difference between uplinks and pods'

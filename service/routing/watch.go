@@ -253,7 +253,7 @@ func (s State) plan(base Plan) (Plan, error) {
 	p := base
 	p.Mode, p.Reason, p.Closed, p.Guard = s.Mode, s.Reason, s.Closed, s.Guard
 	p.Uplinks, p.ExcludeInterfaces = s.Uplinks, s.ExcludeInterfaces
-	p.InterceptHostPods, p.Link, p.Force = s.HostPods, s.Link, s.Force
+	p.InterceptHostPods, p.Link, p.Force, p.DNS = s.HostPods, s.Link, s.Force, s.DNS
 	p.Listen, p.Listen6 = netip.AddrPort{}, netip.AddrPort{}
 	if s.Closed && s.Listen == "" {
 		return p, nil

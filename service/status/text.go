@@ -142,6 +142,12 @@ func (s Status) rulesText(p *page, now time.Time) {
 		if r.IPv6 != "" {
 			p.line(red, "", "IPv6 is not redirected to %s: %s", r.Listen6, r.IPv6)
 		}
+		switch {
+		case r.DNSRefused != "":
+			p.line(red, "", "DNS queries for metadata.google.internal are not answered: %s", r.DNSRefused)
+		case r.DNS:
+			p.line(plain, "", "DNS queries for metadata.google.internal are answered")
+		}
 	}
 	verdict, color := "complete", plain
 	if r.Desired == routing.Removed {

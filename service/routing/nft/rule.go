@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
@@ -47,6 +48,7 @@ func (c Chain) head() string {
 // rule is, whatever a kernel makes of the expressions when they are read back.
 type Rule struct {
 	text  string
+	short string // in the mark in place of a text that is too long: a rule has room for 254 octets
 	Mark  string // the text, and what it stands for that it does not tell
 	exprs []expr.Any
 }
@@ -55,16 +57,16 @@ type Rule struct {
 type Part = Rule
 
 func NewRule(parts ...Part) (r Rule) {
-	var texts, marks []string
+	var texts, words, marks []string
 	for _, p := range parts {
-		texts = append(texts, p.text)
+		texts, words = append(texts, p.text), append(words, cmp.Or(p.short, p.text))
 		if p.Mark != "" {
 			marks = append(marks, p.Mark)
 		}
 		r.exprs = append(r.exprs, p.exprs...)
 	}
 	r.text = strings.Join(texts, " ")
-	r.Mark = strings.Join(append([]string{r.text}, marks...), "\x00")
+	r.Mark = strings.Join(append([]string{strings.Join(words, " ")}, marks...), "\x00")
 	return r
 }
 

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -112,16 +113,31 @@ func (x *Tables) ListRules(ctx context.Context, table, chain string) (rules []st
 	for _, line := range lines {
 		if rule, ok := strings.CutPrefix(line, "-A "+chain+" "); ok {
 			// Some versions put comments and paths in quotation marks.
-			rules = append(rules, strings.ReplaceAll(strings.TrimSpace(rule), `"`, ""))
+			rules = append(rules, quoted.ReplaceAllString(strings.TrimSpace(rule), "$1"))
 		}
 	}
 	return rules, true, err
 }
 
+// quoted is a word in quotation marks that needs none.
+var quoted = regexp.MustCompile(`"([^" ]*)"`)
+
+// words splits a rule as a shell does. Only a program of xt_bpf has blanks between its marks.
+func words(rule string) (all []string) {
+	for i, part := range strings.Split(rule, `"`) {
+		if i%2 == 1 {
+			all = append(all, part)
+		} else {
+			all = append(all, strings.Fields(part)...)
+		}
+	}
+	return all
+}
+
 // hasRule asks the kernel for one rule whose text was not found in the list: another version may
 // print it in other words.
 func (x *Tables) hasRule(ctx context.Context, table, chain, rule string) (yes bool, err error) {
-	err = retry(ctx, func() (err error) { yes, err = x.Exists(table, chain, strings.Fields(rule)...); return err })
+	err = retry(ctx, func() (err error) { yes, err = x.Exists(table, chain, words(rule)...); return err })
 	if exitStatus(err) == 2 { // it cannot even be said, such as an interface or a cgroup that is not there
 		return false, nil
 	}

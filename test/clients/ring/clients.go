@@ -61,6 +61,10 @@ var redirected = []situation{
 	{title: "`GCE_METADATA_HOST`", dns: noName, host: atServer},
 }
 
+// named have the node answer DNS queries for the name (dns: answer), which their name server
+// denies.
+var named = []situation{{title: "NXDOMAIN and `dns: answer`", dns: noName}}
+
 // notRedirected are in mode none.
 var notRedirected = []situation{
 	{title: "mode none: `GCE_METADATA_HOST`", dns: noName, host: atListen},

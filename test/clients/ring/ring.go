@@ -57,7 +57,7 @@ func (r *ring) run(ctx context.Context, clients []client) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := r.serve(ctx, "iptables"); err != nil {
+	if err := r.serve(ctx, "iptables", "off"); err != nil {
 		return err
 	}
 	if err := r.noticesWrong(ctx, pods[hasRecord], pods[noName]); err != nil {
@@ -73,7 +73,16 @@ func (r *ring) run(ctx context.Context, clients []client) (err error) {
 	if err := r.world.service.close(); err != nil {
 		return err
 	}
-	if err := r.serve(ctx, "none"); err != nil {
+	if err := r.serve(ctx, "iptables", "answer"); err != nil {
+		return err
+	}
+	for _, s := range named {
+		r.each(clients, func(c client) { r.detects(ctx, c, pods[s.dns], s) })
+	}
+	if err := r.world.service.close(); err != nil {
+		return err
+	}
+	if err := r.serve(ctx, "none", "off"); err != nil {
 		return err
 	}
 	for _, s := range notRedirected {
@@ -85,9 +94,9 @@ func (r *ring) run(ctx context.Context, clients []client) (err error) {
 	return r.judge(clients)
 }
 
-// serve installs the rules of a mode and starts the service.
-func (r *ring) serve(ctx context.Context, mode string) error {
-	if err := r.world.configure(mode); err != nil {
+// serve installs the rules of a mode and starts the service. dns is off or answer.
+func (r *ring) serve(ctx context.Context, mode, dns string) error {
+	if err := r.world.configure(mode, dns); err != nil {
 		return err
 	}
 	if err := r.world.service.routing(ctx, "install"); err != nil {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -48,7 +49,7 @@ func columns() [][]string {
 	}
 	can = append(can, columnRefresh, columnRestart)
 	var where []string
-	for _, s := range append(append([]situation(nil), redirected...), notRedirected...) {
+	for _, s := range slices.Concat(redirected, named, notRedirected) {
 		where = append(where, s.title)
 	}
 	return [][]string{can, append(where, columnNote)}

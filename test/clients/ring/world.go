@@ -133,19 +133,20 @@ func (w *world) addPod(name string, linked bool) (*pod, error) {
 }
 
 // configure writes what an operator would write.
-func (w *world) configure(mode string) error {
+func (w *world) configure(mode, dns string) error {
 	return os.WriteFile(filepath.Join(w.dir, "config.yaml"), fmt.Appendf(nil, `workloadIdentityProvider: %s
 projectID: %s
 kubeconfig: %s/kubeconfig
 attestation: {mode: source-ip}
 routing: {mode: %s}
 listen: %s
+dns: %s
 instance: {zone: europe-west4-a, hostname: node1.example.com}
 cluster: {name: my-cluster, location: europe-west4, uid: 00000000-0000-4000-8000-000000000000}
 google: {stsURL: %s, iamCredentialsURL: %s, caFile: %s/google-ca.pem}
 limits: {connectionsPerPod: 1024}
 log: {format: text}
-`, provider, projectID, w.dir, mode, listen, w.google.STSURL(), w.google.URL(), w.dir), 0o644)
+`, provider, projectID, w.dir, mode, listen, dns, w.google.STSURL(), w.google.URL(), w.dir), 0o644)
 }
 
 func (w *world) close() error {
