@@ -55,7 +55,8 @@ func BenchmarkSizing(b *testing.B) {
 	}
 	netnstest.Needs(b, "bash", "curl", "go")
 	s := newSizingBed(b)
-	fmt.Println("| Pods | Connections | Service | Helper | Watcher | Together | CPU in an idle hour | CPU for 1,000 answers |")
+	fmt.Println("| Pods | Connections | Service | Helper | Watcher | Together | CPU in an idle hour |" +
+		" CPU for 1,000 answers |")
 	fmt.Println("|---|---|---|---|---|---|---|---|")
 	for _, n := range sizes {
 		s.addPods(n)
@@ -96,7 +97,8 @@ func (s *sizingBed) unit(name string, args ...string) {
 	s.b.Helper()
 	const script = `umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
 unit=/sys/fs/cgroup/system.slice/$0; mkdir -p "$unit"; echo $$ >"$unit/cgroup.procs"; exec "$@"`
-	cmd := exec.Command("unshare", append([]string{"--cgroup", "--mount", "sh", "-ec", script, name, s.program}, args...)...)
+	cmd := exec.Command("unshare", append([]string{"--cgroup", "--mount", "sh", "-ec", script, name, s.program},
+		args...)...)
 	cmd.Env = append(os.Environ(), "GKE_METADATA_EMULATOR_RUN="+s.dir, "GOMEMLIMIT=320MiB")
 	cmd.Stdout, cmd.Stderr = s.log, s.log
 	if err := s.cgroups.Start(s.node.NS, "", cmd); err != nil {
@@ -143,7 +145,8 @@ func (s *sizingBed) ask(pods []*podBed, paths ...string) {
 	var all sync.WaitGroup
 	slots := make(chan struct{}, 4)
 	for _, p := range pods {
-		cmd := exec.Command("curl", "-sS", "--fail", "--fail-early", "--retry", "20", "--retry-all-errors", "--retry-delay", "1",
+		cmd := exec.Command("curl", "-sS", "--fail", "--fail-early", "--retry", "20",
+			"--retry-all-errors", "--retry-delay", "1",
 			"-H", "Metadata-Flavor: Google", "-H", "Connection: close", "-K", "-")
 		var stderr bytes.Buffer
 		cmd.Stdin, cmd.Stderr = bytes.NewReader(urls.Bytes()), &stderr
@@ -277,12 +280,13 @@ func mintsAnHour(t *testing.T) float64 {
 	var mu sync.Mutex
 	mints := 0
 	synctest.Test(t, func(t *testing.T) {
-		cache := token.NewCache(token.CacheOptions{Source: sourceFunc(func(context.Context, token.Request) (token.Token, error) {
+		mint := func(context.Context, token.Request) (token.Token, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			mints++
 			return token.Token{Value: "x", Minted: time.Now(), Expires: time.Now().Add(time.Hour)}, nil
-		})})
+		}
+		cache := token.NewCache(token.CacheOptions{Source: sourceFunc(mint)})
 		var requests []token.Request
 		var all []workload.ServiceAccount
 		for i := range accounts {
@@ -339,7 +343,8 @@ func callsOfAMint(t *testing.T) (toGoogle, toKubernetes float64) {
 
 // sourceConstant reads a constant of package kube, which does not export it.
 func sourceConstant(t *testing.T, name, unit string) float64 {
-	m := regexp.MustCompile(`\b` + name + ` += (\d+) \* time\.` + unit + `\b`).FindStringSubmatch(read(t, "kube/accounts.go"))
+	m := regexp.MustCompile(`\b` + name + ` += (\d+) \* time\.` + unit + `\b`).
+		FindStringSubmatch(read(t, "kube/accounts.go"))
 	if m == nil {
 		t.Fatalf("service/kube/accounts.go has no constant %s in time.%s", name, unit)
 	}

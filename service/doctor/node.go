@@ -451,8 +451,8 @@ func passthroughCheck(r *nodeReport) Finding {
 // dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
 func dnsCheck(r *nodeReport) Finding {
 	const name = "metadata.google.internal"
-	remedy := "add the record " + name + " A 169.254.169.254 to the cluster's DNS, which Go's, Python's and Java's clients " +
-		"need (docs/clients.md)"
+	remedy := "add the record " + name + " A 169.254.169.254 to the cluster's DNS, which Go's, Python's and Java's " +
+		"clients need (docs/clients.md)"
 	if routing.NoDNS(r.plan.Mode) == "" && !r.plan.DNS {
 		remedy = "set dns to answer, or " + remedy
 	}
