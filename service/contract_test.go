@@ -98,7 +98,7 @@ func TestContract(t *testing.T) {
 		{id: "E-34 AWS", path: "/latest/meta-data/", status: 404, body: "Not Found\n"},
 		{id: "E-34 AWS without our header", path: "/latest/meta-data/", header: "-", status: 403,
 			body: "/Missing required header/"},
-		{id: "E-34 IMDSv2", method: "PUT", path: "/latest/api/token", status: 405, body: "/GET and HEAD/"},
+		{id: "E-34 IMDSv2", method: "PUT", path: "/latest/api/token", status: 405, body: "/GET or HEAD/"},
 
 		{id: "T-01", path: accts + "default/token", kind: "application/json",
 			body: `/^\{"access_token":"[^"]+","expires_in":3\d\d\d,"token_type":"Bearer"\}$/`},
@@ -143,7 +143,7 @@ func TestContract(t *testing.T) {
 		{id: "H-12 another etag", path: v1 + "instance/hostname?wait_for_change=true&last_etag=0", body: "node1.example.com"},
 		{id: "H-13", path: v1 + "project/project-id", header: "X-Forwarded-For: 10.0.0.1", status: 403,
 			body: "/X-Forwarded-For/"},
-		{id: "H-14 POST", method: "POST", path: v1 + "project/project-id", status: 405, body: "/GET and HEAD/",
+		{id: "H-14 POST", method: "POST", path: v1 + "project/project-id", status: 405, body: "/GET or HEAD/",
 			has: "Allow: GET, HEAD"},
 		{id: "H-14 HEAD", method: "HEAD", path: v1 + "project/project-id", body: ""},
 		{id: "H-16 name", path: v1 + "project/project-id", header: "Host: metadata.google.internal", body: "my-project"},

@@ -265,7 +265,7 @@ func TestR16WhatIsHandedOverIsChecked(t *testing.T) {
 		{"can grow", with(allSeals &^ unix.F_SEAL_GROW), false, "not sealed"},
 		{"can shrink", with(allSeals &^ unix.F_SEAL_SHRINK), false, "not sealed"},
 		{"can be sealed further", with(allSeals &^ unix.F_SEAL_SEAL), false, "not sealed"},
-		{"another user's", with(somebodyElses), false, "not ours"},
+		{"another user's", with(somebodyElses), false, "not by this user"},
 		{"a file", func(t *testing.T) []*os.File {
 			b.write(t, "snapshot", string(good))
 			f, err := os.Open(filepath.Join(b.dir, "snapshot"))
@@ -289,15 +289,15 @@ func TestR16WhatIsHandedOverIsChecked(t *testing.T) {
 			}
 			return []*os.File{renamed(t, f)}
 		}, false, "not a regular file"},
-		{"empty", sealed(nil), false, "not a snapshot"},
-		{"another form", sealed(edit(len(snapshotForm)-2, '2')), false, "not a snapshot"},
-		{"without tokens' form", sealed(good[:headerLength]), false, "tokens that were left are dropped"},
-		{"cut short", sealed(good[:len(good)-1]), false, "tokens that were left are dropped"},
-		{"a byte more", sealed(append(slices.Clone(good), 0)), false, "tokens that were left are dropped"},
-		{"tampered with", sealed(edit(len(empty), 0x80)), false, "tokens that were left are dropped"},
+		{"empty", sealed(nil), false, "not a token snapshot"},
+		{"another form", sealed(edit(len(snapshotForm)-2, '2')), false, "not a token snapshot"},
+		{"without tokens' form", sealed(good[:headerLength]), false, "tokens of the previous process are discarded"},
+		{"cut short", sealed(good[:len(good)-1]), false, "tokens of the previous process are discarded"},
+		{"a byte more", sealed(append(slices.Clone(good), 0)), false, "tokens of the previous process are discarded"},
+		{"tampered with", sealed(edit(len(empty), 0x80)), false, "tokens of the previous process are discarded"},
 		{"too long", sealed(append(slices.Clone(good), make([]byte, token.LongestSnapshot)...)), false,
 			"more than a snapshot has"},
-		{"from the future", sealed(stamped(good, 1<<62)), false, "from the future"},
+		{"from the future", sealed(stamped(good, 1<<62)), false, "later than now"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if strings.HasPrefix(tt.name, "another user") && os.Geteuid() != 0 {

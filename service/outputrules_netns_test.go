@@ -82,7 +82,7 @@ func TestOutputRejects(t *testing.T) {
 		}
 		var text strings.Builder
 		err = st.Text(&text, time.Now())
-		if err != nil || strings.Contains(text.String(), "connections of the node itself fail") == overruled {
+		if err != nil || strings.Contains(text.String(), "the node's own connections fail") == overruled {
 			t.Errorf("%v:\n%s", err, &text)
 		}
 

@@ -166,7 +166,7 @@ func testPassthrough(t *testing.T, mode string) {
 	unnamed := start("d", k.node.NS, func(p *podBed) { p.ServiceAccount = "d" })
 	for _, p := range []*podBed{onPodNetwork, escaped, pretended} {
 		k.eventually(t, p.Name+" is known", func() bool { return ask(p, "fresh", accts+"default/email").Status == 200 })
-		ours(ask(p, "fresh", putToken), 405, "GET and HEAD")
+		ours(ask(p, "fresh", putToken), 405, "GET or HEAD")
 		ours(ask(p, "fresh", getID), 403, "Missing required header")
 		ours(ask(p, "fresh", "/latest/meta-data/"), 404, "Not Found\n")
 	}

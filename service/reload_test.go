@@ -85,7 +85,7 @@ func TestReload(t *testing.T) {
 	b.write(t, "config.yaml", string(good)+"prefetch: sometimes\n")
 	b.hangUp()
 	b.eventually(t, "the fault is logged",
-		func() bool { return strings.Contains(b.log.String(), "the previous one stays in force") })
+		func() bool { return strings.Contains(b.log.String(), "the previous configuration stays in force") })
 	if b.active().backend != before || b.ask(t, linked, "GET", accts+"default/token", "").StatusCode != 200 {
 		t.Error("a broken configuration changed something")
 	}
@@ -171,7 +171,7 @@ func TestListenChanges(t *testing.T) {
 	b.replace(t, "config.yaml", "listen: 127.0.0.1:0\n", "listen: "+other.Addr().String()+"\n")
 	b.hangUp()
 	b.eventually(t, "the reload is refused",
-		func() bool { return strings.Contains(b.log.String(), "the previous one stays in force") })
+		func() bool { return strings.Contains(b.log.String(), "the previous configuration stays in force") })
 	b.write(t, "routing.json", `{"desired":"installed","mode":"iptables","listen":"`+other.Addr().String()+`"}`)
 	if err := b.readiness(t.Context()); err == nil || !strings.Contains(err.Error(), other.Addr().String()) {
 		t.Errorf("the rules lead elsewhere, and readiness is %v", err)

@@ -1,18 +1,18 @@
 package service
 
 import (
-	"context"
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"net"
 	"net/netip"
-	"path/filepath"
+	"os"
+	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/doctor"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
@@ -75,10 +75,19 @@ func TestOneTextForEachState(t *testing.T) {
 				t.Errorf("status of another user: %v", err)
 			}
 
-			report := doctor.Run(t.Context(), doctor.Options{Load: b.read, RunDir: b.dir,
-				StatusSocket: filepath.Join(b.dir, "status.sock"),
-				Unit:         func(context.Context, string) status.Unit { return status.Unit{} },
-				Plan:         func(config.Config, error) routing.Plan { return routing.Plan{Closed: true} }})
+			plan, err := json.Marshal(routing.Plan{Closed: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), os.Args[0]) // a process of its own, as klog's logger is global
+			cmd.Env = append(os.Environ(), benchServer+"=doctor", doctorDir+"="+b.dir, routingPlan+"="+string(plan))
+			cmd.Stderr = os.Stderr
+			var report doctor.Report
+			if out, err := cmd.Output(); err != nil {
+				t.Fatal(err)
+			} else if err := json.Unmarshal(out, &report); err != nil {
+				t.Fatal(err)
+			}
 			for _, check := range []string{"service", c.check} {
 				for _, f := range report.Checks {
 					if f.Check == check && (f.Verdict != doctor.Fail || !strings.HasSuffix(lastTry(f.Finding), words)) {
