@@ -171,7 +171,7 @@ func testPassthrough(t *testing.T, mode string) {
 		ours(ask(p, "fresh", "/latest/meta-data/"), 404, "Not Found\n")
 	}
 	ours(ask(outside, "direct", getID), 403, "Missing required header")
-	ours(ask(unnamed, "fresh", putToken), 404, "name it in passthrough")
+	ours(ask(unnamed, "fresh", putToken), 404, "add it to passthrough")
 	ours(ask(unnamed, "kept", getID), 404, "default/d")
 	if got := aws.take(); len(got) > 0 {
 		t.Errorf("AWS saw %q", got)
@@ -179,7 +179,7 @@ func testPassthrough(t *testing.T, mode string) {
 	var text strings.Builder
 	st := statusOf(t, k.dir)
 	if err := st.Text(&text, st.Started); err != nil || len(st.SkippedHostPods) != 1 ||
-		!strings.Contains(text.String(), "\nhost pods    ServiceAccount default/d asked 2 times ") {
+		!strings.Contains(text.String(), "\nhost pods    ServiceAccount default/d: 2 requests ") {
 		t.Errorf("status: %+v, %v:\n%s", st.SkippedHostPods, err, &text)
 	}
 
