@@ -35,7 +35,7 @@ var importRules = []struct {
 	{"github.com/mdlayher/netlink", []string{"service/routing/netobj"},
 		"its decoder checks the bounds of attributes, where that of vishvananda/netlink panics"},
 	{"github.com/vishvananda/netlink", []string{"service/routing", "service/routing/netobj", "service/routing/nft",
-		"service/routing/probe"},
+		"service/routing/probe", "service/routing/watch"},
 		"routing changes the node's network; attest asks the kernel on the path of every connection, " +
 			"and its own questions are 60 times as fast (A-02)"},
 	{"github.com/vishvananda/netns", []string{"service/routing/probe"},
@@ -93,8 +93,8 @@ var layers = map[string][]string{
 	// routing knows the Plan and which rules it makes. The packages below it know no Plan: each knows
 	// one interface of the kernel.
 	"service/routing": {"service/messageid", "service/routing/bpf", "service/routing/fault",
-		"service/routing/netobj", "service/routing/nft", "service/routing/probe", "service/routing/xtables",
-		"service/workload"},
+		"service/routing/netobj", "service/routing/nft", "service/routing/probe", "service/routing/watch",
+		"service/routing/xtables", "service/workload"},
 	// doctor's connections: they know other people's rules, and none of ours.
 	"service/routing/probe": {"service/routing/fault", "service/routing/netobj", "service/routing/nft",
 		"service/routing/xtables"},
@@ -102,6 +102,8 @@ var layers = map[string][]string{
 	// iptables-nft keeps its chains in nf_tables, which are read there without a command.
 	"service/routing/xtables": {"service/routing/fault", "service/routing/netobj", "service/routing/nft"},
 	"service/routing/bpf":     {"service/routing/fault", "service/routing/netobj"},
+	// what the kernel says has changed; what is done about it routing knows
+	"service/routing/watch": {"service/routing/fault", "service/routing/nft"},
 	// the errors that all of them wrap
 	"service/routing/fault": nil,
 	// objects of the kernel that routing puts up; whose they are routing says.

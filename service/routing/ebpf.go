@@ -10,6 +10,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 // ebpfMode is mode ebpf: programs at connect(), and the chains of mode none in the table of mode
@@ -35,7 +36,9 @@ func (p Plan) pins(mode string, hooks []bpf.Hook) bpf.Pins {
 
 const detaching = "detaching an eBPF program"
 
-func (m *ebpfMode) wakes() (c causes, silent string) { return causeNFTables | causeEBPF, detaching }
+func (m *ebpfMode) wakes() (c watch.Causes, silent string) {
+	return watch.NFTables | watch.EBPF, detaching
+}
 
 // rewriting is what the programs have to do here and now.
 func (m *ebpfMode) rewriting(s nodeFacts) (r bpf.Rewriting, err error) {

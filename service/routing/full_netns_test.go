@@ -13,6 +13,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 // fill writes to a directory until its file system is full, of data or of files.
@@ -104,7 +105,7 @@ func TestRepairNamesAll(t *testing.T) {
 			seen := n.check(t.Context(), n.nodeFacts)
 			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; " +
 				"ip address del 169.254.169.252/32 dev lo")
-			why := &repair{of: state, why: causeNFTables, faults: seen, node: n, mode: true}
+			why := &repair{of: state, why: watch.NFTables, faults: seen, node: n, mode: true}
 			if _, err = r.install(t.Context(), why); err != nil {
 				return err
 			}

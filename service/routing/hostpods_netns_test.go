@@ -1,6 +1,7 @@
 package routing
 
 import (
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 	"strings"
 	"sync"
 	"testing"
@@ -167,7 +168,7 @@ func TestHostPodsSilentForLong(t *testing.T) {
 // again as soon as that question is answered, and not at the next sweep.
 func TestAskUnderWay(t *testing.T) {
 	w := &watcher{router: &router{plan: Plan{InterceptHostPods: "auto"}}, asking: true}
-	w.askCloud(causeRoute)
+	w.askCloud(watch.Route)
 	w.learn(t.Context(), cloudUnknown)
 	if w.askAgain.IsZero() || time.Until(w.askAgain) > 0 {
 		t.Errorf("it is asked again at %v, want now", w.askAgain)

@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
@@ -60,11 +61,11 @@ func openIPTables(p Plan, command string) (*iptablesMode, error) {
 
 func (m *iptablesMode) command() string { return m.use }
 
-func (m *iptablesMode) wakes() (c causes, silent string) {
+func (m *iptablesMode) wakes() (c watch.Causes, silent string) {
 	if m.legacy {
-		return causeXTables, "legacy iptables"
+		return watch.XTables, "legacy iptables"
 	}
-	return causeNFTables, ""
+	return watch.NFTables, ""
 }
 
 func (m *iptablesMode) changed() bool {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 // mode is what one way of bringing requests to the emulator has that the others have not: a
@@ -19,7 +20,7 @@ type mode interface {
 	// wakes is the cause after which changed is asked. Where the kernel tells nobody of a change,
 	// silent says what tells nothing: then changed is asked every pollSilent, and wakes is told as
 	// the cause when it said yes.
-	wakes() (c causes, silent string)
+	wakes() (c watch.Causes, silent string)
 	// changed says whether anything of the mode's may be other than check found it when it was
 	// right. It takes microseconds.
 	changed() bool

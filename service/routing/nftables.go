@@ -15,6 +15,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
@@ -30,7 +31,7 @@ type nfTables struct {
 
 func (m *nfTables) command() string { return "" }
 
-func (m *nfTables) wakes() (c causes, silent string) { return causeNFTables, "" }
+func (m *nfTables) wakes() (c watch.Causes, silent string) { return watch.NFTables, "" }
 
 func (m *nfTables) changed() bool {
 	now, err := nft.Read()

@@ -18,6 +18,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/bpf"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 // observeMode is mode observe (U-36): mode ebpf's programs count who connects to
@@ -52,8 +53,8 @@ func openObserve(p Plan) (*observeMode, error) {
 }
 
 func (m *observeMode) command() string { return "" }
-func (m *observeMode) wakes() (c causes, silent string) {
-	return causeEBPF, detaching
+func (m *observeMode) wakes() (c watch.Causes, silent string) {
+	return watch.EBPF, detaching
 }
 func (m *observeMode) redirected(netobj.Family) *uint64 { return nil }
 func (m *observeMode) table() string                    { return filepath.Join(m.Dir, "counts") }

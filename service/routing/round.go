@@ -16,6 +16,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 var (
@@ -106,7 +107,7 @@ func (w *watcher) report(r *repair, by string, start time.Time) {
 	}
 	fields[messageid.Field] = string(messageid.RulesRepaired)
 	fields["cause"], fields["missing"] = strings.Join(slices.Compact(found), ","), strings.Join(texts(r.faults), "; ")
-	if by != "" && slices.Contains(found, causeNFTables.String()) {
+	if by != "" && slices.Contains(found, watch.NFTables.String()) {
 		fields["by"] = by
 	}
 	w.Log.WithFields(fields).Warn("routing: missing rules were put back")
@@ -122,7 +123,7 @@ func next(bucket *rate.Limiter) time.Time {
 // look reads back what the causes can have touched, and returns all that is missing of it. It waits
 // for an Install or Remove of another process to be over. Without a router there is nothing to
 // keep.
-func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error) {
+func (w *watcher) look(ctx context.Context, why watch.Causes) (errs []error, err error) {
 	unlock, err := lock(ctx, w.RunDir, unix.LOCK_SH)
 	if err != nil {
 		return nil, err
@@ -137,7 +138,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		return nil, nil
 	}
 	w.follows = false
-	all := why&causeEverything != 0 || w.bad
+	all := why&watch.Everything != 0 || w.bad
 	if w.router == nil || !w.desired.sameDesired(state) || w.desired.Command != state.Command {
 		all = true
 		if err := w.follow(state); err != nil {
@@ -147,7 +148,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 	w.router.remember(state)
 	p := w.router.plan
 	read := all || w.unread
-	around := !p.guardAlone() && (all || why&causeKernel&^causeRule != 0)
+	around := !p.guardAlone() && (all || why&watch.Kernel&^watch.Rule != 0)
 	moved := false
 	if around && w.node != nil {
 		was := w.node.nodeFacts
@@ -159,7 +160,7 @@ func (w *watcher) look(ctx context.Context, why causes) (errs []error, err error
 		}
 		read = read || moved
 	}
-	if all || moved || why&causeKernel != 0 {
+	if all || moved || why&watch.Kernel != 0 {
 		if p.guardAlone() || w.node == nil { // the rest is looked at when the node is opened
 			errs = append(errs, checkGuard(p, w.node.around())...)
 		} else {
@@ -220,7 +221,7 @@ func (w *watcher) follow(state State) error {
 // hear has the events of the addresses read where the Plan redirects to.
 func (w *watcher) hear(p Plan) {
 	if p.Listen.IsValid() {
-		w.listen.Store([]netip.Addr{p.Listen.Addr(), p.Listen6.Addr()})
+		w.listen.Store([]netip.Addr{metadataServer.Addr(), p.Listen.Addr(), p.Listen6.Addr()})
 	}
 }
 
@@ -244,9 +245,9 @@ func (w *watcher) forget(state State) {
 }
 
 // publish writes down what stands, for those who may not read it.
-func (w *watcher) publish(ctx context.Context, why causes, errs []error) {
+func (w *watcher) publish(ctx context.Context, why watch.Causes, errs []error) {
 	was := w.bad
-	if w.bad = len(errs) > 0; why&causeEverything == 0 && !w.bad && !was {
+	if w.bad = len(errs) > 0; why&watch.Everything == 0 && !w.bad && !was {
 		return // that is what was published
 	}
 	unlock, err := lock(ctx, w.RunDir, unix.LOCK_EX)
@@ -332,8 +333,8 @@ func (s nodeFacts) equal(o nodeFacts) bool {
 
 // askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and
 // the network may have changed.
-func (w *watcher) askCloud(why causes) {
-	const network = causeAddress | causeRoute | causeLink | causeEverything
+func (w *watcher) askCloud(why watch.Causes) {
+	const network = watch.Address | watch.Route | watch.Link | watch.Everything
 	if w.router == nil || !w.router.asksCloud() || why&network == 0 {
 		return
 	}
@@ -359,7 +360,7 @@ func (w *watcher) learn(ctx context.Context, found string) {
 	if c := w.router.cloud.with(found, time.Now()); c != w.router.cloud {
 		n, err := w.router.install(ctx, &repair{of: w.desired, node: w.node, mode: true, found: found})
 		if w.node = n; errors.Is(err, errOutdated) {
-			w.pending |= causeRetry
+			w.pending |= watch.Retry
 			return
 		}
 		if w.fail(err); err == nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 // router is the one Router there is: what all modes share, around the mode of its Plan.
@@ -100,7 +101,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 			state.HostNetwork, state.IPv6, state.DNSRefused = n.hostWhy, n.whyNot6, n.whyNotDNS
 		}
 		if why == nil && err == nil && same {
-			why = &repair{why: causeInstall}
+			why = &repair{why: watch.Install}
 			for _, err := range faults {
 				if f, ok := err.(*fault.Fault); ok && f.Flushed {
 					why.faults = append(why.faults, f)

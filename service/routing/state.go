@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 // What the last Install or Remove wanted.
@@ -80,7 +81,7 @@ func (r Repairs) Total() (n int) {
 // time sees the first repair.
 func (r Repairs) Each(f func(layer, cause string, times int)) {
 	for _, layer := range fault.All {
-		for _, cause := range causeNames {
+		for _, cause := range watch.Names {
 			f(layer, cause, r[layer][cause])
 		}
 	}
@@ -88,12 +89,12 @@ func (r Repairs) Each(f func(layer, cause string, times int)) {
 
 // repair is an Install of the watcher's, or what a plain one found gone.
 type repair struct {
-	of     State   // what was desired when it was found
-	why    causes  // why somebody looked
-	faults []error // what was missing, and after an Install all that was missing when that began
-	node   *node   // where it was found; may be nil
-	mode   bool    // the mode's part may be among it
-	found  string  // no repair at all: this was found out of the cloud's metadata server
+	of     State        // what was desired when it was found
+	why    watch.Causes // why somebody looked
+	faults []error      // what was missing, and after an Install all that was missing when that began
+	node   *node        // where it was found; may be nil
+	mode   bool         // the mode's part may be among it
+	found  string       // no repair at all: this was found out of the cloud's metadata server
 	// layers in which nothing had gone: the node's interfaces or cgroups are others
 	follows []string
 }
@@ -119,7 +120,7 @@ func (r *repair) causes() map[string]string {
 	causes := map[string]string{}
 	for _, layer := range fault.Layers(r.faults) {
 		if !slices.Contains(r.follows, layer) || layer == fault.Address || layer == fault.Route {
-			causes[layer] = r.why.behind(layer)
+			causes[layer] = r.why.Behind(layer)
 		}
 	}
 	return causes

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -59,11 +60,11 @@ type Watch struct {
 // watcher is a Watch that runs.
 type watcher struct {
 	Watch
-	events          *events
-	listen          atomic.Value // []netip.Addr, for the readers of events
+	events          *watch.Events
+	listen          atomic.Value // []netip.Addr whose routes matter, for the readers of events
 	repairs, checks *rate.Limiter
 
-	pending   causes
+	pending   watch.Causes
 	by        string    // the process behind the last change of nf_tables
 	notBefore time.Time // no look until then: the bucket is empty
 	rest      time.Time // nor until then at what is around the rules alone
@@ -105,13 +106,13 @@ func (o Watch) Run(ctx context.Context) (err error) {
 	w.repairs, w.checks = rate.NewLimiter(rate.Every(refill), w.burst), rate.NewLimiter(rate.Every(refill), w.burst)
 	w.listen.Store([]netip.Addr{metadataServer.Addr()})
 	w.answers = make(chan string, 1)
-	if w.events, err = watchEvents(func() []netip.Addr { return w.listen.Load().([]netip.Addr) }); err != nil {
+	if w.events, err = watch.Listen(func() []netip.Addr { return w.listen.Load().([]netip.Addr) }); err != nil {
 		return err
 	}
-	defer w.events.close()
+	defer w.events.Close()
 
 	w.begin(ctx)
-	w.pending = causeStart
+	w.pending = watch.Start
 	sweep := time.Now().Add(w.sweep)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -121,7 +122,7 @@ func (o Watch) Run(ctx context.Context) (err error) {
 			w.round(ctx)
 			// where a thousand interfaces come and go, each look at them takes 10 ms: a tenth of the time is
 			// for that
-			if why&^causeAround == 0 {
+			if why&^watch.Around == 0 {
 				w.rest = time.Now().Add(min(9*time.Since(now), time.Second))
 			}
 			w.askCloud(why)
@@ -133,13 +134,13 @@ func (o Watch) Run(ctx context.Context) (err error) {
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-w.events.failed:
+		case err := <-w.events.Failed:
 			return err
 		case <-w.Reload:
 			w.reload(ctx)
-			w.pending |= causeReload
-		case <-w.events.changed:
-			c, by := w.events.take()
+			w.pending |= watch.Reload
+		case <-w.events.Changed:
+			c, by := w.events.Take()
 			if w.pending |= c; by != "" {
 				w.by = by
 			}
@@ -147,16 +148,16 @@ func (o Watch) Run(ctx context.Context) (err error) {
 			w.learn(ctx, found)
 		case now := <-timer.C:
 			if !now.Before(sweep) {
-				w.pending |= causeSweep
+				w.pending |= watch.Sweep
 				sweep = now.Add(w.sweep + rand.N(w.sweep/3) - w.sweep/6)
 			}
 			if !w.retry.IsZero() && !now.Before(w.retry) {
 				w.retry, w.unread = time.Time{}, true
-				w.pending |= causeRetry
+				w.pending |= watch.Retry
 			}
 			if !w.askAgain.IsZero() && !w.asking && !now.Before(w.askAgain) {
 				w.askAgain = time.Time{}
-				w.askCloud(causeRetry)
+				w.askCloud(watch.Retry)
 			}
 			if w.node.silent() != "" && w.node.changed() {
 				cause, _ := w.node.wakes()
@@ -186,7 +187,7 @@ func (w *watcher) wake(sweep time.Time) time.Time {
 
 // due is when there may be a look at what is pending.
 func (w *watcher) due() time.Time {
-	if w.pending&^causeAround == 0 && w.rest.After(w.notBefore) {
+	if w.pending&^watch.Around == 0 && w.rest.After(w.notBefore) {
 		return w.rest
 	}
 	return w.notBefore

@@ -9,6 +9,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 const addUplink = "ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev " +
@@ -73,7 +74,7 @@ func TestRepairCauses(t *testing.T) {
 		"follows": {repair{follows: []string{fault.NFTables}}, "ip-rule ip-address ip-route"},
 		"all do":  {repair{follows: fault.All}, "ip-address ip-route"},
 	} {
-		c.r.why, c.r.faults = causeLink, all
+		c.r.why, c.r.faults = watch.Link, all
 		var got []string
 		for _, layer := range fault.Layers(all) {
 			if c.r.causes()[layer] != "" {

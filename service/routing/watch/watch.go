@@ -1,4 +1,6 @@
-package routing
+// Package watch hears from the kernel what changes in a network namespace: policy rules, addresses,
+// routes, links and nf_tables. It names the causes for which the rules are looked at again.
+package watch
 
 import (
 	"encoding/binary"
@@ -16,30 +18,31 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
-// causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
+// Causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
 // told.
-type causes uint16
+type Causes uint16
 
 const (
-	causeNFTables causes = 1 << iota // a transaction of nf_tables
-	causeXTables                     // a legacy table is not as it was
-	causeEBPF                        // other programs are attached than were
-	causeRule
-	causeAddress
-	causeRoute
-	causeLink
-	causeReload
-	causeStart
-	causeSweep
-	causeRetry   // what failed before
-	causeInstall // somebody installs anew
+	NFTables Causes = 1 << iota // a transaction of nf_tables
+	XTables                     // a legacy table is not as it was
+	EBPF                        // other programs are attached than were
+	Rule
+	Address
+	Route
+	Link
+	Reload
+	Start
+	Sweep
+	Retry   // what failed before
+	Install // somebody installs anew
 
-	causeAround     = causeAddress | causeRoute | causeLink // what comes by the dozen as pods come and go
-	causeKernel     = causeRule | causeAround               // what rtnetlink tells
-	causeEverything = causeReload | causeStart | causeSweep | causeRetry
+	Around     = Address | Route | Link // what comes by the dozen as pods come and go
+	Kernel     = Rule | Around          // what rtnetlink tells
+	Everything = Reload | Start | Sweep | Retry
 )
 
-var causeNames = []string{
+// Names are the words for a metric's label, in the order of the bits.
+var Names = []string{
 	"nftables",
 	"xtables",
 	"ebpf",
@@ -55,8 +58,8 @@ var causeNames = []string{
 }
 
 // String returns the word for the metric's label.
-func (c causes) String() string {
-	for i, name := range causeNames {
+func (c Causes) String() string {
+	for i, name := range Names {
 		if c&(1<<i) != 0 {
 			return name
 		}
@@ -64,42 +67,42 @@ func (c causes) String() string {
 	return "none"
 }
 
-// behind is the cause that is most likely behind a fault in the layer.
-func (c causes) behind(layer string) string {
-	own := map[string]causes{fault.Rule: causeRule, fault.Address: causeAddress, fault.Route: causeRoute,
-		fault.EBPF: causeEBPF}[layer]
+// Behind is the cause that is most likely behind a fault in the layer.
+func (c Causes) Behind(layer string) string {
+	own := map[string]Causes{fault.Rule: Rule, fault.Address: Address, fault.Route: Route,
+		fault.EBPF: EBPF}[layer]
 	if c&own != 0 {
 		return own.String()
 	}
 	return c.String()
 }
 
-// events are what the kernel tells of changes to rules, policy rules, addresses, routes and links
+// Events are what the kernel tells of changes to rules, policy rules, addresses, routes and links
 // in one network namespace.
-type events struct {
-	changed chan struct{} // holds one when there is something to take
-	failed  chan error    // holds one when no more events will come
+type Events struct {
+	Changed chan struct{} // holds one when there is something to take
+	Failed  chan error    // holds one when no more events will come
 	sockets []*nl.NetlinkSocket
 	readers sync.WaitGroup
 
 	mu     sync.Mutex
-	causes causes
+	causes Causes
 	by     string // the process behind the last transaction of nf_tables
 }
 
-// watchEvents subscribes in the network namespace of the calling thread. listen is where requests
-// are redirected to, in each family.
-func watchEvents(listen func() []netip.Addr) (*events, error) {
-	e := &events{changed: make(chan struct{}, 1), failed: make(chan error, 2)}
+// Listen subscribes in the network namespace of the calling thread. Of changes to routes it tells
+// those of routes to one of the addresses, and of default routes.
+func Listen(addresses func() []netip.Addr) (*Events, error) {
+	e := &Events{Changed: make(chan struct{}, 1), Failed: make(chan error, 2)}
 	for _, s := range []struct {
 		protocol int
 		groups   []uint
-		read     func(kind uint16, data []byte) (causes, string)
+		read     func(kind uint16, data []byte) (Causes, string)
 	}{
 		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 			unix.RTNLGRP_IPV4_ROUTE,
 			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE},
-			func(kind uint16, data []byte) (causes, string) { return routeEvent(kind, data, listen()...), "" }},
+			func(kind uint16, data []byte) (Causes, string) { return routeEvent(kind, data, addresses()...), "" }},
 		{unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, generationEvent},
 	} {
 		socket, err := nl.Subscribe(s.protocol, s.groups...)
@@ -107,7 +110,7 @@ func watchEvents(listen func() []netip.Addr) (*events, error) {
 			err = onlyGenerations(socket)
 		}
 		if err != nil {
-			e.close()
+			e.Close()
 			return nil, fmt.Errorf("listen to the kernel's events: %w", fault.Permission(err))
 		}
 		e.sockets = append(e.sockets, socket)
@@ -116,7 +119,7 @@ func watchEvents(listen func() []netip.Addr) (*events, error) {
 	return e, nil
 }
 
-func (e *events) close() {
+func (e *Events) Close() {
 	for _, s := range e.sockets {
 		s.Close()
 	}
@@ -142,17 +145,17 @@ func onlyGenerations(s *nl.NetlinkSocket) error {
 }
 
 // read reads one socket until it is closed.
-func (e *events) read(s *nl.NetlinkSocket, of func(kind uint16, data []byte) (causes, string)) {
+func (e *Events) read(s *nl.NetlinkSocket, of func(kind uint16, data []byte) (Causes, string)) {
 	for {
 		messages, from, err := s.Receive()
 		switch {
 		case errors.Is(err, unix.ENOBUFS): // more than the socket could hold: anything may have happened
-			e.note(causeKernel|causeNFTables, "")
+			e.note(Kernel|NFTables, "")
 			continue
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			e.failed <- fmt.Errorf("the kernel's events: %w", err) // it has room for each reader
+			e.Failed <- fmt.Errorf("the kernel's events: %w", err) // it has room for each reader
 			return
 		case from.Pid != nl.PidKernel:
 			continue
@@ -165,7 +168,7 @@ func (e *events) read(s *nl.NetlinkSocket, of func(kind uint16, data []byte) (ca
 	}
 }
 
-func (e *events) note(c causes, by string) {
+func (e *Events) note(c Causes, by string) {
 	e.mu.Lock()
 	e.causes |= c
 	if by != "" {
@@ -173,13 +176,13 @@ func (e *events) note(c causes, by string) {
 	}
 	e.mu.Unlock()
 	select {
-	case e.changed <- struct{}{}:
+	case e.Changed <- struct{}{}:
 	default:
 	}
 }
 
-// take returns what happened since it was asked last.
-func (e *events) take() (c causes, by string) {
+// Take returns what happened since it was asked last.
+func (e *Events) Take() (c Causes, by string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	c, by = e.causes, e.by
@@ -188,7 +191,7 @@ func (e *events) take() (c causes, by string) {
 }
 
 // generationEvent reads who made the transaction: the name that the process gives itself.
-func generationEvent(kind uint16, data []byte) (causes, string) {
+func generationEvent(kind uint16, data []byte) (Causes, string) {
 	if kind != nft.Subsystem|unix.NFT_MSG_NEWGEN {
 		return 0, ""
 	}
@@ -196,37 +199,37 @@ func generationEvent(kind uint16, data []byte) (causes, string) {
 	if pid := nft.Attribute(data, unix.NFTA_GEN_PROC_PID); len(pid) == 4 {
 		by = strings.TrimSpace(fmt.Sprintf("%s (%d)", by, binary.BigEndian.Uint32(pid)))
 	}
-	return causeNFTables, by
+	return NFTables, by
 }
 
 // routeEvent says what a message of rtnetlink is about. Routes to pods come and go all day; only
-// those matter that the metadata server, the listen address or everything can be reached by.
-func routeEvent(kind uint16, data []byte, listen ...netip.Addr) causes {
+// those matter that one of the addresses or everything can be reached by.
+func routeEvent(kind uint16, data []byte, addresses ...netip.Addr) Causes {
 	switch kind {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
-		return causeRule
+		return Rule
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		return causeAddress
+		return Address
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		return causeLink
+		return Link
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		if len(data) < unix.SizeofRtMsg {
-			return causeRoute
+			return Route
 		}
 		bits := int(data[1]) // rtm_dst_len
 		if bits == 0 {
-			return causeRoute
+			return Route
 		}
 		for rest := data[unix.SizeofRtMsg:]; len(rest) >= unix.SizeofRtAttr; {
 			size := int(binary.NativeEndian.Uint16(rest))
 			if size < unix.SizeofRtAttr || size > len(rest) {
-				return causeRoute
+				return Route
 			}
 			if binary.NativeEndian.Uint16(rest[2:]) == unix.RTA_DST {
 				to, ok := netip.AddrFromSlice(rest[unix.SizeofRtAttr:size])
 				prefix := netip.PrefixFrom(to, bits)
-				if !ok || prefix.Contains(metadataServer.Addr()) || slices.ContainsFunc(listen, prefix.Contains) {
-					return causeRoute
+				if !ok || slices.ContainsFunc(addresses, prefix.Contains) {
+					return Route
 				}
 				return 0
 			}

@@ -1,10 +1,9 @@
-package routing
+package watch
 
 import (
 	"encoding/binary"
 	"net/netip"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,28 +27,28 @@ func routeMessage(bits byte, dst string) []byte {
 
 // TestRouteEvent: routes to pods come and go all day, and are nobody's business here.
 func TestRouteEvent(t *testing.T) {
-	listen := netip.MustParseAddr("10.245.0.3")
+	server, listen := netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("10.245.0.3")
 	for _, c := range []struct {
 		name string
 		kind uint16
 		data []byte
-		want causes
+		want Causes
 	}{
-		{"rule", unix.RTM_DELRULE, nil, causeRule},
-		{"address", unix.RTM_NEWADDR, nil, causeAddress},
-		{"link", unix.RTM_DELLINK, nil, causeLink},
-		{"default route", unix.RTM_NEWROUTE, routeMessage(0, ""), causeRoute},
-		{"the metadata server's", unix.RTM_DELROUTE, routeMessage(32, "169.254.169.254"), causeRoute},
-		{"all link-local addresses'", unix.RTM_DELROUTE, routeMessage(16, "169.254.0.0"), causeRoute},
-		{"the listen address's", unix.RTM_NEWROUTE, routeMessage(24, "10.245.0.0"), causeRoute},
+		{"rule", unix.RTM_DELRULE, nil, Rule},
+		{"address", unix.RTM_NEWADDR, nil, Address},
+		{"link", unix.RTM_DELLINK, nil, Link},
+		{"default route", unix.RTM_NEWROUTE, routeMessage(0, ""), Route},
+		{"the metadata server's", unix.RTM_DELROUTE, routeMessage(32, "169.254.169.254"), Route},
+		{"all link-local addresses'", unix.RTM_DELROUTE, routeMessage(16, "169.254.0.0"), Route},
+		{"the listen address's", unix.RTM_NEWROUTE, routeMessage(24, "10.245.0.0"), Route},
 		{"a pod's", unix.RTM_NEWROUTE, routeMessage(32, "10.245.1.3"), 0},
 		{"a pod's over IPv6", unix.RTM_NEWROUTE, routeMessage(128, "fd00:245::3"), 0},
 		{"a neighbour", unix.RTM_NEWNEIGH, nil, 0},
-		{"cut short", unix.RTM_NEWROUTE, []byte{2}, causeRoute},
+		{"cut short", unix.RTM_NEWROUTE, []byte{2}, Route},
 		{"an attribute that is longer than the message", unix.RTM_NEWROUTE,
-			append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), causeRoute},
+			append(routeMessage(24, "")[:unix.SizeofRtMsg], 255, 0, 1, 0), Route},
 	} {
-		if got := routeEvent(c.kind, c.data, listen); got != c.want {
+		if got := routeEvent(c.kind, c.data, server, listen); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
@@ -69,7 +68,7 @@ func TestGenerationEvent(t *testing.T) {
 	attr(unix.NFTA_GEN_ID, be.AppendUint32(nil, 7))
 	attr(unix.NFTA_GEN_PROC_PID, be.AppendUint32(nil, 42))
 	attr(unix.NFTA_GEN_PROC_NAME, []byte("nft\x00"))
-	if c, by := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWGEN, m); c != causeNFTables || by != "nft (42)" {
+	if c, by := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWGEN, m); c != NFTables || by != "nft (42)" {
 		t.Errorf("%v, %q", c, by)
 	}
 	if c, _ := generationEvent(nft.Subsystem|unix.NFT_MSG_NEWRULE, m); c != 0 {
@@ -81,32 +80,14 @@ func TestGenerationEvent(t *testing.T) {
 }
 
 func TestCauses(t *testing.T) {
-	c := causeNFTables | causeRule | causeSweep
+	c := NFTables | Rule | Sweep
 	for layer, want := range map[string]string{fault.IPTables: "nftables", fault.Rule: "ip-rule",
 		fault.Address: "nftables"} {
-		if got := c.behind(layer); got != want {
+		if got := c.Behind(layer); got != want {
 			t.Errorf("%s: %s, want %s", layer, got, want)
 		}
 	}
-	if got := len(causeNames); 1<<(got-1) != causeInstall {
+	if got := len(Names); 1<<(got-1) != Install {
 		t.Errorf("%d names: one for each cause", got)
-	}
-}
-
-// TestDue: a flush is looked at whatever pods' interfaces do; looks at these alone leave time for
-// others.
-func TestDue(t *testing.T) {
-	bucket, rest := time.Unix(1, 0), time.Unix(2, 0)
-	for _, c := range []struct {
-		pending causes
-		want    time.Time
-	}{
-		{causeLink, rest}, {causeLink | causeAddress | causeRoute, rest}, {causeLink | causeNFTables, bucket},
-		{causeRule, bucket}, {causeSweep | causeLink, bucket},
-	} {
-		w := &watcher{pending: c.pending, notBefore: bucket, rest: rest}
-		if got := w.due(); got != c.want {
-			t.Errorf("%b: %v, want %v", c.pending, got, c.want)
-		}
 	}
 }
