@@ -169,7 +169,7 @@ for sh in dash bash 'busybox sh'; do
 	six=; [ ! -e /proc/net/if_inet6 ] || six='ListenStream=[fd20:ce::252]:988\n'
 	printf "[Socket]\nListenStream=\nListenStream=169.254.169.252:988\n${six}Transparent=no\n" | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
 	test ! -e /tmp/out/gke-metadata-emulator.socket.wants
-	{ cat /tmp/mine.yaml; echo 'dns: answer'; } >$etc/config.yaml; generate
+	{ cat /tmp/mine.yaml; echo '"dns" : answer'; } >$etc/config.yaml; generate
 	printf '[Socket]\nListenDatagram=\nListenDatagram=169.254.169.252:988\n' | cmp - /tmp/out/gke-metadata-emulator-dns.socket.d/10-listen.conf
 	cmp /tmp/out/gke-metadata-emulator.socket.wants/gke-metadata-emulator-dns.socket /usr/lib/systemd/system/gke-metadata-emulator-dns.socket
 	echo "listen6: '[fd20:ce::252]:988'" >>$etc/config.yaml; generate

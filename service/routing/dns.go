@@ -23,7 +23,12 @@ import (
 // forwarders, and clients that keep their socket. So queries for the name are in a zone of
 // conntrack of their own: there they are another connection than other queries between the same
 // ports, and each packet goes where its name says. Packets are given the zone where they are
-// matched, in raw, and so are the answers: those from the emulator's UDP port.
+// matched, in raw. In mode iptables answers are in everybody's zone, so that those of a name server
+// find their way where somebody else's DNAT comes first (kube-proxy's, once it starts). In mode
+// nftables nobody comes first, and the answers from the emulator's UDP port are given the zone.
+//
+// Where a query comes from nobody can tell: a pod can send one in another's name. No answer leaves
+// the node by an uplink.
 //
 // What is matched in raw has to be matched in nat as well: a query that was in the zone and was not
 // redirected had an answer that conntrack does not know. So interfaces and cgroups that are spared
@@ -33,17 +38,17 @@ import (
 // package xtables' Chain and with PROGRAM for dnsProgram,
 //
 //	*filter
+//	-A GME-IN -d 169.254.169.252/32 -i eth0 -p udp -m udp --dport 988 -j DROP
 //	-A GME-IN -d 169.254.169.252/32 -p udp -m udp --dport 988 -m conntrack --ctstate DNAT -j ACCEPT
 //	-A GME-IN -d 169.254.169.252/32 ! -i lo -p udp -m udp --dport 988 -j DROP
+//	-A GME-LOCAL -s 169.254.169.252/32 -o eth0 -p udp -m udp --sport 988 -j DROP
 //	-A GME-LOCAL -s 169.254.169.252/32 -p udp -m udp --sport 988 -j ACCEPT
 //	-A GME-LOCAL -d 169.254.169.252/32 -p udp -m udp --dport 988 -j ACCEPT
 //	*raw
 //	-A GME-RAW -d 169.254.169.252/32 ! -i lo -p udp -m udp --dport 988 -j DROP
-//	-A GME-RAW -s 169.254.169.252/32 -p udp -m udp --sport 988 -j CT --zone 988
 //	-A GME-RAW -i lo -j RETURN
 //	-A GME-RAW -i eth0 -j RETURN
-//	-A GME-RAW -p udp -m udp --dport 53 -m bpf --bytecode "PROGRAM" -j CT --zone 988
-//	-A GME-RAW-OUT -s 169.254.169.252/32 -p udp -m udp --sport 988 -j CT --zone 988
+//	-A GME-RAW -p udp -m udp --dport 53 -m bpf --bytecode "PROGRAM" -j CT --zone-orig 988
 //	*nat
 //	-A GME-PRE -p udp -m udp --dport 53 -m bpf --bytecode "PROGRAM" -j DNAT --to-destination 169.254.169.252:988
 //
@@ -64,12 +69,16 @@ func (p Plan) answersDNS(s nodeFacts) bool { return s.dns && p.traits().readsQue
 
 // dnsAround says whether queries are to be redirected, or why they are not though the Plan wants
 // it.
-func (r *router) dnsAround() (dns bool, why string) {
-	switch {
+func (r *router) dnsAround(install bool) (dns bool, why string) {
+	switch l := r.plan.Listen; {
 	case r.plan.Closed || !r.plan.DNS:
 		return false, ""
 	case !r.plan.traits().readsQueries:
 		return false, NoDNS(r.plan.Mode)
+	case install && Listener(l).At.IsValid() && !queriesBound(l):
+		// The service is there, and takes no queries: they would lead to nobody.
+		return false, fmt.Sprintf("no process listens on UDP %s: systemctl daemon-reload && systemctl restart "+
+			"gke-metadata-emulator.socket", l)
 	}
 	return r.dnsRefused == "", r.dnsRefused
 }
@@ -120,8 +129,8 @@ func asksDNS(server netip.Addr) string {
 	return `-p udp -m udp --dport 53 -m bpf --bytecode "` + dnsProgram(server.Is6()) + `"`
 }
 
-// inDNSZone is a zone of conntrack for a packet. The first target CT that a packet meets counts.
-var inDNSZone = fmt.Sprintf(" -j CT --zone %d", dnsZone)
+// inDNSZone is a zone of conntrack for queries. The first target CT that a packet meets counts.
+var inDNSZone = fmt.Sprintf(" -j CT --zone-orig %d", dnsZone)
 
 func toUDP(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s -p udp -m udp --dport %d", single(l), l.Port())
@@ -142,6 +151,15 @@ func dnsRules(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []stri
 	}
 	asks := asksDNS(w.server.Addr())
 	redirect := asks + " -j DNAT --to-destination " + w.listen.String()
+	others := spared(p, s)[1:] // all but lo
+	for _, name := range others {
+		switch chain {
+		case "GME-IN": // else an answer to whom somebody's DNAT leads here
+			rules = append(rules, udpBy(w.listen, "-d", "-i", name))
+		case "GME-LOCAL", "GME-FWD":
+			rules = append(rules, udpBy(w.listen, "-s", "-o", name))
+		}
+	}
 	switch chain {
 	case "GME-FWD": // to an emulator that lives elsewhere, and back
 		rules = append(rules, toUDP(w.listen)+" -m conntrack --ctstate DNAT -j ACCEPT",
@@ -151,13 +169,12 @@ func dnsRules(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []stri
 	case "GME-LOCAL":
 		rules = append(rules, fromUDP(w.listen)+" -j ACCEPT", toUDP(w.listen)+" -j ACCEPT")
 	case "GME-RAW":
-		rules = append(rules, notLocalUDP(w.listen)+" -j DROP", fromUDP(w.listen)+inDNSZone)
-		for _, name := range spared(p, s) {
+		rules = append(rules, "-i lo -j RETURN")
+		for _, name := range others {
 			rules = append(rules, "-i "+name+" -j RETURN")
 		}
 		rules = append(rules, asks+inDNSZone)
 	case "GME-RAW-OUT":
-		rules = append(rules, fromUDP(w.listen)+inDNSZone)
 		if s.hostPods {
 			for _, slice := range s.slices {
 				rules = append(rules, "-m cgroup --path "+slice+" -j RETURN")
@@ -174,6 +191,12 @@ func dnsRules(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []stri
 	return rules
 }
 
+// udpBy drops UDP from or to the listener by an interface.
+func udpBy(l netip.AddrPort, end, way, name string) string {
+	port := map[string]string{"-s": "--sport", "-d": "--dport"}[end]
+	return fmt.Sprintf("%s %s %s %s -p udp -m udp %s %d -j DROP", end, single(l), way, name, port, l.Port())
+}
+
 // dnsParts are the same of nft, of which an accept is final for its own chain only.
 func dnsParts(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []nft.Rule, err error) {
 	if !p.answersDNS(s) {
@@ -181,14 +204,22 @@ func dnsParts(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []nft.
 	}
 	add := func(parts ...nft.Part) { rules = append(rules, nft.NewRule(parts...)) }
 	asks := nft.Asks(dnsLabels, dnsName)
+	others := spared(p, s)[1:]
 	switch chain {
 	case "input":
+		for _, name := range others {
+			add(nft.ByInterface(name), nft.ToUDP(w.listen), nft.Drop())
+		}
 		add(nft.ToUDP(w.listen), nft.DestinationTranslated(), nft.Accept())
 		add(nft.NotLoopback(), nft.ToUDP(w.listen), nft.Drop())
+	case "local", "forward":
+		for _, name := range others {
+			add(nft.ToInterface(name), nft.FromUDP(w.listen), nft.Drop())
+		}
 	case "raw":
-		add(nft.NotLoopback(), nft.ToUDP(w.listen), nft.Drop())
 		add(nft.FromUDP(w.listen), nft.InZone(dnsZone))
-		for _, name := range spared(p, s) {
+		add(nft.ByInterface("lo"), nft.Return())
+		for _, name := range others {
 			add(nft.ByInterface(name), nft.Return())
 		}
 		add(asks, nft.InZone(dnsZone))

@@ -289,6 +289,10 @@ func TestDNSStory(t *testing.T) {
 			t.Errorf("%d other queries came to the emulator", n)
 		}
 		b.mixes(servers, answered)
+		if b.plan.Mode != ModeNFTables {
+			b.comesFirst(served)
+		}
+		b.forged()
 
 		// Others flush.
 		w := b.watch(b.plan, time.Hour)
@@ -315,6 +319,65 @@ func TestDNSStory(t *testing.T) {
 		b.same("remove", sorted(b.ruleset()), sorted(before))
 		b.resolves(b.pod, clusterDNS, name, a, nxdomain)
 	})
+}
+
+// comesFirst has kube-proxy start later than the service: its jump is in front of ours then. Until
+// that is repaired a query has its name server's answer, and is not lost.
+func (b *testNode) comesFirst(served func()) {
+	b.t.Helper()
+	const name = dnsName + "."
+	b.sh("iptables -t nat -D PREROUTING -j KUBE-SERVICES; iptables -t nat -I PREROUTING -j KUBE-SERVICES")
+	b.resolves(b.pod, clusterDNS, name, dnsmessage.TypeA, "NameError")
+	b.resolves(b.pod, clusterDNS, "example.com.", dnsmessage.TypeA, "192.0.2.1")
+	if err := b.check(b.plan); err == nil || !strings.Contains(err.Error(), "KUBE-SERVICES") {
+		b.t.Errorf("kube-proxy redirects queries before our rules do, and check says %v", err)
+	}
+	w := b.watch(b.plan, time.Hour)
+	w.until("a repair", func() bool { return b.stands(b.plan) })
+	w.end()
+	served()
+	b.sh("iptables -t nat -I PREROUTING -p tcp -d 192.0.2.1 --dport 1 -j RETURN") // of no concern
+	b.green(b.plan)
+	b.sh("iptables -t nat -D PREROUTING -p tcp -d 192.0.2.1 --dport 1 -j RETURN")
+	served()
+}
+
+// forged has a pod ask in the name of a host behind the uplink, which gets no answer.
+func (b *testNode) forged() {
+	b.t.Helper()
+	c, err := b.Cloud.ListenPacket("udp", "198.51.100.1:5000")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer c.Close()
+	b.sh("for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done")
+	if out, err := b.pod.Command(b.t.Context(), "ip", "address", "add", "198.51.100.1/32", "dev", "lo").
+		CombinedOutput(); err != nil {
+		b.t.Fatalf("%v: %s", err, out)
+	}
+	forger := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.IPv4(198, 51, 100, 1), Port: 5000}}
+	var q net.Conn
+	if err := b.pod.Do(func() (err error) {
+		q, err = forger.DialContext(b.t.Context(), "udp", clusterDNS)
+		return err
+	}); err != nil {
+		b.t.Fatal(err)
+	}
+	defer q.Close()
+	r := &resolver{c: q}
+	for range 3 {
+		if err := r.send(dnsName+".secret.", dnsmessage.TypeA); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	_ = c.SetReadDeadline(time.Now().Add(short))
+	if n, from, err := c.ReadFrom(make([]byte, 1500)); err == nil {
+		b.t.Errorf("an answer of %d octets left the node in the name of %v", n, from)
+	}
+	if out, err := b.pod.Command(b.t.Context(), "ip", "address", "del", "198.51.100.1/32", "dev", "lo").
+		CombinedOutput(); err != nil {
+		b.t.Fatalf("%v: %s", err, out)
+	}
 }
 
 // mixes asks for several names from one port: each query goes where its name says, whichever was

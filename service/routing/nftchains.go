@@ -91,6 +91,9 @@ func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain
 	local := nft.Chain{Name: "local", Kind: "filter", Hook: "output", Priority: nft.PriorityFilter}
 	// two checks, each of which is enough. A-18 (port clash): see chainsFor.
 	raw.Rules = []nft.Rule{nft.NewRule(nft.NotLoopback(), nft.ToServer(w.listen), nft.Drop())}
+	if p.answersDNS(s) {
+		raw.Rules = append(raw.Rules, nft.NewRule(nft.NotLoopback(), nft.ToUDP(w.listen), nft.Drop()))
+	}
 	local.Rules = []nft.Rule{nft.NewRule(nft.FromServer(w.listen), nft.NotReset(), nft.SourceTranslated(), nft.Drop())}
 	for _, name := range p.ExcludeInterfaces {
 		raw.Rules = append(raw.Rules, nft.NewRule(nft.ByInterface(name), nft.Return()))

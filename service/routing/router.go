@@ -387,7 +387,7 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 	if s.listen6, s.whyNot6 = r.sixAround(); s.whyNot6 != "" && say && !r.plan.Closed {
 		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
 	}
-	if s.dns, s.whyNotDNS = r.dnsAround(); s.whyNotDNS != "" && say {
+	if s.dns, s.whyNotDNS = r.dnsAround(say); s.whyNotDNS != "" && say {
 		log.Warn("routing: DNS queries for " + dnsName + " are not answered by this node: " + s.whyNotDNS)
 	}
 	s.slices = existing(r.plan.CgroupRoot, r.hostCgroups)

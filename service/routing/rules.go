@@ -50,6 +50,9 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 		case c.Name == "GME-RAW":
 			// R-05, the second check: before DNAT nobody has a reason to send to the listen address.
 			c.Rules = []string{notLocal(w.listen) + " -j DROP"}
+			if p.answersDNS(s) {
+				c.Rules = append(c.Rules, notLocalUDP(w.listen)+" -j DROP")
+			}
 			for _, name := range p.ExcludeInterfaces {
 				c.Rules = append(c.Rules, "-i "+name+" -j RETURN")
 			}
@@ -76,6 +79,7 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 		}
 		if w.listen.IsValid() && c.Name != "GME-FWD" {
 			c.Rules = append(c.Rules, dnsRules(p, s, w, c.Name)...)
+			c.Queries = c.Table == "nat" && p.answersDNS(s)
 		}
 		c.Absent = len(c.Rules) == 0
 	}

@@ -85,6 +85,14 @@ func ByInterface(name string) Part {
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, equals(value)}}
 }
 
+// ToInterface is ByInterface for where a packet goes out.
+func ToInterface(name string) Part {
+	p := ByInterface(name)
+	p.text = strings.Replace(p.text, "iifname", "oifname", 1)
+	p.exprs[0].(*expr.Meta).Key = expr.MetaKeyOIFNAME
+	return p
+}
+
 func NotLoopback() Part {
 	p := ByInterface("lo")
 	p.text = `iifname != "lo"`

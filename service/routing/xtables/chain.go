@@ -47,6 +47,7 @@ type Chain struct {
 	Table, Base, Name string
 	Rules             []string // as iptables -S prints them, without -A and the chain
 	Absent            bool     // this Plan has no such chain
+	Queries           bool     // its rules redirect DNS queries, before others do
 }
 
 // Jump is what stands at position 1 of the base chain.

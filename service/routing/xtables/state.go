@@ -184,6 +184,15 @@ func (x *Tables) compare(ctx context.Context, c Chain, s ChainState) (errs []err
 			errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.Base, c.Jump(), before))
 		}
 	}
+	if c.Queries {
+		before, err := x.redirectsQueries(ctx, c, s.before)
+		if err != nil {
+			return nil, err
+		}
+		if before != "" {
+			errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.Base, c.Jump(), before))
+		}
+	}
 	if s.unlisted {
 		return append(errs, x.missing(c, "the rules of %s are not ours alone: nft put one there", c.Name)), nil
 	}
@@ -224,6 +233,38 @@ func (x *Tables) untracks(ctx context.Context, c Chain, before []string) (rule s
 	}
 	err = walk(c.Base, before)
 	return rule, err
+}
+
+// redirectsQueries finds a rule for DNS queries that a packet meets before our jump, such as that
+// of kube-proxy for the cluster's DNS: of two such rules the first one counts. Chains behind the
+// next ones are not looked at: kube-proxy has thousands.
+func (x *Tables) redirectsQueries(ctx context.Context, c Chain, before []string) (rule string, err error) {
+	queries := func(rules []string) string {
+		for _, r := range rules {
+			if of := " " + r + " "; strings.Contains(of, " -p udp ") && strings.Contains(of, " --dport 53 ") {
+				return r
+			}
+		}
+		return ""
+	}
+	if r := queries(before); r != "" {
+		return "-A " + c.Base + " " + r, nil
+	}
+	for _, r := range before {
+		words := strings.Fields(r)
+		at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
+		if at < 0 || at+1 >= len(words) || words[at+1] == c.Name {
+			continue
+		}
+		of, _, err := x.ListRules(ctx, c.Table, words[at+1])
+		if err != nil && !errors.Is(err, ErrIncompatible) {
+			return "", err
+		}
+		if r := queries(of); r != "" {
+			return "-A " + words[at+1] + " " + r, nil
+		}
+	}
+	return "", nil
 }
 
 // compareRules names what of the chain's rules is not there, too much, or in the wrong order.

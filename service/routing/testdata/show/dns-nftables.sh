@@ -18,10 +18,10 @@ table ip gke-metadata-emulator {
 	chain raw {
 		type filter hook prerouting priority -310; policy accept;
 		iifname != "lo" ip daddr 169.254.169.252 tcp dport 988 drop
+		iifname != "lo" ip daddr 169.254.169.252 udp dport 988 drop
 		iifname "docker0" return
 		ip daddr 169.254.169.254 tcp dport 80 ct zone set 0
 		ip saddr 169.254.169.252 tcp sport 988 ct zone set 0
-		iifname != "lo" ip daddr 169.254.169.252 udp dport 988 drop
 		ip saddr 169.254.169.252 udp sport 988 ct zone set 988
 		iifname "lo" return
 		iifname "docker0" return
@@ -39,18 +39,24 @@ table ip gke-metadata-emulator {
 		ip daddr 169.254.169.254 tcp dport 80 reject with tcp reset
 		ip daddr 169.254.169.254 tcp dport 443 reject with tcp reset
 		ip daddr 169.254.169.254 tcp dport 8080 reject with tcp reset
+		oifname "docker0" ip saddr 169.254.169.252 udp sport 988 drop
+		oifname "eth0" ip saddr 169.254.169.252 udp sport 988 drop
 	}
 	chain input {
 		type filter hook input priority -10; policy accept;
 		ip daddr 169.254.169.252 tcp dport 988 ct status snat reject with tcp reset
 		ip daddr 169.254.169.252 tcp dport 988 ct original ip daddr 169.254.169.254 accept
 		iifname != "lo" ip daddr 169.254.169.252 tcp dport 988 drop
+		iifname "docker0" ip daddr 169.254.169.252 udp dport 988 drop
+		iifname "eth0" ip daddr 169.254.169.252 udp dport 988 drop
 		ip daddr 169.254.169.252 udp dport 988 ct status dnat accept
 		iifname != "lo" ip daddr 169.254.169.252 udp dport 988 drop
 	}
 	chain local {
 		type filter hook output priority -10; policy accept;
 		ip saddr 169.254.169.252 tcp sport 988 tcp flags & rst == 0 ct status snat drop
+		oifname "docker0" ip saddr 169.254.169.252 udp sport 988 drop
+		oifname "eth0" ip saddr 169.254.169.252 udp sport 988 drop
 	}
 	chain prerouting {
 		type nat hook prerouting priority -110; policy accept;
