@@ -125,7 +125,8 @@ func (s Status) rulesText(p *page, now time.Time) {
 		p.line(red, "rules", "removed %s ago", Age(now, r.Since))
 	case r.Closed:
 		p.line(red, "rules", "%s, installed %s ago: there was no valid configuration",
-			cmp.Or(textIf(r.Listen != "", "redirected to "+r.Listen), "only the guard"), Age(now, r.Since))
+			cmp.Or(textIf(r.Listen != "", "redirected to "+r.Listen), textIf(r.Mode == routing.ModeObserve,
+				"mode observe: nothing is redirected or counted"), "only the guard"), Age(now, r.Since))
 	case r.Mode == routing.ModeObserve:
 		p.line(plain, "rules", "mode observe, installed %s ago: connections are counted and not redirected", Age(now,
 			r.Since))
