@@ -373,12 +373,13 @@ func TestBrokenRouting(t *testing.T) {
 		flags map[string]string
 		want  func(*Routing)
 	}{
-		"valid":    {"projectID: X\nrouting: {guard: ['168.63.129.16:80'], uplinks: [wan+], mode: none}", nil, validRouting(azure)},
+		"valid": {"projectID: X\nrouting: {guard: ['168.63.129.16:80'], uplinks: [wan+], mode: none}", nil,
+			validRouting(azure)},
 		"not YAML": {"routing: {mode: none\n", nil, func(*Routing) {}},
 		"not YAML, flags": {"routing: [\n", map[string]string{"routing.guard": azure.String(), "routing.uplinks": "wan+",
 			"routing.mode": "none"}, validRouting(azure)},
-		"at fault": {"routing:\n  guard: [x, '168.63.129.16:80']\n  uplinks: [wan+, '/']\n  excludeInterfaces: [docker0, '']\n" +
-			"  mode: non", nil, func(r *Routing) { r.Guard = []netip.AddrPort{azure} }},
+		"at fault": {"routing:\n  guard: [x, '168.63.129.16:80']\n  uplinks: [wan+, '/']\n" +
+			"  excludeInterfaces: [docker0, '']\n  mode: non", nil, func(r *Routing) { r.Guard = []netip.AddrPort{azure} }},
 		"mode twice": {"routing:\n  mode: none\n  mode: observe\n", nil, func(*Routing) {}},
 		"at fault beside others": {"routing:\n  mode: ebpf\n  excludeInterfaces: [docker0]\n", nil, func(r *Routing) {
 			r.Mode, r.ExcludeInterfaces = "ebpf", []string{"docker0"}
