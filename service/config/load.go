@@ -74,7 +74,7 @@ func (l *loader) load(flags map[string]string) (Config, error) {
 	l.resolve()
 
 	if l.noFile && l.incomplete {
-		l.faults = append(l.faults, Fault{File: l.file, Problem: "there is no such file",
+		l.faults = append(l.faults, Fault{File: l.file, Problem: "there is no such file", Public: true,
 			Remedy: "create it with at least workloadIdentityProvider and projectID, or give them as flags"})
 	}
 	if len(l.faults) > 0 {
@@ -116,7 +116,8 @@ func (l *loader) readFlags(flags map[string]string) {
 
 // complain records a fault of a key at the place that gave it. Without a line it takes the key's.
 func (l *loader) complain(key string, line int, t *trouble) {
-	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy, Unknown: t.unknown}
+	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy, Unknown: t.unknown,
+		Public: t.public}
 	if v, ok := l.given[key]; ok && v.flag {
 		f.File, f.Line = "", 0
 	} else if ok && line == 0 {
