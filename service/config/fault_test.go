@@ -339,8 +339,9 @@ func TestBrief(t *testing.T) {
 		"{instance/id: " + secret + ", instance/x/" + secret + ": 1, instance/x/" + secret + "/y: 1, " + secret + "/..: x}",
 		"[{unit: " + secret + ", " + secret + ": x}, {cgroup: " + secret + ", serviceAccount: " + secret + "}]"}
 	texts := []string{secret, secret + ": x", secret + ": x\n" + secret + ": x", secret + "." + secret + ": x",
-		"log." + secret + ": x", "? [" + secret + "]\n: x", "log: {" + secret + ": x}", "*" + secret + ": x", "log: " + secret,
-		"credentialConfigFile: c.json\nprojectID: " + secret, "- " + secret, "x: y: " + secret, "a: 1\n---\n" + secret + ": 1"}
+		"log." + secret + ": x", "? [" + secret + "]\n: x", "log: {" + secret + ": x}", "*" + secret + ": x",
+		"log: " + secret, "credentialConfigFile: c.json\nprojectID: " + secret, "- " + secret, "x: y: " + secret,
+		"a: 1\n---\n" + secret + ": 1"}
 	for _, k := range Keys() {
 		for _, v := range values {
 			if group, name, in := strings.Cut(k.Path, "."); in {
@@ -352,8 +353,9 @@ func TestBrief(t *testing.T) {
 	}
 	seen := 0
 	for _, text := range texts {
-		for _, credential := range []string{"", secret, `{"type": "` + secret + `"}`, `{"type": "external_account", "audience": "` +
-			secret + `", "token_url": "` + secret + `", "service_account_impersonation_url": "https://` + secret + `/x"}`} {
+		for _, credential := range []string{"", secret, `{"type": "` + secret + `"}`,
+			`{"type": "external_account", "audience": "` + secret + `", "token_url": "` + secret +
+				`", "service_account_impersonation_url": "https://` + secret + `/x"}`} {
 			l := &loader{read: files{"/etc/config.yaml": text, "/etc/c.json": credential}.read, file: "/etc/config.yaml"}
 			_, err := l.load(nil)
 			if err == nil {
@@ -363,8 +365,8 @@ func TestBrief(t *testing.T) {
 				seen++
 			}
 			brief := Brief(err)
-			if strings.Contains(brief, secret) || !strings.Contains(brief, "config.yaml") && !strings.Contains(brief, "c.json") ||
-				strings.Contains(brief, "\n") {
+			placed := strings.Contains(brief, "config.yaml") || strings.Contains(brief, "c.json")
+			if strings.Contains(brief, secret) || !placed || strings.Contains(brief, "\n") {
 				t.Errorf("%q, credential %q: %s", text, credential, brief)
 			}
 		}
@@ -373,8 +375,10 @@ func TestBrief(t *testing.T) {
 		t.Errorf("only %d of the texts are quoted by the whole error", seen)
 	}
 
-	_, err := (&loader{read: files{"c": "projectID: " + secret + "!\nkubeConfig: x\nroutign: {}\n"}.read, file: "c"}).load(nil)
-	want := "4 faults: c: workloadIdentityProvider: is not set: write " + providerForm + ", or set credentialConfigFile; " +
+	text := "projectID: " + secret + "!\nkubeConfig: x\nroutign: {}\n"
+	_, err := (&loader{read: files{"c": text}.read, file: "c"}).load(nil)
+	want := "4 faults: c: workloadIdentityProvider: is not set: write " + providerForm +
+		", or set credentialConfigFile; " +
 		"c:1: projectID: it has 6 to 30 of a-z, 0-9 and -, and begins with a letter; " +
 		"c:2: there is no such key: write kubeconfig; c:3: there is no such key: write routing: " +
 		"see `gke-metadata-emulator config check`"

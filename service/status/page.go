@@ -62,7 +62,8 @@ func (p *page) paint(c color, text string) string {
 	return fmt.Sprintf("\x1b[%dm%s\x1b[0m", c, text)
 }
 
-// line writes a text behind its name, whoever wrote the text, on one line. What does not fit continues below the text.
+// line writes a text behind its name, whoever wrote the text, on one line. What does not fit
+// continues below the text.
 func (p *page) line(c color, name, format string, args ...any) {
 	text := strings.TrimRight(OneLine(fmt.Sprintf(format, args...)), " ")
 	for _, part := range wrap(text, p.look.Width-nameWidth) {
