@@ -47,7 +47,7 @@ func TestNotConfigured(t *testing.T) {
 	b.write(t, "config.yaml", "projectID: my-project\nroutign: {}\n")
 	b.eventually(t, "the new faults are told", func() bool {
 		body := b.ask(t, linked, "GET", accts+"default/token", "").body
-		return strings.Contains(body, "config.yaml:2: routign: there is no such key") &&
+		return strings.Contains(body, "config.yaml:2: there is no such key: write routing") &&
 			strings.Contains(body, "workloadIdentityProvider")
 	})
 	b.configure(t)
@@ -257,7 +257,7 @@ func TestBrokenFileIsTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, said := range []string{text.String(), b.summary(), b.log.String()} {
-		if !strings.Contains(said, "does not load") || !strings.Contains(said, "newerKey: there is no such key") {
+		if !strings.Contains(said, "does not load") || !strings.Contains(said, "there is no such key") {
 			t.Errorf("%s", said)
 		}
 	}
@@ -275,7 +275,7 @@ func TestBrokenFileIsTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.eventually(t, "the file that is gone is told",
-		func() bool { return strings.Contains(b.Status().ConfigFile, "ca.pem") })
+		func() bool { return strings.Contains(b.Status().ConfigFile, "google.caFile: name a file") })
 }
 
 // A reload keeps what it does not change, and no counter falls: watch and cache stay where the

@@ -24,7 +24,6 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/messageid"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/server"
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
 // Options are what Run needs to know that is not in the configuration.
@@ -298,7 +297,7 @@ func (s *Service) reload(ctx context.Context, asked bool) {
 	switch {
 	case err != nil && old.Broken == nil:
 		s.metrics.reloads.WithLabelValues("error").Inc()
-		text := "reload failed: the previous configuration stays in force: " + status.OneLine(err.Error())
+		text := "reload failed: the previous configuration stays in force: " + config.Brief(err)
 		messageid.ConfigRefused.In(s.log).Error(text)
 		notify(s.log, "STATUS="+text)
 		return

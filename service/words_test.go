@@ -29,8 +29,8 @@ func TestOneTextForEachState(t *testing.T) {
 	}{
 		"unconfigured": {func(*testing.T, *bed) {}, "not configured: ", "configuration"},
 		"broken": {func(t *testing.T, b *bed) {
-			b.write(t, "config.yaml", "projectID: my-project\nroutign: {}\nworkloadIdentityProvider: x\n")
-		}, "not configured: 2 faults: ", "configuration"},
+			b.write(t, "config.yaml", "projectID: "+secretValue+"\nroutign: {}\nworkloadIdentityProvider: x\n")
+		}, "not configured: 3 faults: ", "configuration"},
 		"the API server is away": {func(t *testing.T, b *bed) {
 			b.configure(t)
 			b.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+b.health.String())
@@ -55,6 +55,10 @@ func TestOneTextForEachState(t *testing.T) {
 				return words == lastTry(read) && strings.HasPrefix(words, c.begins) &&
 					!strings.Contains(words, errNotYetTried)
 			})
+			if c.check == "configuration" && !strings.HasSuffix(words, "`gke-metadata-emulator config check`") ||
+				strings.Contains(words, secretValue) { // a value of the file, which may be a secret in the wrong place
+				t.Errorf("%q", words)
+			}
 			if strings.Contains(words, "\n") {
 				t.Errorf("more than a line: %q", words)
 			}
@@ -108,6 +112,9 @@ func TestOneTextForEachState(t *testing.T) {
 		})
 	}
 }
+
+// secretValue is no project's ID.
+const secretValue = "s3cret pasted into the wrong place"
 
 // errNotYetTried is the text until the first answer, or none, of an API server.
 const errNotYetTried = "have not been listed yet"

@@ -278,9 +278,17 @@ func plan(cmd *cobra.Command, load func() (config.Config, error), consequence st
 	return p
 }
 
+// planOf makes the Plan of a configuration. The closed one has the default of everything but what
+// keeps pods out, spares interfaces or redirects nothing: the valid ones of those keys hold.
 func planOf(c config.Config, closed bool) routing.Plan {
 	if closed {
+		r := c.Routing
 		c = config.Default()
+		c.Routing.Guard = append(c.Routing.Guard, r.Guard...)
+		c.Routing.Uplinks, c.Routing.ExcludeInterfaces = r.Uplinks, r.ExcludeInterfaces
+		if r.Mode == routing.ModeNone || r.Mode == routing.ModeObserve {
+			c.Routing.Mode = r.Mode
+		}
 	}
 	return routing.Plan{
 		Mode: c.Routing.Mode, Listen: c.Listen, Listen6: c.Listen6, Uplinks: c.Routing.Uplinks,

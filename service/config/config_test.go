@@ -362,3 +362,44 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+// TestBrokenRouting: with an error, Load has what is valid of the keys of routing.
+func TestBrokenRouting(t *testing.T) {
+	t.Parallel()
+	original := Default().Routing
+	azure := netip.MustParseAddrPort("168.63.129.16:80")
+	for name, c := range map[string]struct {
+		text  string
+		flags map[string]string
+		want  func(*Routing)
+	}{
+		"valid": {"projectID: X\nrouting: {guard: ['168.63.129.16:80'], uplinks: [wan+], mode: none}", nil,
+			validRouting(azure)},
+		"not YAML": {"routing: {mode: none\n", nil, func(*Routing) {}},
+		"not YAML, flags": {"routing: [\n", map[string]string{"routing.guard": azure.String(), "routing.uplinks": "wan+",
+			"routing.mode": "none"}, validRouting(azure)},
+		"at fault": {"routing:\n  guard: [x, '168.63.129.16:80']\n  uplinks: [wan+, '/']\n" +
+			"  excludeInterfaces: [docker0, '']\n  mode: non", nil, func(r *Routing) { r.Guard = []netip.AddrPort{azure} }},
+		"mode twice": {"routing:\n  mode: none\n  mode: observe\n", nil, func(*Routing) {}},
+		"at fault beside others": {"routing:\n  mode: ebpf\n  excludeInterfaces: [docker0]\n", nil, func(r *Routing) {
+			r.Mode, r.ExcludeInterfaces = "ebpf", []string{"docker0"}
+		}},
+	} {
+		file := filepath.Join(t.TempDir(), "config.yaml")
+		if err := os.WriteFile(file, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Load(file, c.flags)
+		want := original
+		c.want(&want)
+		if err == nil || !reflect.DeepEqual(got, Config{Routing: want}) {
+			t.Errorf("%s: %v\n%+v, want\n%+v", name, err, got.Routing, want)
+		}
+	}
+}
+
+func validRouting(guard netip.AddrPort) func(*Routing) {
+	return func(r *Routing) {
+		r.Guard, r.Uplinks, r.Mode = []netip.AddrPort{guard}, []string{"wan+"}, "none"
+	}
+}

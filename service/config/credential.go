@@ -154,7 +154,7 @@ func (l *loader) take(field, text, setting string, check func(string) (string, *
 func (l *loader) credentialFault(field string, line int, t *trouble) {
 	l.broken[credentialKey] = true
 	l.faults = append(l.faults, Fault{File: l.CredentialConfigFile, Line: line, Key: field, Problem: t.problem,
-		Remedy: t.remedy})
+		Remedy: t.remedy, Public: t.public})
 }
 
 // badJSON never shows the content, since the file may be a key.

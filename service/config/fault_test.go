@@ -29,7 +29,7 @@ config.yaml: workloadIdentityProvider: is not set`},
 		{"unknown group", minimal + "limit: {keysPerPod: 1}", nil,
 			`config.yaml:3: limit: there is no such key: write limits`},
 		{"dotted key", minimal + "log.level: debug", nil,
-			`config.yaml:3: log.level: there is no such key: write log: and level: below it`},
+			`config.yaml:3: log.level: there is no such key: write the part before the dot, and the other indented below it`},
 		{"duplicate key", minimal + "projectID: other-project", nil,
 			`config.yaml:3: projectID: is already set in line 2: keep one of them`},
 		{"text for a boolean", minimal + "hostCheck: yes", nil,
@@ -65,7 +65,7 @@ config.yaml: workloadIdentityProvider: is not set`},
 
 		{"G-03 project ID for number", withProvider("projects/my-project" + pools + "pool/providers/prov"), nil,
 			`config.yaml:1: workloadIdentityProvider: "my-project" is not a project's number: gcloud projects describe ` +
-				`my-project --format='value(projectNumber)'`},
+				`PROJECT --format='value(projectNumber)'`},
 		{"G-03 placeholder", withProvider("projects/NUMBER" + pools + "pool/providers/prov"), nil,
 			`config.yaml:1: workloadIdentityProvider: "NUMBER" is not a project's number: gcloud projects describe PROJECT`},
 		{"G-03 pool only", withProvider("projects/1" + pools + "pool"), nil,
@@ -95,11 +95,11 @@ config.yaml: workloadIdentityProvider: is not set`},
 			`config.yaml: numericProjectID: is not set: write the number`},
 
 		{"number for project", minimal[:strings.Index(minimal, "projectID")] + "projectID: 123", nil,
-			`config.yaml:2: projectID: "123" is a project's number and not its ID: gcloud projects describe 123 ` +
+			`config.yaml:2: projectID: "123" is a project's number and not its ID: gcloud projects describe NUMBER ` +
 				`--format='value(projectId)'`},
 		{"E-07 project for number", minimal + "numericProjectID: my-project", nil,
 			`config.yaml:3: numericProjectID: "my-project" is a project's ID and not its number: gcloud projects describe ` +
-				`my-project --format='value(projectNumber)'`},
+				`PROJECT --format='value(projectNumber)'`},
 		{"E-10 id too large", minimal + "instance: {id: 9223372036854775808}", nil,
 			`config.yaml:3: instance.id: "9223372036854775808" is not an instance id`},
 		{"E-10 id zero", minimal + "instance: {id: 0}", nil, `config.yaml:3: instance.id: "0" is not an instance id`},
@@ -323,5 +323,66 @@ func golden(t *testing.T, name, got string) {
 	}
 	if got != string(want) {
 		t.Errorf("%s differs (UPDATE_GOLDEN=1 writes it anew); got\n%s", name, got)
+	}
+}
+
+// TestBrief: the text for pods and for every user of the node has the place, the key and the
+// remedy, and no text of the configuration, wherever that is.
+func TestBrief(t *testing.T) {
+	t.Parallel()
+	const secret = "s3cret0key1"
+	values := []string{secret, "projects/" + secret + "/locations/global/workloadIdentityPools/p/providers/q",
+		"projects/1/locations/global/workloadIdentityPools/pool", "[" + secret + "]", "{" + secret + ": " + secret + "}",
+		"&" + secret + " x", "*" + secret, "!!" + secret + " x", "'/" + secret + "'", "https://" + secret + ".example/path",
+		"https://user:" + secret + "@example.com", "http://" + secret, "identitynamespace:" + secret + ":x",
+		"a" + secret + "/" + secret, "123456", "['" + secret + "=', '" + secret + "=']", "\"" + secret + "\\n\"",
+		"{instance/id: " + secret + ", instance/x/" + secret + ": 1, instance/x/" + secret + "/y: 1, " + secret + "/..: x}",
+		"[{unit: " + secret + ", " + secret + ": x}, {cgroup: " + secret + ", serviceAccount: " + secret + "}]"}
+	texts := []string{secret, secret + ": x", secret + ": x\n" + secret + ": x", secret + "." + secret + ": x",
+		"log." + secret + ": x", "? [" + secret + "]\n: x", "log: {" + secret + ": x}", "*" + secret + ": x",
+		"log: " + secret, "credentialConfigFile: c.json\nprojectID: " + secret, "- " + secret, "x: y: " + secret,
+		"a: 1\n---\n" + secret + ": 1"}
+	for _, k := range Keys() {
+		for _, v := range values {
+			if group, name, in := strings.Cut(k.Path, "."); in {
+				texts = append(texts, group+":\n  "+name+": "+v)
+			} else {
+				texts = append(texts, k.Path+": "+v)
+			}
+		}
+	}
+	seen := 0
+	for _, text := range texts {
+		for _, credential := range []string{"", secret, `{"type": "` + secret + `"}`,
+			`{"type": "external_account", "audience": "` + secret + `", "token_url": "` + secret +
+				`", "service_account_impersonation_url": "https://` + secret + `/x"}`} {
+			l := &loader{read: files{"/etc/config.yaml": text, "/etc/c.json": credential}.read, file: "/etc/config.yaml"}
+			_, err := l.load(nil)
+			if err == nil {
+				continue
+			}
+			if strings.Contains(err.Error(), secret) {
+				seen++
+			}
+			brief := Brief(err)
+			placed := strings.Contains(brief, "config.yaml") || strings.Contains(brief, "c.json")
+			if strings.Contains(brief, secret) || !placed || strings.Contains(brief, "\n") {
+				t.Errorf("%q, credential %q: %s", text, credential, brief)
+			}
+		}
+	}
+	if seen < len(Keys()) {
+		t.Errorf("only %d of the texts are quoted by the whole error", seen)
+	}
+
+	text := "projectID: " + secret + "!\nkubeConfig: x\nroutign: {}\n"
+	_, err := (&loader{read: files{"c": text}.read, file: "c"}).load(nil)
+	want := "4 faults: c: workloadIdentityProvider: is not set: write " + providerForm +
+		", or set credentialConfigFile; " +
+		"c:1: projectID: it has 6 to 30 of a-z, 0-9 and -, and begins with a letter; " +
+		"c:2: there is no such key: write kubeconfig; c:3: there is no such key: write routing: " +
+		"see `gke-metadata-emulator config check`"
+	if got := Brief(err); got != want {
+		t.Errorf("got\n%s, want\n%s", got, want)
 	}
 }

@@ -63,11 +63,7 @@ func provider(s string) (string, *trouble) {
 		return "", bad("write "+providerForm, "%s is not a workload identity provider", quote(s))
 	}
 	if !digits.MatchString(p[1]) {
-		who := "PROJECT"
-		if project.MatchString(p[1]) {
-			who = p[1]
-		}
-		return "", bad("gcloud projects describe "+who+" --format='value(projectNumber)'", "%s is not a project's number",
+		return "", bad("gcloud projects describe PROJECT --format='value(projectNumber)'", "%s is not a project's number",
 			quote(p[1]))
 	}
 	for _, id := range []string{p[5], p[7]} {
@@ -90,7 +86,7 @@ func identity(provider string) (w WorkloadIdentity, projectNumber string) {
 
 func projectID(s string) (string, *trouble) {
 	if digits.MatchString(s) {
-		return "", bad("gcloud projects describe "+s+" --format='value(projectId)'",
+		return "", bad("gcloud projects describe NUMBER --format='value(projectId)'",
 			"%s is a project's number and not its ID", quote(s))
 	}
 	return match(s, project, "the ID of a project", "it has 6 to 30 of a-z, 0-9 and -, and begins with a letter")
@@ -106,7 +102,7 @@ func quotaProject(s string) (string, *trouble) {
 
 func projectNumber(s string) (string, *trouble) {
 	if project.MatchString(s) {
-		return "", bad("gcloud projects describe "+s+" --format='value(projectNumber)'",
+		return "", bad("gcloud projects describe PROJECT --format='value(projectNumber)'",
 			"%s is a project's ID and not its number", quote(s))
 	}
 	return match(s, digits, "a project's number", "write digits only")
@@ -286,7 +282,7 @@ func iamCredentialsURL(s string) (string, *trouble) {
 		return "", t
 	}
 	if p := strings.TrimSuffix(u.Path, "/"); p != "" && p != "/v1" {
-		return "", bad("write https://"+u.Host, "%s has a path, which this service adds itself", quote(s))
+		return "", bad("write https://HOST", "%s has a path, which this service adds itself", quote(s))
 	}
 	return "https://" + u.Host, nil
 }

@@ -19,6 +19,9 @@ const maxBytes = 1 << 20
 // of the file's values. The error is always an *Error and holds every fault. A file that does not
 // exist is a fault, unless the flags are enough. An empty value means the default. A relative path
 // starts at the file's directory, and in a flag at the working directory.
+//
+// With an error the Config has Routing and nothing else: what resolved of it although other keys
+// are at fault, see resolved. A file that is no YAML resolves nothing, and its flags do.
 func Load(file string, flags map[string]string) (Config, error) {
 	l := &loader{read: readFile, file: file}
 	return l.load(flags)
@@ -67,17 +70,34 @@ func (l *loader) load(flags map[string]string) (Config, error) {
 			k.set(&l.raw, v.items, func(line int, t *trouble) { l.complain(k.Path, line, t) })
 		}
 	}
+	resolved := l.resolved() // before checks of one key against another
 	l.resolve()
 
 	if l.noFile && l.incomplete {
-		l.faults = append(l.faults, Fault{File: l.file, Problem: "there is no such file",
+		l.faults = append(l.faults, Fault{File: l.file, Problem: "there is no such file", Public: true,
 			Remedy: "create it with at least workloadIdentityProvider and projectID, or give them as flags"})
 	}
 	if len(l.faults) > 0 {
 		sortFaults(l.faults, l.file)
-		return Config{}, &Error{l.faults}
+		return Config{Routing: resolved}, &Error{l.faults}
 	}
 	return l.Config, nil
+}
+
+// resolved is the Routing of the keys that are valid by themselves, with defaults for the others.
+// Of routing.guard the valid addresses count although others are not: each closes something.
+func (l *loader) resolved() Routing {
+	r := l.Routing
+	if l.broken["routing.mode"] { // given twice
+		r.Mode = Default().Routing.Mode
+	}
+	if l.broken["routing.uplinks"] {
+		r.Uplinks = nil
+	}
+	if l.broken["routing.excludeInterfaces"] {
+		r.ExcludeInterfaces = nil
+	}
+	return r
 }
 
 func (l *loader) readFlags(flags map[string]string) {
@@ -96,7 +116,8 @@ func (l *loader) readFlags(flags map[string]string) {
 
 // complain records a fault of a key at the place that gave it. Without a line it takes the key's.
 func (l *loader) complain(key string, line int, t *trouble) {
-	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy, Unknown: t.unknown}
+	f := Fault{File: l.file, Line: line, Key: key, Problem: t.problem, Remedy: t.remedy, Unknown: t.unknown,
+		Public: t.public}
 	if v, ok := l.given[key]; ok && v.flag {
 		f.File, f.Line = "", 0
 	} else if ok && line == 0 {

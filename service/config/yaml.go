@@ -65,17 +65,16 @@ func (l *loader) readMapping(n *yaml.Node, prefix string) {
 			continue
 		}
 		path := prefix + name.Value
-		if before, twice := seen[name.Value]; twice {
+		k := slices.IndexFunc(keys, func(k Key) bool { return k.Path == path && !strings.Contains(name.Value, ".") })
+		if before, twice := seen[name.Value]; twice && (k >= 0 || isGroup(path)) {
 			l.complain(path, name.Line, bad("keep one of them", "is already set in line %d", before))
 			continue
 		}
 		seen[name.Value] = name.Line
 
-		k := slices.IndexFunc(keys, func(k Key) bool { return k.Path == path && !strings.Contains(name.Value, ".") })
 		switch {
 		case strings.Contains(name.Value, ".") && prefix == "":
-			group, rest, _ := strings.Cut(name.Value, ".")
-			l.complain(path, name.Line, noSuchKey("write "+group+": and "+rest+": below it"))
+			l.complain(path, name.Line, noSuchKey("write the part before the dot, and the other indented below it"))
 		case k >= 0:
 			l.readValue(keys[k], v)
 		case prefix != "" || !isGroup(path):

@@ -64,7 +64,7 @@ type nodeReport struct {
 
 // observes says whether mode observe is what stands: it leaves all as it was, and guards nothing.
 func (r *nodeReport) observes() bool {
-	return r.state.Desired == routing.Installed && !r.state.Closed && r.state.Mode == routing.ModeObserve
+	return r.state.Desired == routing.Installed && r.state.Mode == routing.ModeObserve
 }
 
 // answered is what GET / came to.

@@ -151,6 +151,8 @@ func rulesCheck(r *nodeReport) Finding {
 		pods := "pods are sent to the service, which answers 503 with the reason"
 		if r.state.Desired == routing.Installed && !r.state.Closed {
 			pods = "the rules of the last valid one are installed"
+		} else if r.state.Mode == routing.ModeObserve {
+			pods = "mode observe: pods reach the cloud's own metadata server as before"
 		} else if r.state.Listen == "" {
 			pods = "pods are only kept from the cloud's metadata server"
 		}

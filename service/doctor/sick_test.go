@@ -29,7 +29,7 @@ var sickNodes = []sickNode{
 		r.status = nil
 		r.broken = &config.Error{Faults: []config.Fault{{File: "c", Line: 1, Problem: "a", Remedy: "b"},
 			{File: "c", Line: 2, Problem: "d", Remedy: "e"}}}
-	}, Fail, "not configured: 2 faults: c:1: a: b; c:2: d: e", "config check"},
+	}, Fail, "not configured: 2 faults: c:1: b; c:2: e: see `gke-metadata-emulator config check`", "config check"},
 	{"configuration", func(r *nodeReport) { r.config.Warnings = []string{"hostCheck: off"} }, Warn, "hostCheck: off",
 		"intended"},
 

@@ -56,13 +56,32 @@ func Listener(l netip.AddrPort) ListenedBy {
 		return ListenedBy{}
 	}
 	by := ListenedBy{At: at}
-	if by.PID, by.Exe = owner(inode); by.PID != "" && by.PID != "1" {
+	by.PID, by.Exe = owner(inode)
+	if by.Own = by.PID == "1"; by.PID != "" && !by.Own {
 		cgroups, _ := os.ReadFile("/proc/" + by.PID + "/cgroup")
 		by.Unit = unitOf(string(cgroups))
+		by.Own = ownCgroup(string(cgroups)) || sameProgram(by.PID)
 	}
-	self, err := os.Readlink("/proc/self/exe")
-	by.Own = by.PID == "1" || err == nil && programFile(by.Exe) == programFile(self)
 	return by
+}
+
+// sameProgram says whether a process runs the file that this one runs. A path would not tell: it
+// names another file in another mount namespace. After an upgrade the file of an earlier process is
+// deleted and another one, so that process is known by ownCgroup, or by systemd holding the socket
+// too; one that was started by hand counts as foreign and has to be stopped.
+func sameProgram(pid string) bool {
+	its, err := os.Stat("/proc/" + pid + "/exe") // the file itself, whatever its path, deleted or not
+	if err != nil {
+		return false
+	}
+	ours, err := os.Stat("/proc/self/exe")
+	return err == nil && os.SameFile(its, ours)
+}
+
+// ownCgroup says whether a text of /proc/PID/cgroup is of the service's unit, directly below
+// system.slice: a container may make a cgroup of that name below its own.
+func ownCgroup(cgroups string) bool {
+	return slices.Contains(systemdCgroups(cgroups), "/system.slice/gke-metadata-emulator.service")
 }
 
 // foreignListener returns an error when another program listens where the emulator wants to: GKE's
@@ -136,13 +155,7 @@ func parseSocket(b []byte) (at netip.AddrPort, only6 bool, inode string) {
 // unitOf finds the systemd unit in a text of /proc/PID/cgroup: the innermost name of a service or a
 // scope in the hierarchy of systemd, which is version 2, or beside version 1 either.
 func unitOf(cgroups string) (unit string) {
-	for line := range strings.Lines(cgroups) {
-		path, v2 := strings.CutPrefix(strings.TrimSpace(line), "0::")
-		if _, v1, is := strings.Cut(line, ":name=systemd:"); is && !v2 {
-			path = strings.TrimSpace(v1)
-		} else if !v2 {
-			continue
-		}
+	for _, path := range systemdCgroups(cgroups) {
 		for name := range strings.SplitSeq(path, "/") {
 			if strings.HasSuffix(name, ".service") || strings.HasSuffix(name, ".scope") {
 				unit = name
@@ -150,6 +163,20 @@ func unitOf(cgroups string) (unit string) {
 		}
 	}
 	return unit
+}
+
+// systemdCgroups are the paths in the hierarchies in which systemd may have units.
+func systemdCgroups(cgroups string) (paths []string) {
+	for line := range strings.Lines(cgroups) {
+		path, v2 := strings.CutPrefix(strings.TrimSpace(line), "0::")
+		if _, v1, is := strings.Cut(line, ":name=systemd:"); is && !v2 {
+			path = strings.TrimSpace(v1)
+		} else if !v2 {
+			continue
+		}
+		paths = append(paths, path)
+	}
+	return paths
 }
 
 // owner finds a process that holds the socket, systemd before others. It is asked only when

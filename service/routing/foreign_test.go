@@ -1,9 +1,13 @@
 package routing
 
 import (
+	"bufio"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -47,6 +51,83 @@ func TestListener(t *testing.T) {
 			_ = second.Close()
 		}
 		_ = l.Close()
+	}
+}
+
+// TestOwnProgram: our own program is a file and not a path, which another mount namespace may have
+// for another file.
+func TestOwnProgram(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		netnstest.Lacks(t, errors.New("a mount namespace needs root"))
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(t.TempDir(), "other")
+	program, err := os.ReadFile(self)
+	if err == nil {
+		err = os.WriteFile(other, program, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, own := range map[string]bool{self: true, other: false} {
+		at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t))
+		cmd := exec.CommandContext(t.Context(), "unshare", "-m", "sh", "-c", `mount --bind "$1" "$2" && exec "$2"`,
+			"sh", file, self)
+		cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=listen", "ROUTING_TEST_ARG="+at.String())
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); line != "listening <nil>\n" {
+			t.Errorf("%q, %v", line, err)
+		}
+		if by := Listener(at); by.At != at || by.Own != own || by.Exe != self {
+			t.Errorf("%s at the path of this program: %+v, want Own %v", file, by, own)
+		}
+		_ = in.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// freePort is one at which nothing listened a moment ago.
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).AddrPort().Port()
+}
+
+// TestOwnCgroup: the service is known by its unit, too, whose file an upgrade has replaced.
+func TestOwnCgroup(t *testing.T) {
+	for cgroups, want := range map[string]bool{
+		"0::/system.slice/gke-metadata-emulator.service\n":                                       true,
+		"12:memory:/\n1:name=systemd:/system.slice/gke-metadata-emulator.service\n0::/\n":        true,
+		"12:memory:/system.slice/gke-metadata-emulator.service\n1:name=systemd:/\n0::/\n":        false,
+		"0::/system.slice/gke-metadata-emulator.service/a\n":                                     false,
+		"0::/kubepods.slice/cri-containerd-2.scope/system.slice/gke-metadata-emulator.service\n": false,
+		"0::/../system.slice/gke-metadata-emulator.service\n":                                    false,
+		"0::/system.slice/nginx.service\n":                                                       false,
+		"":                                                                                       false,
+	} {
+		if got := ownCgroup(cgroups); got != want {
+			t.Errorf("%q: %v", cgroups, got)
+		}
 	}
 }
 

@@ -296,6 +296,8 @@ func (w *watcher) fail(err error) {
 func (w *watcher) succeed() {
 	w.failures, w.retry, w.failed, w.disturbed, w.was = 0, time.Time{}, "", false, nil
 	switch {
+	case w.desired.Closed && w.desired.Mode == ModeObserve:
+		w.tell("there is no valid configuration: nothing is redirected, as in mode observe")
 	case w.desired.Closed && w.desired.Listen == "":
 		w.tell("the closed guard stands alone: there is no valid configuration")
 	case w.desired.Closed:

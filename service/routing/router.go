@@ -30,18 +30,44 @@ type router struct {
 // is missing or broken is a state, and then the guard alone is closed enough.
 func (r *router) Install(ctx context.Context) error {
 	_, err := r.install(ctx, nil)
-	if err != nil && r.plan.Closed && !r.plan.guardAlone() {
-		r.plan.Log.WithError(err).Warn("routing: requests of pods cannot be redirected to the service, " +
-			"which answers them 503 with the reason: only the guard is installed: connections of pods may hang")
-		r.plan.Listen, r.plan.Listen6 = netip.AddrPort{}, netip.AddrPort{}
-		_, err = r.install(ctx, nil)
+	if err == nil || !r.plan.Closed {
+		return err
 	}
-	return err
+	return r.guardOnly(ctx, err)
+}
+
+// guardOnly puts up the guard where a closed Plan cannot be installed: why. Where the rules of the
+// last valid configuration are in force they stay desired, with its guard, which mode observe has
+// not, and State says why they do not stand.
+func (r *router) guardOnly(ctx context.Context, why error) error {
+	unlock, err := lock(ctx, r.plan.RunDir, unix.LOCK_EX)
+	if err != nil {
+		return errors.Join(why, err)
+	}
+	alone := *r
+	alone.plan.Listen, alone.plan.Listen6 = netip.AddrPort{}, netip.AddrPort{}
+	before, _ := r.state(Installed)
+	if before.Desired != Installed || before.Closed {
+		unlock()
+		r.plan.Log.WithError(why).Warn("routing: requests of pods cannot be redirected to the service, " +
+			"which answers them 503 with the reason: only the guard is installed: connections of pods may hang")
+		_, err := alone.install(ctx, nil)
+		return err
+	}
+	defer unlock()
+	r.plan.Log.WithError(why).Warnf("routing: the rules of the last valid configuration, mode %s, cannot be installed: "+
+		"only its guard is", before.Mode)
+	alone.plan.Guard, alone.plan.ExcludeInterfaces = before.Guard, before.ExcludeInterfaces
+	if err = addObjects(alone.plan, nodeFacts{}, onlyRules); err == nil {
+		err = errors.Join(checkGuard(alone.plan, nodeFacts{})...)
+	}
+	before.Standing = standing(errors.Join(why, err))
+	return errors.Join(err, writeState(r.plan.RunDir, before))
 }
 
 // inForce is the Router of what was installed, for a Plan without a valid configuration.
 func (r *router) inForce(s State) (*router, error) {
-	if !r.plan.Closed || r.plan.guardAlone() || s.Desired != Installed {
+	if !r.plan.Closed || s.Desired != Installed {
 		return r, nil
 	}
 	p, err := s.plan(r.plan)
@@ -71,9 +97,7 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		if r, err = r.inForce(before); err != nil {
 			return nil, err
 		}
-		if _, state = r.state(Installed); r.plan.Closed {
-			state = before
-		}
+		_, state = r.state(Installed)
 	}
 	if why != nil && before.Desired != "" && !before.sameDesired(why.of) {
 		return nil, errOutdated
@@ -406,10 +430,10 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 func (r *router) state(desired string) (before, now State) {
 	p := r.plan
 	s := State{Desired: desired, Closed: p.Closed, Mode: p.Mode, Reason: p.Reason, Guard: p.Guard,
+		Uplinks: p.Uplinks, ExcludeInterfaces: p.ExcludeInterfaces, // the guard has those too
 		Since: time.Now().UTC().Truncate(time.Second)}
 	if p.Listen.IsValid() {
 		s.Listen, s.HostPods = p.Listen.String(), p.InterceptHostPods
-		s.Uplinks, s.ExcludeInterfaces = p.Uplinks, p.ExcludeInterfaces
 		s.Link, s.Force = p.Link, p.Force
 		if p.Listen6.IsValid() {
 			s.Listen6 = p.Listen6.String()
@@ -435,9 +459,15 @@ func (r *router) state(desired string) (before, now State) {
 
 // readBack writes down what stands, err being what was read, and returns err.
 func (r *router) readBack(s State, err error) error {
-	s.Standing = Standing{Time: time.Now().UTC(), Good: err == nil}
-	if err != nil {
-		s.Standing.Faults = strings.Split(err.Error(), "\n")
-	}
+	s.Standing = standing(err)
 	return errors.Join(err, writeState(r.plan.RunDir, s))
+}
+
+// standing is what was read back: err.
+func standing(err error) Standing {
+	s := Standing{Time: time.Now().UTC(), Good: err == nil}
+	if err != nil {
+		s.Faults = strings.Split(err.Error(), "\n")
+	}
+	return s
 }

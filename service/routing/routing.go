@@ -82,7 +82,8 @@ type Plan struct {
 	Guard             []netip.AddrPort // real metadata servers that pods must not reach; Closed without any: DefaultGuard
 	// There is no valid configuration. What the last valid one installed stays in force.
 	// Without one pods are redirected to Listen, where the service tells them the reason. Without
-	// Listen the guard stands alone, and what stands besides is left as it is.
+	// Listen, and in mode none, the guard stands alone, and what stands besides is left as it is. In
+	// mode observe there is no guard either.
 	Closed bool
 	RunDir string // "" is DefaultRunDir
 	// mode loopback: a link that gets the metadata server's address, made as a dummy if it is not
@@ -214,6 +215,10 @@ func (p Plan) guardAlone() bool { return p.Closed && !p.Listen.IsValid() }
 func (p Plan) closed() Plan {
 	if len(p.Guard) == 0 {
 		p.Guard = DefaultGuard()
+	}
+	if p.Mode == ModeNone || p.traits().observes { // which redirect nothing
+		p.Listen, p.Listen6 = netip.AddrPort{}, netip.AddrPort{}
+		return p
 	}
 	if !p.dnats() {
 		p.Mode = ModeIPTables

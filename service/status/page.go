@@ -62,9 +62,10 @@ func (p *page) paint(c color, text string) string {
 	return fmt.Sprintf("\x1b[%dm%s\x1b[0m", c, text)
 }
 
-// line writes a text behind its name. What does not fit continues below the text.
+// line writes a text behind its name, whoever wrote the text, on one line. What does not fit
+// continues below the text.
 func (p *page) line(c color, name, format string, args ...any) {
-	text := strings.TrimRight(fmt.Sprintf(format, args...), " ")
+	text := strings.TrimRight(OneLine(fmt.Sprintf(format, args...)), " ")
 	for _, part := range wrap(text, p.look.Width-nameWidth) {
 		fmt.Fprintf(p, "%-*s%s\n", nameWidth-1, name, " "+p.paint(c, part))
 		name = ""
@@ -125,7 +126,7 @@ func shrink(widths []int, width int) {
 func (p *page) cells(cells []string, widths []int) {
 	columns, lines := make([][]string, len(cells)), 0
 	for i, cell := range cells {
-		columns[i] = wrap(cell, widths[i])
+		columns[i] = wrap(printable(cell), widths[i])
 		lines = max(lines, len(columns[i]))
 	}
 	for n := range lines {

@@ -6,6 +6,8 @@ import (
 	"io"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
@@ -125,7 +127,8 @@ func (s Status) rulesText(p *page, now time.Time) {
 		p.line(red, "rules", "removed %s ago", Age(now, r.Since))
 	case r.Closed:
 		p.line(red, "rules", "%s, installed %s ago: there was no valid configuration",
-			cmp.Or(textIf(r.Listen != "", "redirected to "+r.Listen), "only the guard"), Age(now, r.Since))
+			cmp.Or(textIf(r.Listen != "", "redirected to "+r.Listen), textIf(r.Mode == routing.ModeObserve,
+				"mode observe: nothing is redirected or counted"), "only the guard"), Age(now, r.Since))
 	case r.Mode == routing.ModeObserve:
 		p.line(plain, "rules", "mode observe, installed %s ago: connections are counted and not redirected", Age(now,
 			r.Since))
@@ -276,14 +279,27 @@ func Age(later, earlier time.Time) string {
 	return later.Sub(earlier).Round(time.Second).String()
 }
 
-// OneLine puts the lines of a text into one.
-func OneLine(s string) string { return strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ") }
+// OneLine puts the lines of a text into one, which is printable.
+func OneLine(s string) string {
+	return printable(strings.ReplaceAll(strings.TrimSpace(s), "\n", "; "))
+}
 
-// Bounded cuts a text that somebody else wrote to 256 bytes.
+// Bounded cuts a text that somebody else wrote to 256 bytes, and makes it printable.
 func Bounded(s string) string {
 	const most = 256
 	if len(s) > most {
-		return strings.ToValidUTF8(s[:most], "") + "…"
+		s = strings.ToValidUTF8(s[:most], "") + "…"
 	}
-	return s
+	return printable(s)
+}
+
+// printable replaces what is no graphic character, and bytes that are no UTF-8: a terminal may obey
+// them, and show something else than the text.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return utf8.RuneError
+	}, s)
 }

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
@@ -93,5 +95,43 @@ func TestFailedInstallText(t *testing.T) {
 	const want = "mode ebpf to 169.254.169.252:988, NOT installed (the last install failed), wanted since 1m0s ago\n"
 	if !strings.Contains(text.String(), want) {
 		t.Errorf("no %q in\n%s", want, &text)
+	}
+}
+
+// TestPrintable: texts of the API server, Google and programs of the node do not reach a terminal
+// as they are.
+func TestPrintable(t *testing.T) {
+	t.Parallel()
+	const hostile = "a\x1b]0;title\x07\x1b[2J\rb\u009b31m\x9bc\u202ed\x7f\te"
+	for name, text := range map[string]string{"OneLine": OneLine(hostile + "\nf"), "Bounded": Bounded(hostile),
+		"a long text": Bounded(hostile + strings.Repeat("x", 300))} {
+		if strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) || !utf8.ValidString(text) ||
+			!strings.HasPrefix(text, "a�]0;title��[2J�b") {
+			t.Errorf("%s: %q", name, text)
+		}
+	}
+	if got, want := OneLine(" größer → 5 ms; „x“…\n2 "), "größer → 5 ms; „x“…; 2"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+
+	now := time.Now()
+	s := busy(now)
+	for _, field := range []*string{&s.Reason, &s.ConfigFile, &s.Unreachable, &s.LastInstall.Error, &s.Tokens[0].LastError,
+		&s.Tokens[0].Audience, &s.Cluster.Problem, &s.Cluster.LastError, &s.Cluster.Pods[0].AccountError,
+		&s.Cluster.Pods[0].GoogleEmail, &s.Attestation.Kernel.Problem, &s.Attestation.HostIdentities[0].AccountError,
+		&s.Routing.Standing.Faults[0], &s.Routing.IPv6} {
+		*field = hostile
+	}
+	for _, look := range []look{{}, {Width: 80}} {
+		var text strings.Builder
+		if err := s.text(&text, now, look); err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(text.String()) {
+			line = strings.TrimSuffix(line, "\n")
+			if strings.ContainsFunc(line, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("%+v: %q", look, line)
+			}
+		}
 	}
 }
