@@ -296,7 +296,7 @@ func (w *watcher) fail(err error) {
 func (w *watcher) succeed() {
 	w.failures, w.retry, w.failed, w.disturbed, w.was = 0, time.Time{}, "", false, nil
 	switch {
-	case w.desired.Closed && w.desired.Mode == ModeObserve:
+	case w.desired.Closed && Plan{Mode: w.desired.Mode}.traits().observes:
 		w.tell("there is no valid configuration: nothing is redirected, as in mode observe")
 	case w.desired.Closed && w.desired.Listen == "":
 		w.tell("the closed guard stands alone: there is no valid configuration")

@@ -216,7 +216,7 @@ func (p Plan) closed() Plan {
 	if len(p.Guard) == 0 {
 		p.Guard = DefaultGuard()
 	}
-	if p.Mode == ModeNone || p.traits().observes { // which redirect nothing
+	if t := p.traits(); t.anyListener || t.observes { // modes none and observe redirect nothing
 		p.Listen, p.Listen6 = netip.AddrPort{}, netip.AddrPort{}
 		return p
 	}
