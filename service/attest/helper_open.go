@@ -206,8 +206,7 @@ func (h *Helper) cannot(err error) {
 		return
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
 		problem = "network namespaces cannot be entered: CAP_SYS_ADMIN and CAP_SYS_PTRACE are needed, and a security " +
-			"module " +
-			"may forbid it"
+			"module may forbid it"
 	case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL):
 		problem = "network namespaces cannot be entered: setns(2) by pidfd needs Linux 5.8"
 	case errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist):

@@ -30,9 +30,9 @@ import (
 // Where a query comes from nobody can tell: a pod can send one in another's name. No answer leaves
 // the node by an uplink.
 //
-// What is matched in raw has to be matched in nat as well: a query that was in the zone and was not
-// redirected had an answer that conntrack does not know. So interfaces and cgroups that are spared
-// in nat are spared in raw.
+// What is matched in raw has to be matched in nat as well: with both directions in the zone, the
+// answer to a query that was not redirected would be unknown to conntrack. So interfaces and
+// cgroups that are spared in nat are spared in raw.
 //
 // With listen 169.254.169.252:988 and the uplink eth0 iptables -S prints, behind the rules of
 // package xtables' Chain and with PROGRAM for dnsProgram,
@@ -169,8 +169,7 @@ func dnsRules(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []stri
 	case "GME-LOCAL":
 		rules = append(rules, fromUDP(w.listen)+" -j ACCEPT", toUDP(w.listen)+" -j ACCEPT")
 	case "GME-RAW":
-		rules = append(rules, "-i lo -j RETURN")
-		for _, name := range others {
+		for _, name := range spared(p, s) {
 			rules = append(rules, "-i "+name+" -j RETURN")
 		}
 		rules = append(rules, asks+inDNSZone)
@@ -218,8 +217,7 @@ func dnsParts(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []nft.
 		}
 	case "raw":
 		add(nft.FromUDP(w.listen), nft.InZone(dnsZone))
-		add(nft.ByInterface("lo"), nft.Return())
-		for _, name := range others {
+		for _, name := range spared(p, s) {
 			add(nft.ByInterface(name), nft.Return())
 		}
 		add(asks, nft.InZone(dnsZone))

@@ -175,23 +175,18 @@ func (x *Tables) compare(ctx context.Context, c Chain, s ChainState) (errs []err
 	case n > 1:
 		errs = append(errs, x.missing(c, "-A %s %s should be there once, not %d times", c.Base, s.Jumps[0].Rule, n))
 	}
-	if c.Table == "raw" {
-		before, err := x.untracks(ctx, c, s.before)
-		if err != nil {
-			return nil, err
-		}
-		if before != "" {
-			errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.Base, c.Jump(), before))
-		}
+	before := ""
+	switch {
+	case c.Table == "raw":
+		before, err = x.untracks(ctx, c, s.before)
+	case c.Queries:
+		before, err = x.redirectsQueries(ctx, c, s.before)
 	}
-	if c.Queries {
-		before, err := x.redirectsQueries(ctx, c, s.before)
-		if err != nil {
-			return nil, err
-		}
-		if before != "" {
-			errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.Base, c.Jump(), before))
-		}
+	if err != nil {
+		return nil, err
+	}
+	if before != "" {
+		errs = append(errs, x.missing(c, "-I %s 1 %s before %s", c.Base, c.Jump(), before))
 	}
 	if s.unlisted {
 		return append(errs, x.missing(c, "the rules of %s are not ours alone: nft put one there", c.Name)), nil
@@ -207,17 +202,12 @@ func (x *Tables) untracks(ctx context.Context, c Chain, before []string) (rule s
 	var walk func(name string, rules []string) error
 	walk = func(name string, rules []string) error {
 		for _, r := range rules {
-			words := strings.Fields(r)
-			at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
-			if at < 0 || at+1 >= len(words) {
-				continue
-			}
-			target := words[at+1]
+			target := targetOf(r)
 			if target == "CT" || target == "NOTRACK" {
 				rule = "-A " + name + " " + r
 				return nil
 			}
-			if seen[target] {
+			if target == "" || seen[target] {
 				continue
 			}
 			seen[target] = true
@@ -251,20 +241,29 @@ func (x *Tables) redirectsQueries(ctx context.Context, c Chain, before []string)
 		return "-A " + c.Base + " " + r, nil
 	}
 	for _, r := range before {
-		words := strings.Fields(r)
-		at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
-		if at < 0 || at+1 >= len(words) || words[at+1] == c.Name {
+		target := targetOf(r)
+		if target == "" {
 			continue
 		}
-		of, _, err := x.ListRules(ctx, c.Table, words[at+1])
+		of, _, err := x.ListRules(ctx, c.Table, target)
 		if err != nil && !errors.Is(err, ErrIncompatible) {
 			return "", err
 		}
 		if r := queries(of); r != "" {
-			return "-A " + words[at+1] + " " + r, nil
+			return "-A " + target + " " + r, nil
 		}
 	}
 	return "", nil
+}
+
+// targetOf is the target or chain that a rule leads to; "" if there is none.
+func targetOf(rule string) string {
+	words := strings.Fields(rule)
+	at := max(slices.Index(words, "-j"), slices.Index(words, "-g"))
+	if at < 0 || at+1 >= len(words) {
+		return ""
+	}
+	return words[at+1]
 }
 
 // compareRules names what of the chain's rules is not there, too much, or in the wrong order.
