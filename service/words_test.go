@@ -45,10 +45,11 @@ func TestOneTextForEachState(t *testing.T) {
 			b.start(t)
 
 			var words string
-			b.eventually(t, "the state, and /readyz has it", func() bool {
+			var st status.Status
+			b.eventually(t, "the state, and /readyz and status have it", func() bool {
 				err := b.readiness(t.Context())
 				read, answered := status.FetchReadiness(t.Context(), b.health)
-				if err == nil || !answered {
+				if st = statusOf(t, b.dir); err == nil || !answered || st.State == "" {
 					return false
 				}
 				words = lastTry(err.Error())
@@ -62,7 +63,6 @@ func TestOneTextForEachState(t *testing.T) {
 			if strings.Contains(words, "\n") {
 				t.Errorf("more than a line: %q", words)
 			}
-			st := statusOf(t, b.dir)
 			if lastTry(st.Reason) != words {
 				t.Errorf("status: %q, and /readyz says %q", st.Reason, words)
 			}
