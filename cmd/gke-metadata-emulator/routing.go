@@ -55,7 +55,7 @@ is installed. Both are reported on standard error and are no failure.`,
 				say(cmd, "%s", text)
 			}
 		}
-		p := plan(cmd, load, "pods are answered 503 with the reason").ResolveAuto(cmd.Context())
+		p := plan(cmd, load, "").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			p.Log.WithField("mode", p.Mode).Info("routing.mode auto: " + p.Reason)
 		}
@@ -193,7 +193,7 @@ func routingShowCommand() *cobra.Command {
 	}
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		p := plan(cmd, load, "pods would be answered 503 with the reason").ResolveAuto(cmd.Context())
+		p := plan(cmd, load, "").ResolveAuto(cmd.Context())
 		if p.Reason != "" {
 			fmt.Fprintf(cmd.OutOrStdout(), "# auto: %s: %s\n\n", p.Mode, p.Reason)
 		}
@@ -262,10 +262,17 @@ configuration again; a broken one changes nothing.`,
 }
 
 // plan returns the configuration's routing. Without a valid configuration it returns the closed
-// Plan (R-23, broken configuration), and prints the consequence.
+// Plan (R-23, broken configuration), and prints the consequence; "" is what pods meet.
 func plan(cmd *cobra.Command, load func() (config.Config, error), consequence string) routing.Plan {
 	c, err := load()
 	if err != nil {
+		switch {
+		case consequence != "":
+		case routing.RedirectsNobody(c.Routing.Mode):
+			consequence = "mode " + c.Routing.Mode + " redirects nobody"
+		default:
+			consequence = "pods are answered 503 with the reason"
+		}
 		why := explain(err)
 		if onStart := cmd.Flags().Lookup("on-start"); onStart != nil && onStart.Changed {
 			why = "there is no valid configuration" // the service starts next, and logs the faults
@@ -286,7 +293,7 @@ func planOf(c config.Config, closed bool) routing.Plan {
 		c = config.Default()
 		c.Routing.Guard = append(c.Routing.Guard, r.Guard...)
 		c.Routing.Uplinks, c.Routing.ExcludeInterfaces = r.Uplinks, r.ExcludeInterfaces
-		if r.Mode == routing.ModeNone || r.Mode == routing.ModeObserve {
+		if routing.RedirectsNobody(r.Mode) {
 			c.Routing.Mode = r.Mode
 		}
 	}

@@ -305,6 +305,9 @@ type KernelStatus struct {
 func (k *Kernel) Status() KernelStatus {
 	k.mu.RLock()
 	s := k.status
+	if !s.Helper && s.Problem == "" {
+		s.Problem = "the first connection to it was not tried yet"
+	}
 	s.Namespaces = len(k.namespaces)
 	s.Conflicts = k.recentConflicts()
 	crowded := 0

@@ -209,6 +209,12 @@ func (p Plan) checked() (Plan, error) {
 // guardAlone reports whether the Plan wants the guard and nothing else.
 func (p Plan) guardAlone() bool { return p.Closed && !p.Listen.IsValid() }
 
+// RedirectsNobody says whether connections stay as they are in a mode: none and observe.
+func RedirectsNobody(mode string) bool {
+	t := Plan{Mode: mode}.traits()
+	return t.anyListener || t.observes
+}
+
 // closed fills in what a Plan without a valid configuration lacks. By IPv6 the service listens
 // nowhere unless it is told to, so the kernel resets what is redirected to closedListen6: unlike
 // ICMP, which says that the guard prohibits a connection, it does so as often as somebody asks.
@@ -216,7 +222,7 @@ func (p Plan) closed() Plan {
 	if len(p.Guard) == 0 {
 		p.Guard = DefaultGuard()
 	}
-	if t := p.traits(); t.anyListener || t.observes { // modes none and observe redirect nothing
+	if RedirectsNobody(p.Mode) {
 		p.Listen, p.Listen6 = netip.AddrPort{}, netip.AddrPort{}
 		return p
 	}

@@ -12,10 +12,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strings"
 	"syscall"
 	"time"
-	"unicode"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
@@ -112,12 +110,7 @@ func FetchReadiness(ctx context.Context, healthListen netip.AddrPort) (reason st
 	case resp.StatusCode == http.StatusOK:
 		return "", true
 	}
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return ' '
-	}, strings.TrimSpace(string(text))), resp.StatusCode == http.StatusServiceUnavailable
+	return OneLine(string(text)), resp.StatusCode == http.StatusServiceUnavailable
 }
 
 // Fetch asks the running service over its Unix socket for its Status, as JSON.
