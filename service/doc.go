@@ -80,7 +80,7 @@
 // # Who may import whom
 //
 //	cmd     → {service, doctor, status}
-//	service → {server, status, the six}
+//	service → {server, status, dns, the six}
 //	doctor  → {status, routing/probe, the six}
 //	server  → the six
 //	the six = {attest, kube, token, metadata, routing, config} → {workload, messageid}

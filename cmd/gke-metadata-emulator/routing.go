@@ -212,7 +212,7 @@ func routingObserveCommand() *cobra.Command {
 		Use:   "observe",
 		Short: "Print the connections to the metadata server that mode observe counted",
 		Long: `Print the connections to 169.254.169.254:80 since routing.mode: observe was installed, with their number,
-network and cgroup, which names the pod. With mode iptables or ebpf this service answers these connections.
+network and cgroup, which names the pod. A mode that redirects has this service answer them.
 It answers those of network "host" only where pods on the host network are redirected too. The node's own
 daemons are not listed. Not counted are pods with a kernel of their own (gVisor, Kata), and packets that are
 sent without connect().`,

@@ -71,8 +71,7 @@ var keys = []Key{
 			"default: every host",
 		field: func(r *raw) any { return &r.HealthAllow }},
 
-	{Path: "routing.mode", Default: "iptables", Values: []string{"auto", "iptables", "nftables", "loopback", "ebpf",
-		"observe", "none"},
+	{Path: "routing.mode", Default: "iptables", Values: modeChoices(),
 		Usage: "how pods' requests reach the listen address; auto: by the mode that fits the node, with the reason in log " +
 			"and status; none: by GCE_METADATA_HOST in the pods' environment; observe: not at all, the connections that would " +
 			"be redirected are counted",

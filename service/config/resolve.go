@@ -96,14 +96,15 @@ func (l *loader) checkCA() {
 var metadataServer = netip.MustParseAddrPort("169.254.169.254:80")
 
 func (l *loader) checkListen() {
-	if at := l.Routing.Link; at != "" && l.Routing.Mode != "loopback" && !l.broken["routing.mode"] {
+	mode := l.Routing.modeRule()
+	if at := l.Routing.Link; at != "" && !mode.localServer && !l.broken["routing.mode"] {
 		l.complain("routing.link", 0, bad("remove it", "routing.mode %s uses no link", l.Routing.Mode))
 	} else if len(at) > 11 {
 		l.complain("routing.link", 0, bad("write a name of 11 letters at most, such as gme0",
 			"%s is too long for the label of its address", quote(at)))
 	}
-	if l.Routing.Mode == "loopback" && l.Listen == Default().Listen {
-		l.Listen = metadataServer // mode loopback redirects nothing
+	if mode.localServer && l.Listen == Default().Listen {
+		l.Listen = metadataServer
 	}
 	for _, s := range []struct {
 		key string
@@ -121,35 +122,32 @@ func (l *loader) checkListen() {
 		(a == l.HealthListen.Addr() || a.IsUnspecified() || l.HealthListen.Addr().IsUnspecified()) {
 		l.complain("healthListen", 0, bad("write another port", "is the same address as listen"))
 	}
-	switch l.Routing.Mode {
-	case "none", "loopback":
-		if l.Routing.InterceptHostPods == "on" {
-			l.complain("routing.interceptHostPods", 0,
-				bad("write off", "routing.mode %s cannot tell pods on the host network from the node itself", l.Routing.Mode))
-		}
+	if l.Routing.InterceptHostPods == "on" && !mode.hostPods && !mode.observes {
+		l.complain("routing.interceptHostPods", 0,
+			bad("write off", "routing.mode %s cannot tell pods on the host network from the node itself", mode.mode))
 	}
-	switch l.Routing.Mode {
-	case "none":
+	switch {
+	case mode.anyListener:
 		return
-	case "loopback":
+	case mode.localServer:
 		if l.Listen != metadataServer {
 			l.complain("listen", 0, bad("remove it, or use another routing.mode",
-				"routing.mode loopback redirects nothing, so it listens where pods ask, at %s", metadataServer))
+				"routing.mode %s redirects nothing, so it listens where pods ask, at %s", mode.mode, metadataServer))
 		}
 		return
 	}
-	if l.Routing.Mode == "ebpf" && len(l.Routing.ExcludeInterfaces) > 0 && !l.broken["routing.excludeInterfaces"] {
+	if mode.blindToLinks && len(l.Routing.ExcludeInterfaces) > 0 && !l.broken["routing.excludeInterfaces"] {
 		l.complain("routing.excludeInterfaces", 0, bad("leave it empty, or set routing.mode to iptables",
-			"routing.mode ebpf does not know the interface of a connection"))
+			"routing.mode %s does not know the interface of a connection", mode.mode))
 	}
 	const remedy = "write an address that nobody else uses, such as 169.254.169.252:988, or set routing.mode to none"
 	switch { // the target of a DNAT rule
 	case !a.Is4():
 		l.complain("listen", 0, bad(remedy, "routing.mode %s redirects IPv4 packets, so listen must be an IPv4 address",
-			l.Routing.Mode))
+			mode.mode))
 	case a.IsUnspecified():
 		l.complain("listen", 0, bad(remedy, "routing.mode %s redirects to one address, and %s means all addresses",
-			l.Routing.Mode, a))
+			mode.mode, a))
 	case a.IsLoopback(): // R-04, the DNAT target
 		l.complain("listen", 0, bad(remedy, "pods reach 127.0.0.0/8 only with route_localnet, which opens it to neighbour "+
 			"hosts as well"))
@@ -167,10 +165,10 @@ func (l *loader) checkListen6() {
 	if !at.IsValid() || l.broken["listen6"] || l.broken["routing.mode"] {
 		return
 	}
-	switch mode := l.Routing.Mode; {
-	case mode != "iptables" && mode != "nftables" && mode != "auto":
+	switch mode := l.Routing.modeRule(); {
+	case !mode.translates:
 		l.complain("listen6", 0, bad("remove it, or set routing.mode to iptables or nftables",
-			"routing.mode %s serves IPv4 alone", mode))
+			"routing.mode %s serves IPv4 alone", mode.mode))
 	case !a.Is6():
 		l.complain("listen6", 0, bad(remedy, "%s is not IPv6", a))
 	case at.Port() == 0:
@@ -263,7 +261,7 @@ func (l *loader) warn() {
 	}
 	switch r := l.Routing; {
 	case len(l.Passthrough) == 0:
-	case slices.Contains([]string{"loopback", "none", "observe"}, r.Mode):
+	case !r.modeRule().hostPods:
 		say("passthrough: routing.mode %s redirects no pod on the host network, so they already reach the cloud's metadata "+
 			"server directly", r.Mode)
 	case r.InterceptHostPods == "off":
@@ -273,11 +271,9 @@ func (l *loader) warn() {
 		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no " +
 			"metadata server of a cloud answers: set it to on")
 	}
-	switch mode := l.Routing.Mode; {
-	case l.DNS != "answer" || mode == "auto": // then `routing install` says it
-	case mode != "iptables" && mode != "nftables":
+	if mode := l.Routing.modeRule(); l.DNS == "answer" && !mode.translates {
 		say("dns: routing.mode %s does not see the name in a DNS query, so metadata.google.internal is not answered by this "+
-			"node: add a record to the cluster's DNS, hostAliases or GCE_METADATA_HOST to the pods", mode)
+			"node: add a record to the cluster's DNS, hostAliases or GCE_METADATA_HOST to the pods", mode.mode)
 	}
 	if len(l.HostIdentities) > 0 && l.Kubeconfig == "" { // N-07, unbound requests
 		say("hostIdentities: without a kubeconfig kubelet's own credential is used, and that gets tokens for pods only; " +

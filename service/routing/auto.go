@@ -48,6 +48,9 @@ func (p Plan) withoutSix() Plan {
 	return p
 }
 
+// Modes are those that a Plan may have.
+func Modes() []string { return slices.Clone(modes) }
+
 // Supported says whether a Plan may have the mode.
 func Supported(mode string) bool { return slices.Contains(modes, mode) }
 

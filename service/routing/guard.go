@@ -21,9 +21,10 @@ import (
 //	97: from all to 169.254.169.254 ipproto tcp prohibit proto kernel
 //	98: from all nop proto kernel
 //
-// Rules of one preference are asked in the order in which they were added. Redirected packets have
-// another destination by the time they are routed, so these rules see only what would leak. What
-// may pass goes on behind the guard, so the host's own policy routing holds for it. DNS at
+// Rules of one preference are asked in the order in which they were added. Packets that DNAT or a
+// program redirected have another destination by the time they are routed, so these rules see only
+// what would leak; a mode that keeps the destination needs a rule before these, as loopback has.
+// What may pass goes on behind the guard, so the host's own policy routing holds for it. DNS at
 // 169.254.169.254:53 passes. "not iif lo … prohibit" would negate the whole selector and cut pods
 // off.
 //

@@ -196,6 +196,6 @@ func (r *router) realServer() error {
 			"use another mode, or set routing.force to true",
 		metadataServer,
 		fault.ErrForeign,
-		ModeLoopback,
+		r.plan.Mode,
 	)
 }

@@ -17,9 +17,9 @@ import (
 type mode interface {
 	// command is the program by which the kernel is changed, for State; "" where there is none.
 	command() string
-	// wakes is the cause after which changed is asked. Where the kernel tells nobody of a change,
-	// silent says what tells nothing: then changed is asked every pollSilent, and wakes is told as
-	// the cause when it said yes.
+	// wakes is the cause that the kernel tells when something of the mode's may have changed. silent
+	// names what changes without an event, "" if nothing does: then changed is asked every
+	// pollSilent, and c is the cause that is reported.
 	wakes() (c watch.Causes, silent string)
 	// changed says whether anything of the mode's may be other than check found it when it was
 	// right. It takes microseconds.
@@ -44,11 +44,11 @@ type mode interface {
 type traits struct {
 	mode string
 
-	dnat      bool // rules of a firewall change where packets to the metadata server go
-	redirects bool // the same, by whatever means: the emulator listens elsewhere than pods ask
+	dnat      bool // conntrack translates the destination: chains of type nat, IPv6, the listen address's route
+	redirects bool // by whatever means the emulator listens elsewhere than pods ask; host pods can be taken, too
 	observes  bool // the mode counts who connects and changes nothing: it has no guard, and needs no uplinks
 
-	localServer   bool // policy rules make the metadata server's address this node's own for pods
+	localServer   bool // policy rules make the metadata server's address this node's own for pods; we listen there
 	anyListener   bool // pods are told where the emulator listens, so that it may be at any address
 	blindToLinks  bool // the mode sees who connects, and not by which interface
 	firstTargetCT bool // whether a packet is tracked is said by the first rule that it meets
@@ -104,7 +104,8 @@ func openMode(ctx context.Context, p Plan, command string) (mode, error) {
 // have put there, without memory of it, and by any Plan. instead says whether the Plan's mode
 // stands already, and is to do what was done.
 var removers = []struct {
-	of     []string // modes
+	// modes that have it: a change to one of them leaves it, a change to any other takes it away
+	keptBy []string
 	remove func(ctx context.Context, p Plan, instead bool) error
 }{
 	{[]string{ModeEBPF}, func(_ context.Context, p Plan, _ bool) error {

@@ -55,3 +55,21 @@ func TestSharedCodeNamesNoMode(t *testing.T) {
 		t.Errorf("only %d files were read", read)
 	}
 }
+
+// A mode that no row of removers keeps would be removed by the change to it.
+func TestRemoversKnowEachMode(t *testing.T) {
+	kept := map[string]bool{}
+	for _, r := range removers {
+		for _, mode := range r.keptBy {
+			kept[mode] = true
+			if !Supported(mode) {
+				t.Errorf("no mode: %s", mode)
+			}
+		}
+	}
+	for _, mode := range modes {
+		if !kept[mode] {
+			t.Errorf("in no row of removers: %s", mode)
+		}
+	}
+}

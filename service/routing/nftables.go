@@ -19,9 +19,10 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/xtables"
 )
 
-// nfTables is mode nftables: DNAT by a table of our own, which firewall-cmd --reload and whoever
-// else knows only iptables leave alone. It is put up and read by netlink, without a process:
-// about a millisecond.
+// nfTables is our table of nf_tables: all of modes nftables, loopback and none, and the chains that
+// keep others out in mode ebpf. Mode nftables has DNAT in it. firewall-cmd --reload, and whoever
+// else knows only iptables, leave it alone. It is put up and read by netlink, without a
+// process: about a millisecond.
 type nfTables struct {
 	plan     Plan
 	standing string // what stood when check found nothing missing; "": it did, or has not looked
@@ -44,7 +45,7 @@ func (m *nfTables) survey(ctx context.Context, s nodeFacts) (faults []error, err
 	if err != nil {
 		return nil, err
 	}
-	chain := "forward" // where nothing is redirected
+	chain := "forward" // where nothing is translated
 	if m.plan.dnats() {
 		chain = "prerouting"
 	}

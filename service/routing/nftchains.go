@@ -82,7 +82,7 @@ func nftChainsFor(p Plan, s nodeFacts, family netobj.Family) (chains []nft.Chain
 		return chains, nil
 	}
 	if !p.dnats() {
-		// Modes loopback, none and ebpf redirect by other means. No clash of ports: all clients
+		// Modes without DNAT have only what keeps other hosts out. No clash of ports: all clients
 		// send to one address and port, so two of one source are one connection.
 		return append(keepOut(p, s, family), forward), nil
 	}

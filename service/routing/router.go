@@ -154,11 +154,11 @@ func (r *router) install(ctx context.Context, why *repair) (n *node, err error) 
 		// Of another mode something may stand, or may still where a change did not come to its end.
 		// It goes last: until then requests had a way, by whichever of the two.
 		for _, p := range removers {
-			if slices.Contains(p.of, r.plan.Mode) {
+			if slices.Contains(p.keptBy, r.plan.Mode) {
 				continue
 			}
 			if err := p.remove(ctx, r.plan, true); err != nil {
-				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.of[0], err))
+				return n, r.readBack(state, fmt.Errorf("remove what mode %s left: %w", p.keptBy[0], err))
 			}
 		}
 	}

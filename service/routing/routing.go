@@ -4,11 +4,11 @@
 // A Plan says what should stand. A Router puts it into the kernel (Install), says what of it is
 // missing (Check) and takes it away without a trace (Remove). Install converges from any earlier
 // state and can be repeated while the emulator serves; Check changes nothing; Remove needs no
-// memory of an Install. All modes own policy rules at preferences up to 103 that are marked proto
-// kernel, and an address labelled lo:gme; mode iptables chains named GME-*, the others a table
-// gke-metadata-emulator of nf_tables, where IPv6 is served a local route marked proto 252, loopback
-// one route in table 988, and ebpf and observe programs pinned below
-// /sys/fs/bpf/gke-metadata-emulator; and nothing else.
+// memory of an Install. All modes but observe own policy rules at preferences up to 103 that are
+// marked proto kernel, all but observe and loopback an address labelled lo:gme; mode iptables
+// chains named GME-*, modes nftables, loopback, none and ebpf a table gke-metadata-emulator of
+// nf_tables, where IPv6 is served a local route marked proto 252, loopback one route in table 988,
+// and ebpf and observe programs pinned below /sys/fs/bpf/gke-metadata-emulator; and nothing else.
 package routing
 
 import (
