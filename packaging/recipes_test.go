@@ -275,12 +275,12 @@ func TestRecipeSysext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wants := strings.Fields(regexp.MustCompile(`(?m)^Wants=(.*)$`).FindStringSubmatch(string(unit))[1])
+	wanted := strings.Fields(regexp.MustCompile(`(?m)^Wants=(.*)$`).FindStringSubmatch(string(unit))[1])
 	var enables []string
 	for _, m := range regexp.MustCompile(`(?m)^enable (\S+)$`).FindAllStringSubmatch(string(preset), -1) {
 		enables = append(enables, m[1])
 	}
-	if sorted(strings.Join(wants, "\n")) != sorted(strings.Join(enables, "\n")) {
-		t.Errorf("the extension wants %v, the preset enables %v", wants, enables)
+	if sorted(strings.Join(wanted, "\n")) != sorted(strings.Join(enables, "\n")) {
+		t.Errorf("the extension wanted %v, the preset enables %v", wanted, enables)
 	}
 }

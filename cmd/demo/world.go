@@ -53,7 +53,7 @@ type world struct {
 	temporary  string // dir, if close removes it
 }
 
-// newWorld makes a node and its surroundings. close removes all of it.
+// newWorld makes a node, its pods and the stand-ins. close removes all of it.
 func newWorld(ctx context.Context) (_ *world, err error) {
 	w := &world{}
 	defer func() {
