@@ -281,6 +281,6 @@ func TestRecipeSysext(t *testing.T) {
 		enables = append(enables, m[1])
 	}
 	if sorted(strings.Join(wanted, "\n")) != sorted(strings.Join(enables, "\n")) {
-		t.Errorf("the extension wanted %v, the preset enables %v", wanted, enables)
+		t.Errorf("the extension has Wants=%v, the preset enables %v", wanted, enables)
 	}
 }
