@@ -224,7 +224,7 @@ func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 	}
 	if n, m := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); n != served ||
 		m != served {
-		return fmt.Errorf("Google got %d exchanges and %d requests for access tokens, want %d of each", n, m, served)
+		return fmt.Errorf("calls to Google: %d exchanges and %d access tokens, want %d of each", n, m, served)
 	}
 	d.done("calls to Google: %[1]d exchanges, %[1]d access tokens, %[1]d ID tokens: one exchange per ServiceAccount",
 		served)

@@ -202,7 +202,7 @@ func (w *world) commands() http.Handler {
 	}))
 	mux.Handle("/delete", command(func(r *http.Request) (string, error) {
 		if !w.kube.DeletePod("default", r.FormValue("name")) {
-			return "", fmt.Errorf("Kubernetes has no pod default/%s", r.FormValue("name"))
+			return "", fmt.Errorf("no pod default/%s in Kubernetes", r.FormValue("name"))
 		}
 		return "deleted", nil
 	}))
