@@ -1,31 +1,31 @@
-# Everything that a clone needs is here: `make demo` shows the product at work, `make check` and `make test` say whether it works.
-# Targets that need Debian or Ubuntu packages install the missing ones (deps), and say which; elsewhere they say what is lacking.
+# The targets for work on this repository: `make help` lists them. `make demo` shows the service at work; `make check` and `make test` test it.
+# Targets that need Debian or Ubuntu packages install the missing ones (deps), and name them. On other distributions they name what is missing.
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-# Tests are built by whoever types make and run by root; what they build themselves goes into a cache of root's own.
+# Tests are built by the user who runs make, and run by root. What the tests themselves build goes into a build cache of root's own.
 AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-metadata-emulator-test-cache")
-# Most tests wait for a kernel, a process or a deadline, and more of them than there are processors can.
+# Most tests wait for the kernel, a process or a deadline, so more of them run at a time than there are processors.
 SIDE_BY_SIDE := -p 3 -parallel 4
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(shell git rev-parse HEAD 2>/dev/null)
 
-# A Debian with systemd for the tests that want one: chroots for packages, a machine to boot. Made once, for every clone, and
-# anew when its recipe changes.
+# Roots of Debian with systemd, for tests that need a chroot or boot a machine. A root is made once for all clones, and again
+# when its recipe changes.
 ROOTFS  ?= $(shell packaging/bed/rootfs --name)
 RECIPES_ROOTFS ?= $(shell packaging/bed/rootfs --name recipes)
 VM_ROOTFS ?= $(shell packaging/bed/rootfs --name vm)
-# It tests the alerting rules.
+# promtool tests the alerting rules.
 PROMTOOL ?= $(shell .ci/promtool --name)
 
 .PHONY: all help build install packages release repo deps demo check golden test test-kube test-node test-clients test-booted test-vm test-vagrant lint bench chaos sizing fuzz clean deps-demo deps-repo deps-vm deps-vagrant
 
 all: build
 
-help: ## this list
+help: ## prints this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
 
-build: bin/gke-metadata-emulator ## the binary, bin/gke-metadata-emulator
+build: bin/gke-metadata-emulator ## builds the binary, bin/gke-metadata-emulator
 
 .PHONY: bin/gke-metadata-emulator bin/demo bin/bed bin/deb
 bin/gke-metadata-emulator:
@@ -34,7 +34,7 @@ bin/gke-metadata-emulator:
 bin/demo:
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/demo
 
-bin/bed: # two releases of the deb, to upgrade and downgrade
+bin/bed: # two releases of the deb, for upgrades and downgrades
 	@rm -rf $@
 	packaging/bed/older $@/tree
 	FORMATS=deb VERSION=v0.9.0 $@/tree/packaging/build $@/old $(shell $(GO) env GOARCH)
@@ -46,7 +46,7 @@ bin/deb: # the deb alone
 	@rm -rf $@
 	FORMATS=deb VERSION=v1.0.0 packaging/build $@ $(shell $(GO) env GOARCH)
 
-install: build ## the files of the packages, below DESTDIR; enables and starts nothing
+install: build ## installs the files of the packages below DESTDIR; enables and starts nothing
 	install -D -m 755 bin/gke-metadata-emulator $(DESTDIR)/usr/bin/gke-metadata-emulator
 	for unit in gke-metadata-emulator.socket $(UNITS); do install -D -m 644 systemd/$$unit $(DESTDIR)/usr/lib/systemd/system/$$unit || exit; done
 	install -D -m 755 systemd/generator $(DESTDIR)/usr/lib/systemd/system-generators/gke-metadata-emulator
@@ -57,25 +57,25 @@ install: build ## the files of the packages, below DESTDIR; enables and starts n
 	install -D -m 644 systemd/preset $(DESTDIR)/usr/lib/systemd/system-preset/90-gke-metadata-emulator.preset
 	install -d -m 755 $(DESTDIR)/etc/gke-metadata-emulator
 
-packages: ## deb and rpm for this machine's architecture, into bin/packages
+packages: ## builds deb and rpm for this machine's architecture, into bin/packages
 	@rm -rf bin/packages
 	packaging/build bin/packages $(shell $(GO) env GOARCH)
 
-release: ## every package and a tarball for every architecture, SBOMs and SHA256SUMS, into bin/release; GPG_KEY=… signs
+release: ## builds packages and a tarball for each architecture, SBOMs and SHA256SUMS, into bin/release; GPG_KEY=… signs
 	@rm -rf bin/release
 	FORMATS="deb rpm apk archlinux tar" GPG_KEY="$(GPG_KEY)" packaging/build bin/release amd64 arm64
 
-repo: deps-repo release ## an apt and a dnf repository of the release, into bin/repo, for any web server; GPG_KEY=… signs
+repo: deps-repo release ## makes an apt and a dnf repository of the release, in bin/repo, for any web server; GPG_KEY=… signs
 	@rm -rf bin/repo
 	GPG_KEY="$(GPG_KEY)" packaging/repo bin/release bin/repo
 
-deps: ## what test and lint need of the machine; demo needs less
+deps: ## installs the Debian or Ubuntu packages that test and lint need
 	@.ci/deps all
 
 deps-demo deps-repo deps-vm deps-vagrant: deps-%:
 	@.ci/deps $*
 
-demo: deps-demo build bin/demo ## pods that are processes, a node, real rules, real exchanges; DEMO="--keep" leaves it standing
+demo: deps-demo build bin/demo ## runs the real service on a node in namespaces, with pods that are processes; DEMO="--keep" keeps it running
 	$(SUDO) bin/demo --emulator bin/gke-metadata-emulator $(DEMO)
 
 $(ROOTFS):
@@ -84,55 +84,55 @@ $(ROOTFS):
 $(PROMTOOL):
 	.ci/promtool
 
-# Others, with the tools of image builders and with a kernel: they are not for the machine that runs the tests.
+# Roots with the tools of image builders, and with a kernel. Their packages are not installed on the machine that runs the tests.
 $(RECIPES_ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@ recipes
 
 $(VM_ROOTFS):
 	$(SUDO) packaging/bed/rootfs $@ vm
 
-check: ## everything that needs neither root nor network: gofmt, vet, staticcheck, documents, unit and script tests
+check: ## runs all that needs neither root nor network: gofmt, vet, staticcheck, documents, unit and script tests
 	@.ci/check
 
-golden: ## write anew what the code makes: documents, manual pages, reference configuration, golden files of scripts
+golden: ## updates generated files: documents, manual pages, reference configuration, golden files of scripts
 	@.ci/golden
 
-test: deps $(ROOTFS) $(RECIPES_ROOTFS) $(PROMTOOL) ## unit, script, fuzz corpus, network namespaces in every routing mode, packages; with the race detector
+test: deps $(ROOTFS) $(RECIPES_ROOTFS) $(PROMTOOL) ## runs all Go tests with the race detector: units, scripts, fuzz corpus, routing modes in network namespaces, packages
 	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" GME_TEST_PROMTOOL="$(PROMTOOL)" \
 		$(GO) run ./.ci/progress $(GO) test -json -race -count=1 -timeout 20m $(SIDE_BY_SIDE) $(AS_ROOT) ./...
 
-test-kube: ## the stand-in for the API server, and each line of the shipped RBAC, against a real etcd and kube-apiserver
+test-kube: ## tests the stand-in for the API server and each rule of the shipped RBAC against a real etcd and kube-apiserver
 	@GO="$(GO)" CI="$(CI)" test/kube/run
 
-test-node: deps bin/deb ## the deb on a real Kubernetes node that is booted for it: kubelet, containerd, kube-proxy; NODE_PARTS="first kinds" for some of it
+test-node: deps bin/deb ## tests the deb on a booted Kubernetes node with kubelet, containerd and kube-proxy; NODE_PARTS="first kinds" runs some parts
 	@$(SUDO) env PATH="$(PATH)" GO="$(GO)" NODE_PARTS="$(NODE_PARTS)" NODE_IPTABLES="$(NODE_IPTABLES)" CI="$(CI)" test/node/run
 
-test-clients: deps build ## real client libraries by their package managers, in pods; holds the table in docs/clients.md; CLIENTS="python go-auth" for some of them
+test-clients: deps build ## tests client libraries in pods, and compares the tables in docs/clients.md; CLIENTS="python go-auth" runs some of them
 	@$(SUDO) env PATH="$(PATH)" GO="$(GO)" CLIENTS="$(CLIENTS)" UPDATE_GOLDEN="$(UPDATE_GOLDEN)" CI="$(CI)" test/clients/run
 
-test-booted: deps bin/demo bin/bed $(ROOTFS) ## the deb in machines with systemd that are booted for it, under load; on both iptables backends
+test-booted: deps bin/demo bin/bed $(ROOTFS) ## tests the deb under load in booted containers with systemd, on both iptables backends; BED_PARTS="install stop" runs some parts
 	$(SUDO) env BED_ROOTFS="$(ROOTFS)" BED_IPTABLES="$(BED_IPTABLES)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
 
-test-vm: deps-vm bin/demo bin/bed $(VM_ROOTFS) ## the same in virtual machines, and what only a kernel of its own shows: OOM kills, limits, reboots
+test-vm: deps-vm bin/demo bin/bed $(VM_ROOTFS) ## tests the deb in virtual machines: the parts of test-booted, and OOM kills, limits and reboots
 	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=packaging/bed/vm BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(BED_PARTS)" CI="$(CI)" packaging/bed/run
 
-test-vagrant: deps-vagrant bin/demo bin/bed $(VM_ROOTFS) ## the same by a real Vagrant with libvirt, in a box made here, or a public one with apt: BOX=generic/ubuntu2204
+test-vagrant: deps-vagrant bin/demo bin/bed $(VM_ROOTFS) ## tests the deb in a Vagrant box with libvirt; BOX=generic/ubuntu2204 takes a public box with apt
 	$(SUDO) env BED_ROOTFS="$(VM_ROOTFS)" BED_RUNNER=vagrant/vagrant BOX="$(BOX)" BED_IPTABLES="$(or $(BED_IPTABLES),nft)" BED_PARTS="$(or $(BED_PARTS),configured limits reboot)" CI="$(CI)" packaging/bed/run
 
-lint: deps ## gofmt, go vet, staticcheck, govulncheck, shellcheck, go.mod
+lint: deps ## runs gofmt, go vet, staticcheck, govulncheck and shellcheck, and checks go.mod, terms and columns
 	@.ci/lint
 
-bench: ## cached tokens against a bare net/http server, and the benchmarks of every package
+bench: ## runs the benchmarks of every package; one compares cached tokens with a bare net/http server
 	$(GO) test -run '^$$' -bench . -benchmem -timeout 30m ./service/... 
 
-chaos: ## a table of what others notice of each load that a pod can put on the service: latency, memory, stop, recovery
+chaos: ## prints, for each load of a pod, its effect on other pods: latency, memory, stop, recovery
 	GME_CHAOS=1 $(GO) test -count=1 -timeout 30m -v $(AS_ROOT) -run '^TestChaos$$' ./service
 
-sizing: ## the table of docs/sizing.md: memory and CPU of the three processes with 10, 110 and 500 pods, and 10,000 connections
+sizing: ## prints the table of docs/sizing.md: memory and CPU with 10, 110 and 500 pods, and 10,000 connections
 	GME_SIZING=1 $(GO) test -timeout 20m $(AS_ROOT) -run '^$$' -bench '^BenchmarkSizing$$' -benchtime 1x ./service
 
-fuzz: ## each fuzz target for FUZZTIME
+fuzz: ## runs each fuzz target for FUZZTIME (30s)
 	@.ci/fuzz $(or $(FUZZTIME),30s)
 
-clean: ## remove bin
+clean: ## removes bin
 	rm -rf bin

@@ -412,7 +412,7 @@ func TestR16Reload(t *testing.T) {
 			!k.holds(t, value)
 	})
 	if got := tokenIn(t, b.answerTo(t, linked, accts+"default/token")); got == value {
-		t.Error("the token of the configuration before was handed out")
+		t.Error("the token of the configuration before was issued")
 	}
 }
 

@@ -56,11 +56,11 @@ func TestKernelChurn(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				told := make(chan struct{})
+				registered := make(chan struct{})
 				news.Go(func() {
 					<-time.After(late())
 					p.tell()
-					close(told)
+					close(registered)
 				})
 				a, err := p.ask("fresh", accts+"default/token")
 				for asked := time.Now(); err == nil && a.Status == http.StatusServiceUnavailable &&
@@ -90,7 +90,7 @@ func TestKernelChurn(t *testing.T) {
 				}
 				p.die()
 				died := time.Now()
-				<-told // Kubernetes says that it lives
+				<-registered // Kubernetes says that it lives
 				r := bufio.NewReader(kept)
 				var after said
 				for over := died.Add(testTimeout); time.Now().Before(over); <-time.After(time.Millisecond) {
@@ -134,17 +134,17 @@ func TestKernelChurn(t *testing.T) {
 		t.Fail()
 	}
 	log := k.log.String()
-	handed := 0
+	issued := 0
 	for line := range strings.Lines(log) {
 		if strings.Contains(line, "token issued") {
-			handed++
+			issued++
 			if !strings.Contains(line, `"evidence":"cgroup"`) || !strings.Contains(line, `"container":"0`) {
 				t.Errorf("an audit line without evidence or container: %s", line)
 			}
 		}
 	}
-	if handed != slots*lives {
-		t.Errorf("%d tokens were handed out to %d pods", handed, slots*lives)
+	if issued != slots*lives {
+		t.Errorf("%d tokens were issued to %d pods", issued, slots*lives)
 	}
 }
 
@@ -201,9 +201,9 @@ func TestKernel(t *testing.T) {
 	// The helper finds namespaces by cgroups, so these stay unknown to it, as those of sandboxes that
 	// have no address do.
 	sandbox := start("sandbox", network("sandbox"), func(p *podBed) { p.RuntimeClass, p.cgroup = "gvisor", "" })
-	unnamed := start("unnamed", network("unnamed"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "" })
+	kata := start("kata", network("kata"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "" })
 	static := start("static", k.node.NS, func(p *podBed) { p.MirrorOf, p.UID, p.ServiceAccount = p.UID, "", "" })
-	for _, p := range []*podBed{pod, other, host, sandbox, unnamed, static} {
+	for _, p := range []*podBed{pod, other, host, sandbox, kata, static} {
 		p.tell()
 	}
 	kubelet := start("kubelet", k.node.NS, in("/system.slice/kubelet.service"))
@@ -228,7 +228,7 @@ func TestKernel(t *testing.T) {
 			t.Errorf("%s: %+v", p.Name, a)
 		}
 	}
-	refused(unnamed, 503, "RuntimeClass", "attestation.byAddress")
+	refused(kata, 503, "RuntimeClass", "attestation.byAddress")
 	refused(static, 403, "static pod")
 	refused(sshd, 403, "hostIdentities")
 	refused(stranger, 403, "hostIdentities")

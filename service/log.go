@@ -107,16 +107,16 @@ func (journalHook) Fire(e *logrus.Entry) error {
 func journalEntry(e *logrus.Entry) (text string, fields map[string]string) {
 	fields = make(map[string]string, len(e.Data)+1)
 	fields["SYSLOG_IDENTIFIER"] = identifier // for journalctl -t, as systemd sets it for what a unit prints
-	var told strings.Builder                 // the fields once more, for those who read only the message
-	told.WriteString(e.Message)
+	var message strings.Builder              // the fields once more, for those who read only the message
+	message.WriteString(e.Message)
 	for _, k := range slices.Sorted(maps.Keys(e.Data)) {
 		v := fmt.Sprint(e.Data[k])
 		if fields[journalName(k)] = v; k == messageid.Field {
 			continue // for those who search, not for those who read
 		}
-		fmt.Fprintf(&told, " %s=%q", k, v)
+		fmt.Fprintf(&message, " %s=%q", k, v)
 	}
-	return told.String(), fields
+	return message.String(), fields
 }
 
 var priorities = map[logrus.Level]journal.Priority{

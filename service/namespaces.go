@@ -44,7 +44,7 @@ func HandOverNamespaces(ctx context.Context, o Options) error {
 		User:     userID(log),
 		Log:      log,
 		Alive:    alive(log),
-		Told: func(text string) {
+		Report: func(text string) {
 			state := "STATUS=" + text
 			if !ready {
 				ready = true

@@ -47,7 +47,7 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 	if tick <= 0 {
 		tick = 10 * time.Second
 	}
-	for told := s.summary(); sleep(ctx, tick); {
+	for reported := s.summary(); sleep(ctx, tick); {
 		if err := s.server.Alive(ctx); err != nil {
 			if ctx.Err() == nil {
 				messageid.ListenerSilent.In(s.log).WithError(err).Error("the service's own listener does not answer: " +
@@ -58,8 +58,8 @@ func (s *Service) tellSystemd(ctx context.Context) error {
 		if interval > 0 {
 			notify(s.log, daemon.SdNotifyWatchdog)
 		}
-		if now := s.summary(); now != told {
-			told = now
+		if now := s.summary(); now != reported {
+			reported = now
 			notify(s.log, "STATUS="+now)
 		}
 	}

@@ -35,17 +35,17 @@ func TestOutputRejects(t *testing.T) {
 		k := newKernelBedIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
 		k.kill(k.server)
 		k.sh(fmt.Sprintf(rejectLinkLocal, cmp.Or(plan.Binary, "iptables-nft")))
-		told := k.notifySocket()
+		notified := k.notifySocket()
 		k.server = k.command(filepath.Join(k.dir, "config.yaml"))
 		k.server.Stderr = k.log
-		k.server.Env = append(k.server.Env, "NOTIFY_SOCKET="+told.path, "WATCHDOG_USEC=600000")
+		k.server.Env = append(k.server.Env, "NOTIFY_SOCKET="+notified.path, "WATCHDOG_USEC=600000")
 		if err := k.cgroups.Start(k.node.NS, "/system.slice/gke-metadata-emulator.service", k.server); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { k.kill(k.server) })
-		told.wait(t, "READY=1")
+		notified.wait(t, "READY=1")
 		for range 3 {
-			told.wait(t, "WATCHDOG=1")
+			notified.wait(t, "WATCHDOG=1")
 		}
 		k.eventually(t, "pods are known", func() bool {
 			st := statusOf(t, k.dir)

@@ -163,7 +163,7 @@ func testPassthrough(t *testing.T, mode string) {
 	) // its process is in the node's namespace
 	pretended := start("c", network("c"), func(p *podBed) { p.HostNetwork = true })               // and here it is not
 	outside := start("sshd", k.node.NS, func(p *podBed) { p.cgroup = "/system.slice/x.service" }) // by our address
-	unnamed := start("d", k.node.NS, func(p *podBed) { p.ServiceAccount = "d" })
+	unlisted := start("d", k.node.NS, func(p *podBed) { p.ServiceAccount = "d" })
 	for _, p := range []*podBed{onPodNetwork, escaped, pretended} {
 		k.eventually(t, p.Name+" is known", func() bool { return ask(p, "fresh", accts+"default/email").Status == 200 })
 		ours(ask(p, "fresh", putToken), 405, "GET or HEAD")
@@ -171,8 +171,8 @@ func testPassthrough(t *testing.T, mode string) {
 		ours(ask(p, "fresh", "/latest/meta-data/"), 404, "Not Found\n")
 	}
 	ours(ask(outside, "direct", getID), 403, "Missing required header")
-	ours(ask(unnamed, "fresh", putToken), 404, "add it to passthrough")
-	ours(ask(unnamed, "kept", getID), 404, "default/d")
+	ours(ask(unlisted, "fresh", putToken), 404, "add it to passthrough")
+	ours(ask(unlisted, "kept", getID), 404, "default/d")
 	if got := aws.take(); len(got) > 0 {
 		t.Errorf("AWS saw %q", got)
 	}

@@ -39,7 +39,7 @@ func WatchRouting(ctx context.Context, o Options, plan func(config.Config, error
 			return p
 		},
 		Reload: o.Reload,
-		Told: func(text string) {
+		Report: func(text string) {
 			state := "STATUS=" + text
 			if !ready {
 				ready = true
@@ -59,10 +59,10 @@ func alive(log logrus.FieldLogger) func() {
 	if err != nil {
 		log.WithError(err).Error("WATCHDOG_USEC of systemd is invalid: the watchdog is not used")
 	}
-	var told time.Time
+	var reported time.Time
 	return func() {
-		if now := time.Now(); interval > 0 && now.Sub(told) > interval/4 {
-			told = now
+		if now := time.Now(); interval > 0 && now.Sub(reported) > interval/4 {
+			reported = now
 			notify(log, daemon.SdNotifyWatchdog)
 		}
 	}

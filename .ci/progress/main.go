@@ -1,7 +1,7 @@
-// Progress runs `go test -json …`, its arguments. It prints a line for each top-level test that
-// took a second or more, the output of those that fail or are skipped, and which tests run when
-// nothing else was printed for half a minute. go test itself says nothing of several packages that
-// run side by side until one of them ends.
+// Progress runs its arguments, which are `go test -json …`. It prints a line for each top-level
+// test that took a second or more, the output of tests that fail or are skipped, and the running
+// tests when nothing else was printed for half a minute. go test itself prints nothing of packages
+// that run side by side until one of them ends.
 package main
 
 import (
@@ -19,13 +19,13 @@ import (
 
 const module = "github.com/gke-metadata-emulator/gke-metadata-emulator/"
 
-// event is test2json's, and cmd/go's of a build.
+// event is an event of test2json, or of a build by cmd/go.
 type event struct {
 	Action, Package, ImportPath, Test, Output string
 	Elapsed                                   float64 // seconds
 }
 
-// test is the key of a top-level test; name "" stands for its package.
+// test is the key of a top-level test; name "" is the package itself.
 type test struct{ pkg, name string }
 
 type progress struct {
@@ -67,11 +67,11 @@ func main() {
 			var e event
 			if err := json.Unmarshal([]byte(line), &e); err != nil {
 				fmt.Print(line)
-			} else if p.heard(e) {
+			} else if p.handle(e) {
 				quiet.Reset(30 * time.Second)
 			}
 		case <-quiet.C:
-			fmt.Println("        running:", p.still())
+			fmt.Println("        running:", p.names())
 		}
 	}
 }
@@ -88,8 +88,8 @@ func code(err error) int {
 	return 0
 }
 
-// heard reports whether it printed a line.
-func (p *progress) heard(e event) bool {
+// handle handles an event. It reports whether it printed something.
+func (p *progress) handle(e event) bool {
 	name, sub, _ := strings.Cut(e.Test, "/")
 	k := test{strings.TrimPrefix(e.Package, module), name}
 	switch e.Action {
@@ -116,7 +116,7 @@ func (p *progress) heard(e event) bool {
 }
 
 func (p *progress) ended(k test, e event) bool {
-	if e.Action == "fail" && k.name == "" { // what a test said that a panic or -timeout ended
+	if e.Action == "fail" && k.name == "" { // output of a test that was ended by a panic or -timeout
 		for other, o := range p.output {
 			if other.pkg == k.pkg && other != k {
 				fmt.Print(o.String())
@@ -128,8 +128,7 @@ func (p *progress) ended(k test, e event) bool {
 	o := p.output[k]
 	delete(p.output, k)
 	delete(p.running, k)
-	// test2json takes what the process says when it dies for the output of the test that was named
-	// last.
+	// test2json attributes the last output of a dying process to the test that was named last.
 	died := o != nil && (strings.Contains(o.String(), "panic: ") || strings.Contains(o.String(), "fatal error: "))
 	if e.Action == "pass" && k.name != "" && e.Elapsed < 1 && !died {
 		return false
@@ -141,8 +140,8 @@ func (p *progress) ended(k test, e event) bool {
 	return true
 }
 
-// still are the tests that run, the one that began first in front.
-func (p *progress) still() string {
+// names lists the running tests, the oldest first.
+func (p *progress) names() string {
 	tests := slices.SortedFunc(maps.Keys(p.running), func(a, b test) int { return p.running[a].Compare(p.running[b]) })
 	var names []string
 	for _, t := range tests {

@@ -13,26 +13,26 @@ import (
 	"time"
 )
 
-// asPod is an environment variable that makes this binary a pod's process.
+// asPod is the environment variable that makes this binary run as a pod's process.
 const asPod = "GKE_METADATA_EMULATOR_DEMO_POD"
 
-// Asker runs in a pod. It sends requests that it receives by net/rpc on descriptor 3, until that is
+// Asker runs in a pod. It receives requests to send by net/rpc on descriptor 3, until that is
 // closed.
 type Asker struct {
 	mu   sync.Mutex
 	load *load
-	kept http.Client // with the connections of questions that keep theirs
+	kept http.Client // for questions with Keep
 }
 
-// isPod reports whether this process is a pod's. If so, it returns when the pod is no longer
-// needed.
+// isPod reports whether this process is a pod's. If so, it serves the parent, and returns when the
+// parent closes the connection.
 func isPod() bool {
 	if os.Getenv(asPod) == "" {
 		return false
 	}
-	// The parent ends this process, and not a signal of a terminal or of a shutdown.
+	// The parent ends this process. A signal of the terminal or of a shutdown must not.
 	signal.Ignore(os.Interrupt, syscall.SIGTERM)
-	f := os.NewFile(3, "orders")
+	f := os.NewFile(3, "parent")
 	if c, err := net.FileConn(f); err == nil {
 		_ = f.Close()
 		s := rpc.NewServer()
@@ -45,8 +45,8 @@ func isPod() bool {
 // Question is one request.
 type Question struct {
 	Host, Path string
-	As         string // the sender's address; "": the asker's own
-	Keep       bool   // keeps the connection for the next question with Keep
+	As         string // the source address; "": the pod's own
+	Keep       bool   // reuses the connection of the last question with Keep
 }
 
 // Answer is a response.
@@ -55,7 +55,7 @@ type Answer struct {
 	Body   string
 }
 
-// Ask sends a client library's request.
+// Ask sends a request as client libraries send it.
 func (a *Asker) Ask(q Question, answer *Answer) (err error) {
 	if q.Keep {
 		*answer, err = askBy(&a.kept, q)
@@ -65,7 +65,7 @@ func (a *Asker) Ask(q Question, answer *Answer) (err error) {
 	return err
 }
 
-// dial connects from q.As, which must be one of the sender's addresses.
+// dial connects from q.As, which must be an address of the namespace.
 func (q Question) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	d := net.Dialer{}
 	if q.As != "" {
@@ -74,13 +74,13 @@ func (q Question) dial(ctx context.Context, network, addr string) (net.Conn, err
 	return d.DialContext(ctx, network, addr)
 }
 
-// askOnce sends a request on a new connection of dial.
+// askOnce sends a request on a new connection, made by dial.
 func askOnce(dial func(ctx context.Context, network, addr string) (net.Conn, error), q Question) (Answer, error) {
 	return askBy(&http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: dial}}, q)
 }
 
-// askBy sends a client library's request.
+// askBy sends a request as client libraries send it.
 func askBy(client *http.Client, q Question) (Answer, error) {
 	req, err := http.NewRequest(http.MethodGet, "http://"+q.Host+q.Path, nil)
 	if err != nil {
@@ -96,7 +96,7 @@ func askBy(client *http.Client, q Question) (Answer, error) {
 	return Answer{res.StatusCode, string(body)}, err
 }
 
-// Begin starts a load of requests without pause.
+// Begin starts a load of continuous requests.
 func (a *Asker) Begin(t Task, _ *struct{}) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -12,8 +12,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// network makes a pod's network: on a link of its own or on the bridge, with the address of a dead
-// pod if there is one.
+// network makes a pod's network: on a link of its own or on the bridge, with the address of a
+// killed pod if before is not nil.
 func (w *world) network(name string, before *pod, routed bool) (*netnstest.NS, error) {
 	if before != nil {
 		return w.node.AddPodAs(name, before.ns)
@@ -28,8 +28,8 @@ func (w *world) network(name string, before *pod, routed bool) (*netnstest.NS, e
 	return w.node.AddPod(name)
 }
 
-// churn runs n pods one after the other at one address. Each requests a token at once, and is then
-// killed. Kubernetes learns of a pod up to a second late, and of its death after the next pod was
+// churn runs n pods one after the other at one address. Each requests a token at its start, and is
+// killed. Kubernetes learns of a pod up to a second late, and of its end after the next pod was
 // answered.
 func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 	all := Counts{Of: map[string]int{}}
@@ -55,13 +55,13 @@ func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 		began := time.Now()
 		a, err := p.ask(ctx, tokenPath)
 		all.Longest = max(all.Longest, time.Since(began))
-		what, says := unreachable, fmt.Sprint(err)
+		what, detail := unreachable, fmt.Sprint(err)
 		if err == nil {
-			what, says = w.outcome(p, a)
+			what, detail = w.outcome(p, a)
 		}
 		all.Of[what]++
 		if what != ok {
-			all.Examples = append(all.Examples, fmt.Sprintf("%s %s: %s", name, what, says))
+			all.Examples = append(all.Examples, fmt.Sprintf("%s %s: %s", name, what, detail))
 		}
 		<-known
 		p.die()
@@ -80,7 +80,7 @@ func (w *world) churn(ctx context.Context, n int) (Counts, error) {
 }
 
 // outcome classifies the answer to a pod's request for a token.
-func (w *world) outcome(p *pod, a Answer) (what, says string) {
+func (w *world) outcome(p *pod, a Answer) (what, detail string) {
 	issued, _ := w.google.Lookup(accessToken(a.Body))
 	switch {
 	case a.Body == nodeSecret:

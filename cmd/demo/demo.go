@@ -28,14 +28,14 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		return err
 	}
 	if _, err := os.Stat(binary); err != nil {
-		return fmt.Errorf("%w: make it by `make build`, or name it with --emulator", err)
+		return fmt.Errorf("%w: run `make build`, or name the binary with --emulator", err)
 	}
 	if err := needs(capabilities(), keep); err != nil {
 		return err
 	}
 	d := &demo{out: out, began: time.Now()}
 
-	d.say("1. A node with pods, a pod that Kubernetes does not know, and a cloud")
+	d.say("1. A node, three pods, a pod that Kubernetes does not know (stranger), and a cloud's metadata server")
 	w, err := newWorld(ctx)
 	if err != nil {
 		return err
@@ -45,13 +45,13 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		w.stranger.ns.Addr)
 	switch {
 	case w.cgroups == nil:
-		d.done("each pod is a process in its network namespace; it has no cgroup of its own, and is known by its address: "+
+		d.done("each pod is a process in a network namespace without a cgroup of its own, so it is attested by address: "+
 			"%v", w.noCgroups)
 	case w.cgroups.Mount != nil:
-		d.done("each pod is a process, born in its network namespace and in its cgroup, in a cgroup v2 hierarchy that is " +
-			"mounted for this demo alone")
+		d.done("each pod is a process that starts in a network namespace and a cgroup of its own, in a cgroup v2 hierarchy " +
+			"that is mounted for this demo alone")
 	default:
-		d.done("each pod is a process, born in its network namespace and in its cgroup, below %s", w.cgroups.Path)
+		d.done("each pod is a process that starts in a network namespace and a cgroup of its own, below %s", w.cgroups.Path)
 	}
 	before, err := w.node.Ruleset()
 	if err != nil {
@@ -59,9 +59,9 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	}
 	leak, err := w.reader.ask(ctx, tokenPath)
 	if err != nil || leak.Status != 200 || !strings.Contains(leak.Body, nodeSecret) {
-		return fmt.Errorf("the cloud's own metadata server should answer before there are rules: %v %v", leak, err)
+		return fmt.Errorf("without rules the cloud's metadata server must answer a pod: got %v %v", leak, err)
 	}
-	d.done("without the emulator, a pod gets the node's own cloud credentials from 169.254.169.254")
+	d.done("without the emulator a pod gets the node's cloud credentials from 169.254.169.254")
 	w.cloudAsked.Store(0)
 
 	d.say("2. systemctl start: ExecStartPre, then the service")
@@ -72,9 +72,9 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 	d.done("gke-metadata-emulator routing install")
 	closed, err := w.reader.ask(ctx, tokenPath)
 	if err == nil {
-		return fmt.Errorf("a pod was answered with rules and without a service: %v", closed)
+		return fmt.Errorf("with rules and without the service no pod may get an answer: got %v", closed)
 	}
-	d.done("before the service starts, a pod's connection is refused and does not reach the cloud's own server")
+	d.done("before the service starts a pod's connection is refused, and does not reach the cloud's metadata server")
 	if err := e.start(ctx); err != nil {
 		return err
 	}
@@ -85,12 +85,12 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		}
 	}()
 	if e.helper != nil {
-		d.done("gke-metadata-emulator attest, which alone may enter pods' network namespaces: READY=1 to systemd after %s",
+		d.done("gke-metadata-emulator attest, the only process that may enter pods' network namespaces: READY=1 after %s",
 			e.helper.readyAfter.Round(time.Millisecond))
 	}
-	d.done("gke-metadata-emulator serve: READY=1 to systemd after %s", e.serve.readyAfter.Round(time.Millisecond))
+	d.done("gke-metadata-emulator serve: READY=1 after %s", e.serve.readyAfter.Round(time.Millisecond))
 
-	d.say("3. Each pod asks http://169.254.169.254%s", tokenPath)
+	d.say("3. Each pod requests http://169.254.169.254%s", tokenPath)
 	pods := []*pod{w.reader, w.writer}
 	if w.host != nil {
 		pods = append(pods, w.host)
@@ -127,21 +127,21 @@ func run(ctx context.Context, out io.Writer, binary string, keep bool) (err erro
 		return err
 	}
 	if after != before {
-		return fmt.Errorf("the node's rules are not as they were; before:\n%s\nafter:\n%s", before, after)
+		return fmt.Errorf("routing remove left rules, or removed foreign ones; before:\n%s\nafter:\n%s", before, after)
 	}
 	d.done("iptables (both backends, both families), nftables, ip rule, ip route and ip address of the node: as before, " +
 		"byte for byte")
 	if n := w.cloudAsked.Load(); n != 0 {
-		return fmt.Errorf("%d requests of pods reached the cloud's own metadata server", n)
+		return fmt.Errorf("%d requests of pods reached the cloud's metadata server, want 0", n)
 	}
-	d.done("requests of pods that reached the cloud's own metadata server: 0")
+	d.done("requests of pods that reached the cloud's metadata server: 0")
 	for _, secret := range w.secrets() {
 		if strings.Contains(e.said(), secret) || strings.Contains(status.String(), secret) {
-			return errors.New("a token is in the log or in the status")
+			return errors.New("the log or the status contains a token")
 		}
 	}
-	d.done("tokens, of %d issued, that are in the log or in the status: 0", len(w.secrets()))
-	d.say("Done in %s. The namespaces are gone too.", time.Since(d.began).Round(10*time.Millisecond))
+	d.done("tokens in the log or in the status: 0 of %d", len(w.secrets()))
+	d.say("Done in %s. Everything that the demo made is removed.", time.Since(d.began).Round(10*time.Millisecond))
 	return nil
 }
 
@@ -187,13 +187,13 @@ func (d *demo) pod(ctx context.Context, p *pod) error {
 		ExpiresIn   int    `json:"expires_in"`
 	}
 	if err := json.Unmarshal([]byte(a.Body), &got); err != nil || a.Status != 200 {
-		return fmt.Errorf("%s was answered %d %s", name, a.Status, a.Body)
+		return fmt.Errorf("%s got %d %s, want 200 with an access token", name, a.Status, a.Body)
 	}
 	issued, ok := p.world.google.Lookup(got.AccessToken)
 	if !ok || issued.Email != p.email {
-		return fmt.Errorf("%s got a token of %q, and not of %s", name, issued.Email, p.email)
+		return fmt.Errorf("%s got a token of %q, want one of %s", name, issued.Email, p.email)
 	}
-	d.done("%s → 200, the access token of %s for %s, good for %d s", name, issued.Email, issued.Subject, got.ExpiresIn)
+	d.done("%s → 200, an access token of %s for %s, valid for %d s", name, issued.Email, issued.Subject, got.ExpiresIn)
 	id, err := p.askAt(ctx, host, idPath)
 	if err != nil || id.Status != 200 {
 		return fmt.Errorf("%s: identity: %v %w", name, id, err)
@@ -201,7 +201,7 @@ func (d *demo) pod(ctx context.Context, p *pod) error {
 	if err := p.world.verifyIDToken(id.Body, p.email); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	d.done("%s → 200, an ID token for https://run.example.com, its signature verified", p.Name)
+	d.done("%s → 200, an ID token for https://run.example.com with a valid signature", p.Name)
 	if again, err := p.askAt(ctx, host, emailPath); err != nil || again.Body != p.email {
 		return fmt.Errorf("%s: email: %v %w", name, again, err)
 	}
@@ -213,34 +213,35 @@ func (d *demo) pod(ctx context.Context, p *pod) error {
 func (d *demo) stranger(ctx context.Context, w *world, served int) error {
 	a, err := w.stranger.ask(ctx, tokenPath)
 	if err != nil || a.Status != 503 {
-		return fmt.Errorf("the stranger was answered %v %w", a, err)
+		return fmt.Errorf("the stranger got %v, want 503: %w", a, err)
 	}
 	d.done("stranger → 503 after the hold: %s", strings.TrimSpace(a.Body))
 	for _, host := range []string{metadataAddr, listenAddr} {
 		if a, err := askOnce(w.neighbour.Dial, Question{Host: host, Path: tokenPath}); err == nil {
-			return fmt.Errorf("a neighbour that sends to %s by way of the node was answered %v", host, a)
+			return fmt.Errorf("another host that routes %s through the node got %v, want no answer", host, a)
 		}
-		d.done("a neighbour host that sends to %s by way of the node → nothing", host)
+		d.done("another host that routes %s through the node → no answer", host)
 	}
 	if n, m := w.google.Calls(googletest.Exchange), w.google.Calls(googletest.GenerateAccessToken); n != served ||
 		m != served {
-		return fmt.Errorf("%d exchanges and %d access tokens were asked for at Google, and not %d of each", n, m, served)
+		return fmt.Errorf("calls to Google: %d exchanges and %d access tokens, want %d of each", n, m, served)
 	}
-	d.done("calls to Google: %[1]d exchanges, %[1]d access tokens, %[1]d ID tokens: one exchange a ServiceAccount", served)
+	d.done("calls to Google: %[1]d exchanges, %[1]d access tokens, %[1]d ID tokens: one exchange per ServiceAccount",
+		served)
 	return nil
 }
 
 func (d *demo) keep(w *world, binary string) {
-	d.say("Everything keeps running. In another terminal, as root:")
+	d.say("Node, pods and service keep running. Commands to try in another terminal, as root:")
 	for _, p := range []*pod{w.reader, w.writer, w.stranger} {
-		born := ""
+		enterCgroup := ""
 		if w.cgroups != nil {
-			born = "echo $$ >" + strings.Replace(w.cgroups.Path, "/proc/self/", fmt.Sprintf("/proc/%d/", os.Getpid()), 1) +
-				"/" + p.cgroup + "/cgroup.procs; "
+			path := strings.Replace(w.cgroups.Path, "/proc/self/", fmt.Sprintf("/proc/%d/", os.Getpid()), 1)
+			enterCgroup = "echo $$ >" + path + "/" + p.cgroup + "/cgroup.procs; "
 		}
 		_, _ = fmt.Fprintf(d.out, "   sh -c '%sexec nsenter --net=%s curl -H \"Metadata-Flavor: Google\" http://%s%s'\n",
-			born, p.ns.Path(), metadataAddr, tokenPath)
+			enterCgroup, p.ns.Path(), metadataAddr, tokenPath)
 	}
 	_, _ = fmt.Fprintf(d.out, "   GKE_METADATA_EMULATOR_RUN=%s %s status\n   nsenter --net=%s iptables-save\nCtrl-C "+
-		"ends it.\n", w.dir, binary, w.node.Path())
+		"ends the demo and removes everything.\n", w.dir, binary, w.node.Path())
 }

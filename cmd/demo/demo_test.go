@@ -12,18 +12,18 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// TestMain lets this binary be a pod's process too.
+// TestMain lets this binary run as a pod's process.
 func TestMain(m *testing.M) {
 	if !isPod() {
 		os.Exit(m.Run())
 	}
 }
 
-// TestDemo is the main job on real input, on both backends: what the README's first command shows.
+// TestDemo runs the whole demo, the README's first command, on both backends.
 func TestDemo(t *testing.T) {
 	netnstest.Needs(t, "iptables-nft", "iptables-legacy", "nsenter", "ip")
 	c, err := netnstest.NewCgroups("", fmt.Sprintf("gme-demo-probe-%d", os.Getpid()))
-	if err != nil { // it would fall back to addresses
+	if err != nil { // the demo would attest by address
 		netnstest.Lacks(t, err)
 	}
 	if err := c.Close(); err != nil {
@@ -37,20 +37,20 @@ func TestDemo(t *testing.T) {
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
 			useBackend(t, backend)
-			netnstest.Start(t, "probe") // says so where there is no root
+			netnstest.Start(t, "probe") // skips without root
 			var out bytes.Buffer
 			if err := run(t.Context(), &out, binary, false); err != nil {
 				t.Fatalf("%v, after:\n%s", err, &out)
 			}
 			for _, want := range []string{
-				"the access token of reader@my-project.iam.gserviceaccount.com for system:serviceaccount:default:reader",
-				"the access token of writer@my-project.iam.gserviceaccount.com for system:serviceaccount:default:writer",
-				"the access token of host@my-project.iam.gserviceaccount.com for system:serviceaccount:default:host",
-				"born in its network namespace and in its cgroup",
+				"an access token of reader@my-project.iam.gserviceaccount.com for system:serviceaccount:default:reader",
+				"an access token of writer@my-project.iam.gserviceaccount.com for system:serviceaccount:default:writer",
+				"an access token of host@my-project.iam.gserviceaccount.com for system:serviceaccount:default:host",
+				"starts in a network namespace and a cgroup of its own",
 				"by the kernel: ",
 				"stranger → 503",
 				"as before, byte for byte",
-				"reached the cloud's own metadata server: 0",
+				"reached the cloud's metadata server: 0",
 			} {
 				if !strings.Contains(out.String(), want) {
 					t.Errorf("no %q in:\n%s", want, &out)
@@ -60,7 +60,7 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// useBackend makes `iptables` that backend's, as the distribution's alternatives do.
+// useBackend selects the backend of `iptables`, as the distribution's alternatives do.
 func useBackend(t *testing.T, backend string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -75,7 +75,7 @@ func useBackend(t *testing.T, backend string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if path, err = filepath.EvalSymlinks(path); err != nil { // one binary that goes by the name it is called
+		if path, err = filepath.EvalSymlinks(path); err != nil { // one binary that behaves by its name
 			t.Fatal(err)
 		}
 		if err := os.Symlink(path, filepath.Join(dir, name)); err != nil {
@@ -85,7 +85,7 @@ func useBackend(t *testing.T, backend string) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
 
-// A missing binary is named, and how to make it.
+// TestNoBinary: the error names the missing binary and the command that builds it.
 func TestNoBinary(t *testing.T) {
 	var out bytes.Buffer
 	if err := run(t.Context(), &out, filepath.Join(t.TempDir(), "absent"), false); err == nil ||

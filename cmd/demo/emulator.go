@@ -16,17 +16,17 @@ import (
 	"time"
 )
 
-// emulator runs the real binary inside the node, in systemd's place.
+// emulator runs the real binary on the node, as systemd does.
 type emulator struct {
 	binary string
 	world  *world
 
 	serve  *daemon
-	helper *daemon // nil: there are no cgroups for it to look at
+	helper *daemon // nil: there are no cgroups
 }
 
-// in returns a command of the binary inside the node, with what systemd would give it: the cgroups
-// too, where this machine has others.
+// in returns a command of the binary on the node, with the environment and the cgroups that systemd
+// would give it.
 func (e *emulator) in(ctx context.Context, args ...string) *exec.Cmd {
 	line := append([]string{e.binary}, args...)
 	if g := e.world.cgroups; g != nil && g.Mount != nil {
@@ -42,7 +42,7 @@ func (e *emulator) command(ctx context.Context, args ...string) error {
 	return e.commandTo(ctx, io.Discard, args...)
 }
 
-// commandTo runs a command to its end, which reads the configuration.
+// commandTo runs a command that reads the configuration, and waits for its end.
 func (e *emulator) commandTo(ctx context.Context, stdout io.Writer, args ...string) error {
 	cmd := e.in(ctx, append(args, e.configuration())...)
 	var stderr bytes.Buffer
@@ -72,10 +72,10 @@ func (e *emulator) start(ctx context.Context) (err error) {
 
 func (e *emulator) stop() error { return errors.Join(e.serve.stop(), e.helper.stop()) }
 
-// said is what both have logged.
+// said returns the logs of both.
 func (e *emulator) said() string { return e.serve.said() + e.helper.said() }
 
-// daemon is one of the emulator's processes that stay.
+// daemon is a running process of the emulator.
 type daemon struct {
 	*exec.Cmd
 	notify     *net.UnixConn
@@ -83,7 +83,7 @@ type daemon struct {
 	readyAfter time.Duration
 }
 
-// daemon starts one and waits for READY=1, as systemd does for Type=notify.
+// daemon starts a process and waits for READY=1, as systemd does for Type=notify.
 func (e *emulator) daemon(ctx context.Context, args ...string) (*daemon, error) {
 	path := filepath.Join(e.world.dir, args[0]+"-notify.sock")
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
@@ -94,7 +94,7 @@ func (e *emulator) daemon(ctx context.Context, args ...string) (*daemon, error) 
 	d.Env = append(d.Env, "NOTIFY_SOCKET="+path)
 	d.Stdout, d.Stderr = &d.log, &d.log
 	began := time.Now()
-	// where the node's systemd has its units, by which the emulator finds the node's root
+	// In system.slice, as a unit of the node: the emulator finds the node's root cgroup by it.
 	if g := e.world.cgroups; g != nil {
 		err = g.Start(e.world.node.NS, "system.slice/gke-metadata-emulator.service", d.Cmd)
 	} else {
@@ -109,18 +109,19 @@ func (e *emulator) daemon(ctx context.Context, args ...string) (*daemon, error) 
 	for buf := make([]byte, 4096); ; {
 		n, err := notify.Read(buf)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("no READY=1: %w; it says:\n%s", err, d.said()), d.stop())
+			err = fmt.Errorf("gke-metadata-emulator %s: no READY=1: %w; its log:\n%s", args[0], err, d.said())
+			return nil, errors.Join(err, d.stop())
 		}
 		if strings.Contains("\n"+string(buf[:n]), "\nREADY=1") {
 			d.readyAfter = time.Since(began)
 			_ = notify.SetReadDeadline(time.Time{})
-			go func() { _, _ = io.Copy(io.Discard, notify) }() // or it would wait for somebody to read
+			go func() { _, _ = io.Copy(io.Discard, notify) }() // or it would block on a full socket
 			return d, nil
 		}
 	}
 }
 
-// stop ends it as systemd does.
+// stop ends the process as systemd does.
 func (d *daemon) stop() error {
 	if d == nil {
 		return nil
@@ -132,7 +133,7 @@ func (d *daemon) stop() error {
 	kill := time.AfterFunc(10*time.Second, func() { _ = d.Process.Kill() })
 	defer kill.Stop()
 	if err := d.Wait(); err != nil {
-		return fmt.Errorf("gke-metadata-emulator: %w; it says:\n%s", err, d.said())
+		return fmt.Errorf("gke-metadata-emulator: %w; its log:\n%s", err, d.said())
 	}
 	return nil
 }
@@ -144,7 +145,7 @@ func (d *daemon) said() string {
 	return d.log.String()
 }
 
-// syncBuffer is a bytes.Buffer for a process that writes while it is read.
+// syncBuffer is a bytes.Buffer that may be read while a process writes to it.
 type syncBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer

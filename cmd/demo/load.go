@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// load sends a pod's requests without pause: two senders with a new connection per request, and two
-// that keep theirs. They speak HTTP on their own connections, since net/http's client repeats a
+// load sends a pod's requests continuously: two senders with a new connection per request, and two
+// that keep theirs. They speak HTTP on their own connections, because net/http's client repeats a
 // request after a lost connection.
 type load struct {
 	Task
@@ -37,20 +37,20 @@ type Task struct {
 // Counts holds the outcomes of requests.
 type Counts struct {
 	Of       map[string]int // outcome
-	Tokens   map[string]int // answers by access token; the stand-in knows whose a token is
+	Tokens   map[string]int // answers by access token; the stand-in for Google knows the owner
 	Longest  time.Duration
 	Examples []string // of errors
 }
 
-// The outcomes of a request. Each is reported, also when its number is 0.
+// The outcomes of a request. Counts.String prints each, even with the number 0.
 const (
-	ok          = "answered"    // 200, and the asker's own email or a token of its own
-	leaked      = "leaked"      // the cloud's own metadata server answered
-	wrong       = "wrong"       // 200, and somebody else's
+	ok          = "answered"    // 200, and the pod's own email, or an access token; see pod.counted
+	leaked      = "leaked"      // the cloud's metadata server answered
+	wrong       = "wrong"       // 200, and the email or token of another pod
 	unavailable = "unavailable" // another status
 	refused     = "refused"     // the connection was refused
 	reset       = "reset"       // the connection was reset or closed before the answer
-	raced       = "raced"       // a kept connection was closed while the request was on its way: clients ask again
+	raced       = "raced"       // a kept connection was closed while the request was in transit: clients retry
 	unreachable = "unreachable" // no connection, or no answer in time
 )
 
@@ -84,7 +84,7 @@ func (l *load) end() {
 	l.wait.Wait()
 }
 
-// ask sends one request after the other.
+// ask sends requests one after the other.
 func (l *load) ask(ctx context.Context, keep bool, pause time.Duration) {
 	var c *connection
 	tick := time.NewTicker(pause)
@@ -176,7 +176,7 @@ func (c *connection) ask(email string, forToken bool) (what, token string, err e
 	text := strings.TrimSpace(string(body))
 	switch {
 	case text == nodeSecret:
-		return leaked, "", errors.New("the cloud's own metadata server answered")
+		return leaked, "", errors.New("the cloud's metadata server answered")
 	case res.StatusCode != http.StatusOK:
 		return unavailable, "", fmt.Errorf("%s: %s", res.Status, text)
 	case !forToken && text == email:
@@ -186,7 +186,7 @@ func (c *connection) ask(email string, forToken bool) (what, token string, err e
 			return ok, token, nil
 		}
 	}
-	return wrong, "", fmt.Errorf("%s got what is not its own", email)
+	return wrong, "", fmt.Errorf("%s got the identity of another pod, or neither email nor token", email)
 }
 
 // accessToken returns the token of an answer, or "".

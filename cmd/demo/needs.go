@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// needs returns one error with everything that this machine or process lacks for the demo.
+// needs returns an error that names everything that this machine or process lacks for the demo.
 func needs(effective uint64, keep bool) error {
 	var lacking []string
 	for _, c := range []struct {
@@ -23,7 +23,7 @@ func needs(effective uint64, keep bool) error {
 		}
 	}
 	if lacking != nil {
-		return fmt.Errorf("this process lacks %s: run it as root, by `make demo`; in a container, by docker run --privileged",
+		return fmt.Errorf("this process lacks %s: run `make demo` as root; in a container, use docker run --privileged",
 			strings.Join(lacking, ", "))
 	}
 	tools := []string{"ip", "iptables", "nsenter", "mount", "unshare", "sh"}
@@ -45,8 +45,7 @@ func needs(effective uint64, keep bool) error {
 	return nil
 }
 
-// capabilities returns this process's effective capabilities, one bit each; 0 if the kernel does
-// not say.
+// capabilities returns this process's effective capabilities, one bit each; 0 if capget fails.
 func capabilities() uint64 {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

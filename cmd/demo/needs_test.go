@@ -14,7 +14,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// Without what it needs the demo says so in one line, and makes nothing.
+// TestNeeds: without its prerequisites the demo prints one line, and makes nothing.
 func TestNeeds(t *testing.T) {
 	if os.Geteuid() != 0 {
 		netnstest.Lacks(t, netnstest.ErrNeedsRoot)
@@ -50,7 +50,7 @@ func TestNeeds(t *testing.T) {
 		nobody           bool
 	}{
 		{name: "privileges", path: os.Getenv("PATH"), nobody: true,
-			want: "CAP_SYS_ADMIN, CAP_SYS_PTRACE: run it as root, by `make demo`"},
+			want: "CAP_SYS_ADMIN, CAP_SYS_PTRACE: run `make demo` as root"},
 		{name: "tools", path: dir, want: "this machine has no ip, iptables, nsenter, mount, unshare, sh in $PATH"},
 		{name: "curl", path: tools, args: []string{"--keep"}, want: "this machine has no curl in $PATH"},
 	} {

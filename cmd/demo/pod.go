@@ -19,8 +19,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// pod is the process of a pod, started as by a container runtime with systemd's cgroups: in its
-// cgroup and its network namespace.
+// pod is a pod: one process, which starts in its cgroup and its network namespace, as by a
+// container runtime with systemd's cgroups.
 type pod struct {
 	kubetest.Pod
 	email  string // of the Google service account that its ServiceAccount is linked to
@@ -36,7 +36,7 @@ type pod struct {
 // the node's.
 func (w *world) newPod(name string, ns *netnstest.NS) *pod {
 	uid, container := make([]byte, 16), make([]byte, 32)
-	_, _ = rand.Read(uid) // never fails, says its documentation
+	_, _ = rand.Read(uid) // never fails: see its documentation
 	_, _ = rand.Read(container)
 	uid[6], uid[8] = uid[6]&0x0f|0x40, uid[8]&0x3f|0x80
 	p := &pod{world: w, ns: ns, email: name + "@my-project.iam.gserviceaccount.com",
@@ -61,7 +61,7 @@ func (p *pod) register() {
 	p.world.kube.SetPod(p.Pod)
 }
 
-// start starts its process.
+// start starts the pod's process.
 func (p *pod) start() error {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -92,7 +92,7 @@ func (p *pod) start() error {
 	return nil
 }
 
-// die kills its process, and removes its cgroups as kubelet does.
+// die kills the pod's process, and removes the pod's cgroups as kubelet does.
 func (p *pod) die() {
 	if p.cmd == nil {
 		return
@@ -135,8 +135,8 @@ func (p *pod) put(ctx context.Context, q Question) (Answer, error) {
 	return *a, nil
 }
 
-// counted returns the outcomes of the pod's load by that method. Tokens of others count as wrong
-// answers.
+// counted returns the outcomes of the pod's load, by Counts or End. Tokens of other pods count as
+// wrong.
 func (p *pod) counted(method string) (Counts, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*requestTimeout)
 	defer cancel()
@@ -154,7 +154,7 @@ func (p *pod) counted(method string) (Counts, error) {
 	return *c, nil
 }
 
-// loaded are pods with a load.
+// loaded are pods that send a load.
 type loaded []*pod
 
 // beginLoads starts loads to metadataAddr or metadataAddr6.

@@ -11,15 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// probe is load from the moment that there are pods until this process is told to end, written down
-// second by second, so that what happens while a machine goes down and comes up can be read
-// afterwards. A line for each second that had any:
+// probe is a load from the start of the pods until this process ends. It writes the outcomes of
+// each second to a file, which can be read after a reboot of the machine. Each second with an
+// outcome has a line:
 //
 //	boot=2f1c… up=12.503 answered=240 cloud=0 refused=2 # 10:15:03.127 refused: connection refused
 //
-// boot is the kernel's boot_id, up its uptime in seconds at the end of the line's second, cloud how
-// many requests the cloud's own metadata server had; what is behind # is for people. The last line
-// of a probe that came to its end says "ended" too: without one nobody knows what came after it.
+// boot is the kernel's boot_id, up its uptime in seconds at the end of that second, cloud the
+// number of requests at the cloud's metadata server. The text after # is an example of an error.
+// The last line has the word "ended"; without that word the end of the load was not recorded.
 type probe struct {
 	world *world
 	load  loaded
@@ -28,7 +28,7 @@ type probe struct {
 	stop  chan struct{}
 	done  chan struct{}
 
-	counted map[string]int // what the lines so far say
+	counted map[string]int // the sums of the lines so far
 	err     error
 }
 
@@ -37,8 +37,8 @@ func (w *world) beginProbe(path string) (*probe, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Lines of the boot before stay. They are in the kernel's hands as soon as they are written, and
-	// on the disk at the latest as the machine goes down.
+	// Lines of earlier boots stay. A line is in the page cache once it is written, and on the disk
+	// after the shutdown.
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func (p *probe) write() {
 	}
 }
 
-// line writes down what came since the last one.
+// line writes the outcomes since the last line.
 func (p *probe) line(c Counts, err error, remarks ...string) {
 	var up unix.Timespec
 	err = errors.Join(err, unix.ClockGettime(unix.CLOCK_BOOTTIME, &up))
@@ -89,7 +89,7 @@ func (p *probe) line(c Counts, err error, remarks ...string) {
 	p.err = errors.Join(p.err, err, wrote)
 }
 
-// end lets what is in flight come to its end, and writes the last line.
+// end waits for requests in flight, and writes the last line.
 func (p *probe) end() error {
 	c, err := p.load.end()
 	close(p.stop)

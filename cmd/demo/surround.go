@@ -30,36 +30,36 @@ const kubeletDir = "/var/lib/kubelet"
 // http://world/COMMAND`:
 //
 //	ask?from=reader&at=169.254.169.254
-//		one request of a pod (reader, writer, host, stranger, or a started one) or of the
-//		neighbour; the result is "200 text", or the error; &as=writer: from that pod's address;
-//		&keep=yes: on the connection of the last such request, if it is open
+//		sends one request from a pod (reader, writer, host, stranger, or a started one) or from
+//		another host (neighbour); the result is "200 text", or the error; &as=writer: from that
+//		pod's address; &keep=yes: on the connection of the last such request, if it is open
 //	start?name=late
-//		starts a pod with a ServiceAccount of its name; &as=other: with the address of that dead
-//		pod; &routed=yes: on a link of its own and not on the bridge
+//		starts a pod with a ServiceAccount of its name; &as=other: with the address of that
+//		killed pod; &routed=yes: on a link of its own and not on the bridge
 //	kill?name=late
-//		kills the pod, whose address may then be given to another
-//	tell?name=late
-//		deletes the pod in Kubernetes
+//		kills the pod; its address is free afterwards
+//	delete?name=late
+//		deletes the pod in Kubernetes; kill does not
 //	churn?pods=20
-//		runs so many pods one after the other at one address
+//		runs this number of pods one after the other at one address
 //	begin
 //		starts a load from two pods; &host=yes: also from the pod on the node's network;
-//		&six=yes: by IPv6 instead of IPv4
+//		&ipv6=yes: by IPv6 instead of IPv4
 //	end
 //		stops the load; the result is name=number, and host_name=number
 //	cloud
-//		the pods' requests to the cloud's own metadata server since the last time
+//		counts the pods' requests at the cloud's metadata server since the last call
 //	calls
-//		the calls of Google's STS and IAM, as method=number
+//		counts the calls of Google's STS and IAM, as method=number
 //	rules
-//		the node's firewall, policy rules, routes and addresses, normalised (R-31, ruleset as before)
+//		prints the node's firewall, policy rules, routes and addresses, normalised (R-31, ruleset as before)
 //	detach?pin=/sys/fs/bpf/some/link
 //		detaches the program whose link is pinned there, by force
 //	rotate
 //		gives kubelet a new certificate
 //
-// beside names a link of the machine that is left alone, or is "". probed names a file for the
-// outcomes of a load that runs all the time, or is "".
+// beside names a link of the machine that is not changed, or is "". probed names a file for the
+// outcomes of a load from start to end, or is "".
 func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	w := &world{dir: dir}
 	defer func() { err = errors.Join(err, w.close()) }()
@@ -90,13 +90,13 @@ func surround(ctx context.Context, dir, beside, probed string) (err error) {
 	if err != nil {
 		return err
 	}
-	orders := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: w.orders()}
-	stop := context.AfterFunc(ctx, func() { _ = orders.Close() })
+	commands := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: w.commands()}
+	stop := context.AfterFunc(ctx, func() { _ = commands.Close() })
 	defer stop()
 	if _, err := systemd.SdNotify(false, systemd.SdNotifyReady); err != nil {
 		return err
 	}
-	if err := orders.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	if err := commands.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
@@ -108,19 +108,20 @@ func (w *world) makeKubepods() (err error) {
 	w.cgroups, err = netnstest.NewCgroups(cgroupRoot, "kubepods.slice")
 	if errors.Is(err, netnstest.ErrNoCgroups) {
 		w.noCgroups = err
-		fmt.Fprintf(os.Stderr, "pods are known by their addresses: %v\n", err)
+		fmt.Fprintf(os.Stderr, "demo: pods have no cgroups, so they are attested by address: %v\n", err)
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	// Pods that ask without pause leave the CPU to what they ask. Without the controller there is no
+	// Load of pods must not take the CPU from the service. Without the controller there is no
 	// such file.
 	_ = os.WriteFile(filepath.Join(w.cgroups.Path, "cpu.weight"), []byte("20"), 0)
 	return nil
 }
 
-func (w *world) orders() http.Handler {
+// commands serves the commands of surround.
+func (w *world) commands() http.Handler {
 	var mu sync.Mutex
 	var running, onHost loaded
 	pods := map[string]*pod{"reader": w.reader, "writer": w.writer, "stranger": w.stranger}
@@ -128,7 +129,7 @@ func (w *world) orders() http.Handler {
 		pods["host"] = w.host
 	}
 	var reported int32
-	order := func(do func(r *http.Request) (string, error)) http.HandlerFunc {
+	command := func(do func(r *http.Request) (string, error)) http.HandlerFunc {
 		return func(rw http.ResponseWriter, r *http.Request) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -141,21 +142,21 @@ func (w *world) orders() http.Handler {
 		}
 	}
 	mux := http.NewServeMux()
-	mux.Handle("/ask", order(func(r *http.Request) (string, error) {
+	mux.Handle("/ask", command(func(r *http.Request) (string, error) {
 		from, as := r.FormValue("from"), r.FormValue("as")
 		q := Question{Host: r.FormValue("at"), Path: emailPath, Keep: r.FormValue("keep") != ""}
 		p, ns := pods[from], w.neighbour
 		if p != nil {
 			ns = p.ns
 		} else if from != "neighbour" {
-			return "", fmt.Errorf("there is nobody called %q", from)
+			return "", fmt.Errorf("unknown sender %q: name a pod, or neighbour", from)
 		}
 		if as != "" {
 			if pods[as] == nil {
-				return "", fmt.Errorf("there is no pod %q", as)
+				return "", fmt.Errorf("as: unknown pod %q", as)
 			}
 			q.As = pods[as].ns.Addr.String()
-			undo, err := pretend(r.Context(), ns, q.As)
+			undo, err := addAddress(r.Context(), ns, q.As)
 			if err != nil {
 				return "", err
 			}
@@ -176,10 +177,10 @@ func (w *world) orders() http.Handler {
 		}
 		return fmt.Sprint(a.Status, " ", a.Body), nil
 	}))
-	mux.Handle("/start", order(func(r *http.Request) (string, error) {
+	mux.Handle("/start", command(func(r *http.Request) (string, error) {
 		name, as := r.FormValue("name"), pods[r.FormValue("as")]
 		if pods[name] != nil {
-			return "", fmt.Errorf("there is a pod %s", name)
+			return "", fmt.Errorf("pod %s exists", name)
 		}
 		ns, err := w.network(name, as, r.FormValue("routed") != "")
 		if err != nil {
@@ -188,24 +189,24 @@ func (w *world) orders() http.Handler {
 		pods[name], err = w.startPod(name, ns, true)
 		return fmt.Sprint(name, " at ", ns.Addr), err
 	}))
-	mux.Handle("/kill", order(func(r *http.Request) (string, error) {
+	mux.Handle("/kill", command(func(r *http.Request) (string, error) {
 		p := pods[r.FormValue("name")]
 		if p == nil {
-			return "", fmt.Errorf("there is no pod %q", r.FormValue("name"))
+			return "", fmt.Errorf("unknown pod %q", r.FormValue("name"))
 		}
 		p.die()
 		if p.HostNetwork {
-			return "it is dead", nil
+			return "killed", nil
 		}
-		return "it is dead", errors.Join(p.ns.Unplug(), p.ns.Close())
+		return "killed", errors.Join(p.ns.Unplug(), p.ns.Close())
 	}))
-	mux.Handle("/tell", order(func(r *http.Request) (string, error) {
+	mux.Handle("/delete", command(func(r *http.Request) (string, error) {
 		if !w.kube.DeletePod("default", r.FormValue("name")) {
-			return "", errors.New("no such pod is known to Kubernetes")
+			return "", fmt.Errorf("no pod default/%s in Kubernetes", r.FormValue("name"))
 		}
-		return "it is told", nil
+		return "deleted", nil
 	}))
-	mux.Handle("/churn", order(func(r *http.Request) (string, error) {
+	mux.Handle("/churn", command(func(r *http.Request) (string, error) {
 		n, err := strconv.Atoi(r.FormValue("pods"))
 		if err != nil {
 			return "", err
@@ -213,13 +214,13 @@ func (w *world) orders() http.Handler {
 		c, err := w.churn(r.Context(), n)
 		return c.String(), err
 	}))
-	mux.Handle("/begin", order(func(r *http.Request) (string, error) {
+	mux.Handle("/begin", command(func(r *http.Request) (string, error) {
 		if running != nil {
-			return "", errors.New("there is load already")
+			return "", errors.New("a load runs already: end it first")
 		}
 		var err error
 		at := metadataAddr
-		if r.FormValue("six") != "" {
+		if r.FormValue("ipv6") != "" {
 			at = metadataAddr6
 		}
 		if running, err = beginLoads(at, w.reader, w.writer); err == nil && r.FormValue("host") != "" {
@@ -230,9 +231,9 @@ func (w *world) orders() http.Handler {
 		}
 		return "load", err
 	}))
-	mux.Handle("/end", order(func(*http.Request) (string, error) {
+	mux.Handle("/end", command(func(*http.Request) (string, error) {
 		if running == nil {
-			return "", errors.New("there is no load")
+			return "", errors.New("no load runs: begin one first")
 		}
 		h, err1 := onHost.end()
 		c, err2 := running.end()
@@ -243,27 +244,27 @@ func (w *world) orders() http.Handler {
 		}
 		return line.String() + c.String(), errors.Join(err1, err2)
 	}))
-	mux.Handle("/cloud", order(func(*http.Request) (string, error) {
+	mux.Handle("/cloud", command(func(*http.Request) (string, error) {
 		since := w.cloudAsked.Load() - reported
 		reported += since
 		return fmt.Sprint(since), nil
 	}))
-	mux.Handle("/calls", order(func(*http.Request) (string, error) {
+	mux.Handle("/calls", command(func(*http.Request) (string, error) {
 		var calls []string
 		for _, m := range googletest.Methods {
 			calls = append(calls, fmt.Sprintf("%s=%d", m, w.google.Calls(m)))
 		}
 		return strings.Join(calls, " "), nil
 	}))
-	mux.Handle("/rules", order(func(*http.Request) (string, error) { return w.node.Ruleset() }))
-	mux.Handle("/detach", order(func(r *http.Request) (string, error) {
+	mux.Handle("/rules", command(func(*http.Request) (string, error) { return w.node.Ruleset() }))
+	mux.Handle("/detach", command(func(r *http.Request) (string, error) {
 		l, err := link.LoadPinnedLink(r.FormValue("pin"), nil)
 		if err != nil {
 			return "", err
 		}
-		return "it is detached", errors.Join(l.Detach(), l.Close())
+		return "detached", errors.Join(l.Detach(), l.Close())
 	}))
-	mux.Handle("/rotate", order(func(*http.Request) (string, error) {
+	mux.Handle("/rotate", command(func(*http.Request) (string, error) {
 		if _, err := w.kube.RotateNodeCert(nodeName); err != nil {
 			return "", err
 		}
@@ -272,9 +273,9 @@ func (w *world) orders() http.Handler {
 	return mux
 }
 
-// pretend gives a namespace an address that is another's too, so that it would get what is sent
-// there in answer, until undo.
-func pretend(ctx context.Context, ns *netnstest.NS, addr string) (undo func(), err error) {
+// addAddress gives a namespace the address of another pod, so that it can receive the replies,
+// until undo.
+func addAddress(ctx context.Context, ns *netnstest.NS, addr string) (undo func(), err error) {
 	out, err := ns.Command(ctx, "ip", "address", "add", addr+"/32", "dev", "lo").CombinedOutput()
 	if err != nil {
 		return nil, fmt.Errorf("ip address add %s: %w: %s", addr, err, out)

@@ -24,23 +24,23 @@ const (
 	provider      = "projects/123456789012/locations/global/workloadIdentityPools/my-pool/providers/my-cluster"
 	audience      = "//iam.googleapis.com/" + provider
 	nodeName      = "node1"
-	nodeSecret    = "the-node's-own-cloud-credentials" // what the cloud's own metadata server gives to whoever asks
+	nodeSecret    = "the-node's-own-cloud-credentials" // the answer of the cloud's metadata server
 	metadataAddr  = "169.254.169.254"
 	metadataAddr6 = "[fd20:ce::254]" // as a URL has it
 	listenAddr    = "169.254.169.252:988"
-	cgroupRoot    = "/sys/fs/cgroup" // where the emulator looks
+	cgroupRoot    = "/sys/fs/cgroup" // where the emulator looks for cgroups
 )
 
 // world is a node and what surrounds it.
 type world struct {
 	node       *netnstest.Node
-	cgroups    *netnstest.Cgroups // where pods are born; nil: nowhere, since no cgroups can be made
-	kubepods   string             // kubelet's part of it: "kubepods.slice/", or "" where the whole is kubelet's
-	noCgroups  error              // why
+	cgroups    *netnstest.Cgroups // of the pods; nil: no cgroups can be made, see noCgroups
+	kubepods   string             // kubelet's part of cgroups: "kubepods.slice/", or "": all of it
+	noCgroups  error              // why there are no cgroups
 	reader     *pod
 	writer     *pod
 	host       *pod          // on the node's network; nil without cgroups
-	stranger   *pod          // a pod's process on the pod network, and Kubernetes does not know it
+	stranger   *pod          // on the pod network, and unknown to Kubernetes
 	neighbour  *netnstest.NS // another host of the LAN
 	kube       *kubetest.Server
 	google     *googletest.Server
@@ -48,12 +48,12 @@ type world struct {
 	others     *http.Server
 	cloudAsked atomic.Int32
 	probe      *probe
-	all        []*pod // that were started
+	all        []*pod // all that were started
 	dir        string // configuration, kubeconfig, status socket
-	temporary  string // dir, where it is to go in the end
+	temporary  string // dir, if close removes it
 }
 
-// newWorld makes one that is gone after close.
+// newWorld makes a node, its pods and the stand-ins. close removes all of it.
 func newWorld(ctx context.Context) (_ *world, err error) {
 	w := &world{}
 	defer func() {
@@ -85,9 +85,9 @@ func newWorld(ctx context.Context) (_ *world, err error) {
 	return w, w.configure(path)
 }
 
-// makeCgroups has a place for pods beside what else is on this machine: in its own cgroups, or
-// where it has none of version 2 in some that nobody else sees. Where there are neither, pods are
-// known by their addresses.
+// makeCgroups makes cgroups for the pods: below this machine's cgroups, or, if those are not of
+// version 2, in a hierarchy that is mounted for this process alone. If neither is possible, pods
+// are attested by address.
 func (w *world) makeCgroups() error {
 	name := fmt.Sprintf("gke-metadata-emulator-demo-%d", os.Getpid())
 	for _, root := range []string{cgroupRoot, ""} {
@@ -104,18 +104,19 @@ func (w *world) makeCgroups() error {
 	return nil
 }
 
-// populate puts the stand-ins, a neighbour and pods around the node.
+// populate adds the stand-ins, another host and the pods.
 func (w *world) populate(ctx context.Context) (err error) {
 	if w.neighbour, err = w.node.AddNeighbour("neighbour"); err != nil {
 		return err
 	}
-	// whatever it can
-	ways := map[netip.Addr][]string{w.node.Addr: {"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16",
+	// The other host routes every address of the node and of the pods through the node (R-05, uplinks
+	// are never redirected).
+	routes := map[netip.Addr][]string{w.node.Addr: {"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16",
 		"10.245.0.0/16"}}
 	if haveIPv6() {
-		ways[w.node.Six] = []string{"fd20:ce::254/128", "fd20:ce::252/128", "fd00:244::/64", "fd00:245::/64"}
+		routes[w.node.Six] = []string{"fd20:ce::254/128", "fd20:ce::252/128", "fd00:244::/64", "fd00:245::/64"}
 	}
-	for via, all := range ways {
+	for via, all := range routes {
 		for _, to := range all {
 			if out, err := w.neighbour.Command(ctx, "ip", "route", "add", to, "via", via.String()).CombinedOutput(); err != nil {
 				return fmt.Errorf("ip route add %s: %w: %s", to, err, out)
@@ -149,7 +150,7 @@ func (w *world) populate(ctx context.Context) (err error) {
 	return err
 }
 
-// startPod starts a pod, of which Kubernetes knows before, or not at all.
+// startPod starts a pod, after it was added to Kubernetes if known.
 func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error) {
 	p := w.newPod(name, ns)
 	if known {
@@ -162,12 +163,13 @@ func (w *world) startPod(name string, ns *netnstest.NS, known bool) (*pod, error
 	return p, nil
 }
 
-// startCloud serves what many a cloud has at 169.254.169.254: the node's own credentials, for
-// whoever asks.
+// startCloud starts the cloud's metadata server at 169.254.169.254: it gives the node's own
+// credentials to every client, as on many clouds.
 func (w *world) startCloud() error {
 	w.cloud = &http.Server{ReadHeaderTimeout: 5 * time.Second,
 		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			// The node may ask what is there, and does so once; its pods' packets keep their own addresses.
+			// The node itself may send requests, and its probe sends one. Packets of pods keep their
+			// addresses.
 			if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr &&
 				from.Addr() != w.node.Six {
 				w.cloudAsked.Add(1)
@@ -185,8 +187,8 @@ func (w *world) startCloud() error {
 		}
 		go func() { _ = w.cloud.Serve(l) }()
 	}
-	// What is nobody's to keep from anybody: a name server beside it, and what node and pods have for
-	// other hosts.
+	// Servers that must stay reachable: a name server at the same address, and servers of the node and
+	// of pods for other hosts.
 	w.others = &http.Server{ReadHeaderTimeout: 5 * time.Second,
 		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			_, _ = io.WriteString(rw, "not the metadata server: "+r.Host)
@@ -197,7 +199,7 @@ func (w *world) startCloud() error {
 	return w.serveOther(w.node.NS, netip.AddrPortFrom(w.node.Addr, 10250).String())
 }
 
-// haveIPv6 says whether the kernel has it.
+// haveIPv6 reports whether the kernel has IPv6.
 func haveIPv6() bool {
 	_, err := os.Stat("/proc/net/if_inet6")
 	return err == nil
@@ -236,7 +238,7 @@ func (w *world) startGoogle() error {
 	return w.google.WriteCA(filepath.Join(w.dir, "google-ca.pem"))
 }
 
-// configure writes what an operator would write.
+// configure writes the configuration of an operator.
 func (w *world) configure(kubeconfig string) error {
 	attestation := ""
 	if w.cgroups == nil {
@@ -282,10 +284,10 @@ func (w *world) close() error {
 	return err
 }
 
-// secrets are all tokens that the stand-ins gave out or were shown.
+// secrets are all tokens that the stand-ins issued or received.
 func (w *world) secrets() []string { return append(w.google.Secrets(), w.kube.IssuedTokens()...) }
 
-// verifyIDToken does what the service that the token is for would do.
+// verifyIDToken verifies a token as its audience does: signature, audience, time and email.
 func (w *world) verifyIDToken(token, email string) error {
 	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
 	if err != nil {
@@ -303,7 +305,7 @@ func (w *world) verifyIDToken(token, email string) error {
 		return err
 	}
 	if claims.Email != email {
-		return fmt.Errorf("the ID token is %s's, and not %s's", claims.Email, email)
+		return fmt.Errorf("the ID token has the email %q, want %q", claims.Email, email)
 	}
 	return nil
 }

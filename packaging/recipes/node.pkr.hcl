@@ -1,18 +1,18 @@
-# Packer: bakes the package into the machine that `source` makes or reaches.
+# Packer: installs the package on the machine that `source` makes or connects to.
 #
 #   packer build -var package=gke-metadata-emulator_1.0.0_amd64.deb -var host=192.0.2.7 packaging/recipes/node.pkr.hcl
 #
-# To make an image, put the source of your cloud (amazon-ebs, azure-arm, googlecompute, qemu, …) in the place of null,
-# which takes a machine that is there already.
+# To make an image, replace the source null, which connects to an existing machine, by the source of your cloud
+# (amazon-ebs, azure-arm, googlecompute, qemu, …).
 variable "package" {
   type        = string
-  description = "The deb or rpm, on this machine."
+  description = "Path of the deb or rpm on this machine."
 }
 
 variable "kubelet" {
   type        = string
   default     = ""
-  description = "The unit that waits until the rules stand: kubelet.service, k3s.service, ... Empty: none."
+  description = "The unit that waits until the rules are installed: kubelet.service, k3s.service, ... Empty: none."
 }
 
 variable "host" {
@@ -32,7 +32,7 @@ variable "user" {
 variable "key" {
   type        = string
   default     = "~/.ssh/id_ed25519"
-  description = "The user's private SSH key."
+  description = "Path of the user's private SSH key."
 }
 
 source "null" "node" {

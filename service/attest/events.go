@@ -17,9 +17,9 @@ const eventBuffer = 256 << 10
 // What was found to be alive is in doubt while events were lost, as the kernel does where they come
 // faster than they are taken, until all is read anew; and while so many wait that what they
 // tell is old. Who asks meanwhile waits.
-func (g *cgroups) follow(told func()) error {
+func (g *cgroups) follow(changed func()) error {
 	buffer := make([]byte, eventBuffer)
-	for fresh := true; ; told() {
+	for fresh := true; ; changed() {
 		n, err := g.file.Read(buffer)
 		if errors.Is(err, fs.ErrClosed) {
 			return nil

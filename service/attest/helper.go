@@ -22,7 +22,7 @@ type HelperOptions struct {
 	Listener   *net.UnixListener // of a unixpacket socket that root and our group may use; closed at the end
 	User       int               // who may connect, beside root
 	Log        logrus.FieldLogger
-	Told       func(text string) // called when it listens, and when there is news for a person; nil: nobody
+	Report     func(text string) // called when it listens, and when there is news for a person; nil: nobody
 	Alive      func()            // called whenever the loop turns: every 30 s at the least; nil: nobody
 }
 
@@ -227,7 +227,7 @@ func (h *Helper) do(f func()) {
 func (h *Helper) loop() error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	for told := ""; ; {
+	for reported := ""; ; {
 		select {
 		case <-h.over:
 			return nil
@@ -249,9 +249,9 @@ func (h *Helper) loop() error {
 		if h.problem != "" {
 			text = h.problem
 		}
-		if text != told && h.options.Told != nil {
-			told = text
-			h.options.Told(text)
+		if text != reported && h.options.Report != nil {
+			reported = text
+			h.options.Report(text)
 		}
 	}
 }

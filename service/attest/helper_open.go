@@ -169,7 +169,7 @@ func (h *Helper) handOver(s *server) {
 			h.cannot(o.err)
 			continue
 		}
-		if h.send(s, helperMessage{Namespace: o.namespace, Cgroups: o.told()}, o.pidfd, o.diag, o.route) {
+		if h.send(s, helperMessage{Namespace: o.namespace, Cgroups: o.messagePaths()}, o.pidfd, o.diag, o.route) {
 			s.sent[o.namespace] = o.anchor
 		}
 		_ = unix.Close(o.diag)

@@ -12,13 +12,14 @@ import (
 // paths returns the cgroups that processes in the namespace are of.
 func (a *anchor) paths() []string { return slices.AppendSeq(slices.Clone(a.pods), maps.Keys(a.others)) }
 
-// told returns what a server is told of these: whose pods', and one of no pod where there is any.
-func (a *anchor) told() []string {
-	told := slices.Clone(a.pods)
+// messagePaths returns the paths for a message to a server: those of pods, and one of no pod if
+// there is any.
+func (a *anchor) messagePaths() []string {
+	paths := slices.Clone(a.pods)
 	for path := range a.others {
-		return append(told, cmp.Or(path, "/"))
+		return append(paths, cmp.Or(path, "/"))
 	}
-	return told
+	return paths
 }
 
 // without forgets that processes of the cgroup are in the namespace.

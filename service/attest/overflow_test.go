@@ -39,9 +39,9 @@ func TestOverflow(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	told := watch(t, b.cgroups+containerPath(1, 1)+"/cgroup.events")
+	changed := watch(t, b.cgroups+containerPath(1, 1)+"/cgroup.events")
 	kill(c.cmd)
-	eventually(t, "others are told of the death", told)
+	eventually(t, "others are told of the death", changed)
 	groups.mu.Unlock()
 	eventually(t, "the death is noticed", func() bool { return !dead.Alive() })
 	b.mustBe(other, dial, podUID(2), containerIDOf(2))
@@ -102,7 +102,7 @@ func TestDoubt(t *testing.T) {
 		}
 	}()
 	populate(t, root+"/system.slice/b.service", false)
-	told := func(mask uint32) {
+	deliver := func(mask uint32) {
 		t.Helper()
 		event := make([]byte, unix.SizeofInotifyEvent)
 		for i := range 4 {
@@ -114,7 +114,7 @@ func TestDoubt(t *testing.T) {
 	}
 
 	g.mu.Lock()
-	told(unix.IN_Q_OVERFLOW)
+	deliver(unix.IN_Q_OVERFLOW)
 	eventually(t, "all is in doubt", func() bool { return first.inDoubt() && second.inDoubt() })
 	a := New(Options{Pods: newIndex(), Kernel: newWitness(first, nil),
 		Hosts: []Host{{Unit: "a.service", ServiceAccount: puller}}})
@@ -129,7 +129,7 @@ func TestDoubt(t *testing.T) {
 	g.mu.Unlock()
 	// The inotify descriptor has events that nobody takes here: what comes next without a loss ends
 	// the doubt.
-	eventually(t, "all is read anew", func() bool { told(0); return !first.inDoubt() })
+	eventually(t, "all is read anew", func() bool { deliver(0); return !first.inDoubt() })
 	if !first.Alive() || second.Alive() {
 		t.Errorf("alive are %v and %v, want the first alone", first.Alive(), second.Alive())
 	}
@@ -141,7 +141,7 @@ func TestDoubt(t *testing.T) {
 	// about to be taken: then they are let go first.
 	eventually(t, "all is in doubt again", func() bool {
 		g.mu.Lock()
-		told(unix.IN_Q_OVERFLOW)
+		deliver(unix.IN_Q_OVERFLOW)
 		for range 50 {
 			if first.inDoubt() {
 				return true
@@ -152,9 +152,9 @@ func TestDoubt(t *testing.T) {
 		return false
 	})
 	populate(t, root+"/system.slice/a.service", false)
-	told(unix.IN_Q_OVERFLOW)
+	deliver(unix.IN_Q_OVERFLOW)
 	g.mu.Unlock()
-	eventually(t, "it is dead", func() bool { told(0); return !first.inDoubt() && !first.Alive() })
+	eventually(t, "it is dead", func() bool { deliver(0); return !first.inDoubt() && !first.Alive() })
 }
 
 // Where no descriptor is to spare, nobody is taken for dead, nor for alive.

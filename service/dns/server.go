@@ -62,15 +62,15 @@ func New(o Options) *Server {
 // reason to leave the others without an answer.
 func (s *Server) Serve(c *net.UDPConn) {
 	query := make([]byte, longestQuery)
-	told := ""
+	logged := ""
 	for {
 		n, from, err := c.ReadFromUDPAddrPort(query)
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
-			if text := err.Error(); text != told {
-				told = text
+			if text := err.Error(); text != logged {
+				logged = text
 				s.Log.WithError(err).Warn("dns: a query cannot be read")
 			}
 			time.Sleep(10 * time.Millisecond) // such as ENOMEM: it must not use the processor

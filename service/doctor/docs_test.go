@@ -17,15 +17,15 @@ func TestDocsDoctor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var names, told []string
+	var names, documented []string
 	for _, c := range checks {
 		names = append(names, c.name)
 	}
 	for _, m := range regexp.MustCompile("(?m)^### ([a-z0-9]+)$").FindAllStringSubmatch(string(page), -1) {
-		told = append(told, m[1])
+		documented = append(documented, m[1])
 	}
-	if !slices.Equal(names, told) {
-		t.Errorf("%s has sections for the checks\n%q\nand doctor has\n%q", troubleshootingPage, told, names)
+	if !slices.Equal(names, documented) {
+		t.Errorf("%s has sections for the checks\n%q\nand doctor has\n%q", troubleshootingPage, documented, names)
 	}
 }
 

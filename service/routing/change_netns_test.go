@@ -107,10 +107,10 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			b := modeNode(t, mode)
 			b.install(b.plan)
-			var told *nl.NetlinkSocket
+			var changes *nl.NetlinkSocket
 			var before uint32
 			if err := b.Do(func() (err error) {
-				if told, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+				if changes, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
 					// of links and IPv6 the kernel tells later, by itself
 					unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE); err != nil {
 					return err
@@ -120,7 +120,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 			}); err != nil {
 				t.Fatal(err)
 			}
-			defer told.Close()
+			defer changes.Close()
 			var stop atomic.Bool
 			var pod sync.WaitGroup
 			pod.Go(func() {
@@ -139,7 +139,7 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 			pod.Wait()
 			// What is told of a change waits in the socket before the change is acknowledged.
 			message := make([]byte, 4096)
-			if n, _, err := unix.Recvfrom(told.GetFd(), message, unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
+			if n, _, err := unix.Recvfrom(changes.GetFd(), message, unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
 				t.Errorf("the kernel told of a change (%v): %x", err, message[:max(n, 0)])
 			}
 			if err := b.Do(func() error {

@@ -20,9 +20,10 @@ func (b *testNode) unconfigured() Plan {
 	return p
 }
 
-// told fails unless all of many connections that the pod opens at once are answered by the service,
-// or by IPv6, where it does not listen, reset. The kernel limits how often it refuses by ICMP.
-func (b *testNode) told(when string) {
+// requireAnswers fails unless all of many connections that the pod opens at once are answered by
+// the service, or by IPv6, where it does not listen, reset. The kernel limits how often it refuses
+// by ICMP.
+func (b *testNode) requireAnswers(when string) {
 	b.t.Helper()
 	for at, want := range map[string]string{"169.254.169.254:80": emulator, "[fd20:ce::254]:80": "reset"} {
 		outcomes := make(chan string)
@@ -93,7 +94,7 @@ func TestUnconfigured(t *testing.T) {
 		}
 		b.install(closed)
 		b.green(closed)
-		b.told("unconfigured")
+		b.requireAnswers("unconfigured")
 		for _, at := range []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "169.254.169.254:443"} {
 			b.answers(b.pod, at, "")
 		}
@@ -167,7 +168,7 @@ func TestUnconfiguredWatch(t *testing.T) {
 		closed := b.unconfigured()
 		w := b.watch(closed, time.Hour)
 		b.green(closed)
-		b.told("at boot")
+		b.requireAnswers("at boot")
 		flush := "iptables -t nat -F; ip6tables -t nat -F"
 		if closed.Mode == ModeNFTables {
 			flush = "nft flush ruleset"
@@ -176,7 +177,7 @@ func TestUnconfiguredWatch(t *testing.T) {
 			"ip -6 route del local fd20:ce::252 dev lo table local"} {
 			b.sh(flush)
 			w.until("a repair after "+flush, func() bool { return b.stands(closed) })
-			b.told("after " + flush)
+			b.requireAnswers("after " + flush)
 		}
 		w.mu.Lock()
 		w.load = b.plan
@@ -202,7 +203,7 @@ func TestUnconfiguredElse(t *testing.T) {
 		closed.Binary = "iptables-that-nobody-has"
 		b.install(closed)
 		b.green(closed)
-		b.told("by nftables")
+		b.requireAnswers("by nftables")
 		b.remove(closed)
 		b.same("remove", b.ruleset(), before)
 	})

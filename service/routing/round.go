@@ -238,9 +238,9 @@ func (w *watcher) know(n *node) {
 func (w *watcher) forget(state State) {
 	w.router, w.node, w.desired, w.bad, w.failures, w.retry = nil, nil, state, false, 0, time.Time{}
 	if state.Desired == Removed {
-		w.tell("the rules were removed, and stay so")
+		w.logState("the rules were removed, and stay so")
 	} else {
-		w.tell("nothing was installed yet")
+		w.logState("nothing was installed yet")
 	}
 }
 
@@ -297,28 +297,28 @@ func (w *watcher) succeed() {
 	w.failures, w.retry, w.failed, w.disturbed, w.was = 0, time.Time{}, "", false, nil
 	switch {
 	case w.desired.Closed && Plan{Mode: w.desired.Mode}.traits().observes:
-		w.tell("there is no valid configuration: nothing is redirected, as in mode observe")
+		w.logState("there is no valid configuration: nothing is redirected, as in mode observe")
 	case w.desired.Closed && w.desired.Listen == "":
-		w.tell("the closed guard stands alone: there is no valid configuration")
+		w.logState("the closed guard stands alone: there is no valid configuration")
 	case w.desired.Closed:
-		w.tell("the rules stand: there is no valid configuration: pods are answered 503 with the reason")
+		w.logState("the rules stand: there is no valid configuration: pods are answered 503 with the reason")
 	default:
-		w.tell("the rules stand")
+		w.logState("the rules stand")
 	}
 }
 
-func (w *watcher) tell(text string) {
-	if text != w.told {
+func (w *watcher) logState(text string) {
+	if text != w.reported {
 		w.Log.Info("routing: " + text)
 	}
 	w.announce(text)
 }
 
 func (w *watcher) announce(text string) {
-	if text != w.told && w.Told != nil {
-		w.Told(text)
+	if text != w.reported && w.Report != nil {
+		w.Report(text)
 	}
-	w.told = text
+	w.reported = text
 }
 
 func texts(errs []error) (all []string) {

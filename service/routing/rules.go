@@ -135,7 +135,7 @@ func to(l netip.AddrPort) string {
 	return fmt.Sprintf("-d %s -p tcp -m tcp --dport %d", single(l), l.Port())
 }
 
-// track has conntrack see a packet, and in the zone of everybody: the kernel heeds the first target
+// track has conntrack see a packet, and in the zone of everybody: the kernel obeys the first target
 // CT that a packet meets, so what others say of a pod's packets behind it (NOTRACK, which makes
 // DNAT impossible, or a zone: R-36) is not done. It is no verdict: what others drop stays dropped.
 const track = " -j CT"

@@ -45,8 +45,8 @@ type Watch struct {
 	// Load again; what it says is installed, unless the rules were removed or it is the closed guard's
 	// Plan
 	Reload <-chan os.Signal
-	// called when the rules were first looked at, and whenever there is something else to say of them
-	Told   func(text string)
+	// called after the first check of the rules, and when the text changes; may be nil
+	Report func(text string)
 	Alive  func() // called at each turn, at least once a sweep; may be nil
 	RunDir string // "" is DefaultRunDir
 	Log    logrus.FieldLogger
@@ -74,7 +74,7 @@ type watcher struct {
 	base    Plan // the configuration's, for what the state does not tell
 	router  *router
 	desired State      // what the router's Plan was made of
-	node    *node      // what the router knows of its surroundings; nil: open it anew
+	node    *node      // what the router knows of the node; nil: open it again
 	unread  bool       // the mode's part has to be read, whether or not it says that it changed
 	bad     bool       // the last verdict
 	was     *nodeFacts // of the node for which the rules were put; nil: it is as it was
@@ -88,9 +88,9 @@ type watcher struct {
 	// failure.
 	disturbed bool
 
-	told   string
-	silent string // what was said to tell nobody of its changes
-	failed string // the last failure that was logged
+	reported string
+	silent   string // what was said to tell nobody of its changes
+	failed   string // the last failure that was logged
 }
 
 // Run watches the network namespace of the calling thread until ctx is done. It returns an error if

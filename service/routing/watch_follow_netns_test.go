@@ -30,7 +30,7 @@ func TestWatchFollows(t *testing.T) {
 					t.Errorf("%v: %s", err, out)
 				}
 			})
-			w := b.watchWith(Watch{sweep: time.Hour, Told: func(string) { boot() }}, b.plan)
+			w := b.watchWith(Watch{sweep: time.Hour, Report: func(string) { boot() }}, b.plan)
 			over := func() bool { return b.stands(b.plan) && w.state().Standing.Good } // false while it installs
 			w.until("the uplink that appears at boot", func() bool { return named() && over() })
 			b.sh("ip link del wan9")

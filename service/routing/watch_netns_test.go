@@ -28,10 +28,10 @@ type running struct {
 	log    *logtest.Hook
 	end    func()
 
-	reads atomic.Int64
-	mu    sync.Mutex
-	told  []string
-	load  Plan
+	reads    atomic.Int64
+	mu       sync.Mutex
+	reported []string
+	load     Plan
 }
 
 // watch starts a watcher that is over with the test at the latest, and waits until it has looked
@@ -49,14 +49,14 @@ func (b *testNode) watchWith(w Watch, load Plan) *running {
 	w.RunDir, w.Log, w.Reload = load.RunDir, log, r.reload
 	w.read = func() { r.reads.Add(1) }
 	w.Load = func() Plan { r.mu.Lock(); defer r.mu.Unlock(); return r.load }
-	also := w.Told
-	w.Told = func(text string) {
+	also := w.Report
+	w.Report = func(text string) {
 		if also != nil {
 			also(text)
 		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.told = append(r.told, text)
+		r.reported = append(r.reported, text)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	over := make(chan error, 1)
@@ -92,10 +92,10 @@ func (b *testNode) stands(p Plan) bool {
 func (r *running) last() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.told) == 0 {
+	if len(r.reported) == 0 {
 		return ""
 	}
-	return r.told[len(r.told)-1]
+	return r.reported[len(r.reported)-1]
 }
 
 // until polls until ok, for as long as a slow machine may need.

@@ -41,7 +41,7 @@ func TestT05RefreshAhead(t *testing.T) {
 				}
 				for range 400 {
 					if left := time.Until(must(t, cache, request).Expires); left <= c.least {
-						t.Fatalf("handed out with %v left", left)
+						t.Fatalf("issued with %v left", left)
 					}
 					later(c.lifetime / 100)
 				}
@@ -409,7 +409,7 @@ func TestT08TheTokenOfAnUnlinkedServiceAccountIsRefreshed(t *testing.T) {
 				}
 				for range 400 {
 					if left := time.Until(must(t, c, unlinked).Expires); left <= min(7*time.Minute, lifetime/2) {
-						t.Fatalf("handed out with %v left", left)
+						t.Fatalf("issued with %v left", left)
 					}
 					later(lifetime / 100)
 				}

@@ -287,7 +287,7 @@ func TestChanges(t *testing.T) {
 	})
 }
 
-// FuzzRestore: whatever lies in the memfd, what is taken over are tokens that can be handed out,
+// FuzzRestore: whatever lies in the memfd, what is taken over are tokens that can be issued,
 // and a snapshot of them holds the same.
 func FuzzRestore(f *testing.F) {
 	now := time.Unix(1767225600, 0) // the seeds in testdata were written a moment before

@@ -1,4 +1,4 @@
-// Package api speaks to the real API server that test/kubernetes/controlplane runs, as one of its
+// Package api calls the real API server that test/kubernetes/controlplane runs, with one of its
 // credentials.
 package api
 
@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// Admin is the credential that may do everything.
+// Admin is the administrator's credential.
 const Admin = "admin"
 
 // waitLimit bounds one call.
@@ -29,7 +29,7 @@ const (
 	Apply = "application/apply-patch+yaml" // needs ?fieldManager= in the path
 )
 
-// Server is a control plane: what controlplane writes when it is ready.
+// Server is a control plane, as controlplane prints it when it is ready.
 type Server struct {
 	URL string `json:"URL"`
 	Dir string `json:"Dir"`
@@ -52,7 +52,7 @@ func (s Server) Client(credential string) (*http.Client, error) {
 	return NewClient(files[0], append(files[1], files[2]...))
 }
 
-// NewClient returns a client that trusts ca and shows a certificate, if pair has one and its key.
+// NewClient returns a client that trusts ca. pair is a client certificate with its key, or nil.
 func NewClient(ca, pair []byte) (*http.Client, error) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
@@ -67,7 +67,7 @@ func NewClient(ca, pair []byte) (*http.Client, error) {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: cfg, ForceAttemptHTTP2: true}, Timeout: waitLimit}, nil
 }
 
-// StatusError is a refusal.
+// StatusError is a response with a status of 300 or more.
 type StatusError struct {
 	Code int
 	Text string
@@ -75,13 +75,13 @@ type StatusError struct {
 
 func (e *StatusError) Error() string { return e.Text }
 
-// Caller asks with one credential.
+// Caller sends requests with one credential.
 type Caller struct {
 	URL    string
 	Client *http.Client
 }
 
-// Caller returns one for a credential.
+// Caller returns a Caller with a credential.
 func (s Server) Caller(credential string) (*Caller, error) {
 	k, err := s.Client(credential)
 	if err != nil {
@@ -90,8 +90,8 @@ func (s Server) Caller(credential string) (*Caller, error) {
 	return &Caller{s.URL, k}, nil
 }
 
-// Call sends an object and reads the answer. Without an object nothing is sent; without into the
-// answer is dropped. A refusal is a *StatusError.
+// Call sends the object o, unless it is nil, and reads the answer into into, unless that is nil. A
+// refusal is a *StatusError.
 func (c *Caller) Call(ctx context.Context, method, path, contentType string, o, into any) error {
 	var body io.Reader
 	if o != nil {
@@ -138,7 +138,7 @@ func (c *Caller) Patch(ctx context.Context, path, kind string, o any) error {
 	return c.Call(ctx, http.MethodPatch, path, kind, o, nil)
 }
 
-// Delete removes an object, with the options of a deletion or nil.
+// Delete removes an object. options are DeleteOptions or nil.
 func (c *Caller) Delete(ctx context.Context, path string, options any) error {
 	return c.Call(ctx, http.MethodDelete, path, "application/json", options, nil)
 }

@@ -10,8 +10,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/api"
 )
 
-// identities are those of the table of cases: which credential they use, and which manifest they
-// have.
+// identities are the identities of the table of cases, each with its credential and its manifest.
 var identities = []struct {
 	name, credential string
 	manifest         string // "" = a node's own rights
@@ -21,9 +20,8 @@ var identities = []struct {
 	{"dedicated", dedicatedCredential, "rbac-dedicated.yaml"},
 }
 
-// TestCases holds the real server against the table that the stand-in is held to by its own test:
-// each status and each text. What the real one answers otherwise is wrong in the table, and so in
-// the stand-in.
+// TestCases compares the real server's status and text with the table, which the stand-in's own
+// test uses too. A difference is an error in the table, and so in the stand-in.
 func TestCases(t *testing.T) {
 	for _, id := range identities {
 		t.Run(id.name, func(t *testing.T) {
@@ -35,7 +33,7 @@ func TestCases(t *testing.T) {
 			settle(t, target, cases)
 			for _, c := range cases {
 				if got := answer(t, c, target); got != c.Want {
-					t.Errorf("%s\nreal  %s\ntable %s", c.Ask, got, c.Want)
+					t.Errorf("%s: the real server's answer differs from the table\nreal  %s\ntable %s", c.Ask, got, c.Want)
 				}
 			}
 			t.Logf("%d cases", len(cases))
@@ -47,7 +45,7 @@ func casesOf(t *testing.T, identity string) []kubetest.Case {
 	t.Helper()
 	cs := slices.DeleteFunc(kubetest.Cases(), func(c kubetest.Case) bool { return c.Identity != identity })
 	if len(cs) < 50 {
-		t.Fatalf("the table has %d cases for %s only", len(cs), identity)
+		t.Fatalf("the table has %d cases for %s, want 50 or more", len(cs), identity)
 	}
 	return cs
 }
@@ -71,8 +69,9 @@ func (c *cluster) target(t *testing.T, credential string) kubetest.Target {
 	return kubetest.Target{URL: c.URL, Issuer: c.URL, Client: k, UID: func(_, pod string) string { return c.uids[pod] }}
 }
 
-// settle waits until the real server's authorizers have seen what was just written, by watches of
-// their own: until what is allowed by the table is. What stays refused is the caller's to tell.
+// settle waits until the real server's authorizers have seen the last writes by their watches:
+// until every case that the table allows is allowed. It does not fail: the caller compares the
+// answers.
 func settle(t *testing.T, target kubetest.Target, cases []kubetest.Case) {
 	t.Helper()
 	poll(t, func() bool {
@@ -82,7 +81,7 @@ func settle(t *testing.T, target kubetest.Target, cases []kubetest.Case) {
 	})
 }
 
-// poll asks until it is so, and gives up after many times what it takes on a busy machine.
+// poll waits until is returns true, for 10 s at most, which is many times the usual duration.
 func poll(t *testing.T, is func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !is() && time.Now().Before(deadline); {
@@ -94,7 +93,7 @@ func poll(t *testing.T, is func() bool) {
 	}
 }
 
-// standIn is the stand-in with the same world, and its target for a credential.
+// standIn returns the stand-in with the same objects, and its target for a credential.
 func standIn(t *testing.T, credential string) (*kubetest.Server, kubetest.Target) {
 	t.Helper()
 	s, err := kubetest.New(kubetest.Options{})

@@ -1,6 +1,6 @@
-// Package kube_test holds the project's stand-in for the Kubernetes API server
-// (service/kube/kubetest) and the shipped RBAC against a real etcd and kube-apiserver. `make
-// test-kube` builds them and runs it.
+// Package kube_test compares the project's stand-in for the Kubernetes API server
+// (service/kube/kubetest) with a real etcd and kube-apiserver, and tests the shipped RBAC. `make
+// test-kube` builds the servers and runs the tests.
 package kube_test
 
 import (
@@ -21,17 +21,17 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/api"
 )
 
-// The credentials that the real server knows, beside the administrator's.
+// The credentials of the real server, beside the administrator's.
 const (
 	nodeCredential      = "node1"
 	dedicatedCredential = "dedicated"
 	dedicatedUser       = "gke-metadata-emulator"
 )
 
-// waitLimit bounds what takes milliseconds; the machine may be busy.
+// waitLimit bounds a wait that usually takes milliseconds; the machine may be busy.
 const waitLimit = 30 * time.Second
 
-// cluster is the real server, with the pods and ServiceAccounts that the table of cases speaks of.
+// cluster is the real server, with the pods and ServiceAccounts of the table of cases.
 type cluster struct {
 	api.Server
 	admin *api.Caller
@@ -49,8 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
-// withCluster runs f while there is a cluster. The control plane ends, and removes its state, when
-// its standard input does: also when this process is killed.
+// withCluster runs f with a cluster. The control plane ends, and removes its state, when its
+// standard input ends, even if this process is killed.
 func withCluster(f func() int) (status int, err error) {
 	binary := os.Getenv("GME_TEST_CONTROLPLANE")
 	if binary == "" {
@@ -58,7 +58,7 @@ func withCluster(f func() int) (status int, err error) {
 	}
 	cmd := exec.Command(binary,
 		"--user", nodeCredential+"=system:node:node1,system:nodes", "--user", dedicatedCredential+"="+dedicatedUser)
-	cmd.Stderr = new(bytes.Buffer) // hundreds of lines, of interest if it fails
+	cmd.Stderr = new(bytes.Buffer) // hundreds of lines, printed on a failure
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return 0, err
@@ -78,16 +78,16 @@ func withCluster(f func() int) (status int, err error) {
 	}
 	theCluster = &cluster{uids: map[string]string{}}
 	if err := json.Unmarshal(line, &theCluster.Server); err != nil {
-		return 0, fmt.Errorf("the control plane: %w", err)
+		return 0, fmt.Errorf("the control plane's first line is no JSON: %w", err)
 	}
 	fmt.Printf("test-kube: etcd and kube-apiserver started in %s\n", time.Since(start).Round(100*time.Millisecond))
 	if err := theCluster.populate(context.Background()); err != nil {
-		return 0, fmt.Errorf("make the pods of the cases: %w", err)
+		return 0, fmt.Errorf("create the pods of the cases: %w", err)
 	}
 	return f(), nil
 }
 
-// populate makes the world of the cases: see kubetest.Server.Populate.
+// populate creates the objects of the cases: see kubetest.Server.Populate.
 func (c *cluster) populate(ctx context.Context) (err error) {
 	if c.admin, err = c.Caller(api.Admin); err != nil {
 		return err
@@ -111,7 +111,7 @@ func (c *cluster) populate(ctx context.Context) (err error) {
 	return nil
 }
 
-// createPod makes a pod as a scheduler does, and writes its status as kubelet does.
+// createPod creates a pod that is bound to its node, and writes its status as kubelet does.
 func (c *cluster) createPod(ctx context.Context, p kubetest.Pod) error {
 	o := p.Object(time.Now())
 	made := new(corev1.Pod)
@@ -123,7 +123,7 @@ func (c *cluster) createPod(ctx context.Context, p kubetest.Pod) error {
 	return c.admin.Patch(ctx, path+"/"+p.Name+"/status", api.Merge, map[string]any{"status": o.Status})
 }
 
-// deletePod does what kubelet does at the end of a pod.
+// deletePod deletes a pod as kubelet does when the pod has ended.
 func (c *cluster) deletePod(ctx context.Context, name string) error {
 	delete(c.uids, name)
 	return c.admin.Delete(ctx, "/api/v1/namespaces/ns1/pods/"+name, map[string]any{"gracePeriodSeconds": 0})

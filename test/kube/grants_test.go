@@ -22,7 +22,7 @@ type grants struct {
 	rules         []rule
 }
 
-// rule is one verb on one resource: what can be taken away.
+// rule is one verb on one resource: the unit that the tests revoke.
 type rule struct{ verb, resource string }
 
 func (r rule) String() string { return r.verb + " " + r.resource }
@@ -32,7 +32,7 @@ const (
 	audienceVerb        = "request-serviceaccounts-token-audience"
 )
 
-// load reads a manifest of packaging/, with the cases' audience, as an operator applies it.
+// load reads a manifest of packaging/, with the audience of the cases in place of the placeholder.
 // Optional lines, which are comments in the file, are uncommented.
 func load(t *testing.T, file string, optional ...string) *grants {
 	t.Helper()
@@ -73,7 +73,7 @@ func parse(t *testing.T, manifest string) *grants {
 		case o["kind"] == "ClusterRoleBinding":
 			g.binding = o
 		default:
-			t.Fatalf("nothing here applies a %v", o["kind"])
+			t.Fatalf("the manifest has a %v, which this test cannot apply", o["kind"])
 		}
 	}
 }
@@ -145,13 +145,13 @@ func (g *grants) unbound() *grants {
 	return &less
 }
 
-// subject is whom the manifest's binding names.
+// subject is the name in the manifest's binding.
 func (g *grants) subject() string {
 	return g.binding["subjects"].([]any)[0].(map[string]any)["name"].(string)
 }
 
-// tried is what doctor says of a rule that is missing: the step of kube.Try that fails. Nothing
-// there needs the watch of ServiceAccounts: without it annotations are read at intervals.
+// tried has, for each rule, the step of kube.Try, which doctor uses, that fails without the rule.
+// No step needs the watch of ServiceAccounts: without it annotations are read at intervals.
 var tried = map[rule]func(kube.Attempt) error{
 	{"list", "pods"}:                      func(a kube.Attempt) error { return a.List },
 	{"watch", "pods"}:                     func(a kube.Attempt) error { return a.Watch },
@@ -161,10 +161,10 @@ var tried = map[rule]func(kube.Attempt) error{
 	{audienceVerb, kubetest.CaseAudience}: func(a kube.Attempt) error { return a.Mint },
 }
 
-// TestGrants takes away each rule of the shipped manifests, one at a time. Each time at least one
-// case must get another answer, else the rule is one too many; the stand-in must give the same
-// answers as the real server; and what doctor tries must name the rule. With all rules nothing of
-// what doctor tries may fail, else there is one too few.
+// TestGrants revokes each rule of the shipped manifests, one at a time. Each time at least one case
+// must get another answer, otherwise the rule is superfluous. The stand-in must give the same
+// answers as the real server, and doctor must name the rule. With all rules no step of doctor may
+// fail, otherwise a rule is missing.
 func TestGrants(t *testing.T) {
 	for _, id := range identities {
 		if id.manifest == "" {
@@ -184,10 +184,10 @@ func TestGrants(t *testing.T) {
 			t.Run("with all", func(t *testing.T) {
 				a := attempt(t, id.credential)
 				if err := errors.Join(a.Reach, a.List, a.Watch, a.Get, a.Mint); err != nil {
-					t.Errorf("with all of %s: %v", id.manifest, err)
+					t.Errorf("with all rules of %s: %v", id.manifest, err)
 				}
 				if a.Pod == "" || !a.Account.Linked() {
-					t.Errorf("the pod that was tried is %q, linked: %v", a.Pod, a.Account.Linked())
+					t.Errorf("kube.Try used the pod %q, linked: %v; want a linked pod", a.Pod, a.Account.Linked())
 				}
 			})
 			for _, r := range all.rules {
@@ -200,7 +200,7 @@ func TestGrants(t *testing.T) {
 					step, known := tried[r]
 					switch {
 					case !known:
-						t.Errorf("nothing here knows what fails without %s", r)
+						t.Errorf("the table tried has no entry for %s: add the step that fails without it", r)
 					case step != nil:
 						namesMissing(t, step(attempt(t, id.credential)), r)
 					}
@@ -217,8 +217,8 @@ func TestGrants(t *testing.T) {
 	}
 }
 
-// TestOptionalGrants uncomments the optional lines of rbac.yaml: the API server takes them, and
-// they give what they say.
+// TestOptionalGrants uncomments the optional lines of rbac.yaml: the API server accepts them, and
+// they grant what their comments say.
 func TestOptionalGrants(t *testing.T) {
 	g := load(t, "rbac.yaml", `- {apiGroups: [""], resources: ["serviceaccounts"], verbs: ["get"]}`,
 		`- {apiGroups: [""], resources: ["serviceaccounts"], verbs: ["watch"]}`)
@@ -232,13 +232,13 @@ func TestOptionalGrants(t *testing.T) {
 	for _, want := range []string{"watch ns1/serviceaccounts fields=metadata.name=ksa",
 		"get ns1/serviceaccounts/ksa-unused"} {
 		if !slices.ContainsFunc(changed, func(c kubetest.Case) bool { return c.Ask == want }) {
-			t.Errorf("%s is answered as without the optional lines", want)
+			t.Errorf("%s: the optional lines do not change the answer", want)
 		}
 	}
 }
 
-// compare asks the cases of both servers: each answer must be the same, and some must differ from
-// the table. It returns those.
+// compare sends the cases to both servers. Their answers must be the same, and some must differ
+// from the table. It returns the cases that differ.
 func compare(t *testing.T, cases []kubetest.Case, target, stand kubetest.Target) (changed []kubetest.Case) {
 	t.Helper()
 	want := make([]string, len(cases))
@@ -248,7 +248,7 @@ func compare(t *testing.T, cases []kubetest.Case, target, stand kubetest.Target)
 		}
 	}
 	if len(changed) == 0 {
-		t.Error("no case of the table gets another answer: this is not needed")
+		t.Error("no case gets another answer than with all rules: the rule is superfluous")
 		return nil
 	}
 	// The real server's authorizer sees the change by a watch.
@@ -256,14 +256,14 @@ func compare(t *testing.T, cases []kubetest.Case, target, stand kubetest.Target)
 	poll(t, func() bool { return answer(t, cases[first], target) == want[first] })
 	for i, c := range cases {
 		if got := answer(t, c, target); got != want[i] {
-			t.Errorf("%s\nreal     %s\nstand-in %s", c.Ask, got, want[i])
+			t.Errorf("%s: the servers' answers differ\nreal     %s\nstand-in %s", c.Ask, got, want[i])
 		}
 	}
-	t.Logf("%d other answers, the first: %s => %s", len(changed), changed[0].Ask, want[first])
+	t.Logf("%d cases get another answer, the first: %s => %s", len(changed), changed[0].Ask, want[first])
 	return changed
 }
 
-// attempt tries the way to a pod's token, as doctor does.
+// attempt runs the steps to a pod's token, as doctor does.
 func attempt(t *testing.T, credential string) kube.Attempt {
 	t.Helper()
 	a, _ := kube.Try(
@@ -273,18 +273,18 @@ func attempt(t *testing.T, credential string) kube.Attempt {
 	return a
 }
 
-// namesMissing: the error names the rule, and the manifest that it prints has it.
+// namesMissing checks that the error names the rule, and that its manifest grants the rule.
 func namesMissing(t *testing.T, err error, r rule) {
 	t.Helper()
 	var f *kube.ForbiddenError
 	if !errors.As(err, &f) {
-		t.Errorf("doctor does not miss %s: %v", r, err)
+		t.Errorf("without %s doctor reports no missing grant: %v", r, err)
 		return
 	}
 	if f.Verb != r.verb || f.Resource != r.resource {
-		t.Errorf("without %s doctor misses %s %s", r, f.Verb, f.Resource)
+		t.Errorf("without %s doctor names %s %s", r, f.Verb, f.Resource)
 	}
 	if !slices.Contains(parse(t, f.Manifest()).rules, r) {
-		t.Errorf("the manifest that is printed for %s does not grant it:\n%s", r, f.Manifest())
+		t.Errorf("doctor's manifest for %s does not grant it:\n%s", r, f.Manifest())
 	}
 }

@@ -43,9 +43,9 @@ func TestNode(t *testing.T) {
 				err,
 				kube.ErrNoPod,
 			) {
-				t.Errorf("a token of another node's ServiceAccount: %v", err)
+				t.Errorf("a token of another node's ServiceAccount: got the error %v, want ErrNoPod", err)
 			}
-			t.Run("an address changes hands", func(t *testing.T) { addressChangesHands(t, c) })
+			t.Run("an address is reused", func(t *testing.T) { addressIsReused(t, c) })
 			t.Run("an annotation changes", func(t *testing.T) {
 				defer annotate(t, "ksa@p.iam.gserviceaccount.com")
 				for _, email := range []string{"ksa@p.iam.gserviceaccount.com", "other@p.iam.gserviceaccount.com"} {
@@ -56,15 +56,15 @@ func TestNode(t *testing.T) {
 				}
 			})
 			if s := c.Status(); !s.Watching || s.Problem != "" {
-				t.Errorf("at the end: %+v", s)
+				t.Errorf("the client's status at the end is %+v, want watching without a problem", s)
 			}
 		})
 	}
 }
 
-// addressChangesHands: pods of the same name and address follow each other; one completes before it
-// goes.
-func addressChangesHands(t *testing.T, c *kube.Cluster) {
+// addressIsReused: pods with the same name and address follow each other; one completes before it
+// is deleted.
+func addressIsReused(t *testing.T, c *kube.Cluster) {
 	const address = "10.1.0.99"
 	for _, owner := range []string{"ksa", "ksa-node1b", "ksa-unused"} {
 		pod := kubetest.Pod{
@@ -142,8 +142,8 @@ func at(t *testing.T, c *kube.Cluster, address string, pods ...string) []workloa
 	}
 }
 
-// tokenOf asks for a token, and reads in it whose it is: a pod's of those that are named, or of
-// any.
+// tokenOf requests a token, and checks its ServiceAccount, its audience and the pod that it is
+// bound to: one of pods, or any if there are none.
 func tokenOf(t *testing.T, c *kube.Cluster, sa workload.ServiceAccount, pods ...string) {
 	t.Helper()
 	jwt, err := c.Token(t.Context(), sa)
@@ -169,7 +169,7 @@ func tokenOf(t *testing.T, c *kube.Cluster, sa workload.ServiceAccount, pods ...
 	case err != nil:
 		t.Error("the token is no JWT")
 	case claims.Sub != "system:serviceaccount:ns1:"+sa.Name || !slices.Equal(claims.Aud, []string{kubetest.CaseAudience}):
-		t.Errorf("a token of %s was asked for; it is %s's, for %v", sa, claims.Sub, claims.Aud)
+		t.Errorf("the token of %s has the subject %s and the audience %v", sa, claims.Sub, claims.Aud)
 	case pod.UID != theCluster.uids[pod.Name] || len(pods) > 0 && !slices.Contains(pods, pod.Name):
 		t.Errorf("the token of %s is bound to pod %s %s, want one of %v", sa, pod.Name, pod.UID, pods)
 	}

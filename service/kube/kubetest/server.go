@@ -186,7 +186,7 @@ func (s *Server) AllCalls() map[string]int {
 	return m
 }
 
-// IssuedTokens returns every token value that was ever handed out, for tests that look for them
+// IssuedTokens returns every token value that was ever issued, for tests that look for them
 // where they must not be.
 func (s *Server) IssuedTokens() []string {
 	s.mu.Lock()

@@ -243,7 +243,7 @@ func TestG01Exchange(t *testing.T) {
 			}
 			if i, ok := s.Lookup(a.AccessToken); !ok || i.Method != googletest.Exchange || i.Subject != want ||
 				!slices.Equal(i.Scopes, []string{scope}) {
-				t.Errorf("in the books: %+v", i)
+				t.Errorf("recorded: %+v", i)
 			}
 			if !slices.Contains(s.Secrets(), a.AccessToken) || !slices.Contains(s.Secrets(), form.Get("subject_token")) {
 				t.Error("Secrets lacks one")

@@ -52,7 +52,7 @@ func TestG11GenerateAccessToken(t *testing.T) {
 		}
 		if i, ok := s.Lookup(a.IAMToken); !ok || i.Method != googletest.GenerateAccessToken || i.Subject != subject ||
 			i.Email != email || i.Scopes[0] != scope {
-			t.Errorf("in the books: %+v", i)
+			t.Errorf("recorded: %+v", i)
 		}
 		if !slices.Contains(s.Secrets(), a.IAMToken) {
 			t.Error("Secrets lacks it")

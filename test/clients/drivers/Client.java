@@ -13,7 +13,7 @@ import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 
-/** Answers what the ring asks of Google's library for Java; see ring/client.go for the questions. */
+/** Driver of Google's library for Java; ring/client.go has the questions. */
 public class Client {
   static final String SCOPE = "https://www.googleapis.com/auth/devstorage.read_only";
   static final String PLATFORM = "https://www.googleapis.com/auth/cloud-platform";
@@ -45,7 +45,7 @@ public class Client {
     return t.getTokenValue();
   }
 
-  /** Returns null for what the library does not have. */
+  /** Returns null if the library has no such function. */
   static String ask(String question) throws Exception {
     switch (question) {
       case "version": // the jar's file has it

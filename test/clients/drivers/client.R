@@ -1,4 +1,4 @@
-# Answers what the ring asks of gargle, which Google's packages for R have their credentials from; see ring/client.go for the
+# Driver of gargle, which provides the credentials of Google's packages for R; ring/client.go has the
 # questions.
 suppressMessages(library(gargle))
 scope <- "https://www.googleapis.com/auth/devstorage.read_only"

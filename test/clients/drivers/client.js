@@ -1,5 +1,5 @@
-// Answers what the ring asks of Google's libraries for Node.js; see ring/client.go for the questions.
-// Arguments: the library, and "" for the newest or its older major version.
+// Driver of Google's libraries for Node.js; ring/client.go has the questions.
+// Arguments: the library, and its older major version or "" for the newest.
 'use strict';
 const readline = require('node:readline');
 const fs = require('node:fs');

@@ -1,4 +1,4 @@
-"""Answers what the ring asks of google-auth; see ring/client.go for the questions."""
+"""Driver of google-auth; ring/client.go has the questions."""
 
 import json
 import sys
@@ -59,6 +59,6 @@ for line in sys.stdin:
     else:
         try:
             answer["value"] = ASK[question]()
-        except Exception as e:  # whatever a library says is an answer
+        except Exception as e:  # every error of the library is an answer
             answer["error"] = repr(e)[:500]
     print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-# Answers what the ring asks of Google's libraries for Ruby; see ring/client.go for the questions. Argument: the library.
+# Driver of Google's libraries for Ruby; ring/client.go has the questions. Argument: the library.
 require "json"
 
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_only".freeze

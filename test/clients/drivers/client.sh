@@ -1,6 +1,6 @@
 #!/bin/sh
-# Answers what the ring asks of programs; see ring/client.go for the questions. Argument: the program. What each writes to
-# standard error says why it failed.
+# Driver of programs; ring/client.go has the questions. Argument: the program. Errors are the program's
+# standard error.
 none() { echo '{"none":true}'; }
 value() { printf '{"value":"%s"}\n' "$1"; }
 fail() { printf '{"error":"%s"}\n' "$(tr '\n"\134' '   ' </tmp/error | cut -c1-400)"; }
@@ -16,7 +16,7 @@ rclone_() {
 	esac
 }
 
-# Prometheus finds the one machine of the ring's Compute Engine, and its name is the token.
+# Prometheus discovers the one machine of the ring's Compute Engine. Its name is the token.
 prometheus_() {
 	case $1 in
 	version) value "$(prometheus --version 2>&1 | sed -n '1s/.*version \([^ ]*\).*/\1/p')" ;;
@@ -51,7 +51,7 @@ while True:
 	esac
 }
 
-# cloud-init wants no token: its data source reads the instance and stops where something is missing.
+# cloud-init requests no token: its data source reads the instance's metadata, and fails if a value is missing.
 cloudinit_() {
 	case $1 in
 	version) value "$(python3 -c 'from cloudinit import version; print(version.version_string())')" ;;

@@ -19,15 +19,15 @@ import (
 	"time"
 )
 
-// apiNames are Google's, which pods find in /etc/hosts: gargle asks the first about each token, and
-// Prometheus asks the second for machines.
+// apiNames are names of Google's APIs, which are in the pods' /etc/hosts: gargle requests
+// information about each token from the first, and Prometheus lists machines at the second.
 var (
 	apiNames = []string{"www.googleapis.com", "compute.googleapis.com"}
 	apiAddr  = netip.MustParseAddr("203.0.113.10")
 )
 
-// startAPIs serves what clients ask of Google besides tokens. Answers have the token that the
-// request had in the place of a name. Nothing here believes a token; check does.
+// startAPIs serves the APIs that clients use besides tokens. Answers contain the token of the
+// request in place of a name. The handlers do not verify tokens; check does.
 func (w *world) startAPIs() error {
 	certificate, err := w.certificate()
 	if err != nil {
@@ -56,7 +56,7 @@ func (w *world) serve(at netip.AddrPort, secure *tls.Config) (url string, err er
 	return "http://" + at.String(), nil
 }
 
-// answerAPI answers as Cloud Storage, Compute Engine and the information about tokens do.
+// answerAPI answers like Cloud Storage, Compute Engine and tokeninfo.
 func answerAPI(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json; charset=UTF-8")
 	token, found := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
@@ -80,10 +80,10 @@ func answerAPI(w http.ResponseWriter, r *http.Request) {
 	default:
 		a = bucket
 	}
-	_ = json.NewEncoder(w).Encode(a) // the client left: nobody to tell
+	_ = json.NewEncoder(w).Encode(a) // an error: the client has left
 }
 
-// certificate makes one for apiNames, which is its own authority, and writes it for the pods.
+// certificate makes a self-signed certificate for apiNames, and writes it for the pods.
 func (w *world) certificate() (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

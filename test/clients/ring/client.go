@@ -14,16 +14,16 @@ import (
 	"time"
 )
 
-// answerLimit bounds one answer of a client: Python's library tries for 20 s and more.
+// answerLimit bounds one answer of a client: Python's library retries for 20 s and more.
 const answerLimit = 90 * time.Second
 
-// The questions that a driver is asked. Each is a line of its standard input. Its answer is a line
+// The questions to a driver. Each is a line of its standard input; the answer is a line
 // of JSON on standard output.
 const (
 	askVersion  = "version"  // of the library
-	askDetect   = "detect"   // true: the library finds Google Cloud by itself
+	askDetect   = "detect"   // true: the library detects Google Cloud
 	askToken    = "token"    // an access token by the library's usual credentials
-	askScoped   = "scoped"   // one for tokenScope alone
+	askScoped   = "scoped"   // an access token for tokenScope alone
 	askID       = "id"       // an ID token for idAudience
 	askEmail    = "email"    // of the account
 	askProject  = "project"  // the project's ID
@@ -33,41 +33,41 @@ const (
 	idAudience = "https://run.example.com"
 )
 
-// answer is a driver's.
+// answer is the answer of a driver.
 type answer struct {
 	Value string `json:"value"`
 	Error string `json:"error"`
-	None  bool   `json:"none"` // the library has no such thing
+	None  bool   `json:"none"` // the library has no such function
 }
 
 // client is a library with its driver.
 type client struct {
 	name  string   // in the table
-	short string   // in CLIENTS, with what it is of
+	short string   // in CLIENTS
 	argv  []string // of the driver, in the pods' root
 	env   []string
-	// race says that its detection is a race of an HTTP request with an answer of DNS that says no.
-	// Where the answer is yes, that many processes must detect Google Cloud; 0: there is no race.
+	// race: its detection is a race between an HTTP request and a negative answer of DNS. Where
+	// detection is expected, this number of processes must detect Google Cloud. 0: there is no race.
 	race int
-	// hasty says that it waits 0.1 s for a connection, so on a busy machine it may try again.
-	hasty bool
-	// finalDot says that it asks DNS with the final dot, which /etc/hosts does not answer.
+	// shortTimeout: it waits 0.1 s for a connection, so on a busy machine the run tries again.
+	shortTimeout bool
+	// finalDot: it looks the name up with the final dot, which /etc/hosts does not answer.
 	finalDot bool
-	// variable is what it reads in the place of GCE_METADATA_HOST.
+	// variable is the variable that it reads instead of GCE_METADATA_HOST.
 	variable string
-	// keepsNone says that it keeps no token, so that there is none to refresh.
+	// keepsNone: it caches no token, so there is none to refresh.
 	keepsNone bool
-	// note is the table's last column.
+	// note is the text in the table's last column.
 	note string
 }
 
-// situation is what a pod has of DNS and environment, and whether its requests are redirected.
+// situation describes a pod's DNS and environment, and whether its requests are redirected.
 type situation struct {
 	title string // of the table's column
 	dns   resolver
-	race  bool     // of an HTTP request with an answer of DNS that says no
+	race  bool     // between an HTTP request and a negative answer of DNS
 	alias bool     // hostAliases has the name
-	host  string   // what GCE_METADATA_HOST is
+	host  string   // value of GCE_METADATA_HOST
 	env   []string // further variables
 }
 
@@ -78,7 +78,7 @@ type process struct {
 	lines chan []byte
 }
 
-// enter gives a process the root of a pod: what it sees of /etc is the pod's own.
+// enter starts a process in the root of a pod, with files of the pod in /etc.
 const enter = `
 mount --rbind /dev "$root/dev"
 mount --rbind /proc "$root/proc"
@@ -107,7 +107,7 @@ func (r *ring) start(ctx context.Context, c client, p *pod, s situation) (*proce
 		os.WriteFile(filepath.Join(etc, "resolv.conf"), []byte(resolv), 0o644)); err != nil {
 		return nil, err
 	}
-	// As a pod of Kubernetes has them.
+	// The environment of a pod of Kubernetes.
 	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LANG=C.UTF-8",
 		"KUBERNETES_SERVICE_HOST=10.96.0.1", "KUBERNETES_SERVICE_PORT=443", "RING_STORAGE=" + r.world.storage}
 	env = append(append(env, c.env...), s.env...)
@@ -118,7 +118,7 @@ func (r *ring) start(ctx context.Context, c client, p *pod, s situation) (*proce
 	k := &process{cmd: p.Command(ctx, "unshare", args...), lines: make(chan []byte)}
 	k.cmd.Env = append(os.Environ(), "root="+r.root, "drivers="+r.drivers, "npm="+r.npm, "etc="+etc,
 		"authorities="+filepath.Join(r.dir, "authorities.pem"))
-	k.cmd.Stderr = r.said
+	k.cmd.Stderr = r.log
 	if k.in, err = k.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -159,12 +159,12 @@ func (k *process) receive() answer {
 			var a answer
 			switch {
 			case !open:
-				return answer{Error: "the driver ended"}
-			case !strings.HasPrefix(string(line), "{"): // what a library says besides
+				return answer{Error: "the driver ended: clients.log has its standard error"}
+			case !strings.HasPrefix(string(line), "{"): // other output of a library
 				continue
 			}
 			if err := json.Unmarshal(line, &a); err != nil {
-				return answer{Error: "an answer that is no JSON: " + err.Error()}
+				return answer{Error: "the answer is no JSON: " + err.Error()}
 			}
 			return a
 		case <-late:
@@ -180,5 +180,5 @@ func (k *process) end() {
 	defer kill.Stop()
 	for range k.lines { // until it closes its output
 	}
-	_ = k.cmd.Wait() // how a driver ends says nothing: its answers count
+	_ = k.cmd.Wait() // the exit status does not matter
 }

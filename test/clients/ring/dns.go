@@ -7,11 +7,11 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// metadataName is the name that clients ask for, as DNS has it.
+// metadataName is the name that clients look up, in DNS notation.
 const metadataName = "metadata.google.internal."
 
-// resolver is what the pods' DNS says of metadataName. All other names do not exist, and nothing is
-// waited for.
+// resolver is the answer of the pods' DNS for metadataName. All other names do not exist. Answers
+// are immediate.
 type resolver string
 
 const (
@@ -29,7 +29,7 @@ func (r resolver) serveDNS(c net.PacketConn) {
 			return
 		}
 		if answer, err := r.answer(buf[:n]); err == nil {
-			_, _ = c.WriteTo(answer, from) // a client that left asks no more
+			_, _ = c.WriteTo(answer, from) // an error: the client has left
 		}
 	}
 }
@@ -42,7 +42,7 @@ func (r resolver) answer(query []byte) ([]byte, error) {
 	}
 	q, err := p.Question()
 	if err != nil {
-		return nil, fmt.Errorf("a query without a question: %w", err)
+		return nil, fmt.Errorf("the query has no question: %w", err)
 	}
 	head := dnsmessage.Header{ID: h.ID, Response: true, RecursionDesired: h.RecursionDesired, RecursionAvailable: true}
 	found := r == hasRecord && q.Name.String() == metadataName

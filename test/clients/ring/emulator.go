@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// emulator runs the real binary inside the node, in systemd's place: it keeps the listener over
+// emulator runs the real binary on the node as systemd does: it keeps the listener over
 // restarts, as the socket unit does.
 type emulator struct {
 	world    *world
@@ -81,11 +81,11 @@ func (e *emulator) start(ctx context.Context) (err error) {
 	for buf := make([]byte, 4096); ; {
 		n, err := e.notify.Read(buf)
 		if err != nil {
-			return fmt.Errorf("no READY=1: %w", err)
+			return fmt.Errorf("gke-metadata-emulator serve: no READY=1 within 30 s: %w: see service.log", err)
 		}
 		if strings.Contains("\n"+string(buf[:n]), "\nREADY=1") {
 			_ = e.notify.SetReadDeadline(time.Time{})
-			go func(c io.Reader) { _, _ = io.Copy(io.Discard, c) }(e.notify) // or the service would wait for a reader
+			go func(c io.Reader) { _, _ = io.Copy(io.Discard, c) }(e.notify) // or the service would block on a full socket
 			return nil
 		}
 	}
@@ -107,7 +107,7 @@ func (e *emulator) stop() error {
 	return cmd.Wait()
 }
 
-// close ends all: service, rules and listener.
+// close ends the service, and removes the rules and the listener.
 func (e *emulator) close() error {
 	err := e.stop()
 	if e.rules {

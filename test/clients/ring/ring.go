@@ -15,17 +15,17 @@ import (
 )
 
 const (
-	atOnce     = 4 // clients that run side by side: those of Java and R take a processor each
-	hastyTries = 5
-	mostTosses = 12 // processes that show a race both ways
+	atOnce   = 4  // clients that run side by side: Java and R need a processor each
+	maxTries = 5  // of a client with a short timeout
+	maxRaces = 12 // processes that are started until a race has had both results
 )
 
-// ring is a run.
+// ring is one run of all clients.
 type ring struct {
 	binary, root, drivers, npm, page, dir string
 
 	world *world
-	said  *os.File // what libraries write to standard error
+	log   *os.File // standard error of the drivers
 	begun time.Time
 
 	mu      sync.Mutex
@@ -37,12 +37,12 @@ type ring struct {
 func (r *ring) run(ctx context.Context, clients []client) (err error) {
 	r.begun, r.table = time.Now(), table{}
 	if len(clients) == 0 {
-		return errors.New("there are no such clients")
+		return errors.New("unknown clients: test/clients/ring/clients.go has their names")
 	}
-	if r.said, err = os.Create(filepath.Join(r.dir, "clients.log")); err != nil {
+	if r.log, err = os.Create(filepath.Join(r.dir, "clients.log")); err != nil {
 		return err
 	}
-	defer func() { _ = r.said.Close() }()
+	defer func() { _ = r.log.Close() }()
 	if r.world, err = newWorld(ctx, r.binary, r.dir); err != nil {
 		return err
 	}
@@ -60,11 +60,11 @@ func (r *ring) run(ctx context.Context, clients []client) (err error) {
 	if err := r.serve(ctx, "iptables", "off"); err != nil {
 		return err
 	}
-	if err := r.noticesWrong(ctx, pods[hasRecord], pods[noName]); err != nil {
+	if err := r.detectsWrong(ctx, pods[hasRecord], pods[noName]); err != nil {
 		return err
 	}
 	r.each(clients, func(c client) { r.abilities(ctx, c, pods[hasRecord]) })
-	if err := r.lives(ctx, clients, federated); err != nil {
+	if err := r.refreshes(ctx, clients, federated); err != nil {
 		return err
 	}
 	for _, s := range redirected {
@@ -91,7 +91,7 @@ func (r *ring) run(ctx context.Context, clients []client) (err error) {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return r.judge(clients)
+	return r.compare(clients)
 }
 
 // serve installs the rules of a mode and starts the service. dns is off or answer.
@@ -105,8 +105,8 @@ func (r *ring) serve(ctx context.Context, mode, dns string) error {
 	return r.world.service.start(ctx)
 }
 
-// noticesWrong shows that the run would fail: the token of one pod is held to be another's.
-func (r *ring) noticesWrong(ctx context.Context, asks, other *pod) error {
+// detectsWrong shows that the run can fail: the token of one pod is checked as another pod's.
+func (r *ring) detectsWrong(ctx context.Context, asks, other *pod) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet,
 		"http://169.254.169.254/computeMetadata/v1/instance/service-accounts/default/token", nil)
 	if err != nil {
@@ -127,12 +127,12 @@ func (r *ring) noticesWrong(ctx context.Context, asks, other *pod) error {
 	}
 	var wrong *wrongError
 	if err := r.check(askToken, answer{Value: got.AccessToken}, other); !errors.As(err, &wrong) {
-		return fmt.Errorf("a token of %s passes for one of %s: %v", asks.subject, other.subject, err)
+		return fmt.Errorf("the check accepts a token of %s as one of %s: %v", asks.subject, other.subject, err)
 	}
 	return r.check(askToken, answer{Value: got.AccessToken}, asks)
 }
 
-// each does it for each client, some at once.
+// each calls do for each client, atOnce at a time.
 func (r *ring) each(clients []client, do func(client)) {
 	var all sync.WaitGroup
 	slots := make(chan struct{}, atOnce)
@@ -143,7 +143,7 @@ func (r *ring) each(clients []client, do func(client)) {
 	all.Wait()
 }
 
-// note puts a cell into the table and prints it. why is what went wrong.
+// note puts a cell into the table and prints it. why is the error, or nil.
 func (r *ring) note(c client, column, cell string, why error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -159,7 +159,7 @@ func (r *ring) note(c client, column, cell string, why error) {
 	fmt.Println(text[:min(len(text), 400)])
 }
 
-// abilities asks a client for all that it may have, in a pod with the record.
+// abilities sends all questions to a client in a pod whose DNS has the record.
 func (r *ring) abilities(ctx context.Context, c client, p *pod) {
 	k, err := r.start(ctx, c, p, situation{dns: hasRecord})
 	if err != nil {
@@ -179,7 +179,7 @@ func (r *ring) abilities(ctx context.Context, c client, p *pod) {
 	}
 }
 
-// result notes what a check found.
+// result notes yes, or no with the error.
 func (r *ring) result(c client, column string, err error) {
 	cell := yes
 	if err != nil {
@@ -188,7 +188,7 @@ func (r *ring) result(c client, column string, err error) {
 	r.note(c, column, cell, err)
 }
 
-// check holds an answer to what is true of the pod.
+// check compares an answer with the pod's identity.
 func (r *ring) check(question string, a answer, p *pod) error {
 	r.mu.Lock()
 	r.answers++
@@ -199,20 +199,20 @@ func (r *ring) check(question string, a answer, p *pod) error {
 	want := map[string]string{askDetect: "true", askEmail: p.email, askProject: projectID, askUniverse: universe}
 	switch question {
 	case askToken, askScoped:
-		issued, err := r.world.whose(a.Value, p)
+		issued, err := r.world.verifyAccessToken(a.Value, p)
 		if err == nil && question == askScoped && (len(issued.Scopes) != 1 || issued.Scopes[0] != tokenScope) {
-			err = fmt.Errorf("a token for the scopes %q", issued.Scopes)
+			err = fmt.Errorf("the token has the scopes %q, want %s", issued.Scopes, tokenScope)
 		}
 		return err
 	case askID:
 		return r.world.verifyIDToken(a.Value, p)
 	case askEmail:
 		if a.Value != p.email && strings.HasSuffix(a.Value, ".iam.gserviceaccount.com") {
-			return &wrongError{"the email of " + a.Value}
+			return &wrongError{fmt.Sprintf("the email %s, want %s", a.Value, p.email)}
 		}
 	}
 	if a.Value != want[question] {
-		return fmt.Errorf("%q, and not %q", a.Value, want[question])
+		return fmt.Errorf("%q, want %q", a.Value, want[question])
 	}
 	return nil
 }
@@ -227,19 +227,19 @@ func (a answer) err() error {
 	return nil
 }
 
-// life is a client that goes on in a pod whose tokens live for seconds.
-type life struct {
+// holder is a client that keeps running in a pod whose tokens are valid for seconds.
+type holder struct {
 	client
 	*process
 	token string
 	dead  bool
 }
 
-// lives has clients fetch another token when theirs expired, and another one while the service is
-// away.
-func (r *ring) lives(ctx context.Context, clients []client, p *pod) (err error) {
+// refreshes has clients fetch a second token when theirs has expired, and a third one while the
+// service is stopped.
+func (r *ring) refreshes(ctx context.Context, clients []client, p *pod) (err error) {
 	var mu sync.Mutex
-	var all []*life
+	var all []*holder
 	defer func() {
 		for _, l := range all {
 			l.end()
@@ -251,7 +251,7 @@ func (r *ring) lives(ctx context.Context, clients []client, p *pod) (err error) 
 			r.note(c, columnRefresh, no, err)
 			return
 		}
-		l := &life{client: c, process: k}
+		l := &holder{client: c, process: k}
 		switch a := k.ask(askToken); {
 		case a.None:
 			r.note(c, columnRefresh, none, nil)
@@ -276,9 +276,9 @@ func (r *ring) lives(ctx context.Context, clients []client, p *pod) (err error) 
 	return r.renew(ctx, all, p, columnRestart, r.world.service.stop, func() error { return r.world.service.start(ctx) })
 }
 
-// renew waits until each client's token expired, and has all of them ask again between the two
-// functions.
-func (r *ring) renew(ctx context.Context, all []*life, p *pod, column string, before, after func() error) error {
+// renew waits until each client's token has expired, and has all of them request another one
+// between before and after.
+func (r *ring) renew(ctx context.Context, all []*holder, p *pod, column string, before, after func() error) error {
 	for _, l := range all {
 		if issued, _ := r.world.google.Lookup(l.token); !l.dead {
 			select {
@@ -310,7 +310,7 @@ func (r *ring) renew(ctx context.Context, all []*life, p *pod, column string, be
 		a := l.receive()
 		err := r.check(askToken, a, p)
 		if err == nil && a.Value == l.token {
-			err = errors.New("the same token again")
+			err = errors.New("the client returned the same token again")
 		}
 		l.token = a.Value
 		if column == columnRefresh && l.keepsNone && err == nil {
@@ -322,7 +322,7 @@ func (r *ring) renew(ctx context.Context, all []*life, p *pod, column string, be
 	return nil
 }
 
-// detects finds whether a client finds Google Cloud and gets a token in a situation.
+// detects notes whether a client detects Google Cloud and gets a token in a situation.
 func (r *ring) detects(ctx context.Context, c client, p *pod, s situation) {
 	err := r.detect(ctx, c, p, s)
 	if err != nil && c.variable != "" && s.host != "" {
@@ -333,10 +333,10 @@ func (r *ring) detects(ctx context.Context, c client, p *pod, s situation) {
 		}
 	}
 	if c.race > 0 && (s.race || s.alias && c.finalDot) {
-		r.tosses(ctx, c, p, s, err)
+		r.races(ctx, c, p, s, err)
 		return
 	}
-	for n := 1; n < hastyTries && c.hasty && err != nil; n++ {
+	for n := 1; n < maxTries && c.shortTimeout && err != nil; n++ {
 		err = r.detect(ctx, c, p, s)
 	}
 	for n := 1; n < c.race && err == nil; n++ {
@@ -345,8 +345,8 @@ func (r *ring) detects(ctx context.Context, c client, p *pod, s situation) {
 	r.result(c, s.title, err)
 }
 
-// tosses notes that a detection is a race, and prints how it went.
-func (r *ring) tosses(ctx context.Context, c client, p *pod, s situation, first error) {
+// races notes that a detection is a race, and prints how many processes detected Google Cloud.
+func (r *ring) races(ctx context.Context, c client, p *pod, s situation, first error) {
 	found, last := 0, first
 	n := 1
 	for ; ; n++ {
@@ -354,12 +354,12 @@ func (r *ring) tosses(ctx context.Context, c client, p *pod, s situation, first 
 			found++
 		}
 		var wrong *wrongError
-		if errors.As(last, &wrong) || n == min(c.race, mostTosses) || found > 0 && found < n {
+		if errors.As(last, &wrong) || n == min(c.race, maxRaces) || found > 0 && found < n {
 			break
 		}
 		last = r.detect(ctx, c, p, s)
 	}
-	r.note(c, s.title, chance, errors.Join(last, fmt.Errorf("%d of %d", found, n)))
+	r.note(c, s.title, chance, errors.Join(last, fmt.Errorf("detected by %d of %d processes", found, n)))
 }
 
 func (r *ring) detect(ctx context.Context, c client, p *pod, s situation) error {
@@ -380,7 +380,7 @@ func (r *ring) detect(ctx context.Context, c client, p *pod, s situation) error 
 		}
 	}
 	if answered == 0 {
-		return errors.New("the driver answers nothing")
+		return errors.New("the driver answered no question")
 	}
 	return nil
 }

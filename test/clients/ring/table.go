@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// What a cell says.
+// The texts of a cell.
 const (
 	yes    = "yes"
 	no     = "**no**"
-	none   = "–"         // the library has no such thing
-	chance = "by chance" // its detection is a race
+	none   = "–"         // the library has no such function
+	chance = "by chance" // the detection is a race
 )
 
 const (
@@ -41,7 +41,7 @@ func (t table) set(client, column, cell string) {
 	t[client][column] = cell
 }
 
-// columns of each of the tables, but for the first column.
+// columns returns the columns of each table, without the first column.
 func columns() [][]string {
 	can := []string{columnVersion}
 	for _, q := range questions {
@@ -55,7 +55,7 @@ func columns() [][]string {
 	return [][]string{can, append(where, columnNote)}
 }
 
-// text is what the page has between its marks.
+// text returns the text between the marks of the page.
 func (t table) text() string {
 	var b strings.Builder
 	for i, columns := range columns() {
@@ -78,7 +78,7 @@ func (t table) text() string {
 	return b.String()
 }
 
-// parse reads what text wrote.
+// parse reads the output of text.
 func parse(text string) table {
 	t := table{}
 	var head []string
@@ -104,8 +104,8 @@ const (
 	end   = "<!-- Generated: end -->\n"
 )
 
-// judge compares what was seen with the page, or writes it there.
-func (r *ring) judge(clients []client) error {
+// compare compares the results with the page, or writes them there.
+func (r *ring) compare(clients []client) error {
 	page, err := os.ReadFile(r.page)
 	if err != nil {
 		return err
@@ -113,7 +113,7 @@ func (r *ring) judge(clients []client) error {
 	before, rest, found := strings.Cut(string(page), begin)
 	old, after, closed := strings.Cut(rest, end)
 	if !found || !closed {
-		return fmt.Errorf("%s has no %q and %q", r.page, begin, end)
+		return fmt.Errorf("%s lacks the marks %q and %q", r.page, begin, end)
 	}
 	was := parse(old)
 	var differences []string
@@ -121,11 +121,11 @@ func (r *ring) judge(clients []client) error {
 		r.table.set(c.name, columnNote, c.note)
 		for column, cell := range r.table[c.name] {
 			if there := was[c.name][column]; there != cell {
-				differences = append(differences, fmt.Sprintf("%s: %s is %q, and the page says %q", c.name, column, cell, there))
+				differences = append(differences, fmt.Sprintf("%s: %s is %q, the page has %q", c.name, column, cell, there))
 			}
 		}
 	}
-	for name, cells := range was { // of clients that were not asked this time
+	for name, cells := range was { // of clients that are not in this run
 		if r.table[name] == nil {
 			r.table[name] = cells
 		}
@@ -140,7 +140,7 @@ func (r *ring) judge(clients []client) error {
 		return nil
 	}
 	if os.Getenv("UPDATE_GOLDEN") == "" {
-		return fmt.Errorf("%s says something else than this run; UPDATE_GOLDEN=1 writes its table anew:\n%s", r.page,
+		return fmt.Errorf("%s differs from this run: UPDATE_GOLDEN=1 make test-clients updates it:\n%s", r.page,
 			strings.Join(differences, "\n"))
 	}
 	return os.WriteFile(r.page, []byte(before+begin+text+end+after), 0o644)

@@ -24,11 +24,11 @@ const (
 	projectID = "my-project"
 	universe  = "googleapis.com"
 	listen    = "169.254.169.252:988"
-	// federatedLifetime is short, so that a client can be seen to fetch another token.
+	// federatedLifetime is short, so that clients refresh their tokens during the run.
 	federatedLifetime = 15 * time.Second
 )
 
-// world is a node with the service, its pods, and what surrounds it: Google, Cloud Storage, the API
+// world is a node with the service, its pods, and the stand-ins for Google, Cloud Storage, the API
 // server and name servers.
 type world struct {
 	node    *netnstest.Node
@@ -75,7 +75,7 @@ func newWorld(ctx context.Context, binary, dir string) (_ *world, err error) {
 	return w, nil
 }
 
-// addAddress gives the cloud another address.
+// addAddress adds an address to the cloud's namespace.
 func (w *world) addAddress(ctx context.Context, a netip.Addr) error {
 	out, err := w.node.Cloud.Command(ctx, "ip", "address", "add", a.String()+"/32", "dev", "lo").CombinedOutput()
 	if err != nil {
@@ -106,7 +106,7 @@ func (w *world) startGoogle() error {
 		w.google.WriteCA(filepath.Join(w.dir, "google-ca.pem")))
 }
 
-// pod is a pod: a network namespace, of which the API server says whose it is.
+// pod is a pod: a network namespace whose address belongs to the pod in the API server.
 type pod struct {
 	*netnstest.NS
 	subject string // of its tokens, google.subject
@@ -132,7 +132,7 @@ func (w *world) addPod(name string, linked bool) (*pod, error) {
 	return p, nil
 }
 
-// configure writes what an operator would write.
+// configure writes the configuration of an operator.
 func (w *world) configure(mode, dns string) error {
 	return os.WriteFile(filepath.Join(w.dir, "config.yaml"), fmt.Appendf(nil, `workloadIdentityProvider: %s
 projectID: %s
@@ -166,17 +166,17 @@ func (w *world) close() error {
 	return err
 }
 
-// whose says of a token of which pod it is and that it is good now, or what is wrong with it.
-func (w *world) whose(token string, p *pod) (googletest.Issued, error) {
+// verifyAccessToken checks that a token is the pod's and valid now.
+func (w *world) verifyAccessToken(token string, p *pod) (googletest.Issued, error) {
 	issued, known := w.google.Lookup(token)
 	switch {
 	case !known:
-		return issued, errors.New("no token that Google issued")
+		return issued, errors.New("Google did not issue the token")
 	case issued.Subject != p.subject || issued.Email != p.email:
-		return issued, &wrongError{fmt.Sprintf("the token of %s %s, and not of %s %s", issued.Subject, issued.Email,
+		return issued, &wrongError{fmt.Sprintf("the token is of %s %s, want %s %s", issued.Subject, issued.Email,
 			p.subject, p.email)}
 	case !time.Now().Before(issued.Expires):
-		return issued, fmt.Errorf("a token that expired %s ago", time.Since(issued.Expires).Round(time.Millisecond))
+		return issued, fmt.Errorf("the token expired %s ago", time.Since(issued.Expires).Round(time.Millisecond))
 	}
 	return issued, nil
 }
@@ -186,11 +186,11 @@ type wrongError struct{ text string }
 
 func (e *wrongError) Error() string { return e.text }
 
-// verifyIDToken does what the service that the token is for would do.
+// verifyIDToken verifies a token as its audience does: signature, audience, time and email.
 func (w *world) verifyIDToken(token string, p *pod) error {
 	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
 	if err != nil {
-		return errors.New("no JWT")
+		return errors.New("the token is no JWT")
 	}
 	var claims struct {
 		jwt.Claims
@@ -203,7 +203,7 @@ func (w *world) verifyIDToken(token string, p *pod) error {
 		return err
 	}
 	if claims.Email != p.email {
-		return &wrongError{fmt.Sprintf("the ID token of %s, and not of %s", claims.Email, p.email)}
+		return &wrongError{fmt.Sprintf("the ID token is of %s, want %s", claims.Email, p.email)}
 	}
 	return nil
 }

@@ -1,10 +1,10 @@
-// Command asker is all that runs in the pods of the node ring. It asks for tokens and reports each
-// answer to the world.
+// Command asker is the only program in the pods of test-node. It requests tokens, and reports each
+// answer to `conductor world`.
 //
-//	asker pause        holds a sandbox
-//	asker ask FLAGS    asks; its environment says who it is, see pods.go of the conductor
-//	asker serve ADDR   answers its pod's name, for a Service
-//	asker get URL      prints what a URL answers
+//	asker pause        is PID 1 of a sandbox
+//	asker ask FLAGS    sends requests; its environment has the pod's identity, see pods.go of conductor
+//	asker serve ADDR   answers with the pod's name, for a Service
+//	asker get URL      prints the answer of a URL
 package main
 
 import (
@@ -33,7 +33,7 @@ func main() {
 		os.Exit(ask(os.Args[2:]))
 	case "serve":
 		fatal(http.ListenAndServe(args[1], http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = fmt.Fprint(w, os.Getenv("POD")) // the client left: nobody to tell
+			_, _ = fmt.Fprint(w, os.Getenv("POD")) // an error: the client has left
 		})))
 	case "get":
 		resp, err := (&http.Client{Timeout: 5 * time.Second}).Get(args[1])
@@ -72,16 +72,16 @@ func pause() {
 func ask(args []string) int {
 	f := flag.NewFlagSet("ask", flag.ExitOnError)
 	var (
-		tag     = f.String("tag", "", "of the reports")
-		n       = f.Int("n", 1, "requests")
-		every   = f.Duration("every", time.Second, "between them")
-		timeout = f.Duration("timeout", 30*time.Second, "of each")
-		fresh   = f.Bool("fresh", false, "a scope of its own each time, which no cache has")
-		hold    = f.Bool("hold", false, "stay until SIGTERM")
-		ending  = f.Duration("ending", 0, "ask for so long after SIGTERM, with the tag -ending")
-		status  = f.Int("exit", 0, "status")
+		tag     = f.String("tag", "", "`tag` of the reports")
+		n       = f.Int("n", 1, "`number` of requests")
+		every   = f.Duration("every", time.Second, "`time` between two requests")
+		timeout = f.Duration("timeout", 30*time.Second, "`time` limit of each request")
+		fresh   = f.Bool("fresh", false, "request a scope that is in no cache")
+		hold    = f.Bool("hold", false, "wait for SIGTERM at the end")
+		ending  = f.Duration("ending", 0, "send requests for this `time` after SIGTERM, with the tag TAG-ending")
+		status  = f.Int("exit", 0, "exit `status`")
 	)
-	_ = f.Parse(args) // ends the process
+	_ = f.Parse(args) // exits on an error
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM)
 	i := 0
@@ -147,8 +147,7 @@ func request(tag string, n int, timeout time.Duration, fresh bool) (r report.Rep
 	return r
 }
 
-// send reports until the world took it: a report that is lost would be a request that nobody
-// judges.
+// send sends the report, with retries: a lost report would be a request that is not judged.
 func send(r report.Report) {
 	b, err := json.Marshal(r)
 	if err != nil {

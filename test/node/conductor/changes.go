@@ -21,7 +21,7 @@ func writeJSON(file string, o any) error {
 	return os.WriteFile(file, b, 0o644)
 }
 
-// fewAddresses leaves pods 16 addresses, from first on, until the returned function is called.
+// fewAddresses limits pods to 16 addresses, from first on, until undo is called.
 func (r *ring) fewAddresses(first int) (undo func()) {
 	before, err := os.ReadFile(cni)
 	r.do("read the network's configuration", err)
@@ -29,17 +29,17 @@ func (r *ring) fewAddresses(first int) (undo func()) {
 	ranged := fmt.Sprintf(`%s, "rangeStart": "10.88.0.%d", "rangeEnd": "10.88.0.%d"`, subnet, first, first+15)
 	few := strings.Replace(string(before), subnet, ranged, 1)
 	if few == string(before) {
-		r.check("16 addresses", false, "%s does not hold %s", cni, subnet)
+		r.check("limit pods to 16 addresses", false, "%s does not contain %s", cni, subnet)
 	}
-	r.do("16 addresses", os.WriteFile(cni, []byte(few), 0o644))
-	return func() { r.do("all addresses", os.WriteFile(cni, before, 0o644)) }
+	r.do("limit pods to 16 addresses", os.WriteFile(cni, []byte(few), 0o644))
+	return func() { r.do("remove the limit of 16 addresses", os.WriteFile(cni, before, 0o644)) }
 }
 
-// churn: 104 pods on 16 addresses, deleted gracefully and by force; the next eight start while the
-// last eight end.
-func churn(r *ring) { liveChurn(r, "churn", 8, 5) }
+// churn: 104 pods use 16 addresses, and are deleted gracefully and by force. The next eight start
+// while the last eight end.
+func churn(r *ring) { runChurn(r, "churn", 8, 5) }
 
-func liveChurn(r *ring, ns string, graceful, forced int) {
+func runChurn(r *ring, ns string, graceful, forced int) {
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
 		return
 	}
@@ -60,10 +60,10 @@ func liveChurn(r *ring, ns string, graceful, forced int) {
 	}
 	r.allOK(fmt.Sprintf("%d pods on 16 addresses, %d of them removed by force", (graceful+forced)*n, forced*n), all)
 	r.shared("pods", all)
-	r.do("the last pods end", r.gone(r.ctx, ns)) // with their addresses
+	r.do("wait for the end of the last pods", r.gone(r.ctx, ns)) // they use addresses of the limit
 }
 
-// shared: the addresses did have several owners, else the part shows nothing.
+// shared checks that addresses had several owners; otherwise the part shows nothing.
 func (r *ring) shared(what string, ps []report.Report) {
 	owners := map[string]map[string]bool{}
 	most := 0
@@ -74,11 +74,11 @@ func (r *ring) shared(what string, ps []report.Report) {
 		owners[p.Address][p.Pod] = true
 		most = max(most, len(owners[p.Address]))
 	}
-	r.check(fmt.Sprintf("%s had %d addresses, up to %d owners each", what, len(owners), most),
-		len(owners) <= 16 && most > 1, "too many, or never reused")
+	r.check(fmt.Sprintf("%s had %d addresses with up to %d owners each", what, len(owners), most),
+		len(owners) <= 16 && most > 1, "want at most 16 addresses, and one with several owners")
 }
 
-// completed: pods that ended stay, with their address in their status, and others get the same
+// completed: completed pods keep their address in their status, and other pods get the same
 // address.
 func completed(r *ring) {
 	const ns, n, batches = "completed", 8, 5
@@ -97,24 +97,24 @@ func completed(r *ring) {
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// rbac: without the shipped grants no pod gets a token, and the pod and doctor learn what is
-// missing. With them pods are served.
+// rbac: without the shipped grants no pod gets a token, and the answer to the pod and doctor name
+// the missing grant. With the grants pods are served.
 func rbac(r *ring) {
 	const ns, missing = "rbac", "request-serviceaccounts-token-audience"
 	manifest, err := shippedRBAC()
 	if !r.do("namespace", errors.Join(err, r.namespace(r.ctx, ns))) {
 		return
 	}
-	r.do("take the grants away", r.unapply(r.ctx, manifest))
+	r.do("delete the grants", r.unapply(r.ctx, manifest))
 	r.batch(ns, "rbac-without", 2, linked, nil, "-hold")
 	for _, p := range r.wait("rbac-without", 2, waitLimit) {
-		r.check("without the grants a pod is refused, and learns why",
+		r.check("without the grants a pod is refused, and the answer names the missing grant",
 			p.Outcome == report.Refused && strings.Contains(p.Text, missing), "%s %d %s", p.Outcome, p.Status, p.Text)
 	}
 	out, err := r.command("gke-metadata-emulator", "doctor")
-	r.check("without the grants doctor fails, and says why",
+	r.check("without the grants doctor fails, and names the missing grant",
 		err != nil && strings.Contains(out, missing), "%v\n%s", err, out)
-	r.do("give the grants", r.apply(r.ctx, manifest))
+	r.do("apply the grants", r.apply(r.ctx, manifest))
 	start, tries := time.Now(), 0
 	err = eventually(r.ctx, waitLimit, "a pod is served", func() error {
 		tries++
@@ -127,12 +127,12 @@ func rbac(r *ring) {
 		}
 		return nil
 	})
-	r.must(fmt.Sprintf("with the grants pods are served: after %s", time.Since(start).Round(time.Second)), err)
+	r.must(fmt.Sprintf("with the grants pods are served, after %s", time.Since(start).Round(time.Second)), err)
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// restarts: nothing is lost while containerd and the product's processes are restarted and killed,
-// but what the service had accepted and not answered when it was killed.
+// restarts: no request is lost while containerd and the product's processes are restarted and
+// killed, except those that the service had accepted when it was killed.
 func restarts(r *ring) {
 	const ns, unit = "restarts", "gke-metadata-emulator"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -158,7 +158,7 @@ func restarts(r *ring) {
 		r.served("new pods after "+strings.Join(args, " "), tag, 6, waitLimit)
 	}
 	r.do("remove the pods", r.empty(r.ctx, ns))
-	r.do("the pods end", r.gone(r.ctx, ns))
+	r.do("wait for the end of the pods", r.gone(r.ctx, ns))
 	for _, where := range []string{"bridge", "host"} {
 		ps := r.of("restarts-" + where)
 		n := len(ps)
@@ -167,11 +167,11 @@ func restarts(r *ring) {
 			cut := strings.Contains(p.Text, "connection reset by peer") || strings.Contains(p.Text, "EOF")
 			return p.Outcome == report.Lost && cut && end.After(killed) && end.Before(killed.Add(time.Second))
 		})
-		r.allOK(fmt.Sprintf("pods on the %s network, every 50 ms (%d requests were cut by the kill)", where, n-len(ps)), ps)
+		r.allOK(fmt.Sprintf("pods on the %s network, every 50 ms (the kill ended %d requests)", where, n-len(ps)), ps)
 	}
 }
 
-// apiKill, apiStop: the API server is away, or hangs. Pods whose token is cached do not notice.
+// apiKill stops the API server, apiStop makes it hang. Pods whose token is cached are served.
 func apiKill(r *ring) {
 	apiAway(r, "apikill", []string{"stop", "node-controlplane"}, []string{"start", "node-controlplane"})
 }
@@ -194,17 +194,17 @@ func apiAway(r *ring, ns string, away, back []string) {
 	r.wait(ns+"-cached-host", 4, waitLimit)
 	r.do(strings.Join(away, " "), r.systemctl(away...))
 	before := len(r.of(ns + "-cached"))
-	r.wait(ns+"-cached", before+3*4*seconds, waitLimit) // this is how long it is away
+	r.wait(ns+"-cached", before+3*4*seconds, waitLimit) // the API server is away for this time
 	r.do(strings.Join(back, " "), r.systemctl(back...))
-	r.must("the API server is back", eventually(r.ctx, waitLimit, "it is", func() error {
+	r.must("the API server is ready again", eventually(r.ctx, waitLimit, "GET /readyz", func() error {
 		return r.Call(r.ctx, http.MethodGet, "/readyz", "text/plain", nil, nil)
 	}))
 	r.batch(ns, ns+"-new", 5, func(i int) string { return linked(10 + i) }, nil, "-hold")
-	r.served("pods made as soon as it is back", ns+"-new", 5, waitLimit)
+	r.served("pods that are created when the API server is ready again", ns+"-new", 5, waitLimit)
 	r.do("remove the pods", r.empty(r.ctx, ns))
-	r.do("the pods end", r.gone(r.ctx, ns))
-	r.allOK("cached, on the pod network", r.of(ns+"-cached"))
-	r.allOK("cached, on the host network", r.of(ns+"-cached-host"))
+	r.do("wait for the end of the pods", r.gone(r.ctx, ns))
+	r.allOK("pods on the pod network with a cached token", r.of(ns+"-cached"))
+	r.allOK("pods on the host network with a cached token", r.of(ns+"-cached-host"))
 	fresh := r.of(ns + "-fresh")
 	ok := 0
 	for _, p := range fresh {
@@ -212,5 +212,5 @@ func apiAway(r *ring, ns string, away, back []string) {
 			ok++
 		}
 	}
-	fmt.Printf("      not cached meanwhile: %d of %d served\n", ok, len(fresh))
+	fmt.Printf("      requests for tokens that are not cached: %d of %d served\n", ok, len(fresh))
 }

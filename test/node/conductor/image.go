@@ -12,7 +12,7 @@ import (
 	"runtime"
 )
 
-// writeImage writes an image of one layer with one program, in the form of `docker save`.
+// writeImage writes an image of one layer with one program, in the format of `docker save`.
 func writeImage(file string) error {
 	self, err := os.Executable()
 	if err != nil {

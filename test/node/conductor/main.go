@@ -1,9 +1,9 @@
-// Command conductor runs the node ring inside the machine that test/node/run boots.
+// Command conductor runs test-node inside the machine that test/node/run boots.
 //
-//	conductor image FILE      writes the image of the pods, from asker beside this program; runs anywhere
-//	conductor world           Google, and where pods report to; from boot to the end
-//	conductor join            lets kubelet join, and makes the pods that are there from the first moment
-//	conductor run PART...     lives through the parts; exit status 0 when all is as it has to be
+//	conductor image FILE      writes the image of the pods, from the program asker beside this one; runs anywhere
+//	conductor world           runs the stand-in for Google, and receives the pods' reports
+//	conductor join            lets kubelet join, and creates pods before kubelet starts
+//	conductor run [PART...]   runs the parts, default all; exit status 0: every check passed
 package main
 
 import (
@@ -15,7 +15,7 @@ import (
 	"syscall"
 )
 
-// The machine: see test/node/tree.
+// Constants of the machine: see test/node/tree.
 const (
 	nodeAddress = "192.0.2.10"
 	worldURL    = "http://" + nodeAddress + ":9999"
@@ -45,7 +45,7 @@ func main() {
 	case "run":
 		err = run(ctx, os.Args[2:])
 	default:
-		err = errors.New("usage: conductor image FILE, world, join, or run and parts")
+		err = errors.New("usage: conductor image FILE | world | join | run [PART...]")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "conductor:", err)

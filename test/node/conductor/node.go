@@ -20,7 +20,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/node/report"
 )
 
-// services: kube-proxy's rules and ours stand beside each other, in both of its modes.
+// services: kube-proxy's rules and ours work beside each other, in both of its modes.
 func services(r *ring) {
 	const ns = "services"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -32,13 +32,13 @@ func services(r *ring) {
 	service := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "backend"}, Spec: corev1.ServiceSpec{
 		Type: corev1.ServiceTypeNodePort, ClusterIP: "10.96.0.80", Selector: backend.Labels,
 		Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080), NodePort: 30080}}}}
-	r.do("make a Service", errors.Join(r.create(r.ctx, backend),
+	r.do("create a Service", errors.Join(r.create(r.ctx, backend),
 		r.Post(r.ctx, "/api/v1/namespaces/"+ns+"/services", service, nil)))
 	for _, mode := range []string{"nftables", "iptables"} {
-		r.do("kube-proxy's mode", r.proxyMode(mode))
+		r.do("set kube-proxy's mode", r.proxyMode(mode))
 		nodePort := "http://" + nodeAddress + ":30080/"
 		for _, u := range []string{"http://10.96.0.80/", nodePort} {
-			err := eventually(r.ctx, waitLimit, "it answers", func() error { return getsBackend(u) })
+			err := eventually(r.ctx, waitLimit, "GET", func() error { return getsBackend(u) })
 			r.must("kube-proxy "+mode+": "+u+" from the node", err)
 		}
 		out, err := r.command("ip", "netns", "exec", "lan", "/opt/node/asker", "get", nodePort)
@@ -49,7 +49,7 @@ func services(r *ring) {
 		r.served("pods", tag, 3, waitLimit)
 		r.served("pods on the host network", tag+"-host", 2, waitLimit)
 		_, err = r.command("gke-metadata-emulator", "routing", "check")
-		r.must("kube-proxy "+mode+": our rules stand", err)
+		r.must("kube-proxy "+mode+": routing check succeeds", err)
 	}
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
@@ -64,12 +64,12 @@ func getsBackend(url string) error {
 		return err
 	}
 	if string(b) != "backend" {
-		return fmt.Errorf("%q answers", b)
+		return fmt.Errorf("the answer is %q, want backend", b)
 	}
 	return nil
 }
 
-// proxyMode starts kube-proxy anew, after it took away the rules of its other mode.
+// proxyMode restarts kube-proxy in a mode, after it removed the rules of its other mode.
 func (r *ring) proxyMode(mode string) error {
 	const file = "/etc/kubernetes/proxy.yaml"
 	b, err := os.ReadFile(file)
@@ -88,50 +88,50 @@ func (r *ring) proxyMode(mode string) error {
 		r.systemctl("start", "node-proxy"))
 }
 
-// nftables, ebpf: the other modes.
-func nftables(r *ring) { liveMode(r, "nftables") }
+// nftables and ebpf run kinds, starts and churn in these routing modes.
+func nftables(r *ring) { runMode(r, "nftables") }
 
 func ebpf(r *ring) {
 	const dropIn = "/etc/systemd/system/gke-metadata-emulator-routing.service.d/10-ebpf.conf"
 	_, err := r.command("install", "-D", "-m", "644", "/opt/node/routing-ebpf.conf", dropIn)
-	r.do("the drop-in of mode ebpf", errors.Join(err, r.systemctl("daemon-reload"),
+	r.do("install the drop-in of mode ebpf", errors.Join(err, r.systemctl("daemon-reload"),
 		r.systemctl("restart", "gke-metadata-emulator-routing")))
-	liveMode(r, "ebpf")
+	runMode(r, "ebpf")
 }
 
-func liveMode(r *ring, mode string) {
+func runMode(r *ring, mode string) {
 	before, err := os.ReadFile(config)
 	r.do("read the configuration", err)
 	set := func(text string) error {
 		return errors.Join(os.WriteFile(config, []byte(text), 0o644), r.systemctl("reload", "gke-metadata-emulator"))
 	}
-	stands := func() error {
+	checks := func() error {
 		_, err := r.command("gke-metadata-emulator", "routing", "check")
 		return err
 	}
-	r.do("set the mode", set(string(before)+"routing: {mode: "+mode+"}\n"))
-	if r.must("mode "+mode+" stands", eventually(r.ctx, waitLimit, "it does", stands)) {
-		liveKinds(r, mode+"-kinds")
-		liveStarts(r, mode+"-starts", 12)
-		liveChurn(r, mode+"-churn", 2, 2)
+	r.do("set routing.mode", set(string(before)+"routing: {mode: "+mode+"}\n"))
+	if r.must("mode "+mode+": routing check succeeds", eventually(r.ctx, waitLimit, "routing check", checks)) {
+		runKinds(r, mode+"-kinds")
+		runStarts(r, mode+"-starts", 12)
+		runChurn(r, mode+"-churn", 2, 2)
 	}
-	r.do("set the mode back", set(string(before)))
-	r.must("the mode before stands again", eventually(r.ctx, waitLimit, "it does", stands))
+	r.do("restore routing.mode", set(string(before)))
+	r.must("default mode: routing check succeeds", eventually(r.ctx, waitLimit, "routing check", checks))
 }
 
 const kubeletCertificate = "/var/lib/kubelet/pki/kubelet-client-current.pem"
 
-// rotation: kubelet's certificate was replaced since the run began, and the API server gives tokens
-// for the new one.
+// rotation: kubelet's certificate was replaced since the start of the run, and the API server
+// issues tokens for the new one.
 func rotation(r *ring) {
 	const ns = "rotation"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
 		return
 	}
 	var now string
-	err := eventually(r.ctx, 5*time.Minute, "kubelet has another", func() (err error) {
+	err := eventually(r.ctx, 5*time.Minute, "a new certificate", func() (err error) {
 		if now, err = filepath.EvalSymlinks(kubeletCertificate); err == nil && now == r.certificate {
-			err = errors.New("it is still " + filepath.Base(now))
+			err = errors.New("the certificate is still " + filepath.Base(now))
 		}
 		return err
 	})
@@ -147,16 +147,16 @@ func rotation(r *ring) {
 		}
 		return err
 	}
-	r.must("the service has its copy", eventually(r.ctx, waitLimit, "it has", copied))
+	r.must("the service's copy has the new certificate", eventually(r.ctx, waitLimit, "compare", copied))
 	r.batch(ns, "rotation", 6, func(i int) string { return []string{linked(i), plain(i)}[i%2] }, nil,
 		"-fresh", "-n", "5", "-every", "200ms", "-hold")
-	r.served("new tokens afterwards", "rotation", 30, waitLimit)
+	r.served("pods that request new tokens afterwards", "rotation", 30, waitLimit)
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
 var ours = regexp.MustCompile(`(?i)169\.254\.169|gke[-_]metadata`)
 
-// purge: nothing of the package is left, and pods have nobody to ask.
+// purge: nothing of the package is left, and pods get no answer.
 func purge(r *ring) {
 	const name = "gke-metadata-emulator"
 	if !r.do("namespace", r.namespace(r.ctx, "purge")) {
@@ -168,10 +168,10 @@ func purge(r *ring) {
 		what string
 		args []string
 	}{
-		{"a rule of iptables", []string{"iptables-save"}}, {"a rule of ip6tables", []string{"ip6tables-save"}},
-		{"a table of nftables", []string{"nft", "list", "ruleset"}}, {"a policy rule", []string{"ip", "rule"}},
-		{"an address", []string{"ip", "address"}}, {"a unit", []string{"systemctl", "list-unit-files", "--no-legend"}},
-		{"a user", []string{"getent", "passwd"}},
+		{"rules of iptables", []string{"iptables-save"}}, {"rules of ip6tables", []string{"ip6tables-save"}},
+		{"tables of nftables", []string{"nft", "list", "ruleset"}}, {"policy rules", []string{"ip", "rule"}},
+		{"addresses", []string{"ip", "address"}}, {"units", []string{"systemctl", "list-unit-files", "--no-legend"}},
+		{"users", []string{"getent", "passwd"}},
 	} {
 		out, err := r.command(c.args[0], c.args[1:]...)
 		left := ""
@@ -180,14 +180,14 @@ func purge(r *ring) {
 				left += line
 			}
 		}
-		r.check("not left: "+c.what, err == nil && left == "", "%v\n%s", err, left)
+		r.check("nothing is left: "+c.what, err == nil && left == "", "%v\n%s", err, left)
 	}
 	for _, dir := range []string{"/etc", "/run", "/var/lib", "/sys/fs/bpf"} {
 		_, err := os.Stat(filepath.Join(dir, name))
-		r.check("not left: "+filepath.Join(dir, name), errors.Is(err, os.ErrNotExist), "%v", err)
+		r.check("nothing is left: "+filepath.Join(dir, name), errors.Is(err, os.ErrNotExist), "%v", err)
 	}
 	r.batch("purge", "purge", 1, linked, nil, "-timeout", "3s")
 	for _, p := range r.wait("purge", 1, waitLimit) {
-		r.check("nobody answers pods", p.Outcome == report.Lost, "%s %d %s", p.Outcome, p.Status, p.Text)
+		r.check("a pod gets no answer", p.Outcome == report.Lost, "%s %d %s", p.Outcome, p.Status, p.Text)
 	}
 }

@@ -18,9 +18,8 @@ import (
 // waitLimit bounds what takes a few seconds; the machine may be busy.
 const waitLimit = 90 * time.Second
 
-// judged shows that a wrong token would be noticed: a pod that says that it is another
-// ServiceAccount than it is must be judged wrong, by each of the two things that a token tells. Its
-// reports count for nothing else.
+// judged shows that a wrong token is detected: a pod that claims another ServiceAccount or another
+// Google service account than its own must be judged wrong. Its reports are not counted.
 func judged(r *ring) {
 	const ns = "judged"
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
@@ -32,35 +31,35 @@ func judged(r *ring) {
 		p := newPod(ns, name, linked(0), name)
 		env := p.Spec.Containers[0].Env
 		env[slices.IndexFunc(env, func(e corev1.EnvVar) bool { return e.Name == lie.Name })] = lie
-		r.do("make a pod", r.create(r.ctx, p))
+		r.do("create a pod", r.create(r.ctx, p))
 		for _, p := range r.wait(name, 1, waitLimit) {
-			r.check("a token of another "+lie.Name+" is noticed", p.Outcome == report.Wrong, "%s: %s", p.Outcome, p.Whose)
+			r.check("a token of another "+lie.Name+" is detected", p.Outcome == report.Wrong, "%s: %s", p.Outcome, p.Whose)
 		}
 	}
 	r.reports = slices.DeleteFunc(r.reports, func(p report.Report) bool { return p.Namespace == ns })
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// first: the pods that were there before kubelet: each has the first request of its life answered.
+// first: the pods that were created before kubelet started: the first request of each is answered.
 func first(r *ring) {
-	r.served("pods from the first moment on", "first", firstPods, waitLimit)
+	r.served("pods that were created before kubelet started", "first", firstPods, waitLimit)
 	_, err := r.command("gke-metadata-emulator", "routing", "check")
-	r.must("the rules stand", err)
+	r.must("routing check succeeds", err)
 	out, err := r.command("gke-metadata-emulator", "doctor")
-	r.check("doctor finds nothing wrong", err == nil, "%v\n%s", err, out)
+	r.check("doctor reports no failure", err == nil, "%v\n%s", err, out)
 	out, err = r.command("journalctl", "--boot", "--no-pager", "--output=cat", "--unit=gke-metadata-emulator*")
 	r.do("read the journal", err)
-	r.check("none of our units has failed since the boot", !strings.Contains(out, "Failed with result"), "%s", out)
+	r.check("no unit of ours has failed since the boot", !strings.Contains(out, "Failed with result"), "%s", out)
 }
 
-// firstHost: the same on the host network: by then the service must know whether the node has a
-// cloud's own server.
+// firstHost: the same on the host network. The service must know by then whether the node has a
+// cloud's metadata server.
 func firstHost(r *ring) {
-	r.served("pods on the host network right after boot", "first-host", firstPods, waitLimit)
+	r.served("pods on the host network, right after the boot", "first-host", firstPods, waitLimit)
 	r.do("remove the pods", r.empty(r.ctx, "first"))
 }
 
-// kind is a pod of one kind, and the tags that it reports with.
+// kind is a pod of one kind, with the tags of its reports.
 type kind struct {
 	pod  *corev1.Pod
 	tags []string
@@ -140,15 +139,15 @@ func kindsOf(ns string) (ks []kind) {
 
 // kinds: a pod of each kind that kubelet knows gets its own token, also in its init containers, its
 // preStop hook and while it ends.
-func kinds(r *ring) { liveKinds(r, "kinds") }
+func kinds(r *ring) { runKinds(r, "kinds") }
 
-func liveKinds(r *ring, ns string) {
+func runKinds(r *ring, ns string) {
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
 		return
 	}
 	ks := kindsOf(ns)
 	for _, k := range ks {
-		r.do("make pod "+k.pod.Name, r.create(r.ctx, k.pod))
+		r.do("create pod "+k.pod.Name, r.create(r.ctx, k.pod))
 	}
 	var all []report.Report
 	for _, k := range ks {
@@ -157,23 +156,23 @@ func liveKinds(r *ring, ns string) {
 		}
 	}
 	r.allOK(fmt.Sprintf("%d kinds of pods", len(ks)), all)
-	r.served("a container that is started again", ns+"-restarting", 2, waitLimit)
+	r.served("a container that is restarted", ns+"-restarting", 2, waitLimit)
 	var ending []*corev1.Pod
 	for _, k := range ks {
 		if strings.HasPrefix(k.pod.Name, "ending") {
 			ending = append(ending, k.pod)
 		}
 	}
-	r.do("end pods", r.remove(r.ctx, false, ending...))
+	r.do("delete pods", r.remove(r.ctx, false, ending...))
 	for _, p := range ending {
 		r.served("the preStop hook of "+p.Name, ns+"-"+p.Name+"-hook", 3, waitLimit)
-		r.served("the last seconds of "+p.Name, ns+"-"+p.Name+"-ending", 3, waitLimit)
+		r.served("requests of "+p.Name+" after SIGTERM", ns+"-"+p.Name+"-ending", 3, waitLimit)
 	}
 	static(r, ns)
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }
 
-// static: a pod of a file has no ServiceAccount, and so gets no token of anybody.
+// static: a static pod has no ServiceAccount, so it gets no token.
 func static(r *ring, ns string) {
 	const manifests = "/etc/kubernetes/manifests"
 	p := newPod(ns, "static", "", ns+"-static", "-hold")
@@ -186,7 +185,7 @@ func static(r *ring, ns string) {
 	}
 }
 
-// batch makes n pods at once.
+// batch creates n pods.
 func (r *ring) batch(
 	ns, prefix string, n int, account func(int) string, change func(*corev1.Pod), flags ...string,
 ) (pods []*corev1.Pod) {
@@ -197,17 +196,17 @@ func (r *ring) batch(
 		}
 		pods = append(pods, p)
 	}
-	r.do("make pods "+prefix, r.create(r.ctx, pods...))
+	r.do("create pods "+prefix, r.create(r.ctx, pods...))
 	return pods
 }
 
 func onHost(p *corev1.Pod) { p.Spec.HostNetwork = true }
 
-// starts: pods whose token nobody has yet are answered at their first instruction.
-func starts(r *ring) { liveStarts(r, "starts", 30) }
+// starts: the first request of pods whose token is in no cache is answered.
+func starts(r *ring) { runStarts(r, "starts", 30) }
 
-// liveStarts starts n linked pods, and 12 of the others.
-func liveStarts(r *ring, ns string, n int) {
+// runStarts starts n linked pods, and 12 of the others.
+func runStarts(r *ring, ns string, n int) {
 	if !r.do("namespace", r.namespace(r.ctx, ns)) {
 		return
 	}
@@ -235,32 +234,33 @@ func roll(r *ring) {
 		return
 	}
 	r.batch(ns, "roll-old", n, linked, nil, "-hold")
-	r.served("before", "roll-old", n, waitLimit)
+	r.served("pods before the change", "roll-old", n, waitLimit)
 	for i := range n {
 		account := linked(i)
 		email := "new-" + emailOf(ns, account)
 		o := map[string]any{"metadata": map[string]any{"annotations": map[string]any{annotation: email}}}
-		r.do("allow", allow(r.ctx, ns, account, email))
-		r.do("annotate", r.Patch(r.ctx, "/api/v1/namespaces/"+ns+"/serviceaccounts/"+account, api.Merge, o))
+		r.do("allow the new Google service account", allow(r.ctx, ns, account, email))
+		r.do("annotate the ServiceAccount",
+			r.Patch(r.ctx, "/api/v1/namespaces/"+ns+"/serviceaccounts/"+account, api.Merge, o))
 		p := newPod(ns, fmt.Sprintf("roll-new-%d", i), account, "roll-new", "-hold")
 		for j := range p.Spec.Containers[0].Env {
 			if e := &p.Spec.Containers[0].Env[j]; e.Name == "EMAIL" {
 				e.Value = email
 			}
 		}
-		r.do("make a pod", r.create(r.ctx, p))
+		r.do("create a pod", r.create(r.ctx, p))
 	}
 	r.wait("roll-new", n, waitLimit)
 	old := 0
 	for i, p := range r.reports {
-		// The link of a moment ago is the pod's own, and no stranger's: this part judges it, and not the
-		// run.
+		// The previous link is the pod's own, so a token of it is no leak: this part counts it as a
+		// failure, and not as a wrong token.
 		if p.Tag == "roll-new" && p.Outcome == report.Wrong && p.Whose == subject(ns, p.Account)+" "+emailOf(ns, p.Account) {
 			r.reports[i].Outcome = report.Refused
 			old++
 		}
 	}
-	r.allOK(fmt.Sprintf("annotate and roll: the new identity at the first request (%d have the old one)", old),
+	r.allOK(fmt.Sprintf("new pods have the new identity at their first request (%d had the old one)", old),
 		r.of("roll-new"))
 	r.do("remove the pods", r.empty(r.ctx, ns))
 }

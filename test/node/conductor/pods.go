@@ -22,7 +22,7 @@ import (
 
 const annotation = "iam.gke.io/gcp-service-account"
 
-// accounts in each namespace: a-N is linked to a Google service account of its own, plain-N to
+// accounts is the number in each namespace: a-N is linked to a Google service account, plain-N to
 // none.
 const accounts = 30
 
@@ -38,7 +38,7 @@ func emailOf(namespace, account string) string {
 	return fmt.Sprintf("%s-%s@my-project.iam.gserviceaccount.com", namespace, account)
 }
 
-// cluster is the API server as the administrator sees it, with what pods need.
+// cluster calls the API server as the administrator.
 type cluster struct{ *api.Caller }
 
 func newCluster() (cluster, error) {
@@ -46,7 +46,8 @@ func newCluster() (cluster, error) {
 	return cluster{c}, err
 }
 
-// allow lets Google give the ServiceAccount tokens of the Google service account.
+// allow lets the stand-in for Google issue tokens of the Google service account to the
+// ServiceAccount.
 func allow(ctx context.Context, namespace, account, email string) error {
 	form := url.Values{"subject": {subject(namespace, account)}, "email": {email}}
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, worldURL+"/allow", strings.NewReader(form.Encode()))
@@ -61,7 +62,7 @@ func allow(ctx context.Context, namespace, account, email string) error {
 	return resp.Body.Close()
 }
 
-// namespace makes one with its ServiceAccounts.
+// namespace creates a namespace with its ServiceAccounts.
 func (c cluster) namespace(ctx context.Context, name string) error {
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	if err := c.Post(ctx, "/api/v1/namespaces", ns, nil); err != nil {
@@ -82,7 +83,7 @@ func (c cluster) namespace(ctx context.Context, name string) error {
 		err := c.Post(ctx, "/api/v1/namespaces/"+name+"/serviceaccounts", sa, nil)
 		var status *api.StatusError
 		if errors.As(err, &status) && status.Code == http.StatusConflict {
-			err = nil // the controller was first, with default
+			err = nil // the controller has created default
 		}
 		if err != nil {
 			return err
@@ -91,7 +92,7 @@ func (c cluster) namespace(ctx context.Context, name string) error {
 	return nil
 }
 
-// container is one that asks.
+// container returns a container that sends requests.
 func container(name string, pod *corev1.Pod, tag string, flags ...string) corev1.Container {
 	field := func(path string) *corev1.EnvVarSource {
 		return &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: path}}
@@ -106,7 +107,7 @@ func container(name string, pod *corev1.Pod, tag string, flags ...string) corev1
 		}}
 }
 
-// newPod is a pod of this node with one container, c, that asks.
+// newPod returns a pod of this node with one container, c, that sends requests.
 func newPod(namespace, name, account, tag string, flags ...string) *corev1.Pod {
 	second := int64(1)
 	p := &corev1.Pod{
@@ -130,7 +131,7 @@ func (c cluster) create(ctx context.Context, pods ...*corev1.Pod) error {
 	return nil
 }
 
-// remove deletes pods; force is as kubectl's --force, which does not wait for kubelet.
+// remove deletes pods; force is kubectl's --force, which does not wait for kubelet.
 func (c cluster) remove(ctx context.Context, force bool, pods ...*corev1.Pod) error {
 	var options any
 	if force {
@@ -149,10 +150,10 @@ func (c cluster) empty(ctx context.Context, namespace string) error {
 	return c.Delete(ctx, "/api/v1/namespaces/"+namespace+"/pods", nil)
 }
 
-// gone waits until a namespace has no pod any more.
+// gone waits until a namespace has no pods.
 func (c cluster) gone(ctx context.Context, namespace string) error {
 	path := "/api/v1/namespaces/" + namespace + "/pods"
-	return eventually(ctx, 60*time.Second, "the pods of "+namespace+" are gone", func() error {
+	return eventually(ctx, 60*time.Second, "wait until namespace "+namespace+" has no pods", func() error {
 		var list corev1.PodList
 		if err := c.Get(ctx, path, &list); err != nil {
 			return err
@@ -164,14 +165,14 @@ func (c cluster) gone(ctx context.Context, namespace string) error {
 	})
 }
 
-// apply is `kubectl apply --server-side -f`, for what is in no namespace.
+// apply is `kubectl apply --server-side -f`, for objects without a namespace.
 func (c cluster) apply(ctx context.Context, manifest []byte) error {
 	return each(manifest, func(path string, o map[string]any) error {
 		return c.Patch(ctx, path+"?fieldManager=conductor&force=true", api.Apply, o)
 	})
 }
 
-// unapply deletes what a manifest has.
+// unapply deletes the objects of a manifest.
 func (c cluster) unapply(ctx context.Context, manifest []byte) error {
 	return each(manifest, func(path string, _ map[string]any) error { return c.Delete(ctx, path, nil) })
 }
@@ -192,17 +193,17 @@ func each(manifest []byte, do func(path string, o map[string]any) error) error {
 	}
 }
 
-// shippedRBAC is the package's manifest, with this cluster's provider.
+// shippedRBAC returns the package's manifest, with this cluster's provider.
 func shippedRBAC() ([]byte, error) {
 	b, err := os.ReadFile("/opt/node/rbac.yaml")
 	const placeholder = "//iam.googleapis.com/projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER"
 	if err == nil && !bytes.Contains(b, []byte(placeholder)) {
-		err = fmt.Errorf("rbac.yaml does not hold %s", placeholder)
+		err = fmt.Errorf("rbac.yaml does not contain %s", placeholder)
 	}
 	return bytes.ReplaceAll(b, []byte(placeholder), []byte(audience)), err
 }
 
-// joining is what kubeadm grants so that kubelet gets its certificate, and the next ones.
+// joining has kubeadm's grants by which kubelet gets its certificate, and renews it.
 const joining = `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -223,10 +224,10 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:
 subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:nodes"}]
 `
 
-const firstPods = 30 // of each kind
+const firstPods = 30 // on each network
 
-// join waits for the API server and writes what is there before kubelet: grants, and pods that ask
-// at once.
+// join waits for the API server. Then it creates the grants, and pods that send requests at their
+// start, before kubelet starts.
 func join(ctx context.Context) error {
 	var c cluster
 	err := eventually(ctx, time.Minute, "the API server is ready", func() (err error) {
@@ -240,7 +241,7 @@ func join(ctx context.Context) error {
 	}
 	var there json.RawMessage
 	if c.Get(ctx, "/api/v1/namespaces/first", &there) == nil {
-		return nil // the API server was started again
+		return nil // the API server was restarted
 	}
 	rbac, err := shippedRBAC()
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -17,24 +16,25 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/test/node/report"
 )
 
-// ring is one run: what was reported so far, and what came of the parts.
+// ring is one run of test-node: the reports so far, and the results of the checks.
 type ring struct {
 	cluster
 	ctx            context.Context
 	file           *os.File
 	partial        []byte
 	reports        []report.Report
-	certificate    string // kubelet's when the run began
+	certificate    string // kubelet's at the start of the run
 	passed, failed int
 }
 
-// tally is what came of a part, or of the run.
+// tally is the result of a part, or of the run.
 type tally struct {
 	passed, failed int
 	outcomes       map[report.Outcome]int
 }
 
-// since returns what came after the first n reports and the checks of an earlier tally.
+// since returns the checks after an earlier tally, and the outcomes of the reports after the first
+// n.
 func (r *ring) since(before tally, n int) tally {
 	t := tally{r.passed - before.passed, r.failed - before.failed, map[report.Outcome]int{}}
 	for _, p := range r.reports[n:] {
@@ -55,33 +55,33 @@ func (t tally) String() string {
 
 type part struct {
 	name string
-	live func(*ring)
+	run  func(*ring)
 }
 
-// parts in the order in which they are lived through.
+// parts are run in this order.
 var parts = []part{
-	{name: "first", live: first},
-	{name: "firsthost", live: firstHost},
-	{name: "kinds", live: kinds},
-	{name: "starts", live: starts},
-	{name: "roll", live: roll},
-	{name: "churn", live: churn},
-	{name: "completed", live: completed},
-	{name: "rbac", live: rbac},
-	{name: "restarts", live: restarts},
-	{name: "apikill", live: apiKill},
-	{name: "apistop", live: apiStop},
-	{name: "services", live: services},
-	{name: "nftables", live: nftables},
-	{name: "ebpf", live: ebpf},
-	{name: "rotation", live: rotation},
-	{name: "purge", live: purge},
+	{name: "first", run: first},
+	{name: "firsthost", run: firstHost},
+	{name: "kinds", run: kinds},
+	{name: "starts", run: starts},
+	{name: "roll", run: roll},
+	{name: "churn", run: churn},
+	{name: "completed", run: completed},
+	{name: "rbac", run: rbac},
+	{name: "restarts", run: restarts},
+	{name: "apikill", run: apiKill},
+	{name: "apistop", run: apiStop},
+	{name: "services", run: services},
+	{name: "nftables", run: nftables},
+	{name: "ebpf", run: ebpf},
+	{name: "rotation", run: rotation},
+	{name: "purge", run: purge},
 }
 
 func run(ctx context.Context, names []string) error {
 	for _, n := range names {
 		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == n }) {
-			return fmt.Errorf("there is no part %s", n)
+			return fmt.Errorf("unknown part %s: test/README.md lists the parts", n)
 		}
 	}
 	c, err := newCluster()
@@ -107,7 +107,7 @@ func run(ctx context.Context, names []string) error {
 		}
 		fmt.Printf("== %s\n", p.name)
 		start, before := time.Now(), r.since(tally{}, 0)
-		p.live(r)
+		p.run(r)
 		r.read()
 		fmt.Printf("== %s: %s; %s\n", p.name, r.since(before, counted), time.Since(start).Round(time.Second))
 		counted = len(r.reports)
@@ -123,15 +123,15 @@ func run(ctx context.Context, names []string) error {
 			wrong++
 		}
 	}
-	r.check("no token was somebody else's", wrong == 0, "%d were", wrong)
+	r.check("every token was the pod's own", wrong == 0, "%d of %d reports were not", wrong, len(r.reports))
 	fmt.Printf("test-node: %s; %s\n", r.since(tally{}, 0), time.Since(begin).Round(time.Second))
 	if r.failed > 0 {
-		return errors.New("some of it is not as it has to be")
+		return fmt.Errorf("%d checks failed: see the lines with FAIL", r.failed)
 	}
 	return nil
 }
 
-// check says what came of one thing.
+// check prints and counts the result of one check.
 func (r *ring) check(what string, ok bool, otherwise string, args ...any) bool {
 	if ok {
 		fmt.Println("ok   ", what)
@@ -145,12 +145,12 @@ func (r *ring) check(what string, ok bool, otherwise string, args ...any) bool {
 
 func (r *ring) must(what string, err error) bool { return r.check(what, err == nil, "%v", err) }
 
-// do is for steps that are no result of their own: it says only what went wrong.
+// do is for steps that are not counted when they succeed: it prints failures only.
 func (r *ring) do(what string, err error) bool {
 	return err == nil || r.check(what, false, "%v", err)
 }
 
-// read takes in what was reported since.
+// read reads the reports that were written since the last call.
 func (r *ring) read() {
 	b, err := io.ReadAll(r.file)
 	if err != nil {
@@ -182,7 +182,7 @@ func (r *ring) of(tag string) (ps []report.Report) {
 	return ps
 }
 
-// wait waits until n reports have the tag, and returns them.
+// wait waits until n reports have the tag, and returns all with the tag.
 func (r *ring) wait(tag string, n int, waitLimit time.Duration) []report.Report {
 	err := eventually(r.ctx, waitLimit, tag, func() error {
 		if got := len(r.of(tag)); got < n {
@@ -190,7 +190,7 @@ func (r *ring) wait(tag string, n int, waitLimit time.Duration) []report.Report 
 		}
 		return nil
 	})
-	r.do("reports", err)
+	r.do("wait for reports", err)
 	return r.of(tag)
 }
 
@@ -223,7 +223,7 @@ func (r *ring) allOK(what string, ps []report.Report) {
 		len(bad) == 0 && len(ps) > 0, "%d of %d were not%s", len(bad), len(ps), text)
 }
 
-// spread is how long requests took.
+// spread returns percentiles of the duration of requests.
 func spread(ps []report.Report) string {
 	if len(ps) == 0 {
 		return "none"
@@ -237,7 +237,7 @@ func spread(ps []report.Report) string {
 	return fmt.Sprintf("p50 %s, p99 %s, longest %s", at(50), at(99), took[len(took)-1].Round(100*time.Microsecond))
 }
 
-// eventually polls until f is content, or says why it is not.
+// eventually polls until f succeeds. After waitLimit it returns f's last error.
 func eventually(ctx context.Context, waitLimit time.Duration, what string, f func() error) error {
 	for deadline := time.Now().Add(waitLimit); ; {
 		err := f()
@@ -255,7 +255,7 @@ func eventually(ctx context.Context, waitLimit time.Duration, what string, f fun
 	}
 }
 
-// command runs a program of the node.
+// command runs a program on the node.
 func (r *ring) command(name string, args ...string) (string, error) {
 	b, err := exec.CommandContext(r.ctx, name, args...).CombinedOutput()
 	if err != nil {

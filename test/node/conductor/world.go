@@ -21,8 +21,8 @@ import (
 
 var reportsFile = filepath.Join(worldDir, "reports.jsonl")
 
-// world is Google, which verifies every token of the cluster's, and the only one who knows whose
-// the tokens are that it issued. It judges each report, and writes it to reports.jsonl without the
+// world runs the stand-in for Google, which verifies every token of the cluster and knows the owner
+// of every token that it issued. It judges each report, and writes it to reports.jsonl without the
 // token.
 func world(ctx context.Context) error {
 	if err := os.MkdirAll(worldDir, 0o755); err != nil {
@@ -87,7 +87,7 @@ func world(ctx context.Context) error {
 	return out.Close()
 }
 
-// judge puts the outcome in the token's place.
+// judge replaces the token by the outcome.
 func judge(p *report.Report, google *googletest.Server) {
 	value := p.Token
 	p.Token = ""
@@ -103,7 +103,7 @@ func judge(p *report.Report, google *googletest.Server) {
 	p.Whose = issued.Subject + " " + issued.Email
 	if p.Outcome = report.OK; !known || issued.Subject != subject(p.Namespace, p.Account) || issued.Email != p.Email {
 		p.Outcome = report.Wrong
-		p.Text = fmt.Sprintf("whose token: %q; Google issued it: %v", p.Whose, known)
+		p.Text = fmt.Sprintf("the token is of %q; issued by the stand-in for Google: %v", p.Whose, known)
 	}
 }
 
@@ -111,7 +111,7 @@ func subject(namespace, account string) string {
 	return "system:serviceaccount:" + namespace + ":" + account
 }
 
-// keySet is the cluster's keys, read once: Google keeps them too when the cluster is away.
+// keySet has the cluster's keys. They are read once: Google keeps them while the cluster is away.
 type keySet struct {
 	mu   sync.Mutex
 	keys jose.JSONWebKeySet
@@ -128,7 +128,7 @@ func (k *keySet) get(ctx context.Context) jose.JSONWebKeySet {
 		err = admin.Get(ctx, "/openid/v1/jwks", &k.keys)
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "world: the cluster's keys:", err)
+		fmt.Fprintln(os.Stderr, "world: the cluster's keys cannot be read:", err)
 	}
 	return k.keys
 }

@@ -1,5 +1,5 @@
-// Command runc is runc without resource limits: for a cgroup tree of version 2 that has no
-// controllers. The paths of cgroups, which say whose a process is, are the real ones.
+// Command runc runs runc without resource limits, for a cgroup v2 hierarchy that has no
+// controllers. The paths of cgroups, by which processes are attested, are the real ones.
 package main
 
 import (
@@ -42,7 +42,7 @@ func bundle(args []string) string {
 	return "."
 }
 
-// unlimit takes the limits out of a container's specification, and leaves the rules for devices.
+// unlimit removes the limits from a container's specification, and keeps the rules for devices.
 func unlimit(file string) error {
 	b, err := os.ReadFile(file)
 	if err != nil {

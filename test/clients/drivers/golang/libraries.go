@@ -143,8 +143,8 @@ func cloudAuth(string) library {
 	}}
 }
 
-// cloudStorage is the client of Cloud Storage. The ring's Cloud Storage answers with the token that
-// a request had as the name of the bucket.
+// cloudStorage is the client of Cloud Storage. The ring's Cloud Storage answers with the token of
+// the request as the name of the bucket.
 func cloudStorage(endpoint string) library {
 	dial := func(scope string) func() (*storage.Client, error) {
 		return sync.OnceValues(func() (*storage.Client, error) {
@@ -172,7 +172,7 @@ func cloudStorage(endpoint string) library {
 	}}
 }
 
-// registryKeychain is go-containerregistry's, which has credentials for Google's registries.
+// registryKeychain is go-containerregistry's keychain with credentials for Google's registries.
 func registryKeychain(string) library {
 	resolve := func(ctx context.Context) (authn.Authenticator, error) {
 		r, err := name.NewRegistry("europe-docker.pkg.dev")
@@ -201,7 +201,7 @@ func registryKeychain(string) library {
 	}}
 }
 
-// openTelemetry is the detector of resources, which asks for no token.
+// openTelemetry is the detector of resources, which requests no token.
 func openTelemetry(string) library {
 	attributeOf := func(ctx context.Context, key attribute.Key) (string, error) {
 		r, err := gcp.NewDetector().Detect(ctx)

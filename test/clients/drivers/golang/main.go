@@ -1,6 +1,6 @@
-// Command golang answers what the ring asks of Google's libraries for Go. Its first argument is the
-// library. Each line of standard input is a question, each line of standard output a JSON answer;
-// the ring's client.go says which there are.
+// Command golang is the driver of Google's libraries for Go. Its first argument is the
+// library. Each line of standard input is a question, each line of standard output an answer in
+// JSON; the ring's client.go has the questions.
 package main
 
 import (
@@ -20,10 +20,10 @@ const (
 	audience = "https://run.example.com"
 )
 
-// errNone says that the library has no such thing.
+// errNone: the library has no such function.
 var errNone = errors.New("none")
 
-// library is what can be asked of a library. It does not have what is asked by other questions.
+// library has the questions that a library can answer.
 type library struct {
 	module string
 	ask    map[string]func(context.Context) (string, error)
@@ -52,7 +52,7 @@ func main() {
 		if a.None = errors.Is(err, errNone); err != nil && !a.None {
 			a.Error = err.Error()
 		}
-		_ = say.Encode(a) // the ring left: nobody to tell
+		_ = say.Encode(a) // an error: the ring has ended
 	}
 }
 
@@ -69,5 +69,5 @@ func versionOf(module string) (string, error) {
 	return "", fmt.Errorf("%s is not in the program", module)
 }
 
-// yes is the answer to whether Google Cloud was detected.
+// yes answers whether Google Cloud was detected.
 func yes(err error) (string, error) { return strconv.FormatBool(err == nil), err }
