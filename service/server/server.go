@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -259,6 +260,9 @@ func (s *Server) answer(req *request) (metadata.Answer, error) {
 		return s.passThrough(req.Context(), req)
 	}
 	var q metadata.Query
+	if strings.Count(req.URL.RawQuery, "&") >= maxParameters {
+		return metadata.Answer{}, metadata.BadQuery("more than %d parameters", maxParameters)
+	}
 	if req.URL.RawQuery != "" {
 		q.Values = metadata.ParseQuery(req.URL.RawQuery)
 	}
