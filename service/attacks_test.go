@@ -57,6 +57,8 @@ func TestHostileRequests(t *testing.T) {
 			true},
 		{"3,000 parameters", strings.Replace(attackLine, " HTTP", "?"+strings.Repeat("a=&", 3_000)+" HTTP", 1) + attackHost +
 			attackEnd, []string{"400"}, false},
+		{"audience of 5 KB", "GET " + accts + "default/identity?audience=" + strings.Repeat("a", 5_000) + " HTTP/1.1\r\n" +
+			attackHost + attackEnd, []string{"400"}, false},
 		{"100 headers and parameters", strings.Replace(attackLine, " HTTP", "?"+strings.Repeat("a=&", 100)+" HTTP", 1) +
 			attackHost + headers(100) + attackEnd, []string{"200"}, false},
 		{"two Content-Length", attackLine + attackHost + "Content-Length: 1\r\nContent-Length: 2\r\n" + attackEnd + "ab",

@@ -475,7 +475,8 @@ func (s *Server) record(req *request, status int, a metadata.Answer, err error) 
 	token, isToken := a.Issued.(issued)
 	switch {
 	case err == nil && isToken:
-		if req.audited == nil || req.issued != token { // else this connection got the same token a moment ago
+		// Else this connection got the same token a moment ago.
+		if req.audited == nil || req.issued != token || req.audited.over.Load() {
 			by, _ := req.asker()
 			req.audited, req.issued = s.audit.issue(by, token), token
 		} else {
