@@ -323,12 +323,15 @@ func (c *Cache) reserve(owner string, entry bool) error {
 }
 
 // dropOldest drops that token of the owner, or of any with "", that nobody has asked for for the
-// longest time, and reports whether there was one. Refusals stay: who makes up scopes that Google refuses does not
-// have Google asked without end. c.mu is held.
+// longest time, and reports whether there was one. Refusals stay: who makes up scopes that Google
+// refuses does not have Google asked without end. c.mu is held.
 func (c *Cache) dropOldest(owner string) bool {
 	var oldest *entry
 	for _, e := range c.entries {
-		if e.owner != "" && (e.owner == owner || owner == "") && e.call == nil && e.token.Value != "" && (oldest == nil || e.asked.Before(oldest.asked)) {
+		if e.owner == "" || owner != "" && e.owner != owner || e.call != nil || e.token.Value == "" {
+			continue
+		}
+		if oldest == nil || e.asked.Before(oldest.asked) {
 			oldest = e
 		}
 	}
