@@ -51,7 +51,16 @@ func TestHostileRequests(t *testing.T) {
 		{"HTTP/3.0", "GET / HTTP/3.0\r\n" + attackHost + "\r\n", []string{"505"}, false},
 		{"header of 1 MB", attackLine + attackHost + "X: " + strings.Repeat("x", 1<<20) + "\r\n" + attackEnd,
 			[]string{"431"}, true},
-		{"10,000 headers", attackLine + attackHost + headers(10_000) + attackEnd, []string{"431"}, true},
+		{"10,000 headers", attackLine + attackHost + headers(10_000) + attackEnd, []string{"400"}, true},
+		// Each of these would cost several hundred KB while its request waits for a change.
+		{"3,000 headers of 5 bytes", attackLine + attackHost + strings.Repeat("x:\r\n", 3_000) + attackEnd, []string{"400"},
+			true},
+		{"3,000 parameters", strings.Replace(attackLine, " HTTP", "?"+strings.Repeat("a=&", 3_000)+" HTTP", 1) + attackHost +
+			attackEnd, []string{"400"}, false},
+		{"audience of 5 KB", "GET " + accts + "default/identity?audience=" + strings.Repeat("a", 5_000) + " HTTP/1.1\r\n" +
+			attackHost + attackEnd, []string{"400"}, false},
+		{"100 headers and parameters", strings.Replace(attackLine, " HTTP", "?"+strings.Repeat("a=&", 100)+" HTTP", 1) +
+			attackHost + headers(100) + attackEnd, []string{"200"}, false},
 		{"two Content-Length", attackLine + attackHost + "Content-Length: 1\r\nContent-Length: 2\r\n" + attackEnd + "ab",
 			[]string{"400"}, false},
 		{"negative Content-Length", attackLine + attackHost + "Content-Length: -1\r\n" + attackEnd, []string{"400"}, false},

@@ -144,20 +144,29 @@ func readDevices() ([]device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
-	defaults, sources := map[int]bool{}, map[netip.Addr]bool{}
+	defaults, advertised, sources := map[int]bool{}, map[int]bool{}, map[netip.Addr]bool{}
 	for _, r := range routes {
 		if r.Dst != nil {
 			if ones, _ := r.Dst.Mask.Size(); ones != 0 {
 				continue
 			}
 		}
-		defaults[r.LinkIndex] = true
+		found := defaults
+		if r.Protocol == unix.RTPROT_RA {
+			found = advertised
+		}
+		found[r.LinkIndex] = true
 		for _, hop := range r.MultiPath {
-			defaults[hop.LinkIndex] = true
+			found[hop.LinkIndex] = true
 		}
 		if a, ok := netip.AddrFromSlice(r.Src); ok {
 			sources[a.Unmap()] = true
 		}
+	}
+	// A pod with CAP_NET_RAW can send router advertisements, and would make an uplink of the pods'
+	// bridge. So the routes of advertisements count where the node has no other default route.
+	if len(defaults) == 0 {
+		defaults = advertised
 	}
 	holders := map[int]bool{}
 	for _, a := range addrs {

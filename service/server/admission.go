@@ -16,7 +16,8 @@ import (
 // `/` is answered without knowing the client, and limits.connectionsPerPod counts by address where
 // the kernel says no more: whoever can make up addresses opens connections without end. So there is
 // a bound for all together, and a part of it for clients that nobody vouches for. Where it is
-// reached, connections that wait for no answer are closed for a new one.
+// reached, connections that wait for no answer are closed for a new one; and where all wait, since
+// pods within their limits can fill it with long polls, some of the party that has most.
 const (
 	maxConnections = 10_000 // they cost 220 MB, of MemoryHigh=384M; LimitNOFILE=65536 has room for them
 	maxUnknown     = 2_000  // of them, for clients that are an address and nothing else
@@ -27,10 +28,8 @@ const (
 // admission bounds the connections that are open at once.
 type admission struct {
 	most, mostUnknown int
-	// where every connection waits for an answer, close the one that waits longest
-	evictAnswering bool
-	vouched        func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
-	requests       func() int              // limits.requestsPerPod; nil: there is no limit
+	vouched           func(*attest.Peer) bool // whether a client is known to be a pod or a unit; nil: none is
+	requests          func() int              // limits.requestsPerPod; nil: there is no limit
 
 	idle      atomic.Int64 // connections between two requests
 	answering atomic.Int64 // connections whose request is being answered
@@ -164,16 +163,16 @@ func (a *admission) drop(p attest.Party, u *usage) {
 }
 
 // evict closes connections that wait for no answer: those of unknown clients first, then those
-// of whoever has most, then those that have waited longest. It closes an eighth of them, so that
-// the next newcomers need no search. It is called with a.mu held.
+// of whoever has most, then those that have waited longest. Where all wait for an answer, it closes
+// connections of the party that has most. It closes an eighth of them, so that the next newcomers
+// need no search. It is called with a.mu held.
 func (a *admission) evict(unknownOnly bool) bool {
 	victims := a.waiting(unknownOnly, false)
-	if n := len(victims); n > 0 {
-		victims = victims[:(n+7)/8]
-	} else if a.evictAnswering {
-		victims = a.waiting(unknownOnly, true)
-		victims = victims[:min(1, len(victims))]
+	if len(victims) == 0 && !unknownOnly {
+		all := a.waiting(false, true)
+		victims = slices.DeleteFunc(all, func(v victim) bool { return v.usage != all[0].usage })
 	}
+	victims = victims[:(len(victims)+7)/8]
 	for _, v := range victims {
 		a.evicted.Add(1)
 		a.forget(v.connection)
@@ -199,7 +198,7 @@ func (a *admission) waiting(unknownOnly, asked bool) []victim {
 		}
 	}
 	slices.SortFunc(all, func(a, b victim) int {
-		if a.known != b.known {
+		if !asked && a.known != b.known { // whoever waits for an answer may become known by that
 			return map[bool]int{false: -1, true: 1}[a.known]
 		}
 		return cmp.Or(cmp.Compare(b.open, a.open), cmp.Compare(a.since, b.since))

@@ -47,8 +47,8 @@ func (c *crowd) openOf(client string) (n int) {
 	return n
 }
 
-// Clients that nobody vouches for take a part of the room, whoever has most makes room for others,
-// and nobody does who is being answered.
+// Clients that nobody vouches for take a part of the room, in which no answer is cut off for a new
+// one, and whoever has most makes room for others.
 func TestAdmission(t *testing.T) {
 	c := newCrowd(100, 40)
 	for range 60 {
@@ -111,7 +111,6 @@ func TestAdmissionOfKnownClients(t *testing.T) {
 // Where nothing is idle and answers are short, the one that takes longest is cut off.
 func TestAdmissionOfShortAnswers(t *testing.T) {
 	c := newCrowd(4, 4)
-	c.evictAnswering = true
 	for i := range 6 {
 		if !c.enters(fmt.Sprint(i)) {
 			t.Error("no room")
@@ -120,5 +119,36 @@ func TestAdmissionOfShortAnswers(t *testing.T) {
 	}
 	if c.openOf("0")+c.openOf("1") != 0 || len(c.all) != 4 {
 		t.Errorf("%d are open", len(c.all))
+	}
+}
+
+// Clients within their own limits that together wait in all connections there are, by long polls,
+// keep nobody out: those that have most make room, and their answers that are waited for longest.
+func TestAdmissionBesideLongPolls(t *testing.T) {
+	c := newCrowd(100, 40)
+	for i := range 100 {
+		client := fmt.Sprint("known ", i%4)
+		if i >= 90 {
+			client = fmt.Sprint("known small ", i)
+		}
+		c.enters(client)
+		n := c.of[client][len(c.of[client])-1]
+		n.asked.Store(true)
+		n.since.Store(int64(i))
+	}
+	for i := range 50 {
+		late := fmt.Sprint("known late ", i)
+		if !c.enters(late) {
+			t.Fatalf("client %d finds no room beside long polls", i)
+		}
+		c.of[late][0].asked.Store(true)
+	}
+	for client := range c.of {
+		if strings.Contains(client, "small") && c.openOf(client) != 1 {
+			t.Errorf("%s made room for others", client)
+		}
+	}
+	if _, open := c.all[c.of["known 0"][0]]; open || len(c.all) > 100 {
+		t.Errorf("%d are open, the oldest long poll is: %t", len(c.all), open)
 	}
 }

@@ -47,9 +47,15 @@ type asker struct {
 type auditEntry struct {
 	expires time.Time
 	again   atomic.Int64 // how often since the last line
+	over    atomic.Bool  // it is remembered no more: a connection that has it asks for another
 }
 
-const auditInterval = time.Minute
+const (
+	auditInterval = time.Minute
+	// maxAudited bounds what is remembered, since a pod may make up audiences and scopes without
+	// end. When it is full it starts anew: some tokens get a line more, and none is lost.
+	maxAudited = 4096
+)
 
 func newAudit(log logrus.FieldLogger) *audit {
 	return &audit{log: log, audited: map[issuance]*auditEntry{}}
@@ -67,10 +73,18 @@ func (a *audit) issue(by asker, t issued) *auditEntry {
 		return before
 	}
 	now := &auditEntry{expires: t.expires}
+	var due map[issuance]*auditEntry
+	switch {
+	case before != nil:
+		due = map[issuance]*auditEntry{i: before}
+	case len(a.audited) >= maxAudited:
+		due, a.audited = a.audited, map[issuance]*auditEntry{}
+	}
 	a.audited[i] = now
 	a.mu.Unlock()
-	if before != nil {
-		a.logAgain(i, before)
+	for i, e := range due {
+		e.over.Store(true)
+		a.logAgain(i, e)
 	}
 	a.line(i, t.expires).Info("token issued")
 	return now

@@ -98,6 +98,36 @@ func TestAudit(t *testing.T) {
 	})
 }
 
+// A pod that makes up audiences does not have all of them remembered until the tokens expire.
+// What was counted and not logged is logged first.
+func TestAuditIsBounded(t *testing.T) {
+	var out syncBuffer
+	log := logrus.New()
+	log.SetOutput(&out)
+	a := newAudit(log)
+	of := func(audience string) issued {
+		return issued{token.IDToken(workload.ServiceAccount{Namespace: "ns", Name: "sa"},
+			workload.Account{GoogleEmail: reader}, audience), time.Now().Add(time.Hour)}
+	}
+	first := of("https://first")
+	kept := a.issue(asker{}, first) // by a connection
+	for range 7 {
+		a.issue(asker{}, first)
+	}
+	for i := range 3 * maxAudited {
+		a.issue(asker{}, of(fmt.Sprint("https://", i)))
+	}
+	if n := len(a.audited); n > maxAudited {
+		t.Errorf("%d tokens are remembered", n)
+	}
+	if !kept.over.Load() {
+		t.Error("a connection counts where nobody reads it")
+	}
+	if got := out.take(); strings.Count(got, "token issued\"") != 3*maxAudited+1 || strings.Count(got, "times=7") != 1 {
+		t.Error("a line is missing")
+	}
+}
+
 // syncBuffer is a bytes.Buffer for what is written while it is read.
 type syncBuffer struct {
 	mu sync.Mutex

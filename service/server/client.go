@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -27,7 +28,14 @@ const (
 	// hastyTimeout is readTimeout while the service stops: the next process serves those that do
 	// read.
 	hastyTimeout = 500 * time.Millisecond
+
+	// What net/http makes of a line of a few bytes takes more than a hundred, and so does what
+	// package metadata makes of a parameter. A request that waits for a change keeps both.
+	maxHeadLines  = 128
+	maxParameters = 128
 )
+
+var errHeadLines = fmt.Errorf("the head of a request has more than %d lines", maxHeadLines)
 
 // clientListener is a listener for net/http.
 type clientListener struct {
@@ -78,6 +86,28 @@ type half struct {
 	body   atomic.Bool   // of the request; it is still being read, and cannot come in whole once the half ended
 	closed atomic.Bool   // the half ended while an answer was waited for,
 	ended  chan struct{} // and this is closed
+}
+
+// head counts the lines of the head of a request as they come in. An empty line ends it.
+type head struct {
+	lines int
+	text  bool // in the line that has not ended yet
+}
+
+// fits reports whether the head has no more than maxHeadLines, with what was read now.
+func (h *head) fits(read []byte) bool {
+	for ended := true; ended && h.lines <= maxHeadLines; {
+		var line []byte
+		line, read, ended = bytes.Cut(read, []byte("\n"))
+		h.text = h.text || len(bytes.TrimSuffix(line, []byte("\r"))) > 0
+		switch {
+		case ended && h.text:
+			h.lines, h.text = h.lines+1, false
+		case ended:
+			h.lines = 0
+		}
+	}
+	return h.lines <= maxHeadLines
 }
 
 // clientConn is a connection as net/http has it.
@@ -141,6 +171,9 @@ func (c clientConn) Read(b []byte) (int, error) {
 		}
 	}
 	n, err := c.TCPConn.Read(b)
+	if !c.asked.Load() && !c.fits(b[:n]) { // else it is a body, or the request after this one
+		return 0, errHeadLines
+	}
 	if err != io.EOF || !c.asked.Load() || c.body.Load() {
 		return n, err
 	}

@@ -32,6 +32,7 @@ type connection struct {
 	ours  bool
 	held
 	half
+	head
 
 	theirs bool // what is written is another server's answer, and no refusal of net/http's
 

@@ -41,7 +41,6 @@ func (s *Server) ServeHealth(ctx context.Context, l net.Listener, ready func(con
 	// probes, and whoever comes is let in.
 	x := newConnections(func() int { return maxHealth }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
 	x.admission = newAdmission(maxHealth, maxHealth)
-	x.evictAnswering = true
 	return s.serveInternal(ctx, s.bounded(l, true), onlyFrom(allowed, mux), x)
 }
 

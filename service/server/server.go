@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -259,6 +260,9 @@ func (s *Server) answer(req *request) (metadata.Answer, error) {
 		return s.passThrough(req.Context(), req)
 	}
 	var q metadata.Query
+	if strings.Count(req.URL.RawQuery, "&") >= maxParameters {
+		return metadata.Answer{}, metadata.BadQuery("more than %d parameters", maxParameters)
+	}
 	if req.URL.RawQuery != "" {
 		q.Values = metadata.ParseQuery(req.URL.RawQuery)
 	}
@@ -471,7 +475,8 @@ func (s *Server) record(req *request, status int, a metadata.Answer, err error) 
 	token, isToken := a.Issued.(issued)
 	switch {
 	case err == nil && isToken:
-		if req.audited == nil || req.issued != token { // else this connection got the same token a moment ago
+		// Else this connection got the same token a moment ago.
+		if req.audited == nil || req.issued != token || req.audited.over.Load() {
 			by, _ := req.asker()
 			req.audited, req.issued = s.audit.issue(by, token), token
 		} else {

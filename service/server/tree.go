@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/config"
@@ -19,6 +20,9 @@ import (
 const (
 	scopeCloudPlatform = "https://www.googleapis.com/auth/cloud-platform"
 	scopeEmail         = "https://www.googleapis.com/auth/userinfo.email"
+
+	// maxTokenText bounds an audience, or scopes together: cache and audit trail keep them.
+	maxTokenText = 4096 // bytes
 )
 
 // NewTree returns what the configuration has pods see. accounts and tokens are asked for the
@@ -166,6 +170,9 @@ func (a identity) emailOf(c workload.Caller, acct workload.Account) string {
 // accessToken answers in the three fields of these types that C++, Rust and Java insist on (T-01).
 func (a identity) accessToken(ctx context.Context, q metadata.Query) (any, error) {
 	scopes := q.Values["scopes"] // T-03
+	if n := len(strings.Join(scopes, " ")); n > maxTokenText {
+		return nil, metadata.BadQuery("scopes of %d bytes: at most %d are accepted", n, maxTokenText)
+	}
 	t, of, err := a.issue(ctx, q, func(acct workload.Account) (token.Request, error) {
 		return token.AccessToken(q.Caller.ServiceAccount, acct, scopes), nil
 	})
@@ -215,6 +222,9 @@ func (a identity) idToken(ctx context.Context, q metadata.Query) (any, error) {
 	audience := q.Values.Get("audience")
 	if audience == "" {
 		return nil, errNoAudience
+	}
+	if len(audience) > maxTokenText {
+		return nil, metadata.BadQuery("audience of %d bytes: at most %d are accepted", len(audience), maxTokenText)
 	}
 	t, of, err := a.issue(ctx, q, func(acct workload.Account) (token.Request, error) {
 		if !acct.Linked() {

@@ -18,6 +18,10 @@ const (
 	// askerWait bounds how long a caller with a usable old token waits for a newer one. Some clients
 	// give up after three seconds (H-21, clients' timeouts).
 	askerWait = 2 * time.Second
+
+	// maxEntries bounds the entries of all pods together: those of a pod outlive it, so pods that come
+	// and go leave KeysPerPod each. It is enough for 110 pods, as many as a node usually has.
+	maxEntries = 8 << 10
 )
 
 // CacheOptions configures a Cache.
@@ -307,6 +311,9 @@ func (c *Cache) reserve(owner string, entry bool) error {
 	if n := c.o.KeysPerPod; n > 0 && entry && u.keys >= n && !c.dropOldest(owner) {
 		return &LimitError{"keysPerPod", n}
 	}
+	if entry && len(c.entries) >= maxEntries {
+		c.dropOldest("")
+	}
 	u.mints++
 	if entry {
 		u.keys++
@@ -315,13 +322,16 @@ func (c *Cache) reserve(owner string, entry bool) error {
 	return nil
 }
 
-// dropOldest drops that token of the owner that nobody has asked for for the longest time, and
-// reports whether there was one. Refusals stay: who makes up scopes that Google refuses does not
-// have Google asked without end. c.mu is held.
+// dropOldest drops that token of the owner, or of any with "", that nobody has asked for for the
+// longest time, and reports whether there was one. Refusals stay: who makes up scopes that Google
+// refuses does not have Google asked without end. c.mu is held.
 func (c *Cache) dropOldest(owner string) bool {
 	var oldest *entry
 	for _, e := range c.entries {
-		if e.owner == owner && e.call == nil && e.token.Value != "" && (oldest == nil || e.asked.Before(oldest.asked)) {
+		if e.owner == "" || owner != "" && e.owner != owner || e.call != nil || e.token.Value == "" {
+			continue
+		}
+		if oldest == nil || e.asked.Before(oldest.asked) {
 			oldest = e
 		}
 	}

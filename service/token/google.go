@@ -114,7 +114,12 @@ func (g *Google) mint(ctx context.Context, r Request) (Token, error) {
 			return Token{}, fmt.Errorf("no ID token: ServiceAccount %s is not linked to a Google service account: annotate it "+
 				"with iam.gke.io/gcp-service-account", sa)
 		}
-		return g.federated(ctx, federatedToken(sa, r.Scopes))
+		// Only the usual scopes' token is the base of others. Others, which a pod may make up without
+		// end, are held once, by an entry that counts against the pod's limits.
+		if from := federatedToken(sa, r.Scopes); from.Scopes == cloudPlatform {
+			return g.federated(ctx, from)
+		}
+		return g.exchange(ctx, sa, r.Scopes)
 	}
 	t, err := g.impersonate(ctx, r)
 	var refusal *GoogleError

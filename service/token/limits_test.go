@@ -189,3 +189,31 @@ func TestAKeyIsPaidForOnce(t *testing.T) {
 		}
 	})
 }
+
+// Pods that come and go do not leave their tokens behind without end: the one that nobody has asked
+// for for the longest time makes room. Tokens that count for no pod stay.
+func TestEntriesOfAllPodsAreBounded(t *testing.T) {
+	s := &fakeSource{lifetime: time.Hour}
+	withoutRun(t, CacheOptions{Source: s, KeysPerPod: 64}, func(t *testing.T, c *Cache) {
+		must(t, c, request)
+		later(time.Second)
+		ask(t, c, "first pod", audience(0))
+		later(time.Second)
+		for i := 1; len(c.entries) < maxEntries; i++ { // as asks would, which take longer
+			e := &entry{request: audience(i), owner: fmt.Sprint("pod ", i/64), asked: time.Now()}
+			e.setToken(Token{Value: "value", Minted: time.Now(), Expires: time.Now().Add(time.Hour)}, time.Now())
+			c.entries[e.request] = e
+			c.usage[e.owner] = &usage{keys: 64}
+		}
+		ask(t, c, "last pod", audience(maxEntries))
+		if n := len(c.entries); n > maxEntries {
+			t.Errorf("%d entries", n)
+		}
+		if held(c, audience(0)) || !held(c, request) || !held(c, audience(maxEntries)) {
+			t.Error("it was not the oldest entry of a pod that made room")
+		}
+		if c.usage["first pod"] != nil {
+			t.Error("a key that was dropped still counts")
+		}
+	})
+}

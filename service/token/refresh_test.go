@@ -431,3 +431,23 @@ func TestT08TheTokenOfAnUnlinkedServiceAccountIsRefreshed(t *testing.T) {
 		})
 	}
 }
+
+// Sets of scopes that a pod of an unlinked ServiceAccount makes up count against its own limit,
+// with all that is held because of them.
+func TestT08ScopesOfAnUnlinkedServiceAccountAreBounded(t *testing.T) {
+	g, err := NewGoogle(GoogleOptions{Audience: testAudience, STSURL: "https://sts/v1/token",
+		HTTPClient: &http.Client{Transport: &sts{lifetime: time.Hour}}, Kubernetes: newCluster()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	withoutRun(t, CacheOptions{Source: g, KeysPerPod: 4}, func(t *testing.T, c *Cache) {
+		g.Federated = c
+		for i := range 100 {
+			ask(t, c, "pod", AccessToken(ana, workload.Account{}, []string{fmt.Sprint("https://scope/", i)}))
+		}
+		ask(t, c, "pod", AccessToken(ana, workload.Account{}, nil))
+		if n := len(c.entries); n > 4+1 {
+			t.Errorf("%d entries are held because of one pod, whose limit is 4", n)
+		}
+	})
+}

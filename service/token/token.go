@@ -50,7 +50,8 @@ func AccessToken(sa workload.ServiceAccount, a workload.Account, scopes []string
 
 // IDToken returns the Request for an ID token for the audience, which must not be empty.
 func IDToken(sa workload.ServiceAccount, a workload.Account, audience string) Request {
-	return Request{ServiceAccount: sa, Account: a, Audience: audience}
+	// A copy, since the text is a part of a whole query, which it would keep in memory.
+	return Request{ServiceAccount: sa, Account: a, Audience: strings.Clone(audience)}
 }
 
 // federatedToken returns the Request for STS's token with the scopes. Here the default set is
@@ -76,7 +77,7 @@ func normalise(scopes []string) string {
 	if len(set) == 0 || len(set) == 1 && set[0] == cloudPlatform {
 		return defaultScopes
 	}
-	return strings.Join(set, " ")
+	return strings.Clone(strings.Join(set, " ")) // as in IDToken; of one scope Join makes no copy
 }
 
 // what names the kind of token as Google's own server does (T-07, texts of refusals).
