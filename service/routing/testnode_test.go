@@ -68,6 +68,8 @@ func TestMain(m *testing.M) {
 		end(resolveAs(arg))
 	case "detect":
 		end(detect())
+	case "look up":
+		end(lookUp(arg))
 	case "listen":
 		_, err := net.Listen("tcp", arg)
 		fmt.Println("listening", err)
