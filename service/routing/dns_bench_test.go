@@ -9,8 +9,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// BenchmarkDNSOtherQueries is how long a pod's queries for other names take with `dns: answer`, as a
-// ratio to the same without it: of the medians and of the 99th percentiles. Each query is the first
+// BenchmarkDNSOtherQueries is how long a pod's queries for other names take with `dns: answer`, as
+// a ratio to the same without it: of the medians and of the 99th percentiles. Each query is the first
 // packet of a new connection, which meets all rules. One iteration is one query on each of three
 // nodes, in an order that changes, so that what else the machine does falls on all alike. The third
 // node is without `dns: answer` as the second is: its ratio is the noise of the measurement.

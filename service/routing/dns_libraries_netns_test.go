@@ -166,14 +166,16 @@ func TestDNSLibraries(t *testing.T) {
 
 // TestDNSStorm: with ndots:5 and three search domains, as kubelet writes them, one look-up of the
 // name is eight queries: of two types for four names. Without `dns: answer` the name server has all
-// of them. With it the name server has none, and the node answers those that the client still sends.
+// of them. With it the name server has none, and the node answers those that the client still
+// sends.
 func TestDNSStorm(t *testing.T) {
 	t.Parallel()
 	libraries := cLibraries(t)
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		servers, answered := dnsNode(b)
 		podCommand := b.podCommand("")
-		clients := slices.DeleteFunc(slices.Concat(libraries, []dnsClient{{name: "getent", words: []string{"getent", "ahosts"}}}),
+		getent := dnsClient{name: "getent", words: []string{"getent", "ahosts"}}
+		clients := slices.DeleteFunc(append(slices.Clone(libraries), getent),
 			func(c dnsClient) bool { return c.absolute })
 		off := b.plan
 		off.DNS = false

@@ -58,8 +58,8 @@ func (s *nameServer) serve(c net.PacketConn) {
 }
 
 // asRecord makes the answer as CoreDNS does: authoritative and not recursive, with a record that
-// lives for an hour, an OPT record where the query has one, and the zone's SOA record where the name
-// does not exist.
+// lives for an hour, an OPT record where the query has one, and the zone's SOA record where the
+// name does not exist.
 func asRecord(m *dnsmessage.Message, name string, record dnsmessage.ResourceBody) {
 	q := m.Questions[0]
 	m.Response, m.Authoritative, m.AuthenticData = true, true, false

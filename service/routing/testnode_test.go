@@ -75,6 +75,11 @@ func TestMain(m *testing.M) {
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
 		end(err)
+	case "listen on UDP":
+		_, err := net.ListenPacket("udp4", arg)
+		fmt.Println("listening", err)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		end(err)
 	case "trial": // which is killed in the middle of it
 		trial, err := probe.NewPod()
 		if err == nil {
