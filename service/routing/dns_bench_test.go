@@ -10,10 +10,10 @@ import (
 )
 
 // BenchmarkDNSOtherQueries is how long a pod's queries for other names take with `dns: answer`, as
-// a ratio to the same without it: of the medians and of the 99th percentiles. Each query is the first
-// packet of a new connection, which meets all rules. One iteration is one query on each of three
-// nodes, in an order that changes, so that what else the machine does falls on all alike. The third
-// node is without `dns: answer` as the second is: its ratio is the noise of the measurement.
+// a ratio to the same without it: of the medians and of the 99th percentiles. Each query is the
+// first packet of a new connection, which meets all rules. One iteration is one query on each of
+// three nodes, in an order that changes, so that what else the machine does falls on all alike. The
+// third node is without `dns: answer` as the second is: its ratio is the noise of the measurement.
 func BenchmarkDNSOtherQueries(b *testing.B) {
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables} {
 		b.Run(mode, func(b *testing.B) {
