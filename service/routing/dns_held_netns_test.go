@@ -9,8 +9,9 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// TestDNSHeld: where another program has UDP of the listen address, or of every address, no query is
-// redirected to that program, and the state names the program. Requests are redirected all the same.
+// TestDNSHeld: where another program has UDP of the listen address, or of every address, no query
+// is redirected to that program, and the state names the program. Requests are redirected all the
+// same.
 func TestDNSHeld(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
