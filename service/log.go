@@ -80,11 +80,11 @@ func (journalHook) Levels() []logrus.Level { return logrus.AllLevels }
 
 const identifier = "gke-metadata-emulator"
 
-// LogHeld writes to the journal that the socket unit cannot listen. One entry is shown for the
+// LogHeld writes to the journal that a socket unit cannot listen. One entry is shown for the
 // socket unit, which fails, and for the service, which then does not start. It returns false where
 // stderr is not the journal. journald takes OBJECT_SYSTEMD_UNIT= from root, and may not find out
 // the unit of a process that ends at once. The library for the journal can send a field only once.
-func LogHeld(text string) bool {
+func LogHeld(text, socketUnit string) bool {
 	if ok, err := journal.StderrIsJournalStream(); !ok || err != nil {
 		return false
 	}
@@ -94,7 +94,7 @@ func LogHeld(text string) bool {
 	}
 	defer func() { _ = c.Close() }()
 	_, err = fmt.Fprintf(c, "MESSAGE=%s\nPRIORITY=%d\nSYSLOG_IDENTIFIER=%s\n%s=%s\nOBJECT_SYSTEMD_UNIT=%s\n"+
-		"OBJECT_SYSTEMD_UNIT=%s\n", text, journal.PriErr, identifier, messageid.Field, messageid.ListenHeld, socket, unit)
+		"OBJECT_SYSTEMD_UNIT=%s\n", text, journal.PriErr, identifier, messageid.Field, messageid.ListenHeld, socketUnit, unit)
 	return err == nil
 }
 

@@ -51,7 +51,7 @@ is installed. Both are reported on standard error and are no failure.`,
 	load := settings(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if c, err := load(); onStart && err == nil { // the service's user does not see whose a socket is
-			if text := held("healthListen", c.HealthListen); text != "" {
+			if text := held("healthListen", "", c.HealthListen, routing.Listener(c.HealthListen)); text != "" {
 				say(cmd, "%s", text)
 			}
 		}

@@ -12,9 +12,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing"
 )
 
-// socketCommand is the command of gke-metadata-emulator.socket. Nobody runs it by hand.
+// socketCommand is the command of the socket units. Nobody runs it by hand.
 func socketCommand() *cobra.Command {
-	cmd := group("socket", "Check the addresses that the socket unit listens on", socketCheckCommand())
+	cmd := group("socket", "Check the addresses that the socket units listen on", socketCheckCommand())
 	cmd.Hidden = true
 	return cmd
 }
@@ -28,17 +28,25 @@ that the address is in use.`,
 		Args: arguments,
 	}
 	load := settings(cmd)
+	queries := cmd.Flags().Bool("udp", false, "of gke-metadata-emulator-dns.socket, which listens on UDP with dns: answer")
 	cmd.RunE = func(*cobra.Command, []string) error {
 		c, err := load()
 		if err != nil { // the socket unit listens there then, and the service says what the fault is
 			c = config.Default()
+		}
+		unit, network, find := program+".socket", "", routing.Listener
+		if *queries {
+			unit, network, find = program+"-dns.socket", "UDP ", routing.QueryListener
+			if c.DNS != "answer" {
+				return nil
+			}
 		}
 		var all []error
 		for _, key := range []struct {
 			name string
 			at   netip.AddrPort
 		}{{"listen", c.Listen}, {"listen6", c.Listen6}} {
-			if text := held(key.name, key.at); text != "" && !service.LogHeld(text) {
+			if text := held(key.name, network, key.at, find(key.at)); text != "" && !service.LogHeld(text, unit) {
 				all = append(all, errors.New(text))
 			}
 		}
@@ -49,8 +57,7 @@ that the address is in use.`,
 
 // held says who holds an address that this service is about to listen on, and what to do; "" if
 // nobody does. A service that was started by hand holds it too.
-func held(key string, at netip.AddrPort) string {
-	by := routing.Listener(at)
+func held(key, network string, at netip.AddrPort, by routing.ListenedBy) string {
 	if !by.At.IsValid() {
 		return ""
 	}
@@ -58,6 +65,6 @@ func held(key string, at netip.AddrPort) string {
 	if by.PID == "1" {
 		who = "another socket unit (systemctl list-sockets)"
 	}
-	return fmt.Sprintf("%s address %s is held by %s at %s: stop it or change %[1]s, then run systemctl daemon-reload && "+
-		"systemctl restart gke-metadata-emulator", key, at, who, by.At)
+	return fmt.Sprintf("%s address %s%s is held by %s at %s: stop it or change %[1]s, then run systemctl "+
+		"daemon-reload && systemctl restart gke-metadata-emulator", key, network, at, who, by.At)
 }

@@ -80,7 +80,8 @@ func dualStack(r *nodeReport) {
 
 // answering has it answer for metadata.google.internal, which its own DNS does not know.
 func answering(r *nodeReport) {
-	r.config.DNS, r.plan.DNS, r.state.DNS, r.node.Queries = "answer", true, true, true
+	r.config.DNS, r.plan.DNS, r.state.DNS = "answer", true, true
+	r.node.Queries = routing.ListenedBy{At: r.plan.Listen, PID: "1", Exe: "systemd", Own: true}
 	r.names, r.namesErr = nil, &net.DNSError{IsNotFound: true}
 }
 

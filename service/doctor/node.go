@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -448,40 +447,4 @@ func passthroughCheck(r *nodeReport) Finding {
 			"pods on the host network cannot be identified: passthrough lets none of them through")
 	}
 	return good("ServiceAccounts that may ask the cloud's own metadata server from the host network: %d", named)
-}
-
-// dnsCheck: Go's clients need the name although they ask by address (C-GO-1).
-func dnsCheck(r *nodeReport) Finding {
-	const name = "metadata.google.internal"
-	remedy := "add the record " + name + " A 169.254.169.254 to the cluster's DNS, which Go's, Python's and Java's " +
-		"clients need (docs/clients.md)"
-	if routing.NoDNS(r.plan.Mode) == "" && !r.plan.DNS {
-		remedy = "set dns to answer, or " + remedy
-	}
-	switch {
-	case !r.plan.DNS || r.plan.Closed:
-	case routing.NoDNS(r.plan.Mode) != "":
-		return warn(routing.DNSRemedy, "mode %s does not see the name in a DNS query, so this node does not answer for %s",
-			r.plan.Mode, name)
-	case r.state.DNSRefused != "":
-		return warn(routing.DNSRemedy, "this node does not answer for %s: %s", name, r.state.DNSRefused)
-	case r.node.Local && !r.node.Queries:
-		return fail("systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket",
-			"DNS queries for %s are redirected to UDP %s, where no process listens", name, r.plan.Listen)
-	default:
-		return good("this node answers its pods for %s, whichever name server they ask over UDP", name)
-	}
-	switch {
-	case slices.Contains(r.names, routing.MetadataServer().Addr()):
-		return good("metadata.google.internal resolves to %s on this node; pods ask the cluster's DNS",
-			routing.MetadataServer().Addr())
-	case len(r.names) > 0:
-		return warn(remedy, "metadata.google.internal resolves to %s on this node", r.names[0])
-	}
-	reason := "the name does not exist"
-	var dns *net.DNSError
-	if errors.As(r.namesErr, &dns) && !dns.IsNotFound {
-		reason = dns.Err
-	}
-	return warn(remedy, "metadata.google.internal does not resolve on this node: %s; pods ask the cluster's DNS", reason)
 }

@@ -73,7 +73,25 @@ var sickClusters = []sickNode{
 	{"traffic", func(r *nodeReport) { ipv6Alone(r) }, OK, "3 requests", ""},
 
 	{"dns", func(r *nodeReport) { answering(r) }, OK, "this node answers its pods", ""},
-	{"dns", func(r *nodeReport) { answering(r); r.node.Queries = false }, Fail, "no process listens", "restart"},
+	{"dns", func(r *nodeReport) { answering(r); r.node.Queries = routing.ListenedBy{} }, Fail,
+		"redirected to UDP 169.254.169.252:988, where no process listens", "restart"},
+	{"dns", func(r *nodeReport) { answering(r); r.node.Queries.PID, r.node.Queries.Own = "", false }, OK,
+		"this node answers its pods", ""}, // not root
+	{"dns", func(r *nodeReport) {
+		answering(r)
+		r.state.DNSRefused = "UDP is held" // as of the last install
+		r.node.Queries = routing.ListenedBy{At: netip.MustParseAddrPort("0.0.0.0:988"), PID: "7", Exe: "/x/lustre"}
+	}, Fail, "UDP 169.254.169.252:988, where queries are redirected, is held by lustre (process 7) at 0.0.0.0:988",
+		"stop it or change listen"},
+	{"dns", func(r *nodeReport) { answering(r); r.node.Queries.PID, r.node.Queries.Own = "7", false }, Fail,
+		"is held by systemd (process 7) at 169.254.169.252:988", "stop it"},
+	{"dns", func(r *nodeReport) { dualStack(r); answering(r) }, Fail,
+		"redirected to UDP [fd20:ce::252]:988, where no process listens", "restart"},
+	{"dns", func(r *nodeReport) {
+		dualStack(r)
+		answering(r)
+		r.node.Queries6 = routing.ListenedBy{At: netip.MustParseAddrPort("[::]:988"), PID: "7", Exe: "/x/named"}
+	}, Fail, "UDP [fd20:ce::252]:988, where queries are redirected, is held by named (process 7) at [::]:988", "stop it"},
 	{"dns", func(r *nodeReport) { answering(r); r.state.DNSRefused = "no match of BPF" }, Warn, "no match of BPF",
 		"routing.mode"},
 	{"dns", func(r *nodeReport) { answering(r); r.plan.Mode = routing.ModeEBPF }, Warn, "mode ebpf does not see",

@@ -6,12 +6,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 
-	"github.com/vishvananda/netlink"
-
-	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/nft"
 )
 
@@ -75,10 +71,15 @@ func (r *router) dnsAround(install bool) (dns bool, why string) {
 		return false, ""
 	case !r.plan.traits().readsQueries:
 		return false, NoDNS(r.plan.Mode)
-	case install && Listener(l).At.IsValid() && !queriesBound(l):
-		// The service is there, and takes no queries: they would lead to nobody.
-		return false, fmt.Sprintf("no process listens on UDP %s: systemctl daemon-reload && systemctl restart "+
-			"gke-metadata-emulator.socket", l)
+	case install && Listener(l).At.IsValid():
+		// The service is there: does it take queries? Else they would lead to nobody, or to somebody else.
+		const restart = "systemctl daemon-reload && systemctl restart gke-metadata-emulator.socket"
+		switch by := QueryListener(l); {
+		case !by.At.IsValid():
+			return false, fmt.Sprintf("no process listens on UDP %s: %s", l, restart)
+		case by.HoldsFrom(l):
+			return false, fmt.Sprintf("UDP %s is held by %s at %s: stop it or change listen, then run %s", l, by, by.At, restart)
+		}
 	}
 	return r.dnsRefused == "", r.dnsRefused
 }
@@ -114,14 +115,6 @@ func (r *router) putAll(ctx context.Context, n *node) error {
 	r.plan.Log.WithError(err).Warn("routing: DNS queries for " + dnsName + " cannot be redirected on this node: " +
 		DNSRemedy)
 	return nil
-}
-
-// queriesBound says whether somebody has UDP of the very address, which the socket unit binds.
-func queriesBound(a netip.AddrPort) bool {
-	sockets, err := netlink.SocketDiagUDP(uint8(netobj.FamilyOf(a.Addr())))
-	return err == nil && slices.ContainsFunc(sockets, func(s *netlink.Socket) bool {
-		return s.ID.SourcePort == a.Port() && s.ID.Source.Equal(a.Addr().AsSlice())
-	})
 }
 
 // asksDNS matches queries for the name as iptables -S prints it.

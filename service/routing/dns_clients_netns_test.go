@@ -155,14 +155,14 @@ func TestDNSWithoutBPF(t *testing.T) {
 }
 
 // podCommand returns what makes a command of a pod, whose resolver asks the cluster's name server
-// as kubelet has it.
-func (b *testNode) podCommand() func(words ...string) *exec.Cmd {
+// as kubelet has it, with one more option.
+func (b *testNode) podCommand(option string) func(words ...string) *exec.Cmd {
 	b.t.Helper()
 	netnstest.Needs(b.t, "unshare", "mount")
 	resolv := filepath.Join(b.t.TempDir(), "resolv.conf")
 	host, _, _ := strings.Cut(clusterDNS, ":")
 	if err := os.WriteFile(resolv, []byte("nameserver "+host+"\nsearch default.svc.cluster.local svc.cluster.local "+
-		"cluster.local\noptions ndots:5\n"), 0o644); err != nil {
+		"cluster.local\noptions ndots:5 "+option+"\n"), 0o644); err != nil {
 		b.t.Fatal(err)
 	}
 	return func(words ...string) *exec.Cmd {
@@ -178,7 +178,7 @@ func TestDNSOfTheCLibrary(t *testing.T) {
 	netnstest.Needs(t, "getent")
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		servers, answered := dnsNode(b)
-		podCommand := b.podCommand()
+		podCommand := b.podCommand("")
 		b.install(b.plan)
 		for _, name := range []string{dnsName, dnsName + "."} {
 			out, err := podCommand("getent", "ahosts", name).CombinedOutput()
@@ -208,7 +208,7 @@ func TestDNSDetection(t *testing.T) {
 			w.Header().Set("Metadata-Flavor", "Google")
 		}))
 	}()
-	podCommand := b.podCommand()
+	podCommand := b.podCommand("")
 	processes := 25
 	if os.Getenv("GME_DNS_LONG") != "" { // the figures of docs/clients.md
 		processes = 200

@@ -18,55 +18,6 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// nameServer is the name server of a pod: every name is at 192.0.2.1, but for those of the metadata
-// server, which do not exist.
-type nameServer struct {
-	mu    sync.Mutex
-	asked map[string]int // by name, in lower case
-}
-
-func (s *nameServer) serve(c net.PacketConn) {
-	b := make([]byte, 1500)
-	for {
-		n, from, err := c.ReadFrom(b)
-		if err != nil {
-			return
-		}
-		var m dnsmessage.Message
-		if m.Unpack(b[:n]) != nil || len(m.Questions) != 1 {
-			continue
-		}
-		q := m.Questions[0]
-		name := strings.ToLower(q.Name.String())
-		s.mu.Lock()
-		s.asked[name]++
-		s.mu.Unlock()
-		m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
-		switch {
-		case strings.HasPrefix(name, dnsName+"."):
-			m.RCode = dnsmessage.RCodeNameError
-		case q.Type == dnsmessage.TypeA:
-			m.Answers = []dnsmessage.Resource{{Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class},
-				Body: &dnsmessage.AResource{A: [4]byte{192, 0, 2, 1}}}}
-		}
-		if answer, err := m.Pack(); err == nil {
-			_, _ = c.WriteTo(answer, from)
-		}
-	}
-}
-
-// was is how often the server was asked for names that begin so.
-func (s *nameServer) was(prefix string) (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for name, times := range s.asked {
-		if strings.HasPrefix(name, prefix) {
-			n += times
-		}
-	}
-	return n
-}
-
 const (
 	clusterDNS  = "10.96.0.10:53" // a Service, in front of a pod
 	clusterDNS6 = "[fd00:96::10]:53"

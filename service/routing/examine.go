@@ -30,7 +30,8 @@ type Examination struct {
 	Local      bool       // the listen address is the node's own, or will be
 	Holder     ListenedBy // who listens there
 	Holder6    ListenedBy // who listens where requests by IPv6 are sent, if they are
-	Queries    bool       // somebody has UDP of the listen address, where DNS queries are redirected to
+	Queries    ListenedBy // who has UDP of the listen address, where DNS queries are redirected to
+	Queries6   ListenedBy // the same of IPv6
 	CgroupV2   string     // where the hierarchy is mounted; "" = it is not
 	HostSlices []string   // the host's own cgroups that exist
 	IPv6       bool       // the node has IPv6
@@ -70,11 +71,11 @@ func Examine(ctx context.Context, p Plan, state State) Examination {
 	if have, err := netobj.Read(); err == nil {
 		x.Local = isLocal(p.Listen.Addr(), have) || p.traits().localServer // there it is for pods alone
 	}
-	x.Queries = queriesBound(p.Listen)
+	x.Queries = QueryListener(p.Listen)
 	served := []netobj.Family{netobj.IPv4}
 	if p.Listen6.IsValid() {
 		served = netobj.Families
-		x.Holder6 = Listener(p.Listen6)
+		x.Holder6, x.Queries6 = Listener(p.Listen6), QueryListener(p.Listen6)
 	}
 	if m, err := openMode(ctx, p, state.Command); err == nil {
 		x.Redirected = m.redirected(netobj.IPv4)

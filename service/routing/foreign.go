@@ -18,7 +18,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netobj"
 )
 
-// ListenedBy is who gets connections to an address.
+// ListenedBy is who gets connections to an address, or the packets of UDP.
 type ListenedBy struct {
 	At  netip.AddrPort // the address that it listens on; the zero AddrPort: nobody listens
 	PID string         // "" = a process of another namespace, or of another user where we are not root
@@ -50,8 +50,23 @@ func (l ListenedBy) String() string {
 func programFile(exe string) string { return strings.TrimSuffix(exe, " (deleted)") }
 
 // Listener finds out who gets connections to l in this network namespace.
-func Listener(l netip.AddrPort) ListenedBy {
-	inode, at := listener(l)
+func Listener(l netip.AddrPort) ListenedBy { return holder(unix.IPPROTO_TCP, 1<<netlink.TCP_LISTEN, l) }
+
+// QueryListener is Listener for UDP, to which DNS queries are redirected.
+func QueryListener(l netip.AddrPort) ListenedBy { return holder(unix.IPPROTO_UDP, anyState, l) }
+
+// anyState is all of them: of UDP the kernel says TCP_CLOSE, or TCP_ESTABLISHED of a socket that
+// has a peer.
+const anyState = 1<<32 - 1
+
+// HoldsFrom says whether somebody else has the address, or every address, so that the emulator gets
+// nothing there. A process that cannot be seen from here may be systemd.
+func (l ListenedBy) HoldsFrom(at netip.AddrPort) bool {
+	return l.At.IsValid() && (l.At != at || l.PID != "" && !l.Own)
+}
+
+func holder(protocol uint8, states uint32, l netip.AddrPort) ListenedBy {
+	inode, at := socketAt(protocol, states, l)
 	if inode == "" {
 		return ListenedBy{}
 	}
@@ -104,26 +119,31 @@ func foreignListener(l netip.AddrPort) error {
 		"choose another listen address or stop it", l, fault.ErrForeign, by, by.At)
 }
 
-// listener finds the socket that gets connections to l in this network namespace, by its inode. The
-// kernel is asked for listeners alone: /proc/net/tcp walks through all connections, 4 ms even where
-// there are none.
-func listener(l netip.AddrPort) (inode string, at netip.AddrPort) {
+// socketAt finds the socket in one of the states that gets what is sent to l in this network
+// namespace, by its inode: one of the very address before one of all addresses. The kernel is asked
+// for these states alone: /proc/net/tcp walks through all connections, 4 ms even where there are
+// none.
+func socketAt(protocol uint8, states uint32, l netip.AddrPort) (inode string, at netip.AddrPort) {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		b := make([]byte, 56) // struct inet_diag_req_v2
-		b[0], b[1] = family, unix.IPPROTO_TCP
-		binary.NativeEndian.PutUint32(b[4:], 1<<netlink.TCP_LISTEN)
+		b[0], b[1] = family, protocol
+		binary.NativeEndian.PutUint32(b[4:], states)
 		sockets, _ := netobj.Dump(func() ([][]byte, error) {
 			req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 			req.AddRawData(b)
 			return req.Execute(unix.NETLINK_INET_DIAG, 0)
 		})
 		for _, s := range sockets {
-			if a, only6, inode := parseSocket(s); holds(a, only6, l) {
-				return inode, a
+			a, only6, i := parseSocket(s)
+			if a == l {
+				return i, a
+			}
+			if !at.IsValid() && holds(a, only6, l) {
+				inode, at = i, a
 			}
 		}
 	}
-	return "", netip.AddrPort{}
+	return inode, at
 }
 
 // holds says whether a socket that listens on a keeps others from listening on l. One that listens

@@ -3,6 +3,7 @@ package routing
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -10,7 +11,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
@@ -51,6 +55,38 @@ func TestListener(t *testing.T) {
 			_ = second.Close()
 		}
 		_ = l.Close()
+	}
+}
+
+// TestQueryListener: who has UDP of an address. Two sockets can have one port, where both allow it
+// (SO_REUSEADDR): that of the very address gets the packets.
+func TestQueryListener(t *testing.T) {
+	reuse := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		if e := c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		}); e != nil {
+			return e
+		}
+		return err
+	}}
+	every, err := reuse.ListenPacket(t.Context(), "udp4", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer every.Close()
+	port := every.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
+	by := QueryListener(at)
+	if by.At.String() != fmt.Sprintf("0.0.0.0:%d", port) || by.PID != strconv.Itoa(os.Getpid()) || !by.HoldsFrom(at) {
+		t.Errorf("a socket on every address: %+v", by)
+	}
+	one, err := reuse.ListenPacket(t.Context(), "udp4", at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer one.Close()
+	if by := QueryListener(at); by.At != at || !by.Own || by.HoldsFrom(at) {
+		t.Errorf("a socket on the very address beside it: %+v", by)
 	}
 }
 

@@ -68,10 +68,17 @@ func TestMain(m *testing.M) {
 		end(resolveAs(arg))
 	case "detect":
 		end(detect())
+	case "look up":
+		end(lookUp(arg))
 	case "listen":
 		_, err := net.Listen("tcp", arg)
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the test is over
+		end(err)
+	case "listen on UDP":
+		_, err := net.ListenPacket("udp4", arg)
+		fmt.Println("listening", err)
+		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
 	case "trial": // which is killed in the middle of it
 		trial, err := probe.NewPod()
