@@ -49,16 +49,17 @@ func reconnect(text string) refusal {
 // forbid refuses for good.
 func forbid(text string) refusal { return refusal{Status: http.StatusForbidden, Text: text} }
 
+// refusalRow says what becomes of an error.
+type refusalRow struct {
+	when    func(error) bool
+	label   string // reason in requests_refused_total: what is to be looked at
+	refusal refusal
+}
+
 // refusals says what is answered when something is wrong. The first row that fits decides; an error
 // that fits none is ours, and 503: clients retry it, while a 4xx ends them (T-09).
-//
-// label is the label reason of requests_refused_total: what is to be looked at where requests are
-// refused.
-var refusals = []struct {
-	when    func(error) bool
-	label   string
-	refusal refusal
-}{
+// docs/troubleshooting.md has a row for each text.
+var refusals = []refusalRow{
 	{is(metadata.ErrNotFound), "not-found", refusal{Status: http.StatusNotFound, Text: "Not Found"}}, // H-15
 	{is(metadata.ErrBadQuery), reasonRequest, refusal{Status: http.StatusBadRequest}},
 	{is(errNoAudience), reasonRequest, refusal{Status: http.StatusBadRequest}}, // I-02
