@@ -52,8 +52,8 @@ func TestDocsMetrics(t *testing.T) {
 	}
 }
 
-// Docs: each metric that a document, an alert, the dashboard or a booted machine's test names is in a
-// registry.
+// Docs: each metric that a document, an alert, the dashboard or a test of a booted machine names is
+// in a registry.
 func TestDocsMetricNames(t *testing.T) {
 	rows := metricRows(t)
 	named := regexp.MustCompile("gke_metadata_emulator_[a-z0-9_]+|`[a-z0-9_]+_total`")
