@@ -170,7 +170,7 @@ func (b *alertsBed) everyAlertHasAState(t *testing.T, rules string) {
 		if !is {
 			continue
 		}
-		// 10,000 connections would be needed here; TestMadeUpAddresses provokes the series.
+		// 10,000 connections would be needed here; TestNoRoom in package server provokes the series.
 		provoked := name == "ConnectionsRefused"
 		for _, s := range states {
 			provoked = provoked || slices.Contains(s.alerts, name)

@@ -139,7 +139,9 @@ func (b *bed) counted(t *testing.T, metric string, values ...string) (n float64)
 	if err != nil {
 		t.Fatal(err)
 	}
+	found := false
 	for _, f := range families {
+		found = found || f.GetName() == "gke_metadata_emulator_"+metric
 		for _, m := range f.Metric {
 			if f.GetName() == "gke_metadata_emulator_"+metric && !slices.ContainsFunc(values, func(v string) bool {
 				return !slices.ContainsFunc(m.Label, func(l *dto.LabelPair) bool { return strings.HasSuffix(l.GetValue(), v) })
@@ -147,6 +149,9 @@ func (b *bed) counted(t *testing.T, metric string, values ...string) (n float64)
 				n += m.GetCounter().GetValue()
 			}
 		}
+	}
+	if !found {
+		t.Fatalf("no metric gke_metadata_emulator_%s", metric)
 	}
 	return n
 }

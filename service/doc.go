@@ -16,27 +16,31 @@
 //     them, before and after DNAT. Before a byte is read, the kernel is asked whose socket the
 //     other one is: its cgroup names a pod's UID and a container, or a unit of the node
 //     ([attest.Evidence]). Nothing that the request says of its sender is believed, ever.
-//  3. Tree.Find (server/server.go): the path leads to a place in the tree, which is one literal
+//  3. pace (server/pace.go): who asks more often than limits.requestsPerPod waits here for a turn.
+//  4. Tree.Find (server/server.go): the path leads to a place in the tree, which is one literal
 //     (server/tree.go). `/` may be answered without knowing who asks, and waits for nothing:
 //     clients probe it and remember the answer for life.
-//  4. rules (server/rules.go): a table of what is refused for its header alone: proxies, foreign
-//     hosts, a missing flavor. What another cloud's server is asked for goes there
-//     (server/passthrough.go), if a pod on the host network asks that the operator named.
-//  5. who is it: package attest looks the evidence up in what package kube watches: the live pod of
+//  5. headerRules (server/headers.go): a table of what is refused for its method or header alone:
+//     proxies, foreign hosts, a missing flavor.
+//  6. overLimit (server/connections.go): who has more connections than limits.connectionsPerPod is
+//     refused. What another cloud's server is asked for goes there now (server/passthrough.go), if
+//     a pod on the host network asks that the operator named.
+//  7. who is it: package attest looks the evidence up in what package kube watches: the live pod of
 //     this node with that UID, or the identity that the operator gave the unit. What is not known
 //     yet is waited for, 2 s at most. No evidence, or two kinds of it, is a refusal and not a
 //     guess; an address counts for pods alone whom nothing else can name.
-//  6. what may it see: package metadata evaluates the place for this caller. An account that is not
+//  8. what may it see: package metadata evaluates the place for this caller. An account that is not
 //     the caller's does not exist for it.
-//  7. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its
+//  9. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its
 //     annotations say. The cache has it, or asks package token's Google: a ServiceAccount token
 //     from Kubernetes (TokenRequest, bound to the pod), a federated token for it from Google's STS,
 //     and the linked Google service account's token for that from IAM. One mint is in flight for
 //     one request; it outlives the first asker; it is done again before the token gets old.
-//  8. the evidence again: had the process died meanwhile, or the pod, the answer is thrown away.
-//  9. write (server/server.go): one function turns an answer, or an error by way of one table
+//  10. the evidence again: had the process died meanwhile, or the pod, the answer is thrown away.
+//  11. write (server/server.go): one function turns an answer, or an error by way of one table
 //     (server/refusal.go), into bytes. One audit line tells of each token that was issued
-//     (server/audit.go), one metric of each request.
+//     (server/audit.go). Each request is counted by its status and its duration, and a refusal by
+//     its reason too (server/metrics.go).
 //
 // # A life on a node
 //

@@ -37,12 +37,12 @@ var (
 	ErrChanged = errors.New("the client's process or pod has ended; connect again")
 )
 
-// final are the errors that waiting does not mend.
-var final = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods,
+// immediate are the errors that are returned at once, since waiting does not change them.
+var immediate = []error{ErrNotPod, ErrNoAccount, ErrChanged, ErrSockets, ErrNoCgroup, ErrEmptyCgroup, ErrOwner, ErrPods,
 	ErrSpared, ErrOtherNamespace}
 
-func isFinal(err error) bool {
-	return slices.ContainsFunc(final, func(f error) bool { return errors.Is(err, f) })
+func isImmediate(err error) bool {
+	return slices.ContainsFunc(immediate, func(i error) bool { return errors.Is(err, i) })
 }
 
 // ByAddress is the kind of evidence that is none: the connection's source address.
@@ -225,7 +225,7 @@ func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}
 			looked = a.Kernel.Changes() // before the look, so that no change falls between the two
 		}
 		changed, err := try()
-		if err == nil || isFinal(err) {
+		if err == nil || isImmediate(err) {
 			return err
 		}
 		if timeout == nil { // the first time round
@@ -249,7 +249,7 @@ func (a *Attestor) hold(ctx context.Context, try func() (changed <-chan struct{}
 // find looks once at what there is. An address counts only where nothing else can be had: where the
 // operator wants no other evidence, and for pods that he named.
 func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error) {
-	if p.evidence == nil && a.Kernel != nil && !isFinal(p.err) {
+	if p.evidence == nil && a.Kernel != nil && !isImmediate(p.err) {
 		if p.search == 0 {
 			p.search = a.Kernel.Search() // before the look that has it begin
 		}
@@ -273,7 +273,7 @@ func (a *Attestor) find(p *Peer) (b binding, changed <-chan struct{}, err error)
 		var named bool
 		if b.caller, named = a.host(e); !named {
 			err = fmt.Errorf("%w: the client is a process of the node in %s, which hostIdentities does not list", ErrNotPod,
-				unitOf(e))
+				placeOf(e))
 		}
 		b.evidence = e
 	default:

@@ -363,13 +363,13 @@ func (b *bed) accept(from string) net.Conn {
 	}
 }
 
-// look looks until there is evidence, or an error that is final, or that stays for a second.
+// look looks until there is evidence, or an error that lasts, or that stays for a second.
 func (b *bed) look(c Conn) (*Evidence, error) {
 	over := time.After(time.Second)
 	for {
 		changed := b.kernel.Changes()
 		e, err := b.kernel.Look(c)
-		if err == nil || outcomeIsFinal(err) {
+		if err == nil || lasts(err) {
 			return e, err
 		}
 		select {
@@ -380,7 +380,7 @@ func (b *bed) look(c Conn) (*Evidence, error) {
 	}
 }
 
-func outcomeIsFinal(err error) bool {
+func lasts(err error) bool {
 	for _, soft := range []error{ErrNoNamespace, ErrHelperAway, ErrNoSocket, ErrUnknownCgroup} {
 		if errors.Is(err, soft) {
 			return false

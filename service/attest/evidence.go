@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 )
 
-// What Look says when it has no evidence. Those in the list final are final for the connection. The
-// others may change in a moment: [Kernel.Changes] tells when to look again.
+// What Look says when it has no evidence. Those in the list immediate do not change while the
+// connection lasts. The others may change in a moment: [Kernel.Changes] tells when to look again.
 var (
 	// ErrNoNamespace says that no network namespace that we know holds the client's address. The
 	// helper was asked to look for new ones.

@@ -216,7 +216,7 @@ func TestKernelEvidence(t *testing.T) {
 			at: []workload.Caller{pod("a", "gvisor")}, err: ErrNotPod, says: "sshd.service"},
 		"a cgroup of no unit": {evidence: inCgroup("/foo"), err: ErrNotPod, says: "/foo"},
 		"a delegated cgroup named as one": {evidence: inCgroup("/system.slice/evil.service/kubelet.service"),
-			err: ErrNotPod, says: "evil.service"},
+			err: ErrNotPod, says: "evil.service (cgroup /system.slice/evil.service/kubelet.service)"},
 		"a pod's cgroup named as a unit's": {evidence: alive(Evidence{Kind: ByCgroup, PodUID: "a",
 			Cgroup: "/kubepods.slice/kubepods-poda.slice/x.scope/kubelet.service"}), pods: []workload.Caller{pod("a", "")},
 			want: "a"},

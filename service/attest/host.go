@@ -40,5 +40,15 @@ func (a *Attestor) host(e *Evidence) (workload.Caller, bool) {
 	return workload.Caller{}, false
 }
 
+// placeOf names both the unit and the cgroup, for the log: the unit is the outermost one, and a
+// container's cgroup is below it.
+func placeOf(e *Evidence) string {
+	unit := unitOf(e)
+	if e.Cgroup == "" || e.Cgroup == unit {
+		return unit
+	}
+	return unit + " (cgroup " + e.Cgroup + ")"
+}
+
 // unitOf names where a process of the node lives.
 func unitOf(e *Evidence) string { return cmp.Or(e.Unit(), e.Cgroup, "a namespace of no pod") }

@@ -177,7 +177,8 @@ var keys = []Key{
 		field: func(r *raw) any { return &r.Prefetch }},
 
 	{Path: "limits.connectionsPerPod", Default: "256",
-		Usage: "connections that one pod may hold open",
+		Usage: "connections that one pod may hold open; those beyond are answered 503, and beyond twice the number " +
+			"they are closed without an answer",
 		field: func(r *raw) any { return &r.Limits.ConnectionsPerPod }},
 	{Path: "limits.requestsPerPod", Default: "1000",
 		Usage: "requests of one pod that are answered a second; those beyond wait, and none is refused",

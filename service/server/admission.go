@@ -52,11 +52,11 @@ type usage struct {
 
 // held is what admission knows of a connection.
 type held struct {
-	conn  net.Conn
-	known atomic.Bool  // somebody vouches for the client
-	idle  atomic.Bool  // it is between two requests
-	asked atomic.Bool  // a request came in whole, and is being answered
-	since atomic.Int64 // when it was accepted, or one of these changed: Unix time in ns
+	conn    net.Conn
+	vouched atomic.Bool  // somebody vouches for the client
+	idle    atomic.Bool  // it is between two requests
+	asked   atomic.Bool  // a request came in whole, and is being answered
+	since   atomic.Int64 // when it was accepted, or one of these changed: Unix time in ns
 }
 
 func newAdmission(most, unknown int) admission {
@@ -81,20 +81,20 @@ func (a *admission) enter(c *connection) bool {
 // settle counts a connection that entered for its party, and returns how many that one has now; 0
 // if there is no room for it.
 func (a *admission) settle(c *connection) int64 {
-	known := a.vouched != nil && a.vouched(c.peer)
+	vouched := a.vouched != nil && a.vouched(c.peer)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if _, open := a.all[c]; !open {
 		return 0
 	}
-	if !known && a.unknown >= a.mostUnknown && !a.evict(true) {
+	if !vouched && a.unknown >= a.mostUnknown && !a.evict(true) {
 		a.refused.Add(1)
 		delete(a.all, c)
 		return 0
 	}
-	c.known.Store(known)
-	a.all[c] = known
-	if !known {
+	c.vouched.Store(vouched)
+	a.all[c] = vouched
+	if !vouched {
 		a.unknown++
 	}
 	if a.parties[c.party] == nil {
@@ -108,17 +108,17 @@ func (a *admission) settle(c *connection) int64 {
 	return c.usage.open.Add(1)
 }
 
-// know notes that the client was attested: its connection is not an unknown one any more.
-func (a *admission) know(c *connection) {
-	if c.known.Load() || c.usage == nil {
+// vouch notes that the client was attested: its connection is not an unknown one any more.
+func (a *admission) vouch(c *connection) {
+	if c.vouched.Load() || c.usage == nil {
 		return
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if known, open := a.all[c]; open && !known {
+	if vouched, open := a.all[c]; open && !vouched {
 		a.all[c] = true
 		a.unknown--
-		c.known.Store(true)
+		c.vouched.Store(true)
 	}
 }
 
@@ -131,12 +131,12 @@ func (a *admission) leave(c *connection) {
 
 // forget is called with a.mu held.
 func (a *admission) forget(c *connection) {
-	known, open := a.all[c]
+	vouched, open := a.all[c]
 	if !open {
 		return
 	}
 	delete(a.all, c)
-	if !known {
+	if !vouched {
 		a.unknown--
 	}
 	if c.usage != nil && c.usage.open.Add(-1) == 0 {
@@ -184,7 +184,7 @@ func (a *admission) evict(unknownOnly bool) bool {
 // victim is a connection that may be closed, with what decides when.
 type victim struct {
 	*connection
-	known       bool
+	vouched     bool
 	open, since int64
 }
 
@@ -192,14 +192,14 @@ type victim struct {
 // closed stands first.
 func (a *admission) waiting(unknownOnly, asked bool) []victim {
 	var all []victim
-	for c, known := range a.all {
-		if c.usage != nil && c.asked.Load() == asked && !(unknownOnly && known) { // the others are being looked up
-			all = append(all, victim{c, known, c.usage.open.Load(), c.since.Load()})
+	for c, vouched := range a.all {
+		if c.usage != nil && c.asked.Load() == asked && !(unknownOnly && vouched) { // the others are being looked up
+			all = append(all, victim{c, vouched, c.usage.open.Load(), c.since.Load()})
 		}
 	}
 	slices.SortFunc(all, func(a, b victim) int {
-		if !asked && a.known != b.known { // whoever waits for an answer may become known by that
-			return map[bool]int{false: -1, true: 1}[a.known]
+		if !asked && a.vouched != b.vouched { // whoever waits for an answer may be vouched for by that
+			return map[bool]int{false: -1, true: 1}[a.vouched]
 		}
 		return cmp.Or(cmp.Compare(b.open, a.open), cmp.Compare(a.since, b.since))
 	})

@@ -83,8 +83,8 @@ func TestAdmission(t *testing.T) {
 		t.Error("an answer was cut off for a newcomer")
 	}
 	attested := c.of["flood"][len(c.of["flood"])-1]
-	c.know(attested)
-	c.know(attested)
+	c.vouch(attested)
+	c.vouch(attested)
 	if c.unknown != c.mostUnknown-1 {
 		t.Errorf("%d are unknown after one was attested", c.unknown)
 	}

@@ -74,9 +74,8 @@ func (s clientListener) bounded() error {
 func (s clientListener) Accept() (net.Conn, error) {
 	c, err := s.Listener.Accept()
 	if tcp, ok := c.(*net.TCPConn); ok && err == nil {
-		known := new(connection)
-		known.ended = make(chan struct{})
-		return clientConn{tcp, known, s.plain, s.hasty}, nil
+		info := &connection{half: half{ended: make(chan struct{})}}
+		return clientConn{tcp, info, s.plain, s.hasty}, nil
 	}
 	return c, err
 }

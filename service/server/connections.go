@@ -49,35 +49,35 @@ type connectionKey struct{}
 // accept runs between accept() and the first read: both ends are written down now, and the
 // connection counts. Who is on the other end is looked up by the connection's own goroutine, before
 // it reads a byte: others do not wait for it.
-func (x *connections) accept(ctx context.Context, c net.Conn) context.Context {
-	known := new(connection)
-	s, ok := c.(clientConn)
+func (x *connections) accept(ctx context.Context, conn net.Conn) context.Context {
+	c := new(connection)
+	s, ok := conn.(clientConn)
 	if ok {
-		known = s.connection
+		c = s.connection
 	}
-	known.conn = c
-	known.peer = attest.Accept(c)
-	known.ours = x.ours(known.peer.Client)
-	known.look = sync.OnceValue(func() error { return x.identify(known) })
-	if !known.ours && !x.enter(known) {
-		known.look = func() error { return io.EOF }
-		reset(c)
+	c.conn = conn
+	c.peer = attest.Accept(conn)
+	c.ours = x.ours(c.peer.Client)
+	c.look = sync.OnceValue(func() error { return x.identify(c) })
+	if !c.ours && !x.enter(c) {
+		c.look = func() error { return io.EOF }
+		reset(conn)
 	} else if !ok { // nobody else does
-		_ = known.look()
+		_ = c.look()
 	}
-	return context.WithValue(ctx, connectionKey{}, known)
+	return context.WithValue(ctx, connectionKey{}, c)
 }
 
 // identify finds out who is on the other end, and counts the connection for that one. An error
 // means that it is to be closed.
-func (x *connections) identify(known *connection) error {
-	x.look(known.peer)
-	known.party = known.peer.Party()
-	if known.ours {
+func (x *connections) identify(c *connection) error {
+	x.look(c.peer)
+	c.party = c.peer.Party()
+	if c.ours {
 		return nil
 	}
 	// One that does not even read its refusals gets no more of them.
-	if n := x.settle(known); n == 0 || n > int64(2*x.limit()) {
+	if n := x.settle(c); n == 0 || n > int64(2*x.limit()) {
 		return io.EOF // net/http closes it without a word
 	}
 	return nil
@@ -85,44 +85,44 @@ func (x *connections) identify(known *connection) error {
 
 // state is told by net/http what becomes of each connection: twice for each request, so it takes no
 // lock then. Active is said once the header of a request is there, and not at its first byte.
-func (x *connections) state(c net.Conn, state http.ConnState) {
-	s, ok := c.(clientConn)
+func (x *connections) state(conn net.Conn, state http.ConnState) {
+	s, ok := conn.(clientConn)
 	if !ok {
 		return
 	}
-	known := s.connection
-	known.theirs = false // it is written
+	c := s.connection
+	c.theirs = false // it is written
 	asked := state == http.StateActive
-	if known.asked.Swap(asked) != asked && known.usage != nil {
+	if c.asked.Swap(asked) != asked && c.usage != nil {
 		x.answering.Add(map[bool]int64{true: 1, false: -1}[asked])
 	}
-	if idle := state == http.StateIdle; known.usage != nil && known.idle.Swap(idle) != idle {
-		if known.since.Store(time.Now().UnixNano()); idle {
+	if idle := state == http.StateIdle; c.usage != nil && c.idle.Swap(idle) != idle {
+		if c.since.Store(time.Now().UnixNano()); idle {
 			x.idle.Add(1)
 		} else {
 			x.idle.Add(-1)
 		}
 	}
 	if state == http.StateClosed || state == http.StateHijacked {
-		x.leave(known)
+		x.leave(c)
 	}
 }
 
-// check refuses a connection of somebody who has more than a pod may have.
-func (x *connections) check(known *connection) error {
+// overLimit refuses a connection of somebody who has more than a pod may have.
+func (x *connections) overLimit(c *connection) error {
 	limit := x.limit()
-	if known.usage == nil || known.usage.open.Load() <= int64(limit) {
+	if c.usage == nil || c.usage.open.Load() <= int64(limit) {
 		return nil
 	}
 	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true,
-		Reason: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, known.party,
-			known.usage.open.Load()), Metric: reasonLimit}
+		Text: fmt.Sprintf("limits.connectionsPerPod is %d, and %s has %d connections open", limit, c.party,
+			c.usage.open.Load()), Label: reasonLimit}
 }
 
 // busy returns the number of those that wait for an answer, or have not asked yet.
 func (x *connections) busy() int { return x.open() - int(x.idle.Load()) }
 
 func connectionOf(ctx context.Context) *connection {
-	known, _ := ctx.Value(connectionKey{}).(*connection)
-	return known
+	c, _ := ctx.Value(connectionKey{}).(*connection)
+	return c
 }

@@ -8,10 +8,13 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
@@ -132,4 +135,61 @@ func until(t *testing.T, what string, ok func() bool) {
 		}
 		<-time.After(time.Millisecond)
 	}
+}
+
+// A new connection that finds no room, of all or of those for clients that nobody vouches for, is
+// closed and counted: the alert GKEMetadataEmulatorConnectionsRefused asks for that series.
+func TestNoRoom(t *testing.T) {
+	for name, most := range map[string]int{"of all": 1, "of unknown clients": 9} {
+		t.Run(name, func(t *testing.T) {
+			x := newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
+			x.most, x.mostUnknown = most, 1
+			registry := prometheus.NewRegistry()
+			newMetrics(registry, &x.admission)
+			connect := connectionsBed(t, x)
+			asks := connect()
+			if status, err := get(asks); status != http.StatusOK || err != nil {
+				t.Fatalf("%d, %v", status, err)
+			}
+			until(t, "its answer is over", func() bool { return x.idle.Load() == 1 })
+			x.mu.Lock() // as if the next one took its time
+			for c := range x.all {
+				c.asked.Store(true)
+			}
+			x.mu.Unlock()
+			if n := noRoom(t, registry); n != 0 {
+				t.Errorf("%v are counted before", n)
+			}
+			late, err := net.Dial("tcp", asks.RemoteAddr().String())
+			if err == nil { // else it was closed before that returned
+				defer late.Close()
+				_ = late.SetDeadline(time.Now().Add(testTimeout))
+				_, err = late.Read(make([]byte, 1))
+			}
+			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("it is not closed: %v", err)
+			}
+			if n := noRoom(t, registry); n != 1 {
+				t.Errorf("%v are counted, want 1", n)
+			}
+		})
+	}
+}
+
+// noRoom is the counter of new connections that found no room.
+func noRoom(t *testing.T, g prometheus.Gatherer) float64 {
+	t.Helper()
+	families, err := g.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			if f.GetName() == "gke_metadata_emulator_connections_closed_total" && m.Label[0].GetValue() == "no-room" {
+				return m.GetCounter().GetValue()
+			}
+		}
+	}
+	t.Fatal("no such series")
+	return 0
 }

@@ -82,7 +82,7 @@ func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer
 	}
 	if by := req.caller.ServiceAccount; !slices.Contains(active.Passthrough, by.String()) {
 		s.skipped.count(by)
-		return metadata.Answer{}, refusal{Status: http.StatusNotFound, Reason: fmt.Sprintf(
+		return metadata.Answer{}, refusal{Status: http.StatusNotFound, Text: fmt.Sprintf(
 			"this is not the cloud's metadata server: to let ServiceAccount %s use that one, add it to passthrough, or "+
 				"set routing.interceptHostPods to off", by)}
 	}
@@ -91,7 +91,7 @@ func (s *Server) passThrough(ctx context.Context, req *request) (metadata.Answer
 		ctx = context.WithoutCancel(ctx)
 	}
 	if req.passed, err = s.cloud.ask(ctx, req.Request, req.place.Path, req.party); err == nil {
-		err = s.check(ctx, req.peer)
+		err = s.recheck(ctx, req.peer)
 	}
 	return metadata.Answer{}, err
 }
@@ -150,14 +150,14 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 	switch {
 	case errors.Is(err, errTooLong):
 		return nil, refusal{Status: http.StatusRequestEntityTooLarge, Close: true,
-			Reason: fmt.Sprintf("the request has more than %d bytes", maxRequestBytes)}
+			Text: fmt.Sprintf("the request has more than %d bytes", maxRequestBytes)}
 	case err != nil:
-		return nil, refusal{Status: http.StatusBadRequest, Close: true, Reason: "the request is incomplete"}
+		return nil, refusal{Status: http.StatusBadRequest, Close: true, Text: "the request is incomplete"}
 	}
 	done, ok := c.turns.wait(ctx, by)
 	if !ok {
 		return nil, cmp.Or(r.Context().Err(),
-			error(refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: "the cloud's metadata server is " +
+			error(refusal{Status: http.StatusServiceUnavailable, Retry: true, Text: "the cloud's metadata server is " +
 				"slow, and too many requests wait for it"}))
 	}
 	defer done()
@@ -177,7 +177,7 @@ func (c *cloud) ask(ctx context.Context, r *http.Request, path string, by attest
 	}
 	defer func() { _ = res.Body.Close() }()
 	if res.Header.Get("Server") == serverName[0] {
-		return nil, refusal{Status: http.StatusBadGateway, Reason: "loop: the service's own request to the cloud's " +
+		return nil, refusal{Status: http.StatusBadGateway, Text: "loop: the service's own request to the cloud's " +
 			"metadata server was redirected back to it: start the service by its unit: systemctl start gke-metadata-emulator"}
 	}
 	a := &passed{status: res.StatusCode, header: endToEnd(res.Header)}
@@ -204,7 +204,7 @@ func unanswered(err error) error {
 	case errors.As(err, &op):
 		reason = op.Err.Error()
 	}
-	return refusal{Status: http.StatusBadGateway, Reason: "the cloud's metadata server: " + reason}
+	return refusal{Status: http.StatusBadGateway, Text: "the cloud's metadata server: " + reason}
 }
 
 var errTooLong = errors.New("too long")

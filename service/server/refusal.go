@@ -11,19 +11,19 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/token"
 )
 
-// refusal is an answer that is not what was asked for. Its reason goes to the pod (U-18) and never
+// refusal is an answer that is not what was asked for. Its text goes to the pod (U-18) and never
 // holds a secret, nor anything of another pod or process: that of attest's errors is a text of the
 // table, and the error itself is for the log.
 type refusal struct {
 	Status int
-	Reason string
+	Text   string
 	Retry  bool   // Retry-After: 1
 	Allow  string // with 405
 	Close  bool   // the connection is of no more use
-	Metric string // its reason in metrics; "": see reasonOf
+	Label  string // the label reason of requests_refused_total; "": see reasonOf
 }
 
-func (r refusal) Error() string { return r.Reason }
+func (r refusal) Error() string { return r.Text }
 
 var (
 	errNotLinked  = errors.New("not linked to a Google service account")
@@ -37,35 +37,37 @@ const sandbox = "a container behind NAT inside the pod (Docker in a pod) needs t
 	"RuntimeClass in attestation.byAddress"
 
 // wait refuses for now: the client asks again on the same connection.
-func wait(reason string) refusal {
-	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Reason: reason}
+func wait(text string) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Text: text}
 }
 
 // reconnect refuses for now: the client asks again on another connection.
-func reconnect(reason string) refusal {
-	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Reason: reason}
+func reconnect(text string) refusal {
+	return refusal{Status: http.StatusServiceUnavailable, Retry: true, Close: true, Text: text}
 }
 
 // forbid refuses for good.
-func forbid(reason string) refusal { return refusal{Status: http.StatusForbidden, Reason: reason} }
+func forbid(text string) refusal { return refusal{Status: http.StatusForbidden, Text: text} }
+
+// refusalRow says what becomes of an error.
+type refusalRow struct {
+	when    func(error) bool
+	label   string // reason in requests_refused_total: what is to be looked at
+	refusal refusal
+}
 
 // refusals says what is answered when something is wrong. The first row that fits decides; an error
 // that fits none is ours, and 503: clients retry it, while a 4xx ends them (T-09).
-//
-// reason is the value of a metric's label: what is to be looked at where requests are refused.
-var refusals = []struct {
-	when    func(error) bool
-	reason  string
-	refusal refusal
-}{
-	{is(metadata.ErrNotFound), "not-found", refusal{Status: http.StatusNotFound, Reason: "Not Found"}}, // H-15
+// docs/troubleshooting.md has a row for each text.
+var refusals = []refusalRow{
+	{is(metadata.ErrNotFound), "not-found", refusal{Status: http.StatusNotFound, Text: "Not Found"}}, // H-15
 	{is(metadata.ErrBadQuery), reasonRequest, refusal{Status: http.StatusBadRequest}},
 	{is(errNoAudience), reasonRequest, refusal{Status: http.StatusBadRequest}}, // I-02
 	{is(errNotLinked), "not-linked", refusal{Status: http.StatusNotFound}},     // I-04
 	{is(attest.ErrUnknown), "unknown-pod", // H-22
 		wait("the pod is not known yet: the Kubernetes API has not listed it for this node; ask again")},
 	{is(attest.ErrAmbiguous), "evidence", wait("more than one live pod of this node has the address; ask again")}, // U-06
-	{is(attest.ErrChanged), "evidence", reconnect(attest.ErrChanged.Error())},
+	{is(attest.ErrChanged), "gone", reconnect(attest.ErrChanged.Error())},
 	{is(attest.ErrNoNamespace), "unknown-pod",
 		wait("no known network namespace has the client's address; ask again; " + sandbox)},
 	{is(attest.ErrHelperAway), "helper-away", wait("no known network namespace has the client's address, and " +
@@ -77,7 +79,7 @@ var refusals = []struct {
 	// A-08, A-13. Of a client whose own filter dropped what it sent, another connection is found.
 	{is(attest.ErrNoSocket), "evidence",
 		reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
-	{is(attest.ErrEmptyCgroup), "evidence",
+	{is(attest.ErrEmptyCgroup), "gone",
 		reconnect("no process is left in the cgroup of the client's socket; connect again")},
 	{is(attest.ErrOwner), "evidence",
 		forbid("the cgroup of the client's socket has a pod's name and was not created by kubelet")},
@@ -107,14 +109,16 @@ var refusals = []struct {
 	{googleSays("IAM", http.StatusForbidden), "google-refused", refusal{Status: http.StatusForbidden}},   // T-07
 	{googleSays("IAM", http.StatusNotFound), "google-refused", refusal{Status: http.StatusNotFound}},     // T-07
 	{googleSays("STS", anyStatus), "google-refused", refusal{Status: http.StatusForbidden}},
-	{is(kube.ErrNoPod), "kubernetes-unavailable", refusal{Status: http.StatusServiceUnavailable}},
-	{is(kube.ErrNotFound), "kubernetes-unavailable", refusal{Status: http.StatusServiceUnavailable}},
+	// the API server's own text may name another pod of the ServiceAccount
+	{is(kube.ErrNoPod), "gone", refusal{Status: http.StatusServiceUnavailable, Text: kube.ErrNoPod.Error() +
+		", or the API server does not know of the pod yet"}},
+	{is(kube.ErrNotFound), "gone", refusal{Status: http.StatusServiceUnavailable}},
 	{as[*token.GoogleError], "google-refused", ours},
-	{func(error) bool { return true }, reasonOther, ours},
+	{func(error) bool { return true }, "other", ours},
 }
 
 var ours = refusal{Status: http.StatusServiceUnavailable,
-	Reason: "internal error: the log of gke-metadata-emulator.service on the node has the cause"}
+	Text: "internal error: the log of gke-metadata-emulator.service on the node has the cause"}
 
 // refusalOf returns what a pod is told of err.
 func refusalOf(err error) refusal {
@@ -124,20 +128,20 @@ func refusalOf(err error) refusal {
 	}
 	for _, row := range refusals {
 		if row.when(err) {
-			r, r.Metric = row.refusal, row.reason
+			r, r.Label = row.refusal, row.label
 			break
 		}
 	}
-	if r.Reason == "" {
-		r.Reason = err.Error()
+	if r.Text == "" {
+		r.Text = err.Error()
 	}
-	if len(r.Reason) > maxReason { // each that is quoted in it is bounded; this is for the day when one is not
-		r.Reason = strings.ToValidUTF8(r.Reason[:maxReason], "") + "…"
+	if len(r.Text) > maxText { // each that is quoted in it is bounded; this is for the day when one is not
+		r.Text = strings.ToValidUTF8(r.Text[:maxText], "") + "…"
 	}
 	return r
 }
 
-const maxReason = 4096 // bytes of an answer that is a refusal
+const maxText = 4096 // bytes of an answer that is a refusal
 
 func is(target error) func(error) bool {
 	return func(err error) bool { return errors.Is(err, target) }

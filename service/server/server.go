@@ -1,9 +1,9 @@
 // Package server answers one question: what does a pod get for its request?
 //
 // It is the HTTP server: connections and their bounds (admission.go), what is refused for its
-// header alone (rules.go), what an error becomes (refusal.go), what goes to another cloud's server
-// (passthrough.go), the metadata tree as one literal (tree.go), and one audit line for each token
-// (audit.go). No other package sees a ResponseWriter. Which configuration is in force is the
+// header alone (headers.go), what an error becomes (refusal.go), what goes to another cloud's
+// server (passthrough.go), the metadata tree as one literal (tree.go), and one audit line for each
+// token (audit.go). No other package sees a ResponseWriter. Which configuration is in force is the
 // caller's to say, by Activate.
 package server
 
@@ -65,7 +65,7 @@ func Unconfigured(reason error, l config.Limits) Active {
 	}
 	return Active{Tree: tree, ConnectionsPerPod: l.ConnectionsPerPod, RequestsPerPod: l.RequestsPerPod,
 		Broken: refusal{Status: http.StatusServiceUnavailable,
-			Reason: "gke-metadata-emulator is " + config.NotConfigured(reason), Metric: reasonUnconfigured}}
+			Text: "gke-metadata-emulator is " + config.NotConfigured(reason), Label: reasonUnconfigured}}
 }
 
 // Server answers pods. Its package is the only one that sees a ResponseWriter.
@@ -253,7 +253,7 @@ func (s *Server) answer(req *request) (metadata.Answer, error) {
 	if err := refusedBy(req); err != nil {
 		return metadata.Answer{}, err
 	}
-	if err := s.connections.check(req.connection); err != nil {
+	if err := s.connections.overLimit(req.connection); err != nil {
 		return metadata.Answer{}, err
 	}
 	if req.foreign {
@@ -314,11 +314,11 @@ func (s *Server) answerCaller(
 		} else if err != nil {
 			return metadata.Answer{}, err
 		}
-		s.connections.know(req.connection)
+		s.connections.vouch(req.connection)
 		q.Caller = req.caller
 		a, err := place.Answer(ctx, q)
 		if err == nil {
-			err = s.check(ctx, req.peer)
+			err = s.recheck(ctx, req.peer)
 		}
 		if err != nil || wait.Over(a.ETag) || isClosed(timeout) { // even if changes come without end
 			return a, err
@@ -337,7 +337,7 @@ func (s *Server) answerCaller(
 		case <-ctx.Done():
 			return metadata.Answer{}, ctx.Err()
 		}
-		return a, s.check(ctx, req.peer) // the answer was made before the wait
+		return a, s.recheck(ctx, req.peer) // the answer was made before the wait
 	}
 }
 
@@ -351,9 +351,9 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// check looks at the evidence again, by the configuration in force now: the backend that attested
+// recheck looks at the evidence again, by the configuration in force now: the backend that attested
 // may be no more.
-func (s *Server) check(ctx context.Context, p *attest.Peer) error {
+func (s *Server) recheck(ctx context.Context, p *attest.Peer) error {
 	for {
 		active := s.active.Load()
 		if active.Broken != nil {
@@ -389,7 +389,7 @@ func (s *Server) write(w http.ResponseWriter, req *request, a metadata.Answer, e
 	switch {
 	case err != nil:
 		r := refusalOf(err)
-		status, a = r.Status, metadata.Answer{Body: []byte(r.Reason + "\n"), ContentType: metadata.Text}
+		status, a = r.Status, metadata.Answer{Body: []byte(r.Text + "\n"), ContentType: metadata.Text}
 		if r.Retry {
 			h["Retry-After"] = retryAfter
 		}

@@ -8,32 +8,32 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// A rule refuses a request for what its header says, before anybody asks who sent it.
-type rule struct {
+// A headerRule refuses a request for its method or header alone, whoever sent it.
+type headerRule struct {
 	refuses func(*request) bool
 	refusal
 }
 
-// rules are tried in order. `/` is answered without the last three: Go's and .NET's probes send no
-// header there and look only at the response's (E-02). What is for another cloud's server has that
-// one's methods and headers (passthrough.go).
-var rules = []rule{
+// headerRules are tried in order. `/` is answered without the last three: Go's and .NET's probes
+// send no header there and look only at the response's (E-02). What is for another cloud's server
+// has that one's methods and headers (passthrough.go).
+var headerRules = []headerRule{
 	// H-14
-	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Reason: "method not allowed: use GET or HEAD",
+	{notGetOrHead, refusal{Status: http.StatusMethodNotAllowed, Text: "method not allowed: use GET or HEAD",
 		Allow: "GET, HEAD"}},
 	// H-13
-	{forwarded, refusal{Status: http.StatusForbidden, Reason: "X-Forwarded-For is present: requests must not come " +
+	{forwarded, refusal{Status: http.StatusForbidden, Text: "X-Forwarded-For is present: requests must not come " +
 		"through a proxy"}},
 	// H-16
-	{foreignHost, refusal{Status: http.StatusForbidden, Reason: "the Host header names another server: use " +
+	{foreignHost, refusal{Status: http.StatusForbidden, Text: "the Host header names another server: use " +
 		"metadata.google.internal or 169.254.169.254"}},
 	// H-01
-	{flavorMissing, refusal{Status: http.StatusForbidden, Reason: `Missing required header "Metadata-Flavor": "Google"`}},
+	{flavorMissing, refusal{Status: http.StatusForbidden, Text: `Missing required header "Metadata-Flavor": "Google"`}},
 }
 
 // refusedBy returns the refusal of the first rule that refuses, or nil.
 func refusedBy(r *request) error {
-	for _, rule := range rules {
+	for _, rule := range headerRules {
 		if rule.refuses(r) {
 			return rule.refusal
 		}
