@@ -137,42 +137,38 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// A new connection that finds no room, of all or of those for clients that nobody vouches for, is
-// closed and counted: the alert GKEMetadataEmulatorConnectionsRefused asks for that series.
+// A new connection that finds no room among clients that nobody vouches for is closed and counted:
+// the alert GKEMetadataEmulatorConnectionsRefused asks for that series.
 func TestNoRoom(t *testing.T) {
-	for name, most := range map[string]int{"of all": 1, "of unknown clients": 9} {
-		t.Run(name, func(t *testing.T) {
-			x := newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
-			x.most, x.mostUnknown = most, 1
-			registry := prometheus.NewRegistry()
-			newMetrics(registry, &x.admission)
-			connect := connectionsBed(t, x)
-			asks := connect()
-			if status, err := get(asks); status != http.StatusOK || err != nil {
-				t.Fatalf("%d, %v", status, err)
-			}
-			until(t, "its answer is over", func() bool { return x.idle.Load() == 1 })
-			x.mu.Lock() // as if the next one took its time
-			for c := range x.all {
-				c.asked.Store(true)
-			}
-			x.mu.Unlock()
-			if n := noRoom(t, registry); n != 0 {
-				t.Errorf("%v are counted before", n)
-			}
-			late, err := net.Dial("tcp", asks.RemoteAddr().String())
-			if err == nil { // else it was closed before that returned
-				defer late.Close()
-				_ = late.SetDeadline(time.Now().Add(testTimeout))
-				_, err = late.Read(make([]byte, 1))
-			}
-			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Errorf("it is not closed: %v", err)
-			}
-			if n := noRoom(t, registry); n != 1 {
-				t.Errorf("%v are counted, want 1", n)
-			}
-		})
+	x := newConnections(func() int { return 9 }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
+	x.most, x.mostUnknown = 9, 1
+	registry := prometheus.NewRegistry()
+	newMetrics(registry, &x.admission)
+	connect := connectionsBed(t, x)
+	asks := connect()
+	if status, err := get(asks); status != http.StatusOK || err != nil {
+		t.Fatalf("%d, %v", status, err)
+	}
+	until(t, "its answer is over", func() bool { return x.idle.Load() == 1 })
+	x.mu.Lock() // as if the next one took its time
+	for c := range x.all {
+		c.asked.Store(true)
+	}
+	x.mu.Unlock()
+	if n := noRoom(t, registry); n != 0 {
+		t.Errorf("%v are counted before", n)
+	}
+	late, err := net.Dial("tcp", asks.RemoteAddr().String())
+	if err == nil { // else it was closed before that returned
+		defer late.Close()
+		_ = late.SetDeadline(time.Now().Add(testTimeout))
+		_, err = late.Read(make([]byte, 1))
+	}
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it is not closed: %v", err)
+	}
+	if n := noRoom(t, registry); n != 1 {
+		t.Errorf("%v are counted, want 1", n)
 	}
 }
 

@@ -62,14 +62,14 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 		}, func() float64 { return float64(connections.open()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_connections_closed_total",
-			Help: "Connections of pods that were closed since too many were open, by outcome: idle ones that made " +
-				"room, and new ones that found none.",
+			Help: "Connections of pods that were closed since too many were open, by outcome: those that made " +
+				"room (idle ones, or else those of the client that has most), and new ones that found none.",
 			ConstLabels: prometheus.Labels{"outcome": "made-room"},
 		}, func() float64 { return float64(connections.evicted.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "gke_metadata_emulator_connections_closed_total",
-			Help: "Connections of pods that were closed since too many were open, by outcome: idle ones that made " +
-				"room, and new ones that found none.",
+			Help: "Connections of pods that were closed since too many were open, by outcome: those that made " +
+				"room (idle ones, or else those of the client that has most), and new ones that found none.",
 			ConstLabels: prometheus.Labels{"outcome": "no-room"},
 		}, func() float64 { return float64(connections.refused.Load()) }))
 	return m
