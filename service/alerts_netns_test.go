@@ -27,14 +27,14 @@ import (
 // promtool is the variable that names promtool; `make test` sets it.
 const promtool = "GME_TEST_PROMTOOL"
 
-// alertsBed is a node whose metrics are scraped, and whose rules are read back for every scrape
+// alertsNode is a node whose metrics are scraped, and whose rules are read back for every scrape
 // while they are watched.
-type alertsBed struct {
-	*kernelBed
-	asker   *podBed
+type alertsNode struct {
+	*kernelNode
+	asker   *podNode
 	watched bool
 	asked   int
-	other   *bed // whose service is scraped instead
+	other   *testNode // whose service is scraped instead
 }
 
 // states are faults, and the alerts that fire while each lasts. cause and mend change the node;
@@ -42,49 +42,49 @@ type alertsBed struct {
 var states = []struct {
 	name               string
 	alerts             []string
-	cause, while, mend func(*alertsBed, *testing.T)
+	cause, while, mend func(*alertsNode, *testing.T)
 }{
 	{"the service is down", []string{"Down"},
-		func(b *alertsBed, _ *testing.T) { b.kill(b.server) }, nil,
-		func(b *alertsBed, t *testing.T) { b.serve(t) }},
+		func(b *alertsNode, _ *testing.T) { b.kill(b.server) }, nil,
+		func(b *alertsNode, t *testing.T) { b.serve(t) }},
 	{"rules are gone", []string{"RulesMissing"},
-		func(b *alertsBed, _ *testing.T) {
-			b.sh("iptables -t nat -F PREROUTING")
+		func(b *alertsNode, _ *testing.T) {
+			b.run("iptables -t nat -F PREROUTING")
 			b.plan.Binary = "iptables-that-nobody-has"
 		}, nil,
-		func(b *alertsBed, _ *testing.T) { b.plan.Binary = "" }},
+		func(b *alertsNode, _ *testing.T) { b.plan.Binary = "" }},
 	{"the rules are not watched", []string{"RulesNotWatched"},
-		func(b *alertsBed, _ *testing.T) { b.watched = false }, nil,
-		func(b *alertsBed, _ *testing.T) { b.watched = true }},
-	{"rules are removed all the time", []string{"RulesRemovedAgainAndAgain"}, nil, (*alertsBed).removeAndRepair, nil},
+		func(b *alertsNode, _ *testing.T) { b.watched = false }, nil,
+		func(b *alertsNode, _ *testing.T) { b.watched = true }},
+	{"rules are removed all the time", []string{"RulesRemovedAgainAndAgain"}, nil, (*alertsNode).removeAndRepair, nil},
 	{"the helper is away", []string{"HelperAway"},
-		func(b *alertsBed, t *testing.T) {
+		func(b *alertsNode, t *testing.T) {
 			b.kill(b.helper)
 			b.eventually(t, "it is away", func() bool { return !statusOf(t, b.dir).Attestation.Kernel.Helper })
 		}, nil,
-		func(b *alertsBed, t *testing.T) { b.startHelper(); b.served(t) }},
+		func(b *alertsNode, t *testing.T) { b.startHelper(); b.served(t) }},
 	{"the API server is away", []string{"PodWatchStale"},
-		func(b *alertsBed, t *testing.T) {
+		func(b *alertsNode, t *testing.T) {
 			b.kube.Refuse()
 			b.kube.DropWatches()
 			b.eventually(t, "the watch is over", func() bool { return !statusOf(t, b.dir).Cluster.Watching })
 		}, nil,
-		func(b *alertsBed, t *testing.T) {
+		func(b *alertsNode, t *testing.T) {
 			b.kube.Accept()
 			b.eventually(t, "it watches again", func() bool { return statusOf(t, b.dir).Cluster.Watching })
 		}},
 	{"Google refuses", []string{"MintsRefused"},
-		func(b *alertsBed, _ *testing.T) {
+		func(b *alertsNode, _ *testing.T) {
 			b.google.Break(googletest.Exchange, googletest.Fault{Status: 403, Message: "denied"})
 		},
-		func(b *alertsBed, t *testing.T) { b.askAnew(t, 403) },
-		func(b *alertsBed, _ *testing.T) { b.google.Heal() }},
+		func(b *alertsNode, t *testing.T) { b.askAnew(t, 403) },
+		func(b *alertsNode, _ *testing.T) { b.google.Heal() }},
 	{"Google is unavailable", []string{"MintsFail", "RequestsFail"},
-		func(b *alertsBed, _ *testing.T) { b.google.Break(googletest.Exchange, googletest.Fault{Drop: true}) },
-		func(b *alertsBed, t *testing.T) { b.askAnew(t, 503) },
-		func(b *alertsBed, _ *testing.T) { b.google.Heal() }},
+		func(b *alertsNode, _ *testing.T) { b.google.Break(googletest.Exchange, googletest.Fault{Drop: true}) },
+		func(b *alertsNode, t *testing.T) { b.askAnew(t, 503) },
+		func(b *alertsNode, _ *testing.T) { b.google.Heal() }},
 	{"the node's certificate expires", []string{"CredentialExpires"},
-		func(b *alertsBed, t *testing.T) {
+		func(b *alertsNode, t *testing.T) {
 			if _, err := b.kube.RotateNodeCertFor(node, 20*time.Minute); err != nil {
 				t.Fatal(err)
 			}
@@ -94,7 +94,7 @@ var states = []struct {
 			}
 			b.useKubeconfig(t, config)
 		}, nil,
-		func(b *alertsBed, t *testing.T) {
+		func(b *alertsNode, t *testing.T) {
 			config, err := b.kube.TokenKubeconfig("dedicated-secret")
 			if err != nil {
 				t.Fatal(err)
@@ -102,15 +102,15 @@ var states = []struct {
 			b.useKubeconfig(t, config)
 		}},
 	{"there is no configuration", []string{"Unconfigured", "ConfigInvalid"},
-		func(b *alertsBed, t *testing.T) {
+		func(b *alertsNode, t *testing.T) {
 			b.other = newWorld(t) // systemd hands its listener over, without which the service would end
 			b.other.write(t, "config.yaml", "projektID: my-project\n")
 			b.other.start(t)
 		}, nil,
-		func(b *alertsBed, _ *testing.T) { b.other = nil }},
+		func(b *alertsNode, _ *testing.T) { b.other = nil }},
 	{"the configuration is broken", []string{"ConfigInvalid"},
-		func(b *alertsBed, t *testing.T) { b.reconfigure(t, "projectID:", "projektID:") }, nil,
-		func(b *alertsBed, t *testing.T) { b.reconfigure(t, "projektID:", "projectID:") }},
+		func(b *alertsNode, t *testing.T) { b.reconfigure(t, "projectID:", "projektID:") }, nil,
+		func(b *alertsNode, t *testing.T) { b.reconfigure(t, "projektID:", "projectID:") }},
 }
 
 // A service that is brought into each state makes the series of which promtool says which alerts
@@ -122,8 +122,8 @@ func TestAlerts(t *testing.T) {
 	if tool == "" {
 		netnstest.Lacks(t, errors.New(promtool+" names no promtool, of Debian's package prometheus: `make test` fetches one"))
 	}
-	b := newAlertsBed(t)
-	before := b.scrapeTwice(t, func(b *alertsBed, t *testing.T) { b.askAnew(t, 200) })
+	b := newAlertsNode(t)
+	before := b.scrapeTwice(t, func(b *alertsNode, t *testing.T) { b.askAnew(t, 200) })
 	tests := []any{dashboardTest(t, before)}
 	for _, s := range states {
 		if s.cause != nil {
@@ -156,7 +156,7 @@ func TestAlerts(t *testing.T) {
 }
 
 // Every alert is provoked above, or named here with the reason why it is not.
-func (b *alertsBed) everyAlertHasAState(t *testing.T, rules string) {
+func (b *alertsNode) everyAlertHasAState(t *testing.T, rules string) {
 	text, err := os.ReadFile(rules)
 	if err != nil {
 		t.Fatal(err)
@@ -184,9 +184,9 @@ func (b *alertsBed) everyAlertHasAState(t *testing.T, rules string) {
 	}
 }
 
-func newAlertsBed(t *testing.T) *alertsBed {
+func newAlertsNode(t *testing.T) *alertsNode {
 	t.Helper()
-	b := &alertsBed{kernelBed: newKernelBed(t), watched: true}
+	b := &alertsNode{kernelNode: newKernelNode(t), watched: true}
 	b.scraped(t)
 	b.asker = b.newAsker(t)
 	b.served(t)
@@ -194,7 +194,7 @@ func newAlertsBed(t *testing.T) *alertsBed {
 }
 
 // useKubeconfig has the service ask the Kubernetes API with another credential.
-func (b *alertsBed) useKubeconfig(t *testing.T, config []byte) {
+func (b *alertsNode) useKubeconfig(t *testing.T, config []byte) {
 	t.Helper()
 	const expiry = "gke_metadata_emulator_node_credential_expiry_timestamp_seconds"
 	before := b.scrape(t)[expiry] != nil
@@ -205,13 +205,13 @@ func (b *alertsBed) useKubeconfig(t *testing.T, config []byte) {
 }
 
 // served waits until the service is as it was.
-func (b *alertsBed) served(t *testing.T) {
+func (b *alertsNode) served(t *testing.T) {
 	t.Helper()
 	b.eventually(t, "it is served", func() bool { return b.asker.mustAsk(t, accts+"default/token").Status == 200 })
 }
 
 // askAnew asks for a token that no cache has.
-func (b *alertsBed) askAnew(t *testing.T, want int) {
+func (b *alertsNode) askAnew(t *testing.T, want int) {
 	t.Helper()
 	b.asked++
 	scope := fmt.Sprintf("https://www.googleapis.com/auth/scope%d", b.asked)
@@ -221,7 +221,7 @@ func (b *alertsBed) askAnew(t *testing.T, want int) {
 }
 
 // reconfigure has the service read another configuration.
-func (b *alertsBed) reconfigure(t *testing.T, old, text string) {
+func (b *alertsNode) reconfigure(t *testing.T, old, text string) {
 	t.Helper()
 	before := statusOf(t, b.dir).ConfigFile
 	b.replace(t, "config.yaml", old, text)
@@ -232,7 +232,7 @@ func (b *alertsBed) reconfigure(t *testing.T, old, text string) {
 }
 
 // removeAndRepair flushes a chain, and has a watcher put it back.
-func (b *alertsBed) removeAndRepair(t *testing.T) {
+func (b *alertsNode) removeAndRepair(t *testing.T) {
 	t.Helper()
 	before, err := routing.ReadState(b.dir)
 	if err != nil {
@@ -240,7 +240,7 @@ func (b *alertsBed) removeAndRepair(t *testing.T) {
 	}
 	watch := b.routing(b.plan, io.Discard, "watch")
 	defer b.kill(watch)
-	b.sh("iptables -t nat -F PREROUTING")
+	b.run("iptables -t nat -F PREROUTING")
 	b.eventually(t, "it is repaired", func() bool {
 		now, err := routing.ReadState(b.dir)
 		return err == nil && now.Standing.Good && now.Repairs.Total() > before.Repairs.Total()
@@ -248,7 +248,7 @@ func (b *alertsBed) removeAndRepair(t *testing.T) {
 }
 
 // scrape returns what Prometheus gets; nil: no answer.
-func (b *alertsBed) scrape(t *testing.T) map[string]*dto.MetricFamily {
+func (b *alertsNode) scrape(t *testing.T) map[string]*dto.MetricFamily {
 	t.Helper()
 	if b.other != nil {
 		return b.other.families(t)
@@ -267,7 +267,7 @@ func (b *alertsBed) scrape(t *testing.T) map[string]*dto.MetricFamily {
 }
 
 // families are what the bed's service tells Prometheus, by name.
-func (b *bed) families(t *testing.T) map[string]*dto.MetricFamily {
+func (b *testNode) families(t *testing.T) map[string]*dto.MetricFamily {
 	t.Helper()
 	all, err := b.gather().Gather()
 	if err != nil {
@@ -288,7 +288,7 @@ type look struct {
 	values map[string]float64
 }
 
-func (b *alertsBed) look(t *testing.T, while func(*alertsBed, *testing.T)) look {
+func (b *alertsNode) look(t *testing.T, while func(*alertsNode, *testing.T)) look {
 	t.Helper()
 	if while != nil {
 		while(b, t)
@@ -323,7 +323,7 @@ func (b *alertsBed) look(t *testing.T, while func(*alertsBed, *testing.T)) look 
 	return l
 }
 
-func (b *alertsBed) scrapeTwice(t *testing.T, while func(*alertsBed, *testing.T)) [2]look {
+func (b *alertsNode) scrapeTwice(t *testing.T, while func(*alertsNode, *testing.T)) [2]look {
 	t.Helper()
 	first := b.look(t, while)
 	// Times are whole seconds: what follows the clock has changed then.

@@ -30,7 +30,7 @@ var statusLines = regexp.MustCompile(`HTTP/1\.[01] \d{3}`)
 // none stands for a connection that is closed without one. Every answer has our header, the next
 // pod gets its own, and nothing is left of the connection.
 func TestHostileRequests(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	headers := func(n int) string {
 		var s strings.Builder
@@ -143,7 +143,7 @@ func TestHostileRequests(t *testing.T) {
 
 // mustHaveAnswered fails unless these are answers with our header and of the statuses; what was
 // reset may have none.
-func (b *bed) mustHaveAnswered(t *testing.T, got string, want []string, reset bool) {
+func (b *testNode) mustHaveAnswered(t *testing.T, got string, want []string, reset bool) {
 	t.Helper()
 	at := statusLines.FindAllStringIndex(got, -1)
 	var statuses []string
@@ -168,7 +168,7 @@ func (b *bed) mustHaveAnswered(t *testing.T, got string, want []string, reset bo
 }
 
 // mustServeOthers fails unless another pod gets its own, and nothing is left of connections.
-func (b *bed) mustServeOthers(t *testing.T) {
+func (b *testNode) mustServeOthers(t *testing.T) {
 	t.Helper()
 	if res := b.ask(t, unlinked, "GET", accts+"default/email", ""); res.StatusCode != 200 || res.body == gsa ||
 		res.Header.Get("Metadata-Flavor") != "Google" {
@@ -184,7 +184,7 @@ func (b *bed) mustServeOthers(t *testing.T) {
 
 // A TLS client is refused, in words that it can show.
 func TestTLSClient(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	c := b.dial(t, linked)
 	defer c.Close()
@@ -198,7 +198,7 @@ func TestTLSClient(t *testing.T) {
 
 // A request that comes byte by byte is one.
 func TestByteByByte(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	c := b.dial(t, linked)
 	defer c.Close()
@@ -219,7 +219,7 @@ func TestByteByByte(t *testing.T) {
 // with its identity, nor with that of whoever has its address now.
 func TestPipelineOverADeath(t *testing.T) {
 	const requests = 60
-	b := newBed(t, "limits: {requestsPerPod: 20}") // so that they wait in the connection
+	b := newTestNode(t, "limits: {requestsPerPod: 20}") // so that they wait in the connection
 	b.ready(t)
 	c := b.dial(t, linked)
 	defer c.Close()

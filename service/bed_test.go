@@ -28,9 +28,9 @@ const (
 	node     = "node1"
 )
 
-// bed is the whole service on loopback, with the stand-ins for Kubernetes and Google. Its pods ask
-// from 127.0.0.2 and up.
-type bed struct {
+// testNode is the whole service on loopback, with the stand-ins for Kubernetes and Google. Its pods
+// ask from 127.0.0.2 and up.
+type testNode struct {
 	kube   *kubetest.Server
 	google *googletest.Server
 	dir    string
@@ -45,9 +45,9 @@ type bed struct {
 	err    error
 }
 
-// newBed starts it, with more lines of configuration if there are any. It ends with the test, which
-// then looks for secrets in all that was logged.
-func newBed(t testing.TB, more ...string) *bed {
+// newTestNode starts it, with more lines of configuration if there are any. It ends with the test,
+// which then looks for secrets in all that was logged.
+func newTestNode(t testing.TB, more ...string) *testNode {
 	t.Helper()
 	b := newWorld(t)
 	b.configure(t, more...)
@@ -56,15 +56,15 @@ func newBed(t testing.TB, more ...string) *bed {
 }
 
 // newWorld is what surrounds the service.
-func newWorld(t testing.TB) *bed {
+func newWorld(t testing.TB) *testNode {
 	t.Helper()
 	return newWorldAt(t, nil, nil)
 }
 
 // newWorldAt is newWorld with the stand-ins elsewhere than on loopback.
-func newWorldAt(t testing.TB, kubernetes, google net.Listener) *bed {
+func newWorldAt(t testing.TB, kubernetes, google net.Listener) *testNode {
 	t.Helper()
-	b := &bed{dir: t.TempDir(), log: new(syncBuffer), reload: make(chan os.Signal)}
+	b := &testNode{dir: t.TempDir(), log: new(syncBuffer), reload: make(chan os.Signal)}
 	var err error
 	if b.kube, err = kubetest.New(kubetest.Options{Listener: kubernetes}); err != nil {
 		t.Fatal(err)
@@ -107,21 +107,21 @@ func newWorldAt(t testing.TB, kubernetes, google net.Listener) *bed {
 }
 
 // addPod runs a pod of this node with a ServiceAccount of its own.
-func (b *bed) addPod(name, address string, annotations map[string]string) {
+func (b *testNode) addPod(name, address string, annotations map[string]string) {
 	b.kube.SetServiceAccount("default", name, annotations)
 	b.kube.SetPod(
 		kubetest.Pod{Namespace: "default", Name: name, ServiceAccount: name, Node: node, Addresses: []string{address}},
 	)
 }
 
-func (b *bed) write(t testing.TB, name, text string) {
+func (b *testNode) write(t testing.TB, name, text string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(b.dir, name), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (b *bed) configure(t testing.TB, more ...string) {
+func (b *testNode) configure(t testing.TB, more ...string) {
 	t.Helper()
 	b.write(t, "config.yaml", fmt.Sprintf(`workloadIdentityProvider: %s
 projectID: my-project
@@ -138,12 +138,12 @@ extraMetadata: {instance/machine-type: projects/1/machineTypes/n2-standard-4}
 `, provider, b.google.STSURL(), b.google.URL(), strings.Join(more, "\n")))
 }
 
-func (b *bed) read() (config.Config, error) {
+func (b *testNode) read() (config.Config, error) {
 	return config.Load(filepath.Join(b.dir, "config.yaml"), nil)
 }
 
 // start runs the service on a listener of its own, as if systemd had handed it over.
-func (b *bed) start(t testing.TB) {
+func (b *testNode) start(t testing.TB) {
 	t.Helper()
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
@@ -197,7 +197,7 @@ func (b *bed) start(t testing.TB) {
 }
 
 // end stops the service and waits for it.
-func (b *bed) end(t testing.TB) {
+func (b *testNode) end(t testing.TB) {
 	t.Helper()
 	b.stop()
 	select {
@@ -211,13 +211,13 @@ func (b *bed) end(t testing.TB) {
 }
 
 // busy is the number of connections that wait for an answer, or have not asked yet.
-func (b *bed) busy() int {
+func (b *testNode) busy() int {
 	c := b.server.Connections()
 	return c.Open - c.Idle
 }
 
 // ready waits until pods are served.
-func (b *bed) ready(t testing.TB) {
+func (b *testNode) ready(t testing.TB) {
 	t.Helper()
 	var err error
 	defer func() {
@@ -234,7 +234,7 @@ const testTimeout = 2 * time.Minute
 
 // eventually polls until what is said is so. Where it never is, the test fails with what the
 // service knows.
-func (b *bed) eventually(t testing.TB, what string, is func() bool) {
+func (b *testNode) eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	began := time.Now()
 	tick := time.NewTicker(2 * time.Millisecond)
@@ -254,7 +254,7 @@ type response struct {
 
 // ask sends a request from the pod at the address, on a connection of its own, byte for byte as it
 // stands here. Header lines replace those that clients send; "-" alone leaves out Metadata-Flavor.
-func (b *bed) ask(t testing.TB, from, method, path, header string) response {
+func (b *testNode) ask(t testing.TB, from, method, path, header string) response {
 	t.Helper()
 	lines := []string{method + " " + path + " HTTP/1.1"}
 	if !strings.Contains(header, "Host:") {
@@ -289,7 +289,7 @@ func readResponse(t testing.TB, r *bufio.Reader, method string) response {
 }
 
 // raw sends bytes and returns all that comes back until the end of the connection.
-func (b *bed) raw(t testing.TB, from, text string) string {
+func (b *testNode) raw(t testing.TB, from, text string) string {
 	t.Helper()
 	c := b.dial(t, from)
 	defer c.Close()
@@ -303,7 +303,7 @@ func (b *bed) raw(t testing.TB, from, text string) string {
 	return string(all)
 }
 
-func (b *bed) dial(t testing.TB, from string) net.Conn {
+func (b *testNode) dial(t testing.TB, from string) net.Conn {
 	t.Helper()
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
 	c, err := d.DialContext(t.Context(), "tcp", b.listener.Addr().String())
@@ -335,7 +335,7 @@ func (s *syncBuffer) String() string {
 }
 
 // replace changes a file of the bed's.
-func (b *bed) replace(t testing.TB, name, old, text string) {
+func (b *testNode) replace(t testing.TB, name, old, text string) {
 	t.Helper()
 	was, err := os.ReadFile(filepath.Join(b.dir, name))
 	if err != nil {

@@ -66,7 +66,7 @@ func floodRequestsFrom(args []string) (any, error) {
 }
 
 // flooding starts a pod that floods, or a process of the node where cgroup says so.
-func (b *chaosBed) flooding(t *testing.T, cgroup, to string, n int, path string) func() {
+func (b *chaosNode) flooding(t *testing.T, cgroup, to string, n int, path string) func() {
 	t.Helper()
 	name, ns := fmt.Sprint("flood-", b.n), b.node.NS
 	if cgroup == "" {
@@ -93,14 +93,14 @@ func (b *chaosBed) flooding(t *testing.T, cgroup, to string, n int, path string)
 	return p.die
 }
 
-func (b *chaosBed) requestsWithoutEnd(t *testing.T) func() {
+func (b *chaosNode) requestsWithoutEnd(t *testing.T) func() {
 	return b.flooding(t, "", chaosPod, 250, accts+"default/token")
 }
 
 // unlimited puts a load on a service that does not limit the rate of requests: what the limit is
 // for.
-func unlimited(load func(*chaosBed, *testing.T) func()) func(*chaosBed, *testing.T) func() {
-	return func(b *chaosBed, t *testing.T) func() {
+func unlimited(load func(*chaosNode, *testing.T) func()) func(*chaosNode, *testing.T) func() {
+	return func(b *chaosNode, t *testing.T) func() {
 		again := func() { b.kill(b.server); b.serve(t) }
 		b.replace(t, "config.yaml", "hostCheck: true", "limits: {requestsPerPod: 1000000}")
 		again()
@@ -115,7 +115,7 @@ func unlimited(load func(*chaosBed, *testing.T) func()) func(*chaosBed, *testing
 
 // waits has a pod wait for changes on as many connections as it may have, while Kubernetes changes
 // something every 10 ms.
-func (b *chaosBed) waits(t *testing.T) func() {
+func (b *chaosNode) waits(t *testing.T) func() {
 	now, err := b.asker.ask("fresh", accts+"default/email") // which all unlinked pods have
 	if err != nil || now.Header.Get("ETag") == "" {
 		t.Fatalf("%+v, %v", now, err)
@@ -136,16 +136,16 @@ func (b *chaosBed) waits(t *testing.T) func() {
 	return func() { stop(); wg.Wait(); end() }
 }
 
-func (b *chaosBed) audiences(t *testing.T) func() {
+func (b *chaosNode) audiences(t *testing.T) func() {
 	return b.flooding(t, "", chaosPod, 8, accts+"default/identity?audience=https://%d.example")
 }
 
-func (b *chaosBed) metricsFlood(t *testing.T) func() {
+func (b *chaosNode) metricsFlood(t *testing.T) func() {
 	return b.flooding(t, "/system.slice/exporter.service", nodeHealth, 32, "/metrics")
 }
 
 // churn has pods come and go while eight network namespaces have the asker's address.
-func (b *chaosBed) churn(t *testing.T) func() {
+func (b *chaosNode) churn(t *testing.T) func() {
 	end := b.namespaces(t, 8)
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -183,7 +183,7 @@ func (b *chaosBed) churn(t *testing.T) func() {
 }
 
 // synFlood sends SYNs with made-up addresses of the node's pod network, as fast as two threads can.
-func (b *chaosBed) synFlood(t *testing.T) func() {
+func (b *chaosNode) synFlood(t *testing.T) func() {
 	ns := b.attacker(t)
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -207,7 +207,7 @@ func (b *chaosBed) synFlood(t *testing.T) func() {
 			}
 		})
 	}
-	b.sh(
+	b.run(
 		fmt.Sprintf(
 			"ip route replace %s dev cni0",
 			netip.PrefixFrom(netip.AddrFrom4([4]byte{ns.Addr.As4()[0], ns.Addr.As4()[1], 7, 0}), 24),

@@ -25,7 +25,7 @@ const chaosPod = "169.254.169.254:80"
 
 // attacker is a network namespace in which no process is: nothing tells the service who its clients
 // are.
-func (b *chaosBed) attacker(t *testing.T) *netnstest.NS {
+func (b *chaosNode) attacker(t *testing.T) *netnstest.NS {
 	t.Helper()
 	ns, err := b.node.AddPod(fmt.Sprint("attacker-", b.n))
 	if err != nil {
@@ -36,7 +36,7 @@ func (b *chaosBed) attacker(t *testing.T) *netnstest.NS {
 
 // floods has connections opened in the namespace, and closes them at the end. What the service
 // refuses or closes is its right.
-func (b *chaosBed) floods(
+func (b *chaosNode) floods(
 	t *testing.T,
 	ns *netnstest.NS,
 	n int,
@@ -82,11 +82,11 @@ func (b *chaosBed) floods(
 func anywhere(int) string { return "" }
 
 // idleHealth stays below the 20,000 descriptors that this process may have.
-func (b *chaosBed) idleHealth(t *testing.T) func() {
+func (b *chaosNode) idleHealth(t *testing.T) func() {
 	return b.floods(t, b.node.NS, 19_000/b.scale, nodeHealth, anywhere, nil)
 }
 
-func (b *chaosBed) madeUpAddresses(t *testing.T) func() {
+func (b *chaosNode) madeUpAddresses(t *testing.T) func() {
 	ns := b.attacker(t)
 	var script strings.Builder
 	last := ns.Addr.As4()
@@ -99,7 +99,7 @@ func (b *chaosBed) madeUpAddresses(t *testing.T) func() {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	b.sh(
+	b.run(
 		fmt.Sprintf("ip route replace %s dev cni0", netip.PrefixFrom(netip.AddrFrom4([4]byte{last[0], last[1], 7, 0}), 24)),
 	)
 	return b.floods(t, ns, 19_800/b.scale, chaosPod, from, func(c net.Conn) {
@@ -107,7 +107,7 @@ func (b *chaosBed) madeUpAddresses(t *testing.T) func() {
 	})
 }
 
-func (b *chaosBed) neverReading(t *testing.T) func() {
+func (b *chaosNode) neverReading(t *testing.T) func() {
 	return b.floods(t, b.attacker(t), 255, chaosPod, anywhere, func(c net.Conn) {
 		_ = c.(*net.TCPConn).SetReadBuffer(4 << 10)
 		for text := strings.Repeat("GET / HTTP/1.1\r\nHost: metadata\r\n\r\n", 100); ; {
@@ -118,7 +118,7 @@ func (b *chaosBed) neverReading(t *testing.T) func() {
 	})
 }
 
-func (b *chaosBed) slowHeaders(t *testing.T) func() {
+func (b *chaosNode) slowHeaders(t *testing.T) func() {
 	return b.floods(t, b.attacker(t), 180, chaosPod, anywhere, func(c net.Conn) {
 		for _, err := io.WriteString(c, "GET / HTTP/1.1\r\nX"); err == nil; _, err = io.WriteString(c, "x") {
 			time.Sleep(100 * time.Millisecond) // that is the attack
@@ -128,7 +128,7 @@ func (b *chaosBed) slowHeaders(t *testing.T) func() {
 
 // halfClosing holds a token back, and has clients end their half meanwhile: none gets a 200 that is
 // empty.
-func (b *chaosBed) halfClosing(t *testing.T) func() {
+func (b *chaosNode) halfClosing(t *testing.T) func() {
 	return b.floods(t, b.attacker(t), 180, chaosPod, anywhere, func(c net.Conn) {
 		_, _ = io.WriteString(c, "GET "+accts+"default/token HTTP/1.1\r\nHost: metadata\r\nMetadata-Flavor: Google\r\n\r\n")
 		_ = c.(*net.TCPConn).CloseWrite()
@@ -141,7 +141,7 @@ func (b *chaosBed) halfClosing(t *testing.T) func() {
 }
 
 // longRefusals has the API server refuse the tokens of a pod that asks all the time.
-func (b *chaosBed) longRefusals(t *testing.T) func() {
+func (b *chaosNode) longRefusals(t *testing.T) func() {
 	ns, err := b.node.AddPod("refused")
 	if err != nil {
 		t.Fatal(err)
@@ -175,10 +175,10 @@ func (b *chaosBed) longRefusals(t *testing.T) func() {
 	return func() { stop(); wg.Wait(); heal(); p.die() }
 }
 
-func (b *chaosBed) manyNamespaces(t *testing.T) func() { return b.namespaces(t, 500/b.scale) }
+func (b *chaosNode) manyNamespaces(t *testing.T) func() { return b.namespaces(t, 500/b.scale) }
 
 // namespaces makes n network namespaces of no pod that have the asker's own address.
-func (b *chaosBed) namespaces(t *testing.T, n int) func() {
+func (b *chaosNode) namespaces(t *testing.T, n int) func() {
 	var all []*exec.Cmd
 	var made []*bufio.Reader
 	for range n {
@@ -217,7 +217,7 @@ func (b *chaosBed) namespaces(t *testing.T, n int) func() {
 }
 
 // manyCgroups makes as many as fill the table, and then a pod.
-func (b *chaosBed) manyCgroups(t *testing.T) func() {
+func (b *chaosNode) manyCgroups(t *testing.T) func() {
 	dir := filepath.Join(b.cgroups.Path, "user.slice/delegated")
 	var errs error
 	n := 33_000 / b.scale
@@ -244,7 +244,7 @@ func (b *chaosBed) manyCgroups(t *testing.T) func() {
 
 // ambiguousSockets makes, in a namespace that a process is in, sockets that could be the asker's
 // own.
-func (b *chaosBed) ambiguousSockets(t *testing.T) func() {
+func (b *chaosNode) ambiguousSockets(t *testing.T) func() {
 	ns := b.attacker(t)
 	p := b.newPod(fmt.Sprint("ambiguous-", b.n), ns)
 	p.tell()

@@ -25,14 +25,14 @@ import (
 // sets it.
 const chaosLong = "GME_CHAOS"
 
-// chaosBed is a node whose pods ask while something else puts a load on the service, which is a
+// chaosNode is a node whose pods ask while something else puts a load on the service, which is a
 // process of its own.
-type chaosBed struct {
-	*kernelBed
-	asker *podBed // one of the others
-	bare  string  // where a net/http server is that the asker asks too, and nobody else: what the load takes of the node
-	scale int     // divides how much of a load there is
-	n     int     // loads so far
+type chaosNode struct {
+	*kernelNode
+	asker *podNode // one of the others
+	bare  string   // where a net/http server is that the asker asks too, and nobody else: what the load takes of the node
+	scale int      // divides how much of a load there is
+	n     int      // loads so far
 }
 
 // figures are what others notice of a load.
@@ -50,26 +50,26 @@ type figures struct {
 // loads are what can be put on the service. Each is started, and returns what ends it.
 var loads = []struct {
 	name  string
-	start func(b *chaosBed, t *testing.T) (end func())
+	start func(b *chaosNode, t *testing.T) (end func())
 	long  bool // only in the long form
 }{
-	{"idle health connections", (*chaosBed).idleHealth, false},
-	{"made-up addresses on /", (*chaosBed).madeUpAddresses, false},
-	{"clients that never read", (*chaosBed).neverReading, false},
-	{"slow headers", (*chaosBed).slowHeaders, false},
-	{"half-closed clients", (*chaosBed).halfClosing, false},
-	{"refusals of 10 MB", (*chaosBed).longRefusals, false},
-	{"many namespaces", (*chaosBed).manyNamespaces, false},
-	{"many cgroups", (*chaosBed).manyCgroups, false},
-	{"ambiguous sockets", (*chaosBed).ambiguousSockets, false},
-	{"requests without end, no limit", unlimited((*chaosBed).requestsWithoutEnd), true},
-	{"requests without end", (*chaosBed).requestsWithoutEnd, true},
-	{"waits for changes, no limit", unlimited((*chaosBed).waits), true},
-	{"waits for changes", (*chaosBed).waits, true},
-	{"audiences without end", (*chaosBed).audiences, true},
-	{"scrapes without end", (*chaosBed).metricsFlood, true},
-	{"pods that come and go", (*chaosBed).churn, true},
-	{"spoofed SYNs", (*chaosBed).synFlood, true},
+	{"idle health connections", (*chaosNode).idleHealth, false},
+	{"made-up addresses on /", (*chaosNode).madeUpAddresses, false},
+	{"clients that never read", (*chaosNode).neverReading, false},
+	{"slow headers", (*chaosNode).slowHeaders, false},
+	{"half-closed clients", (*chaosNode).halfClosing, false},
+	{"refusals of 10 MB", (*chaosNode).longRefusals, false},
+	{"many namespaces", (*chaosNode).manyNamespaces, false},
+	{"many cgroups", (*chaosNode).manyCgroups, false},
+	{"ambiguous sockets", (*chaosNode).ambiguousSockets, false},
+	{"requests without end, no limit", unlimited((*chaosNode).requestsWithoutEnd), true},
+	{"requests without end", (*chaosNode).requestsWithoutEnd, true},
+	{"waits for changes, no limit", unlimited((*chaosNode).waits), true},
+	{"waits for changes", (*chaosNode).waits, true},
+	{"audiences without end", (*chaosNode).audiences, true},
+	{"scrapes without end", (*chaosNode).metricsFlood, true},
+	{"pods that come and go", (*chaosNode).churn, true},
+	{"spoofed SYNs", (*chaosNode).synFlood, true},
 }
 
 // TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is
@@ -77,8 +77,8 @@ var loads = []struct {
 func TestChaos(t *testing.T) {
 	netnstest.Needs(t, "ss")
 	long := os.Getenv(chaosLong) != ""
-	k := newKernelBed(t, "log: {level: warning}", "hostCheck: true")
-	b := &chaosBed{kernelBed: k, scale: 10}
+	k := newKernelNode(t, "log: {level: warning}", "hostCheck: true")
+	b := &chaosNode{kernelNode: k, scale: 10}
 	measure, memoryHigh := 20, chaosMemoryHigh(t)
 	if long {
 		b.scale, measure = 1, 2000
@@ -156,7 +156,7 @@ func TestChaos(t *testing.T) {
 
 func ratio(a, b time.Duration) float64 { return float64(a) / float64(b) }
 
-func (b *chaosBed) asks(t *testing.T) said {
+func (b *chaosNode) asks(t *testing.T) said {
 	t.Helper()
 	a, err := b.asker.ask("fresh", accts+"default/token")
 	if err != nil {
@@ -167,7 +167,7 @@ func (b *chaosBed) asks(t *testing.T) said {
 
 // serveBare starts a server that says what ours says, and that is no load's target: its figures are
 // what the machine is like.
-func (b *chaosBed) serveBare(t *testing.T) {
+func (b *chaosNode) serveBare(t *testing.T) {
 	t.Helper()
 	a := b.asks(t)
 	text, err := json.Marshal(answer{a.Header, []byte(a.Body)})
@@ -182,12 +182,12 @@ func (b *chaosBed) serveBare(t *testing.T) {
 	b.eventually(t, "a bare server serves", func() bool { a, err := b.asksBare(); return err == nil && a.Status == 200 })
 }
 
-func (b *chaosBed) asksBare() (said, error) {
+func (b *chaosNode) asksBare() (said, error) {
 	return b.asker.ask(fmt.Sprint(b.bare, ",,", testTimeout), accts+"default/token")
 }
 
 // figures has the asker ask both servers by turns.
-func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
+func (b *chaosNode) figures(t *testing.T, n int) (f figures) {
 	t.Helper()
 	var took, bare []time.Duration
 	service := process{cmd: b.server}
@@ -214,7 +214,7 @@ func (b *chaosBed) figures(t *testing.T, n int) (f figures) {
 }
 
 // health asks healthListen as Prometheus does.
-func (b *chaosBed) health(path string) string {
+func (b *chaosNode) health(path string) string {
 	res, err := b.getHealth(path)
 	if err != nil {
 		return "no answer"
@@ -228,7 +228,7 @@ var skmem = regexp.MustCompile(`skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f(\d+),w(\d+),`)
 
 // memory is what the process has for itself (its part of what it shares with others) and what its
 // connections hold in the kernel, orphans included, in MB.
-func (b *chaosBed) memory(t *testing.T) float64 {
+func (b *chaosNode) memory(t *testing.T) float64 {
 	t.Helper()
 	out, err := b.node.Command(t.Context(), "ss", "-Htanm", "( sport = :988 or sport = :16322 )").Output()
 	if err != nil {

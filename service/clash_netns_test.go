@@ -39,15 +39,15 @@ const (
 type stale struct {
 	name  string
 	state int // of the client's socket, as /proc/net/tcp has it
-	make  func(*kernelBed)
+	make  func(*kernelNode)
 }
 
 var stales = []stale{
-	{"established", 1, func(k *kernelBed) { // conntrack -F, and the service is killed: the client is never told
+	{"established", 1, func(k *kernelNode) { // conntrack -F, and the service is killed: the client is never told
 		k.forgetConnections()
 		k.kill(k.server)
 	}},
-	{"close-wait", 8, func(k *kernelBed) { // the service ends, the client does not close, conntrack's entry expires
+	{"close-wait", 8, func(k *kernelNode) { // the service ends, the client does not close, conntrack's entry expires
 		k.kill(k.server)
 		k.eventually(k.t, "the service's half of the connections is gone", func() bool {
 			return k.sockets(":988")[4]+k.sockets(":988")[5] == 0
@@ -92,9 +92,9 @@ func TestPortClashWithoutRules(t *testing.T) {
 		k := newKernelBedIn(t, plan, "limits: {requestsPerPod: 1000000}") // an answer that waits would not be seen
 		thief := k.holdStale(stales[0], k.node.Addr)
 		if plan.Mode == routing.ModeNFTables {
-			k.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator local")
+			k.run("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator local")
 		} else {
-			k.sh(plan.Binary + " -F GME-IN; " + plan.Binary + " -F GME-LOCAL")
+			k.run(plan.Binary + " -F GME-IN; " + plan.Binary + " -F GME-LOCAL")
 		}
 		got := thief.clash(t, k.node.Addr, 1000, 30*time.Second)
 		if got.Tries < 1000 || got.Connected < got.Tries/2 || got.Stolen > 0 {
@@ -110,14 +110,14 @@ func TestConntrackZone(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan)
 		command := cmp.Or(plan.Binary, "iptables-nft")
-		k.sh(command + " -t raw -A PREROUTING -i cni0 -j CT --zone 4097")
-		k.sh(command + " -t raw -A OUTPUT -d 10.244.0.0/16 -j CT --zone 4097")
+		k.run(command + " -t raw -A PREROUTING -i cni0 -j CT --zone 4097")
+		k.run(command + " -t raw -A OUTPUT -d 10.244.0.0/16 -j CT --zone 4097")
 		ns, err := k.node.AddPod("zoned")
 		if err != nil {
 			t.Fatal(err)
 		}
 		pod, host := k.newPod("zoned", ns), k.newPod("host", k.node.NS)
-		for _, p := range []*podBed{pod, host} {
+		for _, p := range []*podNode{pod, host} {
 			if err := p.start(); err != nil {
 				t.Fatal(err)
 			}
@@ -147,15 +147,15 @@ func onEachDNAT(t *testing.T, test func(*testing.T, routing.Plan)) {
 
 // holdStale has a pod hold stale connections from 100 ports, and returns another pod on the host
 // network.
-func (k *kernelBed) holdStale(s stale, source netip.Addr) (thief *podBed) {
+func (k *kernelNode) holdStale(s stale, source netip.Addr) (thief *podNode) {
 	t := k.t
 	t.Helper()
-	k.sh("sysctl -qw net.ipv4.tcp_fin_timeout=1")
+	k.run("sysctl -qw net.ipv4.tcp_fin_timeout=1")
 	k.google.Allow("system:serviceaccount:default:reader", gsa)
 	victim := k.newPod("victim", k.node.NS)
 	victim.ServiceAccount = "reader"
 	thief = k.newPod("thief", k.node.NS)
-	for _, p := range []*podBed{victim, thief} {
+	for _, p := range []*podNode{victim, thief} {
 		if err := p.start(); err != nil {
 			t.Fatal(err)
 		}
@@ -193,7 +193,7 @@ type clashed struct {
 	Other                                       string // the last error that is no refusal
 }
 
-func (p *podBed) clash(t testing.TB, source netip.Addr, tries int, within time.Duration) (got clashed) {
+func (p *podNode) clash(t testing.TB, source netip.Addr, tries int, within time.Duration) (got clashed) {
 	t.Helper()
 	a, err := p.ask("clash", fmt.Sprintf("%s %d %s", source, tries, within))
 	if err == nil {
@@ -207,7 +207,7 @@ func (p *podBed) clash(t testing.TB, source netip.Addr, tries int, within time.D
 }
 
 // forgetConnections is conntrack -F.
-func (k *kernelBed) forgetConnections() {
+func (k *kernelNode) forgetConnections() {
 	k.t.Helper()
 	if err := k.node.ForgetConnections(); err != nil {
 		k.t.Fatal(err)
@@ -215,7 +215,7 @@ func (k *kernelBed) forgetConnections() {
 }
 
 // sockets counts the node's connections that have the port at either end, by state.
-func (k *kernelBed) sockets(port string) map[int]int {
+func (k *kernelNode) sockets(port string) map[int]int {
 	k.t.Helper()
 	var text []byte
 	err := k.node.Do(func() error {

@@ -19,7 +19,7 @@ import (
 )
 
 // sends sends a request from the pod, and nothing more after it.
-func (b *bed) sends(t *testing.T, path string) net.Conn {
+func (b *testNode) sends(t *testing.T, path string) net.Conn {
 	t.Helper()
 	c := b.dial(t, linked)
 	t.Cleanup(func() { c.Close() })
@@ -33,7 +33,7 @@ func (b *bed) sends(t *testing.T, path string) net.Conn {
 // A client that ends its half of the connection waits for its answer, and gets it.
 func TestHalfClosed(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "prefetch: none")
+	b := newTestNode(t, "prefetch: none")
 	b.ready(t)
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: 300 * time.Millisecond})
 	c := b.sends(t, accts+"default/token")
@@ -66,7 +66,7 @@ func TestHalfClosed(t *testing.T) {
 // A request that comes in half is none.
 func TestHalfClosedInTheMiddle(t *testing.T) {
 	t.Parallel()
-	b := newBed(t)
+	b := newTestNode(t)
 	for _, text := range []string{"", "GET / HTTP/1.1\r\nHost: metad",
 		"PUT /latest/api/token HTTP/1.1\r\nHost: metadata\r\nContent-Length: 9\r\n\r\nabc"} {
 		c := b.dial(t, linked)
@@ -86,7 +86,7 @@ func TestHalfClosedInTheMiddle(t *testing.T) {
 // A client that left has its request ended, and is written nothing.
 func TestClientLeft(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, "prefetch: none")
+	b := newTestNode(t, "prefetch: none")
 	b.ready(t)
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Minute})
 	for _, half := range []bool{false, true} {
@@ -127,13 +127,13 @@ func closeWait(t *testing.T, client net.Addr) bool {
 }
 
 // requests is what the metrics say of tokens.
-func (b *bed) requests(t *testing.T, code string) float64 {
+func (b *testNode) requests(t *testing.T, code string) float64 {
 	t.Helper()
 	return b.counted(t, "requests_total", code, "/token")
 }
 
 // counted is the sum of those counters of a metric that have labels whose values end so.
-func (b *bed) counted(t *testing.T, metric string, values ...string) (n float64) {
+func (b *testNode) counted(t *testing.T, metric string, values ...string) (n float64) {
 	t.Helper()
 	families, err := b.gather().Gather()
 	if err != nil {
@@ -157,7 +157,7 @@ func (b *bed) counted(t *testing.T, metric string, values ...string) (n float64)
 }
 
 // neverReads asks until nothing more fits, and reads nothing.
-func (b *bed) neverReads(t *testing.T) net.Conn {
+func (b *testNode) neverReads(t *testing.T) net.Conn {
 	t.Helper()
 	c := b.dial(t, linked)
 	t.Cleanup(func() { c.Close() })
@@ -177,7 +177,7 @@ func (b *bed) neverReads(t *testing.T) net.Conn {
 // slow with its header neither.
 func TestClientsThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	b.neverReads(t)
 	b.eventually(t, "its connection is closed", func() bool { return b.server.Connections().Open == 0 })

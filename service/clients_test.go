@@ -12,7 +12,7 @@ import (
 // Google's own Go libraries, as they come, against the emulator (C-GO-1, C-GO-3). They ask from
 // 127.0.0.1.
 func TestGoClients(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.addPod("go", "127.0.0.1", map[string]string{"iam.gke.io/gcp-service-account": gsa})
 	b.google.Allow("system:serviceaccount:default:go", gsa)
 	b.ready(t)

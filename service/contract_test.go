@@ -37,7 +37,7 @@ const principalEmail = "principal://iam.googleapis.com/" + poolName + "/subject/
 // TestContract asks what clients ask, on the wire, and compares what they compare. Each row names
 // its contract ID.
 func TestContract(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	for _, tt := range []struct {
 		id     string
@@ -218,7 +218,7 @@ func or(s, otherwise string) string {
 
 // The tokens that pods get are theirs: looked up at the stand-in that issued them.
 func TestWhoseToken(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	for from, want := range map[string]string{
 		linked:    gsa,
@@ -234,7 +234,7 @@ func TestWhoseToken(t *testing.T) {
 
 // E-05: what .NET's Gax looks for in the whole tree, and no secret in it.
 func TestWholeTree(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	res := b.ask(t, linked, "GET", v1+"?recursive=TRUE", "")
 	var whole struct {
@@ -272,7 +272,7 @@ func TestWholeTree(t *testing.T) {
 
 // H-17, H-16: HTTP/1.0 without a Host is answered, and redirected to the address that was dialled.
 func TestHTTP10(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	raw := b.raw(t, linked, "GET "+v1+"instance HTTP/1.0\r\nMetadata-Flavor: Google\r\n\r\n")
 	if !strings.Contains(raw, " 301 ") || !strings.Contains(raw, "Location: http://127.0.0.1"+v1+"instance/\r\n") {
@@ -383,7 +383,7 @@ func TestQuotaProject(t *testing.T) {
 // for.
 func TestRefusedByNetHTTP(t *testing.T) {
 	t.Parallel()
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	host := "Host: metadata\r\nMetadata-Flavor: Google\r\n"
 	for name, tt := range map[string]struct{ send, status string }{

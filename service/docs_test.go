@@ -90,7 +90,7 @@ func TestDocsMetricNames(t *testing.T) {
 // registries know.
 func metricRows(t *testing.T) map[string]string {
 	t.Helper()
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	const path = "/computeMetadata/v1/instance/service-accounts/default/token"
 	b.ask(t, linked, http.MethodGet, path, "Metadata-Flavor: Google")

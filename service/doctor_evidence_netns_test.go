@@ -34,7 +34,7 @@ func doctorProcess() error {
 }
 
 // doctor returns what doctor finds on the node, by the names of its checks.
-func (k *kernelBed) doctor(t *testing.T) map[string]doctor.Finding {
+func (k *kernelNode) doctor(t *testing.T) map[string]doctor.Finding {
 	t.Helper()
 	plan, err := json.Marshal(k.plan)
 	if err != nil {
@@ -65,7 +65,7 @@ func (k *kernelBed) doctor(t *testing.T) map[string]doctor.Finding {
 // then.
 func TestDoctorEvidence(t *testing.T) {
 	t.Parallel()
-	k := newKernelBed(t)
+	k := newKernelNode(t)
 	is := func(what string, verdict doctor.Verdict, text string) {
 		t.Helper()
 		found := k.doctor(t)
@@ -82,12 +82,12 @@ func TestDoctorEvidence(t *testing.T) {
 		t.Errorf("doctor's requests count as those of pods: %d, and then %d", before, n)
 	}
 
-	k.sh("iptables -t nat -A INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")
+	k.run("iptables -t nat -A INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")
 	// refused by a rule
 	if f := k.doctor(t)["connection"]; f.Verdict != doctor.Fail || !strings.Contains(f.Finding, "GME-") {
 		t.Errorf("another program rewrites who asks: %+v", f)
 	}
-	k.sh("iptables -t nat -D INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")
+	k.run("iptables -t nat -D INPUT -p tcp --dport 988 -j SNAT --to-source 198.51.100.7")
 	is("and no longer", doctor.OK, "the socket of doctor's connection")
 
 	k.kill(k.helper)

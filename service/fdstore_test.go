@@ -22,7 +22,7 @@ import (
 
 // process starts the service as systemd would: as a process of its own, with the listener and with
 // what is held.
-func (b *bed) process(t *testing.T, k *keeper) *exec.Cmd {
+func (b *testNode) process(t *testing.T, k *keeper) *exec.Cmd {
 	t.Helper()
 	listener, err := b.listener.(*net.TCPListener).File()
 	if err != nil {
@@ -51,7 +51,7 @@ func (b *bed) process(t *testing.T, k *keeper) *exec.Cmd {
 }
 
 // answer asks until there is one: the pods of a new process are not known at once.
-func (b *bed) answerTo(t *testing.T, from, path string) string {
+func (b *testNode) answerTo(t *testing.T, from, path string) string {
 	t.Helper()
 	var body string
 	b.eventually(t, path+" is answered", func() bool {
@@ -63,7 +63,7 @@ func (b *bed) answerTo(t *testing.T, from, path string) string {
 }
 
 // traffic counts the requests to Google, and those for ServiceAccount tokens.
-func (b *bed) traffic() (n int) {
+func (b *testNode) traffic() (n int) {
 	for _, m := range googletest.Methods {
 		n += b.google.Calls(m)
 	}

@@ -32,9 +32,9 @@ const (
 	routingVerbs = "GME_ROUTING_VERBS"
 )
 
-// kernelBed is the node.
-type kernelBed struct {
-	*bed
+// kernelNode is the node.
+type kernelNode struct {
+	*testNode
 	t       testing.TB
 	node    *netnstest.Node
 	cgroups *netnstest.Cgroups // what the node takes for its root
@@ -44,20 +44,20 @@ type kernelBed struct {
 	uids    atomic.Uint32
 }
 
-// newKernelBed starts the service in mode iptables, with more lines of configuration if there are
+// newKernelNode starts the service in mode iptables, with more lines of configuration if there are
 // any, and the helper.
-func newKernelBed(t testing.TB, more ...string) *kernelBed {
+func newKernelNode(t testing.TB, more ...string) *kernelNode {
 	t.Helper()
 	return newKernelBedIn(t, routing.Plan{Mode: routing.ModeIPTables}, more...)
 }
 
-// newKernelBedIn is newKernelBed with another Plan, to which the usual is added: pods on the host
+// newKernelBedIn is newKernelNode with another Plan, to which the usual is added: pods on the host
 // network are redirected and the node's own slices spared where a mode can, and IPv6 is served. An
 // identity of its own is used, since a node's does not do for processes of the node (N-07).
-func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed {
+func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelNode {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables", "unshare", "mount")
-	k := &kernelBed{t: t, node: netnstest.Start(t, "kernel")}
+	k := &kernelNode{t: t, node: netnstest.Start(t, "kernel")}
 	k.makeCgroups()
 	listen := func(port uint16) net.Listener {
 		l, err := k.node.Cloud.Listen("tcp4", netip.AddrPortFrom(k.node.Cloud.Addr, port).String())
@@ -66,14 +66,14 @@ func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed 
 		}
 		return l
 	}
-	k.bed = newWorldAt(t, listen(6443), listen(443))
+	k.testNode = newWorldAt(t, listen(6443), listen(443))
 	k.plan = k.usual(plan)
 	if k.plan.Link != "" {
-		k.sh("ip link add " + k.plan.Link + " type bridge") // whether the kernel has dummy links or not
+		k.run("ip link add " + k.plan.Link + " type bridge") // whether the kernel has dummy links or not
 	}
 	// A network plugin's, which has connections tracked: what is not has no original destination in
 	// any mode.
-	k.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
+	k.run("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
 	k.route(k.plan, "install", "check")
 	k.kube.AddUser("gke-metadata-emulator", "dedicated-secret")
 	kubeconfig, err := k.kube.TokenKubeconfig("dedicated-secret")
@@ -115,7 +115,7 @@ func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelBed 
 }
 
 // usual adds to a Plan what every one of the bed's has.
-func (k *kernelBed) usual(p routing.Plan) routing.Plan {
+func (k *kernelNode) usual(p routing.Plan) routing.Plan {
 	p.Guard, p.RunDir = routing.DefaultGuard(), k.dir
 	switch p.Mode {
 	case routing.ModeLoopback:
@@ -135,14 +135,14 @@ func (k *kernelBed) usual(p routing.Plan) routing.Plan {
 }
 
 // route does what `routing install`, check and remove do.
-func (k *kernelBed) route(p routing.Plan, verbs ...string) {
+func (k *kernelNode) route(p routing.Plan, verbs ...string) {
 	k.t.Helper()
 	if out, err := k.tryRoute(p, verbs...); err != nil {
 		k.t.Fatalf("routing %v: %v: %s", verbs, err, out)
 	}
 }
 
-func (k *kernelBed) tryRoute(p routing.Plan, verbs ...string) (string, error) {
+func (k *kernelNode) tryRoute(p routing.Plan, verbs ...string) (string, error) {
 	k.t.Helper()
 	var out strings.Builder
 	cmd := k.routing(p, &out, verbs...)
@@ -152,7 +152,7 @@ func (k *kernelBed) tryRoute(p routing.Plan, verbs ...string) (string, error) {
 
 // routing starts a process that does it, where /sys/fs/cgroup shows the node's cgroups, and their
 // root is the node's: so system.slice is the node's own.
-func (k *kernelBed) routing(p routing.Plan, out io.Writer, verbs ...string) *exec.Cmd {
+func (k *kernelNode) routing(p routing.Plan, out io.Writer, verbs ...string) *exec.Cmd {
 	k.t.Helper()
 	text, err := json.Marshal(p)
 	if err != nil {
@@ -198,8 +198,8 @@ func routingProcess() error {
 	return nil
 }
 
-// sh runs shell commands in the node's network namespace.
-func (k *kernelBed) sh(script string) {
+// run runs shell commands in the node's network namespace.
+func (k *kernelNode) run(script string) {
 	k.t.Helper()
 	if out, err := k.node.Command(k.t.Context(), "sh", "-ec", script).CombinedOutput(); err != nil {
 		k.t.Fatalf("%s: %v: %s", script, err, out)
@@ -207,7 +207,7 @@ func (k *kernelBed) sh(script string) {
 }
 
 // makeCgroups makes cgroups where nobody else sees them.
-func (k *kernelBed) makeCgroups() {
+func (k *kernelNode) makeCgroups() {
 	t := k.t
 	t.Helper()
 	c, err := netnstest.NewCgroups(
@@ -232,7 +232,7 @@ func (k *kernelBed) makeCgroups() {
 }
 
 // process starts this binary in a role, as a unit of the node.
-func (k *kernelBed) process(role, cgroup string) *exec.Cmd {
+func (k *kernelNode) process(role, cgroup string) *exec.Cmd {
 	k.t.Helper()
 	cmd := k.command(role)
 	cmd.Stderr = k.log
@@ -243,7 +243,7 @@ func (k *kernelBed) process(role, cgroup string) *exec.Cmd {
 	return cmd
 }
 
-func (k *kernelBed) command(role string) *exec.Cmd {
+func (k *kernelNode) command(role string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(
 		os.Environ(),
@@ -255,14 +255,14 @@ func (k *kernelBed) command(role string) *exec.Cmd {
 	return cmd
 }
 
-func (k *kernelBed) kill(cmd *exec.Cmd) {
+func (k *kernelNode) kill(cmd *exec.Cmd) {
 	if cmd.ProcessState == nil {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}
 }
 
-func (k *kernelBed) startHelper() {
+func (k *kernelNode) startHelper() {
 	k.t.Helper()
 	if err := os.MkdirAll(filepath.Dir(namespaceSocket(k.dir)), 0o750); err != nil {
 		k.t.Fatal(err)

@@ -8,11 +8,11 @@ import (
 	"testing"
 )
 
-// nodeHealth is healthListen of a kernelBed that is scraped.
+// nodeHealth is healthListen of a kernelNode that is scraped.
 const nodeHealth = "127.0.0.1:16322"
 
 // scraped starts the service of k anew, with healthListen at nodeHealth.
-func (k *kernelBed) scraped(t *testing.T) {
+func (k *kernelNode) scraped(t *testing.T) {
 	t.Helper()
 	k.kill(k.server)
 	k.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+nodeHealth)
@@ -20,7 +20,7 @@ func (k *kernelBed) scraped(t *testing.T) {
 }
 
 // serve starts the service, and waits until it knows pods, has the helper and is scraped.
-func (k *kernelBed) serve(t *testing.T) {
+func (k *kernelNode) serve(t *testing.T) {
 	t.Helper()
 	k.server = k.process(filepath.Join(k.dir, "config.yaml"), "/system.slice/gke-metadata-emulator.service")
 	k.eventually(t, "it serves", func() bool {
@@ -34,7 +34,7 @@ func (k *kernelBed) serve(t *testing.T) {
 }
 
 // getHealth asks nodeHealth from the node, as Prometheus does.
-func (k *kernelBed) getHealth(path string) (*http.Response, error) {
+func (k *kernelNode) getHealth(path string) (*http.Response, error) {
 	client := http.Client{Timeout: testTimeout, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, network, to string) (net.Conn, error) {
 			return k.node.NS.Dial(ctx, network, to)
@@ -43,7 +43,7 @@ func (k *kernelBed) getHealth(path string) (*http.Response, error) {
 }
 
 // newAsker starts a pod of its own that asks.
-func (k *kernelBed) newAsker(t *testing.T) *podBed {
+func (k *kernelNode) newAsker(t *testing.T) *podNode {
 	t.Helper()
 	ns, err := k.node.AddPod("asker")
 	if err != nil {

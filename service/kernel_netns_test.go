@@ -16,7 +16,7 @@ import (
 )
 
 // subjectOf is whose the token in an answer is.
-func (b *bed) subjectOf(t testing.TB, body string) string {
+func (b *testNode) subjectOf(t testing.TB, body string) string {
 	t.Helper()
 	_, after, _ := strings.Cut(body, `"access_token":"`)
 	value, _, _ := strings.Cut(after, `"`)
@@ -30,7 +30,7 @@ func (b *bed) subjectOf(t testing.TB, body string) string {
 // though Kubernetes says that the pod lives. By address alone 174 of these 200 get another's.
 func TestKernelChurn(t *testing.T) {
 	const slots, lives = 10, 20
-	k := newKernelBed(t, "prefetch: none")
+	k := newKernelNode(t, "prefetch: none")
 	late := func() time.Duration { return rand.N(1500 * time.Millisecond) }
 	var news, wg sync.WaitGroup
 	var mu sync.Mutex
@@ -153,10 +153,10 @@ func TestKernelChurn(t *testing.T) {
 // and away, with the helper there and away.
 func TestKernel(t *testing.T) {
 	t.Parallel()
-	k := newKernelBed(t, `hostIdentities:
+	k := newKernelNode(t, `hostIdentities:
 - {unit: kubelet.service, serviceAccount: default/plain}
 - {cgroup: /system.slice/docker-*.scope, serviceAccount: default/reader}`)
-	start := func(name string, ns *netnstest.NS, change func(*podBed)) *podBed {
+	start := func(name string, ns *netnstest.NS, change func(*podNode)) *podNode {
 		t.Helper()
 		p := k.newPod(name, ns)
 		if change != nil {
@@ -175,14 +175,14 @@ func TestKernel(t *testing.T) {
 		}
 		return ns
 	}
-	in := func(cgroup string) func(*podBed) { return func(p *podBed) { p.cgroup = cgroup } }
-	gets := func(p *podBed, subject string) {
+	in := func(cgroup string) func(*podNode) { return func(p *podNode) { p.cgroup = cgroup } }
+	gets := func(p *podNode, subject string) {
 		t.Helper()
 		if a := p.served(t, accts+"default/token"); a.Status != 200 || k.subjectOf(t, a.Body) != subject {
 			t.Errorf("%s: %d, token of %q; want %q", p.Name, a.Status, k.subjectOf(t, a.Body), subject)
 		}
 	}
-	refused := func(p *podBed, status int, says ...string) {
+	refused := func(p *podNode, status int, says ...string) {
 		t.Helper()
 		ask := p.served
 		if status == http.StatusServiceUnavailable {
@@ -200,10 +200,10 @@ func TestKernel(t *testing.T) {
 	host := start("host", k.node.NS, nil)
 	// The helper finds namespaces by cgroups, so these stay unknown to it, as those of sandboxes that
 	// have no address do.
-	sandbox := start("sandbox", network("sandbox"), func(p *podBed) { p.RuntimeClass, p.cgroup = "gvisor", "" })
-	kata := start("kata", network("kata"), func(p *podBed) { p.RuntimeClass, p.cgroup = "kata", "" })
-	static := start("static", k.node.NS, func(p *podBed) { p.MirrorOf, p.UID, p.ServiceAccount = p.UID, "", "" })
-	for _, p := range []*podBed{pod, other, host, sandbox, kata, static} {
+	sandbox := start("sandbox", network("sandbox"), func(p *podNode) { p.RuntimeClass, p.cgroup = "gvisor", "" })
+	kata := start("kata", network("kata"), func(p *podNode) { p.RuntimeClass, p.cgroup = "kata", "" })
+	static := start("static", k.node.NS, func(p *podNode) { p.MirrorOf, p.UID, p.ServiceAccount = p.UID, "", "" })
+	for _, p := range []*podNode{pod, other, host, sandbox, kata, static} {
 		p.tell()
 	}
 	kubelet := start("kubelet", k.node.NS, in("/system.slice/kubelet.service"))
@@ -223,7 +223,7 @@ func TestKernel(t *testing.T) {
 	gets(host, "default:host")
 	gets(sandbox, "default:sandbox")
 	gets(kubelet, "default:plain")
-	for _, p := range []*podBed{docker, container} { // on the node's network, and on one of its own
+	for _, p := range []*podNode{docker, container} { // on the node's network, and on one of its own
 		if a := p.served(t, accts+"default/email"); a.Body != gsa {
 			t.Errorf("%s: %+v", p.Name, a)
 		}

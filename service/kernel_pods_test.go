@@ -20,9 +20,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// podBed is a pod, or a process of the node.
-type podBed struct {
-	k *kernelBed
+// podNode is a pod, or a process of the node.
+type podNode struct {
+	k *kernelNode
 	kubetest.Pod
 	container string
 	// from the node's root; "": one that the node does not have, as a sandbox's processes are none of
@@ -37,9 +37,9 @@ type podBed struct {
 }
 
 // newPod makes a pod that nobody knows yet, and the ServiceAccount of its name.
-func (k *kernelBed) newPod(name string, ns *netnstest.NS) *podBed {
+func (k *kernelNode) newPod(name string, ns *netnstest.NS) *podNode {
 	n := k.uids.Add(1)
-	p := &podBed{
+	p := &podNode{
 		k:         k,
 		ns:        ns,
 		container: fmt.Sprintf("%064x", n),
@@ -62,10 +62,10 @@ func (k *kernelBed) newPod(name string, ns *netnstest.NS) *podBed {
 }
 
 // tell has the API server know the pod.
-func (p *podBed) tell() { p.k.kube.SetPod(p.Pod) }
+func (p *podNode) tell() { p.k.kube.SetPod(p.Pod) }
 
 // start starts the pod's process.
-func (p *podBed) start() error {
+func (p *podNode) start() error {
 	k := p.k
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -104,7 +104,7 @@ func (p *podBed) start() error {
 }
 
 // die kills it, and returns when it is reaped.
-func (p *podBed) die() {
+func (p *podNode) die() {
 	p.k.kill(p.cmd)
 	_ = p.fds.Close()
 }
@@ -120,7 +120,7 @@ type said struct {
 
 // ask has the pod send a request on its connection, "kept", or on another one, as dial has it. It
 // says what came.
-func (p *podBed) ask(how, path string) (a said, err error) {
+func (p *podNode) ask(how, path string) (a said, err error) {
 	if _, err = fmt.Fprintln(p.in, how, path); err != nil {
 		return a, err
 	}
@@ -133,7 +133,7 @@ func (p *podBed) ask(how, path string) (a said, err error) {
 
 // mustAsk is ask on a fresh connection, of a daemon of the node where the service listens: the
 // rules spare it.
-func (p *podBed) mustAsk(t testing.TB, path string) said {
+func (p *podNode) mustAsk(t testing.TB, path string) said {
 	t.Helper()
 	how := "fresh"
 	if p.ns == p.k.node.NS && strings.HasPrefix(p.cgroup, "/system.slice/") {
@@ -148,7 +148,7 @@ func (p *podBed) mustAsk(t testing.TB, path string) said {
 
 // served is mustAsk of a client that asks again where the answer is 503, as the answer says: what
 // is new on the node is known a moment later.
-func (p *podBed) served(t testing.TB, path string) (a said) {
+func (p *podNode) served(t testing.TB, path string) (a said) {
 	t.Helper()
 	p.k.eventually(t, p.Name+" gets another answer than 503", func() bool {
 		a = p.mustAsk(t, path)
@@ -158,7 +158,7 @@ func (p *podBed) served(t testing.TB, path string) (a said) {
 }
 
 // pass has the pod hand its connection over.
-func (p *podBed) pass() (net.Conn, error) {
+func (p *podNode) pass() (net.Conn, error) {
 	if _, err := fmt.Fprintln(p.in, "pass -"); err != nil {
 		return nil, err
 	}

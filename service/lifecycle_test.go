@@ -21,7 +21,7 @@ import (
 // H-12: a long poll is answered when something changed, when its time is over, and when the service
 // stops.
 func TestLongPoll(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	path := accts + "default/email?wait_for_change=true&last_etag="
 	etag := b.ask(t, linked, "GET", accts+"default/email", "").Header.Get("ETag")
@@ -89,7 +89,7 @@ func receive[T any](t *testing.T, c <-chan T) T {
 // busy keep-alive connections lose nothing when the service stops.
 func TestDrain(t *testing.T) {
 	t.Parallel()
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	b.ask(t, linked, "GET", accts+"default/token", "")
 	const clients = 64
@@ -139,7 +139,7 @@ func TestDrain(t *testing.T) {
 
 // a connection that was accepted, and asks only after the listener was left, is answered too.
 func TestDrainAnswersWhatItAccepted(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	b.ask(t, linked, "GET", accts+"default/token", "")
 	c := b.dial(t, linked)
@@ -165,7 +165,7 @@ func TestDrainAnswersWhatItAccepted(t *testing.T) {
 
 // A mint in flight when the service stops comes to its end, and its asker gets the token.
 func TestDrainWaitsForMints(t *testing.T) {
-	b := newBed(t, "prefetch: none")
+	b := newTestNode(t, "prefetch: none")
 	b.ready(t)
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Second})
 	answered := make(chan response, 1)
@@ -182,7 +182,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 	t.Parallel()
 	t.Run("T-09: Google is unreachable", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t, "prefetch: none")
+		b := newTestNode(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.Exchange, googletest.Fault{Drop: true})
 		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 503 {
@@ -191,7 +191,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 	})
 	t.Run("T-09: Google 429", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t, "prefetch: none")
+		b := newTestNode(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.GenerateAccessToken,
 			googletest.Fault{Status: 429, Message: "Quota exceeded for quota metric"})
@@ -202,7 +202,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 	})
 	t.Run("STS 400", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t, "prefetch: none")
+		b := newTestNode(t, "prefetch: none")
 		b.ready(t)
 		b.google.Break(googletest.Exchange, googletest.Fault{Status: 400, Message: "The audience in ID Token does not match"})
 		if res := b.ask(t, linked, "GET", accts+"default/token", ""); res.StatusCode != 403 ||
@@ -231,7 +231,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 	})
 	t.Run("the API server is away, nothing cached", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t, "prefetch: none")
+		b := newTestNode(t, "prefetch: none")
 		b.ready(t)
 		b.kube.Close()
 		res := b.ask(t, linked, "GET", accts+"default/token", "")
@@ -241,7 +241,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 	})
 	t.Run("the API server is away, and the token is cached: an address is believed of nobody", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t)
+		b := newTestNode(t)
 		b.ready(t)
 		b.ask(t, linked, "GET", accts+"default/token", "")
 		b.kube.Refuse()
@@ -280,7 +280,7 @@ func TestWhenSomethingIsWrong(t *testing.T) {
 
 // N-11, N-12, U-06: who has the address now gets the token, and nobody else.
 func TestAddressReuse(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	kept := b.dial(t, linked)
 	defer kept.Close()
@@ -325,7 +325,7 @@ func TestLimits(t *testing.T) {
 	t.Parallel()
 	t.Run("connections", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t, "limits: {connectionsPerPod: 3}")
+		b := newTestNode(t, "limits: {connectionsPerPod: 3}")
 		b.ready(t)
 		var open []net.Conn
 		for range 3 {
@@ -348,7 +348,7 @@ func TestLimits(t *testing.T) {
 	})
 	t.Run("keys", func(t *testing.T) {
 		t.Parallel()
-		b := newBed(t, "limits: {keysPerPod: 2}")
+		b := newTestNode(t, "limits: {keysPerPod: 2}")
 		b.ready(t)
 		status := map[int]int{}
 		for i := range 4 {
@@ -398,7 +398,7 @@ func TestPrefetch(t *testing.T) {
 // Nothing that is printed, logged, measured or shown holds a secret. The log is looked at by every
 // test of the bed.
 func TestNoSecrets(t *testing.T) {
-	b := newBed(t, "log: {level: debug}")
+	b := newTestNode(t, "log: {level: debug}")
 	b.ready(t)
 	var shown strings.Builder
 	for _, from := range []string{linked, unlinked, principal, hostile, denied, missing} {
@@ -446,7 +446,7 @@ func TestNoSecrets(t *testing.T) {
 // Whoever fills up the limit of the address that the watchdog's probe comes from does not silence
 // it.
 func TestProbeIsOutOfReach(t *testing.T) {
-	b := newBed(t, "limits: {connectionsPerPod: 2}")
+	b := newTestNode(t, "limits: {connectionsPerPod: 2}")
 	b.ready(t)
 	for range 4 {
 		c := b.dial(t, "127.0.0.1")

@@ -11,7 +11,7 @@ import (
 // answered when its time is over, though Kubernetes says that the pod lives: whoever holds the
 // connection now is another.
 func TestWaitOutlivesNobody(t *testing.T) {
-	k := newKernelBed(t, "prefetch: none")
+	k := newKernelNode(t, "prefetch: none")
 	ns, err := k.node.AddPod("waiter")
 	if err != nil {
 		t.Fatal(err)

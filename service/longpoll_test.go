@@ -10,7 +10,7 @@ import (
 // TestWaitMeetsReload: a request that waits for a change (H-12) and arrives while another
 // configuration comes into force hears of it, whichever of the two its beginning saw.
 func TestWaitMeetsReload(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	const path, clients = v1 + "instance/machine-type", 8
 	rounds := 300

@@ -18,7 +18,7 @@ import (
 )
 
 // scrape returns all metrics of ours, by name.
-func (b *bed) scrape(t *testing.T) map[string]*dto.MetricFamily {
+func (b *testNode) scrape(t *testing.T) map[string]*dto.MetricFamily {
 	t.Helper()
 	families, err := b.gather().Gather()
 	if err != nil {
@@ -34,7 +34,7 @@ func (b *bed) scrape(t *testing.T) map[string]*dto.MetricFamily {
 }
 
 // gauge returns the value of a gauge without labels, and whether it is there.
-func (b *bed) gauge(t *testing.T, name string) (float64, bool) {
+func (b *testNode) gauge(t *testing.T, name string) (float64, bool) {
 	t.Helper()
 	f := b.scrape(t)[name]
 	if f == nil {
@@ -45,7 +45,7 @@ func (b *bed) gauge(t *testing.T, name string) (float64, bool) {
 
 // `promtool check metrics` finds nothing.
 func TestMetricsLint(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	b.ask(t, linked, http.MethodGet, accts+"default/token", "")
 	var all []*dto.MetricFamily
@@ -145,7 +145,7 @@ func series(families map[string]*dto.MetricFamily) map[string]float64 {
 // What an operator watches beside requests: whether there is a configuration, since when, and what
 // expires when.
 func TestMetricsOfState(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	b.ask(t, linked, http.MethodGet, accts+"default/token", "")
 	is := func(name string, ok func(float64) bool) {
@@ -188,7 +188,7 @@ func TestMetricsOfState(t *testing.T) {
 
 // Refusals are counted by what is to be looked at.
 func TestRefusalsByReason(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	count := func(reason string) float64 { return b.counted(t, "requests_refused_total", reason) }
 	for _, c := range []struct{ address, path, header, reason string }{

@@ -102,7 +102,7 @@ func TestOutcomes(t *testing.T) {
 	for i, column := range strings.Fields(rows[0])[2:] {
 		t.Run(column, func(t *testing.T) {
 			t.Parallel()
-			o := newOutcomeBed(t, planOf(column))
+			o := newOutcomeNode(t, planOf(column))
 			for _, row := range rows[1:] {
 				f := strings.Fields(row)
 				who, at, want := f[0], f[1], f[2+i]
@@ -124,23 +124,23 @@ func TestOutcomes(t *testing.T) {
 	}
 }
 
-// outcomeBed is a node with everybody who asks.
-type outcomeBed struct {
-	*kernelBed
+// outcomeNode is a node with everybody who asks.
+type outcomeNode struct {
+	*kernelNode
 	spaces map[string]*netnstest.NS // of who asks from another than the node's
-	pods   map[string]*podBed       // who asks by a process of the node
+	pods   map[string]*podNode      // who asks by a process of the node
 	cloud  atomic.Int64             // how often the cloud was asked,
 	want   int64                    // and should have been
 	served map[string]bool          // who got its own
 	six    uint64                   // how often by IPv6
 }
 
-func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
-	o := &outcomeBed{
-		kernelBed: newKernelBedIn(t, plan),
-		spaces:    map[string]*netnstest.NS{},
-		pods:      map[string]*podBed{},
-		served:    map[string]bool{},
+func newOutcomeNode(t *testing.T, plan routing.Plan) *outcomeNode {
+	o := &outcomeNode{
+		kernelNode: newKernelBedIn(t, plan),
+		spaces:     map[string]*netnstest.NS{},
+		pods:       map[string]*podNode{},
+		served:     map[string]bool{},
 	}
 	for name, add := range map[string]func(string) (*netnstest.NS, error){
 		"pod": o.node.AddPod, "routed": o.node.AddRoutedPod, "thief": o.node.AddPod, "victim": o.node.AddPod,
@@ -193,7 +193,7 @@ func newOutcomeBed(t *testing.T, plan routing.Plan) *outcomeBed {
 }
 
 // standIn answers in its name.
-func (o *outcomeBed) standIn(ns *netnstest.NS, at, name string) {
+func (o *outcomeNode) standIn(ns *netnstest.NS, at, name string) {
 	o.t.Helper()
 	l, err := ns.Listen("tcp", at)
 	if err != nil {
@@ -213,7 +213,7 @@ func (o *outcomeBed) standIn(ns *netnstest.NS, at, name string) {
 }
 
 // where is the address that a word of the table stands for.
-func (o *outcomeBed) where(word string) string {
+func (o *outcomeNode) where(word string) string {
 	o.t.Helper()
 	port := func(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
 	switch word {
@@ -257,7 +257,7 @@ func (o *outcomeBed) where(word string) string {
 }
 
 // in runs shell commands in somebody's network namespace.
-func (o *outcomeBed) in(who, script string, args ...any) {
+func (o *outcomeNode) in(who, script string, args ...any) {
 	o.t.Helper()
 	if out, err := o.spaces[who].Command(o.t.Context(), "sh", "-ec",
 		fmt.Sprintf(script, args...)).CombinedOutput(); err != nil {
@@ -267,7 +267,7 @@ func (o *outcomeBed) in(who, script string, args ...any) {
 
 // take makes somebody's address one of the link's, or has the node take whoever has the hardware
 // for it, until end.
-func (o *outcomeBed) take(ns *netnstest.NS, link, whose, hardware string) (end func()) {
+func (o *outcomeNode) take(ns *netnstest.NS, link, whose, hardware string) (end func()) {
 	o.t.Helper()
 	a := o.spaces[whose].Addr
 	change := func(address func(netlink.Link, *netlink.Addr) error, neighbour func(*netlink.Neigh) error) {
@@ -291,7 +291,7 @@ func (o *outcomeBed) take(ns *netnstest.NS, link, whose, hardware string) (end f
 }
 
 // asks returns what comes of a request, in the words of the table.
-func (o *outcomeBed) asks(who, to, want string) string {
+func (o *outcomeNode) asks(who, to, want string) string {
 	o.t.Helper()
 	wait := testTimeout
 	if want == "drop" {
@@ -351,7 +351,7 @@ func (o *outcomeBed) asks(who, to, want string) string {
 }
 
 // whole looks at what is to be seen of all that when it is over.
-func (o *outcomeBed) whole(t *testing.T) {
+func (o *outcomeNode) whole(t *testing.T) {
 	t.Helper()
 	if got := o.cloud.Load(); got != o.want {
 		t.Errorf("the cloud was asked %d times, want %d", got, o.want)

@@ -34,7 +34,7 @@ func TestOutputRejects(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		k := newKernelBedIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
 		k.kill(k.server)
-		k.sh(fmt.Sprintf(rejectLinkLocal, cmp.Or(plan.Binary, "iptables-nft")))
+		k.run(fmt.Sprintf(rejectLinkLocal, cmp.Or(plan.Binary, "iptables-nft")))
 		notified := k.notifySocket()
 		k.server = k.command(filepath.Join(k.dir, "config.yaml"))
 		k.server.Stderr = k.log
@@ -59,7 +59,7 @@ func TestOutputRejects(t *testing.T) {
 		pod, host := k.newPod("pod", ns), k.newPod("host", k.node.NS)
 		kubelet := k.newPod("kubelet", k.node.NS)
 		kubelet.cgroup = "/system.slice/kubelet.service"
-		for _, p := range []*podBed{pod, host, kubelet} {
+		for _, p := range []*podNode{pod, host, kubelet} {
 			if err := p.start(); err != nil {
 				t.Fatal(err)
 			}
@@ -70,7 +70,7 @@ func TestOutputRejects(t *testing.T) {
 			t.Errorf("the pod: %+v", a)
 		}
 		overruled := plan.Mode == routing.ModeIPTables
-		for p, how := range map[*podBed]string{host: "169.254.169.254:80,,2s", kubelet: "169.254.169.252:988,,2s"} {
+		for p, how := range map[*podNode]string{host: "169.254.169.254:80,,2s", kubelet: "169.254.169.252:988,,2s"} {
 			a, err := p.ask(how, accts+"default/token")
 			if err != nil || (a.Status == 200) != overruled || (a.Err == "") != overruled {
 				t.Errorf("%s: %+v, %v", p.Name, a, err)
@@ -100,7 +100,7 @@ type notifications struct {
 	path string
 }
 
-func (k *kernelBed) notifySocket() notifications {
+func (k *kernelNode) notifySocket() notifications {
 	k.t.Helper()
 	path := filepath.Join(k.dir, "notify")
 	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})

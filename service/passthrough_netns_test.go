@@ -74,7 +74,7 @@ func testPassthrough(t *testing.T, mode string) {
 	web := &http.Server{Handler: aws}
 	go func() { _ = web.Serve(l) }()
 	t.Cleanup(func() { _ = web.Close() })
-	start := func(name string, ns *netnstest.NS, change func(*podBed)) *podBed {
+	start := func(name string, ns *netnstest.NS, change func(*podNode)) *podNode {
 		t.Helper()
 		p := k.newPod(name, ns)
 		p.ServiceAccount = "aws"
@@ -97,7 +97,7 @@ func testPassthrough(t *testing.T, mode string) {
 	}
 	named := start("aws", k.node.NS, nil)
 
-	ask := func(p *podBed, how, request string) said {
+	ask := func(p *podNode, how, request string) said {
 		t.Helper()
 		a, err := p.ask(how, request)
 		if err != nil || a.Err != "" {
@@ -159,12 +159,12 @@ func testPassthrough(t *testing.T, mode string) {
 	escaped := start(
 		"b",
 		k.node.NS,
-		func(p *podBed) { p.HostNetwork = false },
+		func(p *podNode) { p.HostNetwork = false },
 	) // its process is in the node's namespace
-	pretended := start("c", network("c"), func(p *podBed) { p.HostNetwork = true })               // and here it is not
-	outside := start("sshd", k.node.NS, func(p *podBed) { p.cgroup = "/system.slice/x.service" }) // by our address
-	unlisted := start("d", k.node.NS, func(p *podBed) { p.ServiceAccount = "d" })
-	for _, p := range []*podBed{onPodNetwork, escaped, pretended} {
+	pretended := start("c", network("c"), func(p *podNode) { p.HostNetwork = true })               // and here it is not
+	outside := start("sshd", k.node.NS, func(p *podNode) { p.cgroup = "/system.slice/x.service" }) // by our address
+	unlisted := start("d", k.node.NS, func(p *podNode) { p.ServiceAccount = "d" })
+	for _, p := range []*podNode{onPodNetwork, escaped, pretended} {
 		k.eventually(t, p.Name+" is known", func() bool { return ask(p, "fresh", accts+"default/email").Status == 200 })
 		ours(ask(p, "fresh", putToken), 405, "GET or HEAD")
 		ours(ask(p, "fresh", getID), 403, "Missing required header")

@@ -21,7 +21,7 @@ import (
 )
 
 // hangUp is `systemctl reload`.
-func (b *bed) hangUp() { b.reload <- syscall.SIGHUP }
+func (b *testNode) hangUp() { b.reload <- syscall.SIGHUP }
 
 // R-23: a configuration that is missing or broken is a state; a change of the file ends it.
 func TestNotConfigured(t *testing.T) {
@@ -59,7 +59,7 @@ func TestNotConfigured(t *testing.T) {
 }
 
 func TestReload(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	first := b.ask(t, linked, "GET", accts+"default/token", "").body
 	before := b.active().backend
@@ -130,7 +130,7 @@ func tokenIn(t *testing.T, body string) string {
 
 // A request that is held, and a mint in flight, when a reload brings another backend.
 func TestReloadLosesNothing(t *testing.T) {
-	b := newBed(t, "prefetch: none")
+	b := newTestNode(t, "prefetch: none")
 	b.ready(t)
 	b.google.Break(googletest.Exchange, googletest.Fault{Latency: time.Second})
 	minted, held := make(chan response, 1), make(chan response, 1)
@@ -162,7 +162,7 @@ func TestReloadLosesNothing(t *testing.T) {
 // A listen address that a reload changes is followed, or the reload is refused; what the rules lead
 // to decides readiness.
 func TestListenChanges(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	other, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -193,7 +193,7 @@ func TestListenChanges(t *testing.T) {
 // A reload to attestation by the kernel has it asked from then on, and ends what connections had by
 // their address.
 func TestReloadToKernel(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	kept := b.dial(t, linked)
 	defer kept.Close()
@@ -228,7 +228,7 @@ func TestReloadToKernel(t *testing.T) {
 // before: not only by the next restart, and without a reload.
 func TestBrokenFileIsTold(t *testing.T) {
 	t.Parallel()
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	metric := func() string {
 		all, err := b.registry.Gather()
@@ -281,7 +281,7 @@ func TestBrokenFileIsTold(t *testing.T) {
 // A reload keeps what it does not change, and no counter falls: watch and cache stay where the
 // number of connections changes, and where they are replaced the next ones count on.
 func TestReloadKeepsCounters(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	counters := func() map[string]float64 {
 		t.Helper()

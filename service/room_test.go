@@ -88,7 +88,7 @@ func TestHealthListenIsBounded(t *testing.T) {
 
 // Whoever makes up addresses takes no room of pods, and none of others who are not known.
 func TestMadeUpAddresses(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.ready(t)
 	kept := b.dial(t, linked)
 	defer kept.Close()
@@ -138,7 +138,7 @@ func (s *scrapes) Collect(c chan<- prometheus.Metric) {
 
 // However many scrape, one scrape is collected at a time.
 func TestScrapesTakeTurns(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	s := &scrapes{Gauge: prometheus.NewGauge(prometheus.GaugeOpts{Name: "scrapes_test"})}
 	b.registry.MustRegister(s)
 	g := b.gather()
@@ -159,7 +159,7 @@ func TestScrapesTakeTurns(t *testing.T) {
 // A reload brings what healthAllow says. The node's own loopback may always ask: doctor and probes
 // do.
 func TestHealthAllow(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	is := func(address string, want bool) {
 		t.Helper()
 		if got := b.mayAskHealth(netip.MustParseAddr(address)); got != want {

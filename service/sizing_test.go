@@ -33,12 +33,12 @@ const idleTime = 20 * time.Second
 // sizes are the numbers of pods of the tables in docs/sizing.md.
 var sizes = []int{10, 110, 500}
 
-// sizingBed is a node with the real program: its three processes, each in the cgroup of its unit.
-type sizingBed struct {
-	*kernelBed
+// sizingNode is a node with the real program: its three processes, each in the cgroup of its unit.
+type sizingNode struct {
+	*kernelNode
 	b       *testing.B
 	program string
-	pods    []*podBed
+	pods    []*podNode
 	units   []sizingUnit
 }
 
@@ -54,7 +54,7 @@ func BenchmarkSizing(b *testing.B) {
 		b.Skip("it takes minutes, and starts 500 pods: run `make sizing` as root")
 	}
 	netnstest.Needs(b, "bash", "curl", "go")
-	s := newSizingBed(b)
+	s := newSizingNode(b)
 	fmt.Println("| Pods | Connections | Service | Helper | Watcher | Together | CPU in an idle hour |" +
 		" CPU for 1,000 answers |")
 	fmt.Println("|---|---|---|---|---|---|---|---|")
@@ -68,9 +68,9 @@ func BenchmarkSizing(b *testing.B) {
 	fmt.Printf("| %d | 10,000 | %s | | |\n", sizes[len(sizes)-1], s.memory())
 }
 
-// newSizingBed builds the program as packages have it, and starts it as the units do.
-func newSizingBed(b *testing.B) *sizingBed {
-	s := &sizingBed{kernelBed: newKernelBed(b), b: b, program: filepath.Join(b.TempDir(), "gke-metadata-emulator")}
+// newSizingNode builds the program as packages have it, and starts it as the units do.
+func newSizingNode(b *testing.B) *sizingNode {
+	s := &sizingNode{kernelNode: newKernelNode(b), b: b, program: filepath.Join(b.TempDir(), "gke-metadata-emulator")}
 	s.kill(s.server) // the bed's own processes are this test's binary
 	s.kill(s.helper)
 	for _, p := range []string{"reader", "plain", "principal", "hostile", "denied", "missing"} {
@@ -93,7 +93,7 @@ func newSizingBed(b *testing.B) *sizingBed {
 }
 
 // unit starts the program in the cgroup of the unit. /sys/fs/cgroup shows it the node's cgroups.
-func (s *sizingBed) unit(name string, args ...string) {
+func (s *sizingNode) unit(name string, args ...string) {
 	s.b.Helper()
 	const script = `umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
 unit=/sys/fs/cgroup/system.slice/$0; mkdir -p "$unit"; echo $$ >"$unit/cgroup.procs"; exec "$@"`
@@ -110,7 +110,7 @@ unit=/sys/fs/cgroup/system.slice/$0; mkdir -p "$unit"; echo $$ >"$unit/cgroup.pr
 
 // addPods adds pods until there are n. Each asks at its start as clients do: whether this is
 // Google's metadata server, the project, the account, and a token.
-func (s *sizingBed) addPods(n int) {
+func (s *sizingNode) addPods(n int) {
 	s.b.Helper()
 	first := len(s.pods)
 	for i := first; i < n; i++ {
@@ -136,7 +136,7 @@ func (s *sizingBed) addPods(n int) {
 
 // ask has each of the pods ask for the paths, a few pods at a time. Each request is on a connection
 // of its own. A new pod is known a moment later, so a pod asks again after a 503.
-func (s *sizingBed) ask(pods []*podBed, paths ...string) {
+func (s *sizingNode) ask(pods []*podNode, paths ...string) {
 	s.b.Helper()
 	var urls bytes.Buffer
 	for _, path := range paths {
@@ -169,7 +169,7 @@ func (s *sizingBed) ask(pods []*podBed, paths ...string) {
 
 // answers has ten pods ask for n tokens, and returns the seconds of the three processes for each
 // answer.
-func (s *sizingBed) answers(n int) float64 {
+func (s *sizingNode) answers(n int) float64 {
 	s.b.Helper()
 	paths := make([]string, n/10)
 	for i := range paths {
@@ -181,7 +181,7 @@ func (s *sizingBed) answers(n int) float64 {
 }
 
 // connect has the pods hold n connections, on each of which a request was answered.
-func (s *sizingBed) connect(n int) {
+func (s *sizingNode) connect(n int) {
 	s.b.Helper()
 	const script = `for i in $(seq $0); do
 	exec {c}<>/dev/tcp/169.254.169.254/80
@@ -207,7 +207,7 @@ read -r`
 }
 
 // memory is the PSS of service, helper and watcher, and their sum: what they share counts once.
-func (s *sizingBed) memory() string {
+func (s *sizingNode) memory() string {
 	s.b.Helper()
 	sum, of := 0., map[string]float64{}
 	for _, u := range s.units {
@@ -219,7 +219,7 @@ func (s *sizingBed) memory() string {
 }
 
 // cpu is the seconds that the three units have used, with the commands that they ran.
-func (s *sizingBed) cpu() (seconds float64) {
+func (s *sizingNode) cpu() (seconds float64) {
 	s.b.Helper()
 	for _, u := range s.units {
 		text, err := os.ReadFile(filepath.Join(s.cgroups.Path, "system.slice", u.name, "cpu.stat"))
@@ -237,7 +237,7 @@ func (s *sizingBed) cpu() (seconds float64) {
 }
 
 // idle is the seconds of the three units in idleTime.
-func (s *sizingBed) idle() float64 {
+func (s *sizingNode) idle() float64 {
 	s.b.Helper()
 	var all []float64
 	for range 3 {

@@ -40,7 +40,7 @@ func ends(t *testing.T, run func(context.Context) error) error {
 // A second `serve` by hand ends, names the process of the first, and leaves the first one's status
 // socket.
 func TestSecondServe(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	err := ends(t, func(ctx context.Context) error {
 		return Run(ctx, Options{Load: b.read, RunDir: b.dir, Version: "second", Stderr: io.Discard})
 	})
@@ -65,7 +65,7 @@ func TestSecondAttest(t *testing.T) {
 	first := make(chan error, 1)
 	go func() { first <- helper(ctx) }()
 	var before os.FileInfo
-	(&bed{}).eventually(t, "the first one listens", func() (there bool) {
+	(&testNode{}).eventually(t, "the first one listens", func() (there bool) {
 		var err error
 		before, err = os.Lstat(socket)
 		return err == nil

@@ -23,15 +23,15 @@ import (
 func TestOneTextForEachState(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		sick   func(*testing.T, *bed)
+		sick   func(*testing.T, *testNode)
 		begins string
 		check  string // of doctor, beside service
 	}{
-		"unconfigured": {func(*testing.T, *bed) {}, "not configured: ", "configuration"},
-		"broken": {func(t *testing.T, b *bed) {
+		"unconfigured": {func(*testing.T, *testNode) {}, "not configured: ", "configuration"},
+		"broken": {func(t *testing.T, b *testNode) {
 			b.write(t, "config.yaml", "projectID: "+secretValue+"\nroutign: {}\nworkloadIdentityProvider: x\n")
 		}, "not configured: 3 faults: ", "configuration"},
-		"the API server is away": {func(t *testing.T, b *bed) {
+		"the API server is away": {func(t *testing.T, b *testNode) {
 			b.configure(t)
 			b.replace(t, "config.yaml", "healthListen: 127.0.0.1:0", "healthListen: "+b.health.String())
 			b.kube.Close()

@@ -39,7 +39,7 @@ func TestAcceptedSocket(t *testing.T) {
 				victim.do("half %s", end)
 			}
 			attacker.do("spoof %s %s", end, metadataAddr)
-			b.refused("the victim was connected to", accepted(b.accept(end.String())), ErrNoSocket)
+			b.requireRefused("the victim was connected to", accepted(b.accept(end.String())), ErrNoSocket)
 		})
 	}
 }
@@ -47,14 +47,14 @@ func TestAcceptedSocket(t *testing.T) {
 // bridge is a node on whose bridge a neighbour of the victim's plays the metadata server for it,
 // and another one sends from the victim's address.
 type bridge struct {
-	*bed
+	*testNode
 	victimNS, attackerNS, serverNS *netnstest.NS
 	victim, attacker, server       *client
 }
 
 func newBridge(t *testing.T) *bridge {
 	t.Helper()
-	b := &bridge{bed: newBed(t)}
+	b := &bridge{testNode: newTestNode(t)}
 	b.victimNS, b.attackerNS, b.serverNS = b.pod("victim"), b.pod("attacker"), b.pod("server")
 	b.victim = b.client(containerPath(1, 1), b.victimNS)
 	b.attacker, b.server = b.client(containerPath(2, 2), b.attackerNS), b.client(containerPath(3, 3), b.serverNS)
@@ -77,7 +77,7 @@ func newBridge(t *testing.T) *bridge {
 // A client whose request is lost on the way, and has to be sent again, is found all the same; also
 // one that listens at its own port.
 func TestRequestLost(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	ns := b.pod("pod")
 	pod := b.client(containerPath(1, 1), ns)
 	b.startHelper()

@@ -12,7 +12,7 @@ import (
 // A thread that has a cgroup of its own, in a threaded part of its container's cgroup, is the
 // container; the kernel keeps it out of other pods' cgroups.
 func TestThreadedCgroup(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	one, two := containerPath(1, 1), containerPath(2, 2)
 	c, other := b.client(one, b.pod("one")), b.client(two, b.pod("two"))
 	for _, threaded := range []string{one + "/threads", two + "/threads"} {
@@ -42,7 +42,7 @@ func TestThreadedCgroup(t *testing.T) {
 // another network namespace, has another id and another life. A socket of the first one, which
 // another process holds on to, is nobody's.
 func TestCgroupMadeAnew(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	path := containerPath(1, 1)
 	holder := b.client(containerPath(2, 2), b.pod("holder"))
 	firstNS := b.pod("first")
@@ -92,7 +92,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 // Pods whose connections are in conntrack zones of their own, where SO_ORIGINAL_DST knows nothing,
 // are told apart.
 func TestConntrackZones(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.kernel.options.Redirected = []netip.AddrPort{netip.MustParseAddrPort(metadataAddr)}
 	oneNS, twoNS := b.pod("one"), b.pod("two")
 	one, two := b.client(containerPath(1, 1), oneNS), b.client(containerPath(2, 2), twoNS)
@@ -130,5 +130,5 @@ func TestSimultaneousOpen(t *testing.T) {
 		return err == nil && ok && f.live() && f.opened() && f.received == 1
 	})
 	attacker.do("spoof %s %s", end, metadataAddr)
-	b.refused("a connection of the pod's with a neighbour", accepted(b.accept(end.String())), ErrNoSocket)
+	b.requireRefused("a connection of the pod's with a neighbour", accepted(b.accept(end.String())), ErrNoSocket)
 }

@@ -58,8 +58,8 @@ func self(ctx context.Context, role string, env ...string) *exec.Cmd {
 
 var bedSequence atomic.Uint32
 
-// bed is a node.
-type bed struct {
+// testNode is a node.
+type testNode struct {
 	t       testing.TB
 	node    *netnstest.Node
 	mount   *os.File // a cgroup v2 mount that is nowhere in the file system
@@ -80,11 +80,11 @@ const (
 	listenAddr   = "169.254.169.252:988"
 )
 
-// newBed makes a node without pods, with a Kernel that runs and without a helper.
-func newBed(t testing.TB) *bed {
+// newTestNode makes a node without pods, with a Kernel that runs and without a helper.
+func newTestNode(t testing.TB) *testNode {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables")
-	b := &bed{t: t, node: netnstest.Start(t, "attest")}
+	b := &testNode{t: t, node: netnstest.Start(t, "attest")}
 	b.mountCgroups()
 	b.socket = filepath.Join(t.TempDir(), "attest.sock")
 	for _, line := range []string{
@@ -104,7 +104,7 @@ func newBed(t testing.TB) *bed {
 }
 
 // listen accepts until the listener is closed.
-func (b *bed) listen() {
+func (b *testNode) listen() {
 	b.t.Helper()
 	l, err := b.node.Listen("tcp4", listenAddr)
 	if err != nil {
@@ -125,7 +125,7 @@ func (b *bed) listen() {
 }
 
 // mountCgroups mounts cgroup v2 where nobody else sees it, and makes a part of it ours.
-func (b *bed) mountCgroups() {
+func (b *testNode) mountCgroups() {
 	t := b.t
 	t.Helper()
 	fs, err := unix.Fsopen("cgroup2", unix.FSOPEN_CLOEXEC)
@@ -185,7 +185,7 @@ func quiet() logrus.FieldLogger {
 	return l
 }
 
-func (b *bed) startKernel(root string) {
+func (b *testNode) startKernel(root string) {
 	b.kernel = NewKernel(KernelOptions{CgroupRoot: root, Socket: b.socket, Log: quiet()})
 	ctx, cancel := context.WithCancel(context.Background())
 	b.stop, b.stopped = cancel, make(chan struct{})
@@ -200,13 +200,13 @@ func (b *bed) startKernel(root string) {
 
 // startHelper starts one in a process of its own, on the node, and waits until it has told all it
 // knows.
-func (b *bed) startHelper() {
+func (b *testNode) startHelper() {
 	b.t.Helper()
 	b.startHelperAt(b.cgroups)
 	b.connected()
 }
 
-func (b *bed) startHelperAt(root string) {
+func (b *testNode) startHelperAt(root string) {
 	b.t.Helper()
 	b.helper = self(context.Background(), "helper", "ROOT="+strings.Replace(root, fmt.Sprintf("/fd/%d/", b.mount.Fd()),
 		"/fd/3/", 1), "SOCKET="+b.socket)
@@ -228,12 +228,12 @@ func (b *bed) startHelperAt(root string) {
 	b.t.Cleanup(func() { kill(helper) })
 }
 
-func (b *bed) connected() {
+func (b *testNode) connected() {
 	b.t.Helper()
 	eventually(b.t, "the helper is connected", func() bool { return b.kernel.Status().Helper })
 }
 
-func (b *bed) killHelper() {
+func (b *testNode) killHelper() {
 	b.t.Helper()
 	kill(b.helper)
 	eventually(b.t, "the helper is away", func() bool { return !b.kernel.Status().Helper })
@@ -248,7 +248,7 @@ func kill(cmd *exec.Cmd) {
 
 // start starts the command in the namespace. The thread that starts it lives on as long as the
 // test: the command dies with it.
-func (b *bed) start(ns *netnstest.NS, cmd *exec.Cmd) {
+func (b *testNode) start(ns *netnstest.NS, cmd *exec.Cmd) {
 	b.t.Helper()
 	started, over := make(chan error), make(chan struct{})
 	go func() {
@@ -334,7 +334,7 @@ func (k *Kernel) tamper() (changed int) {
 }
 
 // cgroup makes one, and all above it. path is from the node's root.
-func (b *bed) cgroup(path string) string {
+func (b *testNode) cgroup(path string) string {
 	b.t.Helper()
 	if err := os.MkdirAll(b.cgroups+path, 0o755); err != nil {
 		b.t.Fatal(err)
@@ -343,7 +343,7 @@ func (b *bed) cgroup(path string) string {
 }
 
 // accept returns our end of the client's connection from there.
-func (b *bed) accept(from string) net.Conn {
+func (b *testNode) accept(from string) net.Conn {
 	b.t.Helper()
 	want := netip.MustParseAddrPort(from)
 	for {
@@ -364,7 +364,7 @@ func (b *bed) accept(from string) net.Conn {
 }
 
 // look looks until there is evidence, or an error that lasts, or that stays for a second.
-func (b *bed) look(c Conn) (*Evidence, error) {
+func (b *testNode) look(c Conn) (*Evidence, error) {
 	over := time.After(time.Second)
 	for {
 		changed := b.kernel.Changes()
@@ -390,7 +390,7 @@ func lasts(err error) bool {
 }
 
 // connect has the client connect, and looks who it is.
-func (b *bed) connect(c *client, how string) (*Evidence, net.Conn, error) {
+func (b *testNode) connect(c *client, how string) (*Evidence, net.Conn, error) {
 	b.t.Helper()
 	conn := b.accept(c.do("%s", how))
 	e, err := b.look(accepted(conn))
@@ -398,7 +398,7 @@ func (b *bed) connect(c *client, how string) (*Evidence, net.Conn, error) {
 }
 
 // mustBe has the client connect, and fails unless it is known as pod and container.
-func (b *bed) mustBe(c *client, how, pod, container string) (*Evidence, net.Conn) {
+func (b *testNode) mustBe(c *client, how, pod, container string) (*Evidence, net.Conn) {
 	b.t.Helper()
 	e, conn, err := b.connect(c, how)
 	if err != nil {

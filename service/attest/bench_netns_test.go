@@ -16,7 +16,7 @@ import (
 
 // BenchmarkLook is what a connection costs, with 110 pods on the node.
 func BenchmarkLook(b *testing.B) {
-	bed := newBed(b)
+	bed := newTestNode(b)
 	pod := bed.client(containerPath(1, 1), bed.pod("asks"))
 	host := bed.client(containerPath(2, 2), bed.node.NS)
 	for i := range 109 {
@@ -51,7 +51,7 @@ func BenchmarkLook(b *testing.B) {
 // BenchmarkFreshConnection connects, sends a byte and gets one; every second connection is looked
 // at before that is read. Medians are told.
 func BenchmarkFreshConnection(b *testing.B) {
-	bed := newBed(b)
+	bed := newTestNode(b)
 	c := bed.client(containerPath(1, 1), bed.pod("asks"))
 	bed.startHelper()
 	bed.mustBe(c, dial, podUID(1), containerIDOf(1))
@@ -93,7 +93,7 @@ func BenchmarkFreshConnection(b *testing.B) {
 func BenchmarkPods(b *testing.B) {
 	for _, pods := range []int{110, 500} {
 		b.Run(strconv.Itoa(pods), func(b *testing.B) {
-			bed := newBed(b)
+			bed := newTestNode(b)
 			for i := range pods {
 				bed.sleeper(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
 			}
@@ -127,7 +127,7 @@ func BenchmarkPods(b *testing.B) {
 // BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110
 // pods, among 60 units of the node, and opens the sockets in them.
 func BenchmarkScan(b *testing.B) {
-	bed := newBed(b)
+	bed := newTestNode(b)
 	var node uint64
 	if err := bed.node.Do(func() (err error) { node, err = networkNamespace("thread-self"); return err }); err != nil {
 		b.Fatal(err)
@@ -171,7 +171,7 @@ func BenchmarkScan(b *testing.B) {
 // BenchmarkNewPod is the time from the start of a pod's first process until its namespace can be
 // asked.
 func BenchmarkNewPod(b *testing.B) {
-	bed := newBed(b)
+	bed := newTestNode(b)
 	bed.startHelper()
 	for i := 0; b.Loop(); i++ {
 		b.StopTimer()
@@ -187,7 +187,7 @@ func BenchmarkNewPod(b *testing.B) {
 // BenchmarkDeath is the time from the kill of a pod's last process until its evidence is dead, and
 // its namespace let go.
 func BenchmarkDeath(b *testing.B) {
-	bed := newBed(b)
+	bed := newTestNode(b)
 	bed.startHelper()
 	var evidence, let []time.Duration
 	for i := 0; b.Loop(); i++ {

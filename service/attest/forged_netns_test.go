@@ -13,7 +13,7 @@ import (
 // A pod with CAP_NET_ADMIN may send netlink messages to the sockets that we ask by: they are tied
 // to the kernel.
 func TestForgedAnswers(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	ns := b.pod("one")
 	attacker, victim := b.client(containerPath(1, 1), ns), b.client(containerPath(2, 2), b.pod("two"))
 	b.startHelper()
@@ -74,7 +74,7 @@ func TestForgedAnswers(t *testing.T) {
 
 // A-17, and who makes cgroups with a pod's name without being kubelet.
 func TestForgedCgroups(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	ns := b.pod("one")
 	c := b.client(containerPath(1, 1), ns)
 	inner := b.client(containerPath(1, 1)+"/init.scope", ns)
@@ -87,14 +87,14 @@ func TestForgedCgroups(t *testing.T) {
 	b.startHelper()
 	b.mustBe(c, dial, podUID(1), containerIDOf(1))
 	b.mustBe(inner, dial, podUID(1), containerIDOf(1))
-	b.refused("another pod below", accepted(b.accept(nested.do(dial))), ErrPods)
-	b.refused("a user's own", accepted(b.accept(user.do(dial))), ErrOwner)
+	b.requireRefused("another pod below", accepted(b.accept(nested.do(dial))), ErrPods)
+	b.requireRefused("a user's own", accepted(b.accept(user.do(dial))), ErrOwner)
 }
 
 // root in what is no pod makes cgroups below its own, and has one that is named like a pod's
 // ask. It stays what it is.
 func TestForgedPods(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	escaped := strings.ReplaceAll(podUID(9), "-", "_")
 	docker := "docker-" + containerIDOf(1) + ".scope"
 	var clients []*client

@@ -12,7 +12,7 @@ import (
 // A helper that is short of descriptors, or that its own user floods, goes on: it serves those who
 // are connected, and others when it can again.
 func TestHelperIsFlooded(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	c := b.client(containerPath(1, 1), b.pod("one"))
 	b.startHelper()
 	b.mustBe(c, dial, podUID(1), containerIDOf(1))

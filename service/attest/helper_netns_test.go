@@ -25,7 +25,7 @@ import (
 // Known pods go on being known while the helper is killed again and again, and new ones are when it
 // is back.
 func TestHelperKilledUnderLoad(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	const pods = 8
 	clients := make([]*client, pods)
 	for i := range clients {
@@ -83,7 +83,7 @@ func TestHelperKilledUnderLoad(t *testing.T) {
 
 // Every helper here has the two capabilities that its unit has.
 func TestHelperCapabilities(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.startHelper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.helper.Process.Pid))
 	if err != nil || !strings.Contains(string(status), "CapEff:\t0000000000280000") ||
@@ -94,11 +94,11 @@ func TestHelperCapabilities(t *testing.T) {
 
 // Without a helper a pod is refused with the reason, and one on the host network is known.
 func TestHelperAway(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	c, host := b.client(containerPath(1, 1), b.pod("one")), b.client(containerPath(2, 2), b.node.NS)
 	b.mustBe(host, dial, podUID(2), containerIDOf(2))
 	conn := b.accept(c.do(dial))
-	b.refused("no helper", accepted(conn), ErrHelperAway)
+	b.requireRefused("no helper", accepted(conn), ErrHelperAway)
 	b.startHelper()
 	if e, err := b.look(accepted(conn)); err != nil || e.PodUID != podUID(1) { // the same connection, held meanwhile
 		t.Errorf("when the helper is there: %+v, %v", e, err)
@@ -107,7 +107,7 @@ func TestHelperAway(t *testing.T) {
 
 // nothing keeps a namespace alive: 1000 come and go, and as many are there after as before.
 func TestNothingIsPinned(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.startHelper()
 	veths := func() int { return strings.Count(b.in(b.node.NS, "ip -o link show master cni0"), "\n") }
 	before, descriptors := veths(), openFiles(t, "self")
@@ -156,7 +156,7 @@ func TestNothingIsPinned(t *testing.T) {
 }
 
 // sleeper is a process that does nothing.
-func (b *bed) sleeper(cgroup string, ns *netnstest.NS) *client {
+func (b *testNode) sleeper(cgroup string, ns *netnstest.NS) *client {
 	b.t.Helper()
 	cmd := exec.Command("sleep", "infinity")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -164,7 +164,7 @@ func (b *bed) sleeper(cgroup string, ns *netnstest.NS) *client {
 }
 
 // removeCgroup removes it, and the pod's if that is empty then.
-func (b *bed) removeCgroup(path string) {
+func (b *testNode) removeCgroup(path string) {
 	b.t.Helper()
 	eventually(b.t, "the cgroup is removed", func() bool {
 		err := unix.Rmdir(b.cgroups + path)
@@ -185,7 +185,7 @@ func openFiles(t testing.TB, pid string) int {
 
 // The process that asks the kernel has no right at all, and another user is not handed anything.
 func TestUnprivileged(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	c, host := b.client(containerPath(1, 1), b.pod("one")), b.client(containerPath(2, 2), b.node.NS)
 	b.startHelper()
 	if err := os.Chmod(b.socket, 0o666); err != nil { // the unit has a group for that

@@ -18,7 +18,7 @@ import (
 
 const dial = "dial tcp4 " + metadataAddr
 
-func (b *bed) pod(name string) *netnstest.NS {
+func (b *testNode) pod(name string) *netnstest.NS {
 	b.t.Helper()
 	ns, err := b.node.AddPod(name)
 	if err != nil {
@@ -28,7 +28,7 @@ func (b *bed) pod(name string) *netnstest.NS {
 }
 
 // in runs a command in the namespace.
-func (b *bed) in(ns *netnstest.NS, format string, args ...any) string {
+func (b *testNode) in(ns *netnstest.NS, format string, args ...any) string {
 	b.t.Helper()
 	line := fmt.Sprintf(format, args...)
 	words := strings.Fields(line)
@@ -39,8 +39,8 @@ func (b *bed) in(ns *netnstest.NS, format string, args ...any) string {
 	return string(out)
 }
 
-// refused fails unless the connection is refused for one of the reasons.
-func (b *bed) refused(what string, c Conn, reasons ...error) {
+// requireRefused fails unless the connection is refused for one of the reasons.
+func (b *testNode) requireRefused(what string, c Conn, reasons ...error) {
 	b.t.Helper()
 	e, err := b.look(c)
 	for _, r := range reasons {
@@ -54,7 +54,7 @@ func (b *bed) refused(what string, c Conn, reasons ...error) {
 // two containers in one pod's namespace are told apart, and so are a pod on the host
 // network and a unit of the node.
 func TestIdentities(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	one := b.pod("one")
 	two, err := b.node.AddRoutedPod("two")
 	if err != nil {
@@ -86,7 +86,7 @@ func TestIdentities(t *testing.T) {
 // the metadata server: conntrack gives the second connection another port. If that is one of which
 // a process of the node has a connection to the real server, the pod is not that process.
 func TestPortOfAnother(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	if _, err := b.node.Cloud.Listen("tcp4", metadataAddr); err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +108,7 @@ func TestPortOfAnother(t *testing.T) {
 		t.Fatalf("%+v, %v: the port is not that of the unit", e, err)
 	}
 	b.kernel.options.Spared = []string{"system.slice"}
-	b.refused("a pod with a unit's port", conn, ErrSpared)
+	b.requireRefused("a pod with a unit's port", conn, ErrSpared)
 	b.kernel.options.Spared = []string{"system", "user.slice"}
 	if e, err := b.look(conn); err != nil || e.Unit() != "backup.service" {
 		t.Errorf("%+v, %v", e, err)
@@ -117,7 +117,7 @@ func TestPortOfAnother(t *testing.T) {
 
 // Clients that speak IPv6, where nothing is translated.
 func TestIPv6(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	pod := b.client(containerPath(1, 1), b.pod("one"))
 	host := b.client(containerPath(2, 2), b.node.NS)
 	b.startHelper()
@@ -141,7 +141,7 @@ func TestIPv6(t *testing.T) {
 
 // A pod that starts while we run is known when it asks for the first time, or a moment later.
 func TestNewPod(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	b.startHelper()
 	for i := range 5 {
 		ns := b.pod(fmt.Sprint("new", i))
@@ -157,7 +157,7 @@ func TestNewPod(t *testing.T) {
 
 // the socket stays with whoever made it.
 func TestMakerOfTheSocket(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	ns, ns2 := b.pod("one"), b.pod("two")
 	maker, taker := b.client(containerPath(1, 1), ns), b.client(containerPath(2, 2), ns2)
 	b.startHelper()
@@ -187,13 +187,13 @@ func TestMakerOfTheSocket(t *testing.T) {
 	}
 	// What it makes from now on is its new cgroup's, which is another pod's than the namespace it is
 	// in.
-	b.refused("a process that was moved", accepted(b.accept(maker.do(dial))), ErrOtherNamespace)
+	b.requireRefused("a process that was moved", accepted(b.accept(maker.do(dial))), ErrOtherNamespace)
 }
 
 // of a cgroup that was removed nothing is known, whoever still has a socket that was made in
 // it.
 func TestRemovedCgroup(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	c := b.client(containerPath(1, 1), b.pod("one"))
 	b.startHelper()
 	e, known := b.mustBe(c, dial, podUID(1), containerIDOf(1))
@@ -203,7 +203,7 @@ func TestRemovedCgroup(t *testing.T) {
 	eventually(t, "the evidence dies", func() bool { return !e.Alive() })
 	eventually(t, "the cgroup is removed", func() bool { return unix.Rmdir(b.cgroups+containerPath(1, 1)) == nil })
 	for _, conn := range []Conn{accepted(known), accepted(unseen)} {
-		b.refused("removed", conn, ErrUnknownCgroup, ErrEmptyCgroup) // the latter until inotify has told
+		b.requireRefused("removed", conn, ErrUnknownCgroup, ErrEmptyCgroup) // the latter until inotify has told
 	}
 	if err := os.Mkdir(b.cgroups+containerPath(1, 1), 0o755); err != nil { // the same name is not the same cgroup
 		t.Fatal(err)
@@ -222,7 +222,7 @@ func TestRemovedCgroup(t *testing.T) {
 
 // who shut down its direction is still found, who is gone is not.
 func TestClientsThatLeave(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	c := b.client(containerPath(1, 1), b.pod("one"))
 	b.startHelper()
 	b.mustBe(c, dial, podUID(1), containerIDOf(1))
@@ -248,13 +248,13 @@ func TestClientsThatLeave(t *testing.T) {
 	reset := c.do(dial)
 	conn = b.accept(reset)
 	c.do("reset %s", reset)
-	b.refused("reset", accepted(conn), ErrNoSocket)
+	b.requireRefused("reset", accepted(conn), ErrNoSocket)
 }
 
 // TestOldTranslation: conntrack may tell of a connection where an earlier one from the same port
 // went.
 func TestOldTranslation(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	host := b.client(containerPath(3, 4), b.node.NS)
 	b.startHelper()
 	from := host.do("dial tcp4 " + listenAddr + " 127.0.0.1:0")
@@ -265,7 +265,7 @@ func TestOldTranslation(t *testing.T) {
 		t.Errorf("Look = %+v, %v", e, err)
 	}
 	host.do("reset %s", from)
-	b.refused("reset", there, ErrNoSocket)
+	b.requireRefused("reset", there, ErrNoSocket)
 
 	// Conntrack says that the connection was redirected: then it is not that of a process which nobody
 	// redirects.
@@ -276,12 +276,12 @@ func TestOldTranslation(t *testing.T) {
 	}
 	b.kernel.options.Spared = []string{"system.slice"}
 	there.Original = netip.MustParseAddrPort(metadataAddr)
-	b.refused("a unit's direct connection, and one that was redirected", there, ErrSpared)
+	b.requireRefused("a unit's direct connection, and one that was redirected", there, ErrSpared)
 }
 
 // a neighbour on the bridge that has the node believe that a pod's address is its own.
 func TestSpoofedAddress(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	victimNS, attackerNS := b.pod("victim"), b.pod("attacker")
 	victim, attacker := b.client(containerPath(1, 1), victimNS), b.client(containerPath(2, 2), attackerNS)
 	b.startHelper()
@@ -299,11 +299,11 @@ func TestSpoofedAddress(t *testing.T) {
 	b.in(attackerNS, "ip route add local %s/32 dev lo", victimNS.Addr)
 	victim.do("listen %s", end(41000))
 	attacker.do("spoof %s %s", end(41000), metadataAddr)
-	b.refused("A-08: the victim listens", accepted(b.accept(end(41000))), ErrNoSocket)
+	b.requireRefused("A-08: the victim listens", accepted(b.accept(end(41000))), ErrNoSocket)
 	b.in(victimNS, "iptables -A OUTPUT -p tcp --sport 41001 -j DROP") // what the attacker swallows
 	victim.do("try %s %s", end(41001), metadataAddr)
 	attacker.do("spoof %s %s", end(41001), metadataAddr)
-	b.refused("the victim connects, and is not answered", accepted(b.accept(end(41001))), ErrNoSocket)
+	b.requireRefused("the victim connects, and is not answered", accepted(b.accept(end(41001))), ErrNoSocket)
 
 	// It takes the address openly: then it is seen for what it is.
 	b.in(attackerNS, "ip address add %s/32 dev eth0", victimNS.Addr)
@@ -370,14 +370,14 @@ func hardware(t *testing.T, ns *netnstest.NS, _ string) string {
 	return ""
 }
 
-func (b *bed) holders(a netip.Addr) []holder {
+func (b *testNode) holders(a netip.Addr) []holder {
 	b.kernel.mu.RLock()
 	defer b.kernel.mu.RUnlock()
 	return b.kernel.byAddr[a]
 }
 
 // holder is the first that has the address, once one is known.
-func (b *bed) holder(a netip.Addr) (h holder) {
+func (b *testNode) holder(a netip.Addr) (h holder) {
 	b.t.Helper()
 	eventually(b.t, "a holder of "+a.String()+" is known", func() bool {
 		holders := b.holders(a)
@@ -391,7 +391,7 @@ func (b *bed) holder(a netip.Addr) (h holder) {
 
 // Evidence lives as long as its container, and its namespace is let go with its last process.
 func TestDeath(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	ns := b.pod("one")
 	a, side := b.client(containerPath(1, 1), ns), b.client(containerPath(1, 2), ns)
 	b.startHelper()

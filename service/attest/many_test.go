@@ -26,7 +26,7 @@ func (k *Kernel) asks() (n uint32) {
 // address is found among them, and each connection costs no more than a few questions.
 func TestManyNamespaces(t *testing.T) {
 	const others = 60
-	b := newBed(t)
+	b := newTestNode(t)
 	ns := b.pod("one")
 	for i := range others {
 		cmd := exec.Command("sh", "-c", fmt.Sprintf("ip address add %s/32 dev lo && exec sleep 1000", ns.Addr))

@@ -12,7 +12,7 @@ import (
 // a neighbour on the bridge that has the node believe that a pod's address is its own
 // makes the connection that the pod's half-dead socket has, which nobody else knows any more.
 func TestHalfDeadSocket(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	victimNS, attackerNS := b.pod("victim"), b.pod("attacker")
 	victim, attacker := b.client(containerPath(1, 1), victimNS), b.client(containerPath(2, 2), attackerNS)
 	b.startHelper()
@@ -37,13 +37,13 @@ func TestHalfDeadSocket(t *testing.T) {
 	b.in(b.node.NS, "ip neigh replace %s lladdr %s dev cni0 nud permanent", victimNS.Addr, hardware(t, attackerNS, ""))
 	b.in(attackerNS, "ip route add local %s/32 dev lo", victimNS.Addr)
 	attacker.do("spoof %s %s", end, metadataAddr)
-	b.refused("the half-dead socket", accepted(b.accept(end.String())), ErrNoSocket)
+	b.requireRefused("the half-dead socket", accepted(b.accept(end.String())), ErrNoSocket)
 }
 
 // twoSockets has the attacker make a socket with the ends that the victim's connection is to have,
 // and fails unless that connection is refused, for a reason that does not name the attacker. A
 // machine that is slow makes the attacker's socket too old: then it is tried anew.
-func (b *bed) twoSockets(attacker, victim *client, addr netip.Addr, port uint16) {
+func (b *testNode) twoSockets(attacker, victim *client, addr netip.Addr, port uint16) {
 	b.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; port++ {
 		end := netip.AddrPortFrom(addr, port).String()

@@ -9,7 +9,7 @@ import (
 )
 
 // others is how many namespaces of no pod are known.
-func (b *bed) others() (n int) {
+func (b *testNode) others() (n int) {
 	b.kernel.mu.RLock()
 	defer b.kernel.mu.RUnlock()
 	for _, ns := range b.kernel.namespaces {
@@ -23,7 +23,7 @@ func (b *bed) others() (n int) {
 // Containers that are no pods, and units with a network of their own, are known by their cgroups:
 // those that were there before the helper, and those that start later.
 func TestOtherNamespaces(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	scope := func(n int) string { return "/system.slice/docker-" + containerIDOf(n) + ".scope" }
 	early := b.client(scope(1), b.pod("early"))
 	pod := b.client(containerPath(1, 1), b.pod("pod"))
@@ -61,9 +61,9 @@ func TestOtherNamespaces(t *testing.T) {
 }
 
 // A pod that has the node believe that a container's address is its own is seen for what it is, or
-// refused.
+// requireRefused.
 func TestSpoofedContainer(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	containerNS, attackerNS := b.pod("container"), b.pod("attacker")
 	container := b.client("/system.slice/docker-"+containerIDOf(1)+".scope", containerNS)
 	attacker := b.client(containerPath(2, 2), attackerNS)
@@ -76,7 +76,7 @@ func TestSpoofedContainer(t *testing.T) {
 	container.do("listen %s", end(41000))
 	attacker.do("spoof %s %s", end(41000), metadataAddr)
 	conn := accepted(b.accept(end(41000)))
-	b.refused("the container listens", conn, ErrNoSocket)
+	b.requireRefused("the container listens", conn, ErrNoSocket)
 	var none *NoSocketError
 	if _, err := b.kernel.Look(conn); !errors.As(err, &none) || !none.Others || none.Holder != "" {
 		t.Errorf("%+v, %v; want one that only namespaces of no pod hold", none, err)

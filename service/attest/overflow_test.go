@@ -15,7 +15,7 @@ import (
 // a death of which the kernel could not tell, since its queue of events was full, is noticed
 // all the same.
 func TestOverflow(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	limit, err := os.ReadFile("/proc/sys/fs/inotify/max_queued_events")
 	if err != nil {
 		t.Fatal(err)

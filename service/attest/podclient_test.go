@@ -25,7 +25,7 @@ type client struct {
 }
 
 // client starts a process in the cgroup and the namespace.
-func (b *bed) client(cgroup string, ns *netnstest.NS) *client {
+func (b *testNode) client(cgroup string, ns *netnstest.NS) *client {
 	b.t.Helper()
 	cmd := self(context.Background(), "client")
 	in, err := cmd.StdinPipe()
@@ -43,7 +43,7 @@ func (b *bed) client(cgroup string, ns *netnstest.NS) *client {
 }
 
 // place starts the command in the cgroup and the namespace.
-func (b *bed) place(cmd *exec.Cmd, cgroup string, ns *netnstest.NS) *client {
+func (b *testNode) place(cmd *exec.Cmd, cgroup string, ns *netnstest.NS) *client {
 	b.t.Helper()
 	dir, err := os.Open(b.cgroups + b.cgroup(cgroup))
 	if err != nil {
@@ -93,6 +93,6 @@ func (c *client) answer() string {
 }
 
 // seenByClients is a cgroup's directory in a client's process.
-func (b *bed) seenByClients(path string) string {
+func (b *testNode) seenByClients(path string) string {
 	return strings.Replace(b.cgroups, fmt.Sprintf("/fd/%d/", b.mount.Fd()), "/fd/3/", 1) + path
 }

@@ -13,7 +13,7 @@ import (
 // a mesh's node proxy makes sockets of its own cgroup in the network namespaces of other
 // pods. It does not lend them its identity.
 func TestProxyNamespace(t *testing.T) {
-	b := newBed(t)
+	b := newTestNode(t)
 	proxyNS, appNS := b.pod("proxy"), b.pod("app")
 	proxy := b.client(containerPath(1, 1), proxyNS)
 	// the second process of its cgroup, as a thread of ztunnel's is not seen either
@@ -21,11 +21,11 @@ func TestProxyNamespace(t *testing.T) {
 	b.client("/system.slice/containerd.service", appNS)
 	b.startHelper()
 	b.mustBe(proxy, dial, podUID(1), containerIDOf(1))
-	b.refused("the pod of the namespace has no process yet", accepted(b.accept(inApp.do(dial))), ErrNamespaceOwner)
+	b.requireRefused("the pod of the namespace has no process yet", accepted(b.accept(inApp.do(dial))), ErrNamespaceOwner)
 	app := b.client(containerPath(2, 2), appNS)
 	b.mustBe(app, dial, podUID(2), containerIDOf(2))
 	conn := accepted(b.accept(inApp.do(dial)))
-	b.refused("a proxy in the app's namespace", conn, ErrOtherNamespace)
+	b.requireRefused("a proxy in the app's namespace", conn, ErrOtherNamespace)
 	_, err := b.kernel.Look(conn)
 	var other *OtherNamespaceError
 	if !errors.As(err, &other) || other.Pod != podUID(2) || other.Cgroup.PodUID != podUID(1) || !other.life.Load() {

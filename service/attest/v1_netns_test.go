@@ -15,9 +15,9 @@ import (
 
 // newV1Bed makes a node whose cgroups are of v1: a hierarchy of the test's own, without
 // controllers, where systemd has its own.
-func newV1Bed(t *testing.T) *bed {
+func newV1Bed(t *testing.T) *testNode {
 	t.Helper()
-	b := newBed(t)
+	b := newTestNode(t)
 	b.stop() // the kernel that looks at cgroup v2
 	<-b.stopped
 	fs, err := unix.Fsopen("cgroup", unix.FSOPEN_CLOEXEC)
@@ -63,7 +63,7 @@ func newV1Bed(t *testing.T) *bed {
 }
 
 // v1Client starts a client and puts it into a cgroup of v1.
-func (b *bed) v1Client(path string, ns *netnstest.NS) *client {
+func (b *testNode) v1Client(path string, ns *netnstest.NS) *client {
 	b.t.Helper()
 	c := b.client("/unseen", ns)
 	err := os.MkdirAll(b.v1+path, 0o755)
@@ -99,14 +99,14 @@ func TestCgroupV1(t *testing.T) {
 		}
 		evidence = e
 	}
-	b.refused("a pod on the host network", accepted(b.accept(host.do(dial))), ErrNoCgroup)
+	b.requireRefused("a pod on the host network", accepted(b.accept(host.do(dial))), ErrNoCgroup)
 	conn := b.accept(both.do(dial))
 	eventually(t, "both pods of the namespace are known", func() bool {
 		_, err := b.kernel.Look(accepted(conn))
 		return errors.Is(err, ErrPods)
 	})
 	container := b.v1Client("/system.slice/docker-0abc.scope", b.pod("container"))
-	b.refused("a container of no pod", accepted(b.accept(container.do(dial))), ErrNoCgroup)
+	b.requireRefused("a container of no pod", accepted(b.accept(container.do(dial))), ErrNoCgroup)
 	guest := b.v1Client("/system.slice/guest.service", one)
 	conn = b.accept(a.do(dial))
 	eventually(t, "the namespace is ambiguous", func() bool {

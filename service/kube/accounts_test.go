@@ -229,7 +229,7 @@ func TestStaleReadIsNotBelieved(t *testing.T) {
 // The poll repeats, and finds what nobody told us.
 func TestAccountsArePolled(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
-	c := run(t, s, nil, func(b *bed) { b.refresh = 5 * time.Millisecond })
+	c := run(t, s, nil, func(b *testNode) { b.refresh = 5 * time.Millisecond })
 	until(t, "the account", func() bool { a, err := c.Account(t.Context(), ksa, -1); return err == nil && a == linked })
 	s.SetServiceAccount("ns1", "ksa", nil)
 	until(t, "the annotation to be gone", func() bool {
@@ -351,7 +351,7 @@ func TestNewPodWhileAway(t *testing.T) {
 // A grant to watch that comes later is used.
 func TestServiceAccountWatchGrantedLater(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
-	b := run(t, s, nil, func(b *bed) { b.watchAgain = 20 * time.Millisecond })
+	b := run(t, s, nil, func(b *testNode) { b.watchAgain = 20 * time.Millisecond })
 	b.at(t, "10.1.0.11", "p1")
 	b.account(t, ksa, -1, linked)
 	until(t, "refusals", func() bool { return s.Calls("watch", "serviceaccounts") > 1 })

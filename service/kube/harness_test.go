@@ -28,8 +28,8 @@ const (
 
 var ksa = workload.ServiceAccount{Namespace: "ns1", Name: "ksa"}
 
-// bed is a Cluster that runs against a server of its own.
-type bed struct {
+// testNode is a Cluster that runs against a server of its own.
+type testNode struct {
 	*Cluster
 	server *kubetest.Server
 	dir    string // of the kubelet's files
@@ -54,9 +54,9 @@ func newServer(t *testing.T, o kubetest.Options) *kubetest.Server {
 }
 
 // run starts a Cluster with node1's kubelet credential; adjust may change anything before Run.
-func run(t *testing.T, s *kubetest.Server, adjust func(*bed, *Options), inside ...func(*bed)) *bed {
+func run(t *testing.T, s *kubetest.Server, adjust func(*testNode, *Options), inside ...func(*testNode)) *testNode {
 	t.Helper()
-	b := &bed{server: s, dir: t.TempDir(), logs: new(buffer)}
+	b := &testNode{server: s, dir: t.TempDir(), logs: new(buffer)}
 	conf, err := s.WriteKubelet(b.dir, "node1")
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +121,7 @@ func until(t *testing.T, what string, is func() bool) {
 
 // at waits until the address belongs to exactly these pods, and returns them. It waits on the
 // channel that At hands out.
-func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller {
+func (b *testNode) at(t *testing.T, address string, pods ...string) []workload.Caller {
 	t.Helper()
 	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
@@ -139,7 +139,7 @@ func (b *bed) at(t *testing.T, address string, pods ...string) []workload.Caller
 }
 
 // of waits until the UID is the caller's; the zero caller is nobody.
-func (b *bed) of(t *testing.T, uid string, want workload.Caller) {
+func (b *testNode) of(t *testing.T, uid string, want workload.Caller) {
 	t.Helper()
 	deadline := time.NewTimer(waitLimit)
 	defer deadline.Stop()
@@ -165,7 +165,7 @@ func names(cs []workload.Caller) []string {
 }
 
 // account waits for an answer of Account.
-func (b *bed) account(t *testing.T, sa workload.ServiceAccount, maxAge time.Duration, want workload.Account) {
+func (b *testNode) account(t *testing.T, sa workload.ServiceAccount, maxAge time.Duration, want workload.Account) {
 	t.Helper()
 	until(t, "account "+want.GoogleEmail, func() bool {
 		got, err := b.Account(t.Context(), sa, maxAge)
@@ -174,7 +174,7 @@ func (b *bed) account(t *testing.T, sa workload.ServiceAccount, maxAge time.Dura
 }
 
 // noSecrets looks for tokens and keys where everybody can read.
-func (b *bed) noSecrets(t *testing.T) {
+func (b *testNode) noSecrets(t *testing.T) {
 	t.Helper()
 	status, err := json.Marshal(b.Status())
 	if err != nil {

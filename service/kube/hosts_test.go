@@ -19,7 +19,7 @@ func TestHosts(t *testing.T) {
 	s.SetServiceAccount("kube-system", "image-puller",
 		map[string]string{AnnotationEmail: "puller@p.iam.gserviceaccount.com"})
 	s.AddUser("gme", "dedicated-secret")
-	b := run(t, s, func(b *bed, o *Options) {
+	b := run(t, s, func(b *testNode, o *Options) {
 		o.NodeName, o.Kubeconfig, o.Hosts = "node1", filepath.Join(b.dir, "conf"), []workload.ServiceAccount{puller}
 		write(t, o.Kubeconfig, must(t)(s.TokenKubeconfig("dedicated-secret")))
 		write(t, filepath.Join(b.dir, "x.token"), []byte("dedicated-secret"))
@@ -56,7 +56,7 @@ func TestHostsNeedAnotherIdentity_N07(t *testing.T) {
 	puller := workload.ServiceAccount{Namespace: "kube-system", Name: "image-puller"}
 	s := newServer(t, kubetest.Options{})
 	s.SetServiceAccount("kube-system", "image-puller", nil)
-	b := run(t, s, func(_ *bed, o *Options) { o.Hosts = []workload.ServiceAccount{puller} })
+	b := run(t, s, func(_ *testNode, o *Options) { o.Hosts = []workload.ServiceAccount{puller} })
 	b.at(t, "10.1.0.11", "p1")
 	refused := func(what string, ask func() error) {
 		t.Helper()

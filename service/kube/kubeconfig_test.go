@@ -42,7 +42,7 @@ func must(t *testing.T) func([]byte, error) []byte {
 func TestKubeconfigAppearsLate(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	var late string
-	b := run(t, s, func(b *bed, o *Options) {
+	b := run(t, s, func(b *testNode, o *Options) {
 		late = filepath.Join(b.dir, "usual", "kubelet.conf")
 		o.Kubeconfig, o.Places = "", []string{filepath.Join(b.dir, "absent"), late}
 	})
@@ -195,7 +195,7 @@ func TestCertificateRotates(t *testing.T) {
 	s.GrantAudience(provider)
 	for _, poll := range []time.Duration{10 * time.Millisecond, time.Hour} {
 		t.Run(fmt.Sprint("poll ", poll), func(t *testing.T) {
-			b := run(t, s, func(_ *bed, o *Options) { o.Poll = poll })
+			b := run(t, s, func(_ *testNode, o *Options) { o.Poll = poll })
 			b.at(t, "10.1.0.11", "p1")
 			if _, err := s.RotateNodeCert("node1"); err != nil {
 				t.Fatal(err)
@@ -243,7 +243,7 @@ func TestCredentialNotAccepted(t *testing.T) {
 func TestTokenFileRotates(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	s.AddToken("first-secret", "system:node:node1", "system:nodes")
-	b := run(t, s, func(b *bed, o *Options) {
+	b := run(t, s, func(b *testNode, o *Options) {
 		o.Kubeconfig = filepath.Join(b.dir, "conf")
 		conf := must(t)(s.TokenKubeconfig("REPLACED"))
 		write(t, o.Kubeconfig, []byte(strings.Replace(string(conf), `"token": "REPLACED"`, `"tokenFile": "node.token"`, 1)))
@@ -269,7 +269,7 @@ func TestTokenFileRotates(t *testing.T) {
 func TestExecPlugin(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	s.AddToken("exec-secret-1", "system:node:node1", "system:nodes")
-	b := run(t, s, func(b *bed, o *Options) {
+	b := run(t, s, func(b *testNode, o *Options) {
 		plugin := filepath.Join(b.dir, "plugin")
 		write(t, filepath.Join(b.dir, "exec.token"), []byte("exec-secret-1"))
 		write(t, plugin, []byte("#!/bin/sh\nprintf "+
@@ -298,7 +298,7 @@ func TestExecPlugin(t *testing.T) {
 func TestNodeName(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
 	t.Run("mismatch", func(t *testing.T) {
-		b := run(t, s, func(_ *bed, o *Options) { o.NodeName = "node7" })
+		b := run(t, s, func(_ *testNode, o *Options) { o.NodeName = "node7" })
 		until(t, "the refusal", func() bool {
 			var f *ForbiddenError
 			_, _, err := b.At(netip.MustParseAddr("10.1.0.11"))
@@ -314,7 +314,7 @@ func TestNodeName(t *testing.T) {
 		}
 	})
 	t.Run("configured", func(t *testing.T) {
-		b := run(t, s, func(_ *bed, o *Options) { o.NodeName = "node1" })
+		b := run(t, s, func(_ *testNode, o *Options) { o.NodeName = "node1" })
 		b.at(t, "10.1.0.11", "p1")
 		if st := b.Status(); st.NodeNameProblem != "" {
 			t.Errorf("status %+v", st)
@@ -328,7 +328,7 @@ func TestNodeName(t *testing.T) {
 		}
 		s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "here", Node: strings.ToLower(host), ServiceAccount: "ksa",
 			Addresses: []string{"10.3.0.1"}})
-		b := run(t, s, func(b *bed, o *Options) {
+		b := run(t, s, func(b *testNode, o *Options) {
 			o.Kubeconfig = filepath.Join(b.dir, "conf")
 			write(t, o.Kubeconfig, must(t)(s.TokenKubeconfig("dedicated-secret")))
 			write(t, filepath.Join(b.dir, "x.token"), []byte("dedicated-secret"))
@@ -362,10 +362,10 @@ func TestClusterChanges(t *testing.T) {
 // Run leaves nothing behind, whatever state it is stopped in.
 func TestNoGoroutineIsLeft(t *testing.T) {
 	s := newServer(t, kubetest.Options{})
-	for name, prepare := range map[string]func(*testing.T, *bed){
-		"synced": func(t *testing.T, b *bed) { b.at(t, "10.1.0.11", "p1") },
-		"away":   func(_ *testing.T, b *bed) { s.Refuse() },
-		"held": func(t *testing.T, b *bed) {
+	for name, prepare := range map[string]func(*testing.T, *testNode){
+		"synced": func(t *testing.T, b *testNode) { b.at(t, "10.1.0.11", "p1") },
+		"away":   func(_ *testing.T, b *testNode) { s.Refuse() },
+		"held": func(t *testing.T, b *testNode) {
 			b.at(t, "10.1.0.11", "p1")
 			t.Cleanup(s.Inject(kubetest.Fault{Verb: "get", Hold: make(chan struct{})}))
 			ctx, cancel := context.WithCancel(t.Context())

@@ -159,7 +159,7 @@ func TestServiceAccounts(t *testing.T) {
 		Addresses: []string{"10.1.0.50"}, Phase: "Failed"})
 	s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "elsewhere", Node: "node2", ServiceAccount: "far",
 		Addresses: []string{"10.2.0.1"}})
-	b := run(t, s, func(_ *bed, o *Options) {
+	b := run(t, s, func(_ *testNode, o *Options) {
 		if sas, _ := New(*o).ServiceAccounts(); sas != nil {
 			t.Error("not nil before the pods are known")
 		}
@@ -384,7 +384,7 @@ func TestStopWhileBackingOff(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newServer(t, kubetest.Options{})
 			broken(s)
-			b := run(t, s, nil, func(b *bed) { b.backoff = wait.Backoff{Duration: time.Hour, Steps: 1} })
+			b := run(t, s, nil, func(b *testNode) { b.backoff = wait.Backoff{Duration: time.Hour, Steps: 1} })
 			until(t, "an error", func() bool { return b.Status().Problem != "" })
 			stopped := make(chan struct{})
 			go func() { b.stop(); close(stopped) }()

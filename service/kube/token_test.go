@@ -116,7 +116,7 @@ func TestTokenWhenThePodIsGone(t *testing.T) {
 				s := newServer(t, kubetest.Options{})
 				s.GrantAudience(provider)
 				s.SetPod(kubetest.Pod{Namespace: "ns1", Name: "p2", Node: "node1", ServiceAccount: "ksa", Phase: "Pending"})
-				b := run(t, s, func(b *bed, o *Options) {
+				b := run(t, s, func(b *testNode, o *Options) {
 					if identity == "dedicated" {
 						s.AddUser("gke-metadata-emulator", "dedicated-secret")
 						o.NodeName, o.Kubeconfig = "node1", filepath.Join(b.dir, "conf")
@@ -247,7 +247,7 @@ func TestMissingDedicatedGrants(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			s := newServer(t, kubetest.Options{})
 			s.AddToken("dedicated-secret", user)
-			b := run(t, s, func(b *bed, o *Options) {
+			b := run(t, s, func(b *testNode, o *Options) {
 				o.NodeName, o.Kubeconfig = "node1", filepath.Join(b.dir, "conf")
 				write(t, o.Kubeconfig, must(t)(s.TokenKubeconfig("dedicated-secret")))
 				write(t, filepath.Join(b.dir, "x.token"), []byte("dedicated-secret"))

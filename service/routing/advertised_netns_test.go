@@ -46,19 +46,19 @@ func TestAdvertisedRoute(t *testing.T) {
 	for _, mode := range []string{"iptables-nft", ModeNFTables, ModeLoopback} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeNode(t, mode)
-			b.sh("echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; echo 1 > /proc/sys/net/ipv6/conf/cni0/accept_ra")
+			b.run("echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; echo 1 > /proc/sys/net/ipv6/conf/cni0/accept_ra")
 			b.install(b.plan)
 			w := b.watch(b.plan, time.Hour)
 			advertise(t, b.pod)
 			w.until("the node to accept the advertisement", func() bool {
-				return strings.Contains(b.sh("ip -6 route show default dev cni0"), "proto ra")
+				return strings.Contains(b.run("ip -6 route show default dev cni0"), "proto ra")
 			})
-			b.sh(addUplink)
+			b.run(addUplink)
 			w.until("the watcher to look after that", func() bool { return b.stands(b.plan) })
 			w.end()
 			b.answers(b.pod, "169.254.169.254:80", emulator)
 
-			b.sh("ip link del wan9; ip -4 route del default; ip -6 route del default dev eth0")
+			b.run("ip link del wan9; ip -4 route del default; ip -6 route del default dev eth0")
 			if err := b.Do(func() error {
 				devices, err := readDevices()
 				if names, _ := uplinks(devices); !slices.Contains(names, "cni0") {

@@ -138,7 +138,7 @@ func BenchmarkWatch(b *testing.B) {
 				for b.Loop() {
 					b.StopTimer()
 					before := w.state().Repairs.Total()
-					testNode.sh(c.flush)
+					testNode.run(c.flush)
 					b.StartTimer()
 					w.until("a repair", func() bool { s := w.state(); return s.Repairs.Total() > before && s.Standing.Good })
 				}

@@ -49,11 +49,11 @@ func TestChainState(t *testing.T) {
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
-				b.sh(c.put)
+				b.run(c.put)
 				for _, unlisted := range []bool{false, b.plan.Binary == "iptables-nft" && c.exists} {
 					at := c.at
 					if unlisted { // what iptables cannot list says the same
-						b.sh("nft '" + fromNFT + "'")
+						b.run("nft '" + fromNFT + "'")
 						at = nil
 						for _, n := range c.at {
 							at = append(at, n+1)
@@ -85,7 +85,7 @@ func TestChainState(t *testing.T) {
 					}
 				}
 				if c.exists && b.plan.Binary == "iptables-nft" {
-					b.sh(
+					b.run(
 						"nft delete rule ip nat PREROUTING handle $(nft -a list chain ip nat PREROUTING | sed -n 's/.*dport { 7, 8 } " +
 							"dnat to 10.244.0.77 # handle //p')",
 					)
@@ -116,7 +116,7 @@ func TestFingerprint(t *testing.T) {
 				"iptables -t nat -A GME-PRE -p tcp -j ACCEPT", "iptables -D INPUT 1", "ip6tables -F",
 				"iptables -t raw -F; iptables -t raw -X",
 			} {
-				b.sh(change)
+				b.run(change)
 				if !m.changed() {
 					t.Errorf("%s is not noticed", change)
 				}

@@ -51,7 +51,7 @@ func TestChangeLosesNoConnect(t *testing.T) {
 			if from != ModeNFTables {
 				dnat.Mode, dnat.Binary = ModeIPTables, from
 			}
-			b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
+			b.run("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 			lan := func(command string) string {
 				out, err := b.Cloud.Command(t.Context(), "sh", "-c", command).CombinedOutput()
 				if err != nil {
@@ -176,9 +176,9 @@ func TestChangeThatWasKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.install(loopback)
-	b.same("the next install", b.ruleset(), whole)
+	b.requireEqual("the next install", b.ruleset(), whole)
 	b.remove(loopback)
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 }
 
 // TestInstallForgetsRedirections: where nothing is redirected and conntrack still knows of a
@@ -208,15 +208,15 @@ func TestInstallForgetsRedirections(t *testing.T) {
 		}
 		return result
 	}
-	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
-	b.sh(
+	b.run("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
+	b.run(
 		`nft 'table ip other { chain pre { type nat hook prerouting priority dstnat - 5; ip daddr 169.254.169.254 tcp ` +
 			`dport 80 dnat to 169.254.169.252:988; }; }'`,
 	)
 	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
 		t.Fatalf("redirected to nobody: %v", err)
 	}
-	b.sh("nft flush chain ip other pre") // others have chains of type nat
+	b.run("nft flush chain ip other pre") // others have chains of type nat
 	if err := connect(); !errors.Is(err, unix.ENETUNREACH) {
 		t.Fatalf("conntrack remembers it: %v", err)
 	}
@@ -249,7 +249,7 @@ func TestInstallForgetsWhatIsOver(t *testing.T) {
 		}
 		return n
 	}
-	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // others have conntrack on
+	b.run("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // others have conntrack on
 	b.install(dnat)
 	var c net.Conn
 	if err := b.pod.Do(func() (err error) {

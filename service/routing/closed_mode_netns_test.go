@@ -39,7 +39,7 @@ func TestUnconfiguredMode(t *testing.T) {
 					b.install(closed)
 					b.install(closed)
 				}
-				b.green(closed)
+				b.requireOK(closed)
 				got := only(lines(b.ruleset()), lines(before))
 				for _, line := range got {
 					if !strings.HasPrefix(line, "9") { // its preferences are 97 and 98
@@ -71,8 +71,8 @@ func TestBrokenKeepsMode(t *testing.T) {
 	for _, mode := range []string{ModeNone, ModeObserve} {
 		closed := b.brokenMode(mode)
 		b.install(closed)
-		b.same(mode, b.ruleset(), whole)
-		b.green(closed)
+		b.requireEqual(mode, b.ruleset(), whole)
+		b.requireOK(closed)
 	}
 }
 
@@ -88,7 +88,7 @@ func TestBrokenCannotStand(t *testing.T) {
 			valid.Mode, valid.Guard = mode, []netip.AddrPort{metadataServer, extraGuard}
 			valid.BPFDir = filepath.Join(t.TempDir(), "gme") // no bpffs: nothing can be pinned there
 			if mode == ModeNFTables {
-				b.sh("iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT " +
+				b.run("iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT " +
 					"--to-destination 169.254.169.253:988")
 				before = b.ruleset()
 				if err := writeState(valid.RunDir, State{Desired: Installed, Mode: mode, Listen: valid.Listen.String(),

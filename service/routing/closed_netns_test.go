@@ -86,14 +86,14 @@ func TestUnconfigured(t *testing.T) {
 		b.install(b.plan)
 		whole := b.ruleset()
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 
 		closed := b.unconfigured()
 		if err := b.check(closed); err == nil {
 			t.Error("nothing is missing before the first install")
 		}
 		b.install(closed)
-		b.green(closed)
+		b.requireOK(closed)
 		b.requireAnswers("unconfigured")
 		for _, at := range []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "169.254.169.254:443"} {
 			b.answers(b.pod, at, "")
@@ -106,24 +106,24 @@ func TestUnconfigured(t *testing.T) {
 		}
 		unconfigured := b.ruleset()
 		b.install(closed)
-		b.same("installed again", b.ruleset(), unconfigured)
+		b.requireEqual("installed again", b.ruleset(), unconfigured)
 
 		end := b.load()
 		b.install(b.plan)
-		b.same("configured", sorted(b.ruleset()), sorted(whole))
+		b.requireEqual("configured", sorted(b.ruleset()), sorted(whole))
 		b.install(closed)
-		b.same("broken", sorted(b.ruleset()), sorted(whole))
-		b.green(closed)
+		b.requireEqual("broken", sorted(b.ruleset()), sorted(whole))
+		b.requireOK(closed)
 		b.install(b.plan)
 		end()
 		if s, err := ReadState(b.plan.RunDir); err != nil || s.Closed {
 			t.Errorf("state after a configuration broke and was mended: %+v, %v", s, err)
 		}
 		b.remove(closed)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 		b.install(closed)
 		b.remove(closed)
-		b.same("remove what stands without a configuration", b.ruleset(), before)
+		b.requireEqual("remove what stands without a configuration", b.ruleset(), before)
 		if n := b.leaked.Load(); n != 1 {
 			t.Errorf("the cloud's own server accepted %d connections of the pod, want that of DNS alone", n)
 		}
@@ -144,18 +144,18 @@ func TestBrokenKeeps(t *testing.T) {
 			closed := Plan{Closed: true, Mode: ModeIPTables, Listen: netip.MustParseAddrPort("169.254.169.252:988"),
 				InterceptHostPods: "auto", RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 			b.install(closed)
-			b.same("broken", b.ruleset(), whole)
-			b.green(closed)
+			b.requireEqual("broken", b.ruleset(), whole)
+			b.requireOK(closed)
 			b.answers(b.pod, "169.254.169.254:80", emulator)
-			b.sh("nft flush ruleset; ip rule del pref 97 prohibit; ip rule del pref 97 prohibit")
+			b.run("nft flush ruleset; ip rule del pref 97 prohibit; ip rule del pref 97 prohibit")
 			if err := b.check(closed); !errors.Is(err, fault.ErrMissing) {
 				t.Errorf("after a flush: %v", err)
 			}
 			b.install(closed)
-			b.same("installed again", sorted(b.ruleset()), sorted(whole))
+			b.requireEqual("installed again", sorted(b.ruleset()), sorted(whole))
 			b.answers(b.pod, "169.254.169.254:80", emulator)
 			b.remove(closed)
-			b.same("remove", sorted(b.ruleset()), sorted(before))
+			b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 		})
 	}
 }
@@ -167,7 +167,7 @@ func TestUnconfiguredWatch(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		closed := b.unconfigured()
 		w := b.watch(closed, time.Hour)
-		b.green(closed)
+		b.requireOK(closed)
 		b.requireAnswers("at boot")
 		flush := "iptables -t nat -F; ip6tables -t nat -F"
 		if closed.Mode == ModeNFTables {
@@ -175,7 +175,7 @@ func TestUnconfiguredWatch(t *testing.T) {
 		}
 		for _, flush := range []string{flush, "ip rule del pref 97 prohibit", "ip address del 169.254.169.252/32 dev lo",
 			"ip -6 route del local fd20:ce::252 dev lo table local"} {
-			b.sh(flush)
+			b.run(flush)
 			w.until("a repair after "+flush, func() bool { return b.stands(closed) })
 			b.requireAnswers("after " + flush)
 		}
@@ -202,19 +202,19 @@ func TestUnconfiguredElse(t *testing.T) {
 		closed := b.unconfigured()
 		closed.Binary = "iptables-that-nobody-has"
 		b.install(closed)
-		b.green(closed)
+		b.requireOK(closed)
 		b.requireAnswers("by nftables")
 		b.remove(closed)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 	t.Run("redirected by somebody else", func(t *testing.T) {
 		b := newTestNode(t, "iptables-nft")
-		b.sh("iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination " +
+		b.run("iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination " +
 			"169.254.169.253:988")
 		before := b.ruleset()
 		closed := b.unconfigured()
 		b.install(closed)
-		b.green(closed)
+		b.requireOK(closed)
 		b.answers(b.pod, "[fd20:ce::254]:80", "")
 		if strings.Contains(b.ruleset(), "GME-") {
 			t.Error("rules were put up beside another's")
@@ -223,7 +223,7 @@ func TestUnconfiguredElse(t *testing.T) {
 			t.Errorf("state: %+v, %v", s, err)
 		}
 		b.remove(closed)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 		if n := b.leaked.Load(); n != 0 {
 			t.Errorf("the cloud's own server accepted %d connections of the pod", n)
 		}

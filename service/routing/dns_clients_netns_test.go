@@ -80,7 +80,7 @@ func TestDNSHostPods(t *testing.T) {
 		}
 		b.resolves(b.pod, clusterDNS, dnsName+".", dnsmessage.TypeA, "169.254.169.254")
 		do(r.Remove)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 		resolves(podCgroup, cloudDNS, "NameError")
 	})
 }
@@ -95,21 +95,21 @@ func TestDNSElsewhere(t *testing.T) {
 		}
 		b.plan.Listen = netip.AddrPortFrom(box.Addr, 988)
 		dnsNodeAt(b, box)
-		b.sh("iptables -A FORWARD -p udp --dport 53 -j ACCEPT; iptables -A FORWARD -p udp --sport 53 -j ACCEPT; " +
+		b.run("iptables -A FORWARD -p udp --dport 53 -j ACCEPT; iptables -A FORWARD -p udp --sport 53 -j ACCEPT; " +
 			"iptables -P FORWARD DROP")
 		before := b.ruleset()
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.resolves(b.pod, clusterDNS, dnsName+".", dnsmessage.TypeA, "169.254.169.254")
 		b.resolves(b.pod, clusterDNS, "example.com.", dnsmessage.TypeA, "192.0.2.1")
 		b.resolves(b.pod, b.plan.Listen.String(), dnsName+".", dnsmessage.TypeA, "")
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
 // TestDNSWithoutBPF: a node whose kernel or iptables has no match of BPF serves requests all the
-// same, and says why it answers no queries.
+// requireEqual, and says why it answers no queries.
 func TestDNSWithoutBPF(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
@@ -134,7 +134,7 @@ func TestDNSWithoutBPF(t *testing.T) {
 	before := b.ruleset()
 	b.plan.Binary = filepath.Join(dir, "iptables-nft")
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 	b.resolves(b.pod, clusterDNS, dnsName+".", dnsmessage.TypeA, "NameError")
 	s, err := ReadState(b.plan.RunDir)
@@ -148,10 +148,10 @@ func TestDNSWithoutBPF(t *testing.T) {
 	w.end()
 	b.plan.Binary = "iptables-nft" // the module came
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.resolves(b.pod, clusterDNS, dnsName+".", dnsmessage.TypeA, "169.254.169.254")
 	b.remove(b.plan)
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 }
 
 // podCommand returns what makes a command of a pod, whose resolver asks the cluster's name server

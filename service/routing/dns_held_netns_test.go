@@ -11,19 +11,19 @@ import (
 
 // TestDNSHeld: where another program has UDP of the listen address, or of every address, no query
 // is redirected to that program, and the state names the program. Requests are redirected all the
-// same.
+// requireEqual.
 func TestDNSHeld(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		dnsNode(b)
 		b.plan.Listen = netip.MustParseAddrPort("169.254.169.252:1988") // UDP of which nobody has
 		b.serve(b.NS, b.plan.Listen.String(), emulator)
-		b.sh("ip address add 169.254.169.252/32 dev lo")
+		b.run("ip address add 169.254.169.252/32 dev lo")
 		other := b.copyOfSelf()
 		refused := func(want string) {
 			t.Helper()
 			b.install(b.plan)
-			b.green(b.plan)
+			b.requireOK(b.plan)
 			b.answers(b.pod, "169.254.169.254:80", emulator)
 			b.resolves(b.pod, clusterDNS, dnsName+".", dnsmessage.TypeA, "NameError")
 			if s, err := ReadState(b.plan.RunDir); err != nil || !strings.Contains(s.DNSRefused, want) {

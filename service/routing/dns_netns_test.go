@@ -40,7 +40,7 @@ func dnsNodeAt(b *testNode, emulator *netnstest.NS) (servers *nameServer, answer
 		b.t.Fatal(err)
 	}
 	servers = &nameServer{asked: map[string]int{}}
-	b.sh(fmt.Sprintf(`ip address add 169.254.20.10/32 dev lo
+	b.run(fmt.Sprintf(`ip address add 169.254.20.10/32 dev lo
 iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES; iptables -t nat -A OUTPUT -j KUBE-SERVICES
 iptables -t nat -A KUBE-SERVICES -d 10.96.0.10/32 -p udp --dport 53 -j DNAT --to-destination %s:53
 ip6tables -t nat -N KUBE-SERVICES; ip6tables -t nat -A PREROUTING -j KUBE-SERVICES
@@ -183,10 +183,10 @@ func TestDNSStory(t *testing.T) {
 			t.Error("rules for DNS without Plan.DNS")
 		}
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		first := b.ruleset()
 		if b.plan.Mode == ModeNFTables {
-			golden(t, "nft/dns.nft", b.sh("nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator"))
+			golden(t, "nft/dns.nft", b.run("nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator"))
 		}
 		served := func() {
 			b.t.Helper()
@@ -252,22 +252,22 @@ func TestDNSStory(t *testing.T) {
 			flush = "nft flush chain ip gke-metadata-emulator raw; nft flush chain ip gke-metadata-emulator prerouting"
 		}
 		said := len(w.repaired())
-		b.sh(flush)
+		b.run(flush)
 		w.until("a repair", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
 		w.end()
 		if b.plan.Mode != ModeNFTables { // with NodeLocal DNSCache's
-			b.sh("for c in PREROUTING OUTPUT; do iptables -t raw -A $c -d 169.254.20.10/32 -p udp --dport 53 -j NOTRACK; " +
+			b.run("for c in PREROUTING OUTPUT; do iptables -t raw -A $c -d 169.254.20.10/32 -p udp --dport 53 -j NOTRACK; " +
 				"iptables -t raw -A $c -s 169.254.20.10/32 -p udp --sport 53 -j NOTRACK; done")
 		}
-		b.same("repair", sorted(b.ruleset()), sorted(first))
+		b.requireEqual("repair", sorted(b.ruleset()), sorted(first))
 		served()
 
 		b.install(off)
-		b.green(off)
+		b.requireOK(off)
 		b.resolves(b.pod, clusterDNS, name, a, nxdomain)
 		b.install(b.plan)
 		b.remove(b.plan)
-		b.same("remove", sorted(b.ruleset()), sorted(before))
+		b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 		b.resolves(b.pod, clusterDNS, name, a, nxdomain)
 	})
 }
@@ -277,7 +277,7 @@ func TestDNSStory(t *testing.T) {
 func (b *testNode) comesFirst(served func()) {
 	b.t.Helper()
 	const name = dnsName + "."
-	b.sh("iptables -t nat -D PREROUTING -j KUBE-SERVICES; iptables -t nat -I PREROUTING -j KUBE-SERVICES")
+	b.run("iptables -t nat -D PREROUTING -j KUBE-SERVICES; iptables -t nat -I PREROUTING -j KUBE-SERVICES")
 	b.resolves(b.pod, clusterDNS, name, dnsmessage.TypeA, "NameError")
 	b.resolves(b.pod, clusterDNS, "example.com.", dnsmessage.TypeA, "192.0.2.1")
 	if err := b.check(b.plan); err == nil || !strings.Contains(err.Error(), "KUBE-SERVICES") {
@@ -287,9 +287,9 @@ func (b *testNode) comesFirst(served func()) {
 	w.until("a repair", func() bool { return b.stands(b.plan) })
 	w.end()
 	served()
-	b.sh("iptables -t nat -I PREROUTING -p tcp -d 192.0.2.1 --dport 1 -j RETURN") // of no concern
-	b.green(b.plan)
-	b.sh("iptables -t nat -D PREROUTING -p tcp -d 192.0.2.1 --dport 1 -j RETURN")
+	b.run("iptables -t nat -I PREROUTING -p tcp -d 192.0.2.1 --dport 1 -j RETURN") // of no concern
+	b.requireOK(b.plan)
+	b.run("iptables -t nat -D PREROUTING -p tcp -d 192.0.2.1 --dport 1 -j RETURN")
 	served()
 }
 
@@ -301,7 +301,7 @@ func (b *testNode) forged() {
 		b.t.Fatal(err)
 	}
 	defer c.Close()
-	b.sh("for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done")
+	b.run("for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done")
 	if out, err := b.pod.Command(b.t.Context(), "ip", "address", "add", "198.51.100.1/32", "dev", "lo").
 		CombinedOutput(); err != nil {
 		b.t.Fatalf("%v: %s", err, out)

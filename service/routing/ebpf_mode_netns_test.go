@@ -40,7 +40,7 @@ func TestEBPFStory(t *testing.T) {
 	before, programs := b.ruleset(), b.attachedText(t)
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	for _, pod := range []string{podCgroup, "system.slice"} { // wherever a runtime puts it
 		b.answersIn(pod, b.pod, "169.254.169.254:80", emulator)
 		b.answersIn(pod, routed, "169.254.169.254:80", emulator)
@@ -56,7 +56,7 @@ func TestEBPFStory(t *testing.T) {
 	b.answers(b.neighbour, "169.254.169.254:80", "")
 	first := b.ruleset() + b.attachedText(t)
 	b.install(b.plan)
-	b.same("second install", b.ruleset()+b.attachedText(t), first)
+	b.requireEqual("second install", b.ruleset()+b.attachedText(t), first)
 
 	for _, c := range []struct {
 		name string
@@ -64,7 +64,7 @@ func TestEBPFStory(t *testing.T) {
 		want []string
 	}{
 		{"the chains", func() {
-			b.sh("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator raw")
+			b.run("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator raw")
 		}, []string{
 			`input iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
 			`raw iifname "eth0" ip daddr 169.254.169.252 tcp dport 988 drop`,
@@ -74,7 +74,7 @@ func TestEBPFStory(t *testing.T) {
 			b.must(os.RemoveAll(b.plan.BPFDir))
 			b.detached(t)
 		}, []string{"program getpeername4 at ", "program getpeername6 at ", "program connect4 at ", "program connect6 at "}},
-		{"the guard", func() { b.sh("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") },
+		{"the guard", func() { b.run("ip rule del pref 97 prohibit; ip address del 169.254.169.252/32 dev lo") },
 			[]string{"ip rule: pref 97", "ip address: 169.254.169.252"}},
 	} {
 		c.harm()
@@ -91,11 +91,11 @@ func TestEBPFStory(t *testing.T) {
 			map[bool]string{true: emulator}[!strings.HasPrefix(c.name, "all") && c.name != "the guard"],
 		)
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
 	}
 	b.remove(b.plan)
-	b.same("remove", b.ruleset()+b.attachedText(t), before+programs)
+	b.requireEqual("remove", b.ruleset()+b.attachedText(t), before+programs)
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 }
 
@@ -109,7 +109,7 @@ func TestEBPFHostPods(t *testing.T) {
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
 	b.answersIn("system.slice", b.NS, "169.254.169.254:80", cloud)
 	b.answersIn("system.slice", b.pod, "169.254.169.254:80", emulator)
-	if strings.Contains(b.sh("ip route"), "169.254.169.254") {
+	if strings.Contains(b.run("ip route"), "169.254.169.254") {
 		t.Error("programs need no route, and there is one")
 	}
 	again := filepath.Join(b.cgroups, podCgroup)
@@ -139,7 +139,7 @@ func TestChangeOfMode(t *testing.T) {
 			b := ebpfNode(t)
 			// As on any node with kube-proxy: without somebody's rule the kernel turns conntrack off and
 			// translates nothing that it has begun to.
-			b.sh(
+			b.run(
 				"nft 'add table ip kube-proxy; add chain ip kube-proxy nat { type nat hook prerouting priority dstnat; }; add " +
 					"rule ip kube-proxy nat ip daddr 192.0.2.1 tcp dport 80 dnat to 10.244.0.99:80'",
 			)
@@ -150,20 +150,20 @@ func TestChangeOfMode(t *testing.T) {
 			for range 3 {
 				end := b.load(podCgroup, b.pod)
 				b.install(programs)
-				b.green(programs)
+				b.requireOK(programs)
 				end()
 				if strings.Contains(b.ruleset(), "to 169.254.169.252:988") {
 					t.Error("DNAT is left")
 				}
 				b.install(dnat)
-				b.green(dnat)
+				b.requireOK(dnat)
 				if _, err := os.Stat(b.plan.BPFDir); err == nil {
 					t.Error("programs are left")
 				}
 				b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
 			}
 			b.remove(dnat)
-			b.same("remove", b.ruleset()+b.attachedText(t), before)
+			b.requireEqual("remove", b.ruleset()+b.attachedText(t), before)
 		})
 	}
 }
@@ -221,12 +221,12 @@ func TestEBPFWatch(t *testing.T) {
 	}{
 		{"detached by force", func() { b.detach(t, "connect4") }, fault.EBPF, "ebpf"},
 		{"all pins", func() { b.must(os.RemoveAll(b.plan.BPFDir)) }, fault.EBPF, "ebpf"},
-		{"the chains", func() { b.sh("nft delete table ip gke-metadata-emulator") }, fault.NFTables, ""},
+		{"the chains", func() { b.run("nft delete table ip gke-metadata-emulator") }, fault.NFTables, ""},
 	} {
 		was := w.state().Repairs.Total()
 		c.harm()
 		took := w.until(c.name, func() bool { s := w.state(); return s.Repairs.Total() > was && s.Standing.Good })
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
 		last := w.repaired()[len(w.repaired())-1].Data
 		if last["layer"] != c.layer || c.cause != "" && last["cause"] != c.cause {
@@ -257,7 +257,7 @@ func (b *bpfNode) must(err error) {
 func TestPortsAfterAnotherMode(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
-	b.sh("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // a network plugin's: conntrack translates
+	b.run("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE") // a network plugin's: conntrack translates
 	none := b.plan
 	none.Mode = ModeNone
 	talks := func(port uint16, to netip.AddrPort) {

@@ -21,7 +21,7 @@ import (
 func TestRewriting(t *testing.T) {
 	t.Parallel()
 	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
-	b.sh("ip address add 169.254.169.252/32 dev lo")
+	b.run("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
 	r.HostPods, r.Spared = true, []uint64{bpf.CgroupID(b.cgroups + "/system.slice")}
 	if err := p.Install(r); err != nil {
@@ -63,7 +63,7 @@ func TestRewriting(t *testing.T) {
 func TestPins(t *testing.T) {
 	t.Parallel()
 	b := newBPFNode(t, newTestNode(t, "iptables-nft"))
-	b.sh("ip address add 169.254.169.252/32 dev lo")
+	b.run("ip address add 169.254.169.252/32 dev lo")
 	p, r := b.pins(), b.rewriting()
 	foreign := b.attachForeign(t)
 	before := b.attachedText(t)
@@ -86,7 +86,7 @@ func TestPins(t *testing.T) {
 		t.Errorf("order: %q", got)
 	}
 	install()
-	b.same("second install", b.attachedText(t), first)
+	b.requireEqual("second install", b.attachedText(t), first)
 
 	connect4 := bpf.ObserveHooks[0]
 	for _, c := range []struct {
@@ -138,7 +138,7 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
-	b.same("remove", b.attachedText(t), before)
+	b.requireEqual("remove", b.attachedText(t), before)
 	if _, err := os.Stat(p.Dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the directory is left behind: %v", err)
 	}

@@ -46,7 +46,7 @@ func TestExamine(t *testing.T) {
 			t.Errorf("holder: %+v", x.Holder)
 		}
 
-		b.sh(
+		b.run(
 			"ip rule del pref 97 prohibit; iptables -P INPUT DROP; iptables -P FORWARD DROP; nft 'add table inet late; add " +
 				"chain inet late c { type filter hook input priority 10; policy drop; }'",
 		)
@@ -61,7 +61,7 @@ func TestExamine(t *testing.T) {
 		if !slices.Equal(x.Policies, want) {
 			t.Errorf("policies: %q, want %q", x.Policies, want)
 		}
-		b.sh("nft delete table inet late; iptables -P INPUT ACCEPT")
+		b.run("nft delete table inet late; iptables -P INPUT ACCEPT")
 		b.plan.Listen = netip.MustParseAddrPort("198.51.100.77:988") // another host's: requests are forwarded
 		b.plan.Uplinks = []string{"eth+"}
 		x = examine()

@@ -216,7 +216,7 @@ func testForeign(t *testing.T, rulesets []foreignRuleset) {
 			for over := time.Now().Add(10 * time.Second); time.Now().Before(over); {
 				for _, c := range cases {
 					if now := c.ruleset(); now != c.stood {
-						c.same(c.label+": while it is watched", sorted(now), sorted(c.stood))
+						c.requireEqual(c.label+": while it is watched", sorted(now), sorted(c.stood))
 						c.stood = now
 					}
 				}
@@ -261,7 +261,7 @@ func (c *foreignCase) up(first bool, left *string) {
 	if c.plan.Mode == ModeNone {
 		c.served = c.plan.Listen.String()
 	}
-	put := func() { c.sh("restore() { " + c.plan.Binary + "-restore --noflush; }\n" + c.put) }
+	put := func() { c.run("restore() { " + c.plan.Binary + "-restore --noflush; }\n" + c.put) }
 	if first {
 		put()
 		*left = c.ruleset()
@@ -297,7 +297,7 @@ func (c *foreignCase) down() {
 	c.serves()
 	c.watch.end()
 	if c.flush {
-		c.sh("nft flush ruleset; iptables-legacy -F; iptables-legacy -t nat -F")
+		c.run("nft flush ruleset; iptables-legacy -F; iptables-legacy -t nat -F")
 		for _, at := range []string{"169.254.169.254:80", "[fd00:ec2::254]:80"} {
 			if who, _ := ask(c.pod, at, short); who == cloud {
 				c.fault("the cloud's own server answered a pod at %s when the firewall was flushed", at)
@@ -314,7 +314,7 @@ func (c *foreignCase) down() {
 	if c.relative {
 		now, before = preference.ReplaceAllString(now, ""), preference.ReplaceAllString(before, "")
 	}
-	c.same(c.label+": remove", sorted(now), sorted(before))
+	c.requireEqual(c.label+": remove", sorted(now), sorted(before))
 	if err := c.Close(); err != nil {
 		c.fault("%v", err)
 	}

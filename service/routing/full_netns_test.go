@@ -48,7 +48,7 @@ func TestFullRunDirectory(t *testing.T) {
 		b.remove(p)
 		w.until(name+": the watcher obeys", func() bool { return strings.Contains(w.last(), "removed") })
 		w.end()
-		b.same(name+": remove", sorted(b.ruleset()), before)
+		b.requireEqual(name+": remove", sorted(b.ruleset()), before)
 		if s, err := ReadState(p.RunDir); err != nil || s.Desired != Removed || !s.Standing.Good {
 			t.Errorf("%s: %+v, %v", name, s, err)
 		}
@@ -71,7 +71,7 @@ func TestFullRunDirectory(t *testing.T) {
 		}
 	}
 	says("remove", b.Do(func() error { return b.router(p).Remove(t.Context()) }))
-	b.same("nothing to write to: remove", sorted(b.ruleset()), before)
+	b.requireEqual("nothing to write to: remove", sorted(b.ruleset()), before)
 	says("install", b.Do(func() error { return b.router(p).Install(t.Context()) }))
 	if err := b.Do(func() error { return errors.Join(checkGuard(p, nodeFacts{})...) }); err != nil {
 		t.Errorf("install without space: %v", err)
@@ -97,13 +97,13 @@ func TestRepairNamesAll(t *testing.T) {
 			if errs := r.check(t.Context(), n); len(errs) > 0 {
 				return errors.Join(errs...)
 			}
-			b.sh("iptables -F; nft 'flush chain ip gke-metadata-emulator prerouting' || true")
+			b.run("iptables -F; nft 'flush chain ip gke-metadata-emulator prerouting' || true")
 			state, err := ReadState(b.plan.RunDir)
 			if err != nil {
 				return err
 			}
 			seen := n.check(t.Context(), n.nodeFacts)
-			b.sh("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; " +
+			b.run("ip6tables -F; nft 'flush chain ip6 gke-metadata-emulator forward' || true; ip rule del pref 97 prohibit; " +
 				"ip address del 169.254.169.252/32 dev lo")
 			why := &repair{of: state, why: watch.NFTables, faults: seen, node: n, mode: true}
 			if _, err = r.install(t.Context(), why); err != nil {
@@ -134,6 +134,6 @@ func TestRepairNamesAll(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		b.green(b.plan)
+		b.requireOK(b.plan)
 	})
 }

@@ -69,9 +69,9 @@ func TestGuardFragments(t *testing.T) {
 	tryAll(true, long)
 	for _, p := range []Plan{{Closed: true, RunDir: b.plan.RunDir}, b.plan} {
 		b.install(p)
-		b.green(p)
+		b.requireOK(p)
 		if !p.Closed {
-			b.sh("nft flush ruleset") // what the rules let through and what not is told by outcomes
+			b.run("nft flush ruleset") // what the rules let through and what not is told by outcomes
 		}
 		tryAll(false, short)
 		b.answers(b.pod, "169.254.169.254:53", cloud)
@@ -86,7 +86,7 @@ func TestGuardFragments(t *testing.T) {
 		}
 	}
 	b.remove(b.plan)
-	b.same("remove", sorted(b.ruleset()), sorted(before))
+	b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 	tryAll(true, long)
 }
 

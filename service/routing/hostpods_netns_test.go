@@ -29,11 +29,11 @@ func TestAskCloud(t *testing.T) {
 		{"the address is the node's own", "ip address add 169.254.169.254/32 dev lo",
 			"ip address del 169.254.169.254/32 dev lo", cloudUnknown},
 	} {
-		b.sh(c.before)
+		b.run(c.before)
 		if got := found(); got != c.want {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
-		b.sh(c.after)
+		b.run(c.after)
 	}
 }
 
@@ -52,7 +52,7 @@ func TestHostPodsAuto(t *testing.T) {
 	const refuse = "iptables -A OUTPUT -d 169.254.169.254 -p tcp -j REJECT --reject-with tcp-reset"
 	b.install(b.plan)
 	says("left alone: the cloud's metadata server answers")
-	b.sh(refuse) // and then it is away
+	b.run(refuse) // and then it is away
 	b.install(b.plan)
 	says("left alone: the cloud's metadata server answers")
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", "")
@@ -62,23 +62,23 @@ func TestHostPodsAuto(t *testing.T) {
 	b.install(b.plan)
 	says("redirected: no metadata server of a cloud answers")
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
-	b.sh("iptables -F OUTPUT") // from here on it would answer
+	b.run("iptables -F OUTPUT") // from here on it would answer
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	says("redirected: no metadata server of a cloud answers")
 	b.answersIn("system.slice", b.NS, "169.254.169.254:80", cloud)
 	b.remove(b.plan)
 
 	// The watcher comes before the network, and learns when there is one.
-	b.sh("ip route del default; " + refuse)
+	b.run("ip route del default; " + refuse)
 	b.plan.RunDir = t.TempDir()
 	w := b.watch(b.plan, time.Hour)
 	says("left alone: there is no way to 169.254.169.254 yet")
-	b.sh("ip route add default via 198.51.100.1")
+	b.run("ip route add default via 198.51.100.1")
 	w.until("it learned", func() bool { return w.state().CloudServer.Found == cloudNone && w.state().Standing.Good })
 	says("redirected: no metadata server of a cloud answers")
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	w.end()
 	if got := w.state().Repairs.Total(); got != 0 {
 		t.Errorf("%d repairs: nothing was broken", got)
@@ -92,7 +92,7 @@ func TestHostPodsSilence(t *testing.T) {
 	t.Parallel()
 	b := ebpfNode(t)
 	const silent = "iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP"
-	b.sh("ip route del default; " + silent)
+	b.run("ip route del default; " + silent)
 	b.plan.RunDir = t.TempDir()
 	// The watcher is one of the node's own processes: else its second question would be redirected.
 	watcher := b.in("system.slice", b.play("watch by programs",
@@ -119,10 +119,10 @@ func TestHostPodsSilence(t *testing.T) {
 		}
 	}
 	until("left alone: there is no way to 169.254.169.254 yet")
-	b.sh("ip route add default via 198.51.100.1")
+	b.run("ip route add default via 198.51.100.1")
 	until("redirected: no metadata server of a cloud has answered at 169.254.169.254 so far")
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
-	b.sh("iptables -F INPUT")
+	b.run("iptables -F INPUT")
 	until("left alone: the cloud's metadata server answers")
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", cloud)
 	end()
@@ -135,7 +135,7 @@ func TestHostPodsSilentForLong(t *testing.T) {
 	t.Parallel()
 	b := ebpfNode(t)
 	b.plan.RunDir = t.TempDir()
-	b.sh("iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP")
+	b.run("iptables -A INPUT -s 169.254.169.254 -p tcp -j DROP")
 	b.install(b.plan)
 	s, err := ReadState(b.plan.RunDir)
 	if err != nil {

@@ -25,7 +25,7 @@ func TestStory(t *testing.T) {
 		before := b.ruleset()
 		b.answers(b.pod, "169.254.169.254:80", cloud) // the testNode would show a leak
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 		b.answers(routed, "169.254.169.254:80", emulator)
 		b.answers(b.NS, "169.254.169.254:80", cloud)  // the node's own daemons do not notice
@@ -36,7 +36,7 @@ func TestStory(t *testing.T) {
 		b.answers(b.pod, "169.254.169.252:988", "") // not directly
 		first := b.ruleset()
 		b.install(b.plan)
-		b.same("second install", b.ruleset(), first)
+		b.requireEqual("second install", b.ruleset(), first)
 
 		for _, c := range []struct {
 			name, flush string
@@ -116,7 +116,7 @@ func TestStory(t *testing.T) {
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
-				b.sh(c.flush)
+				b.run(c.flush)
 				var got []string
 				for _, f := range faults(t, b.check(b.plan)) {
 					f = strings.TrimPrefix(f, "missing: ")
@@ -136,9 +136,9 @@ func TestStory(t *testing.T) {
 					}
 				}
 				b.install(b.plan)
-				b.green(b.plan)
+				b.requireOK(b.plan)
 				b.answers(b.pod, "169.254.169.254:80", emulator)
-				b.same("repair", b.ruleset(), first)
+				b.requireEqual("repair", b.ruleset(), first)
 			})
 		}
 		b.t = t
@@ -146,10 +146,10 @@ func TestStory(t *testing.T) {
 			t.Errorf("six flushes took a jump away, and the state counts %d repairs (%v)", s.Repairs.Total(), err)
 		}
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 		b.answers(b.pod, "169.254.169.254:80", cloud)
 		b.remove(b.plan) // again, from nothing
-		b.same("second remove", b.ruleset(), before)
+		b.requireEqual("second remove", b.ruleset(), before)
 	})
 }
 
@@ -159,14 +159,14 @@ func TestNftFlushRuleset(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
-	b.sh("nft flush ruleset")
+	b.run("nft flush ruleset")
 	if got := len(faults(t, b.check(b.plan))); got != 26 {
 		t.Errorf("%d faults named, want 26: %v", got, b.check(b.plan))
 	}
 	b.answers(b.pod, "169.254.169.254:80", "")
 	b.answers(b.pod, "[fd00:ec2::254]:80", "")
 	b.install(b.plan)
-	b.same("repair", b.ruleset(), whole)
+	b.requireEqual("repair", b.ruleset(), whole)
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 }
 
@@ -181,11 +181,11 @@ func TestShownTextIsWhatInstallDoes(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		b.sh(shown)
-		b.green(b.plan)
+		b.run(shown)
+		b.requireOK(b.plan)
 		byHand := b.ruleset()
 		b.install(b.plan)
-		b.same("install after the shown text", b.ruleset(), byHand)
+		b.requireEqual("install after the shown text", b.ruleset(), byHand)
 	})
 }
 
@@ -196,7 +196,7 @@ func TestEstablishedConnection(t *testing.T) {
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		// As on any Kubernetes node connections are tracked: these are not redirected at their first
 		// packet.
-		b.sh(
+		b.run(
 			"iptables -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; ip6tables -A FORWARD -m conntrack --ctstate " +
 				"ESTABLISHED -j ACCEPT",
 		)
@@ -253,7 +253,7 @@ func TestWrittenIsCounted(t *testing.T) {
 				if err := n.put(t.Context(), n.nodeFacts); err != nil {
 					return err
 				}
-				b.sh(c.harm)
+				b.run(c.harm)
 				errs = n.check(t.Context(), n.nodeFacts)
 				return nil
 			}); err != nil {
@@ -273,12 +273,12 @@ func TestUnlistableChain(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	whole := b.ruleset()
-	b.sh("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")
+	b.run("nft insert rule ip nat GME-PRE tcp dport { 7, 8 } dnat to 10.244.0.77")
 	if err := b.check(b.plan); !errors.Is(err, fault.ErrMissing) ||
 		!strings.Contains(err.Error(), "-t nat the rules of GME-PRE are not ours alone") {
 		t.Errorf("check: %v", err)
 	}
 	b.install(b.plan)
-	b.same("repair", b.ruleset(), whole)
-	b.green(b.plan)
+	b.requireEqual("repair", b.ruleset(), whole)
+	b.requireOK(b.plan)
 }

@@ -14,25 +14,25 @@ import (
 )
 
 // TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the
-// same, says why once, and Check is content.
+// requireEqual, says why once, and Check is content.
 func TestSixNowhere(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
-		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+		b.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 		if s, err := ReadState(b.plan.RunDir); err != nil || s.IPv6 != noIPv6Here || !s.Standing.Good {
 			t.Errorf("%+v, %v", s, err)
 		}
 		w := b.watch(b.plan, time.Hour)
-		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=0")
+		b.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=0")
 		w.until("IPv6 is served", func() bool {
 			s := w.state()
 			return s.IPv6 == "" && s.Standing.Good && b.stands(b.plan) && strings.Contains(b.ruleset(), "fd20:ce::252")
 		})
-		b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+		b.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 		w.until(
 			"it is not any more",
 			func() bool { s := w.state(); return s.IPv6 == noIPv6Here && s.Standing.Good && b.stands(b.plan) },
@@ -71,7 +71,7 @@ func TestSixWithoutTables(t *testing.T) {
 			b.plan.Binary = filepath.Join(dir, "iptables-nft")
 			ipv6Node(b)
 			b.install(b.plan)
-			b.green(b.plan)
+			b.requireOK(b.plan)
 			b.answers(b.pod, "169.254.169.254:80", emulator)
 			b.answers(b.pod, "[fd20:ce::254]:80", "") // the guard
 			s, err := ReadState(b.plan.RunDir)
@@ -83,14 +83,14 @@ func TestSixWithoutTables(t *testing.T) {
 			if got := w.state(); !got.Standing.Good || got.Installs != s.Installs {
 				t.Errorf("the watcher tries again: %+v", got)
 			}
-			b.sh("ip rule del pref 97 prohibit")
+			b.run("ip rule del pref 97 prohibit")
 			w.until("a repair", func() bool { return b.check(b.plan) == nil && w.state().Standing.Good })
 			if got := w.state(); got.IPv6 != s.IPv6 {
 				t.Errorf("%q became %q", s.IPv6, got.IPv6)
 			}
 			w.end()
 			b.remove(b.plan)
-			b.same("remove", b.ruleset(), before)
+			b.requireEqual("remove", b.ruleset(), before)
 		})
 	}
 }
@@ -100,7 +100,7 @@ func TestSixWithoutTables(t *testing.T) {
 func TestRemoveWithoutSix(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-legacy")
-	b.sh("iptables -t nat -N GME-PRE")
+	b.run("iptables -t nat -N GME-PRE")
 	out, err := b.play("remove without IPv6", filepath.Join(b.plan.RunDir, b.plan.Binary), b.self()).CombinedOutput()
 	if err != nil {
 		t.Errorf("%v: %s", err, out)

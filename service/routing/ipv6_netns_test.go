@@ -30,9 +30,9 @@ func ipv6Node(b *testNode) {
 // serveAnywhere answers at an address that the node has not yet.
 func (b *testNode) serveAnywhere(at string) {
 	b.t.Helper()
-	b.sh("sysctl -qw net.ipv6.ip_nonlocal_bind=1")
+	b.run("sysctl -qw net.ipv6.ip_nonlocal_bind=1")
 	b.serve(b.NS, at, emulator)
-	b.sh("sysctl -qw net.ipv6.ip_nonlocal_bind=0")
+	b.run("sysctl -qw net.ipv6.ip_nonlocal_bind=0")
 }
 
 // TestSixStory is a node's life where IPv6 is served (H-24), in both modes and on both backends:
@@ -56,10 +56,10 @@ func TestSixStory(t *testing.T) {
 		}
 		defer open.Close()
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		first := b.ruleset()
 		if b.plan.Mode == ModeNFTables {
-			golden(t, "nft/ipv6.nft", b.sh("nft list table ip6 gke-metadata-emulator"))
+			golden(t, "nft/ipv6.nft", b.run("nft list table ip6 gke-metadata-emulator"))
 		}
 		if got, err := talk(open, long); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("on a connection from before %q answered (%v)", got, err)
@@ -75,7 +75,7 @@ func TestSixStory(t *testing.T) {
 		}
 		served()
 		b.install(b.plan)
-		b.same("second install", sorted(b.ruleset()), sorted(first))
+		b.requireEqual("second install", sorted(b.ruleset()), sorted(first))
 
 		// a neighbour that takes the node for a router is served by neither address, nor by either
 		// check alone.
@@ -111,7 +111,7 @@ func TestSixStory(t *testing.T) {
 				flush = c.nft
 			}
 			w.end()
-			b.sh(flush)
+			b.run(flush)
 			var got []string
 			for _, f := range faults(t, b.check(b.plan)) {
 				got = append(got, strings.TrimPrefix(f, "missing: "))
@@ -127,10 +127,10 @@ func TestSixStory(t *testing.T) {
 			}
 			w = b.watch(b.plan, time.Hour) // finds it when it starts
 			w.until("a repair of "+c.name, func() bool { return b.stands(b.plan) && w.state().Standing.Good })
-			b.same("repair of "+c.name, sorted(b.ruleset()), sorted(first))
+			b.requireEqual("repair of "+c.name, sorted(b.ruleset()), sorted(first))
 			served()
 			said := len(w.repaired())
-			b.sh(flush) // and when it runs
+			b.run(flush) // and when it runs
 			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
 		}
 		w.end()
@@ -140,7 +140,7 @@ func TestSixStory(t *testing.T) {
 		off := b.plan
 		off.Listen6 = netip.AddrPort{}
 		b.install(off)
-		b.green(off)
+		b.requireOK(off)
 		if s := b.ruleset(); strings.Contains(s, "fd20:ce::252") {
 			t.Errorf("left of listen6:\n%s", s)
 		}
@@ -148,7 +148,7 @@ func TestSixStory(t *testing.T) {
 		b.install(b.plan)
 		served()
 		b.remove(off)
-		b.same("remove", sorted(b.ruleset()), sorted(before))
+		b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 		b.answers(b.pod, "[fd20:ce::254]:80", cloud)
 	})
 }
@@ -175,12 +175,12 @@ func TestIPv6Checks(t *testing.T) {
 			"raw":   {"ip6tables -F GME-IN", "nft flush chain ip6 gke-metadata-emulator input"},
 		} {
 			b.install(b.plan)
-			b.sh(open[map[bool]int{true: 1}[b.plan.Mode == ModeNFTables]])
+			b.run(open[map[bool]int{true: 1}[b.plan.Mode == ModeNFTables]])
 			if got, _ := ask(b.neighbour, "[fd20:ce::252]:988", short); got != "" {
 				t.Errorf("the check %s alone: %s answered the neighbour", check, got)
 			}
 		}
-		b.sh(
+		b.run(
 			map[bool]string{false: "ip6tables -F GME-IN; ip6tables -t raw -F GME-RAW",
 				true: "nft flush chain ip6 gke-metadata-emulator input; nft flush chain ip6 gke-metadata-emulator " +
 					"raw"}[b.plan.Mode == ModeNFTables],
@@ -198,12 +198,12 @@ func TestSixShownText(t *testing.T) {
 		if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
 			t.Fatal(err)
 		}
-		b.sh(shown)
+		b.run(shown)
 		byHand := b.ruleset()
 		b.answers(b.pod, "[fd20:ce::254]:80", emulator)
 		b.install(b.plan)
-		b.green(b.plan)
-		b.same("install after the shown text", sorted(b.ruleset()), sorted(byHand))
+		b.requireOK(b.plan)
+		b.requireEqual("install after the shown text", sorted(b.ruleset()), sorted(byHand))
 	})
 }
 
@@ -224,7 +224,7 @@ func TestSixIsGuarded(t *testing.T) {
 				b.answers(b.pod, at, cloud) // the testNode would show a leak
 			}
 			b.install(b.plan)
-			b.green(b.plan)
+			b.requireOK(b.plan)
 			guarded := func() {
 				t.Helper()
 				for _, at := range servers {
@@ -234,17 +234,17 @@ func TestSixIsGuarded(t *testing.T) {
 				}
 			}
 			guarded()
-			b.sh("ip6tables -F; nft flush ruleset")
+			b.run("ip6tables -F; nft flush ruleset")
 			guarded()
 			b.install(b.plan)
-			b.sh(threeProhibits)
+			b.run(threeProhibits)
 			if got := faults(t, b.check(b.plan)); len(got) != 3 {
 				t.Errorf("missing: %q", got)
 			}
 			guarded() // by the firewall alone
-			b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+			b.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 			b.install(b.plan)
-			b.green(b.plan)
+			b.requireOK(b.plan)
 			b.remove(b.plan)
 		})
 	}
@@ -274,7 +274,7 @@ func TestSixRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 	if s, err := ReadState(b.plan.RunDir); err != nil || !strings.Contains(s.IPv6, "belongs to somebody else") {
 		t.Errorf("%q, %v", s.IPv6, err)
@@ -387,7 +387,7 @@ func TestSixWatchRepairs(t *testing.T) {
 				if b.plan.Mode == ModeNFTables {
 					flush = c.nft
 				}
-				b.sh(flush)
+				b.run(flush)
 				wantLayer, wantCause := layer, cause
 				if c.layer != "" {
 					wantLayer, wantCause = c.layer, c.cause
@@ -402,7 +402,7 @@ func TestSixWatchRepairs(t *testing.T) {
 					},
 				)
 				w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
-				b.same("repair", sorted(b.ruleset()), whole)
+				b.requireEqual("repair", sorted(b.ruleset()), whole)
 				b.answers(b.pod, "[fd20:ce::254]:80", emulator)
 				b.answers(b.pod, "169.254.169.254:80", emulator)
 			})

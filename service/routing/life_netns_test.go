@@ -41,22 +41,22 @@ func TestRefusals(t *testing.T) {
 					t.Errorf("%q does not say %q", err, w)
 				}
 			}
-			b.same("refused install", b.ruleset(), before)
+			b.requireEqual("refused install", b.ruleset(), before)
 			if s, err := ReadState(b.plan.RunDir); err != nil || s.Desired != "" {
 				t.Errorf("state after refusal: %+v, %v", s, err)
 			}
 		}
-		b.sh(
+		b.run(
 			"iptables -t nat -A PREROUTING ! -i eth0 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination " +
 				"169.254.169.252:988",
 		) // K-07
 		refused("169.254.169.254:80", "PREROUTING", "GKE")
-		b.sh("iptables -t nat -F PREROUTING; iptables -N GME-FWD; iptables -A FORWARD -j GME-FWD")
+		b.run("iptables -t nat -F PREROUTING; iptables -N GME-FWD; iptables -A FORWARD -j GME-FWD")
 		refused("GME-FWD", "-A FORWARD -j GME-FWD")
 		if err := b.Do(func() error { return b.router(b.plan).Remove(t.Context()) }); !errors.Is(err, fault.ErrForeign) {
 			t.Errorf("remove: %v, want ErrForeign", err)
 		}
-		b.sh("iptables -F FORWARD; iptables -X GME-FWD")
+		b.run("iptables -F FORWARD; iptables -X GME-FWD")
 		if err := os.RemoveAll(b.plan.RunDir); err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +103,7 @@ func TestClosedGuard(t *testing.T) {
 			t.Errorf("%d faults named, want %d", got, want)
 		}
 		b.install(closed)
-		b.green(closed)
+		b.requireOK(closed)
 		b.answers(b.pod, "169.254.169.254:80", "")
 		b.answers(b.pod, "[fd00:ec2::254]:80", "")
 		b.answers(b.pod, "[fd20:ce::254]:80", "")
@@ -116,9 +116,9 @@ func TestClosedGuard(t *testing.T) {
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 		whole := b.ruleset()
 		b.install(closed) // the configuration broke: pods go on reaching the emulator, which says so
-		b.same("closed after a good install", b.ruleset(), whole)
+		b.requireEqual("closed after a good install", b.ruleset(), whole)
 		b.remove(closed)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -144,7 +144,7 @@ func TestRemoveWhileServing(t *testing.T) {
 			if n, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 				t.Errorf("%s: a client got %d bytes (%v), want a reset", b.plan.Listen, n, err)
 			}
-			b.same("remove", b.ruleset(), before)
+			b.requireEqual("remove", b.ruleset(), before)
 		}
 	})
 }
@@ -190,7 +190,7 @@ func TestInstallWhileServing(t *testing.T) {
 		close(done)
 		clients.Wait()
 		t.Logf("%d of %d requests lost", lost.Load(), asked.Load())
-		b.same("installs at once", b.ruleset(), whole)
+		b.requireEqual("installs at once", b.ruleset(), whole)
 	})
 }
 
@@ -229,7 +229,7 @@ func TestReplaceWhileServing(t *testing.T) {
 		close(done)
 		clients.Wait()
 		t.Logf("%d of %d requests lost", lost.Load(), asked.Load())
-		b.same("back", sorted(b.ruleset()), sorted(whole))
+		b.requireEqual("back", sorted(b.ruleset()), sorted(whole))
 	})
 }
 
@@ -248,9 +248,9 @@ func TestConcurrentFirstInstalls(t *testing.T) {
 			})
 		}
 		installs.Wait()
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -280,19 +280,19 @@ func TestKubeletsBackend(t *testing.T) {
 			before := b.ruleset()
 			b.install(b.plan) // by the wrong backend
 			b.plan.Binary = c.kubelet
-			b.sh("iptables -t mangle -N KUBE-IPTABLES-HINT")
+			b.run("iptables -t mangle -N KUBE-IPTABLES-HINT")
 			b.plan.Binary = ""
 			b.install(b.plan)
 			b.plan.Binary = c.kubelet
-			b.green(b.plan)
-			if out := b.sh(c.other + " -t nat -S"); strings.Contains(out, "GME-") {
+			b.requireOK(b.plan)
+			if out := b.run(c.other + " -t nat -S"); strings.Contains(out, "GME-") {
 				t.Errorf("left in %s: %s", c.other, out)
 			}
 			b.answers(b.pod, "169.254.169.254:80", emulator)
-			b.sh("iptables -t mangle -X KUBE-IPTABLES-HINT")
+			b.run("iptables -t mangle -X KUBE-IPTABLES-HINT")
 			b.plan.Binary = ""
 			b.remove(b.plan)
-			b.same("remove", b.ruleset(), before)
+			b.requireEqual("remove", b.ruleset(), before)
 		})
 	}
 }
@@ -365,10 +365,10 @@ exec %[1]s "$@"
 	}
 	b.plan.Binary = filepath.Join(dir, "iptables-nft")
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 
-	b.sh("iptables -t nat -F")
+	b.run("iptables -t nat -F")
 	script("iptables-nft-restore", 1<<30)
 	tries := filepath.Join(dir, "iptables-nft-restore.n")
 	if err := os.Remove(tries); err != nil {

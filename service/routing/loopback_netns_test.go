@@ -108,24 +108,24 @@ func TestLoopbackLink(t *testing.T) {
 		if got, _ := ask(b.pod, "169.254.169.254:80", short); got == cloud {
 			t.Error("the real server answered")
 		}
-		b.sh("ip link add gme0 type bridge")
+		b.run("ip link add gme0 type bridge")
 		b.install(b.plan)
 	}
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	whole := b.ruleset()
 	b.install(b.plan) // which finds ourselves at the address, and not a metadata server
-	b.same("second install", b.ruleset(), whole)
+	b.requireEqual("second install", b.ruleset(), whole)
 	for _, c := range []struct{ do, want string }{
 		{"ip address del 169.254.169.254/32 dev gme0", "ip address: 169.254.169.254/32 dev gme0 label gme0:gme"},
 		{"ip link set gme0 down", "ip link: gme0 up"},
 	} {
-		b.sh(c.do)
+		b.run(c.do)
 		if got := faults(t, b.check(b.plan)); !slices.Equal(got, []string{"missing: " + c.want}) {
 			t.Errorf("%s: check named %q", c.do, got)
 		}
 		w := b.watch(b.plan, time.Hour)
 		w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
-		b.sh(c.do)
+		b.run(c.do)
 		w.until("another", func() bool { return len(w.repaired()) == 2 && b.stands(b.plan) })
 		w.end()
 		b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -137,17 +137,17 @@ func TestLoopbackLink(t *testing.T) {
 	if err != nil {
 		b.install(b.plan)
 		b.remove(b.plan)
-		b.sh("ip link del gme0")
+		b.run("ip link del gme0")
 	} else {
 		b.install(b.plan)
 		b.remove(b.plan)
-		if out := b.sh("ip link"); strings.Contains(out, "gme0") {
+		if out := b.run("ip link"); strings.Contains(out, "gme0") {
 			t.Error(out)
 		}
 	}
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 
-	b.sh("ip address add 169.254.169.254/32 dev lo") // somebody else's
+	b.run("ip address add 169.254.169.254/32 dev lo") // somebody else's
 	if err := b.Do(func() error { return b.router(b.plan).Install(t.Context()) }); !errors.Is(err, fault.ErrForeign) {
 		t.Errorf("%v, want ErrForeign", err)
 	}
@@ -166,14 +166,14 @@ func TestNoneOnEveryAddress(t *testing.T) {
 	b.answers(b.neighbour, at, emulator) // so that it is the chains that keep it out
 	before := b.ruleset()
 	b.install(b.plan)
-	b.green(b.plan)
-	golden(t, "nft/none-every-address.nft", b.sh("nft list table ip gke-metadata-emulator"))
+	b.requireOK(b.plan)
+	golden(t, "nft/none-every-address.nft", b.run("nft list table ip gke-metadata-emulator"))
 	b.answers(b.pod, at, emulator)
 	b.answers(b.neighbour, at, "")
 	b.answers(b.neighbour, another, "kubelet")
 	b.answers(b.pod, "198.51.100.1:8988", "another host")
 	b.remove(b.plan)
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 }
 
 type story struct {
@@ -185,23 +185,23 @@ func (b *testNode) story(served func(), flushes []story) {
 	t := b.t.(*testing.T)
 	before := b.ruleset()
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	whole := b.ruleset()
 	served()
 	golden(
 		t,
 		"nft/"+b.plan.Mode+".nft",
-		b.sh(
+		b.run(
 			"ip rule | grep 169.254 | sed 's/^/# /'; ip route show table 988 2>/dev/null | sed 's/^/# /'; nft list table ip "+
 				"gke-metadata-emulator; nft list table ip6 gke-metadata-emulator",
 		),
 	)
 	b.install(b.plan)
-	b.same("second install", b.ruleset(), whole)
+	b.requireEqual("second install", b.ruleset(), whole)
 	for _, c := range flushes {
 		t.Run(c.name, func(t *testing.T) {
 			b.t = t
-			b.sh(c.flush)
+			b.run(c.flush)
 			var got []string
 			for _, f := range faults(t, b.check(b.plan)) {
 				got = append(got, strings.TrimPrefix(f, "missing: "))
@@ -213,37 +213,37 @@ func (b *testNode) story(served func(), flushes []story) {
 				t.Errorf("the real server answered (%v)", err)
 			}
 			b.install(b.plan)
-			b.same("install", b.ruleset(), whole)
+			b.requireEqual("install", b.ruleset(), whole)
 			w := b.watch(b.plan, time.Hour)
 			said := len(w.repaired())
-			b.sh(c.flush)
+			b.run(c.flush)
 			w.until("a repair", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
 			if line := w.repaired()[said]; line.Data["layer"] != c.layer {
 				t.Errorf("%v", line.Data)
 			}
 			w.end()
-			b.same("repair", b.ruleset(), whole)
+			b.requireEqual("repair", b.ruleset(), whole)
 			served()
 		})
 		b.t = t
 	}
 	w := b.watch(b.plan, time.Hour)
-	b.sh(
+	b.run(
 		"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip route " +
 			"add default via 192.0.2.9 dev wan9 metric 900",
 	)
 	w.until("the chains at an uplink that comes", func() bool {
-		return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)
+		return strings.Contains(b.run("nft list table ip gke-metadata-emulator"), "wan9") && b.stands(b.plan)
 	})
-	b.sh("ip link del wan9")
+	b.run("ip link del wan9")
 	w.until("no chains at one that goes",
 		func() bool { return b.stands(b.plan) && !strings.Contains(b.ruleset(), "wan9") })
 	w.end()
 	b.remove(b.plan)
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 	b.answers(b.pod, "169.254.169.254:80", cloud)
 	b.remove(b.plan)
-	b.same("second remove", b.ruleset(), before)
+	b.requireEqual("second remove", b.ruleset(), before)
 }
 
 // TestLoopbackRefuses: where a metadata server answers this host, unless forced, and where somebody
@@ -257,12 +257,12 @@ func TestLoopbackRefuses(t *testing.T) {
 	if err := install(); !errors.Is(err, fault.ErrForeign) || !strings.Contains(err.Error(), "routing.force") {
 		t.Errorf("a metadata server answers: %v", err)
 	}
-	b.same("refused", b.ruleset(), before)
+	b.requireEqual("refused", b.ruleset(), before)
 	b.plan.Force = true
 	b.install(b.plan)
 	b.remove(b.plan)
 	b.plan.Force = false
-	b.sh("ip route add blackhole 169.254.169.254") // nobody answers
+	b.run("ip route add blackhole 169.254.169.254") // nobody answers
 	b.install(b.plan)
 	b.remove(b.plan)
 
@@ -300,7 +300,7 @@ sys.stdin.read()`)
 func TestLoopbackEndsConnections(t *testing.T) {
 	t.Parallel()
 	b := modeNode(t, ModeLoopback)
-	b.sh("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
+	b.run("iptables -A FORWARD -m conntrack --ctstate INVALID -j DROP") // conntrack is on, as on nodes
 	loopback, dnat := b.plan, b.plan
 	dnat.Mode, dnat.Listen = ModeNFTables, netip.MustParseAddrPort("169.254.169.252:988")
 	for _, c := range []struct {

@@ -52,16 +52,16 @@ func TestNFTablesStory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.sh(
+	b.run(
 		"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add rule " +
 			"inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 	)
 	before := b.ruleset()
 	b.answers(b.pod, "169.254.169.254:80", cloud)
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	whole := b.ruleset()
-	tables := b.sh("nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator")
+	tables := b.run("nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator")
 	served := func() {
 		t.Helper()
 		b.answers(b.pod, "169.254.169.254:80", emulator)
@@ -75,9 +75,9 @@ func TestNFTablesStory(t *testing.T) {
 	}
 	served()
 	golden(t, "nft/default.nft", tables)
-	handles := b.sh("nft -a list ruleset | grep -v counter")
+	handles := b.run("nft -a list ruleset | grep -v counter")
 	b.install(b.plan)
-	b.same("second install", b.sh("nft -a list ruleset | grep -v counter"), handles)
+	b.requireEqual("second install", b.run("nft -a list ruleset | grep -v counter"), handles)
 
 	w := b.watch(b.plan, time.Hour)
 	for _, c := range []struct {
@@ -139,7 +139,7 @@ func TestNFTablesStory(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b.t = t
 			w.end() // first without the watcher
-			b.sh(c.flush)
+			b.run(c.flush)
 			var got []string
 			for _, f := range faults(t, b.check(b.plan)) {
 				got = append(got, strings.TrimPrefix(f, "missing: nft "))
@@ -154,24 +154,25 @@ func TestNFTablesStory(t *testing.T) {
 				t.Errorf("the real IPv6 server answered (%v)", err)
 			}
 			if c.name == "the ruleset" { // with what others had in it
-				b.sh(
+				b.run(
 					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add " +
 						"rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 				)
 			}
 			w = b.watch(b.plan, time.Hour) // finds it when it starts
 			w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
-			b.same("repair", b.sh("nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator"), tables)
+			b.requireEqual("repair",
+				b.run("nft list table ip gke-metadata-emulator; nft list table ip6 gke-metadata-emulator"), tables)
 			served()
 			said := len(w.repaired())
-			b.sh(c.flush) // and when it runs
+			b.run(c.flush) // and when it runs
 			w.until("the line", func() bool { return len(w.repaired()) > said && b.stands(b.plan) && w.state().Standing.Good })
 			if line := w.repaired()[said]; line.Data["layer"] != fault.NFTables || line.Data["cause"] != "nftables" ||
 				!strings.HasPrefix(fmt.Sprint(line.Data["by"]), "nft (") {
 				t.Errorf("%v", line.Data)
 			}
 			if c.name == "the ruleset" {
-				b.sh(
+				b.run(
 					"nft add table inet others; nft add chain inet others c '{ type filter hook forward priority 0; }'; nft add " +
 						"rule inet others c tcp dport 1 drop; iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT",
 				)
@@ -180,9 +181,9 @@ func TestNFTablesStory(t *testing.T) {
 	}
 	b.t = t
 	w.end()
-	b.same("after all", sorted(b.ruleset()), sorted(whole)) // tables that are made anew come in another order
+	b.requireEqual("after all", sorted(b.ruleset()), sorted(whole)) // tables that are made anew come in another order
 	b.remove(b.plan)
-	b.same("remove", sorted(b.ruleset()), sorted(before))
+	b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 	b.answers(b.pod, "169.254.169.254:80", cloud)
 	b.remove(b.plan)
 }
@@ -198,14 +199,14 @@ func sorted(s string) string {
 func TestNFTablesSurvivesIPTables(t *testing.T) {
 	t.Parallel()
 	b := nftNode(t)
-	b.sh("iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
+	b.run("iptables -t nat -A PREROUTING -p tcp --dport 9 -j ACCEPT")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	reads, installs := w.reads.Load(), w.state().Installs
-	b.sh("iptables -F; iptables -t nat -F; iptables -t raw -F; ip6tables -F; nft delete table ip nat")
-	b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
+	b.run("iptables -F; iptables -t nat -F; iptables -t raw -F; ip6tables -F; nft delete table ip nat")
+	b.run("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 	w.until("the repair", func() bool { return w.state().Installs == installs+1 })
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 	if got := w.reads.Load() - reads; got != 0 {
 		t.Errorf("our rules were read %d times for changes to those of others", got)
@@ -239,21 +240,21 @@ func TestModeChanges(t *testing.T) {
 	}()
 	for range 5 {
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		if s := b.ruleset(); strings.Contains(s, "GME-") {
 			t.Errorf("left of mode iptables:\n%s", s)
 		}
 		b.install(other)
-		b.green(other)
+		b.requireOK(other)
 	}
 	close(done)
 	if l, any := <-lost; any {
 		t.Error(l)
 	}
-	b.same("back", sorted(b.ruleset()), sorted(whole)) // chains that are made anew come in another order
+	b.requireEqual("back", sorted(b.ruleset()), sorted(whole)) // chains that are made anew come in another order
 	b.install(b.plan)
 	b.remove(other) // by another mode's Plan
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 }
 
 func errText(err error) string {
@@ -272,11 +273,11 @@ func TestNFTablesShownText(t *testing.T) {
 	if err := b.Do(func() (err error) { shown, err = Show(b.plan); return err }); err != nil {
 		t.Fatal(err)
 	}
-	b.sh(shown)
+	b.run(shown)
 	byHand := b.ruleset()
 	b.install(b.plan)
-	b.green(b.plan)
-	b.same("install after the shown text", b.ruleset(), byHand)
+	b.requireOK(b.plan)
+	b.requireEqual("install after the shown text", b.ruleset(), byHand)
 }
 
 // TestAnotherDNATKeepsConnections: who has a connection by the rules of one mode keeps it by those

@@ -28,7 +28,7 @@ func TestObserve(t *testing.T) {
 		t.Errorf("%v, want ErrMissing", err)
 	}
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	for _, line := range only(lines(b.ruleset()), lines(before)) {
 		if !strings.Contains(line, "169.254.169.252") { // the listen address, and its route
 			t.Errorf("it changed something: %s", line)
@@ -60,7 +60,7 @@ func TestObserve(t *testing.T) {
 	b.must(os.Remove(filepath.Join(b.plan.BPFDir, ModeObserve, "connect4_link")))
 	w.until("a repair", func() bool { s := w.state(); return s.Repairs.Total() > was && s.Standing.Good })
 	w.end()
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 	if got, want := observed(), []Observation{{"/" + podCgroup, false, 1}}; !slices.Equal(got, want) {
 		t.Errorf("after the table was lost: %+v, want %+v", got, want)
@@ -69,11 +69,11 @@ func TestObserve(t *testing.T) {
 	redirect := b.plan // the rollout
 	redirect.Mode, redirect.Guard = ModeEBPF, DefaultGuard()
 	b.install(redirect)
-	b.green(redirect)
+	b.requireOK(redirect)
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
 	b.install(b.plan) // and back
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 	b.remove(b.plan)
-	b.same("remove", b.ruleset()+b.attachedText(t), before+programs)
+	b.requireEqual("remove", b.ruleset()+b.attachedText(t), before+programs)
 }

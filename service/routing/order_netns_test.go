@@ -43,7 +43,7 @@ func TestGuardFollows(t *testing.T) {
 		{"ip rule del pref 2", 8, "the guard at preference 8, not at 0"},
 		{"ip rule del pref 10", 97, "the guard at preference 97, not at 8"},
 	} {
-		b.sh(step.does)
+		b.run(step.does)
 		w.until(step.does, at(step.pref))
 		if step.says != "" {
 			w.until(step.says, func() bool {
@@ -61,14 +61,14 @@ func TestGuardFollows(t *testing.T) {
 func TestGuardBypassed(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
-	b.sh("ip rule add pref 0 iif cni0 lookup 101")
+	b.run("ip rule add pref 0 iif cni0 lookup 101")
 	log, hook := logtest.NewNullLogger()
 	p := b.plan
 	p.Log = log
 	for _, step := range []struct {
 		what string
 		does func()
-	}{{"install", func() { b.install(p) }}, {"check", func() { b.green(p) }}} {
+	}{{"install", func() { b.install(p) }}, {"check", func() { b.requireOK(p) }}} {
 		hook.Reset()
 		step.does()
 		if !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
@@ -93,7 +93,7 @@ func TestGuardBypassed(t *testing.T) {
 func TestLocalRoute(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
-	b.sh(
+	b.run(
 		"ip route add 192.0.2.0/24 via 198.51.100.1 dev eth0 table local; ip route add prohibit 169.254.170.2/32 table local",
 	)
 	log, hook := logtest.NewNullLogger()
@@ -103,9 +103,9 @@ func TestLocalRoute(t *testing.T) {
 	if n := len(hook.AllEntries()); n > 0 && strings.Contains(hook.LastEntry().Message, "table local") {
 		t.Errorf("%s", hook.LastEntry().Message)
 	}
-	b.sh("ip route add 169.254.169.0/24 via 198.51.100.1 dev eth0 table local")
+	b.run("ip route add 169.254.169.0/24 via 198.51.100.1 dev eth0 table local")
 	const route = "ip route: 169.254.169.0/24 table local protocol boot"
-	for name, does := range map[string]func(){"install": func() { b.install(p) }, "check": func() { b.green(p) }} {
+	for name, does := range map[string]func(){"install": func() { b.install(p) }, "check": func() { b.requireOK(p) }} {
 		hook.Reset()
 		does()
 		if !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
@@ -120,7 +120,7 @@ func TestLocalRoute(t *testing.T) {
 		}
 		return nil
 	})
-	b.sh("nft flush ruleset")
+	b.run("nft flush ruleset")
 	b.answers(b.pod, "169.254.169.254:80", cloud)
 }
 
@@ -129,7 +129,7 @@ func TestLocalRoute(t *testing.T) {
 func TestLoopbackBypassed(t *testing.T) {
 	t.Parallel()
 	b := modeNode(t, ModeLoopback)
-	b.sh("ip route add default via 198.51.100.1 dev eth0 table 101; ip rule add pref 0 iif cni0 lookup 101")
+	b.run("ip route add default via 198.51.100.1 dev eth0 table 101; ip rule add pref 0 iif cni0 lookup 101")
 	b.install(b.plan)
 	if who, _ := ask(b.pod, "169.254.169.254:80", short); who == emulator {
 		t.Fatal("the emulator answered a pod: the rule does not walk round the guard")
@@ -147,7 +147,7 @@ func TestEarlierGuard(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	before := b.ruleset()
 	put := func() {
-		b.sh(`add() { ip $1 rule add $2 protocol kernel; }
+		b.run(`add() { ip $1 rule add $2 protocol kernel; }
 			add -4 "pref 97 iif lo to 169.254.169.254 lookup main"; add -4 "pref 98 to 169.254.169.254 ipproto tcp dport 80 prohibit"
 			add -4 "pref 103 to 169.254.169.254 nop"; add -4 "pref 101 to 169.254.169.254 ipproto tcp dport 1-79 goto 103"
 			add -4 "pref 101 to 169.254.169.254 ipproto tcp dport 81-65534 goto 103"; add -4 "pref 102 to 169.254.169.254 ipproto tcp prohibit"
@@ -158,12 +158,12 @@ func TestEarlierGuard(t *testing.T) {
 	b.remove(b.plan)
 	put()
 	b.remove(b.plan)
-	b.same("remove", sorted(b.ruleset()), sorted(before))
+	b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 	put()
 	b.install(b.plan)
-	b.same("install", sorted(b.ruleset()), sorted(fresh))
+	b.requireEqual("install", sorted(b.ruleset()), sorted(fresh))
 	b.remove(b.plan)
-	b.same("remove", sorted(b.ruleset()), sorted(before))
+	b.requireEqual("remove", sorted(b.ruleset()), sorted(before))
 }
 
 // TestGuardOrder: rules in any state come to stand once and in their order.
@@ -181,13 +181,13 @@ func TestGuardOrder(t *testing.T) {
 			"169.254.169.254 prohibit protocol kernel",
 		"while ip rule del protocol kernel pref 97 2>/dev/null; do :; done",
 	} {
-		b.sh(change)
+		b.run(change)
 		b.install(b.plan)
-		b.same(change, b.ruleset(), fresh)
+		b.requireEqual(change, b.ruleset(), fresh)
 		b.install(p)
-		b.green(p)
+		b.requireOK(p)
 		b.install(b.plan)
-		b.same(change+", and back", b.ruleset(), fresh)
+		b.requireEqual(change+", and back", b.ruleset(), fresh)
 	}
 }
 
@@ -197,9 +197,9 @@ func TestRawOrder(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
-		b.sh("iptables -t raw -N OTHER; iptables -t raw -A OTHER -p udp -j ACCEPT; iptables -t raw -I PREROUTING 1 -j OTHER")
-		b.green(b.plan)
-		b.sh("iptables -t raw -A OTHER -s 10.244.0.0/16 -j CT --notrack")
+		b.run("iptables -t raw -N OTHER; iptables -t raw -A OTHER -p udp -j ACCEPT; iptables -t raw -I PREROUTING 1 -j OTHER")
+		b.requireOK(b.plan)
+		b.run("iptables -t raw -A OTHER -s 10.244.0.0/16 -j CT --notrack")
 		b.answers(b.pod, "169.254.169.254:80", "")
 		err := fmt.Sprint(b.check(b.plan))
 		if want := b.plan.Binary + " -t raw -I PREROUTING 1 -m comment --comment gke-metadata-emulator -j GME-RAW before " +
@@ -224,7 +224,7 @@ func TestUntracking(t *testing.T) {
 		"table ip net { chain raw { type filter hook prerouting priority -290; ip saddr 10.244.0.0/16 notrack; }; }"
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		for _, rules := range []string{early, late} {
-			b.sh("nft '" + rules + "'")
+			b.run("nft '" + rules + "'")
 			log, hook := logtest.NewNullLogger()
 			p := b.plan
 			p.Log = log
@@ -248,7 +248,7 @@ func TestUntracking(t *testing.T) {
 			}
 			b.answers(b.pod, "169.254.169.254:80", served)
 			b.remove(p)
-			b.sh("nft flush ruleset")
+			b.run("nft flush ruleset")
 		}
 	})
 }

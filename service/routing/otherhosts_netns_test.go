@@ -26,7 +26,7 @@ func modeNode(t testing.TB, name string) *testNode {
 		b.serveTransparent(emulator)
 	case "linked":
 		b = modeNode(t, ModeLoopback)
-		b.sh("ip link add gme0 type bridge") // whether the kernel has dummy links or not
+		b.run("ip link add gme0 type bridge") // whether the kernel has dummy links or not
 		b.plan.Link = "gme0"
 	case ModeNone:
 		b = nftNode(t)
@@ -99,15 +99,15 @@ func TestTwoChecks(t *testing.T) {
 			}
 			refused("installed")
 			for _, open := range c.open {
-				b.sh(open)
+				b.run(open)
 				refused(open)
 				if err := b.check(b.plan); err == nil {
 					t.Errorf("%s: check finds nothing", open)
 				}
 				b.install(b.plan)
-				b.green(b.plan)
+				b.requireOK(b.plan)
 			}
-			b.sh(strings.Join(c.open, "; "))
+			b.run(strings.Join(c.open, "; "))
 			b.answers(b.neighbour, b.plan.Listen.String(), emulator)
 		})
 	}

@@ -54,8 +54,8 @@ func TestTrialSix(t *testing.T) {
 				b.t = t
 				before := b.ruleset()
 				if c.rules != "" {
-					b.sh(c.rules)
-					defer b.sh(c.undo)
+					b.run(c.rules)
+					defer b.run(c.undo)
 				}
 				standing := b.ruleset()
 				answer, dropped := b.tried(t, metadataServer6)
@@ -72,9 +72,9 @@ func TestTrialSix(t *testing.T) {
 				if answer, dropped := b.tried(t, metadataServer); answer != emulator {
 					t.Errorf("by IPv4 %q answered, and dropped by %q", answer, dropped)
 				}
-				b.same("after the trial", b.ruleset(), standing)
+				b.requireEqual("after the trial", b.ruleset(), standing)
 				if c.rules == "" {
-					b.same("after the trial", b.ruleset(), before)
+					b.requireEqual("after the trial", b.ruleset(), before)
 				}
 			})
 		}
@@ -91,7 +91,7 @@ func TestTrialSixNowhere(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
-	b.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+	b.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 	before := b.ruleset()
 	if err := b.Do(func() error {
 		trial, err := probe.NewPod()
@@ -115,7 +115,7 @@ func TestTrialSixNowhere(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	b.same("after the trial", b.ruleset(), before)
+	b.requireEqual("after the trial", b.ruleset(), before)
 }
 
 // Examine counts what was redirected in each family by itself, and names the base chains of either
@@ -147,7 +147,7 @@ func TestExamineSix(t *testing.T) {
 		if x.Redirected == nil || *x.Redirected != 1 || x.Redirected6 == nil || *x.Redirected6 != 2 {
 			t.Errorf("redirected: %v and %v, want 1 and 2", x.Redirected, x.Redirected6)
 		}
-		b.sh(
+		b.run(
 			"ip6tables -P INPUT DROP; nft 'add table ip6 late; add chain ip6 late c { type filter hook input priority 10; " +
 				"policy drop; }'",
 		)
@@ -162,6 +162,6 @@ func TestExamineSix(t *testing.T) {
 		if x = examine(); x.Redirected6 != nil || strings.Contains(strings.Join(x.Policies, " "), "ip6") {
 			t.Errorf("where IPv6 is not served: %v, %q", x.Redirected6, x.Policies)
 		}
-		b.sh("ip6tables -P INPUT ACCEPT")
+		b.run("ip6tables -P INPUT ACCEPT")
 	})
 }

@@ -31,7 +31,7 @@ func TestJoinPod(t *testing.T) {
 			{"", emulator, emulator},
 			{"iptables -I INPUT 1 -s " + b.pod.Addr.String() + " -p tcp --dport 988 -j REJECT", emulator, ""},
 		} {
-			b.sh(step.rules)
+			b.run(step.rules)
 			if err := b.Do(func() error {
 				pod, err := probe.JoinPod(addresses)
 				if err != nil {
@@ -56,8 +56,8 @@ func TestJoinPod(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		b.sh("iptables -D INPUT 1")
-		b.same("trials", sorted(b.ruleset()), sorted(before))
+		b.run("iptables -D INPUT 1")
+		b.requireEqual("trials", sorted(b.ruleset()), sorted(before))
 	})
 }
 

@@ -117,8 +117,8 @@ func TestTrial(t *testing.T) {
 				b.t = t
 				before := b.ruleset()
 				if c.rules != "" {
-					b.sh(c.rules)
-					defer b.sh(c.undo)
+					b.run(c.rules)
+					defer b.run(c.undo)
 				}
 				standing := b.ruleset()
 				answer, dropped := b.try(t)
@@ -129,9 +129,9 @@ func TestTrial(t *testing.T) {
 				} else if want := c.want[map[bool]int{true: 0, false: 1}[nft]]; answer != "" || !slices.Contains(dropped, want) {
 					t.Errorf("%q answered, and dropped by %q, want %q", answer, dropped, want)
 				}
-				b.same("after the trial", b.ruleset(), standing)
+				b.requireEqual("after the trial", b.ruleset(), standing)
 				if c.want == nil {
-					b.same("after the trial", b.ruleset(), before)
+					b.requireEqual("after the trial", b.ruleset(), before)
 				}
 			})
 		}
@@ -153,23 +153,23 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	b.install(b.plan)
-	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
+	b.run("iptables -I INPUT -i gme-doctor -j DROP")
 	before := b.ruleset()
 	const table = "gke-metadata-emulator-doctor"
 	for chain, match := range map[string]string{"from-pod": "prerouting iifname", "to-pod": "output oifname"} {
 		hook, way, _ := strings.Cut(match, " ")
-		b.sh(fmt.Sprintf("nft 'add table ip %[1]s; "+
+		b.run(fmt.Sprintf("nft 'add table ip %[1]s; "+
 			"add chain ip %[1]s %[2]s { type filter hook %[3]s priority -2147483648; }; "+
 			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, way))
 	}
-	if text := b.sh("nft list ruleset"); !strings.Contains(text, table) ||
+	if text := b.run("nft list ruleset"); !strings.Contains(text, table) ||
 		!strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
 		t.Fatal(text)
 	}
 	if _, dropped := b.try(t); !slices.Contains(dropped, `nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`) {
 		t.Errorf("dropped by %q", dropped)
 	}
-	b.same("after the trial", b.ruleset(), before)
+	b.requireEqual("after the trial", b.ruleset(), before)
 }
 
 // A connection that nobody waits for any more is in nobody's way, and none is made in another's
@@ -177,7 +177,7 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 func TestTrialClosesWhileItDials(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
-	b.sh("iptables -I INPUT -i gme-doctor -j DROP")
+	b.run("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
 		trial, err := probe.NewPod()
 		if err != nil {
@@ -234,7 +234,7 @@ func TestTrialIsKilled(t *testing.T) {
 	for deadline := time.Now().Add(long); b.ruleset() != before && time.Now().Before(deadline); {
 		runtime.Gosched()
 	}
-	b.same("after the kill", b.ruleset(), before)
+	b.requireEqual("after the kill", b.ruleset(), before)
 }
 
 // The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain
@@ -252,7 +252,7 @@ func TestTrialIsForwarded(t *testing.T) {
 		if answer, dropped := b.tried(t, metadataServer); answer != emulator {
 			t.Fatalf("%q answered, and dropped by %q", answer, dropped)
 		}
-		b.sh("iptables -P FORWARD DROP; iptables -I FORWARD 1 -i gme-doctor -j DROP")
+		b.run("iptables -P FORWARD DROP; iptables -I FORWARD 1 -i gme-doctor -j DROP")
 		_, dropped := b.try(t)
 		if len(dropped) == 0 || !strings.Contains(dropped[0], "FORWARD") || !strings.Contains(dropped[0], "(rule: ") {
 			t.Errorf("dropped by %q", dropped)
@@ -289,7 +289,7 @@ func TestTrialLeavesNothing(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	b.same("after three trials", b.ruleset(), before)
+	b.requireEqual("after three trials", b.ruleset(), before)
 	if err := b.Do(func() error {
 		_, err := net.InterfaceByName(probe.LinkName)
 		if err == nil {

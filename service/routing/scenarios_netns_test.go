@@ -22,7 +22,7 @@ func TestUplinksThatAreConfigured(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	b.plan.Uplinks = []string{"wan+"}
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	if out, err := b.neighbour.Command(t.Context(), "ip", "route", "add", "169.254.169.254/32", "via",
 		b.Addr.String()).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -48,13 +48,13 @@ func TestSparedInterface(t *testing.T) {
 		before := b.ruleset()
 		b.plan.ExcludeInterfaces = []string{"veth2"}
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answers(container, "169.254.169.254:80", cloud)
 		b.answers(container, "[fd00:ec2::254]:80", cloud)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 		b.plan.ExcludeInterfaces = nil // Remove needs no memory of the Plan
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -68,13 +68,13 @@ func TestListenOnNodeAddress(t *testing.T) {
 		b.serve(b.NS, netip.AddrPortFrom(b.Addr, 10250).String(), "kubelet")
 		before := b.ruleset()
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", "emulator on the node's address")
 		b.answers(b.neighbour, b.plan.Listen.String(), "")
 		b.answers(b.neighbour, netip.AddrPortFrom(b.Addr, 10250).String(), "kubelet")
 		b.answers(b.pod, netip.AddrPortFrom(b.Addr, 10250).String(), "kubelet")
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -83,20 +83,20 @@ func TestListenOnNodeAddress(t *testing.T) {
 func TestAddressOfSomebodyElse(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
-	b.sh("ip address add 169.254.169.252/32 dev lo")
+	b.run("ip address add 169.254.169.252/32 dev lo")
 	before := b.ruleset()
 	b.install(b.plan)
-	b.green(b.plan)
+	b.requireOK(b.plan)
 	b.answers(b.pod, "169.254.169.254:80", emulator)
 	b.remove(b.plan)
-	b.same("remove", b.ruleset(), before)
+	b.requireEqual("remove", b.ruleset(), before)
 }
 
 // TestReadDevices compares what the kernel calls its links with what the table of R-05 calls them.
 func TestReadDevices(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
-	b.sh(
+	b.run(
 		`ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0; ip tuntap add dev tap0 mode tap; ip link set tap0 master cni0; ip tuntap add dev tun0 mode tun
 		ip link add mv0 link eth0 type macvlan; ip link set mv0 up; ip link add br0 type bridge
 		ip address add 198.51.100.99/32 dev br0; ip link set br0 up; ip route add default via 198.51.100.1 dev eth0 src 198.51.100.99 table 8`,
@@ -129,7 +129,7 @@ func TestNeighbourByAnotherLink(t *testing.T) {
 	for _, mode := range []string{"iptables-nft", ModeNFTables, ModeLoopback, ModeNone} {
 		t.Run(mode, func(t *testing.T) {
 			b := modeNode(t, mode)
-			b.sh(
+			b.run(
 				"ip link add mv0 link eth0 type macvlan; ip address add 198.51.100.99/32 dev mv0; ip link set mv0 up; sysctl " +
 					"-qw net.ipv4.conf.eth0.arp_ignore=1",
 			)
@@ -159,15 +159,15 @@ func TestListenElsewhere(t *testing.T) {
 		}
 		b.plan.Listen = netip.AddrPortFrom(box.Addr, 988)
 		b.serve(box, b.plan.Listen.String(), "emulator elsewhere")
-		b.sh("iptables -P FORWARD DROP")
+		b.run("iptables -P FORWARD DROP")
 		before := b.ruleset()
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", "emulator elsewhere")
 		b.answers(b.pod, b.plan.Listen.String(), "")
 		b.answers(b.neighbour, "169.254.169.254:80", cloud)
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -184,7 +184,7 @@ func TestPlanChanges(t *testing.T) {
 		other.ExcludeInterfaces = []string{"docker0"}
 		b.serve(b.NS, other.Listen.String(), "the other")
 		b.install(other)
-		b.green(other)
+		b.requireOK(other)
 		b.answers(b.pod, "169.254.169.254:80", "the other")
 		if s := b.ruleset(); strings.Contains(s, "169.254.169.252") ||
 			strings.Contains(s, "fd00:ec2") && strings.Contains(s, "fd00:ec2::254 ipproto") {
@@ -192,11 +192,11 @@ func TestPlanChanges(t *testing.T) {
 		}
 		b.install(b.plan)
 		if again := b.ruleset(); len(only(lines(again), lines(whole)))+len(only(lines(whole), lines(again))) > 0 {
-			b.same("back", again, whole) // iptables-nft may list chains in another order when they are made again
+			b.requireEqual("back", again, whole) // iptables-nft may list chains in another order when they are made again
 		}
 		b.install(other)
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -205,7 +205,7 @@ func TestPlanChanges(t *testing.T) {
 func TestForeignRulesAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *testNode) {
-		b.sh(
+		b.run(
 			`iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES; iptables -A FORWARD -s 10.1.0.0/16 -j DROP; iptables -P INPUT DROP
 			iptables -A INPUT -i lo -j ACCEPT; ip rule add pref 97 to 192.0.2.1 lookup main; ip rule add pref 98 to 169.254.169.254 lookup main
 			ip address add 169.254.169.253/32 dev lo; ip route add 192.0.2.9/32 dev lo`,
@@ -213,15 +213,15 @@ func TestForeignRulesAreLeftAlone(t *testing.T) {
 		before := b.ruleset()
 		b.install(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator) // through INPUT's policy DROP
-		b.sh("iptables -t nat -I PREROUTING 1 -p tcp --dport 9 -j ACCEPT")
-		b.green(b.plan) // who inserts before us costs time, not safety
+		b.run("iptables -t nat -I PREROUTING 1 -p tcp --dport 9 -j ACCEPT")
+		b.requireOK(b.plan) // who inserts before us costs time, not safety
 		b.install(b.plan)
-		if lines := strings.Split(b.sh("iptables -t nat -S PREROUTING"), "\n"); !strings.HasSuffix(lines[1], "-j GME-PRE") {
+		if lines := strings.Split(b.run("iptables -t nat -S PREROUTING"), "\n"); !strings.HasSuffix(lines[1], "-j GME-PRE") {
 			t.Errorf("our jump is not first: %q", lines)
 		}
-		b.sh("iptables -t nat -D PREROUTING -p tcp --dport 9 -j ACCEPT")
+		b.run("iptables -t nat -D PREROUTING -p tcp --dport 9 -j ACCEPT")
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -283,11 +283,11 @@ func TestHostPods(t *testing.T) {
 				t.Errorf("by IPv6 %s was answered by %q, want %q", cgroup, got, want)
 			}
 		}
-		if strings.Contains(b.sh("ip route"), "169.254.169.254") {
+		if strings.Contains(b.run("ip route"), "169.254.169.254") {
 			t.Error("the node has a default route, and was given one more to the metadata server")
 		}
 
-		b.sh("ip route del default")
+		b.run("ip route del default")
 		if err := b.Do(func() error { return r.Check(t.Context()) }); err == nil ||
 			!strings.Contains(err.Error(), "ip route: 169.254.169.254/32 dev lo") {
 			t.Errorf("check without default route: %v", err)
@@ -298,7 +298,7 @@ func TestHostPods(t *testing.T) {
 			t.Errorf("without default route a pod on the host network was answered by %q", got)
 		}
 		b.answers(b.pod, "169.254.169.254:80", emulator)
-		b.sh("ip route add default via 198.51.100.1 dev eth0")
+		b.run("ip route add default via 198.51.100.1 dev eth0")
 		if err := b.Do(func() error { return r.Check(t.Context()) }); err == nil ||
 			!strings.Contains(err.Error(), "should not be there") {
 			t.Errorf("check with the default route back: %v", err)
@@ -316,7 +316,7 @@ func TestHostPods(t *testing.T) {
 		}
 		do(r.Install)
 		do(r.Remove)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -324,12 +324,12 @@ func TestHostPods(t *testing.T) {
 func TestNoDefaultRoute(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
-		b.sh("ip route del default; ip -6 route del default")
+		b.run("ip route del default; ip -6 route del default")
 		before := b.ruleset()
 		b.install(b.plan)
-		b.green(b.plan)
+		b.requireOK(b.plan)
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }

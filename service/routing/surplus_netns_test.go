@@ -22,7 +22,7 @@ func TestRuleTooMany(t *testing.T) {
 			served := map[string]string{ModeLoopback: emulator, "iptables-nft": cloud}[mode]
 			b.install(b.plan)
 			asks(b, served)
-			b.sh("ip rule add " + left)
+			b.run("ip rule add " + left)
 			asks(b, "")
 			if err := b.check(b.plan); err == nil ||
 				!strings.Contains(err.Error(), "ip rule: "+left+" should not be there any more") {
@@ -31,7 +31,7 @@ func TestRuleTooMany(t *testing.T) {
 			b.install(b.plan)
 			asks(b, served)
 			w := b.watch(b.plan, time.Hour)
-			b.sh("ip rule add " + left)
+			b.run("ip rule add " + left)
 			w.until("the watcher takes it away", func() bool { return b.stands(b.plan) })
 			asks(b, served)
 		})
@@ -46,7 +46,7 @@ func TestGuardDeletedOneByOne(t *testing.T) {
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
 	for range 20 {
-		b.sh(`for pref in $(ip rule | sed -nE 's/^(9[789]|10[123]):.*/\1/p'); do ip rule del pref "$pref" || exit 0; done`)
+		b.run(`for pref in $(ip rule | sed -nE 's/^(9[789]|10[123]):.*/\1/p'); do ip rule del pref "$pref" || exit 0; done`)
 		w.until("the rules stand", func() bool { return b.stands(b.plan) })
 		b.answers(b.pod, "169.254.169.254:80", emulator)
 	}

@@ -311,8 +311,8 @@ func (b *testNode) check(p Plan) error {
 	return b.Do(func() error { return b.router(p).Check(context.Background()) })
 }
 
-// green fails unless Check finds nothing.
-func (b *testNode) green(p Plan) {
+// requireOK fails unless Check finds nothing.
+func (b *testNode) requireOK(p Plan) {
 	b.t.Helper()
 	if err := b.check(p); err != nil {
 		b.t.Errorf("check: %v", err)
@@ -326,9 +326,9 @@ func (b *testNode) remove(p Plan) {
 	}
 }
 
-// sh runs shell commands on the node, with iptables and ip6tables being the testNode's backend. All
+// run runs shell commands on the node with the iptables and ip6tables of the backend. All
 // namespaces share the lock of legacy iptables.
-func (b *testNode) sh(script string) string {
+func (b *testNode) run(script string) string {
 	b.t.Helper()
 	six := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
 	script = fmt.Sprintf(
@@ -353,8 +353,8 @@ func (b *testNode) ruleset() string {
 	return s
 }
 
-// same fails and shows the lines that differ.
-func (b *testNode) same(what, got, want string) {
+// requireEqual fails and shows the lines that differ.
+func (b *testNode) requireEqual(what, got, want string) {
 	b.t.Helper()
 	if got == want {
 		return

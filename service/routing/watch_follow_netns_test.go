@@ -33,9 +33,9 @@ func TestWatchFollows(t *testing.T) {
 			w := b.watchWith(Watch{sweep: time.Hour, Report: func(string) { boot() }}, b.plan)
 			over := func() bool { return b.stands(b.plan) && w.state().Standing.Good } // false while it installs
 			w.until("the uplink that appears at boot", func() bool { return named() && over() })
-			b.sh("ip link del wan9")
+			b.run("ip link del wan9")
 			w.until("the uplink to be forgotten", func() bool { return !named() && over() })
-			b.sh("iptables -t nat -N SOMEBODY; " + addUplink) // others change their own rules as well
+			b.run("iptables -t nat -N SOMEBODY; " + addUplink) // others change their own rules as well
 			w.until("the uplink to be spared", func() bool { return named() && over() })
 			follows := func() (n int) {
 				for _, e := range w.log.AllEntries() {
@@ -55,7 +55,7 @@ func TestWatchFollows(t *testing.T) {
 				}
 			}
 
-			b.sh("ip link del wan9; ip rule del pref 97 prohibit")
+			b.run("ip link del wan9; ip rule del pref 97 prohibit")
 			w.until("a repair", func() bool { return !named() && b.stands(b.plan) && len(w.repaired()) > 0 })
 			if w.state().Repairs[fault.Rule] == nil {
 				t.Errorf("what somebody took away was not counted: %v", w.state().Repairs)

@@ -200,7 +200,7 @@ func TestWatchRepairs(t *testing.T) {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
 				before, said := w.state().Repairs.Total(), len(w.repaired())
-				b.sh(c.flush)
+				b.run(c.flush)
 				took := w.until(
 					"a repair",
 					func() bool { return w.state().Repairs.Total() > before && b.stands(b.plan) && w.state().Standing.Good },
@@ -211,7 +211,7 @@ func TestWatchRepairs(t *testing.T) {
 					took.Round(time.Millisecond),
 					w.repaired()[len(w.repaired())-1].Data["took"],
 				)
-				b.same("repair", sorted(b.ruleset()), sorted(whole)) // policy rules of one preference have no order
+				b.requireEqual("repair", sorted(b.ruleset()), sorted(whole)) // policy rules of one preference have no order
 				b.answers(b.pod, "169.254.169.254:80", emulator)
 				line := w.repaired()[said]
 				cause := c.cause[0]
@@ -240,7 +240,7 @@ func TestWatchSaysWho(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	w := b.watch(b.plan, time.Hour)
-	b.sh("nft flush ruleset")
+	b.run("nft flush ruleset")
 	w.until("a repair", func() bool { return len(w.repaired()) == 1 && b.stands(b.plan) })
 	line := w.repaired()[0]
 	if by := fmt.Sprint(line.Data["by"]); !strings.HasPrefix(by, "nft (") {
@@ -267,13 +267,13 @@ func TestWatchObeys(t *testing.T) {
 
 		b.remove(b.plan)
 		w.until("to hear of the removal", func() bool { return strings.Contains(w.last(), "removed") })
-		b.sh(
+		b.run(
 			"ip rule add pref 97 to 169.254.169.254/32 ipproto tcp dport 80 prohibit protocol kernel; ip rule del pref 97 " +
 				"prohibit; iptables -N X; iptables -X X",
 		)
 		w.reload <- os.Interrupt // whatever the signal: a removal is no fault of the configuration
 		w.until("the reload", func() bool { return len(w.reload) == 0 })
-		b.same("removed", b.ruleset(), before)
+		b.requireEqual("removed", b.ruleset(), before)
 		if s := w.state(); s.Desired != Removed || !s.Standing.Good {
 			t.Errorf("after the removal: %+v", s)
 		}
@@ -281,7 +281,7 @@ func TestWatchObeys(t *testing.T) {
 		closed := Plan{Closed: true, RunDir: b.plan.RunDir, Binary: b.plan.Binary}
 		b.install(closed)
 		w.until("to hear of the guard", func() bool { return strings.Contains(w.last(), "closed guard") })
-		b.sh("ip rule del pref 97 prohibit")
+		b.run("ip rule del pref 97 prohibit")
 		w.until("the guard", func() bool { return b.stands(closed) })
 		if s := w.state(); !s.Closed || s.Repairs[fault.Rule] == nil {
 			t.Errorf("after a flush of the guard: %+v", s)
@@ -295,7 +295,7 @@ func TestWatchObeys(t *testing.T) {
 		other.ExcludeInterfaces = []string{"docker0"}
 		b.install(other) // not what the watcher's configuration says, and yet what is desired now
 		w.until("to hear of it", func() bool { return w.last() == "the rules stand" })
-		b.sh("iptables -t nat -F")
+		b.run("iptables -t nat -F")
 		w.until("the other rules", func() bool { return b.stands(other) })
 
 		w.reload <- os.Interrupt // now the configuration counts
@@ -305,11 +305,11 @@ func TestWatchObeys(t *testing.T) {
 		w.mu.Unlock()
 		w.reload <- os.Interrupt // a configuration that broke changes nothing
 		w.until("the reload", func() bool { return len(w.reload) == 0 })
-		b.sh("iptables -t nat -F")
+		b.run("iptables -t nat -F")
 		w.until("a repair", func() bool { return b.stands(b.plan) })
 		w.end()
 		b.remove(b.plan)
-		b.same("remove", b.ruleset(), before)
+		b.requireEqual("remove", b.ruleset(), before)
 	})
 }
 
@@ -320,7 +320,7 @@ func TestWatchBrokenConfiguration(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	closed := Plan{Closed: true, RunDir: b.plan.RunDir}
 	w := b.watch(closed, time.Hour)
-	b.green(closed)
+	b.requireOK(closed)
 	b.answers(b.pod, "169.254.169.254:80", "")
 	w.mu.Lock()
 	w.load = b.plan
@@ -339,22 +339,22 @@ func TestWatchUplinks(t *testing.T) {
 			b := modeNode(t, mode)
 			named := func() bool {
 				if b.plan.Mode == ModeIPTables {
-					return strings.Contains(b.sh("iptables -t nat -S GME-PRE"), "-i wan9 -j RETURN")
+					return strings.Contains(b.run("iptables -t nat -S GME-PRE"), "-i wan9 -j RETURN")
 				}
-				return strings.Contains(b.sh("nft list table ip gke-metadata-emulator"), `iifname "wan9"`)
+				return strings.Contains(b.run("nft list table ip gke-metadata-emulator"), `iifname "wan9"`)
 			}
 			b.install(b.plan)
 			whole := b.ruleset()
 			w := b.watch(b.plan, time.Hour)
-			b.sh(
+			b.run(
 				"ip link add wan9 type veth peer name wan9p; ip link set wan9 up; ip address add 192.0.2.1/24 dev wan9; ip " +
 					"route add default via 192.0.2.9 dev wan9 metric 900",
 			)
 			w.until("the uplink to be spared", named)
 			w.until("all", func() bool { return b.stands(b.plan) })
-			b.sh("ip link del wan9")
+			b.run("ip link del wan9")
 			w.until("the uplink to be forgotten", func() bool { return !named() && b.stands(b.plan) })
-			b.same("without it", b.ruleset(), whole)
+			b.requireEqual("without it", b.ruleset(), whole)
 			w.end()
 			b.remove(b.plan)
 		})
@@ -365,16 +365,16 @@ func TestWatchUplinks(t *testing.T) {
 // legacy, and no repair.
 func TestWatchStorm(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *testNode) {
-		b.sh("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES")
+		b.run("iptables -t nat -N KUBE-SERVICES; iptables -t nat -A PREROUTING -j KUBE-SERVICES")
 		b.install(b.plan)
 		w := b.watch(b.plan, time.Hour)
 		start := time.Now()
 		before, reads := w.state(), w.reads.Load()
-		b.sh(
+		b.run(
 			`i=0; while [ $i -lt 1000 ]; do i=$((i+1)); iptables -t nat -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp --dport $i ` +
 				`-j RETURN; done`,
 		)
-		b.sh("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
+		b.run("ip rule del pref 97 prohibit") // the last event: when it is repaired, all before it were looked at
 		w.until("the repair", func() bool { return b.stands(b.plan) && w.state().Repairs.Total() > before.Repairs.Total() })
 		if got := w.state().Repairs.Total() - before.Repairs.Total(); got != 1 {
 			t.Errorf("%d repairs, want that of the ip rule alone: %s", got, w.lines())
@@ -399,7 +399,7 @@ func TestWatchFighter(t *testing.T) {
 		w := b.watch(b.plan, time.Second)
 		before := w.state().Installs
 		start := time.Now()
-		b.sh(`i=0; while [ $i -lt 300 ]; do i=$((i+1)); iptables -t nat -F PREROUTING; sleep 0.01; done`)
+		b.run(`i=0; while [ $i -lt 300 ]; do i=$((i+1)); iptables -t nat -F PREROUTING; sleep 0.01; done`)
 		w.until("peace", func() bool { return b.stands(b.plan) })
 		took := time.Since(start)
 		installs := w.state().Installs - before
@@ -416,7 +416,7 @@ func TestWatchIsQuiet(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, b *testNode) {
 		b.install(b.plan)
 		w := b.watch(b.plan, 50*time.Millisecond) // many sweeps
-		b.sh("iptables -t nat -F; ip rule del pref 97 prohibit")
+		b.run("iptables -t nat -F; ip rule del pref 97 prohibit")
 		w.until("a repair", func() bool { return b.stands(b.plan) && w.state().Standing.Good })
 		s := w.state()
 		w.until("another sweep", func() bool { return w.state().Standing.Time.After(s.Standing.Time) })
@@ -452,7 +452,7 @@ func TestWatchCapabilities(t *testing.T) {
 		r := &running{testNode: b, log: new(logtest.Hook)}
 		for _, flush := range []string{"iptables -t nat -F; ip rule del pref 97 prohibit",
 			"ip6tables -F; ip address del 169.254.169.252/32 dev lo"} {
-			b.sh(flush)
+			b.run(flush)
 			flushed := time.Now()
 			r.until("a repair", func() bool {
 				s := r.state().Standing // not one that is still read back: what is flushed next would be missing then
