@@ -2,11 +2,14 @@ package service
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"time"
 
 	"cloud.google.com/go/compute/metadata"
 	"golang.org/x/oauth2/google"
+
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/kube"
 )
 
 // Google's own Go libraries, as they come, against the emulator (C-GO-1, C-GO-3). They ask from
@@ -16,6 +19,10 @@ func TestGoClients(t *testing.T) {
 	b.addPod("go", "127.0.0.1", map[string]string{"iam.gke.io/gcp-service-account": gsa})
 	b.google.Allow("system:serviceaccount:default:go", gsa)
 	b.ready(t)
+	b.eventually(t, "the pod is known", func() bool { // until then its address is the node's alone, which is refused
+		c := b.Status().Cluster
+		return c != nil && slices.ContainsFunc(c.Pods, func(p kube.PodStatus) bool { return p.Name == "go" })
+	})
 	t.Setenv("HOME", t.TempDir()) // whoever runs this may have credentials of their own
 	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
 	t.Setenv("GCE_METADATA_HOST", b.listener.Addr().String()) // H-16: our own address as Host
