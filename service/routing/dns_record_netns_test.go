@@ -38,12 +38,12 @@ func TestDNSRecordInCluster(t *testing.T) {
 					ipv6Node(b)
 				}
 				servers, _ := dnsNode(b)
-				servers.records = map[dnsmessage.Type]dnsmessage.ResourceBody{
+				records := map[dnsmessage.Type]dnsmessage.ResourceBody{
 					dnsmessage.TypeA: &dnsmessage.AResource{A: metadataServer.Addr().As4()}}
 				if ipv6 {
-					servers.records[dnsmessage.TypeAAAA] = &dnsmessage.AAAAResource{
-						AAAA: netip.MustParseAddr("fd20:ce::254").As16()}
+					records[dnsmessage.TypeAAAA] = &dnsmessage.AAAAResource{AAAA: netip.MustParseAddr("fd20:ce::254").As16()}
 				}
+				servers.hold(records)
 				clients := slices.Concat(libraries, b.goResolvers())
 				podCommand := b.podCommand("")
 				for _, database := range []string{"ahosts", "ahostsv4", "ahostsv6", "hosts"} {

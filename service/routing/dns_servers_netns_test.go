@@ -76,6 +76,13 @@ func asRecord(m *dnsmessage.Message, name string, record dnsmessage.ResourceBody
 	}
 }
 
+// hold gives the server records of the metadata server's name.
+func (s *nameServer) hold(records map[dnsmessage.Type]dnsmessage.ResourceBody) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.records = records
+}
+
 // forget starts the counts anew.
 func (s *nameServer) forget() {
 	s.mu.Lock()
