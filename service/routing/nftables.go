@@ -20,9 +20,9 @@ import (
 )
 
 // nfTables is our table of nf_tables: all of modes nftables, loopback and none, and the chains that
-// keep others out in mode ebpf. Mode nftables has DNAT in it. firewall-cmd --reload, and whoever
-// else knows only iptables, leave it alone. It is put up and read by netlink, without a
-// process: about a millisecond.
+// keep others out in mode ebpf. Mode nftables has DNAT in it. firewall-cmd --reload, and
+// others that know only iptables, leave it alone. It is put up and read by netlink, without
+// a process: about a millisecond.
 type nfTables struct {
 	plan     Plan
 	standing string // what stood when check found nothing missing; "": it did, or has not looked

@@ -89,7 +89,7 @@ type watcher struct {
 	disturbed bool
 
 	reported string
-	silent   string // what was said to tell nobody of its changes
+	silent   string // what the log said sends no change events
 	failed   string // the last failure that was logged
 }
 

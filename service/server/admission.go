@@ -163,9 +163,9 @@ func (a *admission) drop(p attest.Party, u *usage) {
 }
 
 // evict closes connections that wait for no answer: those of unknown clients first, then those
-// of whoever has most, then those that have waited longest. Where all wait for an answer, it closes
-// connections of the party that has most. It closes an eighth of them, so that the next newcomers
-// need no search. It is called with a.mu held.
+// of the party that has most, then those that have waited longest. Where all wait for an answer, it
+// closes connections of the party that has most. It closes an eighth of them, so that the next
+// newcomers need no search. It is called with a.mu held.
 func (a *admission) evict(unknownOnly bool) bool {
 	victims := a.waiting(unknownOnly, false)
 	if len(victims) == 0 && !unknownOnly {
@@ -198,7 +198,7 @@ func (a *admission) waiting(unknownOnly, asked bool) []victim {
 		}
 	}
 	slices.SortFunc(all, func(a, b victim) int {
-		if !asked && a.vouched != b.vouched { // whoever waits for an answer may be vouched for by that
+		if !asked && a.vouched != b.vouched { // a client that waits for an answer may be vouched for by that
 			return map[bool]int{false: -1, true: 1}[a.vouched]
 		}
 		return cmp.Or(cmp.Compare(b.open, a.open), cmp.Compare(a.since, b.since))

@@ -48,7 +48,7 @@ func (c *crowd) openOf(client string) (n int) {
 }
 
 // Clients that nobody vouches for take a part of the room, in which no answer is cut off for a new
-// one, and whoever has most makes room for others.
+// one, and the party that has most makes room for others.
 func TestAdmission(t *testing.T) {
 	c := newCrowd(100, 40)
 	for range 60 {

@@ -8,7 +8,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// A headerRule refuses a request for its method or header alone, whoever sent it.
+// A headerRule refuses a request for its method or header alone, from any client.
 type headerRule struct {
 	refuses func(*request) bool
 	refusal
