@@ -33,25 +33,14 @@ func TestDNSHeld(t *testing.T) {
 		refused("no process listens on UDP 169.254.169.252:1988: systemctl")
 		for _, at := range []string{"0.0.0.0:1988", "169.254.169.252:1988"} {
 			cmd := b.play("listen on UDP", at, other)
-			in, err := cmd.StdinPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
+			out, end := b.start(cmd)
 			var listening, failure string
 			if _, err := fmt.Fscan(out, &listening, &failure); err != nil || failure != "<nil>" {
 				t.Fatalf("%s: %v", failure, err)
 			}
 			refused(fmt.Sprintf("UDP 169.254.169.252:1988 is held by other (process %d", cmd.Process.Pid))
 			refused(fmt.Sprintf(") at %s: stop it or change listen", at))
-			_ = in.Close()
-			_ = cmd.Wait()
+			end()
 		}
 	})
 }

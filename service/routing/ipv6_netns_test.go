@@ -256,19 +256,8 @@ func TestSixRefused(t *testing.T) {
 	b := newTestNode(t, "iptables-nft")
 	ipv6Node(b)
 	b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::253]:1988")
-	cmd := b.play("listen", "[::]:1988", b.copyOfSelf())
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = in.Close(); _ = cmd.Wait() }()
+	out, end := b.start(b.play("listen", "[::]:1988", b.copyOfSelf()))
+	defer end()
 	var word string
 	if _, err := fmt.Fscan(out, &word); err != nil {
 		t.Fatal(err)

@@ -121,6 +121,22 @@ func (b *testNode) play(role, arg, program string, prefix ...string) *exec.Cmd {
 	return cmd
 }
 
+// start starts a program that plays a role, for its output. end closes its input, at which it ends.
+func (b *testNode) start(cmd *exec.Cmd) (out io.Reader, end func()) {
+	b.t.Helper()
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if out, err = cmd.StdoutPipe(); err != nil {
+		b.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.t.Fatal(err)
+	}
+	return out, func() { _ = in.Close(); _ = cmd.Wait() }
+}
+
 // self is this program's file.
 func (b *testNode) self() string {
 	b.t.Helper()

@@ -55,21 +55,21 @@ func newMetrics(r prometheus.Registerer, connections *admission) *metrics {
 	for _, r := range everyReason() {
 		m.refused.WithLabelValues(r)
 	}
+	const closedHelp = "Connections of pods that were closed since too many were open, by outcome: those that made room " +
+		"(idle ones, or else those of the client that has most), and new ones that found none."
 	r.MustRegister(m.requests, m.refused, m.latency, m.delayed,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "gke_metadata_emulator_connections",
 			Help: "Open connections of pods.",
 		}, func() float64 { return float64(connections.open()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "gke_metadata_emulator_connections_closed_total",
-			Help: "Connections of pods that were closed since too many were open, by outcome: those that made " +
-				"room (idle ones, or else those of the client that has most), and new ones that found none.",
+			Name:        "gke_metadata_emulator_connections_closed_total",
+			Help:        closedHelp,
 			ConstLabels: prometheus.Labels{"outcome": "made-room"},
 		}, func() float64 { return float64(connections.evicted.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "gke_metadata_emulator_connections_closed_total",
-			Help: "Connections of pods that were closed since too many were open, by outcome: those that made " +
-				"room (idle ones, or else those of the client that has most), and new ones that found none.",
+			Name:        "gke_metadata_emulator_connections_closed_total",
+			Help:        closedHelp,
 			ConstLabels: prometheus.Labels{"outcome": "no-room"},
 		}, func() float64 { return float64(connections.refused.Load()) }))
 	return m

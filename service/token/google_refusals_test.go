@@ -42,7 +42,8 @@ func TestGooglesRefusalsInGooglesWords(t *testing.T) {
 	long := workload.ServiceAccount{Namespace: strings.Repeat("n", 63), Name: strings.Repeat("s", 100)}
 	const binding = ` Hint: if the binding is missing: gcloud iam service-accounts add-iam-policy-binding ` +
 		`ana@project.iam.gserviceaccount.com --role roles/iam.workloadIdentityUser --member ` +
-		`"principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/pool/subject/system:serviceaccount:team:ana"`
+		`"principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/pool/subject/` +
+		`system:serviceaccount:team:ana"`
 	for _, c := range []struct {
 		name   string
 		fault  func(*world)
