@@ -7,9 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 
+	"github.com/vishvananda/netns"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
@@ -41,18 +44,61 @@ func (s ChainState) Right(c Chain) bool {
 
 // Read reads the chains back, and compares them with what is wanted.
 func (x *Tables) Read(ctx context.Context, chains []Chain) (map[string]ChainState, error) {
-	states := map[string]ChainState{}
-	for _, c := range chains {
+	return x.each(chains, func(c Chain) (ChainState, error) {
 		s, err := x.State(ctx, c)
 		if err == nil {
 			s.Faults, err = x.compare(ctx, c, s)
 		}
-		if err != nil {
-			return nil, err
-		}
-		states[c.Name] = s
+		return s, err
+	})
+}
+
+// each reads the state of each chain, by its name. It takes the time of two commands for a chain,
+// so that as many are read at once as there are processors. The legacy backend has one lock for
+// all commands, and old versions of it poll that lock once a second.
+func (x *Tables) each(chains []Chain, read func(Chain) (ChainState, error)) (map[string]ChainState, error) {
+	namespace, err := netns.Get()
+	if err != nil {
+		return nil, fmt.Errorf("the network namespace of this thread: %w", fault.Permission(err))
 	}
-	return states, nil
+	defer func() { _ = namespace.Close() }()
+	var group errgroup.Group
+	group.SetLimit(runtime.GOMAXPROCS(0))
+	if x.legacy {
+		group.SetLimit(1)
+	}
+	states := make([]ChainState, len(chains))
+	for i, c := range chains {
+		group.Go(func() (err error) {
+			return inNamespace(namespace, func() error { states[i], err = read(c); return err })
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	byName := map[string]ChainState{}
+	for i, c := range chains {
+		byName[c.Name] = states[i]
+	}
+	return byName, nil
+}
+
+// inNamespace calls f on a thread in the network namespace. A thread that had to enter it ends with
+// its goroutine.
+func inNamespace(namespace netns.NsHandle, f func() error) error {
+	runtime.LockOSThread()
+	here, err := netns.Get()
+	if err != nil {
+		return fmt.Errorf("the network namespace of this thread: %w", fault.Permission(err))
+	}
+	there := here.Equal(namespace)
+	_ = here.Close()
+	if there {
+		defer runtime.UnlockOSThread()
+	} else if err := netns.Set(namespace); err != nil {
+		return fmt.Errorf("enter the network namespace: %w", fault.Permission(err))
+	}
+	return f()
 }
 
 // State reads one chain and what leads to it.
@@ -65,7 +111,7 @@ func (x *Tables) State(ctx context.Context, c Chain) (s ChainState, err error) {
 	if errors.Is(err, ErrIncompatible) {
 		s.Exists, s.unlisted, err = true, true, nil
 	}
-	if err == nil && (s.Exists || c.Table == "nat") {
+	if err == nil && (s.Exists || c.Table == "nat" && x.Family == netobj.IPv4) { // see Redirection
 		err = x.readBase(ctx, c, &s)
 	}
 	return s, err
@@ -351,21 +397,19 @@ func (x *Tables) Remove(ctx context.Context, tables ...string) (err error) {
 }
 
 func (x *Tables) tryRemove(ctx context.Context, tables []string) (foreign, err error) {
-	states := map[string]ChainState{}
-	var chains []Chain
-	for _, c := range slices.Backward(OwnChains()) {
-		var s ChainState
-		if !slices.Contains(tables, c.Table) {
-			continue
-		}
+	chains := slices.DeleteFunc(OwnChains(), func(c Chain) bool { return !slices.Contains(tables, c.Table) })
+	slices.Reverse(chains)
+	states, err := x.each(chains, func(c Chain) (s ChainState, err error) {
 		if s.Exists, err = x.hasChain(ctx, c.Table, c.Name); err == nil && s.Exists {
 			err = x.readBase(ctx, c, &s)
 		}
-		if err != nil {
-			return nil, err
-		}
-		chains, states[c.Name] = append(chains, c), s
-		foreign = errors.Join(foreign, s.Foreign)
+		return s, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range chains {
+		foreign = errors.Join(foreign, states[c.Name].Foreign)
 	}
 	return foreign, x.Restore(ctx, RestoreText(chains, states))
 }
