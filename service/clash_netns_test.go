@@ -68,12 +68,12 @@ func TestPortClash(t *testing.T) {
 	}
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		for i, s := range append(stales, stales[0]) {
-			six := i == len(stales)
-			t.Run(s.name+map[bool]string{true: " by IPv6"}[six], func(t *testing.T) {
+			byIPv6 := i == len(stales)
+			t.Run(s.name+map[bool]string{true: " by IPv6"}[byIPv6], func(t *testing.T) {
 				k := newKernelBedIn(t, plan)
 				source := k.node.Addr
-				if six {
-					source = k.node.Six
+				if byIPv6 {
+					source = k.node.Addr6
 				}
 				thief := k.holdStale(s, source)
 				got := thief.clash(t, source, tries, within)

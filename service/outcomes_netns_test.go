@@ -132,7 +132,7 @@ type outcomeNode struct {
 	cloud  atomic.Int64             // how often the cloud was asked,
 	want   int64                    // and should have been
 	served map[string]bool          // who got its own
-	six    uint64                   // how often by IPv6
+	byIPv6 uint64                   // how often by IPv6
 }
 
 func newOutcomeNode(t *testing.T, plan routing.Plan) *outcomeNode {
@@ -178,7 +178,7 @@ func newOutcomeNode(t *testing.T, plan routing.Plan) *outcomeNode {
 		"for a in 169.254.169.254 169.254.169.252 10.244.0.0/16 10.245.0.0/16; do ip route add $a via %[1]s; done; for a "+
 			"in fd20:ce::254 fd20:ce::252; do ip -6 route add $a via %[2]s; done",
 		o.node.Addr,
-		o.node.Six,
+		o.node.Addr6,
 	)
 	o.eventually(t, "everybody is known", func() bool {
 		st, known := statusOf(t, o.dir), 0
@@ -345,7 +345,7 @@ func (o *outcomeNode) asks(who, to, want string) string {
 	}
 	o.served[name] = true
 	if strings.HasPrefix(to, "[") {
-		o.six++
+		o.byIPv6++
 	}
 	return "own"
 }
@@ -375,7 +375,7 @@ func (o *outcomeNode) whole(t *testing.T) {
 		if err := statusOf(t, o.dir).Text(&text, time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{fmt.Sprintf("requests so far, %d of them by IPv6", o.six),
+		for _, want := range []string{fmt.Sprintf("requests so far, %d of them by IPv6", o.byIPv6),
 			"169.254.169.252:988 and [fd20:ce::252]:988, ", "mode " + o.plan.Mode +
 				" to 169.254.169.252:988 and [fd20:ce::252]:988"} {
 			if !strings.Contains(text.String(), want) {

@@ -96,10 +96,10 @@ func ipv6Alone(r *nodeReport) {
 func observing(r *nodeReport) { r.plan.Mode, r.state.Mode = routing.ModeObserve, routing.ModeObserve }
 
 func TestDoctorOfAHealthyNode(t *testing.T) {
-	four, both := healthy(), healthy()
-	dualStack(both)
+	ipv4Only, dual := healthy(), healthy()
+	dualStack(dual)
 	// those of IPv6 are for who serves it
-	for n, lines := range map[*nodeReport]int{four: len(checks) - 2, both: len(checks)} {
+	for n, lines := range map[*nodeReport]int{ipv4Only: len(checks) - 2, dual: len(checks)} {
 		r := diagnose(n)
 		for _, f := range r.Checks {
 			if f.Verdict != OK || f.Remedy != "" || f.Finding == "" {

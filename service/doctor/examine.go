@@ -254,7 +254,7 @@ func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool)
 	if !ipv6 {
 		return t, t6
 	}
-	if err := pod.AddSix(); err != nil {
+	if err := pod.AddIPv6(); err != nil {
 		return t, trial{impossible: err}
 	}
 	if t6 = tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6()); evidence {

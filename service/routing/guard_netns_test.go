@@ -103,7 +103,7 @@ func sendSYN(
 	source, family, headers := ns.Addr, unix.AF_INET, 20
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: netnstest.Metadata.As4()}
 	if to.Addr().Is6() {
-		source, family, headers = ns.Six, unix.AF_INET6, 0
+		source, family, headers = ns.Addr6, unix.AF_INET6, 0
 		sa = &unix.SockaddrInet6{Addr: to.Addr().As16()}
 	}
 	if err := ns.Do(func() error {

@@ -98,7 +98,7 @@ func TestTrialSixNowhere(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if err := trial.AddSix(); err == nil || trial.Addr6.IsValid() {
+		if err := trial.AddIPv6(); err == nil || trial.Addr6.IsValid() {
 			t.Errorf("IPv6 at %s", trial.Addr6)
 		} else {
 			t.Log(err)
@@ -120,7 +120,7 @@ func TestTrialSixNowhere(t *testing.T) {
 
 // Examine counts what was redirected in each family by itself, and names the base chains of either
 // that drop by their policy.
-func TestExamineSix(t *testing.T) {
+func TestExamineIPv6(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		ipv6Node(b)

@@ -54,7 +54,7 @@ func (b *testNode) tryAt(t *testing.T, at netip.AddrPort) (answer string, droppe
 		}
 		from := trial.Addr
 		if at.Addr().Is6() {
-			err = trial.AddSix()
+			err = trial.AddIPv6()
 			from = trial.Addr6
 		}
 		if err != nil {

@@ -20,9 +20,9 @@ type nodeFacts struct {
 	hostWhy  string   // or are not: why, for people
 	// it has an IPv6 address that reaches beyond a link: else there is no way to anything that is
 	// guarded
-	six     bool
-	listen6 netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
-	whyNot6 string         // though the Plan wants it
+	reachesIPv6 bool
+	listen6     netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
+	whyNot6     string         // though the Plan wants it
 
 	dns       bool   // DNS queries for the metadata server's name are redirected
 	whyNotDNS string // though the Plan wants it

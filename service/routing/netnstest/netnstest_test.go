@@ -30,8 +30,8 @@ func TestNodeReachesItsSurroundings(t *testing.T) {
 		for _, to := range []struct {
 			ns *NS
 			at netip.Addr
-		}{{n.Cloud, Metadata}, {n.Cloud, MetadataSix}, {n.NS, n.Addr}, {n.NS, n.Six}, {bridged, bridged.Addr},
-			{routed, routed.Addr}, {routed, routed.Six}} {
+		}{{n.Cloud, Metadata}, {n.Cloud, MetadataIPv6}, {n.NS, n.Addr}, {n.NS, n.Addr6}, {bridged, bridged.Addr},
+			{routed, routed.Addr}, {routed, routed.Addr6}} {
 			t.Run(fmt.Sprintf("%s to %s", from.Name, to.at), func(t *testing.T) {
 				saw := greet(t, from, to.ns, netip.AddrPortFrom(to.at, 80))
 				if want := from.Addr; to.at.Is4() && from != n.NS && saw != want {
@@ -140,7 +140,7 @@ func TestRulesetSeesTraces(t *testing.T) {
 		{"rule", "ip rule add pref 97 to 169.254.169.254 table main", "ip rule del pref 97"},
 		{"route", "ip route add 192.0.2.1/32 dev lo", "ip route del 192.0.2.1/32 dev lo"},
 		{"address", "ip address add 192.0.2.1/32 dev lo", "ip address del 192.0.2.1/32 dev lo"},
-		{"six address", "ip address add fd00::7/128 dev lo", "ip address del fd00::7/128 dev lo"},
+		{"IPv6 address", "ip address add fd00::7/128 dev lo", "ip address del fd00::7/128 dev lo"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			Needs(t, strings.Fields(c.do)[0])

@@ -31,7 +31,7 @@ import (
 // rule. The namespace lives as long as this process holds it; with it the kernel takes away all the
 // rest, also when the process is killed.
 type Pod struct {
-	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddSix
+	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddIPv6
 	Link        string     // the node's end
 
 	node, pod netns.NsHandle
@@ -102,9 +102,9 @@ func (t *Pod) connect() error {
 	return t.address(t.Addr, gateway)
 }
 
-// AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
+// AddIPv6 gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
 // error.
-func (t *Pod) AddSix() error {
+func (t *Pod) AddIPv6() error {
 	if err := t.in(t.node, func() error { return t.address(podAddr6, gateway6) }); err != nil {
 		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
 	}
