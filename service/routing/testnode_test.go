@@ -80,11 +80,11 @@ func TestMain(m *testing.M) {
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
-	case "trial": // which is killed in the middle of it
-		trial, err := probe.NewPod()
+	case "probe": // which is killed in the middle of it
+		pod, err := probe.NewPod()
 		if err == nil {
-			_, err = trial.Dropped(context.Background(), trial.Addr, func() {
-				fmt.Println("on trial")
+			_, err = pod.Dropped(context.Background(), pod.Addr, func() {
+				fmt.Println("probing")
 				_, _ = io.Copy(io.Discard, os.Stdin)
 			})
 		}

@@ -43,7 +43,7 @@ type Pod struct {
 	close    context.CancelFunc
 }
 
-// LinkName is the interface's name. Two trials at once are one too many.
+// LinkName is the interface's name. Only one probe at a time is possible.
 const LinkName = "gme-doctor"
 
 var (
