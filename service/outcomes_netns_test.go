@@ -137,7 +137,7 @@ type outcomeNode struct {
 
 func newOutcomeNode(t *testing.T, plan routing.Plan) *outcomeNode {
 	o := &outcomeNode{
-		kernelNode: newKernelBedIn(t, plan),
+		kernelNode: newKernelNodeIn(t, plan),
 		spaces:     map[string]*netnstest.NS{},
 		pods:       map[string]*podNode{},
 		served:     map[string]bool{},

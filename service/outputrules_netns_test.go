@@ -32,7 +32,7 @@ END`
 func TestOutputRejects(t *testing.T) {
 	t.Parallel()
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
-		k := newKernelBedIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
+		k := newKernelNodeIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
 		k.kill(k.server)
 		k.run(fmt.Sprintf(rejectLinkLocal, cmp.Or(plan.Binary, "iptables-nft")))
 		notified := k.notifySocket()
