@@ -226,7 +226,7 @@ func TestReloadToKernel(t *testing.T) {
 
 // A file that was edited into something broken is told while the service runs on what it read
 // before: not only by the next restart, and without a reload.
-func TestBrokenFileIsTold(t *testing.T) {
+func TestBrokenFileIsReported(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t)
 	b.ready(t)

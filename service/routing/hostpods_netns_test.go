@@ -164,9 +164,9 @@ func TestHostPodsSilentForLong(t *testing.T) {
 	b.remove(b.plan)
 }
 
-// TestAskUnderWay: the network that a question is asked in changes before the answer. It is asked
+// TestNetworkChangesWhileAsking: the network that a question is asked in changes before the answer. It is asked
 // again as soon as that question is answered, and not at the next sweep.
-func TestAskUnderWay(t *testing.T) {
+func TestNetworkChangesWhileAsking(t *testing.T) {
 	w := &watcher{router: &router{plan: Plan{InterceptHostPods: "auto"}}, asking: true}
 	w.askCloud(watch.Route)
 	w.learn(t.Context(), cloudUnknown)

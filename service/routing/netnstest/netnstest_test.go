@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-func TestNodeReachesItsSurroundings(t *testing.T) {
+func TestNodeReachesEveryNamespace(t *testing.T) {
 	n := Start(t, "reach")
 	bridged, err := n.AddPod("bridged")
 	if err != nil {
