@@ -26,13 +26,13 @@ import (
 //	403, 503   the emulator, that it is told none: it is no pod; it is not known
 //	cloud      the cloud's own metadata server (kubelet, pod: those)
 //	reset      nobody: the connection is refused by a reset
-//	noroute    nobody: there is no way there, or it is prohibited
+//	noroute    nobody: there is no route there, or it is prohibited
 //	drop       nobody: nothing comes back
 //	~          not asked: another row of the mode is the same, or it has no such thing
 //
 // Who asks: pod is on the node's bridge, routed on a link of its own; hostpod is one on the node's
 // network (off: with routing.interceptHostPods: off), daemon a unit of system.slice; neighbour is
-// another host, which sends by way of the node what it can, and lan one that does not. X-as-Y asks
+// another host, which sends through the node what it can, and lan one that does not. X-as-Y asks
 // with Y's address as its own, and what comes back goes to Y; arp is thief where the node takes it
 // for the victim by its hardware address, so that it comes back to the thief.
 //

@@ -159,7 +159,7 @@ func (r *nodeReport) entry() netip.AddrPort {
 	return routing.MetadataServer()
 }
 
-// askCluster tries the way to a pod's token, and from there to Google's.
+// askCluster tries the steps to a pod's token, and from there to Google's.
 func (r *nodeReport) askCluster(ctx context.Context, o Options) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()

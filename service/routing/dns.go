@@ -184,9 +184,9 @@ func dnsRules(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []stri
 }
 
 // udpBy drops UDP from or to the listener by an interface.
-func udpBy(l netip.AddrPort, end, way, name string) string {
+func udpBy(l netip.AddrPort, end, direction, name string) string {
 	port := map[string]string{"-s": "--sport", "-d": "--dport"}[end]
-	return fmt.Sprintf("%s %s %s %s -p udp -m udp %s %d -j DROP", end, single(l), way, name, port, l.Port())
+	return fmt.Sprintf("%s %s %s %s -p udp -m udp %s %d -j DROP", end, single(l), direction, name, port, l.Port())
 }
 
 // dnsParts are the same of nft, of which an accept is final for its own chain only.

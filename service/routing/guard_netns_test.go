@@ -32,7 +32,7 @@ func TestGuardFragments(t *testing.T) {
 			_, _ = dns.WriteTo([]byte(cloud), from)
 		}
 	}()
-	ways := []struct {
+	packets := []struct {
 		name string
 		to   string
 		make func(from, to netip.AddrPort) [][]byte
@@ -59,7 +59,7 @@ func TestGuardFragments(t *testing.T) {
 	}
 	tryAll := func(answered bool, wait time.Duration) {
 		t.Helper()
-		for _, w := range ways {
+		for _, w := range packets {
 			if got := sendSYN(t, b.pod, netip.MustParseAddrPort(w.to), w.make, wait); got != answered {
 				t.Errorf("%s to %s: answered: %v, want %v", w.name, w.to, got, answered)
 			}

@@ -116,8 +116,7 @@ func ours(o netobj.Object) bool {
 	return false
 }
 
-// desiredObjects lists the objects of the Plan on this node, in the order in which to add
-// them.
+// desiredObjects lists the objects of the Plan on this node, in the order in which to add them.
 func desiredObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object) {
 	listen := p.Listen.Addr()
 	switch {
@@ -309,7 +308,9 @@ func layerOf(o netobj.Object) string {
 }
 
 // isLocal says whether the node takes packets to the address as its own, or will by us.
-func isLocal(a netip.Addr, have netobj.Snapshot) bool { return have.Local(a) || needsListenObject(a, have) }
+func isLocal(a netip.Addr, have netobj.Snapshot) bool {
+	return have.Local(a) || needsListenObject(a, have)
+}
 
 // foreignAddress returns an error where the metadata server's address is this node's own already,
 // and not by us.

@@ -157,10 +157,10 @@ func TestProbeFindsATableThatIsLeft(t *testing.T) {
 	before := b.ruleset()
 	const table = "gke-metadata-emulator-doctor"
 	for chain, match := range map[string]string{"from-pod": "prerouting iifname", "to-pod": "output oifname"} {
-		hook, way, _ := strings.Cut(match, " ")
+		hook, key, _ := strings.Cut(match, " ")
 		b.run(fmt.Sprintf("nft 'add table ip %[1]s; "+
 			"add chain ip %[1]s %[2]s { type filter hook %[3]s priority -2147483648; }; "+
-			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, way))
+			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, key))
 	}
 	if text := b.run("nft list ruleset"); !strings.Contains(text, table) ||
 		!strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {

@@ -18,7 +18,7 @@ type nodeFacts struct {
 	slices   []string // cgroups of the host itself that exist
 	hostPods bool     // pods on the host network are redirected, which is whoever is outside slices
 	hostWhy  string   // or are not: why, for people
-	// it has an IPv6 address that reaches beyond a link: else there is no way to anything that is
+	// it has an IPv6 address that reaches beyond a link: else there is no route to anything that is
 	// guarded
 	reachesIPv6 bool
 	listen6     netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere

@@ -24,7 +24,7 @@ import (
 )
 
 // Pod is a pod that is none: a network namespace without a name, connected to the node as
-// Calico and the cloud CNIs connect pods (K-08). What connects from it goes the way of a pod's
+// Calico and the cloud CNIs connect pods (K-08). What connects from it takes the path of a pod's
 // packets, through everybody's rules.
 //
 // The node gets an interface and a route to one address of each family, and no address, sysctl or
