@@ -73,7 +73,7 @@ var loads = []struct {
 }
 
 // TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is
-// asserted; times are told alone.
+// asserted; times are only reported.
 func TestChaos(t *testing.T) {
 	netnstest.Needs(t, "ss")
 	long := os.Getenv(chaosLong) != ""

@@ -43,7 +43,7 @@ var importRules = []struct {
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"},
 		"flags in, Config out: nothing below main knows how it was asked"},
 	{"github.com/coreos/go-systemd", []string{"service"},
-		"the life of the service is told in one place; what systemd says of a unit is handed to doctor as a status.Unit"},
+		"the life of the service is written in one place; what systemd says of a unit is handed to doctor as a status.Unit"},
 	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service/server"}, "one package serves"},
 	{"net/http", []string{"service/server", "service/doctor", "service/kube", "service/status", "service/token"},
 		"server serves, and the others are clients (TestResponseWriter); " +

@@ -49,7 +49,7 @@ func BenchmarkLook(b *testing.B) {
 }
 
 // BenchmarkFreshConnection connects, sends a byte and gets one; every second connection is looked
-// at before that is read. Medians are told.
+// at before that is read. Medians are reported.
 func BenchmarkFreshConnection(b *testing.B) {
 	n := newTestNode(b)
 	c := n.client(containerPath(1, 1), n.pod("asks"))

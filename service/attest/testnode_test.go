@@ -198,8 +198,8 @@ func (b *testNode) startKernel(root string) {
 	eventually(b.t, "the kernel runs", func() bool { return b.kernel.Status().Hierarchy != "" })
 }
 
-// startHelper starts one in a process of its own, on the node, and waits until it has told all it
-// knows.
+// startHelper starts one in a process of its own, on the node, and waits until it has reported all
+// it knows.
 func (b *testNode) startHelper() {
 	b.t.Helper()
 	b.startHelperAt(b.cgroups)

@@ -71,7 +71,7 @@ func TestGuardFragments(t *testing.T) {
 		b.install(p)
 		b.requireOK(p)
 		if !p.Closed {
-			b.run("nft flush ruleset") // what the rules let through and what not is told by outcomes
+			b.run("nft flush ruleset") // TestOutcomes says what the rules let through
 		}
 		tryAll(false, short)
 		b.answers(b.pod, "169.254.169.254:53", cloud)

@@ -115,7 +115,7 @@ func TestKernel(t *testing.T) {
 	}
 }
 
-// TestForeign: rules of others are told in the words of ip(8).
+// TestForeign: rules of others are printed in the words of ip(8).
 func TestForeign(t *testing.T) {
 	netnstest.Needs(t, "ip", "sh")
 	node := netnstest.Start(t, "netobj")
