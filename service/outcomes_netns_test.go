@@ -267,9 +267,9 @@ func (o *outcomeNode) in(who, script string, args ...any) {
 
 // take makes somebody's address one of the link's, or has the node take whoever has the hardware
 // for it, until end.
-func (o *outcomeNode) take(ns *netnstest.NS, link, whose, hardware string) (end func()) {
+func (o *outcomeNode) take(ns *netnstest.NS, link, owner, hardware string) (end func()) {
 	o.t.Helper()
-	a := o.spaces[whose].Addr
+	a := o.spaces[owner].Addr
 	change := func(address func(netlink.Link, *netlink.Addr) error, neighbour func(*netlink.Neigh) error) {
 		o.t.Helper()
 		if err := ns.Do(func() error {

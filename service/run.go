@@ -178,7 +178,7 @@ func (s *Service) run(ctx context.Context, first *activeConfig, all ...net.Liste
 		s.listenIPv6(ctx, first.config.Listen6)
 		s.listenDNS(ctx, first.config)
 	}
-	g.Go(func() error { return s.tellSystemd(gctx) })
+	g.Go(func() error { return s.notifySystemd(gctx) })
 	g.Go(func() error { return s.server.Run(gctx) })
 	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })

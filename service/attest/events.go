@@ -97,7 +97,7 @@ func (g *cgroups) take(b []byte) {
 		case c == nil || e.mask&unix.IN_IGNORED != 0:
 		case e.watch == c.processWatch:
 			g.readProcess(c)
-			g.tell(c)
+			g.notify(c)
 		case e.mask&unix.IN_ATTRIB != 0 && e.name() == "":
 			g.reown(c)
 		case e.name() != "" && e.mask&unix.IN_ISDIR != 0:

@@ -43,7 +43,7 @@ const DefaultCgroupRoot = "/sys/fs/cgroup"
 // some ms after they are there: until then Look says that it does not know. The death of a cgroup's
 // last process is reported in some 10 ms (at most once in ten, and then we have to be scheduled);
 // what is written in between goes to a socket that this process made, and that nobody else has but
-// by having been given it. That a cgroup was removed is reported at once, and its id is never
+// by having been given it. The removal of a cgroup is reported at once, and its id is never
 // used again.
 type Kernel struct {
 	options KernelOptions
