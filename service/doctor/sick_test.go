@@ -170,12 +170,12 @@ var sickNodes = []sickNode{
 	{"network", func(r *nodeReport) {
 		r.node.Facts.Cilium, r.node.Facts.CiliumHost, r.state.Mode, r.plan.Mode = true, &yes, routing.ModeLoopback,
 			routing.ModeLoopback
-	}, Fail, "wants routing.link", "routing.link: gme0"},
+	}, Fail, "needs routing.link", "routing.link: gme0"},
 	{"network", func(r *nodeReport) {
 		r.node.Facts.Cilium, r.node.Facts.CiliumHost, r.state.Mode, r.plan.Mode, r.plan.Link = true, &yes,
 			routing.ModeLoopback, routing.ModeLoopback, "gme0"
 	}, OK, "Cilium routes", ""},
-	{"network", func(r *nodeReport) { r.node.Facts.Cilium = true }, Warn, "cannot be told", "hostLegacyRouting"},
+	{"network", func(r *nodeReport) { r.node.Facts.Cilium = true }, Warn, "is not known", "hostLegacyRouting"},
 	{"network", func(r *nodeReport) { r.node.Facts.CalicoBPF = true }, Warn, "Calico's eBPF", "bpfExcludeCIDRsFromNAT"},
 	{"network", func(r *nodeReport) { r.node.Facts.GKE = true }, Fail, "node of GKE", "remove the package"},
 	{"network", func(r *nodeReport) { r.cloud = answered{ours: true, server: "GKE Metadata Server"}; r.status = nil },
