@@ -144,7 +144,7 @@ func TestRulesetSeesTraces(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			Needs(t, strings.Fields(c.do)[0])
-			sh := func(line string) string {
+			run := func(line string) string {
 				if out, err := n.Command(t.Context(), "sh", "-c", line).CombinedOutput(); err != nil {
 					t.Fatalf("%s: %v: %s", line, err, out)
 				}
@@ -154,10 +154,10 @@ func TestRulesetSeesTraces(t *testing.T) {
 				}
 				return now
 			}
-			if sh(c.do) == before {
+			if run(c.do) == before {
 				t.Error("not seen in the ruleset")
 			}
-			if after := sh(c.undo); after != before {
+			if after := run(c.undo); after != before {
 				t.Errorf("not as before:\n%s\nbefore:\n%s", after, before)
 			}
 		})
