@@ -128,8 +128,8 @@ func files(t *testing.T, root string) map[string]string {
 	return all
 }
 
-// same reports what is left behind, missing or changed.
-func same(t *testing.T, before, after map[string]string, but ...string) {
+// requireUnchanged reports what is left behind, missing or changed.
+func requireUnchanged(t *testing.T, before, after map[string]string, but ...string) {
 	t.Helper()
 	names := map[string]bool{}
 	for n := range before {
@@ -174,7 +174,7 @@ func TestLifeOfDeb(t *testing.T) {
 		"test ! -e /usr/bin/gke-metadata-emulator; test ! -e /var/lib/gke-metadata-emulator")
 	run("dpkg -i /tmp/new.deb\n" + enabled + kept)
 	run("touch /etc/gke-metadata-emulator/other.json\ndpkg -P gke-metadata-emulator\n" + disabled)
-	same(t, before, files(t, root))
+	requireUnchanged(t, before, files(t, root))
 }
 
 // A purge takes along what recipes and operators put beside the package's files, and what is
@@ -198,7 +198,7 @@ dpkg -P gke-metadata-emulator
 test -e $etc/other.service.d/10-other.conf
 test "$(ls $etc/k3s.service.d)" = 20-mine.conf
 rm -r $etc/other.service.d $etc/k3s.service.d`)
-	same(t, before, files(t, root), "/var/lib/apt/lists/auxfiles")
+	requireUnchanged(t, before, files(t, root), "/var/lib/apt/lists/auxfiles")
 	run(`dpkg -i /tmp/new.deb
 rm /usr/sbin/userdel /usr/sbin/groupdel
 dpkg -P gke-metadata-emulator 2>/tmp/said
@@ -226,7 +226,7 @@ func TestLifeOfRPM(t *testing.T) {
 	run(disable + rpm + "-U --oldpackage /tmp/old.rpm\n" + disabled)
 	run(rpm + "-U /tmp/new.rpm\n" + disabled)
 	run("rpm --nodeps -e gke-metadata-emulator\n" + disabled)
-	same(t, before, files(t, root), "/etc/passwd", "/etc/group", "/etc/shadow", "/etc/gshadow")
+	requireUnchanged(t, before, files(t, root), "/etc/passwd", "/etc/group", "/etc/shadow", "/etc/gshadow")
 }
 
 // Scripts know no unit by its name: those of this version are enabled, also if there are none.
@@ -237,5 +237,5 @@ func TestLifeWithoutUnits(t *testing.T) {
 	before := files(t, root)
 	run("dpkg -i --path-exclude='/usr/lib/systemd/system/*' /tmp/new.deb\n" + disabled + "dpkg -P gke-metadata-emulator")
 	after := files(t, root)
-	same(t, before, after)
+	requireUnchanged(t, before, after)
 }

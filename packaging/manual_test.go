@@ -58,7 +58,7 @@ func TestManual(t *testing.T) {
 			said := strings.Contains(pages[name], "--"+m[1]) && strings.Contains(pages[name], plain(usage))
 			switch {
 			case m[1] == "help", m[1] == "version":
-			case keys[m[1]]: // they are told once, in section 5
+			case keys[m[1]]: // section 5 has them
 				if left++; said || !strings.Contains(pages[name], program+"(5)") {
 					t.Errorf("%s should refer to section 5 for --%s", name, m[1])
 				}

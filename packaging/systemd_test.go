@@ -166,15 +166,15 @@ for sh in dash bash 'busybox sh'; do
 	cat /tmp/mine.yaml >>$etc/config.yaml; generate
 	printf '[Socket]\nListenStream=\nListenStream=10.0.0.1:900\nTransparent=no\n' | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
 	{ cat /tmp/mine.yaml; echo "listen6: '[fd20:ce::252]:988'"; } >$etc/config.yaml; generate
-	six=; [ ! -e /proc/net/if_inet6 ] || six='ListenStream=[fd20:ce::252]:988\n'
-	printf "[Socket]\nListenStream=\nListenStream=169.254.169.252:988\n${six}Transparent=no\n" | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
+	ipv6=; [ ! -e /proc/net/if_inet6 ] || ipv6='ListenStream=[fd20:ce::252]:988\n'
+	printf "[Socket]\nListenStream=\nListenStream=169.254.169.252:988\n${ipv6}Transparent=no\n" | cmp - /tmp/out/gke-metadata-emulator.socket.d/10-listen.conf
 	test ! -e /tmp/out/gke-metadata-emulator.socket.wants
 	{ cat /tmp/mine.yaml; echo '"dns" : answer'; } >$etc/config.yaml; generate
 	printf '[Socket]\nListenDatagram=\nListenDatagram=169.254.169.252:988\n' | cmp - /tmp/out/gke-metadata-emulator-dns.socket.d/10-listen.conf
 	cmp /tmp/out/gke-metadata-emulator.socket.wants/gke-metadata-emulator-dns.socket /usr/lib/systemd/system/gke-metadata-emulator-dns.socket
 	echo "listen6: '[fd20:ce::252]:988'" >>$etc/config.yaml; generate
-	[ -z "$six" ] || six='ListenDatagram=[fd20:ce::252]:988\n'
-	printf "[Socket]\nListenDatagram=\nListenDatagram=169.254.169.252:988\n$six" | cmp - /tmp/out/gke-metadata-emulator-dns.socket.d/10-listen.conf
+	[ -z "$ipv6" ] || ipv6='ListenDatagram=[fd20:ce::252]:988\n'
+	printf "[Socket]\nListenDatagram=\nListenDatagram=169.254.169.252:988\n$ipv6" | cmp - /tmp/out/gke-metadata-emulator-dns.socket.d/10-listen.conf
 	{ cat /tmp/mine.yaml; printf 'dns: answer\nrouting: {mode: loopback}\n'; } >$etc/config.yaml; generate
 	test ! -e /tmp/out/gke-metadata-emulator.socket.wants
 	mv $bin /tmp; nothing; mv /tmp/gke-metadata-emulator $bin

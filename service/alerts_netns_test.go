@@ -266,7 +266,7 @@ func (b *alertsNode) scrape(t *testing.T) map[string]*dto.MetricFamily {
 	return families
 }
 
-// families are what the bed's service tells Prometheus, by name.
+// families are what the service of the test node exports to Prometheus, by name.
 func (b *testNode) families(t *testing.T) map[string]*dto.MetricFamily {
 	t.Helper()
 	all, err := b.gather().Gather()

@@ -73,7 +73,7 @@ var loads = []struct {
 }
 
 // TestChaos applies each load, one at a time, and looks at what others notice. What is bounded is
-// asserted; times are told alone.
+// asserted; times are only reported.
 func TestChaos(t *testing.T) {
 	netnstest.Needs(t, "ss")
 	long := os.Getenv(chaosLong) != ""
@@ -91,7 +91,7 @@ func TestChaos(t *testing.T) {
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "load\tp50\tp99\tof undisturbed\tbare server's\tcores\tfailed\tMB\tprobe\tstop\trecovery")
 	calm := b.figures(t, measure)
-	tell := func(name string, f figures) {
+	report := func(name string, f figures) {
 		t.Logf("%s: %+v", name, f) // also where the table is never written
 		fmt.Fprintf(
 			w,
@@ -115,7 +115,7 @@ func TestChaos(t *testing.T) {
 			f.back.Round(time.Millisecond),
 		)
 	}
-	tell("none", calm)
+	report("none", calm)
 	for _, l := range loads {
 		if l.long && !long {
 			continue
@@ -144,7 +144,7 @@ func TestChaos(t *testing.T) {
 			began = time.Now()
 			b.eventually(t, "others are served again", func() bool { return b.asks(t).Status == 200 })
 			f.back = time.Since(began)
-			tell(l.name, f)
+			report(l.name, f)
 		})
 	}
 	_ = w.Flush()

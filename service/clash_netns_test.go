@@ -68,12 +68,12 @@ func TestPortClash(t *testing.T) {
 	}
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
 		for i, s := range append(stales, stales[0]) {
-			six := i == len(stales)
-			t.Run(s.name+map[bool]string{true: " by IPv6"}[six], func(t *testing.T) {
-				k := newKernelBedIn(t, plan)
+			byIPv6 := i == len(stales)
+			t.Run(s.name+map[bool]string{true: " by IPv6"}[byIPv6], func(t *testing.T) {
+				k := newKernelNodeIn(t, plan)
 				source := k.node.Addr
-				if six {
-					source = k.node.Six
+				if byIPv6 {
+					source = k.node.Addr6
 				}
 				thief := k.holdStale(s, source)
 				got := thief.clash(t, source, tries, within)
@@ -89,7 +89,7 @@ func TestPortClash(t *testing.T) {
 // somebody else's reload: what the kernel counts of the stale sockets is not of these connections.
 func TestPortClashWithoutRules(t *testing.T) {
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
-		k := newKernelBedIn(t, plan, "limits: {requestsPerPod: 1000000}") // an answer that waits would not be seen
+		k := newKernelNodeIn(t, plan, "limits: {requestsPerPod: 1000000}") // an answer that waits would not be seen
 		thief := k.holdStale(stales[0], k.node.Addr)
 		if plan.Mode == routing.ModeNFTables {
 			k.run("nft flush chain ip gke-metadata-emulator input; nft flush chain ip gke-metadata-emulator local")
@@ -108,7 +108,7 @@ func TestPortClashWithoutRules(t *testing.T) {
 func TestConntrackZone(t *testing.T) {
 	t.Parallel()
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
-		k := newKernelBedIn(t, plan)
+		k := newKernelNodeIn(t, plan)
 		command := cmp.Or(plan.Binary, "iptables-nft")
 		k.run(command + " -t raw -A PREROUTING -i cni0 -j CT --zone 4097")
 		k.run(command + " -t raw -A OUTPUT -d 10.244.0.0/16 -j CT --zone 4097")

@@ -21,7 +21,7 @@ const (
 	poolName = "projects/123456789012/locations/global/workloadIdentityPools/my-pool"
 )
 
-// Pods of the bed, by the address that they ask from.
+// Pods of the test node, by the address that they ask from.
 const (
 	linked    = "127.0.0.2" // default/reader, linked to gsa
 	unlinked  = "127.0.0.3" // default/plain

@@ -10,7 +10,7 @@
 //
 //  1. Package routing had rules put into the kernel that send it here: to 169.254.169.252:988, an
 //     address of lo, or in mode loopback to the address itself; or, in mode ebpf, programs that had
-//     the connect() go there in the first place. What a mode is, is told once (mode.go); what all
+//     the connect() go there in the first place. What a mode is, is written once (mode.go); what all
 //     share is written once (router.go), as a list of objects (objects.go).
 //  2. accept (server/connections.go): both ends of the socket are written down as the kernel sees
 //     them, before and after DNAT. Before a byte is read, the kernel is asked whose socket the

@@ -15,7 +15,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
-const doctorDir = "GME_DOCTOR_DIR" // of the bed, for a process in the role of doctor
+const doctorDir = "GME_DOCTOR_DIR" // of the test node, for a process in the role of doctor
 
 // doctorProcess prints the report of doctor, which runs as a process of the node.
 func doctorProcess() error {

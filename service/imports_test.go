@@ -43,7 +43,7 @@ var importRules = []struct {
 	{"github.com/spf13/", []string{"cmd/gke-metadata-emulator"},
 		"flags in, Config out: nothing below main knows how it was asked"},
 	{"github.com/coreos/go-systemd", []string{"service"},
-		"the life of the service is told in one place; what systemd says of a unit is handed to doctor as a status.Unit"},
+		"the life of the service is written in one place; what systemd says of a unit is handed to doctor as a status.Unit"},
 	{"github.com/prometheus/client_golang/prometheus/promhttp", []string{"service/server"}, "one package serves"},
 	{"net/http", []string{"service/server", "service/doctor", "service/kube", "service/status", "service/token"},
 		"server serves, and the others are clients (TestResponseWriter); " +
@@ -53,10 +53,10 @@ var importRules = []struct {
 		"one package reads and writes DNS messages; the rest has the standard library"},
 }
 
-// six are the packages that do the work. They never import each other: each says in an interface of
-// its own what it needs of another, and service hands it in. workload has the nouns that all of
-// them share.
-var six = []string{"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
+// corePackages are the six packages that do the work. They never import each other: each says in
+// an interface of its own what it needs of another, and service hands it in. workload has the nouns
+// that all of them share.
+var corePackages = []string{"service/attest", "service/config", "service/kube", "service/metadata", "service/routing",
 	"service/token", "service/workload"}
 
 // layers says which of our own packages each may import.
@@ -74,12 +74,12 @@ var layers = map[string][]string{
 	"packaging":     nil,
 	"packaging/gen": nil, // not shipped
 	// The life of the service puts everything together; doctor is another process, and no part of it.
-	"service": append([]string{"service/dns", "service/messageid", "service/server", "service/status"}, six...),
+	"service": append([]string{"service/dns", "service/messageid", "service/server", "service/status"}, corePackages...),
 	// dns answers everybody the same, and knows no pod, no configuration and no rule.
 	"service/dns": nil,
 	// doctor judges a node whose service may be dead, so it asks the service over its socket like
 	// anybody else.
-	"service/doctor": append([]string{"service/routing/probe", "service/status"}, six...),
+	"service/doctor": append([]string{"service/routing/probe", "service/status"}, corePackages...),
 	// server answers requests by what it is handed, and knows nothing of reloads, units and the
 	// status.
 	"service/server": {"service/attest", "service/config", "service/kube", "service/messageid", "service/metadata",

@@ -396,7 +396,7 @@ func TestPrefetch(t *testing.T) {
 }
 
 // Nothing that is printed, logged, measured or shown holds a secret. The log is looked at by every
-// test of the bed.
+// test that has a testNode.
 func TestNoSecrets(t *testing.T) {
 	b := newTestNode(t, "log: {level: debug}")
 	b.ready(t)

@@ -17,11 +17,11 @@ func notify(log logrus.FieldLogger, state string) {
 	}
 }
 
-// tellSystemd says READY=1 once our own listener answered a real request, and WATCHDOG=1 as often
+// notifySystemd says READY=1 once our own listener answered a real request, and WATCHDOG=1 as often
 // as systemd wants to hear it and only after another one was answered. READY waits neither for the
 // API server nor for Google: on a first boot kubelet has no credentials yet, and it starts after
 // us.
-func (s *Service) tellSystemd(ctx context.Context) error {
+func (s *Service) notifySystemd(ctx context.Context) error {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		s.log.WithError(err).Error("WATCHDOG_USEC of systemd is invalid: the watchdog is not used")

@@ -26,13 +26,13 @@ import (
 //	403, 503   the emulator, that it is told none: it is no pod; it is not known
 //	cloud      the cloud's own metadata server (kubelet, pod: those)
 //	reset      nobody: the connection is refused by a reset
-//	noroute    nobody: there is no way there, or it is prohibited
+//	noroute    nobody: there is no route there, or it is prohibited
 //	drop       nobody: nothing comes back
 //	~          not asked: another row of the mode is the same, or it has no such thing
 //
 // Who asks: pod is on the node's bridge, routed on a link of its own; hostpod is one on the node's
 // network (off: with routing.interceptHostPods: off), daemon a unit of system.slice; neighbour is
-// another host, which sends by way of the node what it can, and lan one that does not. X-as-Y asks
+// another host, which sends through the node what it can, and lan one that does not. X-as-Y asks
 // with Y's address as its own, and what comes back goes to Y; arp is thief where the node takes it
 // for the victim by its hardware address, so that it comes back to the thief.
 //
@@ -132,12 +132,12 @@ type outcomeNode struct {
 	cloud  atomic.Int64             // how often the cloud was asked,
 	want   int64                    // and should have been
 	served map[string]bool          // who got its own
-	six    uint64                   // how often by IPv6
+	byIPv6 uint64                   // how often by IPv6
 }
 
 func newOutcomeNode(t *testing.T, plan routing.Plan) *outcomeNode {
 	o := &outcomeNode{
-		kernelNode: newKernelBedIn(t, plan),
+		kernelNode: newKernelNodeIn(t, plan),
 		spaces:     map[string]*netnstest.NS{},
 		pods:       map[string]*podNode{},
 		served:     map[string]bool{},
@@ -178,7 +178,7 @@ func newOutcomeNode(t *testing.T, plan routing.Plan) *outcomeNode {
 		"for a in 169.254.169.254 169.254.169.252 10.244.0.0/16 10.245.0.0/16; do ip route add $a via %[1]s; done; for a "+
 			"in fd20:ce::254 fd20:ce::252; do ip -6 route add $a via %[2]s; done",
 		o.node.Addr,
-		o.node.Six,
+		o.node.Addr6,
 	)
 	o.eventually(t, "everybody is known", func() bool {
 		st, known := statusOf(t, o.dir), 0
@@ -267,9 +267,9 @@ func (o *outcomeNode) in(who, script string, args ...any) {
 
 // take makes somebody's address one of the link's, or has the node take whoever has the hardware
 // for it, until end.
-func (o *outcomeNode) take(ns *netnstest.NS, link, whose, hardware string) (end func()) {
+func (o *outcomeNode) take(ns *netnstest.NS, link, owner, hardware string) (end func()) {
 	o.t.Helper()
-	a := o.spaces[whose].Addr
+	a := o.spaces[owner].Addr
 	change := func(address func(netlink.Link, *netlink.Addr) error, neighbour func(*netlink.Neigh) error) {
 		o.t.Helper()
 		if err := ns.Do(func() error {
@@ -345,7 +345,7 @@ func (o *outcomeNode) asks(who, to, want string) string {
 	}
 	o.served[name] = true
 	if strings.HasPrefix(to, "[") {
-		o.six++
+		o.byIPv6++
 	}
 	return "own"
 }
@@ -375,7 +375,7 @@ func (o *outcomeNode) whole(t *testing.T) {
 		if err := statusOf(t, o.dir).Text(&text, time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{fmt.Sprintf("requests so far, %d of them by IPv6", o.six),
+		for _, want := range []string{fmt.Sprintf("requests so far, %d of them by IPv6", o.byIPv6),
 			"169.254.169.252:988 and [fd20:ce::252]:988, ", "mode " + o.plan.Mode +
 				" to 169.254.169.252:988 and [fd20:ce::252]:988"} {
 			if !strings.Contains(text.String(), want) {

@@ -27,12 +27,12 @@ COMMIT
 END`
 
 // TestOutputRejects: where a rule in OUTPUT rejects what the node sends to the listener, the
-// service is READY, its watchdog is told, and pods are served. In mode iptables the node's own
+// service is READY, its watchdog is notified, and pods are served. In mode iptables the node's own
 // processes are too; a table of our own cannot overrule the rule, and doctor names it.
 func TestOutputRejects(t *testing.T) {
 	t.Parallel()
 	onEachDNAT(t, func(t *testing.T, plan routing.Plan) {
-		k := newKernelBedIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
+		k := newKernelNodeIn(t, plan, "hostIdentities: [{unit: kubelet.service, serviceAccount: default/plain}]")
 		k.kill(k.server)
 		k.run(fmt.Sprintf(rejectLinkLocal, cmp.Or(plan.Binary, "iptables-nft")))
 		notified := k.notifySocket()
@@ -111,7 +111,7 @@ func (k *kernelNode) notifySocket() notifications {
 	return notifications{c, path}
 }
 
-// wait reads until something is told that begins so.
+// wait reads until a notification begins with prefix.
 func (n notifications) wait(t *testing.T, prefix string) {
 	t.Helper()
 	_ = n.SetReadDeadline(time.Now().Add(testTimeout))

@@ -65,7 +65,7 @@ func TestPassthrough(t *testing.T) {
 }
 
 func testPassthrough(t *testing.T, mode string) {
-	k := newKernelBedIn(t, routing.Plan{Mode: mode}, "passthrough: [default/aws]")
+	k := newKernelNodeIn(t, routing.Plan{Mode: mode}, "passthrough: [default/aws]")
 	aws := new(imds)
 	l, err := k.node.Cloud.Listen("tcp4", "169.254.169.254:80")
 	if err != nil {

@@ -45,7 +45,7 @@ func TestNotConfigured(t *testing.T) {
 		t.Errorf("status: %q, %q", st.State, st.Reason)
 	}
 	b.write(t, "config.yaml", "projectID: my-project\nroutign: {}\n")
-	b.eventually(t, "the new faults are told", func() bool {
+	b.eventually(t, "the new faults are reported", func() bool {
 		body := b.ask(t, linked, "GET", accts+"default/token", "").body
 		return strings.Contains(body, "config.yaml:2: there is no such key: write routing") &&
 			strings.Contains(body, "workloadIdentityProvider")
@@ -224,9 +224,9 @@ func TestReloadToKernel(t *testing.T) {
 		func() bool { return b.ask(t, linked, "GET", accts+"default/email", "").StatusCode == 200 })
 }
 
-// A file that was edited into something broken is told while the service runs on what it read
+// A file that was edited into something broken is reported while the service runs on what it read
 // before: not only by the next restart, and without a reload.
-func TestBrokenFileIsTold(t *testing.T) {
+func TestBrokenFileIsReported(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t)
 	b.ready(t)
@@ -250,7 +250,7 @@ func TestBrokenFileIsTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.write(t, "config.yaml", string(good)+"newerKey: 1\n")
-	b.eventually(t, "it is told", func() bool { return metric() == "0" })
+	b.eventually(t, "it is reported", func() bool { return metric() == "0" })
 	var text strings.Builder
 	st := b.Status()
 	if err := st.Text(&text, time.Now()); err != nil {
@@ -274,7 +274,7 @@ func TestBrokenFileIsTold(t *testing.T) {
 	if err := os.Remove(filepath.Join(b.dir, "ca.pem")); err != nil {
 		t.Fatal(err)
 	}
-	b.eventually(t, "the file that is gone is told",
+	b.eventually(t, "the file that is gone is reported",
 		func() bool { return strings.Contains(b.Status().ConfigFile, "google.caFile: name a file") })
 }
 

@@ -178,7 +178,7 @@ func (s *Service) run(ctx context.Context, first *activeConfig, all ...net.Liste
 		s.listenIPv6(ctx, first.config.Listen6)
 		s.listenDNS(ctx, first.config)
 	}
-	g.Go(func() error { return s.tellSystemd(gctx) })
+	g.Go(func() error { return s.notifySystemd(gctx) })
 	g.Go(func() error { return s.server.Run(gctx) })
 	g.Go(func() error { return s.handOver(gctx) })
 	g.Go(func() error { return s.reloadLoop(gctx) })
@@ -282,7 +282,7 @@ func (s *Service) lookAtFile() {
 }
 
 // reload puts what the configuration says now in place of what it said. One that does not load
-// changes nothing, unless there was none: then the reason is told anew, if it is another one or
+// changes nothing, unless there was none: then the reason is logged anew, if it is another one or
 // somebody asked.
 func (s *Service) reload(ctx context.Context, asked bool) {
 	old := s.active()

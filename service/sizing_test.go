@@ -71,7 +71,7 @@ func BenchmarkSizing(b *testing.B) {
 // newSizingNode builds the program as packages have it, and starts it as the units do.
 func newSizingNode(b *testing.B) *sizingNode {
 	s := &sizingNode{kernelNode: newKernelNode(b), b: b, program: filepath.Join(b.TempDir(), "gke-metadata-emulator")}
-	s.kill(s.server) // the bed's own processes are this test's binary
+	s.kill(s.server) // the test node's own processes are this test's binary
 	s.kill(s.helper)
 	for _, p := range []string{"reader", "plain", "principal", "hostile", "denied", "missing"} {
 		s.kube.DeletePod("default", p)

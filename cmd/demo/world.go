@@ -114,7 +114,7 @@ func (w *world) populate(ctx context.Context) (err error) {
 	routes := map[netip.Addr][]string{w.node.Addr: {"169.254.169.254/32", "169.254.169.252/32", "10.244.0.0/16",
 		"10.245.0.0/16"}}
 	if haveIPv6() {
-		routes[w.node.Six] = []string{"fd20:ce::254/128", "fd20:ce::252/128", "fd00:244::/64", "fd00:245::/64"}
+		routes[w.node.Addr6] = []string{"fd20:ce::254/128", "fd20:ce::252/128", "fd00:244::/64", "fd00:245::/64"}
 	}
 	for via, all := range routes {
 		for _, to := range all {
@@ -171,7 +171,7 @@ func (w *world) startCloud() error {
 			// The node itself may send requests, and its probe sends one. Packets of pods keep their
 			// addresses.
 			if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || from.Addr() != w.node.Addr &&
-				from.Addr() != w.node.Six {
+				from.Addr() != w.node.Addr6 {
 				w.cloudAsked.Add(1)
 			}
 			_, _ = io.WriteString(rw, nodeSecret)

@@ -11,7 +11,7 @@ import (
 var heading = regexp.MustCompile(`(?m)^## \[?v?([0-9][^\] ]*)\]? - ([0-9]{4}-[0-9]{2}-[0-9]{2})$`)
 
 // changelog writes the packagers' changelog, an entry for each release, as nfpm reads it, and the
-// operators' compressed. The packagers' says only which release it is: what changed is told once.
+// operators' compressed. The packagers' says only which release it is: the changes are listed once.
 func (r release) changelog(file, dir string) error {
 	text, err := os.ReadFile(file)
 	if err != nil {

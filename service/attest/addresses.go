@@ -26,7 +26,7 @@ func (s *netlinkSocket) subscribeAddresses() error {
 }
 
 // addresses asks for all addresses of the namespace that a client could have, and the interface of
-// each. What was told of changes until then is thrown away: it is in the answer. errTooMany says
+// each. Changes that were reported until then are dropped: they are in the answer. errTooMany says
 // that there are more than are kept; the socket is of no use then.
 func (s *netlinkSocket) addresses() (found map[netip.Addr]uint32, err error) {
 	for range 3 {
@@ -59,7 +59,7 @@ func (s *netlinkSocket) dumpAddresses() (map[netip.Addr]uint32, error) {
 		}
 		for m, rest, ok := nextMessage(b); ok; m, rest, ok = nextMessage(rest) {
 			switch {
-			case m.sequence != s.sequence: // a change that was told meanwhile: the socket's reader comes here again
+			case m.sequence != s.sequence: // a change that was reported meanwhile: the socket's reader comes here again
 			case m.kind == unix.NLMSG_DONE:
 				return found, nil
 			case m.kind == unix.NLMSG_ERROR:

@@ -16,26 +16,26 @@ import (
 
 // BenchmarkLook is what a connection costs, with 110 pods on the node.
 func BenchmarkLook(b *testing.B) {
-	bed := newTestNode(b)
-	pod := bed.client(containerPath(1, 1), bed.pod("asks"))
-	host := bed.client(containerPath(2, 2), bed.node.NS)
+	n := newTestNode(b)
+	pod := n.client(containerPath(1, 1), n.pod("asks"))
+	host := n.client(containerPath(2, 2), n.node.NS)
 	for i := range 109 {
-		bed.sleeper(containerPath(10+i, i), bed.pod(fmt.Sprint("p", i)))
+		n.sleeper(containerPath(10+i, i), n.pod(fmt.Sprint("p", i)))
 	}
-	bed.startHelper()
-	eventually(b, "all pods are known", func() bool { return bed.kernel.Status().Namespaces == 110 })
+	n.startHelper()
+	eventually(b, "all pods are known", func() bool { return n.kernel.Status().Namespaces == 110 })
 	for name, c := range map[string]*client{"pod": pod, "host": host} {
-		conn := accepted(bed.accept(c.do(dial)))
+		conn := accepted(n.accept(c.do(dial)))
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := bed.kernel.Look(conn); err != nil {
+				if _, err := n.kernel.Look(conn); err != nil {
 					b.Fatal(err)
 				}
 			}
 		})
 	}
-	e, err := bed.kernel.Look(accepted(bed.accept(pod.do(dial))))
+	e, err := n.kernel.Look(accepted(n.accept(pod.do(dial))))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -49,13 +49,13 @@ func BenchmarkLook(b *testing.B) {
 }
 
 // BenchmarkFreshConnection connects, sends a byte and gets one; every second connection is looked
-// at before that is read. Medians are told.
+// at before that is read. Medians are reported.
 func BenchmarkFreshConnection(b *testing.B) {
-	bed := newTestNode(b)
-	c := bed.client(containerPath(1, 1), bed.pod("asks"))
-	bed.startHelper()
-	bed.mustBe(c, dial, podUID(1), containerIDOf(1))
-	connections := bed.accepted
+	n := newTestNode(b)
+	c := n.client(containerPath(1, 1), n.pod("asks"))
+	n.startHelper()
+	n.mustBe(c, dial, podUID(1), containerIDOf(1))
+	connections := n.accepted
 	go func() {
 		looked := false
 		for conn := range connections {
@@ -65,7 +65,7 @@ func BenchmarkFreshConnection(b *testing.B) {
 				defer conn.Close()
 				there := accepted(conn)
 				if looked {
-					if _, err := bed.kernel.Look(there); err != nil {
+					if _, err := n.kernel.Look(there); err != nil {
 						b.Error(err)
 					}
 				}
@@ -93,9 +93,9 @@ func BenchmarkFreshConnection(b *testing.B) {
 func BenchmarkPods(b *testing.B) {
 	for _, pods := range []int{110, 500} {
 		b.Run(strconv.Itoa(pods), func(b *testing.B) {
-			bed := newTestNode(b)
+			n := newTestNode(b)
 			for i := range pods {
-				bed.sleeper(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
+				n.sleeper(containerPath(i, i), n.pod(fmt.Sprint("p", i)))
 			}
 			heap := func() float64 {
 				runtime.GC()
@@ -105,19 +105,19 @@ func BenchmarkPods(b *testing.B) {
 			}
 			files, memory := openFiles(b, "self"), heap()
 			for b.Loop() {
-				bed.startHelperAt(bed.cgroups)
-				bed.connected()
-				eventually(b, "all pods are known", func() bool { return bed.kernel.Status().Namespaces == pods })
+				n.startHelperAt(n.cgroups)
+				n.connected()
+				eventually(b, "all pods are known", func() bool { return n.kernel.Status().Namespaces == pods })
 				b.StopTimer()
 				b.ReportMetric(float64(openFiles(b, "self")-files)/float64(pods), "descriptors/pod")
 				b.ReportMetric((heap()-memory)/float64(pods), "B-heap/pod")
 				start := time.Now()
-				bed.kernel.cgroups.walk()
+				n.kernel.cgroups.walk()
 				b.ReportMetric(float64(time.Since(start).Microseconds())/1e3, "ms-walk")
-				helper := strconv.Itoa(bed.helper.Process.Pid)
+				helper := strconv.Itoa(n.helper.Process.Pid)
 				b.ReportMetric(float64(openFiles(b, helper)), "helper-descriptors")
 				b.ReportMetric(resident(b, helper), "helper-MB")
-				bed.killHelper()
+				n.killHelper()
 				b.StartTimer()
 			}
 		})
@@ -127,16 +127,16 @@ func BenchmarkPods(b *testing.B) {
 // BenchmarkScan is what the helper does when it or a server starts: it finds the namespaces of 110
 // pods, among 60 units of the node, and opens the sockets in them.
 func BenchmarkScan(b *testing.B) {
-	bed := newTestNode(b)
+	n := newTestNode(b)
 	var node uint64
-	if err := bed.node.Do(func() (err error) { node, err = networkNamespace("thread-self"); return err }); err != nil {
+	if err := n.node.Do(func() (err error) { node, err = networkNamespace("thread-self"); return err }); err != nil {
 		b.Fatal(err)
 	}
 	for i := range 110 {
-		bed.sleeper(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
+		n.sleeper(containerPath(i, i), n.pod(fmt.Sprint("p", i)))
 	}
 	for i := range 60 {
-		bed.sleeper(fmt.Sprintf("/system.slice/unit-%d.service", i), bed.node.NS)
+		n.sleeper(fmt.Sprintf("/system.slice/unit-%d.service", i), n.node.NS)
 	}
 	p, err := newPoller()
 	if err != nil {
@@ -144,7 +144,7 @@ func BenchmarkScan(b *testing.B) {
 	}
 	defer p.close()
 	for b.Loop() {
-		g, err := newCgroups(bed.cgroups, quiet())
+		g, err := newCgroups(n.cgroups, quiet())
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -171,14 +171,14 @@ func BenchmarkScan(b *testing.B) {
 // BenchmarkNewPod is the time from the start of a pod's first process until its namespace can be
 // asked.
 func BenchmarkNewPod(b *testing.B) {
-	bed := newTestNode(b)
-	bed.startHelper()
+	n := newTestNode(b)
+	n.startHelper()
 	for i := 0; b.Loop(); i++ {
 		b.StopTimer()
-		ns := bed.pod(fmt.Sprint("p", i))
+		ns := n.pod(fmt.Sprint("p", i))
 		b.StartTimer()
-		bed.sleeper(containerPath(i, i), ns)
-		for bed.kernel.Status().Namespaces <= i {
+		n.sleeper(containerPath(i, i), ns)
+		for n.kernel.Status().Namespaces <= i {
 			<-time.After(100 * time.Microsecond)
 		}
 	}
@@ -187,13 +187,13 @@ func BenchmarkNewPod(b *testing.B) {
 // BenchmarkDeath is the time from the kill of a pod's last process until its evidence is dead, and
 // its namespace let go.
 func BenchmarkDeath(b *testing.B) {
-	bed := newTestNode(b)
-	bed.startHelper()
+	n := newTestNode(b)
+	n.startHelper()
 	var evidence, let []time.Duration
 	for i := 0; b.Loop(); i++ {
 		b.StopTimer()
-		c := bed.client(containerPath(i, i), bed.pod(fmt.Sprint("p", i)))
-		e, _ := bed.mustBe(c, dial, podUID(i), containerIDOf(i))
+		c := n.client(containerPath(i, i), n.pod(fmt.Sprint("p", i)))
+		e, _ := n.mustBe(c, dial, podUID(i), containerIDOf(i))
 		gone := make(chan time.Time, 1)
 		b.StartTimer()
 		start := time.Now()
@@ -201,7 +201,7 @@ func BenchmarkDeath(b *testing.B) {
 			b.Fatal(err)
 		}
 		go func() {
-			for bed.kernel.Status().Namespaces > 0 {
+			for n.kernel.Status().Namespaces > 0 {
 				<-time.After(100 * time.Microsecond)
 			}
 			gone <- time.Now()

@@ -182,7 +182,7 @@ func (g *cgroups) add(parent *cgroup, name string) *cgroup {
 			_, _ = g.watchProcesses(c)
 		}
 	}
-	g.tell(c)
+	g.notify(c)
 	there, _ := subdirectories(g.root + c.path) // fails for one that goes away, and its parent tells
 	for name := range there {
 		g.reconcile(c, name)
@@ -283,10 +283,10 @@ func (g *cgroups) drop(c *cgroup) {
 	if c.pod == c {
 		delete(g.pods, c.path)
 	}
-	g.tell(c)
+	g.notify(c)
 }
 
-func (g *cgroups) tell(c *cgroup) {
+func (g *cgroups) notify(c *cgroup) {
 	switch {
 	case g.changed == nil:
 	case c.pod != nil && c.pod.fault == nil:

@@ -12,7 +12,7 @@ import (
 // queue holds 16,384 (fs.inotify.max_queued_events).
 const eventBuffer = 256 << 10
 
-// follow takes the kernel's events until close. told is called after each lot of them.
+// follow takes the kernel's events until close. changed is called after each lot of them.
 //
 // What was found to be alive is in doubt while events were lost, as the kernel does where they come
 // faster than they are taken, until all is read anew; and while so many wait that what they
@@ -85,7 +85,7 @@ func (g *cgroups) readProcess(c *cgroup) {
 	}
 }
 
-// take takes what inotify told.
+// take takes what inotify reported.
 func (g *cgroups) take(b []byte) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -97,7 +97,7 @@ func (g *cgroups) take(b []byte) {
 		case c == nil || e.mask&unix.IN_IGNORED != 0:
 		case e.watch == c.processWatch:
 			g.readProcess(c)
-			g.tell(c)
+			g.notify(c)
 		case e.mask&unix.IN_ATTRIB != 0 && e.name() == "":
 			g.reown(c)
 		case e.name() != "" && e.mask&unix.IN_ISDIR != 0:

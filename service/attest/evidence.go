@@ -31,7 +31,7 @@ var (
 	// of another.
 	ErrOtherNamespace = errors.New("the client's socket is in another pod's network namespace than the process that " +
 		"created it")
-	// ErrNotRead says that the kernel told of more changes of cgroups than could be taken, and that
+	// ErrNotRead says that the kernel reported more changes of cgroups than could be taken, and that
 	// all are read anew.
 	ErrNotRead = errors.New("the cgroups of the node are being read again")
 	// ErrSockets says that there are two sockets that could be the other end. Others can bring

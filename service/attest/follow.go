@@ -146,7 +146,7 @@ func tryOut(own *namespace) (named bool, err error) {
 	return f.cgroup != 0, err
 }
 
-// follow has us told when addresses of the namespace come and go, and when its process ends.
+// follow has changes of the namespace's addresses, and the end of its process, reported to us.
 func (k *Kernel) follow(n *namespace) (err error) {
 	k.routing.Lock()
 	defer k.routing.Unlock()

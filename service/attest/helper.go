@@ -65,8 +65,8 @@ type Helper struct {
 	pending map[string]*look // cgroups to look at, by path: pods' own, and those of no pod
 }
 
-// anchor is a process by which a namespace is found. What is told of it does not change, but for
-// another.
+// anchor is a process by which a namespace is found. What is reported of it does not change,
+// but for another.
 type anchor struct {
 	process
 	key    uint64          // of the poller

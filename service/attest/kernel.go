@@ -41,10 +41,10 @@ const DefaultCgroupRoot = "/sys/fs/cgroup"
 //
 // What it knows is as old as the kernel's news of it. A new pod's cgroup and namespace are known
 // some ms after they are there: until then Look says that it does not know. The death of a cgroup's
-// last process is told in some 10 ms (at most once in ten, and then we have to be scheduled); what
-// is written in between goes to a socket that this process made, and that nobody else has but by
-// having been given it (A-10). That a cgroup was removed is told at once, and its id is never used
-// again.
+// last process is reported in some 10 ms (at most once in ten, and then we have to be scheduled);
+// what is written in between goes to a socket that this process made, and that nobody else has but
+// by having been given it (A-10). The removal of a cgroup is reported at once, and its id is never
+// used again.
 type Kernel struct {
 	options KernelOptions
 	lookups *prometheus.CounterVec
@@ -428,7 +428,7 @@ var helperDesc = prometheus.NewDesc("gke_metadata_emulator_attest_helper_connect
 // Describe and Collect make it a prometheus.Collector.
 func (helperGauge) Describe(to chan<- *prometheus.Desc) { to <- helperDesc }
 
-// Collect is told in Describe.
+// Collect sends what Describe announces.
 func (g helperGauge) Collect(to chan<- prometheus.Metric) {
 	s := g.Status()
 	if s.Hierarchy == "" {

@@ -203,7 +203,7 @@ func TestRemovedCgroup(t *testing.T) {
 	eventually(t, "the evidence dies", func() bool { return !e.Alive() })
 	eventually(t, "the cgroup is removed", func() bool { return unix.Rmdir(b.cgroups+containerPath(1, 1)) == nil })
 	for _, conn := range []Conn{accepted(known), accepted(unseen)} {
-		b.requireRefused("removed", conn, ErrUnknownCgroup, ErrEmptyCgroup) // the latter until inotify has told
+		b.requireRefused("removed", conn, ErrUnknownCgroup, ErrEmptyCgroup) // the latter until inotify has reported
 	}
 	if err := os.Mkdir(b.cgroups+containerPath(1, 1), 0o755); err != nil { // the same name is not the same cgroup
 		t.Fatal(err)

@@ -41,7 +41,7 @@ func TestOverflow(t *testing.T) {
 	}
 	changed := watch(t, b.cgroups+containerPath(1, 1)+"/cgroup.events")
 	kill(c.cmd)
-	eventually(t, "others are told of the death", changed)
+	eventually(t, "the death is reported to others", changed)
 	groups.mu.Unlock()
 	eventually(t, "the death is noticed", func() bool { return !dead.Alive() })
 	b.mustBe(other, dial, podUID(2), containerIDOf(2))
@@ -50,7 +50,7 @@ func TestOverflow(t *testing.T) {
 	}
 }
 
-// watch reports whether the kernel told of a change of the file since.
+// watch reports whether the kernel reported a change of the file since.
 func watch(t *testing.T, file string) func() bool {
 	t.Helper()
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
@@ -137,7 +137,7 @@ func TestDoubt(t *testing.T) {
 		t.Errorf("who asks again: %+v, %v", b.caller, err)
 	}
 
-	// A loss that is told of while all is read anew has it read again. Events from above may still be
+	// A loss that is reported while all is read anew has it read again. Events from above may still be
 	// about to be taken: then they are let go first.
 	eventually(t, "all is in doubt again", func() bool {
 		g.mu.Lock()

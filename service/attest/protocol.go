@@ -26,7 +26,7 @@ type helperMessage struct {
 	// of the pods whose processes were found in it, and one of no pod if there is any
 	Cgroups []string `json:"cgroups,omitempty"`
 	Gone    bool     `json:"gone,omitempty"` // no process is in it any more; no descriptors
-	// All cgroups were looked at, and all that was found was told.
+	// All cgroups were looked at, and all that was found was reported.
 	Complete bool   `json:"complete,omitempty"`
 	Problem  string `json:"problem,omitempty"` // what cannot be done
 }

@@ -68,7 +68,7 @@ func TestMessages(t *testing.T) {
 		{"a namespace", helperMessage{Namespace: 7, Cgroups: []string{"/kubepods/podx"}}, []int{pipe[0], pipe[1], pipe[0]},
 			false},
 		{"that is gone", helperMessage{Namespace: 7, Gone: true}, nil, false},
-		{"all told", helperMessage{Complete: true, Problem: "p"}, nil, false},
+		{"all reported", helperMessage{Complete: true, Problem: "p"}, nil, false},
 		{"too few descriptors", helperMessage{Namespace: 7}, []int{pipe[0]}, true},
 		{"too many", helperMessage{Namespace: 7}, []int{pipe[0], pipe[0], pipe[0], pipe[0], pipe[0]}, true},
 		{"some where none belong", helperMessage{Complete: true}, []int{pipe[0]}, true},

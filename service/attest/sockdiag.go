@@ -102,12 +102,12 @@ func (s *netlinkSocket) socket(local, remote netip.AddrPort, device uint32) (soc
 
 func putAddr(b []byte, a netip.Addr) {
 	if a.Is4() {
-		four := a.As4()
-		copy(b, four[:])
+		a4 := a.As4()
+		copy(b, a4[:])
 		return
 	}
-	sixteen := a.As16()
-	copy(b, sixteen[:])
+	a16 := a.As16()
+	copy(b, a16[:])
 }
 
 // parseSocket reads a datagram. known says that it is the answer to the question; ok, that it tells

@@ -43,7 +43,7 @@ func TestParseSocket(t *testing.T) {
 		b[at] = v
 		return b
 	}
-	six := netip.MustParseAddrPort("[fd00::2]:40000")
+	addr6 := netip.MustParseAddrPort("[fd00::2]:40000")
 	mapped := forgedAnswer(7, 1, 42, netip.AddrPortFrom(netip.AddrFrom16(clientEnd.Addr().As16()), clientEnd.Port()),
 		netip.AddrPortFrom(netip.AddrFrom16(serverEnd.Addr().As16()), serverEnd.Port()))
 	for name, tt := range map[string]struct {
@@ -63,7 +63,7 @@ func TestParseSocket(t *testing.T) {
 			known: true},
 		"A-08: another port of its own": {answer: good, local: netip.MustParseAddrPort("10.244.0.2:40001"),
 			known: true},
-		"another family":                {answer: good, local: six, known: true},
+		"another family":                {answer: good, local: addr6, known: true},
 		"an answer to another question": {answer: change(8, 8), local: clientEnd},
 		"cut off":                       {answer: good[:20], local: clientEnd},
 		"too short for what it says it is": {answer: append([]byte{headerLen + 8, 0, 0, 0}, good[4:headerLen+8]...),

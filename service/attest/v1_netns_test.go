@@ -13,9 +13,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/netnstest"
 )
 
-// newV1Bed makes a node whose cgroups are of v1: a hierarchy of the test's own, without
+// newV1Node makes a node whose cgroups are of v1: a hierarchy of the test's own, without
 // controllers, where systemd has its own.
-func newV1Bed(t *testing.T) *testNode {
+func newV1Node(t *testing.T) *testNode {
 	t.Helper()
 	b := newTestNode(t)
 	b.stop() // the kernel that looks at cgroup v2
@@ -24,7 +24,7 @@ func newV1Bed(t *testing.T) *testNode {
 	if err == nil {
 		defer unix.Close(fs)
 		err = errors.Join(unix.FsconfigSetFlag(fs, "none"), unix.FsconfigSetString(fs, "name",
-			fmt.Sprintf("gme-%d-%d", os.Getpid(), bedSequence.Add(1))), unix.FsconfigCreate(fs))
+			fmt.Sprintf("gme-%d-%d", os.Getpid(), nodeSequence.Add(1))), unix.FsconfigCreate(fs))
 	}
 	if err != nil {
 		netnstest.Lacks(t, fmt.Errorf("mount a cgroup v1 hierarchy: %w", err))
@@ -79,7 +79,7 @@ func (b *testNode) v1Client(path string, ns *netnstest.NS) *client {
 // With cgroup v1 a pod's own network namespace is the evidence, and one of two pods is none, nor is
 // one that another process is in too.
 func TestCgroupV1(t *testing.T) {
-	b := newV1Bed(t)
+	b := newV1Node(t)
 	one, shared := b.pod("one"), b.pod("shared")
 	a, side := b.v1Client(containerPath(1, 1), one), b.v1Client(containerPath(1, 2), one)
 	host := b.v1Client(containerPath(2, 2), b.node.NS)

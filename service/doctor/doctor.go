@@ -37,7 +37,7 @@ type Finding struct {
 	Manifest string  `json:"manifest,omitempty"` // what to apply to the cluster, where that is the remedy
 }
 
-// Report is what Run found, in the order of the way from a pod's connect() to its token.
+// Report is what Run found, in the order of the path from a pod's connect() to its token.
 type Report struct {
 	Checks []Finding `json:"checks"`
 }
@@ -95,7 +95,7 @@ type Options struct {
 	Unit func(ctx context.Context, name string) status.Unit
 }
 
-// Run walks the way from a pod's connect() to its token, on this node, and says of each step
+// Run follows the path from a pod's connect() to its token, on this node, and says of each step
 // whether it works and what to do if not. It asks the running service for what that knows better,
 // and does without it. It changes nothing that outlives it.
 //

@@ -53,10 +53,10 @@ func healthy() *nodeReport {
 			Redirected: &seven, Policies: []string{}, Facts: routing.Facts{IPTables: "1.8.9", Backend: "nf_tables",
 				CgroupV2: true, CNI: []string{"ptp"}}},
 		cloud: answered{err: context.DeadlineExceeded},
-		trial: trial{answered: answered{status: 200, server: "GKE Metadata Server", ours: true},
+		probe: probed{answered: answered{status: 200, server: "GKE Metadata Server", ours: true},
 			from:     "198.18.169.254 by interface gme-doctor",
 			attested: attested{status: 403, reason: "not a pod: a process of the node asks"}},
-		podTrial: trial{answered: answered{status: 200, ours: true}, from: "ns/p, 10.244.0.2"},
+		podProbe: probed{answered: answered{status: 200, ours: true}, from: "ns/p, 10.244.0.2"},
 		names:    []netip.Addr{mds.Addr()},
 		cluster: kube.Attempt{Kubeconfig: "/etc/kubernetes/kubelet.conf", Credential: "client certificate",
 			Server: "https://k:6443", User: "system:node:n1", Node: "n1",
@@ -73,7 +73,7 @@ func dualStack(r *nodeReport) {
 	r.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 	r.state.Listen6 = r.plan.Listen6.String()
 	r.node.Holder6 = routing.ListenedBy{At: r.plan.Listen6, PID: "1", Exe: "systemd", Own: true}
-	r.trial6 = trial{answered: r.trial.answered, attested: r.trial.attested,
+	r.probe6 = probed{answered: r.probe.answered, attested: r.probe.attested,
 		from: "2001:2::a9fe:a9fe by interface gme-doctor"}
 	r.node.Redirected6, r.status.Requests6 = new(uint64), 2
 }
@@ -96,10 +96,10 @@ func ipv6Alone(r *nodeReport) {
 func observing(r *nodeReport) { r.plan.Mode, r.state.Mode = routing.ModeObserve, routing.ModeObserve }
 
 func TestDoctorOfAHealthyNode(t *testing.T) {
-	four, both := healthy(), healthy()
-	dualStack(both)
+	ipv4Only, dual := healthy(), healthy()
+	dualStack(dual)
 	// those of IPv6 are for who serves it
-	for n, lines := range map[*nodeReport]int{four: len(checks) - 2, both: len(checks)} {
+	for n, lines := range map[*nodeReport]int{ipv4Only: len(checks) - 2, dual: len(checks)} {
 		r := diagnose(n)
 		for _, f := range r.Checks {
 			if f.Verdict != OK || f.Remedy != "" || f.Finding == "" {

@@ -14,7 +14,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/status"
 )
 
-// attested is what the service answered a trial's connection that asked for what only a known
+// attested is what the service answered a probe's connection that asked for what only a known
 // caller gets.
 type attested struct {
 	err    error // it was not tried, or nobody answered
@@ -22,7 +22,7 @@ type attested struct {
 	reason string
 }
 
-// proven reports whether the kernel's evidence of the trial's own socket was found: the service
+// proven reports whether the kernel's evidence of the probe's own socket was found: the service
 // says that a process of the node asks, which doctor is, or gives it the identity that
 // hostIdentities name. Neither is said without the cgroup of that very socket.
 func (a attested) proven() bool {
@@ -32,7 +32,7 @@ func (a attested) proven() bool {
 
 // attest asks for the project's ID, which is no secret, in a connection of its own. Once more where
 // it fails: a namespace that is new may take the helper longer than the service waits for it.
-func (t *trial) attest(ctx context.Context, pod *probe.Pod, at netip.AddrPort, inhabited error) {
+func (t *probed) attest(ctx context.Context, pod *probe.Pod, at netip.AddrPort, inhabited error) {
 	if !t.ours {
 		return // connection says why
 	}
@@ -84,11 +84,11 @@ func evidenceCheck(r *nodeReport) Finding {
 	switch why := r.noEvidence(); {
 	case why != "":
 		return skip("%s", why)
-	case !r.trial.ours && !r.trial6.ours:
+	case !r.probe.ours && !r.probe6.ours:
 		return skip("no connection reached the service: see check connection")
 	}
 	var proven []string
-	for _, t := range []trial{r.trial, r.trial6} {
+	for _, t := range []probed{r.probe, r.probe6} {
 		a := t.attested
 		switch {
 		case !t.ours:

@@ -50,10 +50,10 @@ type nodeReport struct {
 	node      routing.Examination
 	health    routing.ListenedBy // who listens on healthListen
 	cloud     answered           // from the node itself
-	trial     trial
-	trial6    trial        // by IPv6, where its requests are redirected
-	direct    trial        // of the node itself, to the listen address
-	podTrial  trial        // from the network namespace of a pod
+	probe     probed
+	probe6    probed       // by IPv6, where its requests are redirected
+	direct    probed       // of the node itself, to the listen address
+	podProbe  probed       // from the network namespace of a pod
 	names     []netip.Addr // metadata.google.internal as this node resolves it
 	namesErr  error
 
@@ -75,8 +75,8 @@ type answered struct {
 	ours   bool   // it is the answer of GKE's metadata server, or an emulator's
 }
 
-// trial is a connection from a throw-away namespace.
-type trial struct {
+// probed is what came of a connection from a throw-away namespace.
+type probed struct {
 	answered
 	impossible error    // the namespace could not be made
 	dropped    []string // who dropped what was sent
@@ -137,9 +137,9 @@ func (r *nodeReport) askNode(ctx context.Context) {
 		r.direct = tryDirectly(ctx, r.plan.Listen, nil)
 	}
 	if !r.plan.Closed {
-		r.trial, r.trial6 = tryConnections(ctx, r.entry(), r.plan.Listen6.IsValid() && r.notIPv6() == "",
+		r.probe, r.probe6 = tryConnections(ctx, r.entry(), r.plan.Listen6.IsValid() && r.notIPv6() == "",
 			r.noEvidence() == "")
-		r.podTrial = tryFromPod(ctx, r.status, r.entry())
+		r.podProbe = tryFromPod(ctx, r.status, r.entry())
 	}
 }
 
@@ -159,7 +159,7 @@ func (r *nodeReport) entry() netip.AddrPort {
 	return routing.MetadataServer()
 }
 
-// askCluster tries the way to a pod's token, and from there to Google's.
+// askCluster tries the steps to a pod's token, and from there to Google's.
 func (r *nodeReport) askCluster(ctx context.Context, o Options) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -234,10 +234,10 @@ func askRoot(ctx context.Context, at netip.AddrPort, timeout time.Duration,
 
 // tryConnections connects as a pod would, and if that is wanted by IPv6 after that, and has
 // the connections attested.
-func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool) (t, t6 trial) {
+func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool) (t, t6 probed) {
 	pod, err := probe.NewPod()
 	if err != nil {
-		return trial{impossible: err}, trial{impossible: err}
+		return probed{impossible: err}, probed{impossible: err}
 	}
 	defer func() {
 		if err := pod.Close(); err != nil && t.impossible == nil {
@@ -254,8 +254,8 @@ func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool)
 	if !ipv6 {
 		return t, t6
 	}
-	if err := pod.AddSix(); err != nil {
-		return t, trial{impossible: err}
+	if err := pod.AddIPv6(); err != nil {
+		return t, probed{impossible: err}
 	}
 	if t6 = tryConnection(ctx, pod, pod.Addr6, routing.MetadataServer6()); evidence {
 		t6.attest(ctx, pod, routing.MetadataServer6(), inhabited)
@@ -265,7 +265,7 @@ func tryConnections(ctx context.Context, at netip.AddrPort, ipv6, evidence bool)
 
 // tryFromPod connects from the network namespace of a pod that the service knows, to meet the rules
 // for pods' own addresses and interfaces.
-func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t trial) {
+func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t probed) {
 	names := map[netip.Addr]string{}
 	if s != nil && s.Cluster != nil {
 		for _, q := range s.Cluster.Pods {
@@ -277,11 +277,11 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 		}
 	}
 	if len(names) == 0 {
-		return trial{impossible: probe.ErrNoPod}
+		return probed{impossible: probe.ErrNoPod}
 	}
 	pod, err := probe.JoinPod(slices.Collect(maps.Keys(names)))
 	if err != nil {
-		return trial{impossible: err}
+		return probed{impossible: err}
 	}
 	defer func() { _ = pod.Close() }()
 	t.from = fmt.Sprintf("%s, %s", names[pod.Addr], pod.Addr)
@@ -291,7 +291,7 @@ func tryFromPod(ctx context.Context, s *status.Status, at netip.AddrPort) (t tri
 
 // tryConnection connects from that address of the pod's. What fails is done once more while it is
 // looked at who drops it.
-func tryConnection(ctx context.Context, pod *probe.Pod, from netip.Addr, at netip.AddrPort) (t trial) {
+func tryConnection(ctx context.Context, pod *probe.Pod, from netip.Addr, at netip.AddrPort) (t probed) {
 	t.from = fmt.Sprintf("%s by interface %s", from, pod.Link)
 	const timeout = 3 * time.Second // a client's
 	if t.answered = askRoot(ctx, at, timeout, pod.Dial); t.err != nil {
@@ -303,7 +303,7 @@ func tryConnection(ctx context.Context, pod *probe.Pod, from netip.Addr, at neti
 // tryDirectly connects as a process of the node does that the rules spare (hostIdentities), and as
 // the service's own probe. dial is askRoot's.
 func tryDirectly(ctx context.Context, at netip.AddrPort,
-	dial func(ctx context.Context, network, address string) (net.Conn, error)) (t trial) {
+	dial func(ctx context.Context, network, address string) (net.Conn, error)) (t probed) {
 	if t.answered = askRoot(ctx, at, 2*time.Second, dial); t.err != nil {
 		t.dropped, t.traceErr = probe.DroppedHere(ctx, at.Addr(),
 			func() { t.answered = askRoot(ctx, at, time.Second, dial) })

@@ -215,7 +215,7 @@ func TestRunExamines(t *testing.T) {
 	is(found, map[string]Verdict{"service": Fail, "credential": Fail, "tokens": Skip})
 }
 
-// Whoever answers at the metadata server's address is told by its header; redirects are not
+// Whoever answers at the metadata server's address is recognised by its header; redirects are not
 // followed, and nobody is waited for for long.
 func TestAskRoot(t *testing.T) {
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

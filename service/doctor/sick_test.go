@@ -139,7 +139,7 @@ var sickNodes = []sickNode{
 	{"guard", observing, Warn, "guards nothing", "another routing.mode"},
 	{"cloud", func(r *nodeReport) { observing(r); r.cloud = answered{server: "EC2ws", status: 401} }, OK,
 		"AWS's metadata server answers the node's own processes and pods", ""},
-	{"connection", func(r *nodeReport) { observing(r); r.trial.answered = answered{server: "EC2ws", status: 401} },
+	{"connection", func(r *nodeReport) { observing(r); r.probe.answered = answered{server: "EC2ws", status: 401} },
 		Skip, "redirects no connections", ""},
 	{"traffic", observing, Skip, "routing observe", ""},
 
@@ -170,12 +170,12 @@ var sickNodes = []sickNode{
 	{"network", func(r *nodeReport) {
 		r.node.Facts.Cilium, r.node.Facts.CiliumHost, r.state.Mode, r.plan.Mode = true, &yes, routing.ModeLoopback,
 			routing.ModeLoopback
-	}, Fail, "wants routing.link", "routing.link: gme0"},
+	}, Fail, "needs routing.link", "routing.link: gme0"},
 	{"network", func(r *nodeReport) {
 		r.node.Facts.Cilium, r.node.Facts.CiliumHost, r.state.Mode, r.plan.Mode, r.plan.Link = true, &yes,
 			routing.ModeLoopback, routing.ModeLoopback, "gme0"
 	}, OK, "Cilium routes", ""},
-	{"network", func(r *nodeReport) { r.node.Facts.Cilium = true }, Warn, "cannot be told", "hostLegacyRouting"},
+	{"network", func(r *nodeReport) { r.node.Facts.Cilium = true }, Warn, "is not known", "hostLegacyRouting"},
 	{"network", func(r *nodeReport) { r.node.Facts.CalicoBPF = true }, Warn, "Calico's eBPF", "bpfExcludeCIDRsFromNAT"},
 	{"network", func(r *nodeReport) { r.node.Facts.GKE = true }, Fail, "node of GKE", "remove the package"},
 	{"network", func(r *nodeReport) { r.cloud = answered{ours: true, server: "GKE Metadata Server"}; r.status = nil },
@@ -238,62 +238,62 @@ var sickNodes = []sickNode{
 	{"cgroups", func(r *nodeReport) { r.node.HostSlices, r.config.Routing.InterceptHostPods = nil, "on" }, Fail,
 		"none of the node's own slices", "off"},
 
-	{"policies", func(r *nodeReport) { r.node.Policies, r.trial.ours = []string{"inet foreign late"}, false }, Warn,
+	{"policies", func(r *nodeReport) { r.node.Policies, r.probe.ours = []string{"inet foreign late"}, false }, Warn,
 		"inet foreign late at hook input", "169.254.169.252:988"},
 	{"policies", func(r *nodeReport) { r.node.Policies, r.node.Local = []string{"ip filter FORWARD"}, false }, OK,
 		"ip filter FORWARD at hook forward have policy drop, and accept", ""},
 	{"policies", func(r *nodeReport) { r.node.Policies = nil }, Skip, "as root", ""},
 
 	{"connection", func(r *nodeReport) {
-		r.trial.answered, r.trial.dropped = answered{err: context.DeadlineExceeded},
+		r.probe.answered, r.probe.dropped = answered{err: context.DeadlineExceeded},
 			[]string{"nft chain inet foreign late (policy drop)"}
 	}, Fail, "dropped by nft chain inet foreign late (policy drop)", "accept packets of pods to 169.254.169.252:988"},
-	{"connection", func(r *nodeReport) { r.trial.answered = answered{err: context.DeadlineExceeded} }, Fail,
+	{"connection", func(r *nodeReport) { r.probe.answered = answered{err: context.DeadlineExceeded} }, Fail,
 		"no answer, and no chain was seen to drop it", "rules"},
 	{"connection", func(r *nodeReport) {
-		r.trial.answered, r.trial.traceErr = answered{err: errors.New("odd")}, errors.New("no tracing")
+		r.probe.answered, r.probe.traceErr = answered{err: errors.New("odd")}, errors.New("no tracing")
 	}, Fail, "odd; tracing the packet failed: no tracing", "rules"},
-	{"connection", func(r *nodeReport) { r.trial.answered = answered{err: &net.OpError{Err: unix.ECONNREFUSED}} }, Fail,
+	{"connection", func(r *nodeReport) { r.probe.answered = answered{err: &net.OpError{Err: unix.ECONNREFUSED}} }, Fail,
 		"connection refused, and no chain", "listener"},
-	{"connection", func(r *nodeReport) { r.trial.answered = answered{status: 200, server: "EC2ws"} }, Fail,
+	{"connection", func(r *nodeReport) { r.probe.answered = answered{status: 200, server: "EC2ws"} }, Fail,
 		"AWS's metadata server answered instead of this service", installRules},
 	{"connection", func(r *nodeReport) {
-		r.trial.answered, r.state.Desired = answered{status: 200}, routing.Removed
+		r.probe.answered, r.state.Desired = answered{status: 200}, routing.Removed
 	}, Fail, "without a Server header (status 200) answered", installRules},
-	{"connection", func(r *nodeReport) { r.trial = trial{impossible: fault.ErrPermission}; r.root = false }, Skip,
+	{"connection", func(r *nodeReport) { r.probe = probed{impossible: fault.ErrPermission}; r.root = false }, Skip,
 		"as root", ""},
-	{"connection", func(r *nodeReport) { r.trial = trial{impossible: errors.New("file exists")} }, Warn, "file exists",
+	{"connection", func(r *nodeReport) { r.probe = probed{impossible: errors.New("file exists")} }, Warn, "file exists",
 		"another doctor"},
 	{"connection", func(r *nodeReport) { r.plan.Mode = routing.ModeNone }, OK,
 		"to 169.254.169.252:988, the value of GCE_METADATA_HOST: this service answered", ""},
-	{"connection", func(r *nodeReport) { r.podTrial = trial{impossible: probe.ErrNoPod} }, OK,
+	{"connection", func(r *nodeReport) { r.podProbe = probed{impossible: probe.ErrNoPod} }, OK,
 		"not tried from a pod: no process runs", ""},
-	{"connection", func(r *nodeReport) { r.podTrial.answered = answered{err: context.DeadlineExceeded} }, Fail,
+	{"connection", func(r *nodeReport) { r.podProbe.answered = answered{err: context.DeadlineExceeded} }, Fail,
 		"from pod ns/p, 10.244.0.2: no answer, but from a temporary namespace", "the rule for pods' addresses"},
 	{"connection", func(r *nodeReport) {
-		r.podTrial.answered, r.node.Untrack = answered{err: context.DeadlineExceeded}, []string{"nft chain inet net raw"}
+		r.podProbe.answered, r.node.Untrack = answered{err: context.DeadlineExceeded}, []string{"nft chain inet net raw"}
 	}, Fail, "from pod ns/p, 10.244.0.2: no answer: nft chain inet net raw excludes packets from conntrack", "nftables"},
-	{"connection", func(r *nodeReport) { r.podTrial.answered = answered{status: 200, server: "EC2ws"} }, Fail,
+	{"connection", func(r *nodeReport) { r.podProbe.answered = answered{status: 200, server: "EC2ws"} }, Fail,
 		"from pod ns/p, 10.244.0.2: AWS's metadata server answered", installRules},
 	{"connection", func(r *nodeReport) { r.plan.Closed = true }, Skip, "no valid configuration", ""},
 	{"connection", func(r *nodeReport) {
-		r.state.Mode, r.trial = routing.ModeEBPF, trial{answered: answered{err: unix.ETIMEDOUT}}
+		r.state.Mode, r.probe = routing.ModeEBPF, probed{answered: answered{err: unix.ETIMEDOUT}}
 	}, Skip, "ebpf", ""},
 
 	{"evidence", func(r *nodeReport) {}, OK, "found the socket of doctor's connection from 198.18.169.254 by interface " +
 		"gme-doctor", ""},
 	{"evidence", dualStack, OK, "gme-doctor and from 2001:2::a9fe:a9fe by", ""},
-	{"evidence", func(r *nodeReport) { r.trial.attested = attested{status: 200, reason: "my-project"} }, OK,
+	{"evidence", func(r *nodeReport) { r.probe.attested = attested{status: 200, reason: "my-project"} }, OK,
 		"found the socket of doctor's connection", ""},
-	{"evidence", func(r *nodeReport) { r.trial.attested = attested{status: 503, reason: "no socket"} }, Fail,
+	{"evidence", func(r *nodeReport) { r.probe.attested = attested{status: 503, reason: "no socket"} }, Fail,
 		"refuses pods: 503 no socket", "restart gke-metadata-emulator-attest"},
-	{"evidence", func(r *nodeReport) { r.trial.attested = attested{status: 403, reason: "sockets of two"} }, Fail,
+	{"evidence", func(r *nodeReport) { r.probe.attested = attested{status: 403, reason: "sockets of two"} }, Fail,
 		"refuses pods: 403 sockets of two", "iptables-save"},
-	{"evidence", func(r *nodeReport) { dualStack(r); r.trial6.attested = attested{status: 503, reason: "no socket"} },
+	{"evidence", func(r *nodeReport) { dualStack(r); r.probe6.attested = attested{status: 503, reason: "no socket"} },
 		Fail,
 		"from 2001:2::a9fe:a9fe", "iptables-save"},
-	{"evidence", func(r *nodeReport) { r.trial.attested = attested{err: errors.New("no cat")} }, Warn, "no cat", "again"},
-	{"evidence", func(r *nodeReport) { r.trial = trial{impossible: errors.New("x")} }, Skip, "see check connection", ""},
+	{"evidence", func(r *nodeReport) { r.probe.attested = attested{err: errors.New("no cat")} }, Warn, "no cat", "again"},
+	{"evidence", func(r *nodeReport) { r.probe = probed{impossible: errors.New("x")} }, Skip, "see check connection", ""},
 	{"evidence", func(r *nodeReport) { r.status.Attestation = status.Attestation{Mode: "source-ip"} }, Skip,
 		"source-ip", ""},
 	{"evidence", func(r *nodeReport) { r.status, r.statusErr = nil, status.ErrNotRunning }, Skip, "see check service", ""},
@@ -301,35 +301,35 @@ var sickNodes = []sickNode{
 	{"connection6", func(r *nodeReport) {}, "", "", ""},
 	{"connection6", dualStack, OK, "from a temporary namespace, 2001:2::a9fe:a9fe by interface gme-doctor: this " +
 		"service answered", ""},
-	{"connection6", func(r *nodeReport) { dualStack(r); r.trial = trial{impossible: errors.New("x")} }, OK, "answered",
+	{"connection6", func(r *nodeReport) { dualStack(r); r.probe = probed{impossible: errors.New("x")} }, OK, "answered",
 		""},
 	{"connection6", func(r *nodeReport) {
 		dualStack(r)
-		r.trial6.answered, r.trial6.dropped = answered{err: context.DeadlineExceeded},
+		r.probe6.answered, r.probe6.dropped = answered{err: context.DeadlineExceeded},
 			[]string{"nft chain ip6 foreign late (policy drop)"}
 	}, Fail, "2001:2::a9fe:a9fe by interface gme-doctor: dropped by nft chain ip6 foreign late (policy drop)",
 		"accept packets of pods to [fd20:ce::252]:988"},
 	{"connection6", func(r *nodeReport) {
 		dualStack(r)
-		r.trial6.answered = answered{status: 200, server: "Metadata Server for VM"}
+		r.probe6.answered = answered{status: 200, server: "Metadata Server for VM"}
 	}, Fail, "Google Compute Engine's metadata server answered instead of this service", installRules},
-	{"connection6", func(r *nodeReport) { dualStack(r); r.trial6 = trial{impossible: errors.New("no IPv6 here")} },
+	{"connection6", func(r *nodeReport) { dualStack(r); r.probe6 = probed{impossible: errors.New("no IPv6 here")} },
 		Warn, "no IPv6 here", "default.disable_ipv6"},
 	{"connection6", func(r *nodeReport) {
 		dualStack(r)
-		r.trial = trial{impossible: fault.ErrPermission}
-		r.trial6, r.root = r.trial, false
+		r.probe = probed{impossible: fault.ErrPermission}
+		r.probe6, r.root = r.probe, false
 	}, Skip, "as root", ""},
 	{"connection6", func(r *nodeReport) { dualStack(r); r.node.IPv6 = false }, Skip,
 		"not redirected: this node has no IPv6",
 		""},
 	{"connection6", func(r *nodeReport) { dualStack(r); r.state.IPv6 = "ip6tables: no nat" }, Skip,
 		"not redirected: ip6tables: no nat", ""},
-	{"connection", func(r *nodeReport) { dualStack(r); r.trial6.answered = answered{err: context.DeadlineExceeded} }, OK,
+	{"connection", func(r *nodeReport) { dualStack(r); r.probe6.answered = answered{err: context.DeadlineExceeded} }, OK,
 		"answered", ""},
 	{"policies", func(r *nodeReport) {
 		dualStack(r)
-		r.node.Policies, r.trial6.ours = []string{"ip6 foreign late"}, false
+		r.node.Policies, r.probe6.ours = []string{"ip6 foreign late"}, false
 	},
 		Warn, "ip6 foreign late", "accept"},
 

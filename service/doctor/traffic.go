@@ -29,7 +29,7 @@ func policiesCheck(r *nodeReport) Finding {
 		return skip("to read the chains of other programs, %s", asRoot)
 	case len(r.node.Policies) == 0:
 		return good("no chain at hook %s has policy drop", hook)
-	case r.trial.ours && (r.trial6.ours || !r.plan.Listen6.IsValid() || r.notIPv6() != ""):
+	case r.probe.ours && (r.probe6.ours || !r.plan.Listen6.IsValid() || r.notIPv6() != ""):
 		return good("%s at hook %s have policy drop, and accept requests of pods", strings.Join(r.node.Policies, ", "), hook)
 	}
 	return warn("accept packets to "+r.plan.Listen.String()+" in these chains",
@@ -38,7 +38,7 @@ func policiesCheck(r *nodeReport) Finding {
 
 // connectionCheck is a real connection by way of everybody's rules.
 func connectionCheck(r *nodeReport) Finding {
-	f, t := r.connection(r.trial, r.plan.Listen), r.podTrial
+	f, t := r.connection(r.probe, r.plan.Listen), r.podProbe
 	switch {
 	case f.Verdict != OK:
 		return f
@@ -64,14 +64,14 @@ func connection6Check(r *nodeReport) Finding {
 		return Finding{}
 	case why != "":
 		return skip("requests by IPv6 are not redirected: %s", why)
-	case r.trial6.impossible != nil && r.trial.impossible == nil:
-		return warn("if new interfaces get no IPv6: sysctl net.ipv6.conf.default.disable_ipv6=0", "%v", r.trial6.impossible)
+	case r.probe6.impossible != nil && r.probe.impossible == nil:
+		return warn("if new interfaces get no IPv6: sysctl net.ipv6.conf.default.disable_ipv6=0", "%v", r.probe6.impossible)
 	}
-	return r.connection(r.trial6, r.plan.Listen6)
+	return r.connection(r.probe6, r.plan.Listen6)
 }
 
-// connection judges a trial of what should end at the listen address.
-func (r *nodeReport) connection(t trial, listen netip.AddrPort) Finding {
+// connection judges a probe of what should end at the listen address.
+func (r *nodeReport) connection(t probed, listen netip.AddrPort) Finding {
 	from := "from a temporary namespace, " + t.from
 	if r.plan.Mode == routing.ModeNone {
 		from += fmt.Sprintf(", to %s, the value of GCE_METADATA_HOST", r.entry())

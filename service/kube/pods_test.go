@@ -277,7 +277,7 @@ func TestFaults(t *testing.T) {
 }
 
 // The API server restarts: a UID is still the pod's, an address is nobody's until the server is
-// back and has told what we missed.
+// back and has reported what we missed.
 func TestAPIServerRestarts(t *testing.T) {
 	for name, gap := range map[string]time.Duration{"for a moment": 0, "for long": time.Hour} {
 		t.Run(name, func(t *testing.T) {

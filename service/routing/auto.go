@@ -36,11 +36,11 @@ func (p Plan) fit(f Facts) Plan {
 		p.Reason = fmt.Sprintf("%s, which asks for mode %s, and this version has none", p.Reason, p.Mode)
 		p.Mode = ModeIPTables
 	}
-	return p.withoutSix()
+	return p.withoutIPv6()
 }
 
-// withoutSix is the Plan of a mode that was found out, and that may serve IPv4 alone.
-func (p Plan) withoutSix() Plan {
+// withoutIPv6 is the Plan of a mode that was found out, and that may serve IPv4 alone.
+func (p Plan) withoutIPv6() Plan {
 	if p.Listen6.IsValid() && !p.dnats() {
 		p.Listen6 = netip.AddrPort{}
 		p.Reason += "; it serves IPv4 alone, so listen6 is not"

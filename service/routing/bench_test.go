@@ -185,7 +185,7 @@ func BenchmarkWatchChurn(b *testing.B) {
 // BenchmarkConnect is a fresh connection of a pod's with one question and its answer, in each mode,
 // beside rules of kube-proxy's. The modes take turns, so that what else the machine does falls on
 // all alike: it is the ratios to a direct connection, on a node without any rules, that count, of
-// which the medians are told.
+// which the medians are reported.
 func BenchmarkConnect(b *testing.B) {
 	const each = 300 // connections in a turn
 	for _, n := range []int{0, 1000, 10000} {

@@ -137,10 +137,10 @@ func TestInstallAgainTouchesNothing(t *testing.T) {
 			}
 			stop.Store(true)
 			pod.Wait()
-			// What is told of a change waits in the socket before the change is acknowledged.
+			// What is reported of a change waits in the socket before the change is acknowledged.
 			message := make([]byte, 4096)
 			if n, _, err := unix.Recvfrom(changes.GetFd(), message, unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
-				t.Errorf("the kernel told of a change (%v): %x", err, message[:max(n, 0)])
+				t.Errorf("the kernel reported a change (%v): %x", err, message[:max(n, 0)])
 			}
 			if err := b.Do(func() error {
 				after, err := nft.Generation()

@@ -24,7 +24,7 @@ type Facts struct {
 	CNI        []string // plugins in /etc/cni/net.d, and those whose interfaces are there
 	Bridged    bool     // pods hang on a bridge, where one can speak with another's address
 	Cilium     bool
-	CiliumHost *bool // it routes by BPF, past the node's netfilter; nil: that cannot be told
+	CiliumHost *bool // it routes by BPF, past the node's netfilter; nil: that is not known
 	CalicoBPF  bool
 	Denied     bool // a security module denies changes of the firewall, whoever asks (AKS)
 	GKE        bool // the node is GKE's own
@@ -48,9 +48,9 @@ var picks = []struct {
 	{func(f Facts) bool { return f.Denied }, withoutNetfilter,
 		"a security module denies every change of the firewall, as on AKS with eBPF host routing"},
 	{func(f Facts) bool { return f.Cilium && f.CiliumHost != nil && *f.CiliumHost }, withoutNetfilter,
-		"Cilium routes pods' packets by BPF, past the node's netfilter (mode loopback wants routing.link there)"},
+		"Cilium routes pods' packets by BPF, past the node's netfilter (mode loopback needs routing.link there)"},
 	{func(f Facts) bool { return f.Cilium && f.CiliumHost == nil }, withoutNetfilter,
-		"this is Cilium, and whether it routes by BPF, past the node's netfilter, cannot be told (mode loopback wants " +
+		"this is Cilium; whether it routes by BPF, past the node's netfilter, is not known (mode loopback needs " +
 			"routing.link there)"},
 	{func(f Facts) bool { return f.CalicoBPF }, withoutNetfilter,
 		"Calico's eBPF mode translates addresses before the node's netfilter does"},

@@ -100,14 +100,14 @@ const DNSRemedy = "set routing.mode to iptables or nftables, or add a record of 
 
 // putAll is put, without DNS or IPv6 if that is what fails.
 func (r *router) putAll(ctx context.Context, n *node) error {
-	err := r.putSix(ctx, n)
+	err := r.putIPv6Optional(ctx, n)
 	if err == nil || !n.dns {
 		return err
 	}
 	with := *n
 	why, _, _ := strings.Cut(err.Error(), "\n")
 	n.dns, n.whyNotDNS = false, why
-	if _, again := n.survey(ctx, n.nodeFacts); again != nil || r.putSix(ctx, n) != nil {
+	if _, again := n.survey(ctx, n.nodeFacts); again != nil || r.putIPv6Optional(ctx, n) != nil {
 		n.nodeFacts = with.nodeFacts // it was not DNS
 		return err
 	}
@@ -184,9 +184,9 @@ func dnsRules(p Plan, s nodeFacts, w redirectTarget, chain string) (rules []stri
 }
 
 // udpBy drops UDP from or to the listener by an interface.
-func udpBy(l netip.AddrPort, end, way, name string) string {
+func udpBy(l netip.AddrPort, end, direction, name string) string {
 	port := map[string]string{"-s": "--sport", "-d": "--dport"}[end]
-	return fmt.Sprintf("%s %s %s %s -p udp -m udp %s %d -j DROP", end, single(l), way, name, port, l.Port())
+	return fmt.Sprintf("%s %s %s %s -p udp -m udp %s %d -j DROP", end, single(l), direction, name, port, l.Port())
 }
 
 // dnsParts are the same of nft, of which an accept is final for its own chain only.

@@ -48,7 +48,7 @@ ip6tables -t nat -A KUBE-SERVICES -d fd00:96::10/128 -p udp --dport 53 -j DNAT -
 for c in PREROUTING OUTPUT; do
 	iptables -t raw -A $c -d 169.254.20.10/32 -p udp --dport 53 -j NOTRACK
 	iptables -t raw -A $c -s 169.254.20.10/32 -p udp --sport 53 -j NOTRACK
-done`, coredns.Addr, coredns.Six))
+done`, coredns.Addr, coredns.Addr6))
 	listen := func(ns *netnstest.NS, at string, serve func(net.PacketConn)) {
 		b.t.Helper()
 		c, err := ns.ListenPacket("udp", at)
@@ -58,7 +58,7 @@ done`, coredns.Addr, coredns.Six))
 		go serve(c)
 	}
 	listen(coredns, netip.AddrPortFrom(coredns.Addr, 53).String(), servers.serve)
-	listen(coredns, netip.AddrPortFrom(coredns.Six, 53).String(), servers.serve)
+	listen(coredns, netip.AddrPortFrom(coredns.Addr6, 53).String(), servers.serve)
 	listen(b.Cloud, cloudDNS, servers.serve)
 	listen(b.NS, cachedDNS, servers.serve)
 

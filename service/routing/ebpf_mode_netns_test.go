@@ -99,7 +99,7 @@ func TestEBPFStory(t *testing.T) {
 	b.answersIn(podCgroup, b.pod, "169.254.169.254:80", cloud)
 }
 
-// TestEBPFHostPods: pods on the host network are told by what they are not: in a slice of the
+// TestEBPFHostPods: pods on the host network are recognised by what they are not: in a slice of the
 // host's. Kubelet may make its cgroup later, and anew.
 func TestEBPFHostPods(t *testing.T) {
 	t.Parallel()
@@ -230,7 +230,7 @@ func TestEBPFWatch(t *testing.T) {
 		b.answersIn(podCgroup, b.pod, "169.254.169.254:80", emulator)
 		last := w.repaired()[len(w.repaired())-1].Data
 		if last["layer"] != c.layer || c.cause != "" && last["cause"] != c.cause {
-			t.Errorf("%s: told as %v", c.name, last)
+			t.Errorf("%s: reported as %v", c.name, last)
 		}
 		t.Logf("%s: repaired in %v", c.name, took)
 	}

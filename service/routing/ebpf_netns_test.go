@@ -147,7 +147,7 @@ func TestPins(t *testing.T) {
 	}
 }
 
-// TestPinsRefusals: each reason why programs cannot be had is told with the remedy.
+// TestPinsRefusals: each reason why programs cannot be had is reported with the remedy.
 func TestPinsRefusals(t *testing.T) {
 	t.Parallel()
 	netnstest.Needs(t, "setpriv")

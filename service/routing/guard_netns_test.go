@@ -32,7 +32,7 @@ func TestGuardFragments(t *testing.T) {
 			_, _ = dns.WriteTo([]byte(cloud), from)
 		}
 	}()
-	ways := []struct {
+	packets := []struct {
 		name string
 		to   string
 		make func(from, to netip.AddrPort) [][]byte
@@ -59,7 +59,7 @@ func TestGuardFragments(t *testing.T) {
 	}
 	tryAll := func(answered bool, wait time.Duration) {
 		t.Helper()
-		for _, w := range ways {
+		for _, w := range packets {
 			if got := sendSYN(t, b.pod, netip.MustParseAddrPort(w.to), w.make, wait); got != answered {
 				t.Errorf("%s to %s: answered: %v, want %v", w.name, w.to, got, answered)
 			}
@@ -71,7 +71,7 @@ func TestGuardFragments(t *testing.T) {
 		b.install(p)
 		b.requireOK(p)
 		if !p.Closed {
-			b.run("nft flush ruleset") // what the rules let through and what not is told by outcomes
+			b.run("nft flush ruleset") // TestOutcomes says what the rules let through
 		}
 		tryAll(false, short)
 		b.answers(b.pod, "169.254.169.254:53", cloud)
@@ -103,7 +103,7 @@ func sendSYN(
 	source, family, headers := ns.Addr, unix.AF_INET, 20
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Addr: netnstest.Metadata.As4()}
 	if to.Addr().Is6() {
-		source, family, headers = ns.Six, unix.AF_INET6, 0
+		source, family, headers = ns.Addr6, unix.AF_INET6, 0
 		sa = &unix.SockaddrInet6{Addr: to.Addr().As16()}
 	}
 	if err := ns.Do(func() error {

@@ -30,7 +30,7 @@ type CloudServer struct {
 }
 
 const (
-	cloudUnknown = ""        // the host has no way there yet
+	cloudUnknown = ""        // the host has no route there yet
 	cloudSilent  = "silent"  // nobody has answered so far: the network may be about to come up
 	cloudNone    = "none"    // nobody answered for long, or somebody refused
 	cloudAnswers = "answers" // whatever it says
@@ -77,7 +77,7 @@ func hostPods(p Plan, c CloudServer, slices []string) (yes bool, why string) {
 	case c.Found == cloudAnswers:
 		why = "the cloud's metadata server answers at " + at + ", and they may need it"
 	default:
-		why = "there is no way to " + at + " yet, so whether a metadata server of the cloud answers there is not known"
+		why = "there is no route to " + at + " yet, so whether a metadata server of the cloud answers there is not known"
 	}
 	if yes && len(slices) == 0 {
 		yes, why = false, "none of the host's own cgroups was found, which needs cgroup v2"

@@ -73,7 +73,7 @@ func TestHostPodsAuto(t *testing.T) {
 	b.run("ip route del default; " + refuse)
 	b.plan.RunDir = t.TempDir()
 	w := b.watch(b.plan, time.Hour)
-	says("left alone: there is no way to 169.254.169.254 yet")
+	says("left alone: there is no route to 169.254.169.254 yet")
 	b.run("ip route add default via 198.51.100.1")
 	w.until("it learned", func() bool { return w.state().CloudServer.Found == cloudNone && w.state().Standing.Good })
 	says("redirected: no metadata server of a cloud answers")
@@ -118,7 +118,7 @@ func TestHostPodsSilence(t *testing.T) {
 			<-time.After(10 * time.Millisecond)
 		}
 	}
-	until("left alone: there is no way to 169.254.169.254 yet")
+	until("left alone: there is no route to 169.254.169.254 yet")
 	b.run("ip route add default via 198.51.100.1")
 	until("redirected: no metadata server of a cloud has answered at 169.254.169.254 so far")
 	b.answersIn(podCgroup, b.NS, "169.254.169.254:80", emulator)
@@ -164,9 +164,9 @@ func TestHostPodsSilentForLong(t *testing.T) {
 	b.remove(b.plan)
 }
 
-// TestAskUnderWay: the network that a question is asked in changes before the answer. It is asked
-// again as soon as that question is answered, and not at the next sweep.
-func TestAskUnderWay(t *testing.T) {
+// TestNetworkChangesWhileAsking: the network that a question is asked in changes before the answer.
+// It is asked again as soon as that question is answered, and not at the next sweep.
+func TestNetworkChangesWhileAsking(t *testing.T) {
 	w := &watcher{router: &router{plan: Plan{InterceptHostPods: "auto"}}, asking: true}
 	w.askCloud(watch.Route)
 	w.learn(t.Context(), cloudUnknown)

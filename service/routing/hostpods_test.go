@@ -53,7 +53,7 @@ func TestHostPodsDecision(t *testing.T) {
 		{"auto", cloudNone, slices, true, "redirected: no metadata server"},
 		{"auto", cloudAnswers, slices, false, "they may need it"},
 		{"auto", cloudSilent, slices, true, "no metadata server of a cloud has answered at 169.254.169.254 so far"},
-		{"auto", cloudUnknown, slices, false, "no way to 169.254.169.254 yet"},
+		{"auto", cloudUnknown, slices, false, "no route to 169.254.169.254 yet"},
 		{"on", cloudUnknown, nil, false, "left alone: none of the host's own cgroups was found"},
 		{"auto", cloudNone, nil, false, "needs cgroup v2"},
 	} {

@@ -130,9 +130,9 @@ func TestStory(t *testing.T) {
 				if got, err := ask(b.pod, "169.254.169.254:80", short); got == cloud {
 					t.Errorf("the real server answered (%v)", err)
 				}
-				for _, six := range []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80"} {
-					if got, err := ask(b.pod, six, short); got == cloud {
-						t.Errorf("the real server at %s answered (%v)", six, err)
+				for _, server := range []string{"[fd00:c1::a9fe:a9fe]:80", "[fd00:ec2::254]:80", "[fd20:ce::254]:80"} {
+					if got, err := ask(b.pod, server, short); got == cloud {
+						t.Errorf("the real server at %s answered (%v)", server, err)
 					}
 				}
 				b.install(b.plan)
@@ -212,15 +212,15 @@ func TestEstablishedConnection(t *testing.T) {
 			return c
 		}
 		reset := []net.Conn{open(b.pod, "169.254.169.254:80"), open(b.pod, "169.254.169.254:443")}
-		six, host := open(b.pod, "[fd00:ec2::254]:80"), open(b.NS, "169.254.169.254:80")
+		ipv6, host := open(b.pod, "[fd00:ec2::254]:80"), open(b.NS, "169.254.169.254:80")
 		b.install(b.plan)
 		for _, c := range reset {
 			if who, err := talk(c, long); !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("%s: %q, %v; want a reset", c.RemoteAddr(), who, err)
 			}
 		}
-		if who, err := talk(six, short); who != "" {
-			t.Errorf("%s: %q, %v; want no answer", six.RemoteAddr(), who, err)
+		if who, err := talk(ipv6, short); who != "" {
+			t.Errorf("%s: %q, %v; want no answer", ipv6.RemoteAddr(), who, err)
 		}
 		if who, err := talk(host, long); who != cloud {
 			t.Errorf("the node's own connection: %q, %v; want it left alone", who, err)

@@ -38,68 +38,68 @@ func (p Plan) target(s nodeFacts, family netobj.Family) redirectTarget {
 	return redirectTarget{metadataServer, p.Listen}
 }
 
-// sixAround says where IPv6 requests go on this node, or why nowhere.
-func (r *router) sixAround() (listen6 netip.AddrPort, why string) {
+// ipv6Target says where IPv6 requests go on this node, or why nowhere.
+func (r *router) ipv6Target() (listen6 netip.AddrPort, why string) {
 	switch {
 	case !r.plan.Listen6.IsValid():
 		return netip.AddrPort{}, ""
-	case !sixEnabled():
+	case !ipv6Enabled():
 		return netip.AddrPort{}, noIPv6Here
-	case r.sixRefused != "":
-		return netip.AddrPort{}, r.sixRefused
+	case r.ipv6Refused != "":
+		return netip.AddrPort{}, r.ipv6Refused
 	}
 	return r.plan.Listen6, ""
 }
 
-func sixEnabled() bool {
+func ipv6Enabled() bool {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
 	return err == nil && strings.TrimSpace(string(b)) == "0" && netobj.HaveIPv6()
 }
 
 // remember takes over why the last Install redirects no IPv6: only another Install tries again.
 func (r *router) remember(s State) {
-	r.cloud, r.sixRefused, r.dnsRefused = s.CloudServer, s.IPv6, s.DNSRefused
+	r.cloud, r.ipv6Refused, r.dnsRefused = s.CloudServer, s.IPv6, s.DNSRefused
 	if s.IPv6 == noIPv6Here { // that is seen anew
-		r.sixRefused = ""
+		r.ipv6Refused = ""
 	}
 }
 
-// putSix is put, without IPv6 if that is what fails.
-func (r *router) putSix(ctx context.Context, n *node) error {
+// putIPv6Optional is put, without IPv6 if that is what fails.
+func (r *router) putIPv6Optional(ctx context.Context, n *node) error {
 	err := r.put(ctx, n)
 	if err == nil || !n.listen6.IsValid() {
 		return err
 	}
 	with := *n
-	n.refuseSix(err)
+	n.refuseIPv6(err)
 	if _, again := n.survey(ctx, n.nodeFacts); again != nil || r.put(ctx, n) != nil {
 		n.nodeFacts = with.nodeFacts // it was not IPv6
 		return err
 	}
-	r.sixRefused = n.whyNot6
+	r.ipv6Refused = n.whyNot6
 	r.plan.Log.WithError(err).Warn("routing: requests by IPv6 cannot be redirected on this node: IPv4 alone is served")
 	return nil
 }
 
-func (n *node) refuseSix(err error) {
+func (n *node) refuseIPv6(err error) {
 	n.listen6 = netip.AddrPort{}
 	n.whyNot6, _, _ = strings.Cut(err.Error(), "\n")
 }
 
-// surveySix sees to it that nobody else gets what is redirected.
-func (r *router) surveySix(n *node, have netobj.Snapshot) {
+// refuseForeignIPv6Listener sees to it that nobody else gets what is redirected.
+func (r *router) refuseForeignIPv6Listener(n *node, have netobj.Snapshot) {
 	if !n.listen6.IsValid() || !isLocal(n.listen6.Addr(), have) {
 		return // nobody, or somebody elsewhere
 	}
 	if err := foreignListener(n.listen6); err != nil {
-		n.refuseSix(err)
-		r.sixRefused = n.whyNot6
+		n.refuseIPv6(err)
+		r.ipv6Refused = n.whyNot6
 		r.plan.Log.WithError(err).Warn("routing: requests by IPv6 are not redirected")
 	}
 }
 
-// reachesSix says whether the node has an IPv6 address that reaches beyond a link and itself.
-func reachesSix() bool {
+// reachesIPv6 says whether the node has an IPv6 address that reaches beyond a link and itself.
+func reachesIPv6() bool {
 	b, _ := os.ReadFile("/proc/thread-self/net/if_inet6")
 	for line := range strings.Lines(string(b)) {
 		// fd005100…10 02 40 00 80 eth0: address, interface, prefix, scope, flags, name

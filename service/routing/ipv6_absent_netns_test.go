@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestSixNowhere: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the
+// TestIPv6Absent: a node without IPv6, or one that cannot redirect it, has IPv4's rules all the
 // requireEqual, says why once, and Check is content.
-func TestSixNowhere(t *testing.T) {
+func TestIPv6Absent(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		b.plan.Listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
@@ -41,11 +41,11 @@ func TestSixNowhere(t *testing.T) {
 	})
 }
 
-// TestSixWithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has
+// TestIPv6WithoutTables: a node whose kernel has no NAT of IPv6, or that has no ip6tables, has
 // IPv4's rules and the guard.
-func TestSixWithoutTables(t *testing.T) {
+func TestIPv6WithoutTables(t *testing.T) {
 	t.Parallel()
-	for name, six := range map[string]string{
+	for name, restore := range map[string]string{
 		"no command": "",
 		"no nat": "#!/bin/sh\ntext=$(cat)\ncase $text in *'*nat'*) echo 'no nat here' >&2; exit 2;; esac\necho " +
 			"\"$text\" | exec ip6tables-nft-restore \"$@\"\n",
@@ -55,15 +55,15 @@ func TestSixWithoutTables(t *testing.T) {
 			dir := t.TempDir()
 			for _, command := range []string{"iptables-nft", "iptables-nft-restore", "ip6tables-nft"} {
 				path, err := exec.LookPath(command)
-				if err == nil && (six != "" || !strings.HasPrefix(command, "ip6")) {
+				if err == nil && (restore != "" || !strings.HasPrefix(command, "ip6")) {
 					err = os.Symlink(path, filepath.Join(dir, command))
 				}
 				if err != nil {
 					t.Fatal(err)
 				}
 			}
-			if six != "" {
-				if err := os.WriteFile(filepath.Join(dir, "ip6tables-nft-restore"), []byte(six), 0o755); err != nil {
+			if restore != "" {
+				if err := os.WriteFile(filepath.Join(dir, "ip6tables-nft-restore"), []byte(restore), 0o755); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -95,9 +95,9 @@ func TestSixWithoutTables(t *testing.T) {
 	}
 }
 
-// TestRemoveWithoutSix: on a kernel that was booted without IPv6 there is no socket of it for the
+// TestRemoveWithoutIPv6: on a kernel that was booted without IPv6 there is no socket of it for the
 // legacy backend's tables, and that keeps nobody from removing IPv4's.
-func TestRemoveWithoutSix(t *testing.T) {
+func TestRemoveWithoutIPv6(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-legacy")
 	b.run("iptables -t nat -N GME-PRE")
@@ -110,8 +110,8 @@ func TestRemoveWithoutSix(t *testing.T) {
 	}
 }
 
-// denySix has this process get no sockets of IPv6, as such a kernel's processes do.
-func denySix() error {
+// denyIPv6 has this process get no sockets of IPv6, as such a kernel's processes do.
+func denyIPv6() error {
 	const nr, family = 0, 16 // in struct seccomp_data
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},

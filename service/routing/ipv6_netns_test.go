@@ -35,10 +35,10 @@ func (b *testNode) serveAnywhere(at string) {
 	b.run("sysctl -qw net.ipv6.ip_nonlocal_bind=0")
 }
 
-// TestSixStory is a node's life where IPv6 is served (H-24), in both modes and on both backends:
-// install, a request arrives, the neighbour is kept out, others flush, nothing leaks, check names
-// what is missing, the watcher repairs, remove leaves no trace.
-func TestSixStory(t *testing.T) {
+// TestIPv6Lifecycle is a node's life where IPv6 is served (H-24), in both modes and on both
+// backends: install, a request arrives, the neighbour is kept out, others flush, nothing leaks,
+// check names what is missing, the watcher repairs, remove leaves no trace.
+func TestIPv6Lifecycle(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		routed, err := b.AddRoutedPod("routed")
@@ -157,7 +157,7 @@ func (b *testNode) neighbourRoutes(to ...string) {
 	b.t.Helper()
 	for _, a := range to {
 		if out, err := b.neighbour.Command(b.t.Context(), "ip", "-6", "route", "add", a, "via",
-			b.Six.String()).CombinedOutput(); err != nil {
+			b.Addr6.String()).CombinedOutput(); err != nil {
 			b.t.Fatalf("%v: %s", err, out)
 		}
 	}
@@ -189,8 +189,8 @@ func TestIPv6Checks(t *testing.T) {
 	})
 }
 
-// TestSixShownText runs the shown commands by a shell, as TestNFTablesShownText does.
-func TestSixShownText(t *testing.T) {
+// TestIPv6ShownText runs the shown commands by a shell, as TestNFTablesShownText does.
+func TestIPv6ShownText(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		ipv6Node(b)
@@ -207,10 +207,10 @@ func TestSixShownText(t *testing.T) {
 	})
 }
 
-// TestSixIsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either
+// TestIPv6IsGuarded: where IPv6 is not served no pod reaches the clouds' servers by it either
 // in each mode, whatever becomes of the firewall; the node's own processes do. A node
 // without IPv6 has the same rules, or none, and no fault.
-func TestSixIsGuarded(t *testing.T) {
+func TestIPv6IsGuarded(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"iptables-nft", "iptables-legacy", ModeNFTables, ModeLoopback, ModeNone, ModeEBPF} {
 		t.Run(mode, func(t *testing.T) {
@@ -250,8 +250,8 @@ func TestSixIsGuarded(t *testing.T) {
 	}
 }
 
-// TestSixRefused: where somebody else listens there, nothing is redirected to him.
-func TestSixRefused(t *testing.T) {
+// TestIPv6Refused: where somebody else listens there, nothing is redirected to him.
+func TestIPv6Refused(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	ipv6Node(b)
@@ -283,9 +283,9 @@ func (b *testNode) copyOfSelf() string {
 	return to
 }
 
-// sixFlushes are what others do to IPv6's part of it. A watcher may be back before the chains are
+// ipv6Flushes are what others do to IPv6's part of it. A watcher may be back before the chains are
 // taken away, too.
-var sixFlushes = []struct {
+var ipv6Flushes = []struct {
 	name, xtables, nft string
 	layer, cause       string // of the mode's own rules where layer is ""
 }{
@@ -352,9 +352,9 @@ var sixFlushes = []struct {
 	},
 }
 
-// TestSixWatchRepairs: a watcher that never sweeps notices each by itself, legacy tables too, and
+// TestIPv6WatchRepairs: a watcher that never sweeps notices each by itself, legacy tables too, and
 // puts it back; no pod gets to the real server by IPv6 meanwhile.
-func TestSixWatchRepairs(t *testing.T) {
+func TestIPv6WatchRepairs(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		ipv6Node(b)
@@ -369,7 +369,7 @@ func TestSixWatchRepairs(t *testing.T) {
 		}
 		w := b.watch(b.plan, time.Hour)
 		leaks := b.asking("[fd20:ce::254]:80")
-		for _, c := range sixFlushes {
+		for _, c := range ipv6Flushes {
 			t.Run(c.name, func(t *testing.T) {
 				b.t = t
 				said, flush := len(w.repaired()), c.xtables

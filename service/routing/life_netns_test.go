@@ -297,9 +297,9 @@ func TestKubeletsBackend(t *testing.T) {
 	}
 }
 
-// TestStateOnTheWay: what is desired and what stands can be read by anybody, after success and
+// TestStateAfterEachStep: what is desired and what stands can be read by anybody, after success and
 // after failure.
-func TestStateOnTheWay(t *testing.T) {
+func TestStateAfterEachStep(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	read := func() State {

@@ -28,13 +28,13 @@ func TestLoopbackStory(t *testing.T) {
 	}
 	b.story(served, []story{
 		{
-			"the way",
+			"the rule",
 			"ip rule del pref 97 lookup 988",
 			fault.Rule,
 			[]string{"ip rule: pref 97 to 169.254.169.254/32 ipproto tcp dport 80 lookup 988 protocol kernel"},
 		},
 		{
-			"the way's end",
+			"the route",
 			"ip route flush table 988",
 			fault.Route,
 			[]string{"ip route: local 169.254.169.254 dev lo table 988 protocol kernel"},

@@ -83,8 +83,8 @@ func (p Plan) Makes(listen netip.Addr) bool {
 	return listenObject(listen) != nil || p.traits().localServer && listen == metadataServer.Addr()
 }
 
-// wantsListen says whether the address is to be made this node's own by us.
-func wantsListen(a netip.Addr, have netobj.Snapshot) bool {
+// needsListenObject says whether the address is to be made this node's own by us.
+func needsListenObject(a netip.Addr, have netobj.Snapshot) bool {
 	o := listenObject(a)
 	return o != nil && (have.Has(o) || !have.Local(a))
 }
@@ -116,9 +116,8 @@ func ours(o netobj.Object) bool {
 	return false
 }
 
-// wantObjects lists the objects that the Plan wants on this node, in the order in which to add
-// them.
-func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object) {
+// desiredObjects lists the objects of the Plan on this node, in the order in which to add them.
+func desiredObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object) {
 	listen := p.Listen.Addr()
 	switch {
 	case p.guardAlone():
@@ -131,7 +130,7 @@ func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object
 			}
 			all = append(all, link, linkAddress(p.Link))
 		}
-	case listen.Is4() && wantsListen(listen, have):
+	case listen.Is4() && needsListenObject(listen, have):
 		all = append(all, listenObject(listen))
 	}
 	for _, g := range guards(p, s, have) {
@@ -140,12 +139,12 @@ func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object
 	if p.guardAlone() {
 		return all
 	}
-	if a := s.listen6.Addr(); wantsListen(a, have) {
+	if a := s.listen6.Addr(); needsListenObject(a, have) {
 		all = append(all, listenObject(a))
 	}
-	if wantsRoute(p, s) && !routed(have) {
+	if needsRoute(p, s) && !routed(have) {
 		source := netip.Addr{}
-		if wantsListen(listen, have) || have.Local(listen) {
+		if needsListenObject(listen, have) || have.Local(listen) {
 			source = listen
 		}
 		all = append(all, metadataRoute(source))
@@ -153,11 +152,11 @@ func wantObjects(p Plan, s nodeFacts, have netobj.Snapshot) (all []netobj.Object
 	return all
 }
 
-// wantsRoute says whether there is to be a route to the metadata server. Only what this host sends
+// needsRoute says whether there is to be a route to the metadata server. Only what this host sends
 // needs it, so it is there only where pods on the host network are redirected, and only as long as
 // table main has no other: it would take the real server away from the node's daemons. Programs see
 // connect() before it asks for a route.
-func wantsRoute(p Plan, s nodeFacts) bool { return s.hostPods && p.dnats() }
+func needsRoute(p Plan, s nodeFacts) bool { return s.hostPods && p.dnats() }
 
 // routed says whether somebody else has a route there.
 func routed(have netobj.Snapshot) bool {
@@ -190,7 +189,7 @@ func onLinks(o netobj.Object) bool {
 // diffObjects reads what there is, and compares the selected objects.
 func diffObjects(p Plan, s nodeFacts, of selection) (absent, surplus []netobj.Object, err error) {
 	have, err := netobj.Read(p.Link)
-	absent, surplus = netobj.Diff(wantObjects(p, s, have), have, ours)
+	absent, surplus = netobj.Diff(desiredObjects(p, s, have), have, ours)
 	// Where not all could be read the rules are put up: closed, whatever else is not to be had.
 	others := func(o netobj.Object) bool { return !of(o) || err != nil && !onlyRules(o) }
 	return slices.DeleteFunc(absent, others), slices.DeleteFunc(surplus, others), err
@@ -277,7 +276,7 @@ func checkObjects(p Plan, s nodeFacts) (errs []error) {
 	}
 	errs = guardFaults(guards(p, s, have))
 	whole := len(errs) == 0
-	absent, surplus := netobj.Diff(wantObjects(p, s, have), have, ours)
+	absent, surplus := netobj.Diff(desiredObjects(p, s, have), have, ours)
 	for _, o := range absent {
 		if !onlyRules(o) {
 			errs = append(errs, fault.Missing(layerOf(o), "%s: %s", o.Command(), o))
@@ -309,7 +308,9 @@ func layerOf(o netobj.Object) string {
 }
 
 // isLocal says whether the node takes packets to the address as its own, or will by us.
-func isLocal(a netip.Addr, have netobj.Snapshot) bool { return have.Local(a) || wantsListen(a, have) }
+func isLocal(a netip.Addr, have netobj.Snapshot) bool {
+	return have.Local(a) || needsListenObject(a, have)
+}
 
 // foreignAddress returns an error where the metadata server's address is this node's own already,
 // and not by us.

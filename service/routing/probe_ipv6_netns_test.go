@@ -10,9 +10,9 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/probe"
 )
 
-// R-30 for IPv6: the trial connection goes its own way through the other family's rules, the chain
-// that drops it is named, and what IPv4 is let through by is no word on it.
-func TestTrialSix(t *testing.T) {
+// R-30 for IPv6: the connection of the probe meets the other family's rules, the chain that drops
+// it is named, and what IPv4 is let through by is no word on it.
+func TestProbeIPv6(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "nft")
@@ -72,9 +72,9 @@ func TestTrialSix(t *testing.T) {
 				if answer, dropped := b.tried(t, metadataServer); answer != emulator {
 					t.Errorf("by IPv4 %q answered, and dropped by %q", answer, dropped)
 				}
-				b.requireEqual("after the trial", b.ruleset(), standing)
+				b.requireEqual("after the probe", b.ruleset(), standing)
 				if c.rules == "" {
-					b.requireEqual("after the trial", b.ruleset(), before)
+					b.requireEqual("after the probe", b.ruleset(), before)
 				}
 			})
 		}
@@ -87,23 +87,23 @@ func TestTrialSix(t *testing.T) {
 }
 
 // A node without IPv6 says so, and is tried by IPv4 all the same.
-func TestTrialSixNowhere(t *testing.T) {
+func TestProbeIPv6Absent(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	b.install(b.plan)
 	b.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
 	before := b.ruleset()
 	if err := b.Do(func() error {
-		trial, err := probe.NewPod()
+		pod, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
-		if err := trial.AddSix(); err == nil || trial.Addr6.IsValid() {
-			t.Errorf("IPv6 at %s", trial.Addr6)
+		if err := pod.AddIPv6(); err == nil || pod.Addr6.IsValid() {
+			t.Errorf("IPv6 at %s", pod.Addr6)
 		} else {
 			t.Log(err)
 		}
-		c, err := trial.Dial(t.Context(), "tcp", metadataServer.String())
+		c, err := pod.Dial(t.Context(), "tcp", metadataServer.String())
 		if err != nil {
 			return err
 		}
@@ -111,16 +111,16 @@ func TestTrialSixNowhere(t *testing.T) {
 			t.Errorf("%q answered by IPv4 (%v)", who, err)
 		}
 		_ = c.Close()
-		return trial.Close()
+		return pod.Close()
 	}); err != nil {
 		t.Fatal(err)
 	}
-	b.requireEqual("after the trial", b.ruleset(), before)
+	b.requireEqual("after the probe", b.ruleset(), before)
 }
 
 // Examine counts what was redirected in each family by itself, and names the base chains of either
 // that drop by their policy.
-func TestExamineSix(t *testing.T) {
+func TestExamineIPv6(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		ipv6Node(b)

@@ -25,8 +25,8 @@ func TestJoinPod(t *testing.T) {
 		t.Cleanup(func() { _ = process.Process.Kill(); _ = process.Wait() })
 		before := b.ruleset()
 		for _, step := range []struct {
-			rules          string
-			trial, fromPod string
+			rules              string
+			throwaway, fromPod string
 		}{
 			{"", emulator, emulator},
 			{"iptables -I INPUT 1 -s " + b.pod.Addr.String() + " -p tcp --dport 988 -j REJECT", emulator, ""},
@@ -44,26 +44,26 @@ func TestJoinPod(t *testing.T) {
 				if who := dialled(t, pod); who != step.fromPod {
 					t.Errorf("%q: %q answered the pod", step.rules, who)
 				}
-				trial, err := probe.NewPod()
+				throwaway, err := probe.NewPod()
 				if err != nil {
 					return err
 				}
-				if who := dialled(t, trial); who != step.trial {
+				if who := dialled(t, throwaway); who != step.throwaway {
 					t.Errorf("%q: %q answered the throw-away namespace", step.rules, who)
 				}
-				return trial.Close()
+				return throwaway.Close()
 			}); err != nil {
 				t.Fatal(err)
 			}
 		}
 		b.run("iptables -D INPUT 1")
-		b.requireEqual("trials", sorted(b.ruleset()), sorted(before))
+		b.requireEqual("after the probes", sorted(b.ruleset()), sorted(before))
 	})
 }
 
 // dialled is who answers the Pod; "" is nobody.
-func dialled(t *testing.T, trial *probe.Pod) string {
-	c, err := trial.Dial(t.Context(), "tcp", "169.254.169.254:80")
+func dialled(t *testing.T, pod *probe.Pod) string {
+	c, err := pod.Dial(t.Context(), "tcp", "169.254.169.254:80")
 	if err != nil {
 		return ""
 	}

@@ -36,10 +36,10 @@ func (b *testNode) tried(t *testing.T, at netip.AddrPort) (answer string, droppe
 // tryAt is try of that one of the server's addresses.
 func (b *testNode) tryAt(t *testing.T, at netip.AddrPort) (answer string, dropped []string) {
 	t.Helper()
-	ask := func(trial *probe.Pod, wait time.Duration) string {
+	ask := func(pod *probe.Pod, wait time.Duration) string {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		defer cancel()
-		c, err := trial.Dial(ctx, "tcp", at.String())
+		c, err := pod.Dial(ctx, "tcp", at.String())
 		if err != nil {
 			return ""
 		}
@@ -48,24 +48,24 @@ func (b *testNode) tryAt(t *testing.T, at netip.AddrPort) (answer string, droppe
 		return answer
 	}
 	if err := b.Do(func() error {
-		trial, err := probe.NewPod()
+		pod, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
-		from := trial.Addr
+		from := pod.Addr
 		if at.Addr().Is6() {
-			err = trial.AddSix()
-			from = trial.Addr6
+			err = pod.AddIPv6()
+			from = pod.Addr6
 		}
 		if err != nil {
-			return errors.Join(err, trial.Close())
+			return errors.Join(err, pod.Close())
 		}
-		if answer = ask(trial, short); answer != emulator {
-			dropped, err = trial.Dropped(t.Context(), from, func() { answer = ask(trial, short) })
+		if answer = ask(pod, short); answer != emulator {
+			dropped, err = pod.Dropped(t.Context(), from, func() { answer = ask(pod, short) })
 		} else {
-			answer = ask(trial, long)
+			answer = ask(pod, long)
 		}
-		if closed := trial.Close(); closed != nil {
+		if closed := pod.Close(); closed != nil {
 			t.Error(closed)
 		}
 		return err
@@ -77,7 +77,7 @@ func (b *testNode) tryAt(t *testing.T, at netip.AddrPort) (answer string, droppe
 
 // R-30: a connection from a throw-away namespace tells what a check of our own rules cannot, names
 // the chain, and leaves no trace.
-func TestTrial(t *testing.T) {
+func TestProbe(t *testing.T) {
 	t.Parallel()
 	onEveryDNAT(t, func(t *testing.T, b *testNode) {
 		netnstest.Needs(t, "nft")
@@ -129,15 +129,15 @@ func TestTrial(t *testing.T) {
 				} else if want := c.want[map[bool]int{true: 0, false: 1}[nft]]; answer != "" || !slices.Contains(dropped, want) {
 					t.Errorf("%q answered, and dropped by %q, want %q", answer, dropped, want)
 				}
-				b.requireEqual("after the trial", b.ruleset(), standing)
+				b.requireEqual("after the probe", b.ruleset(), standing)
 				if c.want == nil {
-					b.requireEqual("after the trial", b.ruleset(), before)
+					b.requireEqual("after the probe", b.ruleset(), before)
 				}
 			})
 		}
 		b.t = t
 
-		// Nothing of ours stands: the cloud is out of the trial's reach, or not, but it is not the
+		// Nothing of ours stands: the cloud is out of the probe's reach, or not, but it is not the
 		// emulator that answers.
 		b.remove(b.plan)
 		if answer, dropped := b.try(t); answer == emulator || len(dropped) > 0 {
@@ -148,7 +148,7 @@ func TestTrial(t *testing.T) {
 
 // A kernel without owners of tables, on which doctor was killed: the table that is left is
 // replaced, and then goes.
-func TestTrialFindsATableThatIsLeft(t *testing.T) {
+func TestProbeFindsATableThatIsLeft(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
@@ -157,10 +157,10 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	before := b.ruleset()
 	const table = "gke-metadata-emulator-doctor"
 	for chain, match := range map[string]string{"from-pod": "prerouting iifname", "to-pod": "output oifname"} {
-		hook, way, _ := strings.Cut(match, " ")
+		hook, key, _ := strings.Cut(match, " ")
 		b.run(fmt.Sprintf("nft 'add table ip %[1]s; "+
 			"add chain ip %[1]s %[2]s { type filter hook %[3]s priority -2147483648; }; "+
-			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, way))
+			"add rule ip %[1]s %[2]s %[4]s gme-doctor meta nftrace set 1'", table, chain, hook, key))
 	}
 	if text := b.run("nft list ruleset"); !strings.Contains(text, table) ||
 		!strings.Contains(text, `oifname "gme-doctor" meta nftrace set 1`) {
@@ -169,32 +169,32 @@ func TestTrialFindsATableThatIsLeft(t *testing.T) {
 	if _, dropped := b.try(t); !slices.Contains(dropped, `nft chain ip filter INPUT (rule: iifname "gme-doctor" drop)`) {
 		t.Errorf("dropped by %q", dropped)
 	}
-	b.requireEqual("after the trial", b.ruleset(), before)
+	b.requireEqual("after the probe", b.ruleset(), before)
 }
 
 // A connection that nobody waits for any more is in nobody's way, and none is made in another's
 // namespace.
-func TestTrialClosesWhileItDials(t *testing.T) {
+func TestProbeClosesWhileItDials(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	b.run("iptables -I INPUT -i gme-doctor -j DROP")
 	if err := b.Do(func() error {
-		trial, err := probe.NewPod()
+		pod, err := probe.NewPod()
 		if err != nil {
 			return err
 		}
 		begun := make(chan struct{})
 		go func() {
 			close(begun)
-			if _, err := trial.Dial(t.Context(), "tcp4", "169.254.169.254:80"); err == nil {
+			if _, err := pod.Dial(t.Context(), "tcp4", "169.254.169.254:80"); err == nil {
 				t.Error("it connected")
 			}
 		}()
 		<-begun
-		if err := trial.Close(); err != nil {
+		if err := pod.Close(); err != nil {
 			return err
 		}
-		if _, err := trial.Dial(t.Context(), "tcp4", "169.254.169.254:80"); !errors.Is(err, net.ErrClosed) {
+		if _, err := pod.Dial(t.Context(), "tcp4", "169.254.169.254:80"); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("after Close: %v", err)
 		}
 		return nil
@@ -203,14 +203,14 @@ func TestTrialClosesWhileItDials(t *testing.T) {
 	}
 }
 
-// Whoever is killed in the middle of a trial leaves nothing: the kernel takes its namespace, its
+// Whoever is killed in the middle of a probe leaves nothing: the kernel takes its namespace, its
 // link and its table away.
-func TestTrialIsKilled(t *testing.T) {
+func TestProbeIsKilled(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	netnstest.Needs(t, "nft")
 	before := b.ruleset()
-	cmd := b.play("trial", "", b.self())
+	cmd := b.play("probe", "", b.self())
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -223,11 +223,11 @@ func TestTrialIsKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "on trial\n" {
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "probing\n" {
 		t.Errorf("%q, %v", line, err)
 	}
 	if during := b.ruleset(); !strings.Contains(during, probe.TraceTable) || !strings.Contains(during, probe.LinkName) {
-		t.Errorf("no trial:\n%s", during)
+		t.Errorf("no probe:\n%s", during)
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
@@ -239,7 +239,7 @@ func TestTrialIsKilled(t *testing.T) {
 
 // The emulator lives elsewhere: what a pod sends to it is forwarded, and somebody's FORWARD chain
 // may be in the way.
-func TestTrialIsForwarded(t *testing.T) {
+func TestProbeIsForwarded(t *testing.T) {
 	t.Parallel()
 	onBothBackends(t, func(t *testing.T, b *testNode) {
 		elsewhere, err := b.AddPod("emulator")
@@ -260,28 +260,28 @@ func TestTrialIsForwarded(t *testing.T) {
 	})
 }
 
-// Whatever ends a trial, nothing of it stays: here its namespace and link are gone with the
+// Whatever ends a probe, nothing of it stays: here its namespace and link are gone with the
 // process, or with Close.
-func TestTrialLeavesNothing(t *testing.T) {
+func TestProbeLeavesNothing(t *testing.T) {
 	t.Parallel()
 	b := newTestNode(t, "iptables-nft")
 	before := b.ruleset()
 	if err := b.Do(func() error {
 		for range 3 { // again and again
-			trial, err := probe.NewPod()
+			pod, err := probe.NewPod()
 			if err != nil {
 				return err
 			}
 			if _, err := probe.NewPod(); err == nil {
-				t.Error("two trials at once")
+				t.Error("two probes at once")
 			}
-			if _, err := net.InterfaceByName(trial.Link); err != nil {
+			if _, err := net.InterfaceByName(pod.Link); err != nil {
 				t.Error(err) // the second, which failed, took the first one's link away
 			}
-			if err := trial.Close(); err != nil {
+			if err := pod.Close(); err != nil {
 				return err
 			}
-			if err := trial.Close(); err != nil {
+			if err := pod.Close(); err != nil {
 				return err
 			}
 		}
@@ -289,7 +289,7 @@ func TestTrialLeavesNothing(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	b.requireEqual("after three trials", b.ruleset(), before)
+	b.requireEqual("after three probes", b.ruleset(), before)
 	if err := b.Do(func() error {
 		_, err := net.InterfaceByName(probe.LinkName)
 		if err == nil {

@@ -330,7 +330,7 @@ func texts(errs []error) (all []string) {
 
 func (s nodeFacts) equal(o nodeFacts) bool {
 	return slices.Equal(s.uplinks, o.uplinks) && slices.Equal(s.slices, o.slices) &&
-		s.hostPods == o.hostPods && s.six == o.six && s.listen6 == o.listen6 && s.dns == o.dns
+		s.hostPods == o.hostPods && s.reachesIPv6 == o.reachesIPv6 && s.listen6 == o.listen6 && s.dns == o.dns
 }
 
 // askCloud has somebody wait for the answer of the cloud's metadata server, where it matters and

@@ -22,7 +22,7 @@ type router struct {
 	hostCgroups []string
 	cloud       CloudServer // as State has it
 	asked       string      // what came of asking the cloud's metadata server
-	sixRefused  string      // why IPv6 cannot be redirected, which was found out
+	ipv6Refused string      // why IPv6 cannot be redirected, which was found out
 	dnsRefused  string      // the same of DNS queries
 }
 
@@ -250,7 +250,7 @@ func (r *router) survey(ctx context.Context, why *repair) (n *node, faults []err
 			"requests are forwarded there")
 	}
 	if why == nil {
-		r.surveySix(n, have)
+		r.refuseForeignIPv6Listener(n, have)
 	}
 	return n, faults, foreign
 }
@@ -407,8 +407,8 @@ func (r *router) look(say bool) (s nodeFacts, err error) {
 				"after the next install")
 		}
 	}
-	s.six = reachesSix()
-	if s.listen6, s.whyNot6 = r.sixAround(); s.whyNot6 != "" && say && !r.plan.Closed {
+	s.reachesIPv6 = reachesIPv6()
+	if s.listen6, s.whyNot6 = r.ipv6Target(); s.whyNot6 != "" && say && !r.plan.Closed {
 		log.Warn("routing: requests by IPv6 are not redirected: " + s.whyNot6)
 	}
 	if s.dns, s.whyNotDNS = r.dnsAround(say); s.whyNotDNS != "" && say {

@@ -19,7 +19,7 @@ func chainsFor(p Plan, s nodeFacts, family netobj.Family) []xtables.Chain {
 		c := &chains[i]
 		switch {
 		case c.Name == "GME-FWD":
-			if family == netobj.IPv4 || s.six || w.listen.IsValid() {
+			if family == netobj.IPv4 || s.reachesIPv6 || w.listen.IsValid() {
 				c.Rules = forwardRules(p, w, family)
 				if w.listen.IsValid() { // behind what is excluded, before what is reset
 					c.Rules = slices.Insert(c.Rules, len(p.ExcludeInterfaces), dnsRules(p, s, w, c.Name)...)

@@ -31,7 +31,7 @@ func TestShownText(t *testing.T) {
 		plan Plan
 		on   nodeFacts
 	}{
-		"default": {plain, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+		"default": {plain, nodeFacts{uplinks: []string{"eth0"}, reachesIPv6: true}},
 		"no-ipv6": {plain, nodeFacts{uplinks: []string{"eth0"}}},
 		"host-pods": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), InterceptHostPods: "on"},
@@ -42,21 +42,21 @@ func TestShownText(t *testing.T) {
 			Plan{Mode: ModeIPTables, Listen: at("10.0.0.5:18080"), ExcludeInterfaces: []string{"docker0", "eth0"},
 				Guard: []netip.AddrPort{at("169.254.169.254:80"), at("169.254.169.254:8775"), at("168.63.129.16:80"),
 					at("168.63.129.16:32526"), at("[fd00:ec2::254]:80")}},
-			nodeFacts{uplinks: []string{"eth0"}, six: true},
+			nodeFacts{uplinks: []string{"eth0"}, reachesIPv6: true},
 		},
 		"ebpf": {Plan{Mode: ModeEBPF, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(), CgroupRoot: "/sys/fs/cgroup"},
-			nodeFacts{uplinks: []string{"bond0", "eth0"}, six: true}},
+			nodeFacts{uplinks: []string{"bond0", "eth0"}, reachesIPv6: true}},
 		"ipv6": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"),
 				ExcludeInterfaces: []string{"docker0"},
 				Guard:             DefaultGuard(), InterceptHostPods: "on"},
-			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), slices: []string{"system.slice"},
-				hostPods: true},
+			nodeFacts{uplinks: []string{"eth0"}, reachesIPv6: true, listen6: at("[fd20:ce::252]:988"),
+				slices: []string{"system.slice"}, hostPods: true},
 		},
 		"dns": {
 			Plan{Mode: ModeIPTables, Listen: at("169.254.169.252:988"), Listen6: at("[fd20:ce::252]:988"), DNS: true,
 				Guard: []netip.AddrPort{metadataServer}, ExcludeInterfaces: []string{"docker0"}, InterceptHostPods: "on"},
-			nodeFacts{uplinks: []string{"eth0"}, six: true, listen6: at("[fd20:ce::252]:988"), dns: true,
+			nodeFacts{uplinks: []string{"eth0"}, reachesIPv6: true, listen6: at("[fd20:ce::252]:988"), dns: true,
 				slices: []string{"system.slice"}, hostPods: true},
 		},
 		"dns-nftables": {
@@ -65,7 +65,7 @@ func TestShownText(t *testing.T) {
 			nodeFacts{uplinks: []string{"eth0"}, dns: true},
 		},
 		"loopback-link": {Plan{Mode: ModeLoopback, Listen: metadataServer, Guard: []netip.AddrPort{metadataServer},
-			Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, six: true}},
+			Link: "gme0"}, nodeFacts{uplinks: []string{"eth0"}, reachesIPv6: true}},
 		"none": {Plan{Mode: ModeNone, Listen: at("0.0.0.0:8988"), Guard: []netip.AddrPort{metadataServer}},
 			nodeFacts{uplinks: []string{"eth0"}}},
 		"observe": {Plan{Mode: ModeObserve, Listen: at("169.254.169.252:988"), Guard: DefaultGuard(),
@@ -337,20 +337,20 @@ func TestJumps(t *testing.T) {
 
 // FuzzParseSocket: likewise for the sockets that sock_diag lists.
 func FuzzParseSocket(f *testing.F) {
-	four := make([]byte, 72)
-	four[0], four[1] = unix.AF_INET, 10
-	copy(four[4:], []byte{3, 220, 0, 0, 169, 254, 169, 252})
-	copy(four[68:], []byte{210, 4, 0, 0})
-	six := slices.Clone(four)
-	six[0] = unix.AF_INET6
-	copy(six[8:], netip.MustParseAddr("fd20:ce::252").AsSlice())
-	for _, s := range [][]byte{four, six, make([]byte, 72), four[:71], nil} {
+	ipv4 := make([]byte, 72)
+	ipv4[0], ipv4[1] = unix.AF_INET, 10
+	copy(ipv4[4:], []byte{3, 220, 0, 0, 169, 254, 169, 252})
+	copy(ipv4[68:], []byte{210, 4, 0, 0})
+	ipv6 := slices.Clone(ipv4)
+	ipv6[0] = unix.AF_INET6
+	copy(ipv6[8:], netip.MustParseAddr("fd20:ce::252").AsSlice())
+	for _, s := range [][]byte{ipv4, ipv6, make([]byte, 72), ipv4[:71], nil} {
 		f.Add(s)
 	}
-	if at, _, inode := parseSocket(four); at.String() != "169.254.169.252:988" || inode != "1234" {
+	if at, _, inode := parseSocket(ipv4); at.String() != "169.254.169.252:988" || inode != "1234" {
 		f.Errorf("%v, %s", at, inode)
 	}
-	if at, _, _ := parseSocket(six); at.String() != "[fd20:ce::252]:988" {
+	if at, _, _ := parseSocket(ipv6); at.String() != "[fd20:ce::252]:988" {
 		f.Errorf("%v", at)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {

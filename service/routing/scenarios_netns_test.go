@@ -116,7 +116,7 @@ func TestReadDevices(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// eth0 has a default route, and mv0 is a way to it; br0 holds the address that one of them sends
+	// eth0 has a default route, and mv0 leads to it; br0 holds the address that one of them sends
 	// from.
 	if want := []string{"br0", "eth0", "flannel.1", "mv0", "tun0"}; !slices.Equal(found, want) {
 		t.Errorf("uplinks %q, want %q", found, want)

@@ -59,7 +59,7 @@ func text(p Plan, s nodeFacts, command string) (string, error) {
 		return "", err
 	}
 	b.WriteString(rules)
-	if wantsRoute(p, s) {
+	if needsRoute(p, s) {
 		source := p.Listen.Addr()
 		if !source.IsLinkLocalUnicast() {
 			source = netip.Addr{}

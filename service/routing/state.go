@@ -102,7 +102,7 @@ type repair struct {
 // light says whether the mode's part is known to be as it should be.
 func (r *repair) light() bool { return r != nil && r.node != nil && !r.mode }
 
-// add adds what was found after the look that brought the repair, so that it is told, too.
+// add adds what was found after the look that brought the repair, so that it is reported, too.
 func (r *repair) add(faults ...error) {
 	if r == nil || len(r.faults) == 0 {
 		return

@@ -80,17 +80,17 @@ func TestMain(m *testing.M) {
 		fmt.Println("listening", err)
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		end(err)
-	case "trial": // which is killed in the middle of it
-		trial, err := probe.NewPod()
+	case "probe": // which is killed in the middle of it
+		pod, err := probe.NewPod()
 		if err == nil {
-			_, err = trial.Dropped(context.Background(), trial.Addr, func() {
-				fmt.Println("on trial")
+			_, err = pod.Dropped(context.Background(), pod.Addr, func() {
+				fmt.Println("probing")
 				_, _ = io.Copy(io.Discard, os.Stdin)
 			})
 		}
 		end(err)
 	case "remove without IPv6":
-		err := denySix()
+		err := denyIPv6()
 		if err == nil {
 			err = removeIPTables(context.Background(), testPlan(filepath.Dir(arg), filepath.Base(arg)), false)
 		}
@@ -223,7 +223,7 @@ func (l leaks) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err == nil {
 		from := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-		if from == l.of.Addr || from == l.of.Six {
+		if from == l.of.Addr || from == l.of.Addr6 {
 			l.count.Add(1)
 		}
 	}
@@ -346,11 +346,11 @@ func (b *testNode) remove(p Plan) {
 // namespaces share the lock of legacy iptables.
 func (b *testNode) run(script string) string {
 	b.t.Helper()
-	six := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
+	ip6tables := strings.Replace(b.plan.Binary, "iptables", "ip6tables", 1)
 	script = fmt.Sprintf(
 		"set -e; iptables() { %s -w 60 \"$@\"; }; ip6tables() { %s -w 60 \"$@\"; }; %s",
 		b.plan.Binary,
-		six,
+		ip6tables,
 		script,
 	)
 	out, err := b.Command(context.Background(), "sh", "-c", script).CombinedOutput()

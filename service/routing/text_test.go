@@ -53,7 +53,7 @@ func FuzzRuleText(f *testing.F) {
 			if p, err = p.checked(); err != nil {
 				continue
 			}
-			s := nodeFacts{uplinks: p.Uplinks, six: true}
+			s := nodeFacts{uplinks: p.Uplinks, reachesIPv6: true}
 			if p.dnats() {
 				s.listen6 = netip.MustParseAddrPort("[fd20:ce::252]:988")
 			}

@@ -18,11 +18,11 @@ type nodeFacts struct {
 	slices   []string // cgroups of the host itself that exist
 	hostPods bool     // pods on the host network are redirected, which is whoever is outside slices
 	hostWhy  string   // or are not: why, for people
-	// it has an IPv6 address that reaches beyond a link: else there is no way to anything that is
+	// it has an IPv6 address that reaches beyond a link: else there is no route to anything that is
 	// guarded
-	six     bool
-	listen6 netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
-	whyNot6 string         // though the Plan wants it
+	reachesIPv6 bool
+	listen6     netip.AddrPort // where what pods send by IPv6 is redirected to; invalid: nowhere
+	whyNot6     string         // though the Plan wants it
 
 	dns       bool   // DNS queries for the metadata server's name are redirected
 	whyNotDNS string // though the Plan wants it

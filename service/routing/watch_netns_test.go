@@ -88,7 +88,7 @@ func (b *testNode) stands(p Plan) bool {
 	})
 }
 
-// last is what was told last.
+// last is what was reported last.
 func (r *running) last() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()

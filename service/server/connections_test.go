@@ -19,8 +19,8 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
 
-// connectionsBed serves with x, and returns what connects to it.
-func connectionsBed(t *testing.T, x *connections) func() net.Conn {
+// serveConnections serves with x, and returns what connects to it.
+func serveConnections(t *testing.T, x *connections) func() net.Conn {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -69,7 +69,7 @@ func TestLookHoldsUpNobodyElse(t *testing.T) {
 			<-found
 		}
 	})
-	connect := connectionsBed(t, x)
+	connect := serveConnections(t, x)
 	slow := connect()
 	if client := <-looking; client.String() != slow.LocalAddr().String() {
 		t.Fatalf("%s is looked at, and not %s", client, slow.LocalAddr())
@@ -102,7 +102,7 @@ func TestLookHoldsUpNobodyElse(t *testing.T) {
 func TestConnectionsAreCounted(t *testing.T) {
 	const limit = 2
 	x := newConnections(func() int { return limit }, func(netip.AddrPort) bool { return false }, func(*attest.Peer) {})
-	connect := connectionsBed(t, x)
+	connect := serveConnections(t, x)
 	var all []net.Conn
 	for i := range 2 * limit {
 		c := connect()
@@ -144,7 +144,7 @@ func TestNoRoom(t *testing.T) {
 	x.most, x.mostUnknown = 9, 1
 	registry := prometheus.NewRegistry()
 	newMetrics(registry, &x.admission)
-	connect := connectionsBed(t, x)
+	connect := serveConnections(t, x)
 	asks := connect()
 	if status, err := get(asks); status != http.StatusOK || err != nil {
 		t.Fatalf("%d, %v", status, err)

@@ -76,8 +76,8 @@ func TestForeign(t *testing.T) {
 	}
 }
 
-// passingBed answers like the service, but passes everything to the handler.
-func passingBed(t *testing.T, cloudSays http.HandlerFunc) (ask func(request string) response, c *cloud) {
+// servePassthrough answers like the service, but passes everything to the handler.
+func servePassthrough(t *testing.T, cloudSays http.HandlerFunc) (ask func(request string) response, c *cloud) {
 	t.Helper()
 	behind := httptest.NewServer(cloudSays)
 	t.Cleanup(behind.Close)
@@ -140,7 +140,7 @@ func TestPassed(t *testing.T) {
 	var saw *http.Request
 	var sent string
 	var says http.HandlerFunc
-	ask, c := passingBed(t, func(w http.ResponseWriter, r *http.Request) {
+	ask, c := servePassthrough(t, func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		saw, sent = r, string(body)
 		says(w, r)

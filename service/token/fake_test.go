@@ -100,7 +100,7 @@ func inBubble(t *testing.T, o CacheOptions, f func(t *testing.T, c *Cache)) {
 				t.Errorf("Run: %v", err)
 			}
 			c.Drain(context.Background())
-			noFlights(t, c)
+			noCalls(t, c)
 		}()
 		f(t, c)
 	})
@@ -111,13 +111,13 @@ func withoutRun(t *testing.T, o CacheOptions, f func(t *testing.T, c *Cache)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		c := NewCache(o)
-		defer noFlights(t, c)
+		defer noCalls(t, c)
 		defer c.Drain(context.Background())
 		f(t, c)
 	})
 }
 
-func noFlights(t *testing.T, c *Cache) {
+func noCalls(t *testing.T, c *Cache) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.calls) != 0 || c.background != 0 {

@@ -212,7 +212,7 @@ func TestExpireTimeByGooglesClock(t *testing.T) {
 	}
 }
 
-func TestFaultsOnTheWayAreTriedAgain(t *testing.T) {
+func TestTransientFaultsAreRetried(t *testing.T) {
 	for _, m := range googletest.Methods {
 		for name, f := range map[string]googletest.Fault{
 			"dropped": {Times: 1, Drop: true}, "truncated": {Times: 1, Truncate: true}, "503": {Times: 2, Status: 503},

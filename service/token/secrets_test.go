@@ -13,7 +13,7 @@ import (
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/workload"
 )
 
-// gossip is a way to Google that says back what it was sent: a proxy with a debugging page, a
+// gossip is a transport to Google that says back what it was sent: a proxy with a debugging page, a
 // broken server.
 type gossip struct {
 	next http.RoundTripper
@@ -40,7 +40,7 @@ func (g *gossip) RoundTrip(r *http.Request) (*http.Response, error) {
 	return g.say(secret)
 }
 
-// Every way that a mint can go, with all that is written down about it: no secret and no piece of
+// Every outcome of a mint, with all that is written down about it: no secret and no piece of
 // one may be in there.
 func TestNoSecretShowsAnywhere(t *testing.T) {
 	answer := func(status int, header http.Header, body string) (*http.Response, error) {
@@ -85,10 +85,10 @@ func TestNoSecretShowsAnywhere(t *testing.T) {
 		for _, only := range []string{"/v1/token", ":generate"} {
 			t.Run(name+" "+only, func(t *testing.T) {
 				t.Parallel()
-				way := &gossip{only: only}
+				transport := &gossip{only: only}
 				w := newWorld(t, func(g *GoogleOptions, _ *CacheOptions) {
-					way.next = g.HTTPClient.Transport
-					g.HTTPClient.Transport = way
+					transport.next = g.HTTPClient.Transport
+					g.HTTPClient.Transport = transport
 				})
 				sa, a := w.linked("team", "ana")
 				requests := []Request{AccessToken(sa, a, nil), IDToken(sa, a, "x"),
@@ -105,9 +105,9 @@ func TestNoSecretShowsAnywhere(t *testing.T) {
 						}
 					}
 				}
-				way.say = say
+				transport.say = say
 				askAll()
-				way.say = nil
+				transport.say = nil
 				w.cache.Use(nil) // forget what was refused
 				askAll()
 				w.google.Break(googletest.GenerateIDToken, googletest.Fault{Status: 401, Body: `{"error":{"message":"%TOKEN%"}}`})

@@ -16,7 +16,7 @@ import (
 // cgroup v2 hierarchy sees every connect() of this machine, with all others that are attached there
 // (Cilium's too), and puts the listen address in the place of 169.254.169.254:80.
 //
-// Who is a pod is told by the network namespace of the socket, not by its cgroup. A pod has one of
+// The network namespace of the socket decides who is a pod, not its cgroup. A pod has one of
 // its own, and so has whatever else iptables would redirect; the node's daemons are in the host's.
 // So there is no path of kubelet's to know, and none that is not there yet or is made anew,
 // and pods are found in whichever cgroup a container runtime puts them. Only in the host's own

@@ -37,9 +37,9 @@ var sequence atomic.Uint32
 
 // NS is one network namespace.
 type NS struct {
-	Name string     // below Dir: gme-PID-N-NAME
-	Addr netip.Addr // its IPv4 address: a pod's, a neighbour's, the node's own
-	Six  netip.Addr // its IPv6 address
+	Name  string     // below Dir: gme-PID-N-NAME
+	Addr  netip.Addr // its IPv4 address: a pod's, a neighbour's, the node's own
+	Addr6 netip.Addr // its IPv6 address
 
 	mu   sync.Mutex
 	open []io.Closer // listeners, which would keep the namespace alive

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-func TestNodeReachesItsSurroundings(t *testing.T) {
+func TestNodeReachesEveryNamespace(t *testing.T) {
 	n := Start(t, "reach")
 	bridged, err := n.AddPod("bridged")
 	if err != nil {
@@ -30,8 +30,8 @@ func TestNodeReachesItsSurroundings(t *testing.T) {
 		for _, to := range []struct {
 			ns *NS
 			at netip.Addr
-		}{{n.Cloud, Metadata}, {n.Cloud, MetadataSix}, {n.NS, n.Addr}, {n.NS, n.Six}, {bridged, bridged.Addr},
-			{routed, routed.Addr}, {routed, routed.Six}} {
+		}{{n.Cloud, Metadata}, {n.Cloud, MetadataIPv6}, {n.NS, n.Addr}, {n.NS, n.Addr6}, {bridged, bridged.Addr},
+			{routed, routed.Addr}, {routed, routed.Addr6}} {
 			t.Run(fmt.Sprintf("%s to %s", from.Name, to.at), func(t *testing.T) {
 				saw := greet(t, from, to.ns, netip.AddrPortFrom(to.at, 80))
 				if want := from.Addr; to.at.Is4() && from != n.NS && saw != want {
@@ -140,11 +140,11 @@ func TestRulesetSeesTraces(t *testing.T) {
 		{"rule", "ip rule add pref 97 to 169.254.169.254 table main", "ip rule del pref 97"},
 		{"route", "ip route add 192.0.2.1/32 dev lo", "ip route del 192.0.2.1/32 dev lo"},
 		{"address", "ip address add 192.0.2.1/32 dev lo", "ip address del 192.0.2.1/32 dev lo"},
-		{"six address", "ip address add fd00::7/128 dev lo", "ip address del fd00::7/128 dev lo"},
+		{"IPv6 address", "ip address add fd00::7/128 dev lo", "ip address del fd00::7/128 dev lo"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			Needs(t, strings.Fields(c.do)[0])
-			sh := func(line string) string {
+			run := func(line string) string {
 				if out, err := n.Command(t.Context(), "sh", "-c", line).CombinedOutput(); err != nil {
 					t.Fatalf("%s: %v: %s", line, err, out)
 				}
@@ -154,10 +154,10 @@ func TestRulesetSeesTraces(t *testing.T) {
 				}
 				return now
 			}
-			if sh(c.do) == before {
+			if run(c.do) == before {
 				t.Error("not seen in the ruleset")
 			}
-			if after := sh(c.undo); after != before {
+			if after := run(c.undo); after != before {
 				t.Errorf("not as before:\n%s\nbefore:\n%s", after, before)
 			}
 		})

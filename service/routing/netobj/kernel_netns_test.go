@@ -63,7 +63,7 @@ func TestKernel(t *testing.T) {
 			t.Errorf("%s is there already", o)
 		}
 	}
-	for _, way := range []struct {
+	for _, method := range []struct {
 		name string
 		add  func(Object)
 	}{
@@ -75,28 +75,28 @@ func TestKernel(t *testing.T) {
 		{"ip", func(o Object) { run(Commands(o)) }},
 	} {
 		for _, o := range objects {
-			way.add(o)
+			method.add(o)
 		}
 		have := read()
 		for _, o := range objects {
 			if !have.Has(o) {
-				t.Errorf("%s: %s is not there as it was added:\n%s", way.name, o, state())
+				t.Errorf("%s: %s is not there as it was added:\n%s", method.name, o, state())
 			}
 		}
 		missing, surplus := Diff(nil, have, func(o Object) bool { return slices.Contains(objects, o) })
 		if len(missing) != 0 || len(surplus) != len(objects) {
 			t.Errorf("%s: %d of %d objects are surplus where none is wanted: %v",
-				way.name, len(surplus), len(objects), surplus)
+				method.name, len(surplus), len(objects), surplus)
 		}
 		for range 2 { // the second time they are gone
 			for _, o := range surplus {
 				if err := node.Do(func() error { return Delete(o) }); err != nil {
-					t.Errorf("%s: delete %s: %v", way.name, o, err)
+					t.Errorf("%s: delete %s: %v", method.name, o, err)
 				}
 			}
 		}
 		if after := state(); after != before {
-			t.Errorf("%s: left behind:\n%s\nwhere there was\n%s", way.name, after, before)
+			t.Errorf("%s: left behind:\n%s\nwhere there was\n%s", method.name, after, before)
 		}
 	}
 
@@ -115,7 +115,7 @@ func TestKernel(t *testing.T) {
 	}
 }
 
-// TestForeign: rules of others are told in the words of ip(8).
+// TestForeign: rules of others are printed in the words of ip(8).
 func TestForeign(t *testing.T) {
 	netnstest.Needs(t, "ip", "sh")
 	node := netnstest.Start(t, "netobj")

@@ -72,7 +72,7 @@ func TestDiff(t *testing.T) {
 	}
 	down, sourceless, used := link, route, Link{Name: "gme0", Kind: "bridge"}
 	down.Up, sourceless.Src = false, netip.Addr{}
-	guard, six := []Object{end, host, closed, rest}, Rule{Pref: 98, To: Any(to6.Addr()), Action: unix.FR_ACT_NOP}
+	guard, rule6 := []Object{end, host, closed, rest}, Rule{Pref: 98, To: Any(to6.Addr()), Action: unix.FR_ACT_NOP}
 	for _, c := range []struct {
 		name                         string
 		want, have, missing, surplus []Object
@@ -86,7 +86,7 @@ func TestDiff(t *testing.T) {
 		{"added anew", guard, []Object{closed, host, rest, host, closed, rest, end, end}, nil,
 			[]Object{closed, rest, host, end}},
 		{"two end", guard, []Object{host, closed, rest, end, end}, nil, []Object{end}},
-		{"each family alone", append(guard, six), []Object{host, closed, rest, end}, []Object{six}, nil},
+		{"each family alone", append(guard, rule6), []Object{host, closed, rest, end}, []Object{rule6}, nil},
 		{"removal", nil, []Object{foreign, host, closed, rest, end, route, table, address, link, onLink},
 			nil, []Object{route, closed, rest, host, end, address, onLink, link, table}},
 		{"another address", []Object{address}, []Object{onLink}, []Object{address}, []Object{onLink}},

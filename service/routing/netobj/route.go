@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Route is a route, as far as it can be one through lo: gateways and metrics are not told.
+// Route is a route, as far as it can be one through lo: gateways and metrics are not read.
 type Route struct {
 	Dst      netip.Prefix
 	Type     uint8 // unix.RTN_UNICAST and so on

@@ -24,14 +24,14 @@ import (
 )
 
 // Pod is a pod that is none: a network namespace without a name, connected to the node as
-// Calico and the cloud CNIs connect pods (K-08). What connects from it goes the way of a pod's
+// Calico and the cloud CNIs connect pods (K-08). What connects from it takes the path of a pod's
 // packets, through everybody's rules.
 //
 // The node gets an interface and a route to one address of each family, and no address, sysctl or
 // rule. The namespace lives as long as this process holds it; with it the kernel takes away all the
 // rest, also when the process is killed.
 type Pod struct {
-	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddSix
+	Addr, Addr6 netip.Addr // the pod's; Addr6 is invalid before AddIPv6
 	Link        string     // the node's end
 
 	node, pod netns.NsHandle
@@ -43,7 +43,7 @@ type Pod struct {
 	close    context.CancelFunc
 }
 
-// LinkName is the interface's name. Two trials at once are one too many.
+// LinkName is the interface's name. Only one probe at a time is possible.
 const LinkName = "gme-doctor"
 
 var (
@@ -102,9 +102,9 @@ func (t *Pod) connect() error {
 	return t.address(t.Addr, gateway)
 }
 
-// AddSix gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
+// AddIPv6 gives the pod IPv6, too. Where the node has none, or not for new interfaces, that is an
 // error.
-func (t *Pod) AddSix() error {
+func (t *Pod) AddIPv6() error {
 	if err := t.in(t.node, func() error { return t.address(podAddr6, gateway6) }); err != nil {
 		return fmt.Errorf("give the throw-away network namespace IPv6: %w", err)
 	}

@@ -19,7 +19,7 @@ import (
 )
 
 // Causes are why the watcher looks, as a set. In a metric and in the log the first of a set is
-// told.
+// reported.
 type Causes uint16
 
 const (

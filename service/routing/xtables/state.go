@@ -423,7 +423,7 @@ func (x *Tables) Fingerprint(b *strings.Builder) error {
 	tables := map[string]string{}
 	for _, c := range OwnChains() {
 		if _, asked := tables[c.Table]; !asked {
-			text, err := x.tablePrint(c.Table)
+			text, err := x.tableFingerprint(c.Table)
 			if err != nil {
 				return err
 			}
@@ -447,8 +447,8 @@ func (x *Tables) Fingerprint(b *strings.Builder) error {
 	return nil
 }
 
-// tablePrint is a table's part of a fingerprint, "" if there is no such table.
-func (x *Tables) tablePrint(table string) (string, error) {
+// tableFingerprint is a table's part of a fingerprint, "" if there is no such table.
+func (x *Tables) tableFingerprint(table string) (string, error) {
 	if !x.legacy {
 		return nft.TableHandle(x.Family, table)
 	}

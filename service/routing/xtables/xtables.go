@@ -80,7 +80,7 @@ func (x *Tables) Restore(ctx context.Context, text string) error {
 
 // Has says whether there is such a table.
 func (x *Tables) Has(table string) (bool, error) {
-	text, err := x.tablePrint(table)
+	text, err := x.tableFingerprint(table)
 	return text != "", err
 }
 

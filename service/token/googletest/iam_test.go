@@ -64,7 +64,7 @@ func TestG13GenerateIDToken(t *testing.T) {
 	s := start(t)
 	s.Allow(subject, email)
 	bearer := "Bearer " + federated(t, s, scope)
-	for body, wantsEmail := range map[string]bool{`{"audience":"https://a","includeEmail":true}`: true,
+	for body, includesEmail := range map[string]bool{`{"audience":"https://a","includeEmail":true}`: true,
 		`{"audience":"https://a"}`: false} {
 		a := generate(t, s, path+"generateIdToken", bearer, body)
 		jws, err := jose.ParseSignedCompact(a.IDToken, []jose.SignatureAlgorithm{jose.RS256})
@@ -85,7 +85,7 @@ func TestG13GenerateIDToken(t *testing.T) {
 		}
 		if claims.Iss != "https://accounts.google.com" || claims.Aud != "https://a" || len(claims.Sub) != 21 ||
 			claims.Exp-claims.Iat < 3598 ||
-			claims.Verified != wantsEmail || (claims.Email == email) != wantsEmail {
+			claims.Verified != includesEmail || (claims.Email == email) != includesEmail {
 			t.Errorf("%s: %+v", body, claims)
 		}
 	}

@@ -33,7 +33,7 @@ func judged(r *ring) {
 		env[slices.IndexFunc(env, func(e corev1.EnvVar) bool { return e.Name == lie.Name })] = lie
 		r.do("create a pod", r.create(r.ctx, p))
 		for _, p := range r.wait(name, 1, waitLimit) {
-			r.check("a token of another "+lie.Name+" is detected", p.Outcome == report.Wrong, "%s: %s", p.Outcome, p.Whose)
+			r.check("a token of another "+lie.Name+" is detected", p.Outcome == report.Wrong, "%s: %s", p.Outcome, p.Identity)
 		}
 	}
 	r.reports = slices.DeleteFunc(r.reports, func(p report.Report) bool { return p.Namespace == ns })
@@ -181,7 +181,7 @@ func static(r *ring, ns string) {
 	r.do("write a static pod", errors.Join(os.MkdirAll(manifests, 0o755), writeJSON(file, p)))
 	defer func() { r.do("remove the static pod", os.Remove(file)) }()
 	for _, p := range r.wait(ns+"-static", 1, waitLimit) {
-		r.check("a static pod is refused", p.Outcome == report.Refused, "%s: %s %s", p.Outcome, p.Whose, p.Text)
+		r.check("a static pod is refused", p.Outcome == report.Refused, "%s: %s %s", p.Outcome, p.Identity, p.Text)
 	}
 }
 
@@ -255,7 +255,8 @@ func roll(r *ring) {
 	for i, p := range r.reports {
 		// The previous link is the pod's own, so a token of it is no leak: this part counts it as a
 		// failure, and not as a wrong token.
-		if p.Tag == "roll-new" && p.Outcome == report.Wrong && p.Whose == subject(ns, p.Account)+" "+emailOf(ns, p.Account) {
+		if p.Tag == "roll-new" && p.Outcome == report.Wrong &&
+			p.Identity == subject(ns, p.Account)+" "+emailOf(ns, p.Account) {
 			r.reports[i].Outcome = report.Refused
 			old++
 		}

@@ -100,10 +100,10 @@ func judge(p *report.Report, google *googletest.Server) {
 		return
 	}
 	issued, known := google.Lookup(value)
-	p.Whose = issued.Subject + " " + issued.Email
+	p.Identity = issued.Subject + " " + issued.Email
 	if p.Outcome = report.OK; !known || issued.Subject != subject(p.Namespace, p.Account) || issued.Email != p.Email {
 		p.Outcome = report.Wrong
-		p.Text = fmt.Sprintf("the token is of %q; issued by the stand-in for Google: %v", p.Whose, known)
+		p.Text = fmt.Sprintf("the token is of %q; issued by the stand-in for Google: %v", p.Identity, known)
 	}
 }
 

@@ -21,8 +21,8 @@ type Report struct {
 	Text   string `json:"text"`   // body of a refusal, or why there is no answer
 	Token  string `json:"token,omitempty"`
 
-	Outcome Outcome `json:"outcome"`
-	Whose   string  `json:"whose"` // ServiceAccount and Google service account behind the token
+	Outcome  Outcome `json:"outcome"`
+	Identity string  `json:"identity"` // ServiceAccount and Google service account behind the token
 }
 
 // Outcome is the outcome of a request.

@@ -48,13 +48,13 @@ type kernelNode struct {
 // any, and the helper.
 func newKernelNode(t testing.TB, more ...string) *kernelNode {
 	t.Helper()
-	return newKernelBedIn(t, routing.Plan{Mode: routing.ModeIPTables}, more...)
+	return newKernelNodeIn(t, routing.Plan{Mode: routing.ModeIPTables}, more...)
 }
 
-// newKernelBedIn is newKernelNode with another Plan, to which the usual is added: pods on the host
+// newKernelNodeIn is newKernelNode with another Plan, to which the usual is added: pods on the host
 // network are redirected and the node's own slices spared where a mode can, and IPv6 is served. An
 // identity of its own is used, since a node's does not do for processes of the node (N-07).
-func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelNode {
+func newKernelNodeIn(t testing.TB, plan routing.Plan, more ...string) *kernelNode {
 	t.Helper()
 	netnstest.Needs(t, "ip", "iptables", "unshare", "mount")
 	k := &kernelNode{t: t, node: netnstest.Start(t, "kernel")}
@@ -114,7 +114,7 @@ func newKernelBedIn(t testing.TB, plan routing.Plan, more ...string) *kernelNode
 	return k
 }
 
-// usual adds to a Plan what every one of the bed's has.
+// usual adds to a Plan what the Plan of every kernelNode has.
 func (k *kernelNode) usual(p routing.Plan) routing.Plan {
 	p.Guard, p.RunDir = routing.DefaultGuard(), k.dir
 	switch p.Mode {

@@ -56,7 +56,7 @@ func self(ctx context.Context, role string, env ...string) *exec.Cmd {
 	return cmd
 }
 
-var bedSequence atomic.Uint32
+var nodeSequence atomic.Uint32
 
 // testNode is a node.
 type testNode struct {
@@ -141,7 +141,7 @@ func (b *testNode) mountCgroups() {
 		netnstest.Lacks(t, fmt.Errorf("mount cgroup2: %w", err))
 	}
 	b.mount = os.NewFile(uintptr(mount), "cgroup2")
-	b.cgroups = fmt.Sprintf("/proc/self/fd/%d/gme-attest-%d-%d", mount, os.Getpid(), bedSequence.Add(1))
+	b.cgroups = fmt.Sprintf("/proc/self/fd/%d/gme-attest-%d-%d", mount, os.Getpid(), nodeSequence.Add(1))
 	if err := os.Mkdir(b.cgroups, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -198,8 +198,8 @@ func (b *testNode) startKernel(root string) {
 	eventually(b.t, "the kernel runs", func() bool { return b.kernel.Status().Hierarchy != "" })
 }
 
-// startHelper starts one in a process of its own, on the node, and waits until it has told all it
-// knows.
+// startHelper starts one in a process of its own, on the node, and waits until it has reported all
+// it knows.
 func (b *testNode) startHelper() {
 	b.t.Helper()
 	b.startHelperAt(b.cgroups)

@@ -334,7 +334,7 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-// replace changes a file of the bed's.
+// replace changes a file of the test node.
 func (b *testNode) replace(t testing.TB, name, old, text string) {
 	t.Helper()
 	was, err := os.ReadFile(filepath.Join(b.dir, name))
