@@ -218,7 +218,7 @@ func TestByteByByte(t *testing.T) {
 // Requests that a pod sent at once outlive it: none that is answered after its death is answered
 // with its identity, nor with that of whoever has its address now.
 func TestPipelineOverADeath(t *testing.T) {
-	const requests = 60
+	const requests = 400                                // more than come to be answered, however late the death is known
 	b := newTestNode(t, "limits: {requestsPerPod: 20}") // so that they wait in the connection
 	b.ready(t)
 	c := b.dial(t, linked)

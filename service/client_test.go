@@ -192,10 +192,10 @@ func TestClientsThatDoNotRead(t *testing.T) {
 	}
 	b.google.Break(googletest.GenerateAccessToken, googletest.Fault{Latency: time.Second})
 	answered := make(chan response, 1)
+	calls := b.google.Calls(googletest.GenerateAccessToken)
 	go func() {
 		answered <- b.ask(t, linked, "GET", accts+"default/token?scopes=https://www.googleapis.com/auth/other", "")
 	}()
-	calls := b.google.Calls(googletest.GenerateAccessToken)
 	b.eventually(t, "a token is being minted",
 		func() bool { return b.google.Calls(googletest.GenerateAccessToken) > calls })
 	b.end(t)

@@ -67,8 +67,9 @@ func TestLongPoll(t *testing.T) {
 	}
 
 	etag = b.ask(t, linked, "GET", accts+"default/email", "").Header.Get("ETag")
+	b.idle(t)
 	answered = waiting()
-	b.eventually(t, "it waits", func() bool { return b.server.Connections().Open == 1 })
+	b.eventually(t, "it waits", func() bool { return b.server.Connections().Answering == 1 })
 	b.end(t)
 	if res := receive(t, answered); res.StatusCode != 200 || !res.Close {
 		t.Errorf("R-26: stopping: %d, Connection: close is %v", res.StatusCode, res.Close)
@@ -142,9 +143,10 @@ func TestDrainAnswersWhatItAccepted(t *testing.T) {
 	b := newTestNode(t)
 	b.ready(t)
 	b.ask(t, linked, "GET", accts+"default/token", "")
+	b.idle(t)
 	c := b.dial(t, linked)
 	defer c.Close()
-	b.eventually(t, "it is accepted", func() bool { return b.busy() == 1 })
+	b.eventually(t, "it is accepted", func() bool { return b.server.Connections().Open == 1 })
 	ended := make(chan struct{})
 	go func() { defer close(ended); b.end(t) }()
 	b.eventually(t, "the listener is left", func() bool {
@@ -329,9 +331,8 @@ func TestLimits(t *testing.T) {
 		b.ready(t)
 		var open []net.Conn
 		for range 3 {
-			open = append(open, b.dial(t, linked))
+			open = append(open, b.keep(t, linked))
 		}
-		b.eventually(t, "they are accepted", func() bool { return b.server.Connections().Open == 3 })
 		res := b.ask(t, linked, "GET", accts+"default/email", "")
 		if res.StatusCode != 503 || res.Header.Get("Retry-After") != "1" ||
 			!strings.Contains(res.body, "limits.connectionsPerPod is 3") {
@@ -449,10 +450,8 @@ func TestProbeIsOutOfReach(t *testing.T) {
 	b := newTestNode(t, "limits: {connectionsPerPod: 2}")
 	b.ready(t)
 	for range 4 {
-		c := b.dial(t, "127.0.0.1")
-		defer c.Close()
+		b.keep(t, "127.0.0.1")
 	}
-	b.eventually(t, "they are accepted", func() bool { return b.server.Connections().Open >= 4 })
 	if err := b.server.Alive(t.Context()); err != nil {
 		t.Error(err)
 	}

@@ -210,10 +210,11 @@ func (b *testNode) end(t testing.TB) {
 	}
 }
 
-// busy is the number of connections that wait for an answer, or have not asked yet.
-func (b *testNode) busy() int {
-	c := b.server.Connections()
-	return c.Open - c.Idle
+// idle waits until the connections of earlier requests are closed at the service's end too, so that
+// those of the next are the only ones that it counts.
+func (b *testNode) idle(t testing.TB) {
+	t.Helper()
+	b.eventually(t, "no connection is open", func() bool { return b.server.Connections().Open == 0 })
 }
 
 // ready waits until pods are served.
@@ -232,18 +233,18 @@ func (b *testNode) ready(t testing.TB) {
 // is idle, and no test fails because it is not.
 const testTimeout = 2 * time.Minute
 
-// eventually polls until what is said is so. Where it never is, the test fails with what the
-// service knows.
+// eventually polls until what is said is so: at first every 2 ms, and the longer it lasts, the more
+// seldom, since what is polled costs processor time that others need. Where it never is, the test
+// fails with what the service knows.
 func (b *testNode) eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
-	began := time.Now()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	for !is() {
-		if <-tick.C; time.Since(began) > testTimeout {
+	for began := time.Now(); !is(); {
+		waited := time.Since(began)
+		if waited > testTimeout {
 			status, _ := json.Marshal(statusOf(t, b.dir))
 			t.Fatalf("still not after %s: %s; status: %s", testTimeout, what, status)
 		}
+		<-time.After(min(2*time.Millisecond+waited/8, 50*time.Millisecond))
 	}
 }
 
@@ -312,6 +313,22 @@ func (b *testNode) dial(t testing.TB, from string) net.Conn {
 	}
 	if err := c.SetDeadline(time.Now().Add(testTimeout)); err != nil {
 		t.Fatal(err)
+	}
+	return c
+}
+
+// keep opens a connection that counts for the pod at the address, and keeps it until the end of the
+// test. A connection that was only accepted counts for nobody yet: its client is looked up before
+// its first request is read. The header of that is refused, which comes before any limit.
+func (b *testNode) keep(t testing.TB, from string) net.Conn {
+	t.Helper()
+	c := b.dial(t, from)
+	t.Cleanup(func() { c.Close() })
+	if _, err := io.WriteString(c, "GET "+accts+" HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if res := readResponse(t, bufio.NewReader(c), "GET"); res.StatusCode != http.StatusForbidden || res.Close {
+		t.Fatalf("without Metadata-Flavor: %d, Connection: close is %t: %s", res.StatusCode, res.Close, res.body)
 	}
 	return c
 }

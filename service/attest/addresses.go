@@ -2,6 +2,7 @@ package attest
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -25,30 +26,41 @@ func (s *netlinkSocket) subscribeAddresses() error {
 	return nil
 }
 
+// errChanging says that the kernel reported a change while it answered: the answer may be older.
+var errChanging = errors.New("the addresses of the network namespace changed while they were read")
+
 // addresses asks for all addresses of the namespace that a client could have, and the interface of
-// each. Changes that were reported until then are dropped: they are in the answer. errTooMany says
-// that there are more than are kept; the socket is of no use then.
+// each. Changes that were reported before the question are dropped: they are in the answer.
+// errTooMany says that there are more than are kept; the socket is of no use then. Of other errors,
+// errChanging alone comes with an answer; the caller is to ask again.
 func (s *netlinkSocket) addresses() (found map[netip.Addr]uint32, err error) {
 	for range 3 {
-		if found, err = s.dumpAddresses(); err != errLost {
+		if err = s.askAddresses(); err == nil {
+			found, err = s.answeredAddresses()
+		}
+		if err != errLost && err != errChanging {
 			break
 		}
 	}
 	return found, err
 }
 
-func (s *netlinkSocket) dumpAddresses() (map[netip.Addr]uint32, error) {
+func (s *netlinkSocket) askAddresses() error {
 	for range foreignMessages { // what lies there
 		if b, err := s.receive(); err != nil && err != errLost {
-			return nil, err
+			return err
 		} else if b == nil && err == nil {
 			break
 		}
 	}
 	if err := s.send(s.request(unix.RTM_GETADDR, unix.NLM_F_DUMP, unix.SizeofIfAddrmsg)); err != nil {
-		return nil, fmt.Errorf("ask for addresses: %w", err)
+		return fmt.Errorf("ask for addresses: %w", err)
 	}
-	found := map[netip.Addr]uint32{}
+	return nil
+}
+
+func (s *netlinkSocket) answeredAddresses() (map[netip.Addr]uint32, error) {
+	found, changing := map[netip.Addr]uint32{}, false
 	for {
 		b, err := s.receive()
 		if err != nil {
@@ -59,8 +71,12 @@ func (s *netlinkSocket) dumpAddresses() (map[netip.Addr]uint32, error) {
 		}
 		for m, rest, ok := nextMessage(b); ok; m, rest, ok = nextMessage(rest) {
 			switch {
-			case m.sequence != s.sequence: // a change that was reported meanwhile: the socket's reader comes here again
+			case m.sequence != s.sequence:
+				changing = true // nothing else reports this change: it is off the socket now
 			case m.kind == unix.NLMSG_DONE:
+				if changing {
+					return found, errChanging
+				}
 				return found, nil
 			case m.kind == unix.NLMSG_ERROR:
 				return nil, fmt.Errorf("ask for addresses: %w", m.errno())

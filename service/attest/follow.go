@@ -174,41 +174,46 @@ func (k *Kernel) processEnded(n *namespace) {
 	}
 }
 
-// addressesChanged looks at once, and then not again for a while.
+// addressesChanged reads the addresses at once, and then not again for a while.
 func (k *Kernel) addressesChanged(n *namespace) {
 	k.routing.Lock()
 	defer k.routing.Unlock()
-	if k.readAddresses(n) {
-		time.AfterFunc(addressInterval, func() {
-			k.routing.Lock()
-			defer k.routing.Unlock()
-			if !n.closed() {
-				k.poller.again(n.route.fd, n.routeKey)
-			}
-		})
-	}
+	k.readAddresses(n)
 }
 
-// readAddresses notes what addresses the namespace has, and reports whether that can be done again.
-// The lock of the route sockets is held.
-func (k *Kernel) readAddresses(n *namespace) bool {
+// readAddresses notes what addresses the namespace has. After addressInterval it reads them again,
+// where they could not be read or changed meanwhile; else when the kernel tells of a change. The
+// lock of the route sockets is held.
+func (k *Kernel) readAddresses(n *namespace) {
 	if n.closed() {
-		return false
+		return
 	}
 	found, err := n.route.addresses()
-	if err != nil && !n.warned { // its owner could make it happen again and again
+	if err != nil && err != errChanging && !n.warned { // its owner could make it happen again and again
 		n.warned = true
 		k.options.Log.WithError(err).WithField("namespace",
 			n).Warn("attest: not all addresses of a network namespace are known")
 	}
-	if err != nil && err != errTooMany {
-		return true // with those that were known
+	if err != errTooMany {
+		time.AfterFunc(addressInterval, func() {
+			k.routing.Lock()
+			defer k.routing.Unlock()
+			switch {
+			case n.closed():
+			case err != nil:
+				k.readAddresses(n)
+			default:
+				k.poller.again(n.route.fd, n.routeKey)
+			}
+		})
+	}
+	if err != nil && err != errTooMany && err != errChanging {
+		return // with those that were known
 	}
 	k.mu.Lock()
 	k.index(n, found)
 	k.mu.Unlock()
 	k.changed()
-	return err == nil
 }
 
 // index replaces what addresses lead to the namespace.

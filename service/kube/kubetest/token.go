@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -22,8 +23,11 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
+// tokenKey is shared by all servers of a process, since it takes long to generate.
+var tokenKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
+
 func (s *Server) newSigner() error {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	key, err := tokenKey()
 	if err != nil {
 		return fmt.Errorf("make the key of tokens: %w", err)
 	}
