@@ -228,7 +228,7 @@ func TestSixIsGuarded(t *testing.T) {
 			b.requireOK(b.plan)
 			guarded := func() {
 				t.Helper()
-				var asked sync.WaitGroup // side by side: the kernel sends few refusals of ICMPv6, and the others' clients wait
+				var asked sync.WaitGroup // side by side: whoever is not refused at once waits
 				for _, at := range servers {
 					asked.Go(func() { b.answers(b.pod, at, "") })
 					asked.Go(func() { b.answers(routed, at, "") })
