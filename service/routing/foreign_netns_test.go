@@ -181,6 +181,7 @@ type foreignCase struct {
 	label  string
 	before string // what is to be left after a removal
 	stood  string // with ours
+	then   State  // at that time
 	served string // where pods are answered by the emulator
 	watch  *running
 }
@@ -213,13 +214,9 @@ func testForeign(t *testing.T, rulesets []foreignRuleset) {
 					c.up(order == "before", &left)
 				}
 			}
-			for over := time.Now().Add(10 * time.Second); time.Now().Before(over); {
-				for _, c := range cases {
-					if now := c.ruleset(); now != c.stood {
-						c.requireEqual(c.label+": while it is watched", sorted(now), sorted(c.stood))
-						c.stood = now
-					}
-				}
+			<-time.After(10 * time.Second) // while each is watched; a change that was undone is counted too
+			for _, c := range cases {
+				c.unchanged()
 			}
 			for _, c := range cases {
 				c.down()
@@ -283,7 +280,19 @@ func (c *foreignCase) up(first bool, left *string) {
 	if err := c.check(c.plan); err != nil {
 		c.fault("check: %v", err)
 	}
-	c.stood = c.ruleset()
+	c.watch.until(c.label+": the watcher's answer", func() bool { return c.watch.state().Standing.Good })
+	c.stood, c.then = c.ruleset(), c.watch.state()
+}
+
+// unchanged fails if the watcher did anything.
+func (c *foreignCase) unchanged() {
+	c.t.Helper()
+	c.requireEqual(c.label+": while it is watched", sorted(c.ruleset()), sorted(c.stood))
+	now := c.watch.state()
+	if now.Installs != c.then.Installs || now.Repairs.Total() != c.then.Repairs.Total() {
+		c.fault("the watcher installed and repaired: %d and %d times, before %d and %d", now.Installs, now.Repairs.Total(),
+			c.then.Installs, c.then.Repairs.Total())
+	}
 }
 
 func (c *foreignCase) serves() {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -227,11 +228,13 @@ func TestIPv6IsGuarded(t *testing.T) {
 			b.requireOK(b.plan)
 			guarded := func() {
 				t.Helper()
+				var asked sync.WaitGroup // side by side: whoever is not refused at once waits
 				for _, at := range servers {
-					b.answers(b.pod, at, "")
-					b.answers(routed, at, "")
-					b.answers(b.NS, at, cloud)
+					asked.Go(func() { b.answers(b.pod, at, "") })
+					asked.Go(func() { b.answers(routed, at, "") })
+					asked.Go(func() { b.answers(b.NS, at, cloud) })
 				}
+				asked.Wait()
 			}
 			guarded()
 			b.run("ip6tables -F; nft flush ruleset")

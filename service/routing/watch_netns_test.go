@@ -98,13 +98,12 @@ func (r *running) last() string {
 	return r.reported[len(r.reported)-1]
 }
 
-// until polls until ok, for as long as a slow machine may need.
+// until polls until ok, for as long as a slow machine may need. Between polls it pauses for as long
+// as one takes: many run commands, and the watcher needs the processor too.
 func (r *running) until(what string, ok func() bool) time.Duration {
 	r.t.Helper()
 	start := time.Now()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	for !ok() {
+	for asked := start; !ok(); asked = time.Now() {
 		if time.Since(start) > 30*time.Second {
 			r.t.Fatalf(
 				"not within 30 s: %s; the watcher says %q; check: %v; log: %s",
@@ -114,7 +113,7 @@ func (r *running) until(what string, ok func() bool) time.Duration {
 				r.lines(),
 			)
 		}
-		<-tick.C
+		<-time.After(max(10*time.Millisecond, time.Since(asked)))
 	}
 	return time.Since(start)
 }
