@@ -321,7 +321,7 @@ func (o *outcomeNode) asks(who, to, want string) string {
 		a.Header.Get("Retry-After") != "" && time.Since(began) < testTimeout; a = o.exchange(name, how) {
 		o.t.Logf("%s is to ask %s again: %s", who, to, a.Body)
 		if strings.HasPrefix(to, "[") {
-			o.six++
+			o.byIPv6++
 		}
 	}
 	server := a.Header.Get("Server")
