@@ -148,14 +148,16 @@ func output(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// unpacked returns the package's files in a folder.
+// unpacked returns the deb's files in a folder, which all tests share and none changes.
 func unpacked(t *testing.T) string {
 	t.Helper()
 	need(t, "dpkg-deb")
-	dir := t.TempDir()
-	output(t, "dpkg-deb", "-x", built(t, packages, "*.deb"), dir)
-	return dir
+	deb := built(t, packages, "*.deb")
+	unpackOnce.Do(func() { output(t, "dpkg-deb", "-x", deb, filepath.Join(scratch, "unpacked")) })
+	return filepath.Join(scratch, "unpacked")
 }
+
+var unpackOnce sync.Once
 
 // Scripts are short enough to be read before they are run as root.
 func TestScripts(t *testing.T) {
