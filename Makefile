@@ -7,6 +7,8 @@ SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 AS_ROOT := $(if $(SUDO),-exec "sudo -E env PATH=$(PATH) GOCACHE=/var/tmp/gke-metadata-emulator-test-cache")
 # Most tests wait for the kernel, a process or a deadline, so more of them run at a time than there are processors.
 SIDE_BY_SIDE := -p 3 -parallel 4
+# By default each process with the race detector waits a second before it exits. Tests start hundreds of them.
+RACE := GORACE=atexit_sleep_ms=0
 UNITS   := $(notdir $(wildcard systemd/*.service systemd/*.path))
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(shell git rev-parse HEAD 2>/dev/null)
 
@@ -98,7 +100,7 @@ golden: ## updates generated files: documents, manual pages, reference configura
 	@.ci/golden
 
 test: deps $(ROOTFS) $(RECIPES_ROOTFS) $(PROMTOOL) ## runs all Go tests with the race detector: units, scripts, fuzz corpus, routing modes in network namespaces, packages
-	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" GME_TEST_PROMTOOL="$(PROMTOOL)" \
+	GME_TEST_ROOTFS="$(ROOTFS)" GME_TEST_RECIPES="$(RECIPES_ROOTFS)" GME_TEST_PROMTOOL="$(PROMTOOL)" $(RACE) \
 		$(GO) run ./.ci/progress $(GO) test -json -race -count=1 -timeout 20m $(SIDE_BY_SIDE) $(AS_ROOT) ./...
 
 test-kube: ## tests the stand-in for the API server and each rule of the shipped RBAC against a real etcd and kube-apiserver

@@ -36,12 +36,14 @@ func machineOf(t *testing.T, variable string) (root string, run func(script stri
 	}
 	need(t, "tar", "zstd", "unshare", "chroot")
 	root = t.TempDir()
-	unpack := exec.CommandContext(t.Context(), "tar", "-C", root, "--numeric-owner", "-xf", tree)
-	if info, err := os.Stat(tree); err == nil && info.IsDir() {
-		unpack = exec.CommandContext(t.Context(), "cp", "-a", tree+"/.", root)
-	}
-	if out, err := unpack.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	if err := overlay(t, tree, root); err != nil {
+		unpack := exec.CommandContext(t.Context(), "tar", "-C", root, "--numeric-owner", "-xf", tree)
+		if info, err := os.Stat(tree); err == nil && info.IsDir() {
+			unpack = exec.CommandContext(t.Context(), "cp", "-a", tree+"/.", root)
+		}
+		if out, err := unpack.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
 	}
 	if _, err := os.Stat(filepath.Join(root, "usr/bin/systemctl")); err != nil || root == "/" {
 		t.Fatalf("%s is no Debian with systemd: %v", tree, err)
@@ -62,6 +64,24 @@ func machineOf(t *testing.T, variable string) (root string, run func(script stri
 		}
 		return string(out)
 	}
+}
+
+// overlay has root show the tree, and keeps what is written there elsewhere: copies of all trees
+// take many seconds of processor time. An error says that the tree is no folder, or that overlayfs
+// cannot be mounted here.
+func overlay(t *testing.T, tree, root string) error {
+	t.Helper()
+	upper, work := t.TempDir(), t.TempDir() // of one file system, as overlayfs wants them
+	options := "lowerdir=" + tree + ",upperdir=" + upper + ",workdir=" + work
+	if err := syscall.Mount("overlay", root, "overlay", 0, options); err != nil {
+		return err
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(root, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return nil
 }
 
 // place puts packages where the machine finds them.

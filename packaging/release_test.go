@@ -107,7 +107,7 @@ func TestSignature(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(unsigned, "SHA256SUMS.asc")); !os.IsNotExist(err) {
 		t.Errorf("without a key: SHA256SUMS.asc: %v", err)
 	}
-	signed, err := build("..", "1.0.0", append(env, "FORMATS=tar")...)
+	signed, err := build("..", "1.0.0", append(env, "FORMATS=apk")...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func TestSignature(t *testing.T) {
 		sums).CombinedOutput(); err == nil {
 		t.Errorf("other checksums are vouched for too:\n%s", out)
 	}
-	if _, err := build("..", "1.0.0", append(env, "FORMATS=tar", "GPG_KEY=nobody@example.invalid")...); err == nil {
+	if _, err := build("..", "1.0.0", append(env, "FORMATS=apk", "GPG_KEY=nobody@example.invalid")...); err == nil {
 		t.Error("a key that is not there signed, or was passed over")
 	}
 }
