@@ -20,6 +20,7 @@ func TestAcceptedSocket(t *testing.T) {
 		"greets once, and ends its half",
 	} {
 		t.Run(listener, func(t *testing.T) {
+			t.Parallel() // a refusal is waited for
 			b := newBridge(t)
 			victim, attacker, server := b.victim, b.attacker, b.server
 			b.in(b.serverNS, "iptables -A INPUT -p tcp --sport 41000 -m string --algo bm --string more -j DROP")

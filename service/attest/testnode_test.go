@@ -166,14 +166,16 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// eventually polls until ok or a deadline.
+// eventually polls until ok, for as long as a slow machine may need. Between polls it pauses for as
+// long as one takes: some run commands.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); {
-		if time.Now().After(end) {
-			t.Fatalf("still not so after 10 s: %s", what)
+	end := time.Now().Add(30 * time.Second)
+	for asked := time.Now(); !ok(); asked = time.Now() {
+		if asked.After(end) {
+			t.Fatalf("still not so after 30 s: %s", what)
 		}
-		<-time.After(time.Millisecond)
+		<-time.After(max(time.Millisecond, time.Since(asked)))
 	}
 }
 
