@@ -8,7 +8,10 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
 )
@@ -121,6 +124,27 @@ func (x *connections) overLimit(c *connection) error {
 
 // busy returns the number of those that wait for an answer, or have not asked yet.
 func (x *connections) busy() int { return x.open() - int(x.idle.Load()) }
+
+// unread reports whether the kernel holds bytes of a request that net/http has not read yet: its
+// connection counts as idle.
+func (x *connections) unread() (yes bool) {
+	x.each(false, func(c *connection) { yes = yes || unreadBytes(c.conn) > 0 })
+	return yes
+}
+
+// unreadBytes is how many bytes of the client's lie in the kernel.
+func unreadBytes(c net.Conn) (n int) {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return 0
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+	return n
+}
 
 func connectionOf(ctx context.Context) *connection {
 	c, _ := ctx.Value(connectionKey{}).(*connection)

@@ -189,3 +189,36 @@ func noRoom(t *testing.T, g prometheus.Gatherer) float64 {
 	t.Fatal("no such series")
 	return 0
 }
+
+// what a client has sent is known before the service reads it, so that a connection on which a
+// request lies is not taken for one without any.
+func TestUnreadBytes(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	c, err := clientListener{Listener: l}.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	x := newConnections(func() int { return 9 }, nil, nil)
+	x.all[&connection{held: held{conn: c}}] = true
+	if x.unread() {
+		t.Error("a connection on which nothing was sent has unread bytes")
+	}
+	if _, err := io.WriteString(client, "GET / HTTP/1.1\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(testTimeout); !x.unread(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the bytes that the client sent are not seen")
+		}
+	}
+}

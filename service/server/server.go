@@ -196,10 +196,11 @@ func (s *Server) Draining() bool {
 // or does not send a whole request. When ctx is done, answers are broken off.
 func (s *Server) Shutdown(ctx context.Context) {
 	x := s.connections
-	for end := time.Now().Add(hastyTimeout); x.busy() > 0 && time.Now().Before(end); {
-		sleep(ctx, 2*time.Millisecond)
-	}
-	for x.answering.Load() > 0 && sleep(ctx, 2*time.Millisecond) {
+	for end := time.Now().Add(hastyTimeout); ; {
+		asking := time.Now().Before(end) && (x.busy() > 0 || x.unread())
+		if x.answering.Load() == 0 && !asking || !sleep(ctx, 2*time.Millisecond) {
+			break
+		}
 	}
 	x.each(false, func(c *connection) { reset(c.conn) })
 	if err := s.web.Shutdown(ctx); err != nil {
