@@ -190,8 +190,8 @@ func noRoom(t *testing.T, g prometheus.Gatherer) float64 {
 	return 0
 }
 
-// what a client has sent is known before the service reads it, so that a connection on which a
-// request lies is not taken for one without any.
+// what a client has sent is known before the service reads it: a connection that holds a
+// request is not taken for one without any.
 func TestUnreadBytes(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

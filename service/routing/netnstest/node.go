@@ -21,18 +21,19 @@ import (
 var (
 	// Metadata is the real metadata server's address; the cloud namespace has it.
 	Metadata = netip.MustParseAddr("169.254.169.254")
-	// MetadataSix is AWS's metadata server over IPv6; the cloud namespace has it too.
-	MetadataSix = netip.MustParseAddr("fd00:ec2::254")
-	// OracleSix is Oracle's over IPv6, which the cloud namespace has as well.
-	OracleSix = netip.MustParseAddr("fd00:c1::a9fe:a9fe")
-	// GoogleSix is Google's over IPv6 (H-24), which the cloud namespace has as well.
-	GoogleSix = netip.MustParseAddr("fd20:ce::254")
+	// MetadataIPv6 is AWS's metadata server over IPv6; the cloud namespace has it too.
+	MetadataIPv6 = netip.MustParseAddr("fd00:ec2::254")
+	// OracleIPv6 is Oracle's over IPv6, which the cloud namespace has as well.
+	OracleIPv6 = netip.MustParseAddr("fd00:c1::a9fe:a9fe")
+	// GoogleIPv6 is Google's over IPv6 (H-24), which the cloud namespace has as well.
+	GoogleIPv6 = netip.MustParseAddr("fd20:ce::254")
 
-	cloudAddr, cloudSix   = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("fd00:51::1")
-	nodeAddr, nodeSix     = netip.MustParseAddr("198.51.100.10"), netip.MustParseAddr("fd00:51::10")
-	bridgeAddr, bridgeSix = netip.MustParseAddr("10.244.0.1"), netip.MustParseAddr("fd00:244::1")
-	podNet, podNetSix     = netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/64") // on the bridge
-	routedNet, routedSix  = netip.MustParsePrefix(
+	cloudAddr, cloudAddr6   = netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("fd00:51::1")
+	nodeAddr, nodeAddr6     = netip.MustParseAddr("198.51.100.10"), netip.MustParseAddr("fd00:51::10")
+	bridgeAddr, bridgeAddr6 = netip.MustParseAddr("10.244.0.1"), netip.MustParseAddr("fd00:244::1")
+	// of pods on the bridge
+	podNet, podNet6       = netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/64")
+	routedNet, routedNet6 = netip.MustParsePrefix(
 		"10.245.0.0/16",
 	), netip.MustParsePrefix(
 		"fd00:245::/64",
@@ -84,19 +85,19 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 		return err
 	}
 	n.all = append(n.all, n.NS)
-	n.NS.Addr, n.NS.Six = nodeAddr, nodeSix
+	n.NS.Addr, n.NS.Addr6 = nodeAddr, nodeAddr6
 	if n.Cloud, err = n.namespace("-cloud"); err != nil {
 		return err
 	}
-	n.Cloud.Addr, n.Cloud.Six = cloudAddr, cloudSix
+	n.Cloud.Addr, n.Cloud.Addr6 = cloudAddr, cloudAddr6
 	if err := n.Cloud.Do(func() error {
 		return run(
 			bridge("lan0"),
-			address("lan0", netip.PrefixFrom(cloudAddr, 24)), address("lan0", netip.PrefixFrom(cloudSix, 64)),
-			address("lan0", linkLocal(cloudSix)),
-			address("lo", netip.PrefixFrom(Metadata, 32)), address("lo", netip.PrefixFrom(MetadataSix, 128)),
-			address("lo", netip.PrefixFrom(GoogleSix, 128)),
-			address("lo", netip.PrefixFrom(OracleSix, 128)),
+			address("lan0", netip.PrefixFrom(cloudAddr, 24)), address("lan0", netip.PrefixFrom(cloudAddr6, 64)),
+			address("lan0", linkLocal(cloudAddr6)),
+			address("lo", netip.PrefixFrom(Metadata, 32)), address("lo", netip.PrefixFrom(MetadataIPv6, 128)),
+			address("lo", netip.PrefixFrom(GoogleIPv6, 128)),
+			address("lo", netip.PrefixFrom(OracleIPv6, 128)),
 			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
 		)
 	}); err != nil {
@@ -108,10 +109,10 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 	if err := n.NS.Do(func() error {
 		return run(
 			bridge("cni0"),
-			address("cni0", netip.PrefixFrom(bridgeAddr, 16)), address("cni0", netip.PrefixFrom(bridgeSix, 64)),
-			address("cni0", linkLocal(bridgeSix)),
+			address("cni0", netip.PrefixFrom(bridgeAddr, 16)), address("cni0", netip.PrefixFrom(bridgeAddr6, 64)),
+			address("cni0", linkLocal(bridgeAddr6)),
 			n.defaultRoute(netip.MustParsePrefix("0.0.0.0/0"), Metadata, cloudAddr),
-			n.defaultRoute(netip.MustParsePrefix("::/0"), MetadataSix, cloudSix),
+			n.defaultRoute(netip.MustParsePrefix("::/0"), MetadataIPv6, cloudAddr6),
 			sysctl("ipv4/ip_forward", "1"), sysctl("ipv6/conf/all/forwarding", "1"),
 		)
 	}); err != nil {
@@ -121,7 +122,7 @@ func (n *Node) make(node func(name string) (*NS, error)) (err error) {
 	// ruleset starts empty.
 	return n.Cloud.Do(func() error {
 		return run(route(podNet, nodeAddr, "lan0"), route(routedNet, nodeAddr, "lan0"),
-			route(podNetSix, nodeSix, "lan0"), route(routedSix, nodeSix, "lan0"))
+			route(podNet6, nodeAddr6, "lan0"), route(routedNet6, nodeAddr6, "lan0"))
 	})
 }
 
@@ -143,8 +144,8 @@ func (n *Node) plug(ns *NS, port, link string) error {
 	return ns.Do(func() error {
 		return run(
 			address(link, netip.PrefixFrom(ns.Addr, 24)),
-			address(link, netip.PrefixFrom(ns.Six, 64)),
-			address(link, linkLocal(ns.Six)),
+			address(link, netip.PrefixFrom(ns.Addr6, 64)),
+			address(link, linkLocal(ns.Addr6)),
 		)
 	})
 }
@@ -200,15 +201,15 @@ func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 	n.pods++
 	i := n.pods + 1 // the bridge is 1
 	pod.Addr = netip.AddrFrom4([4]byte{10, 244, byte(i >> 8), byte(i)})
-	six := podNetSix.Addr().As16()
+	addr6 := podNet6.Addr().As16()
 	if master == "" {
 		pod.Addr = netip.AddrFrom4([4]byte{10, 245, byte(i >> 8), byte(i)})
-		six = routedSix.Addr().As16()
+		addr6 = routedNet6.Addr().As16()
 	}
-	six[14], six[15] = byte(i>>8), byte(i)
-	pod.Six = netip.AddrFrom16(six)
+	addr6[14], addr6[15] = byte(i>>8), byte(i)
+	pod.Addr6 = netip.AddrFrom16(addr6)
 	if before != nil {
-		pod.Addr, pod.Six = before.Addr, before.Six
+		pod.Addr, pod.Addr6 = before.Addr, before.Addr6
 	}
 	host := fmt.Sprintf("veth%d", n.pods)
 	if err := n.NS.veth(host, pod, "eth0", master); err != nil {
@@ -222,14 +223,14 @@ func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 					"eth0",
 					netip.PrefixFrom(pod.Addr, 16),
 				),
-				address("eth0", netip.PrefixFrom(pod.Six, 64)),
-				address("eth0", linkLocal(pod.Six)),
+				address("eth0", netip.PrefixFrom(pod.Addr6, 64)),
+				address("eth0", linkLocal(pod.Addr6)),
 				route(
 					netip.MustParsePrefix("0.0.0.0/0"),
 					bridgeAddr,
 					"eth0",
 				),
-				route(netip.MustParsePrefix("::/0"), bridgeSix, "eth0"),
+				route(netip.MustParsePrefix("::/0"), bridgeAddr6, "eth0"),
 			)
 		})
 	} else {
@@ -237,15 +238,15 @@ func (n *Node) addPod(name, master string, before *NS) (_ *NS, err error) {
 			n.NS.Do(func() error {
 				return run(sysctl("ipv4/conf/"+host+"/proxy_arp", "1"), sysctl("ipv4/neigh/"+host+"/proxy_delay", "0"),
 					route(netip.PrefixFrom(pod.Addr, 32), netip.Addr{}, host),
-					route(netip.PrefixFrom(pod.Six, 128), netip.Addr{}, host),
-					address(host, linkLocal(bridgeSix)))
+					route(netip.PrefixFrom(pod.Addr6, 128), netip.Addr{}, host),
+					address(host, linkLocal(bridgeAddr6)))
 			}),
 			pod.Do(func() error {
-				return run(address("eth0", netip.PrefixFrom(pod.Addr, 32)), address("eth0", netip.PrefixFrom(pod.Six, 128)),
-					address("eth0", linkLocal(pod.Six)),
+				return run(address("eth0", netip.PrefixFrom(pod.Addr, 32)), address("eth0", netip.PrefixFrom(pod.Addr6, 128)),
+					address("eth0", linkLocal(pod.Addr6)),
 					route(netip.PrefixFrom(routedGateway, 32), netip.Addr{}, "eth0"),
 					route(netip.MustParsePrefix("0.0.0.0/0"), routedGateway, "eth0"),
-					route(netip.MustParsePrefix("::/0"), linkLocal(bridgeSix).Addr(), "eth0"))
+					route(netip.MustParsePrefix("::/0"), linkLocal(bridgeAddr6).Addr(), "eth0"))
 			}))
 	}
 	if err != nil {
@@ -266,15 +267,15 @@ func (n *Node) AddNeighbour(name string) (*NS, error) {
 	i := byte(20 + n.neighbours)
 	n.neighbours++
 	ns.Addr = netip.AddrFrom4([4]byte{198, 51, 100, i})
-	six := cloudSix.As16()
-	six[15] = i
-	ns.Six = netip.AddrFrom16(six)
+	addr6 := cloudAddr6.As16()
+	addr6[15] = i
+	ns.Addr6 = netip.AddrFrom16(addr6)
 	if err := n.plug(ns, fmt.Sprintf("nb%d", n.neighbours), "eth0"); err != nil {
 		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
 	}
 	if err := ns.Do(func() error {
 		return run(route(netip.MustParsePrefix("0.0.0.0/0"), cloudAddr, "eth0"),
-			route(netip.MustParsePrefix("::/0"), cloudSix, "eth0"))
+			route(netip.MustParsePrefix("::/0"), cloudAddr6, "eth0"))
 	}); err != nil {
 		return nil, fmt.Errorf("add neighbour %s: %w", name, err)
 	}
@@ -397,7 +398,7 @@ func (ns *NS) veth(name string, peer *NS, peerName, master string) error {
 
 func address(link string, p netip.Prefix) func() error {
 	return func() error {
-		if p.Addr().Is6() && withoutSix() {
+		if p.Addr().Is6() && ipv6Disabled() {
 			return nil
 		}
 		l, err := netlink.LinkByName(link)
@@ -422,7 +423,7 @@ func route(to netip.Prefix, via netip.Addr, link string) func() error {
 // routeAt is route with a metric; 0 is the kernel's default.
 func routeAt(metric int, to netip.Prefix, via netip.Addr, link string) func() error {
 	return func() error {
-		if to.Addr().Is6() && withoutSix() {
+		if to.Addr().Is6() && ipv6Disabled() {
 			return nil
 		}
 		l, err := netlink.LinkByName(link)
@@ -442,9 +443,9 @@ func routeAt(metric int, to netip.Prefix, via netip.Addr, link string) func() er
 	}
 }
 
-// withoutSix says whether IPv6 is disabled in the calling thread's namespace, or in the kernel, as
-// a machine may be booted that was made a node: then what is of IPv6 is left out.
-func withoutSix() bool {
+// ipv6Disabled says whether IPv6 is disabled in the calling thread's namespace, or in the kernel,
+// as a machine may be booted that was made a node: then what is of IPv6 is left out.
+func ipv6Disabled() bool {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/default/disable_ipv6")
 	return err != nil || strings.TrimSpace(string(b)) == "1"
 }
@@ -452,7 +453,7 @@ func withoutSix() bool {
 // sysctl writes below /proc/sys/net, which shows the calling thread's namespace.
 func sysctl(key, value string) func() error {
 	return func() error {
-		if strings.HasPrefix(key, "ipv6/") && withoutSix() {
+		if strings.HasPrefix(key, "ipv6/") && ipv6Disabled() {
 			return nil
 		}
 		return os.WriteFile("/proc/sys/net/"+key, []byte(value), 0)
