@@ -25,18 +25,21 @@
 //  6. overLimit (server/connections.go): who has more connections than limits.connectionsPerPod is
 //     refused. What another cloud's server is asked for goes there now (server/passthrough.go), if
 //     a pod on the host network asks that the operator named.
-//  7. who is it: package attest looks the evidence up in what package kube watches: the live pod of
-//     this node with that UID, or the identity that the operator gave the unit. What is not known
-//     yet is waited for, 2 s at most. No evidence, or two kinds of it, is a refusal and not a
-//     guess; an address counts for pods alone whom nothing else can name.
-//  8. what may it see: package metadata evaluates the place for this caller. An account that is not
-//     the caller's does not exist for it.
-//  9. the token: the leaf makes a token.Request of the caller's ServiceAccount and what its
-//     annotations say. The cache has it, or asks package token's Google: a ServiceAccount token
-//     from Kubernetes (TokenRequest, bound to the pod), a federated token for it from Google's STS,
-//     and the linked Google service account's token for that from IAM. One mint is in flight for
-//     one request; it outlives the first asker; it is done again before the token gets old.
-//  10. the evidence again: had the process died meanwhile, or the pod, the answer is thrown away.
+//  7. who is it: package attest (attest.go; client.go looks for the socket, evidence.go has the
+//     errors) looks the evidence up in what package kube watches: the live pod of this node with
+//     that UID, or the identity that the operator gave the unit. What is not known yet is waited
+//     for, 2 s at most. No evidence, or two kinds of it, is a refusal and not a guess; an address
+//     counts for pods alone whom nothing else can name.
+//  8. what may it see: package metadata (tree.go) evaluates the place for this caller. An account
+//     that is not the caller's does not exist for it.
+//  9. the token: the leaf (server/tree.go) makes a token.Request of the caller's ServiceAccount and
+//     what its annotations say. The cache (token/cache.go) has it, or asks package token's Google
+//     (token/google.go): a ServiceAccount token from Kubernetes (TokenRequest, bound to the pod), a
+//     federated token for it from Google's STS, and the linked Google service account's token for
+//     that from IAM. One mint is in flight for one request; it outlives the first asker; it is done
+//     again before the token gets old.
+//  10. the evidence again (server/server.go): had the process died meanwhile, or the pod, the answer
+//     is thrown away.
 //  11. write (server/server.go): one function turns an answer, or an error by way of one table
 //     (server/refusal.go), into bytes. One audit line tells of each token that was issued
 //     (server/audit.go). Each request is counted by its status and its duration, and a refusal by

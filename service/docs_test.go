@@ -18,6 +18,8 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/attest"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
+	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/watch"
 )
 
 const metricsPage = "../docs/metrics.md"
@@ -47,6 +49,26 @@ func TestDocsMetrics(t *testing.T) {
 		for label := range strings.SplitSeq(strings.Split(r, "|")[3], ",") {
 			if label = strings.TrimSpace(label); label != "" && !strings.Contains(string(page), "\n| "+label+" |") {
 				t.Errorf("%s does not say which values %s has", metricsPage, label)
+			}
+		}
+	}
+}
+
+// Docs: the values of labels that are lists in code.
+func TestDocsLabels(t *testing.T) {
+	page, err := os.ReadFile(metricsPage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for label, values := range map[string][]string{"cause": watch.Names, "layer": fault.All} {
+		_, row, found := strings.Cut(string(page), "\n| `"+label+"` |")
+		row, _, _ = strings.Cut(row, "\n")
+		if !found {
+			t.Errorf("%s has no row for label %s", metricsPage, label)
+		}
+		for _, v := range values {
+			if !strings.Contains(row, "`"+v+"`") {
+				t.Errorf("%s: label %s has no value %s", metricsPage, label, v)
 			}
 		}
 	}

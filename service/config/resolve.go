@@ -122,7 +122,7 @@ func (l *loader) checkListen() {
 		(a == l.HealthListen.Addr() || a.IsUnspecified() || l.HealthListen.Addr().IsUnspecified()) {
 		l.complain("healthListen", 0, bad("write another port", "is the same address as listen"))
 	}
-	if l.Routing.InterceptHostPods == "on" && !mode.hostPods && !mode.observes {
+	if l.Routing.InterceptHostPods == "on" && !mode.redirects && !mode.observes {
 		l.complain("routing.interceptHostPods", 0,
 			bad("write off", "routing.mode %s cannot tell pods on the host network from the node itself", mode.mode))
 	}
@@ -166,7 +166,7 @@ func (l *loader) checkListen6() {
 		return
 	}
 	switch mode := l.Routing.modeRule(); {
-	case !mode.translates:
+	case !mode.dnat:
 		l.complain("listen6", 0, bad("remove it, or set routing.mode to iptables or nftables",
 			"routing.mode %s serves IPv4 alone", mode.mode))
 	case !a.Is6():
@@ -261,7 +261,7 @@ func (l *loader) warn() {
 	}
 	switch r := l.Routing; {
 	case len(l.Passthrough) == 0:
-	case !r.modeRule().hostPods:
+	case !r.modeRule().redirects:
 		say("passthrough: routing.mode %s redirects no pod on the host network, so they already reach the cloud's metadata "+
 			"server directly", r.Mode)
 	case r.InterceptHostPods == "off":
@@ -271,7 +271,7 @@ func (l *loader) warn() {
 		say("passthrough: routing.interceptHostPods is auto, which redirects pods on the host network only where no " +
 			"metadata server of a cloud answers: set it to on")
 	}
-	if mode := l.Routing.modeRule(); l.DNS == "answer" && !mode.translates {
+	if mode := l.Routing.modeRule(); l.DNS == "answer" && !mode.readsQueries {
 		say("dns: routing.mode %s does not see the name in a DNS query, so metadata.google.internal is not answered by this "+
 			"node: add a record to the cluster's DNS, hostAliases or GCE_METADATA_HOST to the pods", mode.mode)
 	}

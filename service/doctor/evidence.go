@@ -79,8 +79,8 @@ func (r *nodeReport) noEvidence() string {
 // evidenceCheck: a connection is attested as a pod's is, so what leaves the connection alone and
 // breaks only the evidence is seen.
 func evidenceCheck(r *nodeReport) Finding {
-	const remedy = "systemctl restart gke-metadata-emulator-attest (see check attestation); " +
-		"if that does not help, find rules that rewrite packets of pods: iptables-save; nft list ruleset"
+	const remedy = "find rules that rewrite packets of pods: iptables-save; nft list ruleset; " +
+		"if there are none: systemctl restart gke-metadata-emulator-attest (see check attestation)"
 	switch why := r.noEvidence(); {
 	case why != "":
 		return skip("%s", why)

@@ -299,8 +299,7 @@ func networkCheck(r *nodeReport) Finding {
 		return good("%s", reason)
 	case fits == routing.ModeNone:
 		return fail(remedy+", or remove the package from this node", "%s", reason)
-	case fits == routing.ModeIPTables, mode != routing.ModeIPTables && mode != routing.ModeNFTables:
-		// what iptables sees the others see too, and loopback and ebpf need no netfilter
+	case fits == routing.ModeIPTables, !routing.DNATs(mode): // what iptables sees the others see too
 		return good("mode %s; mode %s fits, too: %s", mode, fits, reason)
 	case facts.CalicoBPF:
 		return warn("add 169.254.169.254/32 to Calico's bpfExcludeCIDRsFromNAT, or set "+remedy, "%s", reason)
@@ -377,7 +376,7 @@ func ipv6Check(r *nodeReport) Finding {
 	case r.config.Listen6.IsValid() && !r.plan.Closed: // auto's choice
 		return warn("remove listen6, or set routing.mode to iptables or nftables",
 			"mode %s serves IPv4 only: listen6 is not used; guarded: %s", mode, ipv6Of(r.plan.Guard))
-	case mode != routing.ModeIPTables && mode != routing.ModeNFTables && !r.plan.Closed:
+	case !routing.DNATs(mode) && !r.plan.Closed:
 		return good("mode %s serves IPv4 only; guarded: %s", mode, ipv6Of(r.plan.Guard))
 	}
 	return good("listen6 is not set; guarded: %s", ipv6Of(r.plan.Guard))

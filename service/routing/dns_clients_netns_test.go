@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -218,7 +217,6 @@ func TestDNSDetection(t *testing.T) {
 		for range processes {
 			cmd := podCommand(b.self())
 			cmd.Env = append(os.Environ(), "ROUTING_TEST_ROLE=detect", "GODEBUG=netdns="+resolver)
-			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 			out, err := cmd.CombinedOutput()
 			if err != nil {
 				t.Fatalf("%v: %s", err, out)

@@ -81,6 +81,10 @@ func (p Plan) traits() traits {
 	return traits{}
 }
 
+// DNATs reports whether conntrack translates the destination in this mode: it needs netfilter, and
+// serves IPv6.
+func DNATs(mode string) bool { return Plan{Mode: mode}.dnats() }
+
 func (p Plan) redirects() bool { return p.traits().redirects }
 func (p Plan) dnats() bool     { return p.traits().dnat }
 

@@ -76,7 +76,7 @@ var refusals = []refusalRow{
 	{is(attest.ErrNotRead), "unknown-pod", wait("the cgroups of the node are being read again; ask again")},
 	{is(attest.ErrNotPod), "no-pod", forbid("not a pod of this node, nor a process that hostIdentities lists")},
 	{is(attest.ErrNoAccount), "no-pod", forbid(attest.ErrNoAccount.Error())},
-	// Of a client whose own filter dropped what it sent, another connection is found.
+	//
 	{is(attest.ErrNoSocket), "evidence",
 		reconnect("the kernel knows no socket at the other end of this connection; connect again; " + sandbox)},
 	{is(attest.ErrEmptyCgroup), "gone",

@@ -6,12 +6,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 
-	"github.com/vishvananda/netns"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -57,23 +59,21 @@ func (x *Tables) Read(ctx context.Context, chains []Chain) (map[string]ChainStat
 // so that as many are read at once as there are processors. The legacy backend has one lock for
 // all commands, and old versions of it poll that lock once a second.
 func (x *Tables) each(chains []Chain, read func(Chain) (ChainState, error)) (map[string]ChainState, error) {
-	namespace, err := netns.Get()
-	if err != nil {
-		return nil, fmt.Errorf("the network namespace of this thread: %w", fault.Permission(err))
+	states, errs := make([]ChainState, len(chains)), make([]error, len(chains))
+	one := func(i int) { states[i], errs[i] = read(chains[i]) }
+	if x.legacy || !oneNamespace() {
+		for i := range chains {
+			one(i)
+		}
+	} else {
+		var group errgroup.Group
+		group.SetLimit(runtime.GOMAXPROCS(0))
+		for i := range chains {
+			group.Go(func() error { one(i); return nil })
+		}
+		_ = group.Wait()
 	}
-	defer func() { _ = namespace.Close() }()
-	var group errgroup.Group
-	group.SetLimit(runtime.GOMAXPROCS(0))
-	if x.legacy {
-		group.SetLimit(1)
-	}
-	states := make([]ChainState, len(chains))
-	for i, c := range chains {
-		group.Go(func() (err error) {
-			return inNamespace(namespace, func() error { states[i], err = read(c); return err })
-		})
-	}
-	if err := group.Wait(); err != nil {
+	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
 	byName := map[string]ChainState{}
@@ -83,22 +83,22 @@ func (x *Tables) each(chains []Chain, read func(Chain) (ChainState, error)) (map
 	return byName, nil
 }
 
-// inNamespace calls f on a thread in the network namespace. A thread that had to enter it ends with
-// its goroutine.
-func inNamespace(namespace netns.NsHandle, f func() error) error {
-	runtime.LockOSThread()
-	here, err := netns.Get()
-	if err != nil {
-		return fmt.Errorf("the network namespace of this thread: %w", fault.Permission(err))
+// oneNamespace reports whether all threads of this process are in one network namespace, so that
+// any of them can read what the calling one would. They are not where doctor connects from a
+// namespace of its own, and in tests.
+func oneNamespace() bool {
+	links, _ := filepath.Glob("/proc/self/task/*/ns/net") // the pattern is a constant
+	namespaces := map[string]bool{}
+	for _, link := range links {
+		namespace, err := os.Readlink(link)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // that thread has ended
+		} else if err != nil {
+			return false
+		}
+		namespaces[namespace] = true
 	}
-	there := here.Equal(namespace)
-	_ = here.Close()
-	if there {
-		defer runtime.UnlockOSThread()
-	} else if err := netns.Set(namespace); err != nil {
-		return fmt.Errorf("enter the network namespace: %w", fault.Permission(err))
-	}
-	return f()
+	return len(namespaces) == 1
 }
 
 // State reads one chain and what leads to it.
