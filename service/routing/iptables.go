@@ -26,10 +26,17 @@ type iptablesMode struct {
 	tables []*xtables.Tables // IPv4's, and IPv6's where they can be had
 	noIPv6 error             // why they cannot
 
-	surveyed map[netobj.Family]map[string]xtables.ChainState
+	read     reading
 	standing string // the fingerprint when check found nothing missing; "": it did, or has not looked
 
 	background sync.WaitGroup // what put began and check waits for
+}
+
+// reading is what stands of all chains.
+type reading struct {
+	states      map[netobj.Family]map[string]xtables.ChainState
+	of          nodeFacts // what they were compared for
+	fingerprint string    // while they were read; "": it changed meanwhile
 }
 
 // openIPTables looks for the commands. command is the one that Install chose: it is not chosen
@@ -84,23 +91,49 @@ func (m *iptablesMode) fingerprint() string {
 	return b.String()
 }
 
-// survey reads what stands, and refuses chains and redirections of others.
-func (m *iptablesMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
-	var foreign []error
-	m.surveyed = map[netobj.Family]map[string]xtables.ChainState{}
+// readAll reads what stands, and returns what differs from the Plan. One family that cannot be read
+// does not keep the other from it.
+func (m *iptablesMode) readAll(ctx context.Context, s nodeFacts) (faults []error, err error) {
+	m.read = reading{states: map[netobj.Family]map[string]xtables.ChainState{}, of: s}
+	before := m.fingerprint()
 	for _, x := range m.tables {
-		chains := chainsFor(m.plan, s, x.Family)
-		states, err := x.Read(ctx, chains)
-		if err != nil {
-			return nil, err
-		}
-		m.surveyed[x.Family] = states
-		for _, c := range chains {
-			faults = append(faults, states[c.Name].Faults...)
-			foreign = append(foreign, states[c.Name].Foreign, states[c.Name].Redirection)
+		states, failed := x.Read(ctx, chainsFor(m.plan, s, x.Family))
+		m.read.states[x.Family], err = states, errors.Join(err, failed)
+	}
+	if err == nil && m.fingerprint() == before {
+		m.read.fingerprint = before
+	}
+	return m.faults(), err
+}
+
+// faults are what of the last reading differs from the Plan.
+func (m *iptablesMode) faults() (all []error) {
+	for _, x := range m.tables {
+		for _, c := range xtables.OwnChains() {
+			all = append(all, m.read.states[x.Family][c.Name].Faults...)
 		}
 	}
-	return faults, errors.Join(foreign...)
+	return all
+}
+
+// survey reads what stands, and refuses chains and redirections of others. A repair follows on a
+// check: where nothing has changed since, what that read is good. The fingerprint of legacy tables
+// does not show every change, so there all is read again.
+func (m *iptablesMode) survey(ctx context.Context, s nodeFacts) (faults []error, err error) {
+	now := m.fingerprint()
+	if m.legacy || now == "" || now != m.read.fingerprint || !m.read.of.equal(s) {
+		if _, err = m.readAll(ctx, s); err != nil {
+			return nil, err
+		}
+	}
+	var foreign []error
+	for _, x := range m.tables {
+		for _, c := range xtables.OwnChains() {
+			state := m.read.states[x.Family][c.Name]
+			foreign = append(foreign, state.Foreign, state.Redirection)
+		}
+	}
+	return m.faults(), errors.Join(foreign...)
 }
 
 // put applies what differs from the survey, by one iptables-restore for each family.
@@ -109,7 +142,7 @@ func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 		return fmt.Errorf("install the IPv6 rules: %w", m.noIPv6)
 	}
 	for _, x := range slices.Backward(m.tables) {
-		states := m.surveyed[x.Family]
+		states := m.read.states[x.Family]
 		chains := slices.DeleteFunc(chainsFor(m.plan, s, x.Family),
 			func(c xtables.Chain) bool { return states[c.Name].Right(c) })
 		if err := x.Restore(ctx, xtables.RestoreText(chains, states)); err != nil {
@@ -117,7 +150,7 @@ func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 		}
 	}
 	for _, x := range m.tables {
-		if m.plan.target(s, x.Family).listen.IsValid() && len(m.surveyed[x.Family]["GME-PRE"].Jumps) == 0 {
+		if m.plan.target(s, x.Family).listen.IsValid() && len(m.read.states[x.Family]["GME-PRE"].Jumps) == 0 {
 			forgetEstablished(m.plan, s, x.Family, &m.background) // for some time pods were not redirected
 		}
 	}
@@ -131,22 +164,15 @@ func (m *iptablesMode) put(ctx context.Context, s nodeFacts) error {
 }
 
 // check reads all chains back.
-func (m *iptablesMode) check(ctx context.Context, s nodeFacts) (errs []error) {
+func (m *iptablesMode) check(ctx context.Context, s nodeFacts) []error {
 	defer m.background.Wait()
-	before := m.fingerprint()
-	for _, x := range m.tables {
-		chains := chainsFor(m.plan, s, x.Family)
-		states, err := x.Read(ctx, chains)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		for _, c := range chains {
-			errs = append(errs, states[c.Name].Faults...)
-		}
-	}
 	m.standing = ""
-	if len(errs) == 0 && m.fingerprint() == before { // else somebody changed it while it was read
-		m.standing = before
+	errs, err := m.readAll(ctx, s)
+	if err != nil {
+		return append(errs, err)
+	}
+	if len(errs) == 0 {
+		m.standing = m.read.fingerprint // "" where somebody changed it while it was read
 	}
 	return errs
 }
