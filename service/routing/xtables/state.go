@@ -121,7 +121,7 @@ func (x *Tables) State(ctx context.Context, c Chain) (s ChainState, err error) {
 func (x *Tables) readBase(ctx context.Context, c Chain, s *ChainState) error {
 	base, _, err := x.ListRules(ctx, c.Table, c.Base)
 	if errors.Is(err, ErrIncompatible) {
-		return x.readUnlisted(c, s)
+		return x.readJumps(c, s)
 	}
 	var foreign string
 	if s.Jumps, foreign = Jumps(base, c.Name); foreign != "" {
@@ -136,9 +136,9 @@ func (x *Tables) readBase(ctx context.Context, c Chain, s *ChainState) error {
 	return err
 }
 
-// readUnlisted reads the jumps of a base chain that iptables cannot list (R-35: a rule of nft's in
-// it).
-func (x *Tables) readUnlisted(c Chain, s *ChainState) error {
+// readJumps reads the jumps of a base chain from nf_tables. iptables cannot list a chain that holds
+// a rule of nft's.
+func (x *Tables) readJumps(c Chain, s *ChainState) error {
 	messages, err := nft.Rules(x.Family, c.Table, c.Base)
 	for i, m := range messages {
 		r := ParseNFTRule(m, x.Servers)
@@ -400,7 +400,14 @@ func (x *Tables) tryRemove(ctx context.Context, tables []string) (foreign, err e
 	chains := slices.DeleteFunc(OwnChains(), func(c Chain) bool { return !slices.Contains(tables, c.Table) })
 	slices.Reverse(chains)
 	states, err := x.each(chains, func(c Chain) (s ChainState, err error) {
-		if s.Exists, err = x.hasChain(ctx, c.Table, c.Name); err == nil && s.Exists {
+		if s.Exists, err = x.hasChain(ctx, c.Table, c.Name); err != nil || !s.Exists {
+			return s, err
+		}
+		if !x.legacy { // without a command: until the last is removed, pods are refused
+			err = x.readJumps(c, &s)
+		}
+		if x.legacy || err == nil && s.Foreign != nil { // whose text is told
+			s = ChainState{Exists: true}
 			err = x.readBase(ctx, c, &s)
 		}
 		return s, err
