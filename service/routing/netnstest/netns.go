@@ -72,7 +72,7 @@ func newNS(name string) (*NS, error) {
 	}
 	defer made.Close()
 	ns := &NS{Name: name}
-	if err := ns.Do(loopback); err != nil {
+	if err := ns.Do(func() error { return run(loopback, unlimitedICMP) }); err != nil {
 		return nil, errors.Join(err, ns.Close())
 	}
 	return ns, nil

@@ -315,10 +315,14 @@ func run(steps ...func() error) error {
 
 // loopback brings lo up. Links of the namespace make themselves no link-local addresses and wait
 // for no duplicates: both happen some time later, and Ruleset wants to be the same text twice.
-// Refusals by ICMP are not limited to one a second: a client that gets none waits for long.
 func loopback() error {
-	return run(sysctl("ipv6/conf/default/accept_dad", "0"), sysctl("ipv6/conf/default/addr_gen_mode", "1"),
-		sysctl("ipv4/icmp_ratelimit", "0"), sysctl("ipv6/icmp/ratelimit", "0"), up("lo"))
+	return run(sysctl("ipv6/conf/default/accept_dad", "0"), sysctl("ipv6/conf/default/addr_gen_mode", "1"), up("lo"))
+}
+
+// unlimitedICMP has refusals by ICMP not limited to one a second: a client that gets none waits for
+// long. A machine that was booted keeps its limit: it is to be as others are.
+func unlimitedICMP() error {
+	return run(sysctl("ipv4/icmp_ratelimit", "0"), sysctl("ipv6/icmp/ratelimit", "0"))
 }
 
 func up(link string) func() error {
