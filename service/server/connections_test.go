@@ -216,7 +216,7 @@ func TestUnreadBytes(t *testing.T) {
 	if _, err := io.WriteString(client, "GET / HTTP/1.1\r\n"); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(testTimeout); !x.unread(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(testTimeout); !x.unread(); <-time.After(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the bytes that the client sent are not seen")
 		}

@@ -6,15 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/gke-metadata-emulator/gke-metadata-emulator/service/routing/fault"
@@ -53,52 +48,6 @@ func (x *Tables) Read(ctx context.Context, chains []Chain) (map[string]ChainStat
 		}
 		return s, err
 	})
-}
-
-// each reads the state of each chain, by its name. It takes the time of two commands for a chain,
-// so that as many are read at once as there are processors. The legacy backend has one lock for
-// all commands, and old versions of it poll that lock once a second.
-func (x *Tables) each(chains []Chain, read func(Chain) (ChainState, error)) (map[string]ChainState, error) {
-	states, errs := make([]ChainState, len(chains)), make([]error, len(chains))
-	one := func(i int) { states[i], errs[i] = read(chains[i]) }
-	if x.legacy || !oneNamespace() {
-		for i := range chains {
-			one(i)
-		}
-	} else {
-		var group errgroup.Group
-		group.SetLimit(runtime.GOMAXPROCS(0))
-		for i := range chains {
-			group.Go(func() error { one(i); return nil })
-		}
-		_ = group.Wait()
-	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
-	}
-	byName := map[string]ChainState{}
-	for i, c := range chains {
-		byName[c.Name] = states[i]
-	}
-	return byName, nil
-}
-
-// oneNamespace reports whether all threads of this process are in one network namespace, so that
-// any of them can read what the calling one would. They are not where doctor connects from a
-// namespace of its own, and in tests.
-func oneNamespace() bool {
-	links, _ := filepath.Glob("/proc/self/task/*/ns/net") // the pattern is a constant
-	namespaces := map[string]bool{}
-	for _, link := range links {
-		namespace, err := os.Readlink(link)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // that thread has ended
-		} else if err != nil {
-			return false
-		}
-		namespaces[namespace] = true
-	}
-	return len(namespaces) == 1
 }
 
 // State reads one chain and what leads to it.
