@@ -44,7 +44,6 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	netnstest.EndAtOnce()
 	os.Exit(m.Run())
 }
 

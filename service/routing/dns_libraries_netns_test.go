@@ -65,7 +65,7 @@ func cLibraries(t *testing.T) (all []dnsClient) {
 func (b *testNode) goResolvers() (all []dnsClient) {
 	for _, resolver := range []string{"go", "cgo"} {
 		all = append(all, dnsClient{name: "Go, netdns=" + resolver, words: []string{b.self()},
-			env: []string{"ROUTING_TEST_ROLE=look up", "GODEBUG=netdns=" + resolver}})
+			env: []string{"ROUTING_TEST_ROLE=look up", "GODEBUG=netdns=" + resolver, "GORACE=atexit_sleep_ms=0"}})
 	}
 	return all
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -56,12 +55,6 @@ func Lacks(tb TB, reason error) {
 		tb.Fatal(reason)
 	}
 	tb.Skip(reason)
-}
-
-// EndAtOnce has programs that this process starts from now on, and that were built with the race
-// detector, end without a pause: by default each sleeps for a second at its end.
-func EndAtOnce() {
-	_ = os.Setenv("GORACE", strings.TrimSpace(os.Getenv("GORACE")+" atexit_sleep_ms=0"))
 }
 
 // MountBPF makes a bpf file system that is mounted nowhere and goes when the test is over; the path

@@ -355,7 +355,7 @@ func (x *Tables) tryRemove(ctx context.Context, tables []string) (foreign, err e
 		if !x.legacy { // without a command: until the last is removed, pods are refused
 			err = x.readJumps(c, &s)
 		}
-		if x.legacy || err == nil && s.Foreign != nil { // whose text is told
+		if x.legacy || err == nil && s.Foreign != nil { // the error names that rule
 			s = ChainState{Exists: true}
 			err = x.readBase(ctx, c, &s)
 		}
