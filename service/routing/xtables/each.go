@@ -12,23 +12,25 @@ import (
 
 // each reads the state of each chain, by its name. It takes the time of two commands for a chain,
 // so that as many are read at once as there are processors. The legacy backend has one lock for
-// all commands, and old versions of it poll that lock once a second.
+// all commands, and old versions of it poll that lock once a second. Of several errors it returns
+// one.
 func (x *Tables) each(chains []Chain, read func(Chain) (ChainState, error)) (map[string]ChainState, error) {
-	states, errs := make([]ChainState, len(chains)), make([]error, len(chains))
-	one := func(i int) { states[i], errs[i] = read(chains[i]) }
+	states := make([]ChainState, len(chains))
+	one := func(i int) (err error) { states[i], err = read(chains[i]); return err }
+	var err error
 	if x.legacy || !oneNamespace() {
-		for i := range chains {
-			one(i)
+		for i := 0; i < len(chains) && err == nil; i++ {
+			err = one(i)
 		}
 	} else {
 		var group errgroup.Group
 		group.SetLimit(runtime.GOMAXPROCS(0))
 		for i := range chains {
-			group.Go(func() error { one(i); return nil })
+			group.Go(func() error { return one(i) })
 		}
-		_ = group.Wait()
+		err = group.Wait()
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	byName := map[string]ChainState{}
